@@ -1,0 +1,1 @@
+"""Samples (images, question, answers) and where they come from."""

@@ -1,0 +1,139 @@
+"""Training batches for the embedded model: pages as patches, several questions with answers in one sequence.
+
+All turns of a conversation are scored at once, so one page teaches several answers for one look at it.
+Axis letters: A micro-batches, B samples, X text slots, P visual slots, J patches, C numbers of a patch.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from rlens_jax.demo.pages import CELL, DATASETS, Page, Question, make_page, make_question, transcription
+from rlens_jax.demo.processor import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
+from rlens_jax.layout import Bucket, TokenLayout, pack_layout, pack_rows
+from rlens_jax.models.qwen2_vl import patch_places, rope_positions
+
+TRAIN_BUCKET = Bucket(text=112, visual=128)
+QUESTIONS = 6
+TRANSCRIBED_SHARE = 0.4
+"""Share of the conversations that begin with reading the whole page (what makes learning start at all)."""
+IGNORE = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainBatch:
+    """One batch, as arrays [B, ...] (stacked micro-batches [A, B, ...] on their way to the device)."""
+
+    text_ids: np.ndarray
+    """int32 [B, X]."""
+    targets: np.ndarray
+    """int32 [B, X]: the next token where it belongs to an answer, `IGNORE` elsewhere."""
+    layout: TokenLayout
+    rope: np.ndarray
+    """int32 [B, 3, T], packed."""
+    patches: np.ndarray
+    """float32 [B, J, C]."""
+    places: np.ndarray
+    """int32 [B, J, 2]."""
+    num_patches: np.ndarray
+    """int32 [B]."""
+    glyphs: np.ndarray
+    """int32 [B, P]: the digit whose last corner a visual token is, `IGNORE` elsewhere."""
+
+
+def make_patches(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [h, w, 3] to float32 [J, C] in merge order, as Hugging Face's image processor does it (tested equal)."""
+    rows, columns = (side // PATCH_SIZE for side in pixels.shape[:2])
+    m, p = MERGE_SIZE, PATCH_SIZE
+    x = (pixels.astype(np.float32) / 255 - 0.5) / 0.5
+    x = x.reshape(rows // m, m, p, columns // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    x = np.repeat(x[:, :, :, :, :, None], TEMPORAL_PATCH_SIZE, axis=5)
+    return x.reshape(rows * columns, -1)
+
+
+def glyph_labels(page: Page) -> np.ndarray:
+    """int32 [visual tokens]: the digit at the last (bottom right) visual token of each cell, `IGNORE` elsewhere."""
+    side = CELL // (PATCH_SIZE * MERGE_SIZE)
+    rows, columns = page.digits.shape
+    labels = np.full((rows, side, columns, side), IGNORE, np.int32)
+    labels[:, -1, :, -1] = page.digits
+    return labels.reshape(-1)
+
+
+def conversation(
+    page: Page, questions: list[Question], tokens: Mapping[str, int], budget: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A chat about a page: token ids int32 [T], targets int32 [T] and is_visual bool [T].
+
+    Questions that would take more than `budget` text tokens are left out.
+    """
+    num_visual = page.pixels.shape[0] * page.pixels.shape[1] // (PATCH_SIZE * MERGE_SIZE) ** 2
+    ids: list[int] = []
+    answered: list[bool] = []
+    image = [tokens["<|vision_start|>"], *[tokens["<|image_pad|>"]] * num_visual, tokens["<|vision_end|>"]]
+    for question in questions:
+        ask = [tokens[t] for t in ("<|im_start|>", "user", "\n")]
+        ask += image if not ids else []
+        ask += [tokens[word] for word in question.text.split()]
+        ask += [tokens[t] for t in ("<|im_end|>", "\n", "<|im_start|>", "assistant", "\n")]
+        reply = [*[tokens[word] for word in question.answer.split()], tokens["<|im_end|>"]]
+        if len(ids) + len(ask) + len(reply) + 1 - num_visual > budget:
+            continue
+        ids += [*ask, *reply, tokens["\n"]]
+        answered += [False] * len(ask) + [True] * len(reply) + [False]
+    following = np.roll(np.array(ids, np.int32), -1)
+    is_answer = np.roll(np.array(answered), -1)
+    return (
+        np.array(ids, np.int32),
+        np.where(is_answer, following, IGNORE).astype(np.int32),
+        np.array(ids, np.int32) == tokens["<|image_pad|>"],
+    )
+
+
+def make_batch(rng: np.random.Generator, size: int, tokens: Mapping[str, int]) -> TrainBatch:
+    """A fresh batch of augmented training pages."""
+    bucket = TRAIN_BUCKET
+    num_slots = bucket.visual * MERGE_SIZE**2
+    ids, targets, masks, ropes, glyphs = [], [], [], [], []
+    patches = np.zeros((size, num_slots, 3 * TEMPORAL_PATCH_SIZE * PATCH_SIZE**2), np.float32)
+    places = np.zeros((size, num_slots, 2), np.int32)
+    num_patches = np.zeros(size, np.int32)
+    for i in range(size):
+        page = make_page(rng, "train", augment=True)
+        first = [transcription(page)] if rng.random() < TRANSCRIBED_SHARE else []
+        others = [make_question(rng, page, str(rng.choice(DATASETS))) for _ in range(QUESTIONS)]
+        sample_ids, sample_targets, is_visual = conversation(page, first + others, tokens, bucket.text)
+        grid = (page.pixels.shape[0] // PATCH_SIZE, page.pixels.shape[1] // PATCH_SIZE)
+        num_patches[i] = count = grid[0] * grid[1]
+        patches[i, :count] = make_patches(page.pixels)
+        places[i, :count] = patch_places(grid, MERGE_SIZE)
+        ids.append(sample_ids)
+        targets.append(sample_targets)
+        masks.append(is_visual)
+        ropes.append(rope_positions(is_visual, [grid], MERGE_SIZE)[0].T)
+        glyphs.append(np.pad(glyph_labels(page), (0, bucket.visual - count // MERGE_SIZE**2), constant_values=IGNORE))
+    layout = pack_layout(masks, bucket, range(size))
+    answered = pack_rows([t + 1 for t in targets], layout)[:, : bucket.text] - 1
+    return TrainBatch(
+        text_ids=pack_rows(ids, layout)[:, : bucket.text],
+        targets=answered,
+        layout=layout,
+        rope=pack_rows(ropes, layout).transpose(0, 2, 1),
+        patches=patches,
+        places=places,
+        num_patches=num_patches,
+        glyphs=np.stack(glyphs),
+    )
+
+
+def batches(seed: int, start: int, micro_batches: int, size: int, tokens: Mapping[str, int]) -> Iterator[TrainBatch]:
+    """Endless training batches [A, B, ...]; the one of step i depends on seed and i only, so a resumed run goes on alike."""
+    step = start
+    while True:
+        rng = np.random.default_rng((seed, step))
+        parts = [make_batch(rng, size, tokens) for _ in range(micro_batches)]
+        yield jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
+        step += 1

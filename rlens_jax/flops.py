@@ -1,0 +1,106 @@
+"""What a prefill costs: multiply-adds of the decoder layers, dense and reduced.
+
+The field's convention, so that numbers can be set beside published ones: every pair of tokens counts in dense
+attention (no causal halving), norms, rotary embedding, softmax, embeddings and vision tower count nothing. It
+says nothing about time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlens_jax.plan import Plan, Reduction
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Widths of one decoder layer: model width D, all kv heads together K * H, FFN width F.
+
+    The query heads together are taken to be as wide as the model (N * H = D), as in all supported families.
+    """
+
+    width: int
+    kv_width: int
+    ffn_width: int
+
+
+def layer_cost(
+    sizes: LayerSizes,
+    num_text: int,
+    num_visual: int,
+    reduction: Reduction,
+    *,
+    hollow: bool,
+    dynamic: bool,
+    with_probes: bool,
+) -> int:
+    """Multiply-adds of one layer in the prefill of one sample, an exact integer.
+
+    Args:
+      sizes: the layer's widths.
+      num_text: text tokens T of the sample that reach this layer.
+      num_visual: visual tokens P of the sample that reach this layer.
+      reduction: the range and the shares that a reduced layer uses. The range is counted in visual tokens, so
+        with `window="position"` and text between images this is an upper bound.
+      hollow: the layer has Hollow Attention.
+      dynamic: the layer has the Dynamic FFN.
+      with_probes: count the gate and up projections of the probes too. The field usually leaves them out.
+    """
+    num_tokens = num_text + num_visual
+    projections = num_tokens * 2 * sizes.width * (sizes.width + sizes.kv_width)
+    pairs = num_tokens**2
+    if hollow:
+        pairs -= num_visual * (num_visual - min(num_visual, reduction.attention_range))
+    attention = 2 * pairs * sizes.width
+    units = reduction.kept_units(sizes.ffn_width) if dynamic else sizes.ffn_width
+    ffn = 3 * sizes.width * (sizes.ffn_width * num_text + units * num_visual)
+    probes = reduction.probe_count(num_visual) if dynamic and with_probes else 0
+    return projections + attention + ffn + 2 * sizes.width * sizes.ffn_width * probes
+
+
+def prefill_cost(
+    sizes: LayerSizes,
+    num_text: int,
+    visual_in_layer: Sequence[int],
+    plan: Plan,
+    reduction: Reduction,
+    *,
+    with_probes: bool,
+) -> int:
+    """Multiply-adds of all decoder layers in the prefill of one sample.
+
+    `visual_in_layer` holds the number of visual tokens that reach each of the L layers: the same number
+    everywhere, unless tokens are pruned on the way (FastV, VTW). Other arguments as in `layer_cost`.
+    """
+    hollow, dynamic = plan.flags(len(visual_in_layer))
+    return sum(
+        layer_cost(
+            sizes,
+            num_text,
+            num_visual,
+            reduction,
+            hollow=bool(hollow[layer]),
+            dynamic=bool(dynamic[layer]),
+            with_probes=with_probes,
+        )
+        for layer, num_visual in enumerate(visual_in_layer)
+    )
+
+
+def saving(
+    sizes: LayerSizes,
+    num_text: int,
+    visual_in_layer: Sequence[int],
+    plan: Plan,
+    reduction: Reduction,
+    *,
+    with_probes: bool,
+) -> float:
+    """The share of the dense prefill's multiply-adds that is saved, 0 for nothing.
+
+    The dense model carries the visual tokens of the first layer through all layers, so what pruning saves is
+    part of the saving. Arguments as in `prefill_cost`.
+    """
+    unpruned = [visual_in_layer[0]] * len(visual_in_layer)
+    dense = prefill_cost(sizes, num_text, unpruned, Plan(), reduction, with_probes=with_probes)
+    reduced = prefill_cost(sizes, num_text, visual_in_layer, plan, reduction, with_probes=with_probes)
+    return (dense - reduced) / dense

@@ -1,0 +1,158 @@
+"""Where a sample's visual tokens are: `TokenLayout`, the value every room of the project shares.
+
+All decoder states are kept *packed*: a batch of bucket (X text slots, P visual slots) is one array whose first X slots hold
+the text tokens and whose last P slots hold the visual tokens of all images of the sample, each in sequence order, with
+padding only at the end of either run. A visual token's slot within its run is its *ordinal*, so visual -> visual masks are
+static bands, whatever the images of a sample look like. What precedes what is data: the sequence position of each slot.
+(Our decision, method.md "Static and exact for ragged samples".)
+
+Axis letters: B batch, X text slots, P visual slots, T = X + P packed query slots, S packed key slots.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+PADDING_POSITION = 2**30
+"""Sequence position of an empty slot: later than every token, so no token sees it."""
+
+Window = Literal["ordinal", "position"]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A static shape: how many text and visual slots each sample of a batch has."""
+
+    text: int
+    visual: int
+
+    @property
+    def slots(self) -> int:
+        """Packed slots per sample, T."""
+        return self.text + self.visual
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Slots:
+    """Some slots of a batch: int32 sequence positions, and visual ordinals (-1 for text)."""
+
+    position: Int[Array, "B T"]
+    ordinal: Int[Array, "B T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenLayout:
+    """The packing of a batch. Positions are int32 sequence indices; empty slots are at `PADDING_POSITION`."""
+
+    text_position: Int[Array, "B X"]
+    visual_position: Int[Array, "B P"]
+    num_text: Int[Array, " B"]
+    num_visual: Int[Array, " B"]
+    sample: Int[Array, " B"]
+    """A number that names the sample in the run; random probes are drawn from it."""
+
+    @property
+    def bucket(self) -> Bucket:
+        return Bucket(text=self.text_position.shape[1], visual=self.visual_position.shape[1])
+
+    @property
+    def text(self) -> Slots:
+        return Slots(self.text_position, jnp.full_like(self.text_position, -1))
+
+    @property
+    def visual(self) -> Slots:
+        ordinal = jax.lax.broadcasted_iota(jnp.int32, self.visual_position.shape, 1)
+        return Slots(self.visual_position, ordinal)
+
+    @property
+    def slots(self) -> Slots:
+        """All packed slots, text run first."""
+        text, visual = self.text, self.visual
+        return Slots(
+            jnp.concatenate([text.position, visual.position], axis=1),
+            jnp.concatenate([text.ordinal, visual.ordinal], axis=1),
+        )
+
+    @property
+    def num_tokens(self) -> Int[Array, " B"]:
+        return self.num_text + self.num_visual
+
+
+def visible(
+    query: Slots, key: Slots, attention_range: int | None, window: Window = "ordinal"
+) -> Bool[Array, "B T S"]:
+    """Which keys each query sees; `attention_range` None is plain causal attention (paper, Hollow Attention).
+
+    Text `t`, visual `v`, R = 2, sequence `t v v v t v t`:
+
+            t v v v t v t
+        t   1 0 0 0 0 0 0
+        v   1 1 0 0 0 0 0
+        v   1 1 1 0 0 0 0
+        v   1 0 1 1 0 0 0
+        t   1 1 1 1 1 0 0
+        v   1 0 0 1 1 1 0
+        t   1 1 1 1 1 1 1
+
+    Args:
+        query: slots of the queries.
+        key: slots of the keys.
+        attention_range: R, or None for dense attention.
+        window: whether distance is counted in visual ordinals (our reading of the paper) or in absolute positions.
+    """
+    later = query.position[:, :, None] - key.position[:, None, :]
+    causal = later >= 0
+    if attention_range is None:
+        return causal
+    both_visual = (query.ordinal >= 0)[:, :, None] & (key.ordinal >= 0)[:, None, :]
+    distance = later if window == "position" else query.ordinal[:, :, None] - key.ordinal[:, None, :]
+    return causal & (~both_visual | (distance < attention_range))
+
+
+def pack_layout(is_visual: Sequence[np.ndarray], bucket: Bucket, samples: Sequence[int]) -> TokenLayout:
+    """The layout of a batch, as NumPy arrays.
+
+    Args:
+        is_visual: for each sample bool[T_i], True where a token comes out of the connector.
+        bucket: the static shape; every sample must fit.
+        samples: the number that names each sample in the run.
+
+    Raises:
+        ValueError: a sample has more tokens than its bucket has slots.
+    """
+    text, visual = (np.full((len(is_visual), n), PADDING_POSITION, np.int32) for n in (bucket.text, bucket.visual))
+    for row, mask in enumerate(is_visual):
+        for slots, positions in ((text, np.flatnonzero(~mask)), (visual, np.flatnonzero(mask))):
+            if len(positions) > slots.shape[1]:
+                raise ValueError(f"sample {samples[row]} has {len(positions)} tokens for {slots.shape[1]} slots")
+            slots[row, : len(positions)] = positions
+    num_visual = np.array([mask.sum() for mask in is_visual], np.int32)
+    num_text = np.array([len(mask) for mask in is_visual], np.int32) - num_visual
+    return TokenLayout(text, visual, num_text, num_visual, np.array(samples, np.int32))
+
+
+def pack_rows(rows: Sequence[np.ndarray], layout: TokenLayout) -> np.ndarray:
+    """Per-token values in sequence order (each [T_i, ...]) to packed order [B, X + P, ...]; empty slots are 0."""
+    bucket = layout.bucket
+    packed = np.zeros((len(rows), bucket.slots, *rows[0].shape[1:]), rows[0].dtype)
+    for i, row in enumerate(rows):
+        num_text, num_visual = int(layout.num_text[i]), int(layout.num_visual[i])
+        packed[i, :num_text] = row[layout.text_position[i, :num_text]]
+        packed[i, bucket.text : bucket.text + num_visual] = row[layout.visual_position[i, :num_visual]]
+    return packed
+
+
+def unpack_rows(packed: np.ndarray, layout: TokenLayout) -> list[np.ndarray]:
+    """The inverse of `pack_rows`: packed [B, X + P, ...] to one [T_i, ...] a sample, without padding."""
+    positions = np.concatenate([layout.text_position, layout.visual_position], axis=1)
+    return [
+        row[np.argsort(position, kind="stable")[: int(count)]]
+        for row, position, count in zip(packed, positions, np.asarray(layout.num_tokens), strict=True)
+    ]

@@ -1,0 +1,318 @@
+"""The one decoder of all families: GQA, RoPE or mRoPE, SwiGLU, RMSNorm, KV cache, and the two reductions.
+
+Layers are stacked (one leading axis L on every parameter) and run in a loop that indexes the stack, so one layer is compiled
+whatever their number. A plan is either *static* (`Plan`: each run of equal layers is its own loop with only what is left
+of it compiled, for deployment) or *traced* (`TracedPlan`: one program for all plans and start layers, real `lax.cond` per
+layer, for the search).
+
+Axis letters: B batch, T packed slots (X text, P visual), S cache slots, N query heads, K kv heads, H head dim, D width,
+F FFN units, V vocabulary, L layers, U kept units.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from rlens_jax.layout import PADDING_POSITION, Slots, TokenLayout, visible
+from rlens_jax.models.layers import Linear, RMSNorm, rope_angles, rotate, rotation
+from rlens_jax.ops.attention import masked_attention, packed_attention
+from rlens_jax.ops.ffn import FfnWeights, Kept, dense_ffn, dynamic_ffn
+from rlens_jax.plan import Plan, Reduction
+
+Out = TypeVar("Out")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and constants of a decoder, all read from a checkpoint's config.json."""
+
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_width: int
+    vocabulary: int
+    norm_eps: float
+    rope_theta: float
+    rope_sections: tuple[int, ...]
+    """Rotary frequencies per position axis; one section of H / 2 is plain RoPE."""
+    qkv_bias: bool
+    tied_head: bool
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {
+            "D": self.width,
+            "N": self.num_heads,
+            "K": self.num_kv_heads,
+            "H": self.head_dim,
+            "F": self.ffn_width,
+            "V": self.vocabulary,
+        }
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TracedPlan:
+    """A plan as data: which layers use Hollow Attention and which a Dynamic FFN."""
+
+    hollow: Bool[Array, " L"]
+    dynamic: Bool[Array, " L"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """What every layer needs beside the states: the packing, and the rotary cosines and sines."""
+
+    layout: TokenLayout
+    turn: tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+    random_key: Array
+    """Seeds random probes; each layer folds in its number."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys (already rotated) and values of all layers, and the sequence position of each cache slot."""
+
+    k: Float[Array, "L B K S H"]
+    v: Float[Array, "L B K S H"]
+    position: Int[Array, "B S"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerRecord:
+    """What a layer hands out beside its states."""
+
+    k: Float[Array, "*L B K T H"]
+    v: Float[Array, "*L B K T H"]
+    kept: Kept
+    """Units that the Dynamic FFN kept; zeros in layers without it."""
+
+
+class Attention(nnx.Module):
+    """Projections of grouped-query attention; how the heads attend is the caller's choice."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        sizes, bias = config.sizes, config.qkv_bias
+        self.q_proj = Linear("BTD,DNH->BTNH", sizes, bias="NH" if bias else "", dtype=dtype, rngs=rngs)
+        self.k_proj = Linear("BTD,DKH->BTKH", sizes, bias="KH" if bias else "", dtype=dtype, rngs=rngs)
+        self.v_proj = Linear("BTD,DKH->BTKH", sizes, bias="KH" if bias else "", dtype=dtype, rngs=rngs)
+        self.o_proj = Linear("BNTH,NHD->BTD", sizes, dtype=dtype, rngs=rngs)
+
+    def project(
+        self, x: Float[Array, "B T D"], turn: tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+    ) -> tuple[Float[Array, "B N T H"], Float[Array, "B K T H"], Float[Array, "B K T H"]]:
+        """Rotated queries and keys, and values; heads before tokens, which the CPU multiplies faster."""
+        q, k, v = rotate(self.q_proj(x), turn), rotate(self.k_proj(x), turn), self.v_proj(x)
+        return q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+class FFN(nnx.Module):
+    """The weights of a gated FFN, one row a unit."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.gate_proj = Linear("BTD,FD->BTF", config.sizes, dtype=dtype, rngs=rngs)
+        self.up_proj = Linear("BTD,FD->BTF", config.sizes, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear("BTF,FD->BTD", config.sizes, dtype=dtype, rngs=rngs)
+
+    @property
+    def weights(self) -> FfnWeights:
+        return FfnWeights(self.gate_proj.kernel[...], self.up_proj.kernel[...], self.down_proj.kernel[...])
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and gated FFN, each added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.input_norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.ffn_norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.ffn = FFN(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        reduction: Reduction,
+        hollow: bool | Bool[Array, ""],
+        dynamic: bool | Bool[Array, ""],
+        layer: Int[Array, ""],
+    ) -> tuple[Float[Array, "B T D"], LayerRecord]:
+        """One layer of a prefill; `hollow` and `dynamic` say which reductions it uses, `layer` its number."""
+        layout = context.layout
+        q, k, v = self.attention.project(self.input_norm(x), context.turn)
+        attended = _choose(
+            hollow,
+            lambda: packed_attention(q, k, v, layout, reduction.attention_range, reduction.window),
+            lambda: packed_attention(q, k, v, layout, None),
+        )
+        x = x + self.attention.o_proj(attended)
+        y, weights = self.ffn_norm(x), self.ffn.weights
+        key = jax.random.fold_in(context.random_key, layer)
+        batch = x.shape[0]
+        nothing = Kept(
+            jnp.zeros((batch, reduction.kept_units(weights.gate.shape[0])), jnp.int32), jnp.ones(batch, bool)
+        )
+        y, kept = _choose(
+            dynamic,
+            lambda: dynamic_ffn(y, weights, layout, reduction, key),
+            lambda: (dense_ffn(y, weights), nothing),
+        )
+        return x + y, LayerRecord(k, v, kept)
+
+    def decode(
+        self,
+        x: Float[Array, "B 1 D"],
+        turn: tuple[Float[Array, "B 1 half"], Float[Array, "B 1 half"]],
+        k_cache: Float[Array, "B K S H"],
+        v_cache: Float[Array, "B K S H"],
+        mask: Bool[Array, "B 1 S"],
+        slot: Int[Array, ""],
+    ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+        """One new token of each sample through the plain layer (paper: decoding is never reduced)."""
+        q, k, v = self.attention.project(self.input_norm(x), turn)
+        k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k, slot, axis=2)
+        v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v, slot, axis=2)
+        x = x + self.attention.o_proj(masked_attention(q, k_cache, v_cache, mask))
+        return x + dense_ffn(self.ffn_norm(x), self.ffn.weights), k_cache, v_cache
+
+
+def _choose(flag: bool | Bool[Array, ""], yes: Callable[[], Out], no: Callable[[], Out]) -> Out:
+    """Only the chosen branch is compiled for a static flag, only the chosen one runs for a traced flag."""
+    if isinstance(flag, bool):
+        return yes() if flag else no()
+    return jax.lax.cond(flag, yes, no)
+
+
+class Decoder(nnx.Module):
+    """Token embeddings, stacked layers, final norm and head."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        shape = (config.vocabulary, config.width)
+        scale = jnp.asarray(0.02, dtype)
+        self.config = config
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale)
+        make = nnx.vmap(lambda rngs: DecoderLayer(config, dtype=dtype, rngs=rngs))
+        self.layers = make(rngs.fork(split=config.num_layers))
+        self.norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.head = None if config.tied_head else nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale)
+
+    def embed(
+        self, text_ids: Int[Array, "B X"], visual: Float[Array, "B P D"]
+    ) -> Float[Array, "B T D"]:
+        """Packed embeddings: those of the text tokens, then the connector's outputs."""
+        text = self.embedding[...][text_ids]
+        return jnp.concatenate([text, visual.astype(text.dtype)], axis=1)
+
+    def context(
+        self, layout: TokenLayout, rope_positions: Int[Array, "B axes T"], random_key: Array
+    ) -> Context:
+        """What all layers of one prefill share; `rope_positions` are packed like the states."""
+        return Context(layout, self._turn(rope_positions), random_key)
+
+    def _turn(
+        self, rope_positions: Int[Array, "B axes T"]
+    ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+        return rotation(rope_angles(rope_positions, self.config.rope_theta, self.config.rope_sections))
+
+    def prefill(
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        plan: Plan,
+        reduction: Reduction,
+        layers: range | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerRecord]:
+        """All layers (or the consecutive `layers`) under a static plan: the last states and the layers' stacked records."""
+        graph, stack = nnx.split(self.layers)
+        span = layers or range(self.config.num_layers)
+        records = []
+        for first, last, hollow, dynamic in plan.runs(self.config.num_layers):
+            start, stop = max(first, span.start), min(last, span.stop)
+            if start >= stop:
+                continue
+
+            def body(x: Array, layer: Array, hollow: bool = hollow, dynamic: bool = dynamic) -> tuple[Array, LayerRecord]:
+                module = nnx.merge(graph, _at(stack, layer))
+                return module(x, context, reduction, hollow, dynamic, layer)
+
+            x, record = jax.lax.scan(body, x, jnp.arange(start, stop, dtype=jnp.int32))
+            records.append(record)
+        return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *records)
+
+    def run_layers(
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        plan: TracedPlan,
+        reduction: Reduction,
+        start: Int[Array, ""],
+        stop: Int[Array, ""],
+    ) -> tuple[Float[Array, "B T D"], Bool[Array, " B"]]:
+        """Layers `start` .. `stop` - 1 under a traced plan: the states, and whether all probe scores were numbers."""
+        graph, stack = nnx.split(self.layers)
+
+        def body(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            x, scored = carry
+            module = nnx.merge(graph, _at(stack, layer))
+            x, record = module(x, context, reduction, plan.hollow[layer], plan.dynamic[layer], layer)
+            return x, scored & record.kept.scored
+
+        return jax.lax.fori_loop(start, stop, body, (x, jnp.ones(x.shape[0], bool)))
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Final norm and head, in float32."""
+        head = self.embedding if self.head is None else self.head
+        return jnp.einsum("BTD,VD->BTV", self.norm(x), head[...], preferred_element_type=jnp.float32)
+
+    def make_cache(self, record: LayerRecord, layout: TokenLayout, new_tokens: int) -> KVCache:
+        """The cache after a prefill, with room for `new_tokens` more; nothing is dropped (paper)."""
+        room = ((0, 0), (0, 0), (0, 0), (0, new_tokens), (0, 0))
+        position = jnp.pad(layout.slots.position, ((0, 0), (0, new_tokens)), constant_values=PADDING_POSITION)
+        return KVCache(jnp.pad(record.k, room), jnp.pad(record.v, room), position)
+
+    def decode(
+        self,
+        token_ids: Int[Array, " B"],
+        cache: KVCache,
+        position: Int[Array, " B"],
+        rope_position: Int[Array, "B axes"],
+        slot: Int[Array, ""],
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """One decoding step: logits of the next token and the cache with this one in `slot`.
+
+        Args:
+            token_ids: the newest token of each sample.
+            cache: keys and values of all earlier tokens.
+            position: sequence positions of the newest tokens.
+            rope_position: their rotary positions.
+            slot: the cache slot to write.
+        """
+        graph, stack = nnx.split(self.layers)
+        turn = self._turn(rope_position[:, :, None])
+        positions = jax.lax.dynamic_update_slice_in_dim(cache.position, position[:, None], slot, axis=1)
+        query, key = (Slots(p, jnp.full_like(p, -1)) for p in (position[:, None], positions))
+        mask = visible(query, key, None)
+
+        def body(x: Array, layer: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+            number, k, v = layer
+            x, k, v = nnx.merge(graph, _at(stack, number)).decode(x, turn, k, v, mask, slot)
+            return x, (k, v)
+
+        x = self.embedding[...][token_ids][:, None]
+        x, (k, v) = jax.lax.scan(body, x, (jnp.arange(self.config.num_layers), cache.k, cache.v))
+        return self.logits(x)[:, 0], KVCache(k, v, positions)
+
+
+def _at(stack: nnx.State, layer: Int[Array, ""]) -> nnx.State:
+    """One layer's parameters out of the stack."""
+    return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, layer, keepdims=False), stack)

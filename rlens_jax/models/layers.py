@@ -1,0 +1,93 @@
+"""Building blocks that every tower and decoder shares: linear maps, norms, rotary embeddings.
+
+A parameter is declared in one place: its axes (letters of the module that makes it), sizes, dtype and initialiser.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+Sizes = Mapping[str, int]
+
+
+def _trailing(parameter: Array, ndim: int) -> Array:
+    """`parameter` with leading axes of size 1, up to `ndim` axes."""
+    return parameter.reshape((1,) * (ndim - parameter.ndim) + parameter.shape)
+
+
+class Linear(nnx.Module):
+    """`einsum(spec, x, kernel) + bias`; the spec is the layer: "BTD,DNH->BTNH" names all axes, "F" the bias's."""
+
+    def __init__(self, spec: str, sizes: Sizes, *, bias: str = "", dtype: jnp.dtype, rngs: nnx.Rngs):
+        inputs, axes = spec.split("->")[0].split(",")
+        contracted = [axis for axis in axes if axis in inputs]
+        fan_in = 1
+        for axis in contracted:
+            fan_in *= sizes[axis]
+        shape = tuple(sizes[axis] for axis in axes)
+        self.spec = spec
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype))
+        self.bias = nnx.Param(jnp.zeros([sizes[axis] for axis in bias], dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        y = jnp.einsum(self.spec, x, self.kernel[...])
+        return y if self.bias is None else y + _trailing(self.bias[...], y.ndim)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, computed in float32."""
+
+    def __init__(self, width: int, *, eps: float, dtype: jnp.dtype):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(width, dtype))
+
+    def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return x32.astype(x.dtype) * _trailing(self.scale[...], x.ndim)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / std * scale + bias, computed in float32."""
+
+    def __init__(self, width: int, *, eps: float, dtype: jnp.dtype):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(width, dtype))
+        self.bias = nnx.Param(jnp.zeros(width, dtype))
+
+    def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        scale, bias = (_trailing(p[...].astype(jnp.float32), x.ndim) for p in (self.scale, self.bias))
+        return (x32 * scale + bias).astype(x.dtype)
+
+
+def rotation(angles: Float[Array, "B T half"]) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+    """Cosine and sine of rotary angles, both float32."""
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope_angles(
+    positions: Int[Array, "B axes T"], theta: float, sections: tuple[int, ...]
+) -> Float[Array, "B T half"]:
+    """Rotary angles of a decoder: frequency i turns with the position axis its section belongs to.
+
+    One section is plain RoPE; Qwen2-VL's mRoPE has three (time, height, width), in chunks.
+    """
+    half = sum(sections)
+    frequency = 1.0 / theta ** (jnp.arange(half, dtype=jnp.float32) / half)
+    axis = jnp.repeat(jnp.arange(len(sections)), jnp.array(sections), total_repeat_length=half)
+    return positions.astype(jnp.float32).transpose(0, 2, 1)[:, :, axis] * _trailing(frequency, 3)
+
+
+def rotate(
+    x: Float[Array, "B T N H"], turn: tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+) -> Float[Array, "B T N H"]:
+    """Rotary embedding by half-rotation (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), in float32."""
+    cos, sin = (t[:, :, None, :] for t in turn)
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,224 @@
+"""Qwen2-VL (arXiv 2409.12191): vision tower with 2-D RoPE and dynamic resolution, 2x2 merger, mRoPE positions.
+
+Images never give a shape to a compiled program: each is padded to a bucket of patches, with its real number of patches and
+their grid places as data. Patches come in merge order (each 4 consecutive ones become one visual token), as Hugging Face's
+image processor hands them out, so padding stays at the end.
+
+Axis letters: I images, J patches (padded), E tower width, N heads, H head dim, D decoder width, B batch, T packed slots.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from rlens_jax.models.decoder import Decoder, DecoderConfig
+from rlens_jax.models.hf_config import ConfigReader, read_qwen2_decoder
+from rlens_jax.models.layers import LayerNorm, Linear, rotate, rotation
+from rlens_jax.ops.attention import masked_attention
+
+VISION_ROPE_THETA = 10000.0
+VISION_NORM_EPS = 1e-6
+QUERY_BLOCK = 1024
+"""Patches that query together: a large image's whole score matrix would not fit in memory."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the vision tower; a patch is in_channels x temporal_patch_size x patch_size x patch_size numbers."""
+
+    depth: int
+    width: int
+    num_heads: int
+    ffn_width: int
+    patch_numbers: int
+    merge_size: int
+    out_width: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        group = self.merge_size**2 * self.width
+        return {
+            "C": self.patch_numbers,
+            "E": self.width,
+            "N": self.num_heads,
+            "H": self.width // self.num_heads,
+            "F": self.ffn_width,
+            "G": group,
+            "M": group,
+            "D": self.out_width,
+        }
+
+
+@dataclass(frozen=True)
+class Qwen2VLConfig:
+    """Everything that shapes a Qwen2-VL model."""
+
+    decoder: DecoderConfig
+    vision: VisionConfig
+    image_token: int
+    video_token: int
+
+
+def read_config(config: ConfigReader) -> Qwen2VLConfig:
+    """Sizes from config.json.
+
+    Raises:
+        UserError: a field is missing, or asks for a computation that is not supported.
+    """
+    vision = config.section("vision_config")
+    vision.require("hidden_act", "quick_gelu")
+    width = vision.size("embed_dim")
+    numbers = vision.size("in_channels", "in_chans", default=3) * vision.size("temporal_patch_size", default=2)
+    decoder = read_qwen2_decoder(config)
+    return Qwen2VLConfig(
+        decoder,
+        VisionConfig(
+            depth=vision.size("depth"),
+            width=width,
+            num_heads=vision.size("num_heads"),
+            ffn_width=int(width * vision.number("mlp_ratio")),
+            patch_numbers=numbers * vision.size("patch_size") ** 2,
+            merge_size=vision.size("spatial_merge_size", default=2),
+            out_width=decoder.width,
+        ),
+        image_token=config.size("image_token_id"),
+        video_token=config.size("video_token_id"),
+    )
+
+
+class VisionLayer(nnx.Module):
+    """Pre-norm full attention within one image, and a quick-GELU MLP."""
+
+    def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        sizes = config.sizes
+        self.attention_norm = LayerNorm(config.width, eps=VISION_NORM_EPS, dtype=dtype)
+        self.q_proj = Linear("IJE,ENH->IJNH", sizes, bias="NH", dtype=dtype, rngs=rngs)
+        self.k_proj = Linear("IJE,ENH->IJNH", sizes, bias="NH", dtype=dtype, rngs=rngs)
+        self.v_proj = Linear("IJE,ENH->IJNH", sizes, bias="NH", dtype=dtype, rngs=rngs)
+        self.o_proj = Linear("INJH,NHE->IJE", sizes, bias="E", dtype=dtype, rngs=rngs)
+        self.mlp_norm = LayerNorm(config.width, eps=VISION_NORM_EPS, dtype=dtype)
+        self.fc1 = Linear("IJE,EF->IJF", sizes, bias="F", dtype=dtype, rngs=rngs)
+        self.fc2 = Linear("IJF,FE->IJE", sizes, bias="E", dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "I J E"],
+        turn: tuple[Float[Array, "I J half"], Float[Array, "I J half"]],
+        is_patch: Bool[Array, "I J"],
+    ) -> Float[Array, "I J E"]:
+        y = self.attention_norm(x)
+        q, k, v = rotate(self.q_proj(y), turn), rotate(self.k_proj(y), turn), self.v_proj(y)
+        q, k, v = (z.swapaxes(1, 2) for z in (q, k, v))
+        blocks = [
+            masked_attention(block, k, v, jnp.broadcast_to(is_patch[:, None], (*block.shape[::2], k.shape[2])))
+            for block in (q[:, :, i : i + QUERY_BLOCK] for i in range(0, q.shape[2], QUERY_BLOCK))
+        ]
+        x = x + self.o_proj(jnp.concatenate(blocks, axis=2))
+        hidden = self.fc1(self.mlp_norm(x))
+        return x + self.fc2(hidden * jax.nn.sigmoid(1.702 * hidden))
+
+
+class VisionTower(nnx.Module):
+    """Patches to visual tokens: patch embedding, stacked layers, and the merger (the connector)."""
+
+    def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        sizes = config.sizes
+        self.config = config
+        self.patch_embed = Linear("IJC,CE->IJE", sizes, dtype=dtype, rngs=rngs)
+        make = nnx.vmap(lambda rngs: VisionLayer(config, dtype=dtype, rngs=rngs))
+        self.layers = make(rngs.fork(split=config.depth))
+        self.merger_norm = LayerNorm(config.width, eps=VISION_NORM_EPS, dtype=dtype)
+        self.merger_fc1 = Linear("IJG,GM->IJM", sizes, bias="M", dtype=dtype, rngs=rngs)
+        self.merger_fc2 = Linear("IJM,MD->IJD", sizes, bias="D", dtype=dtype, rngs=rngs)
+
+    def features(
+        self, patches: Float[Array, "I J C"], places: Int[Array, "I J 2"], num_patches: Int[Array, " I"]
+    ) -> Float[Array, "I J E"]:
+        """The tower's output before the merger.
+
+        Args:
+            patches: flattened pixel values of each patch, in merge order, padded with anything.
+            places: row and column of each patch in its image.
+            num_patches: how many patches of each image are real.
+        """
+        head_dim = self.config.width // self.config.num_heads
+        quarter = head_dim // 4
+        frequency = 1.0 / VISION_ROPE_THETA ** (jnp.arange(quarter, dtype=jnp.float32) / quarter)
+        angles = places.astype(jnp.float32)[..., None] * frequency[None, None, None]
+        turn = rotation(angles.reshape(*places.shape[:2], 2 * quarter))
+        is_patch = jnp.arange(patches.shape[1])[None] < num_patches[:, None]
+        graph, stack = nnx.split(self.layers)
+
+        def body(x: Array, layer: nnx.State) -> tuple[Array, None]:
+            return nnx.merge(graph, layer)(x, turn, is_patch), None
+
+        x = self.patch_embed(patches.astype(self.patch_embed.kernel.dtype))
+        return jax.lax.scan(body, x, stack)[0]
+
+    def merge(self, x: Float[Array, "I J E"]) -> Float[Array, "I j D"]:
+        """The connector: each merge_size ** 2 consecutive patches become one visual token of the decoder's width."""
+        images, patches, width = x.shape
+        group = self.config.merge_size**2
+        x = self.merger_norm(x).reshape(images, patches // group, group * width)
+        return self.merger_fc2(jax.nn.gelu(self.merger_fc1(x), approximate=False))
+
+    def __call__(
+        self, patches: Float[Array, "I J C"], places: Int[Array, "I J 2"], num_patches: Int[Array, " I"]
+    ) -> Float[Array, "I j D"]:
+        """Visual tokens of each image; those of padding patches are meaningless numbers."""
+        return self.merge(self.features(patches, places, num_patches))
+
+
+class Qwen2VL(nnx.Module):
+    """The whole model: `vision` makes visual tokens, `decoder` reads them with the text."""
+
+    def __init__(self, config: Qwen2VLConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.vision = VisionTower(config.vision, dtype=dtype, rngs=rngs)
+        self.decoder = Decoder(config.decoder, dtype=dtype, rngs=rngs)
+
+
+def patch_places(grid: tuple[int, int], merge_size: int) -> np.ndarray:
+    """Row and column of each patch of an image, int32 [J, 2], in merge order.
+
+    Args:
+        grid: rows and columns of patches.
+        merge_size: side of the square of patches that becomes one visual token.
+    """
+    rows, columns = grid
+    places = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1)
+    m = merge_size
+    places = places.reshape(rows // m, m, columns // m, m, 2).transpose(0, 2, 1, 3, 4)
+    return places.reshape(-1, 2).astype(np.int32)
+
+
+def rope_positions(is_visual: np.ndarray, grids: Sequence[tuple[int, int]], merge_size: int) -> tuple[np.ndarray, int]:
+    """mRoPE positions of a prompt: int32 [3, T] (time, height, width), and the position of the token after it.
+
+    Text counts up on all three axes; an image's tokens share one time, count rows and columns of merged patches, and the
+    text after it goes on past its largest position.
+
+    Args:
+        is_visual: bool [T], True for image tokens.
+        grids: rows and columns of patches of each image, in order.
+        merge_size: side of the square of patches that becomes one visual token.
+    """
+    positions = np.zeros((3, len(is_visual)), np.int32)
+    images = iter(grids)
+    token, following = 0, 0
+    while token < len(is_visual):
+        if not is_visual[token]:
+            positions[:, token] = following
+            token, following = token + 1, following + 1
+            continue
+        rows, columns = (side // merge_size for side in next(images))
+        span = slice(token, token + rows * columns)
+        positions[0, span] = following
+        positions[1, span] = following + np.repeat(np.arange(rows), columns)
+        positions[2, span] = following + np.tile(np.arange(columns), rows)
+        token, following = token + rows * columns, following + max(rows, columns)
+    return positions, following

@@ -1,0 +1,1 @@
+"""The reductions: a plain XLA reference and a fast, work-skipping path for each."""
