@@ -11,7 +11,7 @@ Axis letters: B batch, X text slots, P visual slots, T = X + P packed query slot
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ class Bucket:
         return self.text + self.visual
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slots:
@@ -46,16 +47,17 @@ class Slots:
     ordinal: Int[Array, "B T"]
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenLayout:
     """The packing of a batch. Positions are int32 sequence indices; empty slots are at `PADDING_POSITION`."""
 
-    text_position: Int[Array, "B X"]
-    visual_position: Int[Array, "B P"]
-    num_text: Int[Array, " B"]
-    num_visual: Int[Array, " B"]
-    sample: Int[Array, " B"]
+    text_position: Int[Array | np.ndarray, "B X"]
+    visual_position: Int[Array | np.ndarray, "B P"]
+    num_text: Int[Array | np.ndarray, " B"]
+    num_visual: Int[Array | np.ndarray, " B"]
+    sample: Int[Array | np.ndarray, " B"]
     """A number that names the sample in the run; random probes are drawn from it."""
 
     @property
@@ -64,12 +66,13 @@ class TokenLayout:
 
     @property
     def text(self) -> Slots:
-        return Slots(self.text_position, jnp.full_like(self.text_position, -1))
+        position = jnp.asarray(self.text_position)
+        return Slots(position, jnp.full_like(position, -1))
 
     @property
     def visual(self) -> Slots:
         ordinal = jax.lax.broadcasted_iota(jnp.int32, self.visual_position.shape, 1)
-        return Slots(self.visual_position, ordinal)
+        return Slots(jnp.asarray(self.visual_position), ordinal)
 
     @property
     def slots(self) -> Slots:
@@ -81,7 +84,7 @@ class TokenLayout:
         )
 
     @property
-    def num_tokens(self) -> Int[Array, " B"]:
+    def num_tokens(self) -> Int[Array | np.ndarray, " B"]:
         return self.num_text + self.num_visual
 
 
@@ -127,11 +130,15 @@ def pack_layout(is_visual: Sequence[np.ndarray], bucket: Bucket, samples: Sequen
     Raises:
         ValueError: a sample has more tokens than its bucket has slots.
     """
-    text, visual = (np.full((len(is_visual), n), PADDING_POSITION, np.int32) for n in (bucket.text, bucket.visual))
+    text, visual = (
+        np.full((len(is_visual), n), PADDING_POSITION, np.int32) for n in (bucket.text, bucket.visual)
+    )
     for row, mask in enumerate(is_visual):
         for slots, positions in ((text, np.flatnonzero(~mask)), (visual, np.flatnonzero(mask))):
             if len(positions) > slots.shape[1]:
-                raise ValueError(f"sample {samples[row]} has {len(positions)} tokens for {slots.shape[1]} slots")
+                raise ValueError(
+                    f"sample {samples[row]} has {len(positions)} tokens for {slots.shape[1]} slots"
+                )
             slots[row, : len(positions)] = positions
     num_visual = np.array([mask.sum() for mask in is_visual], np.int32)
     num_text = np.array([len(mask) for mask in is_visual], np.int32) - num_visual

@@ -13,12 +13,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlens_jax.data.samples import Sample
+from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.errors import UserError, suggest
 
 _FIELDS = ("image", "question", "answer", "answers", "dataset", "id")
 _VIDEO_FIELDS = ("video", "videos")
-_IMAGE_MARK = "<image>"
 
 
 def read_jsonl(path: Path) -> list[Sample]:
@@ -85,10 +84,10 @@ def _sample(row: dict[str, Any], path: Path, number: int) -> Sample:
     where = f"{path}:{number}"
     images = _images(row, path.parent, where)
     question = _text(row, "question", where)
-    marks = question.count(_IMAGE_MARK)
+    marks = question.count(IMAGE_MARK)
     if marks not in (0, len(images)):
         raise UserError(
-            f"{where}: field 'question' has {marks} {_IMAGE_MARK} mark(s), but the row has {len(images)} "
+            f"{where}: field 'question' has {marks} {IMAGE_MARK} mark(s), but the row has {len(images)} "
             "image(s); use one mark for each image, or none"
         )
     return Sample(

@@ -11,6 +11,9 @@ from rlens_jax.errors import UserError
 MAX_IMAGE_PIXELS = 100_000_000
 """Default limit on width x height of an image file: far above any photo, and 300 MB when decoded."""
 
+IMAGE_MARK = "<image>"
+"""Where in a question an image goes."""
+
 # Our limit replaces Pillow's, whose warning from 89 million pixels on would only add noise. Pillow's check
 # reads this module variable at each call, so setting it for one image only would race with other threads.
 Image.MAX_IMAGE_PIXELS = None

@@ -6,9 +6,11 @@ Axis letters: A micro-batches, B samples, X text slots, P visual slots, J patche
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import no_type_check
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from rlens_jax.demo.pages import CELL, DATASETS, Page, Question, make_page, make_question, transcription
 from rlens_jax.demo.processor import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
@@ -22,26 +24,27 @@ TRANSCRIBED_SHARE = 0.4
 IGNORE = -1
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainBatch:
     """One batch, as arrays [B, ...] (stacked micro-batches [A, B, ...] on their way to the device)."""
 
-    text_ids: np.ndarray
+    text_ids: Array | np.ndarray
     """int32 [B, X]."""
-    targets: np.ndarray
+    targets: Array | np.ndarray
     """int32 [B, X]: the next token where it belongs to an answer, `IGNORE` elsewhere."""
     layout: TokenLayout
-    rope: np.ndarray
+    rope: Array | np.ndarray
     """int32 [B, 3, T], packed."""
-    patches: np.ndarray
+    patches: Array | np.ndarray
     """float32 [B, J, C]."""
-    places: np.ndarray
+    places: Array | np.ndarray
     """int32 [B, J, 2]."""
-    num_patches: np.ndarray
+    num_patches: Array | np.ndarray
     """int32 [B]."""
-    glyphs: np.ndarray
-    """int32 [B, P]: the digit whose last corner a visual token is, `IGNORE` elsewhere."""
+    cells: Array | np.ndarray
+    """int32 [B, P, 3]: digit, row and column of the cell whose last corner a visual token is, `IGNORE` elsewhere."""
 
 
 def make_patches(pixels: np.ndarray) -> np.ndarray:
@@ -54,13 +57,17 @@ def make_patches(pixels: np.ndarray) -> np.ndarray:
     return x.reshape(rows * columns, -1)
 
 
-def glyph_labels(page: Page) -> np.ndarray:
-    """int32 [visual tokens]: the digit at the last (bottom right) visual token of each cell, `IGNORE` elsewhere."""
+def cell_labels(page: Page) -> np.ndarray:
+    """int32 [visual tokens, 3]: digit, row and column at the last (bottom right) visual token of each cell.
+
+    All other tokens hold `IGNORE`.
+    """
     side = CELL // (PATCH_SIZE * MERGE_SIZE)
     rows, columns = page.digits.shape
-    labels = np.full((rows, side, columns, side), IGNORE, np.int32)
-    labels[:, -1, :, -1] = page.digits
-    return labels.reshape(-1)
+    labels = np.full((rows, side, columns, side, 3), IGNORE, np.int32)
+    places = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    labels[:, -1, :, -1] = np.stack([page.digits, *places], axis=-1)
+    return labels.reshape(-1, 3)
 
 
 def conversation(
@@ -97,7 +104,7 @@ def make_batch(rng: np.random.Generator, size: int, tokens: Mapping[str, int]) -
     """A fresh batch of augmented training pages."""
     bucket = TRAIN_BUCKET
     num_slots = bucket.visual * MERGE_SIZE**2
-    ids, targets, masks, ropes, glyphs = [], [], [], [], []
+    ids, targets, masks, ropes, cells = [], [], [], [], []
     patches = np.zeros((size, num_slots, 3 * TEMPORAL_PATCH_SIZE * PATCH_SIZE**2), np.float32)
     places = np.zeros((size, num_slots, 2), np.int32)
     num_patches = np.zeros(size, np.int32)
@@ -114,7 +121,7 @@ def make_batch(rng: np.random.Generator, size: int, tokens: Mapping[str, int]) -
         targets.append(sample_targets)
         masks.append(is_visual)
         ropes.append(rope_positions(is_visual, [grid], MERGE_SIZE)[0].T)
-        glyphs.append(np.pad(glyph_labels(page), (0, bucket.visual - count // MERGE_SIZE**2), constant_values=IGNORE))
+        cells.append(cell_labels(page))
     layout = pack_layout(masks, bucket, range(size))
     answered = pack_rows([t + 1 for t in targets], layout)[:, : bucket.text] - 1
     return TrainBatch(
@@ -125,11 +132,15 @@ def make_batch(rng: np.random.Generator, size: int, tokens: Mapping[str, int]) -
         patches=patches,
         places=places,
         num_patches=num_patches,
-        glyphs=np.stack(glyphs),
+        cells=np.stack(
+            [np.pad(c, ((0, bucket.visual - len(c)), (0, 0)), constant_values=IGNORE) for c in cells]
+        ),
     )
 
 
-def batches(seed: int, start: int, micro_batches: int, size: int, tokens: Mapping[str, int]) -> Iterator[TrainBatch]:
+def batches(
+    seed: int, start: int, micro_batches: int, size: int, tokens: Mapping[str, int]
+) -> Iterator[TrainBatch]:
     """Endless training batches [A, B, ...]; the one of step i depends on seed and i only, so a resumed run goes on alike."""
     step = start
     while True:

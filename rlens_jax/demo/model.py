@@ -21,7 +21,7 @@ def embedded_config() -> dict[str, Any]:
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "rms_norm_eps": 1e-6,
-        "rope_theta": 30.0,
+        "rope_theta": 8.0,
         "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
         "max_position_embeddings": 2048,
         "attention_dropout": 0.0,

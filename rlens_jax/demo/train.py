@@ -1,13 +1,14 @@
 """Train the embedded model: `python -m rlens_jax.demo.train --output DIR` (our decision; about an hour on two cores).
 
-The loss is that of the answers, plus, while training, an auxiliary one: from the states of each glyph's last visual token
-after an early decoder layer, tell the digit. Without it nothing but the language prior is learned in reasonable time; its
-head is dropped afterwards. Kill the run at any moment: it goes on from its last checkpoint.
+The loss is that of the answers, plus, while training, an auxiliary one: from the states of each cell's last visual token
+after an early decoder layer, tell its digit, row and column. Without it nothing but the language prior is learned in
+reasonable time; its heads are dropped afterwards. Kill the run at any moment: it goes on from its last checkpoint.
 """
 
 import argparse
 import json
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -17,35 +18,40 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from rlens_jax.demo.batches import IGNORE, TrainBatch, batches
+from rlens_jax.demo.card import MODEL_CARD
 from rlens_jax.demo.model import embedded_config
-from rlens_jax.demo.processor import TOKENS
+from rlens_jax.demo.processor import END_OF_TURN, TOKENS, write_processor
 from rlens_jax.models.hf_config import ConfigReader
 from rlens_jax.models.qwen2_vl import Qwen2VL, read_config
 from rlens_jax.plan import Plan, Reduction
+from rlens_jax.weights.export import save_hf
 
-GLYPH_LAYERS = 3
+CELL_LAYERS = 3
 """The auxiliary loss looks at the states after this many decoder layers, so that they, too, learn to read."""
-GLYPH_WEIGHT = 0.3
+CELL_WEIGHT = 0.3
+CELL_LABELS = ("digit", "row", "column")
 SEED = 2501_19036
 MICRO_BATCHES, MICRO_BATCH = 3, 8
 LEARNING_RATE, WARMUP, CLIP = 1.5e-3, 100, 1.0
 SAVE_EVERY = 100
+END = TOKENS.index(END_OF_TURN)
 
 
-class GlyphHead(nnx.Module):
-    """The auxiliary classifier of the training; not part of the model."""
+class CellHeads(nnx.Module):
+    """The auxiliary classifiers of the training (digit, row, column of a cell); not part of the model."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(width, 10, rngs=rngs)
+        self.digit, self.row, self.column = (nnx.Linear(width, kinds, rngs=rngs) for kinds in (10, 8, 8))
 
 
-def cross_entropy(logits: Float[Array, "*n V"], labels: Array) -> tuple[Array, Array, Array]:
+def cross_entropy(logits: Float[Array, "*n V"], labels: Array | np.ndarray) -> tuple[Array, Array, Array]:
     """Sum of losses, of right answers, and count, over the labels that are not `IGNORE`."""
     counts = labels != IGNORE
     safe = jnp.where(counts, labels, 0)
@@ -54,34 +60,53 @@ def cross_entropy(logits: Float[Array, "*n V"], labels: Array) -> tuple[Array, A
     return jnp.where(counts, loss, 0.0).sum(), right.sum(), counts.sum()
 
 
-def losses(model: Qwen2VL, glyph_head: GlyphHead, batch: TrainBatch) -> tuple[Array, dict[str, Array]]:
+def losses(model: Qwen2VL, heads: CellHeads, batch: TrainBatch) -> tuple[Array, dict[str, Array]]:
     """Loss of one micro-batch, and what the log shows."""
     decoder = model.decoder
     visual = model.vision(batch.patches, batch.places, batch.num_patches)
     context = decoder.context(batch.layout, batch.rope, jax.random.key(0))
     run = partial(decoder.prefill, context=context, plan=Plan(), reduction=Reduction())
-    middle, _ = run(decoder.embed(batch.text_ids, visual), layers=range(GLYPH_LAYERS))
-    last, _ = run(middle, layers=range(GLYPH_LAYERS, decoder.config.num_layers))
+    middle, _ = run(decoder.embed(batch.text_ids, visual), layers=range(CELL_LAYERS))
+    last, _ = run(middle, layers=range(CELL_LAYERS, decoder.config.num_layers))
     num_text = batch.text_ids.shape[1]
-    glyph_loss, glyph_right, glyphs = cross_entropy(glyph_head.linear(middle[:, num_text:]), batch.glyphs)
-    answer_loss, answer_right, answers = cross_entropy(decoder.logits(last[:, :num_text]), batch.targets)
+    cells = middle[:, num_text:]
+    read = [
+        cross_entropy(head(cells), batch.cells[:, :, axis])
+        for axis, head in enumerate((heads.digit, heads.row, heads.column))
+    ]
+    logits = decoder.logits(last[:, :num_text])
+    answer_loss, _, answers = cross_entropy(logits, batch.targets)
+    _, words_right, words = cross_entropy(logits, jnp.where(batch.targets == END, IGNORE, batch.targets))
     log = {
         "loss": answer_loss / answers,
-        "accuracy": answer_right / answers,
-        "glyph_loss": glyph_loss / glyphs,
-        "glyph_accuracy": glyph_right / glyphs,
+        "word_accuracy": words_right / words,
+        **{
+            f"{name}_accuracy": right / count
+            for name, (_, right, count) in zip(CELL_LABELS, read, strict=True)
+        },
     }
-    return log["loss"] + GLYPH_WEIGHT * log["glyph_loss"], log
+    return log["loss"] + CELL_WEIGHT * sum(loss / count for loss, _, count in read), log
+
+
+def calm(model: Qwen2VL) -> None:
+    """Initialise for depth, in place: embeddings of unit scale beside the branches, whose outputs are scaled by (2 L)^-1/2."""
+    decoder = model.decoder
+    scale = (2 * decoder.config.num_layers) ** -0.5
+    for kernel in (decoder.layers.attention.o_proj.kernel, decoder.layers.ffn.down_proj.kernel):
+        kernel[...] = kernel[...] * scale
+    decoder.embedding[...] = decoder.embedding[...] * 5
 
 
 def make_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Any:
     """The jitted update: gradients are averaged over micro-batches, which CPUs run faster than one large batch."""
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(state: nnx.State, optimizer_state: optax.OptState, batch: TrainBatch) -> tuple[Any, Any, dict[str, Array]]:
+    def step(
+        state: nnx.State, optimizer_state: optax.OptState, batch: TrainBatch
+    ) -> tuple[Any, Any, dict[str, Array]]:
         def one(state: nnx.State, micro: TrainBatch) -> tuple[Array, dict[str, Array]]:
-            model, glyph_head = nnx.merge(graph, state)
-            return losses(model, glyph_head, micro)
+            model, heads = nnx.merge(graph, state)
+            return losses(model, heads, micro)
 
         def accumulate(total: Any, micro: TrainBatch) -> tuple[Any, dict[str, Array]]:
             gradient, log = jax.grad(one, has_aux=True)(state, micro)
@@ -115,23 +140,36 @@ def train(folder: Path, steps: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = read_config(ConfigReader(embedded_config(), "embedded_config()"))
     rngs = nnx.Rngs(SEED)
-    modules = (Qwen2VL(config, dtype=jnp.float32, rngs=rngs), GlyphHead(config.decoder.width, rngs=rngs))
+    modules = (Qwen2VL(config, dtype=jnp.float32, rngs=rngs), CellHeads(config.decoder.width, rngs=rngs))
+    calm(modules[0])
     graph, state = nnx.split(modules)
     schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, WARMUP, steps, LEARNING_RATE / 30)
     optimizer = optax.chain(
         optax.clip_by_global_norm(CLIP),
-        optax.adamw(schedule, b2=0.98, weight_decay=0.02, mask=lambda p: jax.tree.map(lambda x: x.ndim > 2, p)),
+        optax.adamw(
+            schedule, b2=0.98, weight_decay=0.02, mask=lambda p: jax.tree.map(lambda x: x.ndim > 2, p)
+        ),
     )
     optimizer_state = optimizer.init(state)
     step = make_step(graph, optimizer)
-    with ocp.CheckpointManager(folder / "state", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
+    with ocp.CheckpointManager(
+        folder / "state", options=ocp.CheckpointManagerOptions(max_to_keep=2)
+    ) as manager:
         start = manager.latest_step() or 0
         pure = nnx.to_pure_dict(state)
         if start:
             saved = manager.restore(start, args=ocp.args.StandardRestore((pure, optimizer_state)))
             pure, optimizer_state = saved
             nnx.replace_by_pure_dict(state, pure)
-        source = ahead(batches(SEED, start, MICRO_BATCHES, MICRO_BATCH, {token: number for number, token in enumerate(TOKENS)}))
+        source = ahead(
+            batches(
+                SEED,
+                start,
+                MICRO_BATCHES,
+                MICRO_BATCH,
+                {token: number for number, token in enumerate(TOKENS)},
+            )
+        )
         began = time.monotonic()
         for number in range(start + 1, steps + 1):
             state, optimizer_state, log = step(state, optimizer_state, next(source))
@@ -144,12 +182,25 @@ def train(folder: Path, steps: int) -> None:
                 print(f"{json.dumps(record)}  {rate:.2f} steps/s, {left:.0f} min left", flush=True)
             if number % SAVE_EVERY == 0 or number == steps:
                 manager.save(number, args=ocp.args.StandardSave((nnx.to_pure_dict(state), optimizer_state)))
+    model, _ = nnx.merge(graph, state)
+    publish(folder, model)
+
+
+def publish(folder: Path, model: Qwen2VL) -> None:
+    """Write the trained model as a Hugging Face folder, `folder`/model: weights, tokenizer, image processor, card, log."""
+    target = folder / "model"
+    save_hf(target, model, embedded_config())
+    write_processor(target)
+    (target / "README.md").write_text(MODEL_CARD, encoding="utf-8")
+    shutil.copy(folder / "training_log.jsonl", target)
 
 
 def main() -> None:
     """Parse and train."""
     parser = argparse.ArgumentParser(prog="python -m rlens_jax.demo.train", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints and log; resumed if it has any")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of checkpoints and log; resumed if it has any"
+    )
     parser.add_argument("--steps", type=int, default=1800, help="optimiser steps in all")
     arguments = parser.parse_args()
     train(arguments.output, arguments.steps)

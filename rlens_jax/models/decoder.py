@@ -11,11 +11,13 @@ F FFN units, V vocabulary, L layers, U kept units.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.layout import PADDING_POSITION, Slots, TokenLayout, visible
@@ -25,6 +27,8 @@ from rlens_jax.ops.ffn import FfnWeights, Kept, dense_ffn, dynamic_ffn
 from rlens_jax.plan import Plan, Reduction
 
 Out = TypeVar("Out")
+Flags = Callable[[Array], tuple[bool | Array, bool | Array]]
+"""Whether a layer is hollow and whether it is dynamic: known beforehand, or data."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class DecoderConfig:
         }
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TracedPlan:
@@ -66,6 +71,7 @@ class TracedPlan:
     dynamic: Bool[Array, " L"]
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
@@ -77,6 +83,7 @@ class Context:
     """Seeds random probes; each layer folds in its number."""
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
@@ -87,6 +94,7 @@ class KVCache:
     position: Int[Array, "B S"]
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerRecord:
@@ -101,7 +109,7 @@ class LayerRecord:
 class Attention(nnx.Module):
     """Projections of grouped-query attention; how the heads attend is the caller's choice."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         sizes, bias = config.sizes, config.qkv_bias
         self.q_proj = Linear("BTD,DNH->BTNH", sizes, bias="NH" if bias else "", dtype=dtype, rngs=rngs)
         self.k_proj = Linear("BTD,DKH->BTKH", sizes, bias="KH" if bias else "", dtype=dtype, rngs=rngs)
@@ -119,7 +127,7 @@ class Attention(nnx.Module):
 class FFN(nnx.Module):
     """The weights of a gated FFN, one row a unit."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.gate_proj = Linear("BTD,FD->BTF", config.sizes, dtype=dtype, rngs=rngs)
         self.up_proj = Linear("BTD,FD->BTF", config.sizes, dtype=dtype, rngs=rngs)
         self.down_proj = Linear("BTF,FD->BTD", config.sizes, dtype=dtype, rngs=rngs)
@@ -132,7 +140,7 @@ class FFN(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and gated FFN, each added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.input_norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
         self.ffn_norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
@@ -196,31 +204,33 @@ def _choose(flag: bool | Bool[Array, ""], yes: Callable[[], Out], no: Callable[[
 class Decoder(nnx.Module):
     """Token embeddings, stacked layers, final norm and head."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         shape = (config.vocabulary, config.width)
         scale = jnp.asarray(0.02, dtype)
         self.config = config
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale)
         make = nnx.vmap(lambda rngs: DecoderLayer(config, dtype=dtype, rngs=rngs))
-        self.layers = make(rngs.fork(split=config.num_layers))
+        self.layers = make(rngs.split(config.num_layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
-        self.head = None if config.tied_head else nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale)
+        self.head = (
+            None if config.tied_head else nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale)
+        )
 
     def embed(
-        self, text_ids: Int[Array, "B X"], visual: Float[Array, "B P D"]
+        self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[Array, "B P D"]
     ) -> Float[Array, "B T D"]:
         """Packed embeddings: those of the text tokens, then the connector's outputs."""
         text = self.embedding[...][text_ids]
         return jnp.concatenate([text, visual.astype(text.dtype)], axis=1)
 
     def context(
-        self, layout: TokenLayout, rope_positions: Int[Array, "B axes T"], random_key: Array
+        self, layout: TokenLayout, rope_positions: Int[Array | np.ndarray, "B axes T"], random_key: Array
     ) -> Context:
         """What all layers of one prefill share; `rope_positions` are packed like the states."""
         return Context(layout, self._turn(rope_positions), random_key)
 
     def _turn(
-        self, rope_positions: Int[Array, "B axes T"]
+        self, rope_positions: Int[Array | np.ndarray, "B axes T"]
     ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
         return rotation(rope_angles(rope_positions, self.config.rope_theta, self.config.rope_sections))
 
@@ -228,24 +238,32 @@ class Decoder(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         context: Context,
-        plan: Plan,
+        plan: Plan | TracedPlan,
         reduction: Reduction,
         layers: range | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerRecord]:
-        """All layers (or the consecutive `layers`) under a static plan: the last states and the layers' stacked records."""
+        """All layers, or the consecutive `layers`: the last states, and every layer's record, stacked."""
         graph, stack = nnx.split(self.layers)
         span = layers or range(self.config.num_layers)
+        if isinstance(plan, TracedPlan):
+            runs = [(span, lambda layer: (plan.hollow[layer], plan.dynamic[layer]))]
+        else:
+            clipped = [
+                (
+                    range(max(start, span.start), min(stop, span.stop)),
+                    lambda _, flags=(hollow, dynamic): flags,
+                )
+                for start, stop, hollow, dynamic in plan.runs(self.config.num_layers)
+            ]
+            runs = [(run, flags) for run, flags in clipped if run]
         records = []
-        for first, last, hollow, dynamic in plan.runs(self.config.num_layers):
-            start, stop = max(first, span.start), min(last, span.stop)
-            if start >= stop:
-                continue
+        for run, flags in runs:
 
-            def body(x: Array, layer: Array, hollow: bool = hollow, dynamic: bool = dynamic) -> tuple[Array, LayerRecord]:
+            def body(x: Array, layer: Array, flags: Flags = flags) -> tuple[Array, LayerRecord]:
                 module = nnx.merge(graph, _at(stack, layer))
-                return module(x, context, reduction, hollow, dynamic, layer)
+                return module(x, context, reduction, *flags(layer), layer)
 
-            x, record = jax.lax.scan(body, x, jnp.arange(start, stop, dtype=jnp.int32))
+            x, record = jax.lax.scan(body, x, jnp.arange(run.start, run.stop, dtype=jnp.int32))
             records.append(record)
         return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *records)
 

@@ -74,7 +74,9 @@ def read_qwen2_decoder(config: ConfigReader) -> DecoderConfig:
     text.require("use_sliding_window", False, None)
     for layer_type in set(text.fields.get("layer_types") or ()):
         if layer_type != "full_attention":
-            raise UserError(f"{text.where}: layer_types contains {layer_type!r}; only full_attention is supported")
+            raise UserError(
+                f"{text.where}: layer_types contains {layer_type!r}; only full_attention is supported"
+            )
     width, heads = text.size("hidden_size"), text.size("num_attention_heads")
     head_dim = text.size("head_dim", default=width // heads)
     theta, sections = _rope(text, head_dim)
@@ -90,7 +92,9 @@ def read_qwen2_decoder(config: ConfigReader) -> DecoderConfig:
         rope_theta=theta,
         rope_sections=sections,
         qkv_bias=True,
-        tied_head=bool(config.fields.get("tie_word_embeddings", text.fields.get("tie_word_embeddings", False))),
+        tied_head=bool(
+            config.fields.get("tie_word_embeddings", text.fields.get("tie_word_embeddings", False))
+        ),
     )
 
 
@@ -105,5 +109,7 @@ def _rope(text: ConfigReader, head_dim: int) -> tuple[float, tuple[int, ...]]:
     theta = rope.number("rope_theta", default=text.number("rope_theta", default=1e6))
     sections = tuple(scaling.get("mrope_section") or (head_dim // 2,))
     if sum(sections) != head_dim // 2:
-        raise UserError(f"{rope.where}: mrope_section {list(sections)} must sum to half the head dim, {head_dim // 2}")
+        raise UserError(
+            f"{rope.where}: mrope_section {list(sections)} must sum to half the head dim, {head_dim // 2}"
+        )
     return theta, sections

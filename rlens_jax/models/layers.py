@@ -7,7 +7,9 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 Sizes = Mapping[str, int]
@@ -21,7 +23,7 @@ def _trailing(parameter: Array, ndim: int) -> Array:
 class Linear(nnx.Module):
     """`einsum(spec, x, kernel) + bias`; the spec is the layer: "BTD,DNH->BTNH" names all axes, "F" the bias's."""
 
-    def __init__(self, spec: str, sizes: Sizes, *, bias: str = "", dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, spec: str, sizes: Sizes, *, bias: str = "", dtype: DTypeLike, rngs: nnx.Rngs):
         inputs, axes = spec.split("->")[0].split(",")
         contracted = [axis for axis in axes if axis in inputs]
         fan_in = 1
@@ -29,7 +31,9 @@ class Linear(nnx.Module):
             fan_in *= sizes[axis]
         shape = tuple(sizes[axis] for axis in axes)
         self.spec = spec
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype))
+        self.kernel = nnx.Param(
+            jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype)
+        )
         self.bias = nnx.Param(jnp.zeros([sizes[axis] for axis in bias], dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -40,7 +44,7 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, computed in float32."""
 
-    def __init__(self, width: int, *, eps: float, dtype: jnp.dtype):
+    def __init__(self, width: int, *, eps: float, dtype: DTypeLike):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones(width, dtype))
 
@@ -53,7 +57,7 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """(x - mean) / std * scale + bias, computed in float32."""
 
-    def __init__(self, width: int, *, eps: float, dtype: jnp.dtype):
+    def __init__(self, width: int, *, eps: float, dtype: DTypeLike):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones(width, dtype))
         self.bias = nnx.Param(jnp.zeros(width, dtype))
@@ -72,7 +76,7 @@ def rotation(angles: Float[Array, "B T half"]) -> tuple[Float[Array, "B T half"]
 
 
 def rope_angles(
-    positions: Int[Array, "B axes T"], theta: float, sections: tuple[int, ...]
+    positions: Int[Array | np.ndarray, "B axes T"], theta: float, sections: tuple[int, ...]
 ) -> Float[Array, "B T half"]:
     """Rotary angles of a decoder: frequency i turns with the position axis its section belongs to.
 

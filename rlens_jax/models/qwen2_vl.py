@@ -9,16 +9,23 @@ Axis letters: I images, J patches (padded), E tower width, N heads, H head dim, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
+from PIL.Image import Image
 
+from rlens_jax.data.samples import Sample
+from rlens_jax.errors import UserError
+from rlens_jax.models.chat import ChatTokenizer
 from rlens_jax.models.decoder import Decoder, DecoderConfig
 from rlens_jax.models.hf_config import ConfigReader, read_qwen2_decoder
 from rlens_jax.models.layers import LayerNorm, Linear, rotate, rotation
+from rlens_jax.models.prompt import PreparedImage, Prompt
 from rlens_jax.ops.attention import masked_attention
 
 VISION_ROPE_THETA = 10000.0
@@ -29,13 +36,15 @@ QUERY_BLOCK = 1024
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the vision tower; a patch is in_channels x temporal_patch_size x patch_size x patch_size numbers."""
+    """Sizes of the vision tower; a patch is channels x temporal_patch x patch_size x patch_size numbers."""
 
     depth: int
     width: int
     num_heads: int
     ffn_width: int
-    patch_numbers: int
+    channels: int
+    temporal_patch: int
+    patch_size: int
     merge_size: int
     out_width: int
 
@@ -43,7 +52,7 @@ class VisionConfig:
     def sizes(self) -> dict[str, int]:
         group = self.merge_size**2 * self.width
         return {
-            "C": self.patch_numbers,
+            "C": self.channels * self.temporal_patch * self.patch_size**2,
             "E": self.width,
             "N": self.num_heads,
             "H": self.width // self.num_heads,
@@ -73,7 +82,6 @@ def read_config(config: ConfigReader) -> Qwen2VLConfig:
     vision = config.section("vision_config")
     vision.require("hidden_act", "quick_gelu")
     width = vision.size("embed_dim")
-    numbers = vision.size("in_channels", "in_chans", default=3) * vision.size("temporal_patch_size", default=2)
     decoder = read_qwen2_decoder(config)
     return Qwen2VLConfig(
         decoder,
@@ -82,7 +90,9 @@ def read_config(config: ConfigReader) -> Qwen2VLConfig:
             width=width,
             num_heads=vision.size("num_heads"),
             ffn_width=int(width * vision.number("mlp_ratio")),
-            patch_numbers=numbers * vision.size("patch_size") ** 2,
+            channels=vision.size("in_channels", "in_chans", default=3),
+            temporal_patch=vision.size("temporal_patch_size", default=2),
+            patch_size=vision.size("patch_size"),
             merge_size=vision.size("spatial_merge_size", default=2),
             out_width=decoder.width,
         ),
@@ -94,7 +104,7 @@ def read_config(config: ConfigReader) -> Qwen2VLConfig:
 class VisionLayer(nnx.Module):
     """Pre-norm full attention within one image, and a quick-GELU MLP."""
 
-    def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         sizes = config.sizes
         self.attention_norm = LayerNorm(config.width, eps=VISION_NORM_EPS, dtype=dtype)
         self.q_proj = Linear("IJE,ENH->IJNH", sizes, bias="NH", dtype=dtype, rngs=rngs)
@@ -115,7 +125,9 @@ class VisionLayer(nnx.Module):
         q, k, v = rotate(self.q_proj(y), turn), rotate(self.k_proj(y), turn), self.v_proj(y)
         q, k, v = (z.swapaxes(1, 2) for z in (q, k, v))
         blocks = [
-            masked_attention(block, k, v, jnp.broadcast_to(is_patch[:, None], (*block.shape[::2], k.shape[2])))
+            masked_attention(
+                block, k, v, jnp.broadcast_to(is_patch[:, None], (*block.shape[::2], k.shape[2]))
+            )
             for block in (q[:, :, i : i + QUERY_BLOCK] for i in range(0, q.shape[2], QUERY_BLOCK))
         ]
         x = x + self.o_proj(jnp.concatenate(blocks, axis=2))
@@ -126,18 +138,21 @@ class VisionLayer(nnx.Module):
 class VisionTower(nnx.Module):
     """Patches to visual tokens: patch embedding, stacked layers, and the merger (the connector)."""
 
-    def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         sizes = config.sizes
         self.config = config
         self.patch_embed = Linear("IJC,CE->IJE", sizes, dtype=dtype, rngs=rngs)
         make = nnx.vmap(lambda rngs: VisionLayer(config, dtype=dtype, rngs=rngs))
-        self.layers = make(rngs.fork(split=config.depth))
+        self.layers = make(rngs.split(config.depth))
         self.merger_norm = LayerNorm(config.width, eps=VISION_NORM_EPS, dtype=dtype)
         self.merger_fc1 = Linear("IJG,GM->IJM", sizes, bias="M", dtype=dtype, rngs=rngs)
         self.merger_fc2 = Linear("IJM,MD->IJD", sizes, bias="D", dtype=dtype, rngs=rngs)
 
     def features(
-        self, patches: Float[Array, "I J C"], places: Int[Array, "I J 2"], num_patches: Int[Array, " I"]
+        self,
+        patches: Float[Array | np.ndarray, "I J C"],
+        places: Int[Array | np.ndarray, "I J 2"],
+        num_patches: Int[Array | np.ndarray, " I"],
     ) -> Float[Array, "I J E"]:
         """The tower's output before the merger.
 
@@ -168,7 +183,10 @@ class VisionTower(nnx.Module):
         return self.merger_fc2(jax.nn.gelu(self.merger_fc1(x), approximate=False))
 
     def __call__(
-        self, patches: Float[Array, "I J C"], places: Int[Array, "I J 2"], num_patches: Int[Array, " I"]
+        self,
+        patches: Float[Array | np.ndarray, "I J C"],
+        places: Int[Array | np.ndarray, "I J 2"],
+        num_patches: Int[Array | np.ndarray, " I"],
     ) -> Float[Array, "I j D"]:
         """Visual tokens of each image; those of padding patches are meaningless numbers."""
         return self.merge(self.features(patches, places, num_patches))
@@ -177,7 +195,7 @@ class VisionTower(nnx.Module):
 class Qwen2VL(nnx.Module):
     """The whole model: `vision` makes visual tokens, `decoder` reads them with the text."""
 
-    def __init__(self, config: Qwen2VLConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen2VLConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.vision = VisionTower(config.vision, dtype=dtype, rngs=rngs)
         self.decoder = Decoder(config.decoder, dtype=dtype, rngs=rngs)
 
@@ -196,7 +214,9 @@ def patch_places(grid: tuple[int, int], merge_size: int) -> np.ndarray:
     return places.reshape(-1, 2).astype(np.int32)
 
 
-def rope_positions(is_visual: np.ndarray, grids: Sequence[tuple[int, int]], merge_size: int) -> tuple[np.ndarray, int]:
+def rope_positions(
+    is_visual: np.ndarray, grids: Sequence[tuple[int, int]], merge_size: int
+) -> tuple[np.ndarray, int]:
     """mRoPE positions of a prompt: int32 [3, T] (time, height, width), and the position of the token after it.
 
     Text counts up on all three axes; an image's tokens share one time, count rows and columns of merged patches, and the
@@ -222,3 +242,47 @@ def rope_positions(is_visual: np.ndarray, grids: Sequence[tuple[int, int]], merg
         positions[2, span] = following + np.tile(np.arange(columns), rows)
         token, following = token + rows * columns, following + max(rows, columns)
     return positions, following
+
+
+class Preparer:
+    """Images and prompts of a Qwen2-VL checkpoint, by its own image processor (the one without torch) and tokenizer."""
+
+    def __init__(self, folder: Path, config: Qwen2VLConfig, patch_slots: Sequence[int]):
+        # Imported here because it pulls in torchvision where that is installed; a model alone needs none of it.
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        self.config = config
+        self.patch_slots = sorted(patch_slots)
+        self.chat = ChatTokenizer(folder, config.image_token)
+        try:
+            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{folder}: no usable preprocessor_config.json ({reason})") from None
+
+    def image(self, pixels: Image, sample_id: str) -> tuple[PreparedImage, tuple[int, int]]:
+        """One image as padded patches [J, C], places [J, 2] and their number, and its grid of patches."""
+        features = self.image_processor(images=[pixels], return_tensors="np")
+        grid = tuple(int(side) for side in features["image_grid_thw"][0, 1:])
+        patches = np.asarray(features["pixel_values"], np.float32)
+        slots = next((n for n in self.patch_slots if n >= len(patches)), None)
+        if slots is None:
+            raise UserError(
+                f"{sample_id}: an image has {len(patches)} patches, the largest bucket {self.patch_slots[-1]}; "
+                "add a larger one to compute.patch_slots or lower max_pixels in preprocessor_config.json"
+            )
+        arrays = (
+            np.pad(patches, ((0, slots - len(patches)), (0, 0))),
+            np.pad(patch_places(grid, self.config.vision.merge_size), ((0, slots - len(patches)), (0, 0))),
+            np.int32(len(patches)),
+        )
+        return PreparedImage(arrays, len(patches) // self.config.vision.merge_size**2), grid
+
+    def prompt(self, sample: Sample, grids: Sequence[tuple[int, int]], answer: str | None) -> Prompt:
+        """The prompt of a sample whose images have these grids, with a reference answer if one is given."""
+        merge = self.config.vision.merge_size
+        tokens_per_image = [rows * columns // merge**2 for rows, columns in grids]
+        ids, answer_length = self.chat.encode(sample, tokens_per_image, answer)
+        is_visual = ids == self.config.image_token
+        positions, following = rope_positions(is_visual, grids, merge)
+        return Prompt(ids, is_visual, positions, following, answer_length)

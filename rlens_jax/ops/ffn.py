@@ -8,6 +8,7 @@ Axis letters: B batch, T packed slots (X text, P visual), D width, F units, M pr
 """
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from rlens_jax.layout import TokenLayout
 from rlens_jax.plan import Reduction
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FfnWeights:
@@ -28,6 +30,7 @@ class FfnWeights:
     down: Float[Array, "*B F D"]
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Kept:
@@ -73,9 +76,7 @@ def probe_slots(
     return jnp.minimum(slots, visual_slots - 1), index < count
 
 
-def choose_units(
-    hidden: Float[Array, "B M F"], is_probe: Bool[Array, "B M"], num_units: int
-) -> Kept:
+def choose_units(hidden: Float[Array, "B M F"], is_probe: Bool[Array, "B M"], num_units: int) -> Kept:
     """The `num_units` units with the largest mean |H| over the probes, in float32; ties go to the lower unit."""
     magnitude = jnp.where(is_probe[:, :, None], jnp.abs(hidden.astype(jnp.float32)), 0.0)
     count = jnp.maximum(1, is_probe.sum(axis=1)).astype(jnp.float32)
@@ -85,7 +86,11 @@ def choose_units(
 
 
 def simulated_dynamic_ffn(
-    x: Float[Array, "B T D"], weights: FfnWeights, layout: TokenLayout, reduction: Reduction, random_key: Array
+    x: Float[Array, "B T D"],
+    weights: FfnWeights,
+    layout: TokenLayout,
+    reduction: Reduction,
+    random_key: Array,
 ) -> tuple[Float[Array, "B T D"], Kept]:
     """The plain reference: all units for all tokens, then the dropped units of visual tokens are set to 0."""
     num_text = layout.bucket.text
@@ -100,7 +105,11 @@ def simulated_dynamic_ffn(
 
 
 def dynamic_ffn(
-    x: Float[Array, "B T D"], weights: FfnWeights, layout: TokenLayout, reduction: Reduction, random_key: Array
+    x: Float[Array, "B T D"],
+    weights: FfnWeights,
+    layout: TokenLayout,
+    reduction: Reduction,
+    random_key: Array,
 ) -> tuple[Float[Array, "B T D"], Kept]:
     """The measured path; same result as `simulated_dynamic_ffn`."""
     num_text = layout.bucket.text

@@ -1,0 +1,120 @@
+"""What a command says while it works, and how it ends.
+
+Progress and messages go to stderr, so that stdout holds nothing but a command's result.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import NoReturn, TextIO
+
+from tqdm import tqdm
+
+from rlens_jax.errors import UserError
+
+RESUMABLE = "interrupted; what is finished is kept, and the same command goes on from there"
+
+
+def run_command(
+    main: Callable[[Sequence[str]], None], *, interrupted: str = RESUMABLE, argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Run a command and exit: 0 when done, 2 with one line for bad input, 130 after Ctrl-C.
+
+    Any other exception is a mistake of ours and goes through, with its traceback. `main` must import JAX
+    itself and not its module at the top, so that JAX starts quietly and bad input is answered at once.
+
+    Args:
+      main: the command; is given the arguments.
+      interrupted: the line after Ctrl-C.
+      argv: the arguments, those of the process by default.
+    """
+    # The C++ logs of XLA, on top of which nobody finds the one line that matters.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def say(line: str) -> None:
+    """One line for the person at the terminal, above the progress bar if there is one."""
+    tqdm.write(line, file=sys.stderr)
+
+
+class Progress:
+    """How far a piece of work is: a bar when the stream is a terminal, else a plain line now and then.
+
+    A context manager. Items that a resumed run need not do again are `done` already, and do not count for the
+    rate.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        unit: str,
+        *,
+        done: int = 0,
+        stream: TextIO | None = None,
+        seconds_between_lines: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._label, self._total, self._unit = label, total, unit
+        self._first = self._done = done
+        self._stream = sys.stderr if stream is None else stream
+        self._interval, self._clock = seconds_between_lines, clock
+        self._bar: tqdm[NoReturn] | None = None
+
+    def __enter__(self) -> "Progress":
+        self._start = self._last_line = self._clock()
+        if self._stream.isatty():
+            self._bar = tqdm(
+                desc=self._label,
+                total=self._total,
+                initial=self._done,
+                unit=f" {self._unit}",
+                file=self._stream,
+                dynamic_ncols=True,
+            )
+        else:
+            self._print_line()
+        return self
+
+    def advance(self, items: int = 1) -> None:
+        """Count `items` more as done."""
+        self._done += items
+        if self._bar is not None:
+            self._bar.update(items)
+        elif self._clock() - self._last_line >= self._interval and self._done < self._total:
+            self._print_line()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        else:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        self._last_line = self._clock()
+        seconds = self._last_line - self._start
+        text = f"{self._label}: {self._done}/{self._total} {self._unit}"
+        if self._done > self._first and seconds > 0:
+            rate = (self._done - self._first) / seconds
+            speed = f"{rate:.1f} {self._unit}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+            left = (self._total - self._done) / rate
+            text += f", {speed}, " + (f"{_duration(left)} left" if left else f"took {_duration(seconds)}")
+        print(text, file=self._stream, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,97 @@
+"""What a run is scored on: samples from the data source, split into validation (search) and test (held-out curves)."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rlens_jax.data.jsonl import read_jsonl
+from rlens_jax.data.pages_tfds import read_pages
+from rlens_jax.data.samples import Sample
+from rlens_jax.demo.pages import DATASETS
+from rlens_jax.errors import UserError
+
+PAGES = "pages"
+"""Names the data of the embedded model."""
+
+Splits = Mapping[str, Sequence[Sample]]
+
+
+def load_splits(
+    source: str, cache: Path, *, validation_samples: int, test_samples: int, held_out_share: float, seed: int
+) -> Splits:
+    """The samples of both splits.
+
+    Args:
+        source: `pages`, or a JSONL file.
+        cache: folder of prepared datasets.
+        validation_samples: most samples of each dataset for the search.
+        test_samples: most samples of each dataset for the curves.
+        held_out_share: share of a JSONL file's images that the search must not see.
+        seed: draws a JSONL file's split.
+
+    Raises:
+        UserError: the source cannot be read, or leaves a split without samples.
+    """
+    if source == PAGES:
+        limits = {"validation": validation_samples, "test": test_samples}
+        return {
+            split: [sample for name in DATASETS for sample in read_pages(name, split, cache / "pages", limit)]
+            for split, limit in limits.items()
+        }
+    if not source.endswith(".jsonl"):
+        raise UserError(f"data.source: {source!r} is neither {PAGES!r} nor a .jsonl file")
+    return split_samples(
+        read_jsonl(Path(source)),
+        validation_samples=validation_samples,
+        test_samples=test_samples,
+        held_out_share=held_out_share,
+        seed=seed,
+        where=source,
+    )
+
+
+def split_samples(
+    samples: Sequence[Sample],
+    *,
+    validation_samples: int,
+    test_samples: int,
+    held_out_share: float,
+    seed: int,
+    where: str,
+) -> Splits:
+    """Split by images: all questions about an image are on one side, so that the held-out images are unseen."""
+    rng = np.random.default_rng(seed)
+    splits: dict[str, list[Sample]] = {"validation": [], "test": []}
+    for dataset in dict.fromkeys(sample.dataset for sample in samples):
+        by_images: dict[tuple[bytes | Path, ...], list[Sample]] = defaultdict(list)
+        for sample in samples:
+            if sample.dataset == dataset:
+                by_images[sample.images].append(sample)
+        groups = list(by_images.values())
+        order = rng.permutation(len(groups))
+        num_test = min(max(1, round(held_out_share * len(groups))), len(groups) - 1)
+        if num_test < 1:
+            raise UserError(f"{where}: dataset {dataset!r} has one image; the search and the curves need one each")
+        drawn = {"test": order[:num_test], "validation": order[num_test:]}
+        for split, limit in (("validation", validation_samples), ("test", test_samples)):
+            splits[split] += [sample for group in drawn[split] for sample in groups[group]][:limit]
+    return splits
+
+
+def samples_hash(splits: Splits) -> str:
+    """SHA-256, in hex, over everything that the samples of all splits say and show."""
+    digest = hashlib.sha256()
+    for split, samples in splits.items():
+        for sample in samples:
+            for text in (split, sample.id, sample.dataset, sample.question, *sample.answers):
+                digest.update(f"{len(text)}:{text}".encode())
+            for image in sample.images:
+                try:
+                    content = image if isinstance(image, bytes) else image.read_bytes()
+                except OSError as error:
+                    raise UserError(f"{sample.id}: image {image} cannot be read ({error.strerror})") from None
+                digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()

@@ -1,0 +1,62 @@
+"""The supported model families: which config.json belongs to which reader and module."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from rlens_jax.errors import UserError, suggest
+from rlens_jax.models import qwen2_vl
+from rlens_jax.models.hf_config import ConfigReader
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a model file offers."""
+
+    read_config: Callable[[ConfigReader], Any]
+    """Sizes and constants from config.json; UserError where it asks for what is not supported."""
+    module: Callable[..., nnx.Module]
+    """`module(config, *, dtype, rngs)`: the whole model, randomly initialised."""
+    preparer: Callable[..., Any]
+    """`preparer(folder, config, patch_slots)`: makes prepared images and prompts with the checkpoint's own files."""
+
+
+FAMILIES: Mapping[str, Family] = {
+    "qwen2_vl": Family(qwen2_vl.read_config, qwen2_vl.Qwen2VL, qwen2_vl.Preparer)
+}
+"""By `model_type`, as config.json says it."""
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """Which model a config.json describes."""
+
+    model_type: str
+    config: Any
+    """The family's own frozen dataclass, such as `Qwen2VLConfig`."""
+    fields: Mapping[str, Any]
+    """The whole config.json, to be kept beside converted weights."""
+
+    def abstract(self, dtype: jnp.dtype) -> nnx.Module:
+        """The module with shapes and dtypes in place of arrays; nothing is allocated."""
+        family = FAMILIES[self.model_type]
+        return nnx.eval_shape(lambda: family.module(self.config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+
+
+def read_kind(fields: Mapping[str, Any], where: str) -> ModelKind:
+    """The model that the fields of a config.json describe; `where` names their source in complaints.
+
+    Raises:
+        UserError: the family is not supported, or a field is missing or asks for what is not supported.
+    """
+    model_type = fields.get("model_type")
+    if model_type not in FAMILIES:
+        supported = ", ".join(sorted(FAMILIES))
+        raise UserError(
+            f"{where}: model_type {model_type!r} is not supported{suggest(str(model_type), FAMILIES)}; "
+            f"supported are: {supported}"
+        )
+    return ModelKind(model_type, FAMILIES[model_type].read_config(ConfigReader(fields, where)), fields)

@@ -1,0 +1,64 @@
+"""Greedy generation with a KV cache: one prefill under a plan, then plain decoding steps (paper: nothing is dropped).
+
+Axis letters: B batch, X text slots, P visual slots, D width, Y new tokens.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rlens_jax.models.decoder import Decoder, KVCache, TracedPlan
+from rlens_jax.models.prompt import PromptBatch
+from rlens_jax.plan import Plan, Reduction
+
+
+def prefill(
+    decoder: Decoder,
+    visual: Float[Array, "B P D"],
+    batch: PromptBatch,
+    plan: Plan | TracedPlan,
+    reduction: Reduction,
+    new_tokens: int,
+    random_key: Array,
+) -> tuple[Int[Array, " B"], KVCache, Bool[Array, " B"]]:
+    """First new token of each prompt, cache with room for `new_tokens` more, and whether probe scores were numbers."""
+    context = decoder.context(batch.layout, batch.rope_positions, random_key)
+    x, record = decoder.prefill(decoder.embed(batch.text_ids, visual), context, plan, reduction)
+    last_text = jnp.take_along_axis(x, (batch.layout.num_text - 1)[:, None, None], axis=1)
+    first = decoder.logits(last_text)[:, 0].argmax(axis=-1).astype(jnp.int32)
+    return first, decoder.make_cache(record, batch.layout, new_tokens), record.kept.scored.all(axis=0)
+
+
+def decode(
+    decoder: Decoder,
+    first: Int[Array, " B"],
+    cache: KVCache,
+    batch: PromptBatch,
+    new_tokens: int,
+    stop_token: int,
+) -> Int[Array, "B Y"]:
+    """The `new_tokens` greedy tokens that begin with `first`; after a sample's `stop_token` it only repeats that.
+
+    The loop ends as soon as all samples have stopped.
+    """
+    batch_size = first.shape[0]
+    prefill_slots = cache.position.shape[1] - new_tokens
+    axes = batch.rope_positions.shape[1]
+    tokens = jnp.full((batch_size, new_tokens), stop_token, jnp.int32).at[:, 0].set(first)
+
+    def running(carry: Any) -> Array:
+        step, token, _, _ = carry
+        return (step < new_tokens) & (token != stop_token).any()
+
+    def advance(carry: Any) -> Any:
+        step, token, tokens, cache = carry
+        position = batch.layout.num_tokens + step - 1
+        rope = jnp.broadcast_to((batch.next_rope + step - 1)[:, None], (batch_size, axes))
+        logits, cache = decoder.decode(token, cache, position, rope, prefill_slots + step - 1)
+        following = jnp.where(token == stop_token, stop_token, logits.argmax(axis=-1).astype(jnp.int32))
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, following[:, None], step, axis=1)
+        return step + 1, following, tokens, cache
+
+    return jax.lax.while_loop(running, advance, (jnp.int32(1), first, tokens, cache))[2]

@@ -1,0 +1,1 @@
+"""Start-up of JAX for a run."""

@@ -1,0 +1,52 @@
+"""The files of a finished run, each complete or not there at all."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from rlens_jax.config import portable
+from rlens_jax.errors import UserError
+from rlens_jax.report.markdown import report_markdown
+from rlens_jax.report.plots import plot_candidates, plot_curves
+from rlens_jax.report.ranking_json import ranking_json, timing_json
+from rlens_jax.report.results import Results
+
+
+def write_report(results: Results, folder: Path) -> list[Path]:
+    """Write ranking.json, timing.json, config.yaml, the plots and report.md; returns their paths.
+
+    Everything is made before anything is written, and ranking.json comes last: where it is, the run is done.
+
+    Raises:
+      UserError: when the folder does not take a file.
+    """
+    contents = {"curves.png": plot_curves(results, "png"), "curves.svg": plot_curves(results, "svg")}
+    if any(result.ranking.rounds for result in results.operators.values()):
+        contents["candidates.png"] = plot_candidates(results, "png")
+        contents["candidates.svg"] = plot_candidates(results, "svg")
+    contents["config.yaml"] = yaml.safe_dump(portable(results.config), sort_keys=False).encode()
+    contents["report.md"] = report_markdown(results).encode()
+    contents["timing.json"] = timing_json(results.timing).encode()
+    contents["ranking.json"] = ranking_json(results).encode()
+    return [replace_file(folder / name, content) for name, content in contents.items()]
+
+
+def replace_file(path: Path, content: bytes) -> Path:
+    """Write a file so that a reader, or a crash, finds the old content or the new, and never a part."""
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    return path

@@ -1,0 +1,37 @@
+"""Where the files that come with the package are, beside it in the repository or inside an installed wheel."""
+
+import os
+from pathlib import Path
+
+from rlens_jax.errors import UserError, suggest
+
+_PACKAGE = Path(__file__).parent
+
+
+def _folder(name: str) -> Path:
+    """A folder inside the installed package, or beside it in the repository."""
+    installed = _PACKAGE / name
+    return installed if installed.is_dir() else _PACKAGE.parent / name
+
+
+def preset_path(name: str) -> Path:
+    """The YAML file of the preset `name`. UserError, with the nearest name, when there is none."""
+    folder = _folder("configs")
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        raise UserError(f"no preset is called {name!r}{suggest(name, names)}; there are {', '.join(names)}")
+    return folder / f"{name}.yaml"
+
+
+def embedded_model() -> Path:
+    """The folder of the model that comes with the package. UserError when an incomplete copy of it lacks the model."""
+    folder = _folder("checkpoints") / "embedded"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: the embedded model is not there; install the package anew, or name another model")
+    return folder
+
+
+def cache_folder() -> Path:
+    """Where prepared datasets and compiled programs are kept unless the configuration says otherwise."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "rlens_jax"

@@ -1,0 +1,295 @@
+"""The way of a ranking run, without turning back.
+
+config -> weights -> model; data -> samples -> embeddings -> work items (plan, batch) -> outcomes -> search -> journal -> report.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlens_jax.config import RunConfig, fingerprint
+from rlens_jax.console import Progress, say
+from rlens_jax.data.splits import load_splits, samples_hash
+from rlens_jax.flops import LayerSizes, saving
+from rlens_jax.models import FAMILIES
+from rlens_jax.models.decoder import DecoderConfig
+from rlens_jax.parallel.startup import CompilationCounter, start_jax
+from rlens_jax.plan import Operator, Plan
+from rlens_jax.ranking.evaluator import Evaluator
+from rlens_jax.ranking.inputs import Dataset, Shapes, build_datasets
+from rlens_jax.ranking.journal import Journal
+from rlens_jax.ranking.objective import PlanScore, dataset_metric, score_plan
+from rlens_jax.ranking.programs import Programs
+from rlens_jax.ranking.scoring import Generating, Scoring, TeacherForcing
+from rlens_jax.ranking.search import Ranking, rank_layers
+from rlens_jax.ranking.timing import time_plan
+from rlens_jax.report.curves import held_out_plans, operator_result, plan_saving
+from rlens_jax.report.files import write_report
+from rlens_jax.report.results import OperatorResult, PrefillTime, Results, Saving, Timing
+from rlens_jax.resources import cache_folder
+from rlens_jax.weights.checkpoint import find_model, load_model, model_hash
+
+PACKAGES = ("rlens-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors", "pillow")
+"""Their versions are recorded, and a journal is not resumed under others of JAX."""
+
+VALIDATION, TEST = "validation", "test"
+
+
+@dataclass
+class _Clock:
+    """Seconds that each phase of the run took."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+
+
+@dataclass
+class _Bar:
+    """The progress bar that finished evaluations go to; it changes from phase to phase."""
+
+    current: Progress | None = None
+
+    def advance(self) -> None:
+        if self.current is not None:
+            self.current.advance()
+
+    @contextmanager
+    def show(self, label: str, total: int) -> Iterator[None]:
+        with Progress(label, total, "evaluations") as self.current:
+            yield
+        self.current = None
+
+
+def run(config: RunConfig) -> Results:
+    """Search, compare on held-out samples, time, and write all results to `config.output`.
+
+    Everything that was finished by an earlier run of the same configuration in that folder is taken from its journal.
+
+    Raises:
+        UserError: bad input of any kind.
+    """
+    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), _Clock()
+    cache = cache_folder()
+    compute = config.compute
+    compilations = start_jax(compute.matmul_precision, Path(compute.compilation_cache or cache / "compiled"))
+    with clock.phase("data"):
+        folder = find_model(config.model)
+        weights = model_hash(folder)
+        splits = load_splits(
+            config.data.source,
+            Path(config.data.cache or cache / "data"),
+            validation_samples=config.data.validation_samples,
+            test_samples=config.data.test_samples,
+            held_out_share=config.data.held_out_share,
+            seed=config.seed,
+        )
+        samples = samples_hash(splits)
+    device = jax.devices()[0].device_kind
+    identity = fingerprint(config, model_hash=weights, data_hash=samples, device=device, jax=version("jax"))
+    with Journal.open(Path(config.output), identity) as journal:
+        if journal.repaired:
+            say(journal.repaired)
+        resumed = len(journal.records())
+        with clock.phase("load"):
+            kind, model = load_model(folder, jnp.dtype(compute.dtype))
+            preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, compute.patch_slots)
+            programs = Programs(
+                model,
+                config.reduction,
+                seed=config.seed,
+                new_tokens=config.search.max_new_tokens,
+                stop_token=preparer.chat.stop_token,
+            )
+        shapes = Shapes(compute.text_slots, compute.visual_slots, compute.batch_size)
+        forced = config.search.objective == "teacher_forced"
+        datasets = {}
+        with clock.phase("encode"):
+            for split, members in splits.items():
+                with Progress(f"preparing {split}", len(members), "samples") as shown:
+                    datasets[split] = build_datasets(members, preparer, programs, shapes, forced, shown.advance)
+        scoring: Scoring = TeacherForcing(programs) if forced else Generating(programs, preparer.chat.decode)
+        bar = _Bar()
+        evaluator = Evaluator(
+            scoring, datasets, journal, state_bytes=compute.state_memory_gb * 1e9, advance=bar.advance
+        )
+        search = _Search(config, kind.config.decoder.num_layers, evaluator, datasets, bar)
+        with clock.phase("search"):
+            operators = config.search.operators
+            rankings = {operator: search.rank(operator, config.search.position_layers) for operator in operators}
+        with clock.phase("full search"):
+            compared = operators if config.report.full_search else ()
+            complete = {operator: search.rank(operator, 0) for operator in compared}
+        scoring.release()
+        flops_saved = partial(_flops_saved, config, kind.config.decoder, datasets[TEST])
+        with clock.phase("held-out curves"):
+            results, combined = search.compare(rankings, complete, flops_saved)
+        with clock.phase("timing"):
+            prefill = _timed(config, model, results, combined, datasets[TEST][0])
+        timing = Timing(
+            started=started,
+            device=device,
+            num_devices=jax.device_count(),
+            num_cores=os.cpu_count() or 1,
+            seconds=clock.seconds,
+            evaluations=len(journal.records()) - resumed,
+            resumed=resumed,
+            compilations=compilations.compiled,
+            prefill=prefill,
+        )
+        finished = Results(
+            config=config,
+            model_hash=weights,
+            data_hash=samples,
+            num_layers=kind.config.decoder.num_layers,
+            versions={"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+            validation_samples=_sizes(datasets[VALIDATION]),
+            test_samples=_sizes(datasets[TEST]),
+            dense_validation=search.metrics(VALIDATION, Plan()),
+            dense_test=search.metrics(TEST, Plan()),
+            operators=results,
+            combined=combined,
+            timing=timing,
+        )
+        write_report(finished, Path(config.output))
+    return finished
+
+
+class _Search:
+    """The questions a run asks its evaluator, and their answers as scores and results."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        num_layers: int,
+        evaluator: Evaluator,
+        datasets: dict[str, tuple[Dataset, ...]],
+        bar: _Bar,
+    ):
+        self._config = config
+        self._num_layers = num_layers
+        self._evaluator = evaluator
+        self._datasets = datasets
+        self._bar = bar
+        self._relative = config.search.change == "relative"
+
+    def metrics(self, split: str, plan: Plan) -> dict[str, float]:
+        """Each dataset's metric under a plan."""
+        (outcomes,) = self._evaluator.outcomes(split, Plan(), [plan])
+        return {name: dataset_metric(values.tolist()) for name, values in outcomes.items()}
+
+    def rank(self, operator: Operator, position_layers: int | None) -> Ranking:
+        """One search on the validation samples."""
+        length = self._num_layers
+        prior = length // 4 if position_layers is None else position_layers
+        searched = length - prior
+        evaluations = searched * (searched + 1) // 2 + prior + 1
+        label = f"ranking {operator}" if position_layers != 0 else f"ranking {operator}, L_p = 0"
+        with self._bar.show(label, evaluations * len(self._datasets[VALIDATION])):
+            dense = self.metrics(VALIDATION, Plan())
+
+            def score_round(base: Plan, candidates: list[Plan]) -> list[PlanScore]:
+                scored = self._evaluator.outcomes(VALIDATION, base, candidates)
+                return [
+                    score_plan(
+                        {name: dataset_metric(values.tolist()) for name, values in outcomes.items()},
+                        dense,
+                        alpha=self._config.search.penalty,
+                        relative=self._relative,
+                    )
+                    for outcomes in scored
+                ]
+
+            return rank_layers(length, position_layers, operator, score_round, self._config.search.base())
+
+    def compare(
+        self,
+        rankings: dict[Operator, Ranking],
+        complete: dict[Operator, Ranking],
+        flops_saved: Callable[[Plan, bool], float],
+    ) -> tuple[dict[Operator, OperatorResult], Saving | None]:
+        """Held-out curves of every operator, and what both operators' reductions save together."""
+        report, seed = self._config.report, self._config.seed
+        plans = {
+            operator: held_out_plans(ranking, report.random_rankings, seed, complete.get(operator))
+            for operator, ranking in rankings.items()
+        }
+        total = sum(map(len, plans.values())) + 1
+        results: dict[Operator, OperatorResult] = {}
+        with self._bar.show("held-out curves", total * len(self._datasets[TEST])):
+            dense = self.metrics(TEST, Plan())
+            for operator, ranking in rankings.items():
+                outcomes = self._evaluator.outcomes(TEST, Plan(), plans[operator])
+                results[operator] = operator_result(
+                    ranking,
+                    dict(zip(plans[operator], outcomes, strict=True)),
+                    dense,
+                    flops_saved,
+                    num_random=report.random_rankings,
+                    seed=seed,
+                    search_all=complete.get(operator),
+                    bootstrap_samples=report.bootstrap_samples,
+                    relative=self._relative,
+                )
+            combined = None
+            if len(results) == 2:
+                plan = Plan(results["attention"].saving.plan.attention, results["ffn"].saving.plan.ffn)
+                metrics = self.metrics(TEST, plan)
+                combined = plan_saving(plan, metrics, dense, flops_saved, relative=self._relative)
+        return results, combined
+
+
+def _flops_saved(
+    config: RunConfig, decoder: DecoderConfig, datasets: Sequence[Dataset], plan: Plan, with_probes: bool
+) -> float:
+    """Share of the dense prefill's multiply-adds that a plan saves, mean over all samples (padding not counted)."""
+    sizes = LayerSizes(decoder.width, decoder.num_kv_heads * decoder.head_dim, decoder.ffn_width)
+    shares = []
+    for dataset in datasets:
+        for batch in dataset.batches:
+            layout = batch.inputs.layout
+            for row in range(len(batch.samples)):
+                visual = [int(layout.num_visual[row])] * decoder.num_layers
+                text = int(layout.num_text[row])
+                shares.append(saving(sizes, text, visual, plan, config.reduction, with_probes=with_probes))
+    return sum(shares) / len(shares)
+
+
+def _timed(
+    config: RunConfig,
+    model: Any,
+    results: dict[Operator, OperatorResult],
+    combined: Saving | None,
+    dataset: Dataset,
+) -> dict[str, PrefillTime]:
+    """Measured prefill times of the plans that the report recommends."""
+    plans = {operator: result.saving.plan for operator, result in results.items()}
+    named = {**plans, **({} if combined is None else {"both": combined.plan})}
+    batch = dataset.batches[0]
+    bucket = batch.inputs.layout.bucket
+    times = {}
+    for name, plan in named.items():
+        dense, reduced = time_plan(
+            model, batch, plan, config.reduction, seed=config.seed, repeats=config.report.timing_repeats
+        )
+        times[name] = PrefillTime(dense, reduced, config.compute.batch_size, bucket.text, bucket.visual)
+    return times
+
+
+def _sizes(datasets: Sequence[Dataset]) -> dict[str, int]:
+    return {dataset.name: len(dataset.samples) for dataset in datasets}

@@ -1,0 +1,1 @@
+"""Published safetensors -> mapping table -> Flax model -> Orbax, and back."""

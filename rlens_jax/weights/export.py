@@ -1,0 +1,76 @@
+"""Writing a model as Hugging Face publishes it: safetensors with the published names, and config.json beside."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from rlens_jax.models import read_kind
+from rlens_jax.weights.atomic import new_folder
+from rlens_jax.weights.leaves import arrays_of, read_place, shapes_of
+from rlens_jax.weights.tables import table_of
+
+SHARD_BYTES = 5_000_000_000
+
+
+def save_hf(
+    folder: str | Path, model: nnx.Module, config_json: Mapping[str, Any], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes `folder` whole or not at all, in the dtype of the model's parameters.
+
+    Args:
+        folder: must not exist yet.
+        model: float32 or bfloat16 parameters.
+        config_json: the fields of its config.json; their dtype is set to the model's.
+        shard_bytes: a file is closed before it would grow larger; one tensor is never cut.
+
+    Raises:
+        UserError: the folder exists, or `config_json` describes no supported model.
+        ValueError: the model does not have the sizes that `config_json` says.
+    """
+    table = table_of(read_kind(config_json, "config.json"))
+    table.check_covers(shapes_of(model))
+    arrays = arrays_of(model)
+    dtype = next(iter(arrays.values())).dtype
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in table.tensors.items():
+        size = int(np.prod(tensor.shape)) * dtype.itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    with new_folder(Path(folder)) as partial:
+        weight_map = {}
+        for number, names in enumerate(shards, 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            tensors = {}
+            for name in names:
+                places = table.tensors[name].places
+                published = table.tensors[name].to_published([read_place(arrays, place) for place in places])
+                tensors[name] = np.ascontiguousarray(published)
+            save_file(tensors, partial / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(names, file))
+        if len(shards) > 1:
+            total = sum(int(np.prod(tensor.shape)) for tensor in table.tensors.values()) * dtype.itemsize
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        fields = _with_dtype(config_json, str(dtype))
+        (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_dtype(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The fields, and those of nested configs, with every mention of a dtype replaced."""
+    return {
+        name: dtype
+        if name in ("dtype", "torch_dtype")
+        else _with_dtype(value, dtype)
+        if isinstance(value, Mapping)
+        else value
+        for name, value in fields.items()
+    }

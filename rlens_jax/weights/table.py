@@ -1,0 +1,258 @@
+"""Mapping tables between published tensors and our parameters: one set of rows for both directions.
+
+A row names a published tensor, our parameter, and the einops pattern from the first to the second, such as
+"(n h) d -> d n h"; read from right to left it is the way back. Whatever does not fit is collected, so that one message
+shows it all.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import numpy as np
+from einops import rearrange
+
+from rlens_jax.errors import UserError, suggest
+
+MAX_PROBLEMS = 20
+"""Lines shown of a list of problems."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published tensor and where it goes.
+
+    A fused tensor has several targets: the first axis right of the arrow is cut into one piece a target, and `pieces` are
+    the patterns of these pieces, each with its length on the left: a size or 1. Without `pieces` every target gets one
+    slice: flat q|k|v is `Row("qkv", ("q", "k", "v"), "(three n h) e -> three e n h")`, q|k|v within each of k groups is
+    `Row("qkv", ("q", "k", "v"), "(k all h) d -> all d k h", ("q d k h -> d (k q) h", "1 d k h -> d k h", "1 d k h -> d k h"))`.
+    """
+
+    source: str
+    targets: str | tuple[str, ...]
+    pattern: str
+    pieces: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that share the beginnings of their names and the sizes of their axes.
+
+    With `num_layers`, `source` contains "{layer}", and each target has a leading layer axis, which patterns do not name.
+    """
+
+    source: str
+    target: str
+    sizes: Mapping[str, int]
+    rows: tuple[Row, ...]
+    num_layers: int | None = None
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """Published tensors that are known and not needed."""
+
+    source: str
+    """Regular expression of the whole name, in the spelling after renaming."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Our side of a published tensor: a parameter's dotted path, and the layer in its leading axis if it has one."""
+
+    path: str
+    layer: int | None
+
+
+@dataclass(frozen=True)
+class Map:
+    """An einops pattern with the sizes of all its axes."""
+
+    left: str
+    right: str
+    sizes: Mapping[str, int]
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return self._shape(self.left)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self._shape(self.right)
+
+    def __call__(self, array: np.ndarray) -> np.ndarray:
+        return rearrange(array, f"{self.left} -> {self.right}", **self.sizes)
+
+    def inverse(self, array: np.ndarray) -> np.ndarray:
+        return rearrange(array, f"{self.right} -> {self.left}", **self.sizes)
+
+    def _shape(self, side: str) -> tuple[int, ...]:
+        groups = re.findall(r"\(.*?\)|\w+", side)
+        return tuple(prod(self.sizes.get(axis, 1) for axis in re.findall(r"\w+", group)) for group in groups)
+
+
+def _map(pattern: str, sizes: Mapping[str, int]) -> Map:
+    left, right = (side.strip() for side in pattern.split("->"))
+    return Map(left, right, {axis: sizes[axis] for axis in re.findall(r"\w+", left) if axis != "1"})
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A published tensor: its places with us and, from the sizes, its shape and the way there and back."""
+
+    name: str
+    places: tuple[Place, ...]
+    whole: Map
+    pieces: tuple[Map, ...]
+    """How each piece of a fused tensor goes on; empty when there is only one place."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.whole.in_shape
+
+    @property
+    def place_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of what goes to the places."""
+        return tuple(piece.out_shape for piece in self.pieces) or (self.whole.out_shape,)
+
+    def to_ours(self, array: np.ndarray) -> list[np.ndarray]:
+        """What goes to each place; views of `array` where that is possible."""
+        array = self.whole(array)
+        if not self.pieces:
+            return [array]
+        ends = np.cumsum([piece.in_shape[0] for piece in self.pieces])[:-1]
+        return [piece(part) for piece, part in zip(self.pieces, np.split(array, ends), strict=True)]
+
+    def to_published(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """The published tensor from what is in our places."""
+        if not self.pieces:
+            return self.whole.inverse(arrays[0])
+        return self.whole.inverse(
+            np.concatenate([piece.inverse(array) for piece, array in zip(self.pieces, arrays, strict=True)])
+        )
+
+
+def _resolve(part: Part, row: Row, layer: int | None) -> Tensor:
+    targets = (row.targets,) if isinstance(row.targets, str) else row.targets
+    places = tuple(Place(part.target + target, layer) for target in targets)
+    name = (part.source if layer is None else part.source.format(layer=layer)) + row.source
+    if len(targets) == 1:
+        return Tensor(name, places, _map(row.pattern, part.sizes), ())
+    fused, *rest = row.pattern.split("->")[1].split()
+    patterns = row.pieces or (f"1 {' '.join(rest)} -> {' '.join(rest)}",) * len(targets)
+    pieces = tuple(_map(pattern, part.sizes) for pattern in patterns)
+    sizes = {**part.sizes, fused: sum(piece.in_shape[0] for piece in pieces)}
+    return Tensor(name, places, _map(row.pattern, sizes), pieces)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Everything that is known about a family's published tensors.
+
+    Rows are in the spelling that checkpoints are published and written in; `renames` bring other spellings to it: pairs of
+    regular expression and replacement, applied in order. `copies` are tensors that may be there and must then equal another
+    (a tied head).
+    """
+
+    parts: tuple[Part, ...]
+    renames: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[Ignored, ...] = ()
+    copies: Mapping[str, str] | None = None
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that must be there, by name; the layers of a row one after another."""
+        tensors = [
+            _resolve(part, row, layer)
+            for part in self.parts
+            for row in part.rows
+            for layer in ([None] if part.num_layers is None else range(part.num_layers))
+        ]
+        return {tensor.name: tensor for tensor in tensors}
+
+    def published_name(self, name: str) -> str:
+        """A tensor's name in the published spelling."""
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def check_covers(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """ValueError unless the rows fill every parameter of a model (dotted path -> shape) exactly once: a wrong table."""
+        filled: dict[str, Counter[int | None]] = {path: Counter() for path in shapes}
+        for tensor in self.tensors.values():
+            for place, shape in zip(tensor.places, tensor.place_shapes, strict=True):
+                if place.path not in shapes:
+                    raise ValueError(f"{tensor.name}: there is no parameter {place.path}")
+                expected = shapes[place.path] if place.layer is None else shapes[place.path][1:]
+                if shape != expected:
+                    raise ValueError(f"{tensor.name}: gives {place.path} {shape} where it has {expected}")
+                filled[place.path][place.layer] += 1
+        for path, times in filled.items():
+            layered = None not in times
+            if times != Counter(range(shapes[path][0]) if layered and times else [None]):
+                raise ValueError(f"{path}: filled {dict(times)} times")
+
+
+class Problems:
+    """Collects what is wrong with a checkpoint, to be told in one message."""
+
+    def __init__(self, subject: str):
+        self.subject = subject
+        self.lines: list[Callable[[], str]] = []
+
+    def add(self, where: str, tensor: str, what: str | Callable[[], str]) -> None:
+        """One line; a function is only called if the line is shown."""
+        self.lines.append(lambda: f"{where}: {tensor}: {what if isinstance(what, str) else what()}")
+
+    def raise_any(self) -> None:
+        """UserError when something was added."""
+        if not self.lines:
+            return
+        shown = [line() for line in self.lines[:MAX_PROBLEMS]]
+        if len(self.lines) > MAX_PROBLEMS:
+            shown.append(f"... and {len(self.lines) - MAX_PROBLEMS} more")
+        count = "1 problem" if len(self.lines) == 1 else f"{len(self.lines)} problems"
+        raise UserError("\n  ".join([f"{self.subject}: {count} with the weights", *shown]))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A tensor that a checkpoint holds."""
+
+    name: str
+    file: str
+    shape: tuple[int, ...]
+
+
+def match(table: Table, found: Iterable[Found], problems: Problems) -> dict[str, Found]:
+    """Which found tensor is which published one (or copy); all that does not fit is added to `problems`."""
+    expected = {name: tensor.shape for name, tensor in table.tensors.items()}
+    copies = {name: expected[original] for name, original in (table.copies or {}).items()}
+    matched: dict[str, Found] = {}
+    missing = set(expected)
+    for item in found:
+        name = table.published_name(item.name)
+        if any(re.fullmatch(ignored.source, name) for ignored in table.ignored):
+            continue
+        if name not in expected and name not in copies:
+            near = lambda name=name: suggest(name, sorted(missing) or expected)  # noqa: E731
+            problems.add(item.file, item.name, lambda near=near: f"not known{near()}")
+            continue
+        if name in matched:
+            other = matched[name]
+            spelled = "" if other.name == item.name else f" as {other.name}"
+            problems.add(item.file, item.name, f"doubled, it is also in {other.file}{spelled}")
+            continue
+        matched[name] = item
+        missing.discard(name)
+        shape = expected.get(name) or copies[name]
+        if item.shape != shape:
+            problems.add(item.file, item.name, f"has shape {list(item.shape)}, expected {list(shape)}")
+    for name in expected:
+        if name in missing:
+            problems.add(problems.subject, name, f"missing, expected with shape {list(expected[name])}")
+    return matched

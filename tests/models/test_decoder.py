@@ -1,0 +1,253 @@
+"""Properties of the decoder that need no reference model; parity with Hugging Face is in test_qwen2_vl.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rlens_jax.layout import visible
+from rlens_jax.models.decoder import Context, Decoder, DecoderConfig, TracedPlan
+from rlens_jax.plan import Plan, Reduction
+from tests.numerics import assert_close, error
+from tests.sequences import make_layout, pack, random_rows, run_length, unpack
+
+CONFIG = DecoderConfig(
+    num_layers=5,
+    width=24,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=4,
+    ffn_width=53,
+    vocabulary=37,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+    rope_sections=(2,),
+    qkv_bias=True,
+    tied_head=False,
+)
+REDUCTION = Reduction(attention_range=3, active_fraction=0.3)
+RAGGED = [run_length(3, 31, 5), run_length(2, 7, 4, 11, 6), run_length(7), run_length(1, 1, 1)]
+PLANS = [
+    Plan(attention=(1, 3, 4)),
+    Plan(ffn=(0, 2)),
+    Plan(attention=(0, 3), ffn=(3, 4)),
+    Plan(attention=range(5), ffn=range(5)),
+]
+KEY = jax.random.key(7)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    """Every parameter drawn at random, norms and biases too."""
+    decoder = Decoder(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    state = nnx.state(decoder)
+    leaves, tree = jax.tree.flatten(state)
+    rng = np.random.default_rng(1)
+    drawn = [leaf + jnp.asarray(rng.standard_normal(leaf.shape) * 0.2, leaf.dtype) for leaf in leaves]
+    nnx.update(decoder, jax.tree.unflatten(tree, drawn))
+    return decoder
+
+
+def make_context(decoder: Decoder, layout) -> Context:
+    """Rotary positions are the sequence positions."""
+    return decoder.context(layout, layout.slots.position[:, None], KEY)
+
+
+def prefill(decoder, rows, layout, plan, reduction=REDUCTION, padding=np.zeros, layers=None):
+    @jax.jit
+    def run(x, layout):
+        return decoder.prefill(x, make_context(decoder, layout), plan, reduction, layers)
+
+    return run(jnp.asarray(pack(rows, layout, padding)), layout)
+
+
+def run_traced(decoder, rows, layout, plan, reduction=REDUCTION):
+    traced = TracedPlan(*map(jnp.asarray, plan.flags(CONFIG.num_layers)))
+    x = jnp.asarray(pack(rows, layout))
+    return run_layers(decoder, reduction)(x, layout, traced, jnp.int32(0), jnp.int32(CONFIG.num_layers))
+
+
+def run_layers(decoder, reduction=REDUCTION):
+    @jax.jit
+    def run(x, layout, plan, start, stop):
+        return decoder.run_layers(x, make_context(decoder, layout), plan, reduction, start, stop)
+
+    return run
+
+
+def assert_rows_close(packed, expected, layout, tolerance=1e-5):
+    for ours, theirs in zip(unpack(packed, layout), unpack(expected, layout), strict=True):
+        assert_close(ours, theirs, tolerance)
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[np.ndarray]:
+    return random_rows(np.random.default_rng(2), RAGGED, CONFIG.width)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=Plan.label)
+def test_static_and_traced_plans_agree(decoder, rows, plan):
+    layout = make_layout(RAGGED, spare=(2, 3))
+    static, record = prefill(decoder, rows, layout, plan)
+    traced, scored = run_traced(decoder, rows, layout, plan)
+    assert_rows_close(traced, static, layout)
+    assert scored.all() and record.kept.scored.all()
+    as_data = TracedPlan(*map(jnp.asarray, plan.flags(CONFIG.num_layers)))
+    recorded, same_record = prefill(decoder, rows, layout, as_data)
+    assert_rows_close(recorded, static, layout)
+    with_images = np.asarray(layout.num_visual) > 0
+    np.testing.assert_array_equal(same_record.kept.units[:, with_images], record.kept.units[:, with_images])
+    dense, _ = prefill(decoder, rows, layout, Plan())
+    for i, count in enumerate(layout.num_visual):
+        difference = error(unpack(static, layout)[i], unpack(dense, layout)[i])
+        assert difference > 1e-3 if count > REDUCTION.attention_range else count or difference < 1e-5
+
+
+def test_an_empty_plan_is_the_dense_model_bit_for_bit(decoder, rows):
+    """However the reductions are set; the traced program is another one, equal to rounding."""
+    layout = make_layout(RAGGED, spare=(2, 3))
+    extreme = Reduction(attention_range=1, active_fraction=0.02)
+    static, traced = (
+        [
+            unpack(run(decoder, rows, layout, Plan(), reduction)[0], layout)
+            for reduction in (REDUCTION, extreme)
+        ]
+        for run in (prefill, run_traced)
+    )
+    for ours, other, dense in zip(*static, traced[0], strict=True):
+        np.testing.assert_array_equal(other, ours)
+        assert_close(dense, ours, 1e-5)
+    for ours, other in zip(*traced, strict=True):
+        np.testing.assert_array_equal(other, ours)
+
+
+def test_reductions_that_drop_nothing_are_the_dense_model(decoder, rows):
+    layout = make_layout(RAGGED)
+    everything = Reduction(attention_range=layout.bucket.visual, active_fraction=1)
+    reduced, _ = prefill(decoder, rows, layout, PLANS[-1], everything)
+    dense, _ = prefill(decoder, rows, layout, Plan())
+    assert_rows_close(reduced, dense, layout)
+
+
+def test_one_program_serves_every_traced_plan_and_every_start(decoder, rows):
+    layout = make_layout(RAGGED)
+    run, x = run_layers(decoder), jnp.asarray(pack(rows, layout))
+    for plan in [Plan(), *PLANS]:
+        traced = TracedPlan(*map(jnp.asarray, plan.flags(CONFIG.num_layers)))
+        whole, _ = run(x, layout, traced, jnp.int32(0), jnp.int32(5))
+        half, _ = run(x, layout, traced, jnp.int32(0), jnp.int32(2))
+        half, _ = run(half, layout, traced, jnp.int32(2), jnp.int32(5))
+        np.testing.assert_array_equal(half, whole)
+    assert run._cache_size() == 1
+
+
+def test_a_static_prefill_can_stop_and_go_on(decoder, rows):
+    layout, plan = make_layout(RAGGED), PLANS[2]
+    whole, record = prefill(decoder, rows, layout, plan)
+    first, lower = prefill(decoder, rows, layout, plan, layers=range(0, 2))
+    second, upper = prefill(decoder, unpack(first, layout), layout, plan, layers=range(2, 5))
+    assert_rows_close(second, whole, layout)
+    joined = jnp.concatenate([lower.kept.units, upper.kept.units])
+    np.testing.assert_array_equal(joined, record.kept.units)
+
+
+def test_only_reduced_layers_report_kept_units(decoder, rows):
+    _, record = prefill(decoder, rows, make_layout(RAGGED), PLANS[2])
+    kept = np.asarray(record.kept.units)
+    assert kept.shape == (5, len(RAGGED), REDUCTION.kept_units(CONFIG.ffn_width))
+    assert [bool(units[0].any()) for units in kept] == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("plan", [Plan(), PLANS[-1]], ids=Plan.label)
+def test_padding_never_leaks(decoder, rows, plan):
+    layout, rng = make_layout(RAGGED, spare=(2, 13)), np.random.default_rng(3)
+    clean, _ = prefill(decoder, rows, layout, plan)
+    garbage, record = prefill(
+        decoder, rows, layout, plan, padding=lambda shape: 1e3 * rng.standard_normal(shape)
+    )
+    assert record.kept.scored.all()
+    for ours, expected in zip(unpack(garbage, layout), unpack(clean, layout), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("plan", [Plan(), PLANS[-1]], ids=Plan.label)
+def test_a_sample_does_not_depend_on_its_batch(decoder, rows, plan):
+    layout = make_layout(RAGGED, spare=(1, 4))
+    together = unpack(prefill(decoder, rows, layout, plan)[0], layout)
+    for i in (1, 3):
+        own = make_layout([RAGGED[i]])
+        assert_close(together[i], unpack(prefill(decoder, [rows[i]], own, plan)[0], own)[0], 1e-5)
+
+
+def test_random_probes_differ_between_layers_and_seeds(decoder, rows):
+    layout, plan = make_layout(RAGGED), Plan(ffn=range(5))
+    reduction = Reduction(probe="random", active_fraction=0.3)
+    x = jnp.asarray(pack(rows, layout))
+    traced = TracedPlan(*map(jnp.asarray, plan.flags(CONFIG.num_layers)))
+
+    @jax.jit
+    def states(key):
+        context = decoder.context(layout, layout.slots.position[:, None], key)
+        static, _ = decoder.prefill(x, context, plan, reduction)
+        return static, decoder.run_layers(x, context, traced, reduction, jnp.int32(0), jnp.int32(5))[0]
+
+    static, from_data = states(jax.random.key(0))
+    assert_rows_close(from_data, static, layout)
+    other, _ = states(jax.random.key(1))
+    assert error(unpack(other, layout)[0], unpack(static, layout)[0]) > 1e-3
+    np.testing.assert_array_equal(unpack(other, layout)[2], unpack(static, layout)[2])
+
+
+def test_influence_within_a_hollow_layer_is_exactly_what_the_mask_says(decoder):
+    mask = run_length(2, 7, 2, 6, 3)
+    layout = make_layout([mask])
+    x = jnp.asarray(pack(random_rows(np.random.default_rng(4), [mask], CONFIG.width), layout))
+    weights = jnp.asarray(np.random.default_rng(5).standard_normal(CONFIG.width), jnp.float32)
+
+    def output(x):
+        y, _ = decoder.prefill(x, make_context(decoder, layout), Plan(attention=(0,)), REDUCTION, range(0, 1))
+        return jnp.einsum("BTD,D->BT", y, weights)[0]
+
+    influence = np.abs(jax.jit(jax.jacrev(output))(x)[:, 0]).max(axis=2)
+    np.testing.assert_array_equal(
+        influence != 0, visible(layout.slots, layout.slots, REDUCTION.attention_range)[0]
+    )
+
+
+@pytest.mark.parametrize("plan", [Plan(), PLANS[2]], ids=Plan.label)
+def test_decoding_equals_the_prefill_of_the_whole(decoder, plan):
+    """Each sample's last tokens, which are text, one by one through the cache; decoding is never reduced, nor is text."""
+    masks, steps = [run_length(3, 31, 9), run_length(2, 7, 4, 11, 8), run_length(12)], 7
+    rng = np.random.default_rng(6)
+    ids = [rng.integers(0, CONFIG.vocabulary, len(mask)).astype(np.int32) for mask in masks]
+    visual = [rng.standard_normal((len(mask), CONFIG.width)).astype(np.float32) for mask in masks]
+
+    @jax.jit
+    def start(text_ids, visual, layout):
+        x, record = decoder.prefill(
+            decoder.embed(text_ids, visual), make_context(decoder, layout), plan, REDUCTION
+        )
+        return decoder.logits(x), decoder.make_cache(record, layout, steps)
+
+    def prefill_all(cut):
+        layout = make_layout([mask[: len(mask) - cut] for mask in masks], spare=(2, 3))
+        text_ids = pack([row[: len(row) - cut] for row in ids], layout)[:, : layout.bucket.text]
+        vectors = pack([row[: len(row) - cut] for row in visual], layout)[:, layout.bucket.text :]
+        logits, cache = start(jnp.asarray(text_ids), jnp.asarray(vectors), layout)
+        return layout, unpack(logits, layout), cache
+
+    _, expected, _ = prefill_all(0)
+    layout, logits, cache = prefill_all(steps)
+    for ours, theirs in zip(logits, expected, strict=True):
+        assert_close(ours, theirs[: len(ours)], 1e-4)
+    decode = jax.jit(decoder.decode)
+    for step in range(steps):
+        position = layout.num_tokens + step
+        newest = jnp.asarray([row[len(row) - steps + step] for row in ids])
+        logits, cache = decode(
+            newest, cache, position, position[:, None], jnp.int32(layout.bucket.slots + step)
+        )
+        for ours, theirs in zip(logits, expected, strict=True):
+            assert_close(ours, theirs[len(theirs) - steps + step], 1e-4)
+    assert decode._cache_size() == 1

@@ -1,0 +1,89 @@
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rlens_jax.console import Progress, run_command
+from rlens_jax.errors import UserError
+
+
+def ended(main, capsys, argv=(), **options):
+    with pytest.raises(SystemExit) as end:
+        run_command(main, argv=argv, **options)
+    return end.value.code, *capsys.readouterr()
+
+
+def test_a_command_gets_its_arguments_and_ends_with_0(capsys):
+    assert ended(lambda argv: print(*argv), capsys, ["--seed", "3"]) == (0, "--seed 3\n", "")
+
+
+def test_bad_input_is_one_line_and_exit_code_2(capsys):
+    def main(argv):
+        raise UserError("no model folder 'x'")
+
+    assert ended(main, capsys) == (2, "", "error: no model folder 'x'\n")
+
+
+def test_ctrl_c_says_that_the_run_can_be_resumed_and_ends_with_130(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    code, out, err = ended(main, capsys)
+    assert (code, out) == (130, "")
+    assert "the same command goes on from there" in err
+    assert "stopped here" in ended(main, capsys, interrupted="stopped here")[2]
+
+
+def test_our_own_mistakes_go_through():
+    def main(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_command(main, argv=[])
+
+
+def test_the_console_and_the_configuration_start_without_jax():
+    code = "import sys, rlens_jax.console, rlens_jax.config; print('jax' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.stdout == "False\n", run.stderr
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_without_a_terminal_progress_is_a_line_every_few_seconds():
+    stream, clock = io.StringIO(), Clock()
+    with Progress("ranking ffn", 240, "plans", done=40, stream=stream, clock=clock) as progress:
+        for _ in range(100):
+            clock.now += 0.2
+            progress.advance()
+        assert stream.getvalue().splitlines() == [
+            "ranking ffn: 40/240 plans",
+            "ranking ffn: 65/240 plans, 5.0 plans/s, 35 s left",
+            "ranking ffn: 90/240 plans, 5.0 plans/s, 30 s left",
+            "ranking ffn: 115/240 plans, 5.0 plans/s, 25 s left",
+            "ranking ffn: 140/240 plans, 5.0 plans/s, 20 s left",
+        ]
+        clock.now += 200
+        progress.advance(100)
+    assert stream.getvalue().splitlines()[-1] == "ranking ffn: 240/240 plans, 1.1 s each, took 3 min 40 s"
+
+
+def test_a_terminal_gets_a_bar():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    with Progress("ranking ffn", 10, "plans", stream=stream) as progress:
+        progress.advance(10)
+    assert "ranking ffn: 100%" in stream.getvalue()
+    assert "10/10" in stream.getvalue()

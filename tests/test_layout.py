@@ -1,0 +1,121 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from rlens_jax.layout import Bucket, Slots, pack_layout, pack_rows, unpack_rows, visible
+from tests.sequences import bucket_for, make_layout, run_length, spell, unpack
+from tests.torch_reductions import hollow_mask
+
+PICTURE = """
+    t v v v t v t
+t   1 0 0 0 0 0 0
+v   1 1 0 0 0 0 0
+v   1 1 1 0 0 0 0
+v   1 0 1 1 0 0 0
+t   1 1 1 1 1 0 0
+v   1 0 0 1 1 1 0
+t   1 1 1 1 1 1 1
+"""
+SAMPLES = [run_length(2, 7, 1, 4, 3), run_length(3), run_length(0, 5, 0, 2, 1), run_length(1, 13, 2, 1)]
+
+
+def read_picture(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """The sequence and the 0/1 matrix of a picture, whatever text is around it."""
+    lines = [line.split() for line in text.splitlines()]
+    rows = [
+        line for line in lines if line and line[0] in ("t", "v") and set(line[1:]) <= {"0", "1"} and line[1:]
+    ]
+    (heading,) = [line for line in lines if len(line) > 1 and set(line) <= {"t", "v"}]
+    assert [row[0] for row in rows] == heading
+    return spell("".join(heading)), np.array([[int(cell) for cell in row[1:]] for row in rows], bool)
+
+
+def sequence_mask(is_visual: np.ndarray, attention_range: int | None, window: str = "ordinal") -> np.ndarray:
+    """What `visible` says about one sample, bool[T, T] in sequence order."""
+    layout = make_layout([is_visual], spare=(2, 3))
+    mask = np.asarray(visible(layout.slots, layout.slots, attention_range, window))
+    (rows,) = unpack(mask, layout)
+    (columns,) = unpack(rows.T[None], layout)
+    return columns.T
+
+
+def test_visible_is_the_picture():
+    is_visual, expected = read_picture(PICTURE)
+    np.testing.assert_array_equal(sequence_mask(is_visual, 2), expected)
+
+
+def test_the_picture_in_the_docstring_is_the_same():
+    for ours, tested in zip(read_picture(visible.__doc__), read_picture(PICTURE), strict=True):
+        np.testing.assert_array_equal(ours, tested)
+
+
+def test_the_torch_mask_is_the_picture():
+    is_visual, expected = read_picture(PICTURE)
+    np.testing.assert_array_equal(hollow_mask(torch.tensor(is_visual), 2).numpy(), expected)
+
+
+@pytest.mark.parametrize("window", ["ordinal", "position"])
+@pytest.mark.parametrize("attention_range", [None, 1, 2, 5, 100])
+def test_visible_equals_the_torch_mask(attention_range, window):
+    for is_visual in SAMPLES:
+        expected = hollow_mask(torch.tensor(is_visual), attention_range, window).numpy()
+        np.testing.assert_array_equal(sequence_mask(is_visual, attention_range, window), expected)
+
+
+def test_the_windows_differ_only_where_text_lies_between():
+    one_image, two_images = run_length(2, 9, 3), run_length(2, 5, 2, 4)
+    np.testing.assert_array_equal(sequence_mask(one_image, 3), sequence_mask(one_image, 3, "position"))
+    assert (sequence_mask(two_images, 3) & ~sequence_mask(two_images, 3, "position")).any()
+    assert not (~sequence_mask(two_images, 3) & sequence_mask(two_images, 3, "position")).any()
+
+
+def test_no_token_sees_an_empty_slot():
+    layout = make_layout(SAMPLES, spare=(3, 2))
+    mask = np.asarray(visible(layout.slots, layout.slots, None))
+    text, visual = layout.bucket.text, layout.bucket.visual
+    for row in range(len(SAMPLES)):
+        full = np.concatenate(
+            [np.arange(text) < layout.num_text[row], np.arange(visual) < layout.num_visual[row]]
+        )
+        assert not mask[row][np.ix_(full, ~full)].any()
+
+
+def test_pack_layout_of_two_images():
+    layout = pack_layout([spell("tvvtv"), spell("tt")], Bucket(text=3, visual=4), [7, 9])
+    empty = 2**30
+    np.testing.assert_array_equal(layout.text_position, [[0, 3, empty], [0, 1, empty]])
+    np.testing.assert_array_equal(layout.visual_position, [[1, 2, 4, empty], [empty] * 4])
+    assert (layout.num_text.tolist(), layout.num_visual.tolist(), layout.sample.tolist()) == (
+        [2, 2],
+        [3, 0],
+        [7, 9],
+    )
+    assert layout.num_tokens.tolist() == [5, 2]
+    slots = make_layout([spell("tvvtv")]).slots
+    assert isinstance(slots, Slots)
+    np.testing.assert_array_equal(slots.ordinal, [[-1, -1, 0, 1, 2]])
+
+
+def test_packing_and_unpacking_are_inverse():
+    rng = np.random.default_rng(0)
+    bucket = bucket_for(SAMPLES, spare=(1, 5))
+    layout = pack_layout(SAMPLES, bucket, range(len(SAMPLES)))
+    rows = [rng.standard_normal((len(mask), 2)).astype(np.float32) for mask in SAMPLES]
+    packed = pack_rows(rows, layout)
+    assert packed.shape == (len(SAMPLES), bucket.slots, 2)
+    for row, back, mask, run in zip(rows, unpack_rows(packed, layout), SAMPLES, packed, strict=True):
+        np.testing.assert_array_equal(back, row)
+        np.testing.assert_array_equal(run[bucket.text : bucket.text + mask.sum()], row[mask])
+        assert not run[bucket.text + mask.sum() :].any()
+
+
+def test_a_sample_that_does_not_fit_is_an_error():
+    with pytest.raises(ValueError, match="sample 5 has 3 tokens for 2 slots"):
+        pack_layout([spell("tvvv")], Bucket(text=4, visual=2), [5])
+
+
+def test_the_layout_is_a_pytree_of_arrays():
+    layout = make_layout([spell("tvt")])
+    assert layout.bucket == Bucket(text=2, visual=1)
+    assert all(isinstance(slots.position, jnp.ndarray) for slots in (layout.text, layout.visual))

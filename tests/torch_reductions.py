@@ -1,0 +1,179 @@
+"""Both reductions in plain PyTorch, written from the method's description and not from this package's code.
+
+Everything is in sequence order, one sample at a time, with whole masks and whole hidden layers. The functions run on raw
+tensors; `reduced` runs them inside a Hugging Face Qwen2-VL with eager attention, in the layers of a plan.
+
+Axis letters: T tokens of a sample, N query heads, K kv heads, H head dim, D width, F FFN units, P visual tokens, M probes,
+U kept units.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from decimal import ROUND_FLOOR, Decimal
+
+import torch
+from torch import Tensor
+
+
+def hollow_mask(is_visual: Tensor, attention_range: int | None, window: str = "ordinal") -> Tensor:
+    """bool[T, T]: which keys (columns) each query (row) sees; `attention_range` None is plain causal attention."""
+    length = len(is_visual)
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    ordinal = torch.cumsum(is_visual.int(), 0) - 1
+    for query in range(length):
+        mask[query, : query + 1] = True
+        if attention_range is None or not is_visual[query]:
+            continue
+        for key in range(query + 1):
+            distance = query - key if window == "position" else ordinal[query] - ordinal[key]
+            if is_visual[key] and distance >= attention_range:
+                mask[query, key] = False
+    return mask
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Softmax attention of one sample: q [N, T, H], k and v [K, T, H], mask bool[T, T]; returns [N, T, H]."""
+    group = q.shape[0] // k.shape[0]
+    k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
+    scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+    return torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1) @ v
+
+
+def floor_product(count: int, fraction: str, plus: str = "0") -> int:
+    """floor(count * fraction + plus), in decimals."""
+    return int((count * Decimal(fraction) + Decimal(plus)).to_integral_value(ROUND_FLOOR))
+
+
+def probe_ordinals(num_visual: int, probe_fraction: str) -> list[int]:
+    """Ordinals of the strided probes."""
+    num_probes = min(num_visual, max(1, floor_product(num_visual, probe_fraction)))
+    return [i * num_visual // num_probes for i in range(num_probes)]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Kept units (best first), and by how much the last kept one beats the first dropped one, relative to it."""
+
+    units: Tensor
+    gap: float
+
+
+def choose_units(hidden: Tensor, active_fraction: str) -> Selection:
+    """The best units by mean |H| over the probes; hidden is [M, F]."""
+    scores = hidden.float().abs().mean(dim=0)
+    width = len(scores)
+    num_units = min(width, max(1, floor_product(width, active_fraction, "0.5")))
+    ranked, order = torch.sort(scores, descending=True, stable=True)
+    gap = (
+        float("inf")
+        if num_units == width
+        else float((ranked[num_units - 1] - ranked[num_units]) / ranked[num_units - 1])
+    )
+    return Selection(order[:num_units], gap)
+
+
+def dynamic_ffn(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    is_visual: Tensor,
+    active_fraction: str,
+    probe_fraction: str,
+    probes: Sequence[int] | None = None,
+) -> tuple[Tensor, Selection | None]:
+    """One sample through a Probe-Activated Dynamic FFN; x is [T, D], gate and up are [F, D], down is [D, F].
+
+    `probes` are ordinals, the strided ones when None. Without visual tokens this is the dense FFN.
+    """
+    hidden = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+    if not is_visual.any():
+        return hidden @ down.T, None
+    visual = torch.nonzero(is_visual)[:, 0]
+    if probes is None:
+        probes = probe_ordinals(len(visual), probe_fraction)
+    selection = choose_units(hidden[visual[list(probes)]], active_fraction)
+    dropped = torch.ones(len(gate), dtype=torch.bool)
+    dropped[selection.units] = False
+    hidden = torch.where(is_visual[:, None] & dropped[None], torch.zeros(()), hidden)
+    return hidden @ down.T, selection
+
+
+@dataclass
+class Record:
+    """What a reduced forward pass chose: `selections[layer][sample]`, None for a sample without visual tokens."""
+
+    selections: dict[int, list[Selection | None]] = field(default_factory=dict)
+
+    def smallest_gap(self) -> float:
+        gaps = [s.gap for samples in self.selections.values() for s in samples if s is not None]
+        return min(gaps, default=float("inf"))
+
+
+@contextmanager
+def reduced(
+    model: torch.nn.Module,
+    is_visual: Sequence[Tensor],
+    attention_layers: Sequence[int] = (),
+    ffn_layers: Sequence[int] = (),
+    attention_range: int = 256,
+    active_fraction: str = "0.2",
+    probe_fraction: str = "0.1",
+) -> Iterator[Record]:
+    """A Qwen2-VL (eager attention) with both reductions in some layers, for right-padded batches.
+
+    Only a prefill is reduced; passes of a single token, as in generation, go through the plain layers.
+    """
+    layers, record = model.model.language_model.layers, Record()
+    replaced = []
+
+    def patch(module: torch.nn.Module, forward) -> None:
+        replaced.append(module)
+        module.forward = forward
+
+    def hollow(module: torch.nn.Module):
+        plain = module.forward
+
+        def forward(hidden_states, attention_mask=None, **others):
+            if hidden_states.shape[1] > 1:
+                attention_mask = attention_mask.clone()
+                hidden = torch.finfo(attention_mask.dtype).min
+                for mask, visual in zip(attention_mask[:, 0], is_visual, strict=True):
+                    length = len(visual)
+                    own = torch.zeros(length, length).masked_fill(
+                        ~hollow_mask(visual, attention_range), hidden
+                    )
+                    mask[:length] = hidden
+                    mask[:length, :length] = own
+            return plain(hidden_states=hidden_states, attention_mask=attention_mask, **others)
+
+        return forward
+
+    def dynamic(module: torch.nn.Module, layer: int):
+        plain = module.forward
+
+        def forward(x):
+            y = plain(x)
+            if x.shape[1] > 1:
+                weights = (module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight)
+                record.selections[layer] = []
+                for sample, visual in enumerate(is_visual):
+                    row, selection = dynamic_ffn(
+                        x[sample, : len(visual)], *weights, visual, active_fraction, probe_fraction
+                    )
+                    y[sample, : len(visual)] = row
+                    record.selections[layer].append(selection)
+            return y
+
+        return forward
+
+    for layer in attention_layers:
+        patch(layers[layer].self_attn, hollow(layers[layer].self_attn))
+    for layer in ffn_layers:
+        patch(layers[layer].mlp, dynamic(layers[layer].mlp, layer))
+    try:
+        yield record
+    finally:
+        for module in replaced:
+            del module.forward

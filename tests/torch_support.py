@@ -1,0 +1,93 @@
+"""Tiny random PyTorch models of the supported families, to compare with."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+@cache  # the definitions live as long as the library object
+def allow_transformers_models() -> torch.library.Library:
+    """Run before the first import of a transformers model: its torchvision asks for operators that CPU builds lack."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+def redraw(model: torch.nn.Module, seed: int) -> None:
+    """Redraws every parameter: fresh models have biases of 0 and norm weights of 1, which hide swapped or lost ones."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("bias"):
+                noise = 0.3 * noise
+            elif parameter.ndim == 1:
+                noise = 1 + 0.3 * noise.clamp(-2, 2)
+            elif "embed_tokens" not in name and "lm_head" not in name:
+                noise = noise * parameter[0].numel() ** -0.5
+            elif "lm_head" in name or model.config.tie_word_embeddings:
+                noise = noise * 2 * parameter.shape[-1] ** -0.5
+            parameter.copy_(noise)
+
+
+def tiny_qwen2_vl(seed: int, **overrides) -> torch.nn.Module:
+    """A Qwen2VLForConditionalGeneration of distinct odd sizes: float32, eager attention, every parameter redrawn.
+
+    Args:
+        seed: of the parameters.
+        overrides: fields of the text config, or `vision_config=dict(...)` with fields of the vision config, or the
+            top-level `tie_word_embeddings`.
+    """
+    allow_transformers_models()
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    text = {
+        "hidden_size": 60,
+        "intermediate_size": 77,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "vocab_size": 199,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 2, 2]},
+        "bos_token_id": 190,
+        "eos_token_id": 191,
+        "pad_token_id": 190,
+    }
+    vision = {
+        "depth": 3,
+        "embed_dim": 24,
+        "hidden_size": overrides.get("hidden_size", text["hidden_size"]),
+        "num_heads": 3,
+        "mlp_ratio": 3,
+        "in_channels": 3,
+        "patch_size": 2,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    tied = overrides.pop("tie_word_embeddings", False)
+    vision |= overrides.pop("vision_config", {})
+    config = Qwen2VLConfig(
+        text_config=text | overrides,
+        vision_config=vision,
+        tie_word_embeddings=tied,
+        image_token_id=195,
+        video_token_id=196,
+        vision_start_token_id=193,
+        vision_end_token_id=194,
+        attn_implementation="eager",
+    )
+    config.text_config.tie_word_embeddings = tied
+    model = Qwen2VLForConditionalGeneration(config)
+    redraw(model, seed)
+    return model.eval()
+
+
+def save_tiny(folder: Path, model: torch.nn.Module, **options) -> Path:
+    """`model.save_pretrained(folder, **options)`; `save_original_format=False` writes the newer prefixes."""
+    model.save_pretrained(folder, **options)
+    return folder
