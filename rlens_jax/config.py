@@ -145,7 +145,7 @@ class ReportConfig:
     bootstrap_samples: int = 1000
     """Draws of the bootstrap behind the 95 % intervals."""
     full_search: bool = False
-    """Also search without the position prior (L_p = 0), to compare; costs about as much as the search again."""
+    """Also search without the position prior (L_p = 0), to compare; costs about a search more."""
     timing_repeats: int = 5
     """How often a prefill is timed; medians are reported."""
 
@@ -253,9 +253,10 @@ def _parser(explained: bool) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="python -m rlens_jax.rank",
-        usage="%(prog)s [--model FOLDER] [--data FILE.jsonl] [--output DIR] [--config FILE] [--GROUP.FIELD VALUE ...]",
-        description="Rank the decoder layers of a multimodal LLM by how little they need full visual computation. "
-        "Without options: the embedded model on its own data.",
+        usage="%(prog)s [--model FOLDER] [--data FILE.jsonl] [--output DIR] [--config FILE] "
+        "[--GROUP.FIELD VALUE ...]",
+        description="Rank the decoder layers of a multimodal LLM by how little they need full visual "
+        "computation. Without options: the embedded model on its own data.",
         epilog="Lists are written as 16,32 (in YAML as [16, 32]); null is no value.",
         exit_on_error=False,
         print_config=None,
@@ -283,7 +284,7 @@ def _parser(explained: bool) -> ArgumentParser:
 
 
 def _types(cls: Any) -> dict[str, Any]:
-    # Not typing.get_type_hints, which tells nothing about classes that run-time type checkers are to leave alone.
+    # Not typing.get_type_hints, which knows nothing of classes that run-time type checkers leave alone.
     return {item.name: item.type for item in dataclasses.fields(cls)}
 
 

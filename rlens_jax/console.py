@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -49,7 +49,7 @@ def say(line: str) -> None:
 
 
 class Progress:
-    """How far a piece of work is: a bar when the stream is a terminal, else a plain line now and then.
+    """How far a piece of work is: a bar when stderr is a terminal, else a plain line now and then.
 
     A context manager. Items that a resumed run need not do again are `done` already, and do not count for the
     rate.
@@ -62,13 +62,12 @@ class Progress:
         unit: str,
         *,
         done: int = 0,
-        stream: TextIO | None = None,
         seconds_between_lines: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._label, self._total, self._unit = label, total, unit
         self._first = self._done = done
-        self._stream = sys.stderr if stream is None else stream
+        self._stream = sys.stderr
         self._interval, self._clock = seconds_between_lines, clock
         self._bar: tqdm[NoReturn] | None = None
 

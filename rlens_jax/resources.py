@@ -1,4 +1,4 @@
-"""Where the files that come with the package are, beside it in the repository or inside an installed wheel."""
+"""Where the files that come with the package are: beside it in the repository, inside it in a wheel."""
 
 import os
 from pathlib import Path
@@ -24,10 +24,10 @@ def preset_path(name: str) -> Path:
 
 
 def embedded_model() -> Path:
-    """The folder of the model that comes with the package. UserError when an incomplete copy of it lacks the model."""
+    """The folder of the model that comes with the package. UserError when this copy of it lacks the model."""
     folder = _folder("checkpoints") / "embedded"
     if not folder.is_dir():
-        raise UserError(f"{folder}: the embedded model is not there; install the package anew, or name another model")
+        raise UserError(f"{folder}: the embedded model is missing; install the package anew or name another")
     return folder
 
 

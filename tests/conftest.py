@@ -13,7 +13,7 @@ os.environ |= {
     "MPLBACKEND": "agg",
 }
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

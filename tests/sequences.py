@@ -1,4 +1,4 @@
-"""Samples spelled as text ("t" a text token, "v" a visual one) and their random values, packed and unpacked."""
+"""Samples spelled as text ("t" a text token, "v" a visual one) and their values, packed and unpacked."""
 
 from collections.abc import Callable, Sequence
 

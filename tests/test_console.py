@@ -47,7 +47,9 @@ def test_our_own_mistakes_go_through():
 def test_the_console_and_the_configuration_start_without_jax():
     code = "import sys, rlens_jax.console, rlens_jax.config; print('jax' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+    )
     assert run.stdout == "False\n", run.stderr
 
 
@@ -59,9 +61,10 @@ class Clock:
         return self.now
 
 
-def test_without_a_terminal_progress_is_a_line_every_few_seconds():
+def test_without_a_terminal_progress_is_a_line_every_few_seconds(monkeypatch):
     stream, clock = io.StringIO(), Clock()
-    with Progress("ranking ffn", 240, "plans", done=40, stream=stream, clock=clock) as progress:
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Progress("ranking ffn", 240, "plans", done=40, clock=clock) as progress:
         for _ in range(100):
             clock.now += 0.2
             progress.advance()
@@ -77,13 +80,14 @@ def test_without_a_terminal_progress_is_a_line_every_few_seconds():
     assert stream.getvalue().splitlines()[-1] == "ranking ffn: 240/240 plans, 1.1 s each, took 3 min 40 s"
 
 
-def test_a_terminal_gets_a_bar():
+def test_a_terminal_gets_a_bar(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
     stream = Terminal()
-    with Progress("ranking ffn", 10, "plans", stream=stream) as progress:
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Progress("ranking ffn", 10, "plans") as progress:
         progress.advance(10)
     assert "ranking ffn: 100%" in stream.getvalue()
     assert "10/10" in stream.getvalue()

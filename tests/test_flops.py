@@ -39,7 +39,7 @@ def test_a_layer_counted_by_hand():
 
 
 @pytest.mark.parametrize(
-    "sizes, plan, percent",
+    ("sizes", "plan", "percent"),
     [
         (INTERNVL2_8B, Plan((0,), (0,)), 63.5),
         (INTERNVL2_8B, Plan(ffn=(0,)), 58.3),
@@ -52,7 +52,7 @@ def test_saving_of_one_layer(sizes, plan, percent):
 
 
 @pytest.mark.parametrize(
-    "sizes, num_layers, reduced, percent, percent_with_probes",
+    ("sizes", "num_layers", "reduced", "percent", "percent_with_probes"),
     [(INTERNVL2_8B, 32, 14, 72.2, 74.3), (QWEN2_VL_7B, 28, 12, 70.8, 73.1)],
 )
 def test_the_published_savings_are_about_half_the_layers(
@@ -64,7 +64,7 @@ def test_the_published_savings_are_about_half_the_layers(
 
 
 @pytest.mark.parametrize(
-    "sizes, num_layers, dropped, percent",
+    ("sizes", "num_layers", "dropped", "percent"),
     [
         (INTERNVL2_8B, 32, 0.3, 71.6),
         (QWEN2_VL_7B, 28, 0.3, 72.1),

@@ -16,7 +16,7 @@ def test_a_fraction_is_the_decimal_that_was_written():
     assert len({Reduction(active_fraction="0.2"), Reduction(active_fraction=0.2), Reduction()}) == 1
 
 
-@pytest.mark.parametrize("num_visual, count", [(0, 0), (1, 1), (9, 1), (19, 1), (20, 2), (1792, 179)])
+@pytest.mark.parametrize(("num_visual", "count"), [(0, 0), (1, 1), (9, 1), (19, 1), (20, 2), (1792, 179)])
 def test_probe_count_default(num_visual, count):
     assert Reduction().probe_count(num_visual) == count
 
@@ -28,12 +28,12 @@ def test_probe_count_never_exceeds_the_tokens():
 @pytest.mark.parametrize("fraction", [0.1, 0.37, "0.999", 1])
 def test_probe_capacity_suffices_for_every_smaller_sample(fraction):
     reduction = Reduction(probe_fraction=fraction)
-    counts = [reduction.probe_count(p) for p in range(0, 65)]
+    counts = [reduction.probe_count(p) for p in range(65)]
     assert reduction.probe_capacity(64) == max(counts) == counts[-1]
 
 
 @pytest.mark.parametrize(
-    "width, fraction, units",
+    ("width", "fraction", "units"),
     [
         (14336, 0.2, 2867),  # 2867.2
         (18944, 0.2, 3789),  # 3788.8
@@ -55,7 +55,7 @@ def test_kept_units_are_plain_integers():
 
 
 @pytest.mark.parametrize(
-    "field, value",
+    ("field", "value"),
     [
         ("attention_range", 0),
         ("attention_range", 2.5),

@@ -1,10 +1,11 @@
 """Both reductions in plain PyTorch, written from the method's description and not from this package's code.
 
-Everything is in sequence order, one sample at a time, with whole masks and whole hidden layers. The functions run on raw
-tensors; `reduced` runs them inside a Hugging Face Qwen2-VL with eager attention, in the layers of a plan.
+Everything is in sequence order, one sample at a time, with whole masks and whole hidden layers. The functions
+run on raw tensors; `reduced` runs them inside a Hugging Face Qwen2-VL with eager attention, in the layers of a
+plan.
 
-Axis letters: T tokens of a sample, N query heads, K kv heads, H head dim, D width, F FFN units, P visual tokens, M probes,
-U kept units.
+Axis letters: T tokens of a sample, N query heads, K kv heads, H head dim, D width, F FFN units, P visual tokens,
+M probes, U kept units.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,11 @@ from torch import Tensor
 
 
 def hollow_mask(is_visual: Tensor, attention_range: int | None, window: str = "ordinal") -> Tensor:
-    """bool[T, T]: which keys (columns) each query (row) sees; `attention_range` None is plain causal attention."""
+    """bool[T, T]: which keys (columns) a query (row) sees; `attention_range` None is causal attention."""
     length = len(is_visual)
     mask = torch.zeros(length, length, dtype=torch.bool)
-    ordinal = torch.cumsum(is_visual.int(), 0) - 1
+    is_visual = is_visual.tolist()
+    ordinal = [sum(is_visual[:token]) for token in range(length)]
     for query in range(length):
         mask[query, : query + 1] = True
         if attention_range is None or not is_visual[query]:
@@ -53,7 +55,7 @@ def probe_ordinals(num_visual: int, probe_fraction: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Selection:
-    """Kept units (best first), and by how much the last kept one beats the first dropped one, relative to it."""
+    """Kept units (best first), and how much the last kept one beats the first dropped one, relative to it."""
 
     units: Tensor
     gap: float
@@ -102,7 +104,7 @@ def dynamic_ffn(
 
 @dataclass
 class Record:
-    """What a reduced forward pass chose: `selections[layer][sample]`, None for a sample without visual tokens."""
+    """What a reduced pass chose: `selections[layer][sample]`, None for a sample without visual tokens."""
 
     selections: dict[int, list[Selection | None]] = field(default_factory=dict)
 

@@ -8,7 +8,7 @@ import torch
 
 @cache  # the definitions live as long as the library object
 def allow_transformers_models() -> torch.library.Library:
-    """Run before the first import of a transformers model: its torchvision asks for operators that CPU builds lack."""
+    """Run before the first import of a transformers model: torchvision asks for operators CPU builds lack."""
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
@@ -17,7 +17,7 @@ def allow_transformers_models() -> torch.library.Library:
 
 
 def redraw(model: torch.nn.Module, seed: int) -> None:
-    """Redraws every parameter: fresh models have biases of 0 and norm weights of 1, which hide swapped or lost ones."""
+    """Redraws every parameter: fresh models have biases of 0 and norm weights of 1, which hide lost ones."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -34,12 +34,12 @@ def redraw(model: torch.nn.Module, seed: int) -> None:
 
 
 def tiny_qwen2_vl(seed: int, **overrides) -> torch.nn.Module:
-    """A Qwen2VLForConditionalGeneration of distinct odd sizes: float32, eager attention, every parameter redrawn.
+    """A Qwen2VLForConditionalGeneration of distinct sizes: float32, eager attention, every parameter redrawn.
 
     Args:
         seed: of the parameters.
-        overrides: fields of the text config, or `vision_config=dict(...)` with fields of the vision config, or the
-            top-level `tie_word_embeddings`.
+        overrides: fields of the text config, `vision_config=dict(...)` with fields of the vision config, or
+            the top-level `tie_word_embeddings`.
     """
     allow_transformers_models()
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration

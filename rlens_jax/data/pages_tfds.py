@@ -1,4 +1,4 @@
-"""The pages of `demo.pages` as three tensorflow-datasets, generated on first use; no TensorFlow is needed.
+"""The pages of `data.pages` as three tensorflow-datasets, generated on first use; no TensorFlow is needed.
 
     samples = read_pages("pages_read", "validation", Path("data"), limit=100)
 
@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from rlens_jax.data.samples import Sample
-from rlens_jax.demo.pages import DATASETS, SPLITS, Page, Question, Split, make_page, make_question
+from rlens_jax.data.pages import DATASETS, SPLITS, Page, Question, Split, make_page, make_question
 from rlens_jax.errors import UserError, suggest
 
 SAMPLES: dict[Split, int] = {"train": 2000, "validation": 150, "test": 300}

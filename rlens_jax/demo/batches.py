@@ -4,6 +4,7 @@ All turns of a conversation are scored at once, so one page teaches several answ
 Axis letters: A micro-batches, B samples, X text slots, P visual slots, J patches, C numbers of a patch.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import no_type_check
@@ -12,16 +13,46 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from rlens_jax.demo.pages import CELL, DATASETS, Page, Question, make_page, make_question, transcription
+from rlens_jax.data.pages import CELL, DATASETS, Page, Question, make_page, make_question, transcription
 from rlens_jax.demo.processor import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 from rlens_jax.layout import Bucket, TokenLayout, pack_layout, pack_rows
 from rlens_jax.models.qwen2_vl import patch_places, rope_positions
 
-TRAIN_BUCKET = Bucket(text=112, visual=128)
-QUESTIONS = 6
-TRANSCRIBED_SHARE = 0.4
-"""Share of the conversations that begin with reading the whole page (what makes learning start at all)."""
 IGNORE = -1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training with one mixture of conversations.
+
+    Attributes:
+        until: the last step of the stage.
+        micro_batches: of how many micro-batches a step's batch is made.
+        bucket: static shape of the conversations.
+        questions: most questions about a page.
+        transcribed: share of the conversations that begin with reading the whole page (what makes learning start at all).
+        datasets: where the questions are drawn from, evenly.
+    """
+
+    until: int
+    micro_batches: int
+    bucket: Bucket
+    questions: int
+    transcribed: float
+    datasets: tuple[str, ...]
+
+
+STAGES = (
+    Stage(1100, 3, Bucket(112, 128), 6, 0.4, DATASETS),
+    Stage(1600, 2, Bucket(176, 128), 10, 0.1, ("pages_read",)),
+    Stage(2300, 2, Bucket(176, 128), 10, 0.05, DATASETS),
+)
+"""Read first, then look up single places, then everything."""
+
+
+def stage_of(step: int) -> Stage:
+    """The stage that the step, counted from 0, belongs to; the last one goes on for ever."""
+    return next((stage for stage in STAGES if step < stage.until), STAGES[-1])
 
 
 @no_type_check
@@ -100,9 +131,9 @@ def conversation(
     )
 
 
-def make_batch(rng: np.random.Generator, size: int, tokens: Mapping[str, int]) -> TrainBatch:
+def make_batch(rng: np.random.Generator, size: int, tokens: Mapping[str, int], stage: Stage) -> TrainBatch:
     """A fresh batch of augmented training pages."""
-    bucket = TRAIN_BUCKET
+    bucket = stage.bucket
     num_slots = bucket.visual * MERGE_SIZE**2
     ids, targets, masks, ropes, cells = [], [], [], [], []
     patches = np.zeros((size, num_slots, 3 * TEMPORAL_PATCH_SIZE * PATCH_SIZE**2), np.float32)
@@ -110,8 +141,8 @@ def make_batch(rng: np.random.Generator, size: int, tokens: Mapping[str, int]) -
     num_patches = np.zeros(size, np.int32)
     for i in range(size):
         page = make_page(rng, "train", augment=True)
-        first = [transcription(page)] if rng.random() < TRANSCRIBED_SHARE else []
-        others = [make_question(rng, page, str(rng.choice(DATASETS))) for _ in range(QUESTIONS)]
+        first = [transcription(page)] if rng.random() < stage.transcribed else []
+        others = [make_question(rng, page, str(rng.choice(stage.datasets))) for _ in range(stage.questions)]
         sample_ids, sample_targets, is_visual = conversation(page, first + others, tokens, bucket.text)
         grid = (page.pixels.shape[0] // PATCH_SIZE, page.pixels.shape[1] // PATCH_SIZE)
         num_patches[i] = count = grid[0] * grid[1]
@@ -138,13 +169,12 @@ def make_batch(rng: np.random.Generator, size: int, tokens: Mapping[str, int]) -
     )
 
 
-def batches(
-    seed: int, start: int, micro_batches: int, size: int, tokens: Mapping[str, int]
-) -> Iterator[TrainBatch]:
-    """Endless training batches [A, B, ...]; the one of step i depends on seed and i only, so a resumed run goes on alike."""
-    step = start
-    while True:
-        rng = np.random.default_rng((seed, step))
-        parts = [make_batch(rng, size, tokens) for _ in range(micro_batches)]
+def batches(seed: int, start: int, size: int, tokens: Mapping[str, int]) -> Iterator[TrainBatch]:
+    """Endless training batches [A, B, ...] from step `start` on, counted from 0.
+
+    The one of a step depends on seed and step only, so a resumed run goes on alike.
+    """
+    for step in itertools.count(start):
+        stage, rng = stage_of(step), np.random.default_rng((seed, step))
+        parts = [make_batch(rng, size, tokens, stage) for _ in range(stage.micro_batches)]
         yield jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
-        step += 1

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Sequence, Split
 
-from rlens_jax.demo.pages import VOCABULARY
+from rlens_jax.data.pages import VOCABULARY
 
 PAD = "<|endoftext|>"
 END_OF_TURN = "<|im_end|>"

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rlens_jax.demo.batches import IGNORE, TrainBatch, batches
+from rlens_jax.demo.batches import IGNORE, STAGES, TrainBatch, batches
 from rlens_jax.demo.card import MODEL_CARD
 from rlens_jax.demo.model import embedded_config
 from rlens_jax.demo.processor import END_OF_TURN, TOKENS, write_processor
@@ -38,8 +38,8 @@ CELL_LAYERS = 3
 CELL_WEIGHT = 0.3
 CELL_LABELS = ("digit", "row", "column")
 SEED = 2501_19036
-MICRO_BATCHES, MICRO_BATCH = 3, 8
-LEARNING_RATE, WARMUP, CLIP = 1.5e-3, 100, 1.0
+MICRO_BATCH = 8
+CLIP = 1.0
 SAVE_EVERY = 100
 END = TOKENS.index(END_OF_TURN)
 
@@ -89,12 +89,20 @@ def losses(model: Qwen2VL, heads: CellHeads, batch: TrainBatch) -> tuple[Array, 
 
 
 def calm(model: Qwen2VL) -> None:
-    """Initialise for depth, in place: embeddings of unit scale beside the branches, whose outputs are scaled by (2 L)^-1/2."""
+    """Initialise for depth, in place: embeddings of unit scale beside branches whose outputs are scaled by (2 L)^-1/2."""
     decoder = model.decoder
     scale = (2 * decoder.config.num_layers) ** -0.5
     for kernel in (decoder.layers.attention.o_proj.kernel, decoder.layers.ffn.down_proj.kernel):
         kernel[...] = kernel[...] * scale
     decoder.embedding[...] = decoder.embedding[...] * 5
+
+
+def learning_rate() -> optax.Schedule:
+    """Warmed up and lowered twice: while the page is read, and again from the second stage on to the end."""
+    first, last = STAGES[0].until, STAGES[-1].until
+    reading = optax.warmup_cosine_decay_schedule(0.0, 1.5e-3, 100, 1400, 5e-5)
+    looking_up = optax.warmup_cosine_decay_schedule(2e-4, 1.2e-3, 30, last - first, 3e-5)
+    return optax.join_schedules([reading, looking_up], [first])
 
 
 def make_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Any:
@@ -114,7 +122,7 @@ def make_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) -> A
 
         zero = jax.tree.map(jnp.zeros_like, state)
         total, logs = jax.lax.scan(accumulate, zero, batch)
-        gradient = jax.tree.map(lambda g: g / MICRO_BATCHES, total)
+        gradient = jax.tree.map(lambda g: g / batch.text_ids.shape[0], total)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, state)
         return optax.apply_updates(state, updates), optimizer_state, jax.tree.map(jnp.mean, logs)
 
@@ -134,8 +142,9 @@ def ahead(items: Iterator[Any], depth: int = 4) -> Iterator[Any]:
         yield waiting.get()
 
 
-def train(folder: Path, steps: int) -> None:
-    """Train to `steps` in `folder`, from its last checkpoint if it has one; appends to `training_log.jsonl`."""
+def train(folder: Path) -> None:
+    """Train in `folder`, from its last checkpoint if it has one; appends to `training_log.jsonl`."""
+    steps = STAGES[-1].until
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     config = read_config(ConfigReader(embedded_config(), "embedded_config()"))
@@ -143,11 +152,10 @@ def train(folder: Path, steps: int) -> None:
     modules = (Qwen2VL(config, dtype=jnp.float32, rngs=rngs), CellHeads(config.decoder.width, rngs=rngs))
     calm(modules[0])
     graph, state = nnx.split(modules)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, WARMUP, steps, LEARNING_RATE / 30)
     optimizer = optax.chain(
         optax.clip_by_global_norm(CLIP),
         optax.adamw(
-            schedule, b2=0.98, weight_decay=0.02, mask=lambda p: jax.tree.map(lambda x: x.ndim > 2, p)
+            learning_rate(), b2=0.98, weight_decay=0.02, mask=lambda p: jax.tree.map(lambda x: x.ndim > 2, p)
         ),
     )
     optimizer_state = optimizer.init(state)
@@ -165,7 +173,6 @@ def train(folder: Path, steps: int) -> None:
             batches(
                 SEED,
                 start,
-                MICRO_BATCHES,
                 MICRO_BATCH,
                 {token: number for number, token in enumerate(TOKENS)},
             )
@@ -201,9 +208,8 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="folder of checkpoints and log; resumed if it has any"
     )
-    parser.add_argument("--steps", type=int, default=1800, help="optimiser steps in all")
     arguments = parser.parse_args()
-    train(arguments.output, arguments.steps)
+    train(arguments.output)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.models import qwen2_vl
@@ -21,7 +22,7 @@ class Family:
     module: Callable[..., nnx.Module]
     """`module(config, *, dtype, rngs)`: the whole model, randomly initialised."""
     preparer: Callable[..., Any]
-    """`preparer(folder, config, patch_slots)`: makes prepared images and prompts with the checkpoint's own files."""
+    """`preparer(folder, config, patch_slots)`: prepares images and prompts by the checkpoint's own files."""
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -40,7 +41,7 @@ class ModelKind:
     fields: Mapping[str, Any]
     """The whole config.json, to be kept beside converted weights."""
 
-    def abstract(self, dtype: jnp.dtype) -> nnx.Module:
+    def abstract(self, dtype: DTypeLike) -> nnx.Module:
         """The module with shapes and dtypes in place of arrays; nothing is allocated."""
         family = FAMILIES[self.model_type]
         return nnx.eval_shape(lambda: family.module(self.config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
@@ -52,11 +53,11 @@ def read_kind(fields: Mapping[str, Any], where: str) -> ModelKind:
     Raises:
         UserError: the family is not supported, or a field is missing or asks for what is not supported.
     """
-    model_type = fields.get("model_type")
-    if model_type not in FAMILIES:
+    model_type = str(fields.get("model_type"))
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         supported = ", ".join(sorted(FAMILIES))
         raise UserError(
-            f"{where}: model_type {model_type!r} is not supported{suggest(str(model_type), FAMILIES)}; "
+            f"{where}: model_type {model_type!r} is not supported{suggest(model_type, FAMILIES)}; "
             f"supported are: {supported}"
         )
     return ModelKind(model_type, FAMILIES[model_type].read_config(ConfigReader(fields, where)), fields)

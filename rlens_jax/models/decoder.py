@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rlens_jax.layout import PADDING_POSITION, Slots, TokenLayout, visible
 from rlens_jax.models.layers import Linear, RMSNorm, rope_angles, rotate, rotation
@@ -331,6 +331,6 @@ class Decoder(nnx.Module):
         return self.logits(x)[:, 0], KVCache(k, v, positions)
 
 
-def _at(stack: nnx.State, layer: Int[Array, ""]) -> nnx.State:
+def _at(stack: PyTree, layer: Int[Array, ""]) -> PyTree:
     """One layer's parameters out of the stack."""
     return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, layer, keepdims=False), stack)

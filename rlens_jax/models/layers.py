@@ -24,7 +24,7 @@ class Linear(nnx.Module):
     """`einsum(spec, x, kernel) + bias`; the spec is the layer: "BTD,DNH->BTNH" names all axes, "F" the bias's."""
 
     def __init__(self, spec: str, sizes: Sizes, *, bias: str = "", dtype: DTypeLike, rngs: nnx.Rngs):
-        inputs, axes = spec.split("->")[0].split(",")
+        inputs, axes = spec.split("->", maxsplit=1)[0].split(",")
         contracted = [axis for axis in axes if axis in inputs]
         fan_in = 1
         for axis in contracted:
@@ -85,7 +85,7 @@ def rope_angles(
     half = sum(sections)
     frequency = 1.0 / theta ** (jnp.arange(half, dtype=jnp.float32) / half)
     axis = jnp.repeat(jnp.arange(len(sections)), jnp.array(sections), total_repeat_length=half)
-    return positions.astype(jnp.float32).transpose(0, 2, 1)[:, :, axis] * _trailing(frequency, 3)
+    return jnp.asarray(positions, jnp.float32).transpose(0, 2, 1)[:, :, axis] * _trailing(frequency, 3)
 
 
 def rotate(

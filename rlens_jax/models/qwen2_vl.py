@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 from PIL.Image import Image
 
 from rlens_jax.data.samples import Sample
@@ -164,15 +164,15 @@ class VisionTower(nnx.Module):
         head_dim = self.config.width // self.config.num_heads
         quarter = head_dim // 4
         frequency = 1.0 / VISION_ROPE_THETA ** (jnp.arange(quarter, dtype=jnp.float32) / quarter)
-        angles = places.astype(jnp.float32)[..., None] * frequency[None, None, None]
+        angles = jnp.asarray(places, jnp.float32)[..., None] * frequency[None, None, None]
         turn = rotation(angles.reshape(*places.shape[:2], 2 * quarter))
         is_patch = jnp.arange(patches.shape[1])[None] < num_patches[:, None]
         graph, stack = nnx.split(self.layers)
 
-        def body(x: Array, layer: nnx.State) -> tuple[Array, None]:
+        def body(x: Array, layer: PyTree) -> tuple[Array, None]:
             return nnx.merge(graph, layer)(x, turn, is_patch), None
 
-        x = self.patch_embed(patches.astype(self.patch_embed.kernel.dtype))
+        x = self.patch_embed(jnp.asarray(patches, self.patch_embed.kernel.dtype))
         return jax.lax.scan(body, x, stack)[0]
 
     def merge(self, x: Float[Array, "I J E"]) -> Float[Array, "I j D"]:
@@ -263,7 +263,8 @@ class Preparer:
     def image(self, pixels: Image, sample_id: str) -> tuple[PreparedImage, tuple[int, int]]:
         """One image as padded patches [J, C], places [J, 2] and their number, and its grid of patches."""
         features = self.image_processor(images=[pixels], return_tensors="np")
-        grid = tuple(int(side) for side in features["image_grid_thw"][0, 1:])
+        _, rows, columns = (int(side) for side in features["image_grid_thw"][0])
+        grid = rows, columns
         patches = np.asarray(features["pixel_values"], np.float32)
         slots = next((n for n in self.patch_slots if n >= len(patches)), None)
         if slots is None:
@@ -274,7 +275,7 @@ class Preparer:
         arrays = (
             np.pad(patches, ((0, slots - len(patches)), (0, 0))),
             np.pad(patch_places(grid, self.config.vision.merge_size), ((0, slots - len(patches)), (0, 0))),
-            np.int32(len(patches)),
+            np.array(len(patches), np.int32),
         )
         return PreparedImage(arrays, len(patches) // self.config.vision.merge_size**2), grid
 

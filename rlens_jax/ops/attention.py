@@ -17,8 +17,12 @@ from rlens_jax.layout import Slots, TokenLayout, Window, visible
 MASKED = -1e30
 """Score of an invisible key: far below every real score, and finite, so that rows without keys stay numbers."""
 
-BLOCK = 256
-"""Visual queries computed together (our decision, measured by `rlens_jax.bench`)."""
+DENSE_BLOCK, HOLLOW_BLOCK = 128, 64
+"""Visual queries computed together (our decision, measured by `rlens_jax.bench`): a block meets whole blocks of keys, so
+small ones waste fewer scores, and a narrow band affords smaller ones than the long rows of dense attention."""
+
+MOST_BLOCKS = 64
+"""Each block is compiled by itself, so long runs of visual tokens are cut into larger ones."""
 
 
 def masked_attention(
@@ -61,7 +65,7 @@ def packed_attention(
     layout: TokenLayout,
     attention_range: int | None,
     window: Window = "ordinal",
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Float[Array, "B N T H"]:
     """The measured path; same result as `reference_attention`.
 
@@ -71,6 +75,7 @@ def packed_attention(
     num_text, num_visual = layout.bucket.text, layout.bucket.visual
     slots = layout.slots
     reach = num_visual if attention_range is None else attention_range - 1
+    block = block or max(DENSE_BLOCK if attention_range is None else HOLLOW_BLOCK, num_visual // MOST_BLOCKS)
 
     def attend(start: int, stop: int, key_spans: list[tuple[int, int]]) -> Float[Array, "B N T H"]:
         query = Slots(slots.position[:, start:stop], slots.ordinal[:, start:stop])

@@ -5,7 +5,7 @@ one compiled program, which makes that bit-equal to a run from the start.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +16,7 @@ from rlens_jax.ranking.inputs import Batch, Dataset
 from rlens_jax.ranking.programs import Programs
 
 
+@runtime_checkable
 class Scoring(Protocol):
     """What the evaluator asks of an objective."""
 

@@ -13,14 +13,14 @@ from rlens_jax.ranking.objective import dataset_metric, plan_loss
 from rlens_jax.ranking.search import Ranking, position_ranking, prefix_plans, random_rankings
 from rlens_jax.report.results import Curve, Metrics, OperatorResult, RandomCurves, Saving, Strategy
 
-Outcomes = Mapping[Plan, Mapping[str, Sequence[float]]]
+Outcomes = Mapping[Plan, Mapping[str, Sequence[float] | np.ndarray]]
 """Plan -> dataset -> one outcome a held-out sample."""
 FlopsSaved = Callable[[Plan, bool], float]
 """Maps (plan, whether probes count) to the share of the dense prefill's multiply-adds that is saved."""
 
 
 def random_points(num_layers: int) -> tuple[int, ...]:
-    """The numbers of reduced layers at which random rankings are tried: L/6, L/3, L/2, 2L/3, 5L/6, rounded."""
+    """At how many reduced layers random rankings are tried: L/6, L/3, L/2, 2L/3, 5L/6, rounded."""
     sixths = (1, 2, 3, 4, 5)
     return tuple(sorted({max(1, (2 * num_layers * sixth + 6) // 12) for sixth in sixths}))
 
@@ -71,7 +71,7 @@ def operator_result(
         return {name: np.array([outcomes[plan][name] for plan in plans], np.float64) for name in datasets}
 
     def metrics(plan: Plan) -> Metrics:
-        return {name: dataset_metric(outcomes[plan][name]) for name in datasets}
+        return {name: dataset_metric(np.asarray(outcomes[plan][name]).tolist()) for name in datasets}
 
     prefixes = {
         strategy: prefix_plans(ranking.operator, order, ranking.base)
@@ -99,11 +99,9 @@ def operator_result(
         ),
     )
 
-    # No layer and all layers are the same plans for every order; between, all are compared where random is known.
+    # With no layer and with all, every order gives the same plan; between, compare where random is known.
     area_points = (0, *(k for k in random_points(num_layers) if k < num_layers), num_layers)
-    at_points = {
-        strategy: table([plans[k] for k in area_points]) for strategy, plans in prefixes.items()
-    }
+    at_points = {strategy: table([plans[k] for k in area_points]) for strategy, plans in prefixes.items()}
     drawn = [table([plans[k] for k in area_points]) for plans in random_prefixes]
     at_points["random"] = {name: np.mean([values[name] for values in drawn], axis=0) for name in datasets}
     area = area_under_curve(area_points)
@@ -124,7 +122,9 @@ def operator_result(
         random=random,
         area_points=area_points,
         areas={strategy: interval(values, area) for strategy, values in at_points.items()},
-        margins={strategy: margin(values) for strategy, values in at_points.items() if strategy != "searched"},
+        margins={
+            strategy: margin(values) for strategy, values in at_points.items() if strategy != "searched"
+        },
         saving=plan_saving(saved, searched.metrics[searched.allowed], dense, flops_saved, relative=relative),
     )
 

@@ -36,16 +36,17 @@ def write_report(results: Results, folder: Path) -> list[Path]:
 def replace_file(path: Path, content: bytes) -> Path:
     """Write a file so that a reader, or a crash, finds the old content or the new, and never a part."""
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        temporary = Path(name)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+            temporary.chmod(0o644)
+            temporary.replace(path)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink()
             raise
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error

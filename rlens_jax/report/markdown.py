@@ -6,9 +6,10 @@ from rlens_jax.plan import Operator
 from rlens_jax.ranking.bootstrap import Interval
 from rlens_jax.report.results import ALLOWED_LOSS, OperatorResult, Results, Strategy
 
-OPERATOR_TITLES: dict[Operator, str] = {
+TITLES = {
     "attention": "Hollow Attention",
     "ffn": "Probe-Activated Dynamic FFN",
+    "both": "both at once",
 }
 _STRATEGY_TEXTS: dict[Strategy, str] = {
     "searched": "searched",
@@ -17,9 +18,9 @@ _STRATEGY_TEXTS: dict[Strategy, str] = {
     "random": "random (mean of the rankings)",
 }
 _AGAIN = (
-    "`python -m rlens_jax.rank --config config.yaml --output ANOTHER_FOLDER`, with the `config.yaml` beside this "
-    "report. `ranking.json` has the rankings, every evaluation and every number above but times, which are in "
-    "`timing.json`. The same configuration, model and data on the same kind of device give the same "
+    "`python -m rlens_jax.rank --config config.yaml --output ANOTHER_FOLDER`, with the `config.yaml` beside "
+    "this report. `ranking.json` has the rankings, every evaluation and every number above but times, which "
+    "are in `timing.json`. The same configuration, model and data on the same kind of device give the same "
     "`ranking.json`, byte for byte."
 )
 
@@ -58,21 +59,28 @@ def _what_was_run(results: Results) -> str:
         ("data", f"`{config.data.source}`, samples {results.data_hash}"),
         (
             "reduction",
-            f"attention range {reduction.attention_range}, {_percent(float(reduction.active_fraction), 0)} of the "
-            f"FFN units, {reduction.probe} probes ({_percent(float(reduction.probe_fraction), 0)})",
+            (
+                f"attention range {reduction.attention_range}, "
+                f"{_percent(float(reduction.active_fraction))} of the FFN units, "
+                f"{reduction.probe} probes ({_percent(float(reduction.probe_fraction))})"
+            ),
         ),
         (
             "objective",
-            f"{config.search.objective.replace('_', ' ')}, {config.search.change} change, "
-            f"drops weigh {config.search.penalty:g} times",
+            (
+                f"{config.search.objective.replace('_', ' ')}, {config.search.change} change, "
+                f"drops weigh {config.search.penalty:g} times"
+            ),
         ),
         ("precision", f"{compute.dtype}, matmul precision {compute.matmul_precision}"),
         ("device", f"{timing.num_devices} x {timing.device}, {timing.num_cores} CPU cores"),
         ("time", ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in timing.seconds.items())),
         (
             "evaluations",
-            f"{timing.evaluations} made by this process, {timing.resumed} read from the journal; "
-            f"{timing.compilations} programs compiled",
+            (
+                f"{timing.evaluations} made by this process, {timing.resumed} read from the journal; "
+                f"{timing.compilations} programs compiled"
+            ),
         ),
         ("versions", ", ".join(f"{name} {version}" for name, version in results.versions.items())),
     ]
@@ -95,9 +103,13 @@ def _rankings(results: Results) -> str:
     for name, result in results.operators.items():
         ranking = result.ranking
         by_position = len(ranking.prefix_scores)
-        note = f"the first {by_position} by their position, the others searched" if by_position else "all searched"
+        note = (
+            f"the first {by_position} by their position, the others searched"
+            if by_position
+            else "all searched"
+        )
         order = ", ".join(map(str, ranking.order))
-        lines.append(f"- **{OPERATOR_TITLES[name]}** ({note}): {order}")
+        lines.append(f"- **{TITLES[name]}** ({note}): {order}")
     return "\n".join(lines)
 
 
@@ -107,7 +119,7 @@ def _savings(results: Results) -> str:
         time = results.timing.prefill.get(name)
         rows.append(
             (
-                "both at once" if name == "both" else OPERATOR_TITLES[name],
+                TITLES[name],
                 saving.plan.label(),
                 _percent(saving.loss),
                 _percent(saving.flops),
@@ -115,13 +127,23 @@ def _savings(results: Results) -> str:
                 "not measured" if time is None else _percent(time.saved),
             )
         )
-    titles = ("reduced", "layers", "loss", "FLOPs saved", "FLOPs saved, probes counted", "time saved, measured")
+    titles = (
+        "reduced",
+        "layers",
+        "loss",
+        "FLOPs saved",
+        "FLOPs saved, probes counted",
+        "time saved, measured",
+    )
     lines = [
         _table(titles, rows),
-        f"Layers: the first k of the ranking, with k the largest number whose loss on the held-out samples is below "
-        f"{_percent(ALLOWED_LOSS, 0)}; a smaller number may lose more. Loss: minus the mean over the datasets of the "
-        f"{results.config.search.change} change against the dense model. FLOPs: multiply-adds of the decoder layers "
-        "in the prefill, as the field counts them (all pairs of tokens); negative means more than dense.",
+        (
+            "Layers: the first k of the ranking, with k the largest number whose loss on the held-out samples is "
+            f"below {_percent(ALLOWED_LOSS, 0)}; a smaller number may lose more. Loss: minus the mean over the "
+            f"datasets of the {results.config.search.change} change against the dense model. FLOPs: "
+            "multiply-adds of the decoder layers in the prefill, as the field counts them (all pairs of "
+            "tokens); negative means more than dense."
+        ),
     ]
     if results.combined is not None and results.combined.loss >= ALLOWED_LOSS:
         lines.append(
@@ -133,8 +155,8 @@ def _savings(results: Results) -> str:
         time = times[0]
         lines.append(
             f"Time is *measured*: the prefill of {time.samples} samples ({time.text_slots} text and "
-            f"{time.visual_slots} visual slots each) with the reduced work really skipped, against the dense model, "
-            f"side by side, medians of {len(time.dense)}. Nothing here is a masked simulation."
+            f"{time.visual_slots} visual slots each) with the reduced work really skipped, against the dense "
+            f"model, side by side, medians of {len(time.dense)}. Nothing here is a masked simulation."
         )
     return "\n\n".join(lines)
 
@@ -152,10 +174,12 @@ def _quality(name: Operator, result: OperatorResult, results: Results) -> str:
     titles = ("order", "area under the curve (%)", "searched minus this (points)")
     return "\n\n".join(
         [
-            f"### {OPERATOR_TITLES[name]}",
+            f"### {TITLES[name]}",
             _table(titles, rows),
-            f"Area under the held-out curve over {points} reduced layers, with 95 % bootstrap intervals; differences "
-            "are taken on the same draws.",
+            (
+                f"Area under the held-out curve over {points} reduced layers, with 95 % bootstrap intervals; "
+                "differences are taken on the same draws."
+            ),
             _verdict(result, results),
         ]
     )
@@ -167,24 +191,32 @@ def _verdict(result: OperatorResult, results: Results) -> str:
         return "The searched order beats position and random: the intervals of both differences lie above 0."
     samples = sum(results.validation_samples.values())
     reasons = [
-        f"{len(result.ranking.prefix_scores)} of {len(result.ranking.order)} layers are ranked by position in "
-        "both orders",
-        f"the search maximises a score that weighs drops more, on {samples} validation samples; the curve is a plain "
-        f"mean over {sum(results.test_samples.values())} others",
+        (
+            f"{len(result.ranking.prefix_scores)} of {len(result.ranking.order)} layers are ranked by position "
+            "in both orders"
+        ),
+        (
+            f"the search maximises a score that weighs drops more, on {samples} validation samples; "
+            f"the curve is a plain mean over {sum(results.test_samples.values())} others"
+        ),
     ]
     if result.tied_share:
         reasons.append(
-            f"{_percent(result.tied_share, 0)} of a round's other candidates tie with the winner, and ties are "
-            "broken by position"
+            f"{_percent(result.tied_share, 0)} of a round's other candidates tie with the winner, and ties "
+            "are broken by position"
         )
     better = result.areas.get("search_all")
     if better is not None and float(better.value) > float(result.areas["searched"].value):
-        reasons.append("searching every layer (L_p = 0) gives a larger area, so the position prefix costs something")
-    behind = [name for name, margin in result.margins.items() if float(margin.value) < 0 and name != "search_all"]
-    point = "even the point estimate is behind" if behind else "the point estimate is ahead, the interval is not"
+        reasons.append(
+            "searching every layer (L_p = 0) gives a larger area, so the position prefix costs something"
+        )
+    behind = [name for name in ("position", "random") if float(result.margins[name].value) < 0]
+    estimate = (
+        f"it is behind {' and '.join(behind)}" if behind else "it is not behind, but the interval reaches 0"
+    )
     return (
-        f"**The searched order does not beat {losers}** beyond the 95 % interval; {point}. What may explain it:\n\n"
-        + "\n".join(f"- {reason}" for reason in reasons)
+        f"**The searched order does not beat {losers}** beyond the 95 % interval; by the point estimate "
+        f"{estimate}. What may explain it:\n\n" + "\n".join(f"- {reason}" for reason in reasons)
     )
 
 
@@ -196,7 +228,7 @@ def _to_find(results: Results) -> str:
         ties = sum(bool(round_.ties) for round_ in result.ranking.rounds)
         rows.append(
             (
-                OPERATOR_TITLES[name],
+                TITLES[name],
                 f"{reduced / dense:.2f} x dense",
                 f"{result.first_round_spread(results.validation_samples):.0f} samples",
                 _percent(result.tied_share, 0),

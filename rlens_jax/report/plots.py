@@ -35,22 +35,24 @@ _STYLES: dict[Strategy, dict[str, str]] = {
 _RANKED_GREY = "#DCDCDC"
 
 
-def plot_curves(results: Results, format: Format) -> bytes:
+def plot_curves(results: Results, kind: Format) -> bytes:
     """Held-out score against the number of reduced layers, one panel an operator."""
-    return _drawn(lambda: _curves(results), format)
+    return _drawn(lambda: _curves(results), kind)
 
 
-def plot_candidates(results: Results, format: Format) -> bytes:
+def plot_candidates(results: Results, kind: Format) -> bytes:
     """The score of every candidate of every round of the search, one heat map an operator."""
-    return _drawn(lambda: _candidates(results), format)
+    return _drawn(lambda: _candidates(results), kind)
 
 
-def _drawn(draw: Callable[[], Figure], format: Format) -> bytes:
+def _drawn(draw: Callable[[], Figure], kind: Format) -> bytes:
     # Salt and missing date make an SVG the same every time; text stays text, so that it can be searched.
     with mpl.rc_context({"svg.hashsalt": "rlens_jax", "svg.fonttype": "none", "font.size": 10}):
         figure, buffer = draw(), io.BytesIO()
-        metadata = {"Date": None} if format == "svg" else {"Software": None}
-        figure.savefig(buffer, format=format, dpi=150, metadata=metadata, bbox_inches="tight", facecolor="white")
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        figure.savefig(
+            buffer, format=kind, dpi=150, metadata=metadata, bbox_inches="tight", facecolor="white"
+        )
     return buffer.getvalue()
 
 
@@ -79,7 +81,12 @@ def _curve_panel(axis: Axes, operator: Operator, result: OperatorResult, results
     for name, curve in result.curves.items():
         style = _STYLES[name]
         axis.fill_between(
-            range(num_layers + 1), curve.mean.low, curve.mean.high, color=style["color"], alpha=0.15, linewidth=0
+            range(num_layers + 1),
+            curve.mean.low,
+            curve.mean.high,
+            color=style["color"],
+            alpha=0.15,
+            linewidth=0,
         )
         axis.plot(
             range(num_layers + 1),
@@ -119,7 +126,9 @@ def _curve_panel(axis: Axes, operator: Operator, result: OperatorResult, results
         label=f"most layers at less than {100 * ALLOWED_LOSS:g} % loss",
     )
     axis.axvline(number, color="black", linewidth=0.6, alpha=0.5)
-    axis.set_title(f"{OPERATOR_NAMES[operator]}: {number} of {num_layers} layers at < {100 * ALLOWED_LOSS:g} % loss")
+    axis.set_title(
+        f"{OPERATOR_NAMES[operator]}: {number} of {num_layers} layers at < {100 * ALLOWED_LOSS:g} % loss"
+    )
     axis.set_xlabel("reduced layers")
     axis.set_xlim(-0.02 * num_layers, 1.02 * num_layers)
     axis.set_ylim(bottom=0)

@@ -41,7 +41,7 @@ class Curve:
 
     @property
     def allowed(self) -> int:
-        """The largest number of reduced layers whose loss is below `ALLOWED_LOSS`; a smaller one may lose more."""
+        """The largest number of reduced layers with a loss below `ALLOWED_LOSS`; a smaller one may lose more."""
         return max(k for k, loss in enumerate(self.losses) if k == 0 or loss < ALLOWED_LOSS)
 
 
@@ -106,7 +106,7 @@ class OperatorResult:
 
     @property
     def tied_share(self) -> float:
-        """Of the other candidates of a round, the share that scored as well as the winner; mean over rounds."""
+        """Share of a round's other candidates that scored as well as the winner, mean over the rounds."""
         shares = [len(r.ties) / (len(r.layers) - 1) for r in self.ranking.rounds if len(r.layers) > 1]
         return sum(shares) / len(shares) if shares else 0.0
 
@@ -122,7 +122,7 @@ class OperatorResult:
 
 @dataclass(frozen=True)
 class PrefillTime:
-    """Wall-clock times of one prefill, measured side by side: the dense model's, and with a plan's work skipped.
+    """Times of one prefill, measured side by side: the dense model's, and with a plan's work skipped.
 
     Attributes:
       dense, reduced: seconds, one value a repeat.

@@ -3,7 +3,7 @@
 import textwrap
 from pathlib import Path
 
-from rlens_jax.report.markdown import OPERATOR_TITLES, unbeaten
+from rlens_jax.report.markdown import TITLES, unbeaten
 from rlens_jax.report.results import ALLOWED_LOSS, Results
 
 WIDTH = 100
@@ -14,20 +14,27 @@ def summary(results: Results, folder: Path) -> str:
     """The two rankings, what they save, whether the search was worth it, and where the rest is."""
     lines = ["Layers in the order in which to reduce them, best first:"]
     for name, result in results.operators.items():
-        lines += _ranking(OPERATOR_TITLES[name], result.ranking.order)
+        lines += _ranking(TITLES[name], result.ranking.order)
 
-    lines += ["", f"At less than {_percent(ALLOWED_LOSS, 0)} loss on {sum(results.test_samples.values())} held-out samples:"]
-    lines.append(f"  {'':<28}{'layers':>9}{'loss':>9}{'FLOPs saved':>13}{'with probes':>13}{'time saved':>13}")
-    for name, saving in results.savings.items():
-        time = results.timing.prefill.get(name)
-        if name == "both":
-            count = f"{len(saving.plan.attention)} + {len(saving.plan.ffn)}"
-        else:
-            count = f"{len(saving.plan.layers(name))} of {results.num_layers}"
-        title = "both at once" if name == "both" else OPERATOR_TITLES[name]
+    samples = sum(results.test_samples.values())
+    lines.append("")
+    lines.append(
+        f"At less than {_percent(ALLOWED_LOSS, 0)} loss of each by itself, on {samples} held-out samples:"
+    )
+    lines.append(
+        f"  {'':<28}{'layers':>9}{'loss':>9}{'FLOPs saved':>13}{'with probes':>13}{'time saved':>13}"
+    )
+    for case, saving in results.savings.items():
+        time = results.timing.prefill.get(case)
+        numbers = [
+            f"{result.curves['searched'].allowed}"
+            for operator, result in results.operators.items()
+            if case in (operator, "both")
+        ]
+        count = " + ".join(numbers) if case == "both" else f"{numbers[0]} of {results.num_layers}"
         shares = (saving.flops, saving.flops_with_probes, None if time is None else time.saved)
         cells = "".join(f"{_percent(share):>13}" for share in shares)
-        lines.append(f"  {title:<28}{count:>9}{_percent(saving.loss):>9}{cells}")
+        lines.append(f"  {TITLES[case]:<28}{count:>9}{_percent(saving.loss):>9}{cells}")
     lines.append("  (time: measured with the work skipped, prefill against dense, medians)")
 
     lines.append("")
@@ -39,7 +46,7 @@ def summary(results: Results, folder: Path) -> str:
             if other != "searched"
         )
         verdict = "beats position and random" if losers is None else f"NOT better than {losers}"
-        text = f"{OPERATOR_TITLES[name]}: area {_percent(float(searched.value))} ({others}): {verdict}"
+        text = f"{TITLES[name]}: area {_percent(float(searched.value))} ({others}): {verdict}"
         lines += textwrap.wrap(text, WIDTH, subsequent_indent="  ")
     lines += ["", f"Report: {folder / 'report.md'}"]
     return "\n".join(lines)

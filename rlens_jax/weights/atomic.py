@@ -11,7 +11,7 @@ from rlens_jax.errors import UserError
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A hidden sibling to write into, which becomes `folder` at the end; a killed process leaves only the sibling.
+    """A hidden sibling to write into, which becomes `folder` at the end; a killed process leaves only it.
 
     Raises:
         UserError: `folder` exists already, or cannot be made.
@@ -36,7 +36,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _sync(folder: Path) -> None:
-    """Everything in `folder` is on disk before its name is: a power cut must not leave a finished name on empty files."""
+    """Brings all of `folder` to disk before its name: a power cut leaves no finished name on empty files."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

@@ -1,13 +1,13 @@
-"""Reading a model folder: published safetensors (one file or shards) or our own Orbax store, with config.json beside."""
+"""Reading a model folder: config.json with published safetensors (one file or shards) or our Orbax store."""
 
 import hashlib
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from rlens_jax.errors import UserError, suggest
@@ -39,9 +39,9 @@ def find_model(model: str | Path) -> Path:
         return path
     if path.exists():
         raise UserError(f"{path}: is a file; name the folder of the model")
-    siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    siblings = [entry.name for entry in path.parent.glob("*/")]
     near = suggest(path.name, [*siblings, EMBEDDED])
-    raise UserError(f"{path}: no such folder{near}; name a model folder, or {EMBEDDED!r} for the model of the package")
+    raise UserError(f"{path}: no such folder{near}; name a model's folder, or {EMBEDDED!r}")
 
 
 def read_model_kind(model: str | Path) -> ModelKind:
@@ -50,11 +50,12 @@ def read_model_kind(model: str | Path) -> ModelKind:
     return read_kind(read_json(path), str(path))
 
 
-def load_model(model: str | Path, dtype: Any, check_finite: bool = True) -> tuple[ModelKind, nnx.Module]:
+def load_model(
+    model: str | Path, dtype: DTypeLike, check_finite: bool = True
+) -> tuple[ModelKind, nnx.Module]:
     """The model in a folder, its weights rounded to `dtype`.
 
-    Published tensors are read one at a time into stacked parameters, so the peak is the model, one more parameter and one
-    tensor.
+    Tensors are read one at a time into stacked parameters: the peak is the model, a parameter and a tensor.
 
     Args:
         model: a folder, or "embedded".
@@ -62,7 +63,7 @@ def load_model(model: str | Path, dtype: Any, check_finite: bool = True) -> tupl
         check_finite: refuse weights that are not finite.
 
     Raises:
-        UserError: there is no such folder, its config.json or weights cannot be used; everything that is wrong with the
+        UserError: no such folder, or its config.json or weights cannot be used; all that is wrong with the
             weights is in one message.
     """
     folder = find_model(model)
@@ -80,7 +81,8 @@ def model_hash(model: str | Path) -> str:
     """SHA-256, in hex, over config.json and all weight files of a model folder and their names within it."""
     folder = find_model(model)
     total = hashlib.sha256()
-    for path in [folder / CONFIG, *(orbax_store.files(folder) if orbax_store.is_store(folder) else weight_files(folder))]:
+    weights = orbax_store.files(folder) if orbax_store.is_store(folder) else weight_files(folder)
+    for path in [folder / CONFIG, *weights]:
         try:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -94,19 +96,20 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: those of the index, or model.safetensors, or all there are."""
     if (folder / INDEX).exists():
         if (folder / SINGLE).exists():
-            raise UserError(f"{folder}: holds both {INDEX} and {SINGLE}; remove the one that does not belong there")
+            raise UserError(f"{folder}: holds both {INDEX} and {SINGLE}; remove the one that does not belong")
         weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) and name for name in weight_map.values()):
+        names = set(weight_map.values()) if isinstance(weight_map, dict) else {""}
+        if not all(isinstance(name, str) and name for name in names):
             raise UserError(f"{folder / INDEX}: weight_map must map tensor names to file names")
-        return [folder / name for name in sorted(set(weight_map.values()))]
+        return [folder / name for name in sorted(names)]
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     files = sorted(folder.glob("*.safetensors"))
     pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
     if not files and pickled:
         raise UserError(
-            f"{folder}: holds only pickled weights ({pickled[0]}), which can run code when opened and are never read here; "
-            "save the model again as safetensors"
+            f"{folder}: holds only pickled weights ({pickled[0]}), which can run code when opened and are "
+            "never read here; save the model again as safetensors"
         )
     if not files:
         raise UserError(f"{folder}: holds no weights (*.safetensors)")
@@ -122,7 +125,7 @@ def _fill_from_safetensors(
         opened = {path.name: stack.enter_context(_open(path)) for path in files}
         found = []
         for name, file in opened.items():
-            for tensor in file.keys():
+            for tensor in file.keys():  # noqa: SIM118  (not a dict)
                 header = file.get_slice(tensor)
                 found.append(Found(tensor, name, tuple(header.get_shape())))
                 if header.get_dtype() not in READABLE_DTYPES:
@@ -135,12 +138,10 @@ def _fill_from_safetensors(
             return opened[item.file].get_tensor(item.name)
 
         for name, original in (table.copies or {}).items():
-            if name in matched and read(matched[name]).tobytes() != read(matched[original]).tobytes():
-                problems.add(
-                    matched[name].file,
-                    matched[name].name,
-                    f"differs from {matched[original].name}, which config.json says it equals (tie_word_embeddings)",
-                )
+            if name in matched and not _same_bits(read(matched[name]), read(matched[original])):
+                item = matched[name]
+                why = f"differs from {matched[original].name}, though config.json says tie_word_embeddings"
+                problems.add(item.file, item.name, why)
         for name, tensor in table.tensors.items():
             item = matched[name]
             array = read(item)
@@ -149,6 +150,10 @@ def _fill_from_safetensors(
             for place, part in zip(tensor.places, tensor.to_ours(array), strict=True):
                 filler.put(place, part)
         problems.raise_any()
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and np.array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
 def _open(path: Path) -> Any:

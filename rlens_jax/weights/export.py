@@ -1,4 +1,4 @@
-"""Writing a model as Hugging Face publishes it: safetensors with the published names, and config.json beside."""
+"""Writing a model as Hugging Face publishes it: safetensors with the published names, and config.json."""
 
 import json
 from collections.abc import Mapping
@@ -46,31 +46,28 @@ def save_hf(
         shards[-1].append(name)
         filled += size
     with new_folder(Path(folder)) as partial:
+        config = partial / "config.json"
+        config.write_text(json.dumps(_with_dtype(config_json, str(dtype)), indent=2) + "\n", encoding="utf-8")
         weight_map = {}
         for number, names in enumerate(shards, 1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            of = "" if len(shards) == 1 else f"-{number:05}-of-{len(shards):05}"
+            file = f"model{of}.safetensors"
             tensors = {}
             for name in names:
                 places = table.tensors[name].places
                 published = table.tensors[name].to_published([read_place(arrays, place) for place in places])
                 tensors[name] = np.ascontiguousarray(published)
             save_file(tensors, partial / file, metadata={"format": "pt"})
+            (partial / file).chmod(config.stat().st_mode)  # safetensors makes it readable for its owner only
             weight_map.update(dict.fromkeys(names, file))
         if len(shards) > 1:
             total = sum(int(np.prod(tensor.shape)) for tensor in table.tensors.values()) * dtype.itemsize
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-        fields = _with_dtype(config_json, str(dtype))
-        (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            text = json.dumps(index, indent=2) + "\n"
+            (partial / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def _with_dtype(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The fields, and those of nested configs, with every mention of a dtype replaced."""
-    return {
-        name: dtype
-        if name in ("dtype", "torch_dtype")
-        else _with_dtype(value, dtype)
-        if isinstance(value, Mapping)
-        else value
-        for name, value in fields.items()
-    }
+    nested = {name: _with_dtype(value, dtype) for name, value in fields.items() if isinstance(value, Mapping)}
+    return {**fields, **nested, **{name: dtype for name in ("dtype", "torch_dtype") if name in fields}}

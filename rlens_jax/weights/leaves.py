@@ -1,6 +1,7 @@
-"""A model's parameters by dotted path: filled layer by layer while loading, read layer by layer while saving."""
+"""A model's parameters by dotted path: filled layer by layer when loading, read so when saving."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,13 @@ def shapes_of(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in arrays_of(model).items()}
 
 
-def arrays_of(model: nnx.Module) -> dict[str, jax.Array]:
-    """All parameters by dotted path; abstract ones for an abstract model."""
+def arrays_of(model: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
+    """All parameters by dotted path; of an abstract model, their shapes and dtypes."""
     leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in leaves}
 
 
-def read_place(arrays: Mapping[str, jax.Array], place: Place) -> np.ndarray:
+def read_place(arrays: Mapping[str, Any], place: Place) -> np.ndarray:
     """A parameter, or one layer of a stacked one, on the host."""
     leaf = arrays[place.path]
     return np.asarray(leaf if place.layer is None else leaf[place.layer])
@@ -38,12 +39,13 @@ def unstacked(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
         if not stack:
             names[path] = Place(path, None)
         else:
-            names.update({f"{before}.layers.{layer}.{after}": Place(path, layer) for layer in range(shape[0])})
+            for layer in range(shape[0]):
+                names[f"{before}.layers.{layer}.{after}"] = Place(path, layer)
     return names
 
 
 class Filler:
-    """Fills an abstract model: each parameter is allocated once, on its first layer, and handed to JAX after its last."""
+    """Fills an abstract model: a parameter is allocated at its first layer, handed to JAX at its last."""
 
     def __init__(self, abstract: nnx.Module):
         self.abstract = abstract
@@ -55,7 +57,8 @@ class Filler:
         """Copies `array` to its place, rounded to the model's dtype."""
         leaf = self.leaves[place.path]
         if place.path not in self._open:
-            self._open[place.path] = np.empty(leaf.shape, leaf.dtype), 1 if place.layer is None else leaf.shape[0]
+            times = 1 if place.layer is None else leaf.shape[0]
+            self._open[place.path] = np.empty(leaf.shape, leaf.dtype), times
         buffer, left = self._open.pop(place.path)
         buffer[... if place.layer is None else place.layer] = array
         if left > 1:

@@ -1,6 +1,6 @@
-"""Our own format: an Orbax checkpoint with one leaf a layer, in the folder `orbax` beside the source's config.json.
+"""Our own format: an Orbax checkpoint, one leaf a layer, in `orbax` beside the source's config.json.
 
-Stacked parameters are cut into layers on disk, so that saving and loading never hold more than one layer beside the model.
+Stacked parameters are cut into layers on disk, so that saving and loading hold one layer beside the model.
 Arrays come back bit for bit, bfloat16 included.
 """
 
@@ -103,7 +103,7 @@ def _pieces(names: Iterable[str]) -> list[list[str]]:
 
 
 def _read(path: Path, read: Callable[[], Out]) -> Out:
-    """The result of `read`; Orbax complains of a damaged store in several ways (None for metadata that cannot be read)."""
+    """The result of `read`. Orbax has several ways to say that a store is damaged (None for bad metadata)."""
     try:
         return read()
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Published names of a Qwen2 decoder, which several families share; each brings its prefixes to these by renames."""
+"""Published names of a Qwen2 decoder, which families share; each brings its prefixes to these by renames."""
 
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.weights.table import Part, Row
@@ -7,7 +7,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def decoder_parts(config: DecoderConfig) -> tuple[Part, ...]:
-    """Rows of embeddings, layers, norm and, when it is not tied, head. Gate and up stay [F, D], one row a unit."""
+    """Rows of embeddings, layers, norm and, if untied, head. Gate, up and down are [F, D], one row a unit."""
     sizes = {letter.lower(): size for letter, size in config.sizes.items()}
     head = () if config.tied_head else (Row(HEAD, "head", "v d -> v d"),)
     biases = (
@@ -20,7 +20,11 @@ def decoder_parts(config: DecoderConfig) -> tuple[Part, ...]:
             "",
             "decoder.",
             sizes,
-            (Row(EMBEDDING, "embedding", "v d -> v d"), Row("model.norm.weight", "norm.scale", "d -> d"), *head),
+            (
+                Row(EMBEDDING, "embedding", "v d -> v d"),
+                Row("model.norm.weight", "norm.scale", "d -> d"),
+                *head,
+            ),
         ),
         Part(
             "model.layers.{layer}.",

@@ -1,4 +1,4 @@
-"""Published names of Qwen2-VL: `model.*`, `visual.*`, `lm_head`; transformers >= 4.52 may write them with other prefixes."""
+"""Published names of Qwen2-VL: `model.*`, `visual.*`, `lm_head`; newer transformers may write others."""
 
 from rlens_jax.models.qwen2_vl import Qwen2VLConfig
 from rlens_jax.weights.qwen2_decoder import EMBEDDING, HEAD, decoder_parts
@@ -12,7 +12,8 @@ def table(config: Qwen2VLConfig) -> Table:
     """The mapping for a model of these sizes."""
     vision = config.vision
     sizes = {letter.lower(): size for letter, size in vision.sizes.items()}
-    patch = {"channel": vision.channels, "time": vision.temporal_patch, "row": vision.patch_size, "col": vision.patch_size}
+    side = vision.patch_size
+    patch = {"channel": vision.channels, "time": vision.temporal_patch, "row": side, "col": side}
     return Table(
         parts=(
             *decoder_parts(config.decoder),

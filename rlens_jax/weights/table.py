@@ -1,8 +1,8 @@
 """Mapping tables between published tensors and our parameters: one set of rows for both directions.
 
 A row names a published tensor, our parameter, and the einops pattern from the first to the second, such as
-"(n h) d -> d n h"; read from right to left it is the way back. Whatever does not fit is collected, so that one message
-shows it all.
+"(n h) d -> d n h"; read from right to left it is the way back. Whatever does not fit is collected, so that
+one message shows it all.
 """
 
 import re
@@ -25,10 +25,11 @@ MAX_PROBLEMS = 20
 class Row:
     """One published tensor and where it goes.
 
-    A fused tensor has several targets: the first axis right of the arrow is cut into one piece a target, and `pieces` are
-    the patterns of these pieces, each with its length on the left: a size or 1. Without `pieces` every target gets one
-    slice: flat q|k|v is `Row("qkv", ("q", "k", "v"), "(three n h) e -> three e n h")`, q|k|v within each of k groups is
-    `Row("qkv", ("q", "k", "v"), "(k all h) d -> all d k h", ("q d k h -> d (k q) h", "1 d k h -> d k h", "1 d k h -> d k h"))`.
+    A fused tensor has several targets: the first axis right of the arrow is cut into one piece a target, and
+    `pieces` are the patterns of these pieces, each with its length first: a size or 1. Without `pieces` every
+    target gets one slice. Flat q|k|v is `Row("qkv", ("q", "k", "v"), "(three n h) e -> three e n h")`; q|k|v
+    within each of k groups is `Row("qkv", ("q", "k", "v"), "(k all h) d -> all d k h", (QUERY, KEY, KEY))` with
+    `QUERY = "group d k h -> d (k group) h"` and `KEY = "1 d k h -> d k h"`.
     """
 
     source: str
@@ -41,7 +42,7 @@ class Row:
 class Part:
     """Rows that share the beginnings of their names and the sizes of their axes.
 
-    With `num_layers`, `source` contains "{layer}", and each target has a leading layer axis, which patterns do not name.
+    With `num_layers`, `source` contains "{layer}"; targets have a leading layer axis that patterns do not name.
     """
 
     source: str
@@ -62,7 +63,7 @@ class Ignored:
 
 @dataclass(frozen=True)
 class Place:
-    """Our side of a published tensor: a parameter's dotted path, and the layer in its leading axis if it has one."""
+    """Our side of a published tensor: a parameter's dotted path, and the layer where it has a layer axis."""
 
     path: str
     layer: int | None
@@ -153,9 +154,9 @@ def _resolve(part: Part, row: Row, layer: int | None) -> Tensor:
 class Table:
     """Everything that is known about a family's published tensors.
 
-    Rows are in the spelling that checkpoints are published and written in; `renames` bring other spellings to it: pairs of
-    regular expression and replacement, applied in order. `copies` are tensors that may be there and must then equal another
-    (a tied head).
+    Rows are spelled as checkpoints are published; `renames` bring other spellings to that: pairs of
+    regular expression and replacement, applied in order. `copies` are tensors that may be there and must then
+    equal another (a tied head).
     """
 
     parts: tuple[Part, ...]
@@ -181,7 +182,7 @@ class Table:
         return name
 
     def check_covers(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """ValueError unless the rows fill every parameter of a model (dotted path -> shape) exactly once: a wrong table."""
+        """ValueError, for a wrong table, unless it fills each parameter of a model (path -> shape) once."""
         filled: dict[str, Counter[int | None]] = {path: Counter() for path in shapes}
         for tensor in self.tensors.values():
             for place, shape in zip(tensor.places, tensor.place_shapes, strict=True):
@@ -252,7 +253,7 @@ def match(table: Table, found: Iterable[Found], problems: Problems) -> dict[str,
         shape = expected.get(name) or copies[name]
         if item.shape != shape:
             problems.add(item.file, item.name, f"has shape {list(item.shape)}, expected {list(shape)}")
-    for name in expected:
+    for name, shape in expected.items():
         if name in missing:
-            problems.add(problems.subject, name, f"missing, expected with shape {list(expected[name])}")
+            problems.add(problems.subject, name, f"missing, expected with shape {list(shape)}")
     return matched

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from rlens_jax.data import pages_tfds
+from rlens_jax.data.pages import DATASETS, SPLITS
 from rlens_jax.data.pages_tfds import draw, read_pages
 from rlens_jax.data.samples import Sample, load_image
-from rlens_jax.demo.pages import DATASETS, SPLITS
 from rlens_jax.errors import UserError
 
 SMALL = {"train": 40, "validation": 6, "test": 8}

@@ -10,7 +10,7 @@ import jinja2
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlens_jax.demo.pages import VOCABULARY
+from rlens_jax.data.pages import VOCABULARY
 from rlens_jax.demo.processor import SPECIAL_TOKENS, TOKENS, special_ids, write_processor
 
 CHAT = [

@@ -17,7 +17,7 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Example:
-    """One sample: token ids [T], where images are, their grids of patches, and each one's patches [J, C] in merge order."""
+    """One sample: token ids [T], where images are, and each one's grid and patches [J, C] in merge order."""
 
     token_ids: np.ndarray
     is_visual: np.ndarray
@@ -33,12 +33,11 @@ def texture(rng: np.random.Generator, rows: int, columns: int, patch: int) -> np
     """Waves, an edge and noise, different in both frames: float32 [2, 3, rows * patch, columns * patch]."""
     y, x = np.meshgrid(np.linspace(0, 1, rows * patch), np.linspace(0, 1, columns * patch), indexing="ij")
     image = np.zeros((2, 3, *y.shape))
-    for frame in image:
-        for channel in frame:
-            for frequency in (1, 3, 7):
-                a, b, phase = rng.uniform(-frequency, frequency, 3)
-                channel += np.sin(2 * np.pi * (a * x + b * y + phase)) / frequency
-            channel += x > rng.uniform(0.2, 0.8)
+    for channel in np.ndindex(2, 3):
+        for frequency in (1, 3, 7):
+            a, b, phase = rng.uniform(-frequency, frequency, 3)
+            image[channel] += np.sin(2 * np.pi * (a * x + b * y + phase)) / frequency
+        image[channel] += x > rng.uniform(0.2, 0.8)
     return (image + 0.3 * rng.standard_normal(image.shape)).astype(np.float32)
 
 

@@ -1,5 +1,7 @@
 """Properties of the decoder that need no reference model; parity with Hugging Face is in test_qwen2_vl.py."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,26 +56,36 @@ def make_context(decoder: Decoder, layout) -> Context:
     return decoder.context(layout, layout.slots.position[:, None], KEY)
 
 
+@partial(jax.jit, static_argnames=("graph", "plan", "reduction", "layers"))
+def run_prefill(graph, state, x, layout, plan, reduction, layers):
+    decoder = nnx.merge(graph, state)
+    return decoder.prefill(x, make_context(decoder, layout), plan, reduction, layers)
+
+
+@partial(jax.jit, static_argnames=("graph", "reduction", "layers"))
+def run_recorded(graph, state, x, layout, plan, reduction, layers):
+    decoder = nnx.merge(graph, state)
+    return decoder.prefill(x, make_context(decoder, layout), plan, reduction, layers)
+
+
+@partial(jax.jit, static_argnames=("graph", "reduction"))
+def run_layers(graph, state, x, layout, plan, reduction, start, stop):
+    decoder = nnx.merge(graph, state)
+    return decoder.run_layers(x, make_context(decoder, layout), plan, reduction, start, stop)
+
+
 def prefill(decoder, rows, layout, plan, reduction=REDUCTION, padding=np.zeros, layers=None):
-    @jax.jit
-    def run(x, layout):
-        return decoder.prefill(x, make_context(decoder, layout), plan, reduction, layers)
-
-    return run(jnp.asarray(pack(rows, layout, padding)), layout)
+    run = run_prefill if isinstance(plan, Plan) else run_recorded
+    return run(*nnx.split(decoder), jnp.asarray(pack(rows, layout, padding)), layout, plan, reduction, layers)
 
 
-def run_traced(decoder, rows, layout, plan, reduction=REDUCTION):
-    traced = TracedPlan(*map(jnp.asarray, plan.flags(CONFIG.num_layers)))
-    x = jnp.asarray(pack(rows, layout))
-    return run_layers(decoder, reduction)(x, layout, traced, jnp.int32(0), jnp.int32(CONFIG.num_layers))
+def as_data(plan: Plan) -> TracedPlan:
+    return TracedPlan(*map(jnp.asarray, plan.flags(CONFIG.num_layers)))
 
 
-def run_layers(decoder, reduction=REDUCTION):
-    @jax.jit
-    def run(x, layout, plan, start, stop):
-        return decoder.run_layers(x, make_context(decoder, layout), plan, reduction, start, stop)
-
-    return run
+def traced_prefill(decoder, rows, layout, plan, reduction=REDUCTION):
+    x, whole = jnp.asarray(pack(rows, layout)), (jnp.int32(0), jnp.int32(CONFIG.num_layers))
+    return run_layers(*nnx.split(decoder), x, layout, as_data(plan), reduction, *whole)
 
 
 def assert_rows_close(packed, expected, layout, tolerance=1e-5):
@@ -90,11 +102,11 @@ def rows() -> list[np.ndarray]:
 def test_static_and_traced_plans_agree(decoder, rows, plan):
     layout = make_layout(RAGGED, spare=(2, 3))
     static, record = prefill(decoder, rows, layout, plan)
-    traced, scored = run_traced(decoder, rows, layout, plan)
+    traced, scored = traced_prefill(decoder, rows, layout, plan)
     assert_rows_close(traced, static, layout)
-    assert scored.all() and record.kept.scored.all()
-    as_data = TracedPlan(*map(jnp.asarray, plan.flags(CONFIG.num_layers)))
-    recorded, same_record = prefill(decoder, rows, layout, as_data)
+    assert scored.all()
+    assert record.kept.scored.all()
+    recorded, same_record = prefill(decoder, rows, layout, as_data(plan))
     assert_rows_close(recorded, static, layout)
     with_images = np.asarray(layout.num_visual) > 0
     np.testing.assert_array_equal(same_record.kept.units[:, with_images], record.kept.units[:, with_images])
@@ -113,7 +125,7 @@ def test_an_empty_plan_is_the_dense_model_bit_for_bit(decoder, rows):
             unpack(run(decoder, rows, layout, Plan(), reduction)[0], layout)
             for reduction in (REDUCTION, extreme)
         ]
-        for run in (prefill, run_traced)
+        for run in (prefill, traced_prefill)
     )
     for ours, other, dense in zip(*static, traced[0], strict=True):
         np.testing.assert_array_equal(other, ours)
@@ -132,20 +144,22 @@ def test_reductions_that_drop_nothing_are_the_dense_model(decoder, rows):
 
 def test_one_program_serves_every_traced_plan_and_every_start(decoder, rows):
     layout = make_layout(RAGGED)
-    run, x = run_layers(decoder), jnp.asarray(pack(rows, layout))
+    x = jnp.asarray(pack(rows, layout))
+    run_layers.clear_cache()
     for plan in [Plan(), *PLANS]:
-        traced = TracedPlan(*map(jnp.asarray, plan.flags(CONFIG.num_layers)))
-        whole, _ = run(x, layout, traced, jnp.int32(0), jnp.int32(5))
-        half, _ = run(x, layout, traced, jnp.int32(0), jnp.int32(2))
-        half, _ = run(half, layout, traced, jnp.int32(2), jnp.int32(5))
-        np.testing.assert_array_equal(half, whole)
-    assert run._cache_size() == 1
+
+        def run(x, start, stop, plan=plan):
+            bounds = jnp.int32(start), jnp.int32(stop)
+            return run_layers(*nnx.split(decoder), x, layout, as_data(plan), REDUCTION, *bounds)[0]
+
+        np.testing.assert_array_equal(run(run(x, 0, 2), 2, 5), run(x, 0, 5))
+    assert run_layers._cache_size() == 1
 
 
 def test_a_static_prefill_can_stop_and_go_on(decoder, rows):
     layout, plan = make_layout(RAGGED), PLANS[2]
     whole, record = prefill(decoder, rows, layout, plan)
-    first, lower = prefill(decoder, rows, layout, plan, layers=range(0, 2))
+    first, lower = prefill(decoder, rows, layout, plan, layers=range(2))
     second, upper = prefill(decoder, unpack(first, layout), layout, plan, layers=range(2, 5))
     assert_rows_close(second, whole, layout)
     joined = jnp.concatenate([lower.kept.units, upper.kept.units])
@@ -180,11 +194,11 @@ def test_a_sample_does_not_depend_on_its_batch(decoder, rows, plan):
         assert_close(together[i], unpack(prefill(decoder, [rows[i]], own, plan)[0], own)[0], 1e-5)
 
 
-def test_random_probes_differ_between_layers_and_seeds(decoder, rows):
+def test_random_probes_follow_the_key(decoder, rows):
     layout, plan = make_layout(RAGGED), Plan(ffn=range(5))
     reduction = Reduction(probe="random", active_fraction=0.3)
     x = jnp.asarray(pack(rows, layout))
-    traced = TracedPlan(*map(jnp.asarray, plan.flags(CONFIG.num_layers)))
+    traced = as_data(plan)
 
     @jax.jit
     def states(key):
@@ -199,6 +213,21 @@ def test_random_probes_differ_between_layers_and_seeds(decoder, rows):
     np.testing.assert_array_equal(unpack(other, layout)[2], unpack(static, layout)[2])
 
 
+def test_random_probes_differ_between_layers(decoder, rows):
+    """The same parameters under two layer numbers."""
+    layout = make_layout(RAGGED)
+    x, reduction = jnp.asarray(pack(rows, layout)), Reduction(probe="random", active_fraction=0.3)
+    graph, stack = nnx.split(decoder.layers)
+    module = nnx.merge(graph, jax.tree.map(lambda parameter: parameter[0], stack))
+
+    @jax.jit
+    def kept(layer):
+        return module(x, make_context(decoder, layout), reduction, False, True, layer)[1].kept.units
+
+    first, same, other = (set(kept(jnp.int32(layer))[0].tolist()) for layer in (0, 0, 1))
+    assert first == same != other
+
+
 def test_influence_within_a_hollow_layer_is_exactly_what_the_mask_says(decoder):
     mask = run_length(2, 7, 2, 6, 3)
     layout = make_layout([mask])
@@ -206,7 +235,7 @@ def test_influence_within_a_hollow_layer_is_exactly_what_the_mask_says(decoder):
     weights = jnp.asarray(np.random.default_rng(5).standard_normal(CONFIG.width), jnp.float32)
 
     def output(x):
-        y, _ = decoder.prefill(x, make_context(decoder, layout), Plan(attention=(0,)), REDUCTION, range(0, 1))
+        y, _ = decoder.prefill(x, make_context(decoder, layout), Plan(attention=(0,)), REDUCTION, range(1))
         return jnp.einsum("BTD,D->BT", y, weights)[0]
 
     influence = np.abs(jax.jit(jax.jacrev(output))(x)[:, 0]).max(axis=2)
@@ -217,7 +246,7 @@ def test_influence_within_a_hollow_layer_is_exactly_what_the_mask_says(decoder):
 
 @pytest.mark.parametrize("plan", [Plan(), PLANS[2]], ids=Plan.label)
 def test_decoding_equals_the_prefill_of_the_whole(decoder, plan):
-    """Each sample's last tokens, which are text, one by one through the cache; decoding is never reduced, nor is text."""
+    """Each sample's last tokens, which are text, one by one through the cache; neither is ever reduced."""
     masks, steps = [run_length(3, 31, 9), run_length(2, 7, 4, 11, 8), run_length(12)], 7
     rng = np.random.default_rng(6)
     ids = [rng.integers(0, CONFIG.vocabulary, len(mask)).astype(np.int32) for mask in masks]

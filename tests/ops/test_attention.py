@@ -33,15 +33,15 @@ def run(attention, rows, layout, *options, padding=np.zeros):
 
 def torch_attention(rows, masks, attention_range, window="ordinal"):
     outputs = []
-    for q, k, v, is_visual in zip(*rows, masks, strict=True):
-        q, k, v = (torch.tensor(x).transpose(0, 1) for x in (q, k, v))
+    for *sample, is_visual in zip(*rows, masks, strict=True):
+        q, k, v = (torch.tensor(x).transpose(0, 1) for x in sample)
         mask = hollow_mask(torch.tensor(is_visual), attention_range, window)
         outputs.append(torch_reductions.attention(q, k, v, mask).transpose(0, 1).numpy())
     return outputs
 
 
 @pytest.mark.parametrize(
-    "attention_range, window, block",
+    ("attention_range", "window", "block"),
     [
         *((r, "ordinal", 7) for r in (None, 1, 2, 8, 9, 50, 51)),
         *((r, "ordinal", ABUNDANT) for r in (None, 11, ABUNDANT)),
@@ -85,7 +85,7 @@ def test_a_range_of_all_visual_tokens_is_dense_attention():
 
 @pytest.mark.parametrize("attention", [packed_attention, reference_attention])
 def test_influence_is_exactly_what_the_mask_says(attention):
-    """Of every output on every token: exactly 0 outside the window, not 0 inside; text sees every image token."""
+    """Of every token on every output: exactly 0 outside the window, not 0 inside; text sees every image."""
     is_visual = run_length(2, 7, 2, 6, 3)
     (x,) = random_rows(np.random.default_rng(2), [is_visual], KV_HEADS, HEAD_DIM)
     layout = make_layout([is_visual], spare=(1, 2))

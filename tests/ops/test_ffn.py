@@ -119,7 +119,7 @@ def test_a_bucket_without_visual_slots(ffn):
 
 
 @pytest.mark.parametrize(
-    "num_visual, ordinals",
+    ("num_visual", "ordinals"),
     [(0, []), (1, [0]), (9, [0]), (10, [0]), (11, [0]), (20, [0, 10]), (29, [0, 14]), (35, [0, 11, 23])],
 )
 def test_strided_probes(num_visual, ordinals):
@@ -216,7 +216,10 @@ def test_padding_never_leaks(ffn, probe):
     reduction = Reduction(probe=probe)
     clean, kept = run(ffn, rows, layout, weights, reduction)
     for scale in (1e3, 1e15):
-        padding = lambda shape, scale=scale: scale * rng.standard_normal(shape)
+
+        def padding(shape, scale=scale):
+            return scale * rng.standard_normal(shape)
+
         ours, chosen = run(ffn, rows, layout, weights, reduction, padding)
         assert chosen.scored.all()
         np.testing.assert_array_equal(chosen.units, kept.units)
@@ -275,5 +278,6 @@ def test_the_measured_path_forms_no_full_hidden_layer_for_visual_tokens():
         return jax.jit(lambda x: ffn(x, weights, layout, Reduction(), KEY)).lower(x).as_text()
 
     assert "510x331" in text(simulated_dynamic_ffn)
-    assert "499x331" not in text(dynamic_ffn) and "510x331" not in text(dynamic_ffn)
+    assert "499x331" not in text(dynamic_ffn)
+    assert "510x331" not in text(dynamic_ffn)
     assert "499x66x" in text(dynamic_ffn)

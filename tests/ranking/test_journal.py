@@ -125,7 +125,7 @@ def test_a_last_line_of_zeros_is_repaired(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "old, new, reason",
+    ("old", "new", "reason"),
     [
         (b'"outcomes": "8:00"', b'"outcomes": "8:0', "Invalid control|Expecting"),
         (b'"outcomes": "8:00"', b'"outcomes": "9:00"', "number they announce"),

@@ -101,7 +101,7 @@ def test_scores_are_compared_after_rounding():
 
 
 @pytest.mark.parametrize(
-    "num_layers, position_layers, rounds_plans, prefixes",
+    ("num_layers", "position_layers", "rounds_plans", "prefixes"),
     [(28, 0, 406, 0), (28, 7, 231, 7), (28, None, 231, 7), (28, 28, 0, 28), (3, None, 6, 0)],
 )
 def test_number_of_evaluations(num_layers, position_layers, rounds_plans, prefixes):

@@ -1,7 +1,7 @@
-"""A made-up finished run: layers whose cost is known, outcomes drawn from it, and the real search over them."""
+"""A made-up finished run: layers of known cost, outcomes drawn from it, and the real search over them."""
 
 import dataclasses
-import datetime
+import functools
 
 import numpy as np
 
@@ -43,6 +43,7 @@ class World:
         return {name: dataset_metric(values) for name, values in self.outcomes(plan).items()}
 
 
+@functools.cache
 def synthetic_results(num_layers=12, samples=60, with_search_all=False, operators=OPERATORS):
     config = RunConfig(
         output="runs/synthetic",
@@ -93,7 +94,7 @@ def synthetic_results(num_layers=12, samples=60, with_search_all=False, operator
         operators=results,
         combined=combined,
         timing=Timing(
-            started=datetime.datetime(2025, 1, 1, 12, 0, tzinfo=datetime.UTC).isoformat(),
+            started="2025-01-01T12:00:00+00:00",
             device="cpu",
             num_devices=1,
             num_cores=2,

@@ -49,7 +49,7 @@ def test_the_plans_are_all_that_is_needed_each_once_the_base_first():
     plans = held_out_plans(results.operators["ffn"].ranking, 10, 0, None)
     assert plans[0] == Plan()
     assert len(set(plans)) == len(plans)
-    # Two curves with L + 1 points and both ends in common, and five plans of ten random orders, few of them equal.
+    # Two curves with L + 1 points and both ends in common; five plans of ten random orders, few equal.
     assert 60 < len(plans) <= 2 * 11 + 2 + 50
 
 
@@ -98,3 +98,16 @@ def test_round_1_spread_ties_and_verdict():
     results = synthetic_results()
     assert with_margin(results, "ffn", 0.01).operators["ffn"].beats == {"position": True, "random": True}
     assert with_margin(results, "ffn", 0.0).operators["ffn"].beats == {"position": False, "random": False}
+
+
+def test_outcomes_may_be_arrays():
+    ranking = toy_result().ranking
+    plans = held_out_plans(ranking, 1, 0, None)
+    options = {"num_random": 1, "seed": 0, "search_all": None, "bootstrap_samples": 9, "relative": True}
+    arrays = {plan: {"toy": np.array(outcomes(plan)["toy"])} for plan in plans}
+    lists = {plan: outcomes(plan) for plan in plans}
+    from_arrays, from_lists = (
+        operator_result(ranking, given, {"toy": 1.0}, lambda plan, probes: 0.0, **options)
+        for given in (arrays, lists)
+    )
+    assert from_arrays.curves["searched"].metrics == from_lists.curves["searched"].metrics

@@ -18,8 +18,8 @@ def results():
 
 @pytest.mark.parametrize("plot", PLOTS)
 def test_the_same_results_give_the_same_bytes(plot, results):
-    for format in ("png", "svg"):
-        assert plot(results, format) == plot(results, format)
+    for kind in ("png", "svg"):
+        assert plot(results, kind) == plot(results, kind)
     assert b"dc:date" not in plot(results, "svg")
 
 

@@ -65,7 +65,7 @@ def test_the_summary_fits_a_terminal(num_layers):
     assert len(lines) <= 25
     assert max(map(len, lines)) <= 100
     assert lines[-1] == f"Report: {Path('runs/rank/report.md')}"
-    text = "\n".join(lines)
+    text = " ".join(" ".join(lines).split())
     assert " ".join(map(str, results.operators["ffn"].ranking.order[:10])) in text
     assert "NOT better than" in text
     assert "both at once" in text

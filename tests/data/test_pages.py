@@ -8,7 +8,7 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from rlens_jax.demo.pages import (
+from rlens_jax.data.pages import (
     CELL,
     DATASETS,
     GRIDS,

@@ -1,0 +1,211 @@
+"""Time saved by the reductions in one decoder layer, against the fastest dense layer: `python -m rlens_jax.bench [--json FILE]`.
+
+The layer has the widths of Qwen2-VL-2B; 1792 visual tokens stand between 64 and 64 text tokens, float32, batch 1. All programs
+take turns, medians are reported. `realised_saving` is (1 - time ratio) / (1 - FLOPs ratio), the FLOPs being those of the field's
+formula with the probes counted; the dense time is that of the fastest of four kinds of dense attention. With the extra `torch`
+installed, PyTorch's layer with SDPA is timed beside, for orientation.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rlens_jax.console import run_command, say
+from rlens_jax.flops import LayerSizes, layer_cost
+from rlens_jax.plan import Reduction
+
+TEXT_BEFORE, VISUAL, TEXT_AFTER = 64, 1792, 64
+OURS = "ours (packed, causal blocks)"
+CASES = {"attention": (True, False), "ffn": (False, True), "both": (True, True)}
+"""Name -> (hollow, dynamic)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator, or both: seconds are medians, shares are of the dense layer."""
+
+    seconds: float
+    flops_saved: float
+    time_saved: float
+    realised_saving: float
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(prog="python -m rlens_jax.bench", description=__doc__)
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--repeats", type=int, default=15, help="how often each program is timed")
+    options = parser.parse_args(arguments)
+    results = measure(options.repeats)
+    for name, seconds in results["dense_seconds"].items():
+        print(f"dense, {name:<34}{seconds * 1e3:9.1f} ms")
+    for name, case in results["cases"].items():
+        print(
+            f"{name:<12}{case['seconds'] * 1e3:9.1f} ms   FLOPs saved {case['flops_saved']:6.1%}   "
+            f"time saved {case['time_saved']:6.1%}   realised {case['realised_saving']:.2f}"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(repeats: int) -> dict[str, Any]:
+    """All timings, as the JSON file has them."""
+    import jax
+
+    from rlens_jax.ranking.timing import time_side_by_side
+
+    say("compiling ...")
+    programs = _programs()
+    torch_layer = _torch_layer()
+    if torch_layer is not None:
+        programs["PyTorch SDPA"] = torch_layer
+    measured = dict(zip(programs, time_side_by_side(list(programs.values()), repeats), strict=True))
+    seconds = {name: median(values) for name, values in measured.items()}
+    dense = {name: value for name, value in seconds.items() if name not in CASES}
+    baseline = min(value for name, value in dense.items() if name != "PyTorch SDPA")
+    sizes, reduction = LayerSizes(1536, 256, 8960), Reduction()
+    cost = partial(layer_cost, sizes, TEXT_BEFORE + TEXT_AFTER, VISUAL, reduction, with_probes=True)
+    cases = {}
+    for name, (hollow, dynamic) in CASES.items():
+        flops_saved = 1 - cost(hollow=hollow, dynamic=dynamic) / cost(hollow=False, dynamic=False)
+        time_saved = 1 - seconds[name] / baseline
+        cases[name] = asdict(Case(seconds[name], flops_saved, time_saved, time_saved / flops_saved))
+    return {
+        "schema": "rlens-bench/1",
+        "layer": "Qwen2-VL-2B",
+        "text_tokens": TEXT_BEFORE + TEXT_AFTER,
+        "visual_tokens": VISUAL,
+        "dtype": "float32",
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "repeats": repeats,
+        "dense_seconds": dense,
+        "cases": cases,
+    }
+
+
+def _programs() -> dict[str, Callable[[], Any]]:
+    """The layer with each kind of dense attention, and under each reduction, each as a call without arguments."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from rlens_jax.layout import Bucket, pack_layout, pack_rows
+    from rlens_jax.models.decoder import Context, Decoder, DecoderConfig, DecoderLayer
+    from rlens_jax.ops.attention import masked_attention
+    from rlens_jax.ops.ffn import dense_ffn
+
+    config = DecoderConfig(
+        num_layers=1,
+        width=1536,
+        num_heads=12,
+        num_kv_heads=2,
+        head_dim=128,
+        ffn_width=8960,
+        vocabulary=2,
+        norm_eps=1e-6,
+        rope_theta=1e6,
+        rope_sections=(16, 24, 24),
+        qkv_bias=True,
+        tied_head=True,
+    )
+    length = TEXT_BEFORE + VISUAL + TEXT_AFTER
+    is_visual = np.zeros(length, bool)
+    is_visual[TEXT_BEFORE : TEXT_BEFORE + VISUAL] = True
+    layout = pack_layout([is_visual], Bucket(TEXT_BEFORE + TEXT_AFTER, VISUAL), [0])
+    in_order = np.broadcast_to(np.arange(length, dtype=np.int32)[:, None], (length, 3))
+    packed = pack_rows([in_order], layout).transpose(0, 2, 1)
+    decoder = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(DecoderLayer(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(0), (1, length, config.width))
+    layout = jax.tree.map(jnp.asarray, layout)
+    causal = jnp.tril(jnp.ones((1, length, length), bool))
+
+    def ours(hollow: bool, dynamic: bool, state: Any, context: Context) -> Any:
+        return nnx.merge(graph, state)(x, context, Reduction(), hollow, dynamic, jnp.int32(0))[0]
+
+    def other(attend: Callable[[Any, Any, Any], Any], state: Any, context: Context) -> Any:
+        layer = nnx.merge(graph, state)
+        attended = attend(*layer.attention.project(layer.input_norm(x), context.turn))
+        y = x + layer.attention.o_proj(attended)
+        return y + dense_ffn(layer.ffn_norm(y), layer.ffn.weights)
+
+    def einsum(q: Any, k: Any, v: Any) -> Any:
+        return masked_attention(q, k, v, causal)
+
+    def dot_product(q: Any, k: Any, v: Any) -> Any:
+        heads_inside = [part.swapaxes(1, 2) for part in (q, k, v)]
+        return jax.nn.dot_product_attention(*heads_inside, is_causal=True).swapaxes(1, 2)
+
+    def blocked(q: Any, k: Any, v: Any) -> Any:
+        block = 256
+        spans = [(start, min(start + block, length)) for start in range(0, length, block)]
+        parts = [
+            masked_attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b], causal[:, a:b, :b]) for a, b in spans
+        ]
+        return jnp.concatenate(parts, axis=2)
+
+    dense = {"einsum": einsum, "jax.nn.dot_product_attention": dot_product, "causal blocks": blocked}
+    packed_context = decoder.context(layout, jnp.asarray(packed), jax.random.key(0))
+    ordered_context = decoder.context(layout, jnp.asarray(in_order.T[None]), jax.random.key(0))
+
+    def call(function: Callable[..., Any], context: Context) -> Callable[[], Any]:
+        program = jax.jit(function)
+        return lambda: program(state, context)
+
+    return {
+        OURS: call(partial(ours, False, False), packed_context),
+        **{name: call(partial(other, attend), ordered_context) for name, attend in dense.items()},
+        **{name: call(partial(ours, *flags), packed_context) for name, flags in CASES.items()},
+    }
+
+
+def _torch_layer() -> Callable[[], Any] | None:
+    """The same dense layer in PyTorch, if that is installed; nothing else of the project uses it."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    torch = importlib.import_module("torch")
+    functional = torch.nn.functional
+    width, heads, kv_heads, head_dim, ffn_width = 1536, 12, 2, 128, 8960
+    length = TEXT_BEFORE + VISUAL + TEXT_AFTER
+    q, k, v, o, gate, up, down = (
+        torch.randn(rows, columns) * columns**-0.5
+        for rows, columns in (
+            (width, width),
+            (kv_heads * head_dim, width),
+            (kv_heads * head_dim, width),
+            (width, width),
+            (ffn_width, width),
+            (ffn_width, width),
+            (width, ffn_width),
+        )
+    )
+    x = torch.randn(1, length, width)
+
+    def layer() -> Any:
+        with torch.no_grad():
+            y = functional.rms_norm(x, (width,))
+            split = [
+                functional.linear(y, w).view(1, length, n, head_dim).transpose(1, 2)
+                for w, n in ((q, heads), (k, kv_heads), (v, kv_heads))
+            ]
+            attended = functional.scaled_dot_product_attention(*split, is_causal=True, enable_gqa=True)
+            z = x + functional.linear(attended.transpose(1, 2).reshape(1, length, width), o)
+            y = functional.rms_norm(z, (width,))
+            hidden = functional.silu(functional.linear(y, gate)) * functional.linear(y, up)
+            return (z + functional.linear(hidden, down)).numpy()
+
+    return layer
+
+
+if __name__ == "__main__":
+    run_command(main, interrupted="interrupted")

@@ -1,0 +1,127 @@
+"""A tiny random Qwen2-VL with samples whose answers are what the dense model says, so that reductions can change them."""
+
+import io
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from rlens_jax.data.samples import Sample
+from rlens_jax.models.decoder import DecoderConfig
+from rlens_jax.models.prompt import PreparedImage, Prompt
+from rlens_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig, VisionConfig, patch_places, rope_positions
+from rlens_jax.plan import Plan, Reduction
+from rlens_jax.ranking.inputs import Dataset, Shapes, build_datasets
+from rlens_jax.ranking.programs import Programs
+from rlens_jax.ranking.scoring import traced_plan
+
+LAYERS, STOP, IMAGE = 5, 0, 1
+CONFIG = Qwen2VLConfig(
+    DecoderConfig(
+        num_layers=LAYERS,
+        width=24,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=12,
+        ffn_width=40,
+        vocabulary=13,
+        norm_eps=1e-6,
+        rope_theta=50.0,
+        rope_sections=(2, 2, 2),
+        qkv_bias=True,
+        tied_head=False,
+    ),
+    VisionConfig(depth=1, width=16, num_heads=2, ffn_width=20, patch_numbers=6, merge_size=2, out_width=24),
+    image_token=IMAGE,
+    video_token=2,
+)
+REDUCTION = Reduction(attention_range=2, active_fraction=0.1, probe_fraction=0.2)
+SHAPES = Shapes(text_slots=(8, 16), visual_slots=(8, 24), batch_size=4)
+
+
+@dataclass
+class ToyPreparer:
+    """Prompts from the sample's number alone: 1-3 images of different sizes, text around them."""
+
+    answers: dict[str, tuple[int, ...]]
+
+    def image(self, pixels: Image.Image, sample_id: str) -> tuple[PreparedImage, tuple[int, int]]:
+        grid = (pixels.height, pixels.width)
+        rng = np.random.default_rng(pixels.height * 100 + pixels.width)
+        patches = rng.standard_normal((grid[0] * grid[1], 6), np.float32)
+        room = 32 - len(patches)
+        arrays = (
+            np.pad(patches, ((0, room), (0, 0))),
+            np.pad(patch_places(grid, 2), ((0, room), (0, 0))),
+            np.int32(len(patches)),
+        )
+        return PreparedImage(arrays, len(patches) // 4), grid
+
+    def prompt(self, sample: Sample, grids: list[tuple[int, int]], answer: str | None) -> Prompt:
+        ids = []
+        for number, (rows, columns) in enumerate(grids):
+            ids += [3 + number, *[IMAGE] * (rows * columns // 4)]
+        ids += [3 + (ord(letter) % 10) for letter in sample.question]
+        answered = [] if answer is None else [*map(int, answer.split()), STOP]
+        token_ids = np.array(ids + answered, np.int32)
+        positions, following = rope_positions(token_ids == IMAGE, grids, 2)
+        return Prompt(token_ids, token_ids == IMAGE, positions, following, len(answered))
+
+
+def png(rows: int, columns: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (columns, rows)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def toy_programs(seed: int = 0, new_tokens: int = 3) -> Programs:
+    """Programs over the random model; embeddings and head are large enough for clear argmaxes."""
+    model = Qwen2VL(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    model.decoder.embedding[...] = model.decoder.embedding[...] * 30
+    model.decoder.head[...] = model.decoder.head[...] * 30
+    return Programs(model, REDUCTION, seed=0, new_tokens=new_tokens, stop_token=STOP)
+
+
+def toy_samples() -> list[Sample]:
+    """Ragged samples of two datasets; the answers are still to be found."""
+    rng = np.random.default_rng(3)
+    samples = []
+    for number in range(11):
+        images = tuple(
+            png(2 * int(rng.integers(1, 4)), 2 * int(rng.integers(1, 5)))
+            for _ in range(int(rng.integers(1, 3)))
+        )
+        question = "".join(chr(97 + int(letter)) for letter in rng.integers(0, 26, int(rng.integers(2, 7))))
+        samples.append(Sample(f"s{number}", "even" if number % 2 == 0 else "odd", images, question, ("?",)))
+    return samples
+
+
+def answered(samples: list[Sample], programs: Programs) -> list[Sample]:
+    """The samples with what the dense model generates as their answer, without the stop token."""
+    preparer = ToyPreparer({})
+    datasets = build_datasets(samples, preparer, programs, SHAPES, False, lambda: None)
+    texts: dict[str, str] = {}
+    for dataset in datasets:
+        for batch in dataset.batches:
+            tokens, _ = programs.generate(batch.visual, batch.inputs, traced_plan(Plan(), LAYERS))
+            for row, place in enumerate(batch.samples):
+                texts[dataset.samples[place].id] = words(np.asarray(tokens)[row].tolist())
+    return [Sample(s.id, s.dataset, s.images, s.question, (texts[s.id],)) for s in samples]
+
+
+def words(tokens: list[int]) -> str:
+    """What a tokenizer would make of generated tokens: those before the first stop."""
+    stop = tokens.index(STOP) if STOP in tokens else len(tokens)
+    return " ".join(map(str, tokens[:stop]))
+
+
+def toy_datasets(programs: Programs, with_answers: bool = True) -> tuple[Dataset, ...]:
+    samples = answered(toy_samples(), programs)
+    return build_datasets(samples, ToyPreparer({}), programs, SHAPES, with_answers, lambda: None)
+
+
+def block(tree: object) -> object:
+    return jax.block_until_ready(tree)

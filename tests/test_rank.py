@@ -1,0 +1,270 @@
+"""The main job as a person runs it: results, bad input in one line, kills and restarts."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rlens_jax.console import run_command
+from rlens_jax.rank import main
+from tests.torch_support import allow_transformers_models
+
+allow_transformers_models()
+
+SMALL = (
+    "--data.validation_samples=6",
+    "--data.test_samples=4",
+    "--search.position_layers=9",
+    "--report.random_rankings=1",
+    "--report.timing_repeats=1",
+    "--report.bootstrap_samples=50",
+)
+EVALUATIONS = 3 * 4 // 2 + 9 + 1
+"""Of one operator, with 12 layers of which 9 are ranked by position."""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def options(cache: Path, output: Path) -> list[str]:
+    return [
+        f"--output={output}",
+        f"--data.cache={cache / 'data'}",
+        f"--compute.compilation_cache={cache / 'compiled'}",
+        *SMALL,
+    ]
+
+
+def rank(arguments: Sequence[str]) -> int:
+    """Run the command in this process; its exit code."""
+    with pytest.raises(SystemExit) as stopped:
+        run_command(main, argv=arguments)
+    return int(stopped.value.code or 0)
+
+
+def started(arguments: Sequence[str]) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
+    hidden = str(Path(__file__).parent / "without_torchvision")
+    path = os.pathsep.join([hidden, os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "rlens_jax.rank", *arguments]
+    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    assert rank(options(cache, output)) == 0
+    return output
+
+
+def test_results(finished: Path) -> None:
+    result = json.loads((finished / "ranking.json").read_text())
+    for operator in ("attention", "ffn"):
+        assert sorted(result["rankings"][operator]) == list(range(12))
+        assert result["rankings"][operator][:9] == [11, 10, 9, 8, 7, 6, 5, 4, 3]
+    for name in (
+        "report.md",
+        "timing.json",
+        "config.yaml",
+        "curves.png",
+        "curves.svg",
+        "candidates.png",
+        "candidates.svg",
+    ):
+        assert (finished / name).stat().st_size > 100
+
+
+def test_killed_at_random_moments_and_restarted(finished: Path, cache: Path, tmp_path: Path) -> None:
+    output, rng = tmp_path / "killed", random.Random(11)
+    journal, kills = output / "journal.jsonl", 0
+    while kills < 10:
+        process = started(options(cache, output))
+        # From the first record on: a kill during the imports would try nothing.
+        records = journal.read_bytes().count(b"\n") if journal.exists() else 0
+        while process.poll() is None and not (
+            journal.exists() and journal.read_bytes().count(b"\n") > records
+        ):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        assert not (output / "ranking.json").exists() or process.returncode == 0
+    assert kills == 10
+    assert rank(options(cache, output)) == 0
+    assert (output / "ranking.json").read_bytes() == (finished / "ranking.json").read_bytes()
+    lines = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+    done = Counter((r["split"], tuple(r["attention"]), tuple(r["ffn"]), r["dataset"]) for r in lines)
+    assert max(done.values()) == 1
+    validation = [key for key in done if key[0] == "validation"]
+    assert len(validation) == 3 * (2 * EVALUATIONS - 1)  # the dense plan is evaluated once for both operators
+
+
+def test_a_restart_compiles_nothing_and_a_second_run_is_refused(
+    finished: Path, cache: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "again"
+    first = started(options(cache, output))
+    journal = output / "journal.jsonl"
+    while not journal.exists() and first.poll() is None:
+        time.sleep(0.01)
+    second = started(options(cache, output))
+    _, message = second.communicate()
+    assert second.returncode == 2
+    assert message.count("\n") == 1
+    assert "in use" in message or "another" in message, message
+    _, message = first.communicate()
+    assert first.returncode == 0, message
+    third = started(options(cache, output))
+    _, message = third.communicate()
+    assert third.returncode == 0, message
+    timing = json.loads((output / "timing.json").read_text())
+    assert timing["compilations"] == 0
+    assert timing["evaluations"] == 0
+
+
+def test_ctrl_c_ends_with_130_and_a_resumable_folder(finished: Path, cache: Path, tmp_path: Path) -> None:
+    output = tmp_path / "stopped"
+    process = started(options(cache, output))
+    journal = output / "journal.jsonl"
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in message
+    assert rank(options(cache, output)) == 0
+    assert (output / "ranking.json").read_bytes() == (finished / "ranking.json").read_bytes()
+
+
+def test_a_torn_last_line_is_repaired_and_said_so(
+    finished: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "torn"
+    output.mkdir()
+    content = (finished / "journal.jsonl").read_bytes()
+    (output / "journal.jsonl").write_bytes(content[:-7])
+    assert rank(options(cache, output)) == 0
+    assert "journal.jsonl" in capsys.readouterr().err
+    assert (output / "ranking.json").read_bytes() == (finished / "ranking.json").read_bytes()
+
+
+def test_a_journal_of_another_configuration_is_refused(
+    finished: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    assert rank([*options(cache, finished), "--reduction.attention_range=7"]) == 2
+    message = capsys.readouterr().err
+    assert "reduction.attention_range was 16, is 7" in message
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def write_rows(folder: Path, rows: Sequence[object]) -> Path:
+    path = folder / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_own_data(cache: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(4):
+        Image.fromarray(rng.integers(0, 256, (64, 128, 3), np.uint8)).save(tmp_path / f"{number}.png")
+        rows.append(
+            {
+                "image": f"{number}.png",
+                "question": "digit at row 1 column 1 ?",
+                "answers": [str(d) for d in range(10)],
+            }
+        )
+    data = write_rows(tmp_path, rows)
+    assert rank([*options(cache, tmp_path / "out"), f"--data={data}"]) == 0
+    assert json.loads((tmp_path / "out" / "ranking.json").read_text())["rankings"]["ffn"]
+
+
+def bad_image(folder: Path) -> list[str]:
+    (folder / "bad.png").write_bytes(b"no image")
+    return [f"--data={write_rows(folder, [_row('bad.png'), _row('bad.png', 'other')])}"]
+
+
+def huge_image(folder: Path) -> list[str]:
+    Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
+    Image.new("RGB", (96, 96)).save(folder / "small.png")
+    return [f"--data={write_rows(folder, [_row('huge.png'), _row('small.png')])}"]
+
+
+def one_row(row: dict[str, object]) -> object:
+    def write(folder: Path) -> list[str]:
+        Image.new("RGB", (96, 96)).save(folder / "a.png")
+        return [f"--data={write_rows(folder, [row])}"]
+
+    return write
+
+
+def no_rows(folder: Path) -> list[str]:
+    return [f"--data={write_rows(folder, [])}"]
+
+
+def unknown_field(folder: Path) -> list[str]:
+    (folder / "c.yaml").write_text("reduction:\n  atention_range: 3\n")
+    return [f"--config={folder / 'c.yaml'}"]
+
+
+def output_is_a_file(folder: Path) -> list[str]:
+    (folder / "out").write_text("")
+    return []
+
+
+def _row(image: str, dataset: str = "d") -> dict[str, object]:
+    return {"image": image, "question": "digit at row 1 column 1 ?", "answer": "7", "dataset": dataset}
+
+
+BAD = {
+    "missing model": (lambda _: ["--model=nowhere/at-all"], "no such folder"),
+    "misspelt model": (lambda _: ["--model=embeded"], "did you mean 'embedded'"),
+    "unknown field": (unknown_field, "attention_range"),
+    "unknown option": (lambda _: ["--search.penaltee=2"], "search.penalty"),
+    "wrong type": (lambda _: ["--compute.batch_size=many"], "compute.batch_size"),
+    "negative range": (lambda _: ["--reduction.attention_range=-1"], "reduction.attention_range"),
+    "fraction above one": (lambda _: ["--reduction.active_fraction=1.5"], "reduction.active_fraction"),
+    "layer 99": (lambda _: ["--search.operators=ffn", "--search.base_attention=99"], "layer 99"),
+    "output is a file": (output_is_a_file, "out"),
+    "unreadable image": (bad_image, "bad.png cannot be read"),
+    "absurd image": (huge_image, "400000000 pixels"),
+    "empty dataset": (no_rows, "empty"),
+    "no image": (one_row({"question": "what ?", "answer": "7"}), "own.jsonl:1"),
+    "no answer": (one_row({"image": "a.png", "question": "what ?"}), "own.jsonl:1"),
+    "too small a bucket": (lambda _: ["--compute.text_slots=8"], "compute.text_slots"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line(
+    case: str, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, expected = BAD[case]
+    extra = make(tmp_path)
+    output = tmp_path / "out"
+    assert rank([*options(cache, output), *extra]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert expected in lines[0]
+    assert not (output / "ranking.json").exists()
