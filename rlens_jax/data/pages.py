@@ -61,11 +61,15 @@ class Page:
 
 @dataclass(frozen=True)
 class Question:
-    """`text` and `answer` are lower-case words of VOCABULARY with single spaces between them."""
+    """`text` and `answer` are lower-case words of VOCABULARY with single spaces between them.
+
+    `places` says for each word of the answer which cells (row, column, from 0) one must look at to know it.
+    """
 
     dataset: str
     text: str
     answer: str
+    places: tuple[tuple[tuple[int, int], ...], ...]
 
 
 @functools.cache
@@ -171,15 +175,32 @@ def _texture(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
 def make_question(rng: np.random.Generator, page: Page, dataset: str) -> Question:
     """A random question of `dataset` (one of DATASETS) about `page`."""
     makers = {"pages_read": _read, "pages_compare": _compare, "pages_yesno": _yesno}
-    text, answer = makers[dataset](rng, page)
-    return Question(dataset, text, answer)
+    return Question(dataset, *makers[dataset](rng, page))
 
 
 def transcription(page: Page, rows: tuple[int, int] | None = None) -> Question:
     """All digits of the page, or of the rows from `rows[0]` to `rows[1]` (counted from 1, both included)."""
     first, last = rows or (1, len(page.digits))
     text = "read the page" if rows is None else f"read row {first} to row {last} ?"
-    return Question("transcription", text, " ; ".join(_words(row) for row in page.digits[first - 1 : last]))
+    places: list[tuple[tuple[int, int], ...]] = []
+    for row in range(first - 1, last):
+        places += [(cell,) for cell in _line(page, row=row)]
+        places += [()] if row < last - 1 else []  # the semicolon between two rows
+    answer = " ; ".join(_words(row) for row in page.digits[first - 1 : last])
+    return Question("transcription", text, answer, tuple(places))
+
+
+def _line(page: Page, *, row: int | None = None, column: int | None = None) -> tuple[tuple[int, int], ...]:
+    """The cells of a row or of a column."""
+    rows, columns = page.digits.shape
+    if row is not None:
+        return tuple((row, other) for other in range(columns))
+    assert column is not None
+    return tuple((other, column) for other in range(rows))
+
+
+_Asked = tuple[str, str, tuple[tuple[tuple[int, int], ...], ...]]
+"""Text, answer and places of a question."""
 
 
 def _words(digits: np.ndarray) -> str:
@@ -197,39 +218,42 @@ def _place(rng: np.random.Generator, page: Page) -> tuple[tuple[int, int], str]:
     return (row, column), f"row {row + 1} column {column + 1}"
 
 
-def _read(rng: np.random.Generator, page: Page) -> tuple[str, str]:
+def _read(rng: np.random.Generator, page: Page) -> _Asked:
     kind = _kind(rng, READ_WEIGHTS)
     if kind == "three":
         rows, columns = page.digits.shape
         row, start = int(rng.integers(rows)), int(rng.integers(columns - 2))
         text = f"read 3 digits of row {row + 1} from column {start + 1} ?"
-        return text, _words(page.digits[row, start : start + 3])
+        cells = tuple((cell,) for cell in _line(page, row=row)[start : start + 3])
+        return text, _words(page.digits[row, start : start + 3]), cells
     cell, place = _place(rng, page)
     if kind == "ink":
-        return f"ink at {place} ?", INKS[page.inks[cell]]
-    return f"digit at {place} ?", str(page.digits[cell])
+        return f"ink at {place} ?", INKS[page.inks[cell]], ((cell,),)
+    return f"digit at {place} ?", str(page.digits[cell]), ((cell,),)
 
 
-def _compare(rng: np.random.Generator, page: Page) -> tuple[str, str]:
+def _compare(rng: np.random.Generator, page: Page) -> _Asked:
     kind = _kind(rng, COMPARE_WEIGHTS)
     rows, columns = page.digits.shape
     if kind == "larger":
         one, other = rng.choice(rows * columns, 2, replace=False)
         names = [f"row {cell // columns + 1} column {cell % columns + 1}" for cell in (one, other)]
-        return f"larger digit , {names[0]} or {names[1]} ?", str(page.digits.ravel()[[one, other]].max())
+        both = ((int(one) // columns, int(one) % columns), (int(other) // columns, int(other) % columns))
+        return f"larger digit , {names[0]} or {names[1]} ?", str(page.digits.ravel()[[one, other]].max()), (both,)
     if kind == "how many":
         row, ink = int(rng.integers(rows)), int(rng.integers(len(INKS)))
-        return f"how many {INKS[ink]} digits in row {row + 1} ?", str(np.sum(page.inks[row] == ink))
+        count = str(np.sum(page.inks[row] == ink))
+        return f"how many {INKS[ink]} digits in row {row + 1} ?", count, (_line(page, row=row),)
     if rng.random() < COLUMN_SHARE:
         line = int(rng.integers(columns))
-        name, digits = f"column {line + 1}", page.digits[:, line]
+        name, digits, cells = f"column {line + 1}", page.digits[:, line], _line(page, column=line)
     else:
         line = int(rng.integers(rows))
-        name, digits = f"row {line + 1}", page.digits[line]
-    return f"{kind} digit of {name} ?", str(digits.max() if kind == "largest" else digits.min())
+        name, digits, cells = f"row {line + 1}", page.digits[line], _line(page, row=line)
+    return f"{kind} digit of {name} ?", str(digits.max() if kind == "largest" else digits.min()), (cells,)
 
 
-def _yesno(rng: np.random.Generator, page: Page) -> tuple[str, str]:
+def _yesno(rng: np.random.Generator, page: Page) -> _Asked:
     """The answer is drawn first, evenly, and then a value that makes it right."""
     kind = _kind(rng, YESNO_WEIGHTS)
     yes = bool(rng.random() < 0.5)
@@ -239,10 +263,10 @@ def _yesno(rng: np.random.Generator, page: Page) -> tuple[str, str]:
         # A row has at most 8 cells, so of the ten digits one is always present and one always absent.
         present = np.isin(np.arange(10), page.digits[row])
         digit = rng.choice(np.flatnonzero(present == yes))
-        return f"is there a {digit} in row {row + 1} ?", answer
+        return f"is there a {digit} in row {row + 1} ?", answer, (_line(page, row=row),)
     cell, place = _place(rng, page)
     if kind == "ink":
         ink = page.inks[cell] if yes else (page.inks[cell] + rng.integers(1, len(INKS))) % len(INKS)
-        return f"is {place} {INKS[ink]} ?", answer
+        return f"is {place} {INKS[ink]} ?", answer, ((cell,),)
     digit = page.digits[cell] if yes else (page.digits[cell] + rng.integers(1, 10)) % 10
-    return f"is {place} a {digit} ?", answer
+    return f"is {place} a {digit} ?", answer, ((cell,),)

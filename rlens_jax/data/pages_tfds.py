@@ -20,8 +20,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from rlens_jax.data.samples import Sample
 from rlens_jax.data.pages import DATASETS, SPLITS, Page, Question, Split, make_page, make_question
+from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError, suggest
 
 SAMPLES: dict[Split, int] = {"train": 2000, "validation": 150, "test": 300}

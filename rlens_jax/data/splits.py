@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from rlens_jax.data.jsonl import read_jsonl
+from rlens_jax.data.pages import DATASETS
 from rlens_jax.data.pages_tfds import read_pages
 from rlens_jax.data.samples import Sample
-from rlens_jax.data.pages import DATASETS
 from rlens_jax.errors import UserError
 
 PAGES = "pages"

@@ -21,41 +21,17 @@ from rlens_jax.models.qwen2_vl import patch_places, rope_positions
 IGNORE = -1
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A part of the training with one mixture of conversations.
-
-    Attributes:
-        until: the last step of the stage.
-        micro_batches: of how many micro-batches a step's batch is made.
-        bucket: static shape of the conversations.
-        questions: most questions about a page.
-        transcribed: share of the conversations that begin with reading the whole page (what makes learning start at all).
-        datasets: where the questions are drawn from, evenly.
-    """
-
-    until: int
-    micro_batches: int
-    bucket: Bucket
-    questions: int
-    transcribed: float
-    datasets: tuple[str, ...]
+BUCKET = Bucket(text=128, visual=128)
+QUESTIONS = 7
+READING_STEPS = 600
+"""For so many steps many pages are read aloud as a whole, which is what makes learning start at all."""
 
 
-STAGES = (
-    Stage(1100, 3, Bucket(112, 128), 6, 0.4, DATASETS),
-    Stage(1600, 2, Bucket(176, 128), 10, 0.1, ("pages_read",)),
-    Stage(2300, 2, Bucket(176, 128), 10, 0.05, DATASETS),
-)
-"""Read first, then look up single places, then everything."""
+def transcribed_share(step: int) -> float:
+    """Share of the pages that are also read as a whole."""
+    return 0.4 if step < READING_STEPS else 0.05
 
 
-def stage_of(step: int) -> Stage:
-    """The stage that the step, counted from 0, belongs to; the last one goes on for ever."""
-    return next((stage for stage in STAGES if step < stage.until), STAGES[-1])
-
-
-@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainBatch:
@@ -65,6 +41,10 @@ class TrainBatch:
     """int32 [B, X]."""
     targets: Array | np.ndarray
     """int32 [B, X]: the next token where it belongs to an answer, `IGNORE` elsewhere."""
+    looks: np.ndarray
+    """bool [B, X, P]: the last corners of the cells that the next answer token depends on."""
+    segments: np.ndarray
+    """int32 [B, T], packed: 0 for the page, then the number of the question."""
     layout: TokenLayout
     rope: Array | np.ndarray
     """int32 [B, 3, T], packed."""
@@ -88,6 +68,13 @@ def make_patches(pixels: np.ndarray) -> np.ndarray:
     return x.reshape(rows * columns, -1)
 
 
+def cell_corners(page: Page) -> np.ndarray:
+    """int [rows, columns]: the ordinal of each cell's last (bottom right) visual token."""
+    side = CELL // (PATCH_SIZE * MERGE_SIZE)
+    rows, columns = page.digits.shape
+    return np.arange(rows * columns * side**2).reshape(rows, side, columns, side)[:, -1, :, -1]
+
+
 def cell_labels(page: Page) -> np.ndarray:
     """int32 [visual tokens, 3]: digit, row and column at the last (bottom right) visual token of each cell.
 
@@ -101,80 +88,107 @@ def cell_labels(page: Page) -> np.ndarray:
     return labels.reshape(-1, 3)
 
 
-def conversation(
-    page: Page, questions: list[Question], tokens: Mapping[str, int], budget: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A chat about a page: token ids int32 [T], targets int32 [T] and is_visual bool [T].
+@dataclass(frozen=True)
+class Lesson:
+    """A page and many questions about it, each asked as if it were the only one: it sees the page and itself.
 
-    Questions that would take more than `budget` text tokens are left out.
+    Attributes:
+        token_ids: int32 [T].
+        targets: int32 [T], the next token where it belongs to an answer, else `IGNORE`.
+        is_visual: bool [T].
+        segments: int32 [T], 0 for the page and what stands before it, then 1, 2, ... a question.
+        rope: int32 [T, 3]; every question starts right after the page.
+        looks: bool [T, P], where a token is to be answered next: the last corners of the cells that one must look at.
     """
-    num_visual = page.pixels.shape[0] * page.pixels.shape[1] // (PATCH_SIZE * MERGE_SIZE) ** 2
-    ids: list[int] = []
-    answered: list[bool] = []
-    image = [tokens["<|vision_start|>"], *[tokens["<|image_pad|>"]] * num_visual, tokens["<|vision_end|>"]]
-    for question in questions:
-        ask = [tokens[t] for t in ("<|im_start|>", "user", "\n")]
-        ask += image if not ids else []
-        ask += [tokens[word] for word in question.text.split()]
+
+    token_ids: np.ndarray
+    targets: np.ndarray
+    is_visual: np.ndarray
+    segments: np.ndarray
+    rope: np.ndarray
+    looks: np.ndarray
+
+
+def make_lesson(page: Page, questions: list[Question], tokens: Mapping[str, int], budget: int) -> Lesson:
+    """The lesson of a page; questions that would take more than `budget` text tokens are left out."""
+    grid = (page.pixels.shape[0] // PATCH_SIZE, page.pixels.shape[1] // PATCH_SIZE)
+    num_visual = grid[0] * grid[1] // MERGE_SIZE**2
+    start = [tokens[t] for t in ("<|im_start|>", "user", "\n", "<|vision_start|>")]
+    ids = [*start, *[tokens["<|image_pad|>"]] * num_visual, tokens["<|vision_end|>"]]
+    is_page = np.array(ids) == tokens["<|image_pad|>"]
+    page_rope, following = rope_positions(is_page, [grid], MERGE_SIZE)
+    corners = cell_corners(page)
+    nowhere = np.zeros(num_visual, bool)
+    looks = [nowhere] * len(ids)
+    targets, segments, ropes = [IGNORE] * len(ids), [0] * len(ids), [page_rope.T]
+    for number, question in enumerate(questions, 1):
+        ask = [tokens[word] for word in question.text.split()]
         ask += [tokens[t] for t in ("<|im_end|>", "\n", "<|im_start|>", "assistant", "\n")]
-        reply = [*[tokens[word] for word in question.answer.split()], tokens["<|im_end|>"]]
-        if len(ids) + len(ask) + len(reply) + 1 - num_visual > budget:
+        answer = [*[tokens[word] for word in question.answer.split()], tokens["<|im_end|>"]]
+        turn = [*ask, *answer[:-1]]
+        if len(ids) + len(turn) - num_visual > budget:
             continue
-        ids += [*ask, *reply, tokens["\n"]]
-        answered += [False] * len(ask) + [True] * len(reply) + [False]
-    following = np.roll(np.array(ids, np.int32), -1)
-    is_answer = np.roll(np.array(answered), -1)
-    return (
+        ids += turn
+        targets += [*[IGNORE] * (len(ask) - 1), *answer]
+        looks += [nowhere] * (len(ask) - 1)
+        looks += [np.isin(np.arange(num_visual), [corners[cell] for cell in cells]) for cells in question.places]
+        looks += [nowhere]  # the end of the turn
+        segments += [number] * len(turn)
+        ropes.append(np.repeat(following + np.arange(len(turn), dtype=np.int32)[:, None], 3, axis=1))
+    return Lesson(
         np.array(ids, np.int32),
-        np.where(is_answer, following, IGNORE).astype(np.int32),
+        np.array(targets, np.int32),
         np.array(ids, np.int32) == tokens["<|image_pad|>"],
+        np.array(segments, np.int32),
+        np.concatenate(ropes),
+        np.stack(looks),
     )
 
 
-def make_batch(rng: np.random.Generator, size: int, tokens: Mapping[str, int], stage: Stage) -> TrainBatch:
-    """A fresh batch of augmented training pages."""
-    bucket = stage.bucket
-    num_slots = bucket.visual * MERGE_SIZE**2
-    ids, targets, masks, ropes, cells = [], [], [], [], []
+def make_batch(rng: np.random.Generator, size: int, tokens: Mapping[str, int], transcribed: float) -> TrainBatch:
+    """A fresh batch of augmented training pages, a share of them also read as a whole."""
+    num_slots = BUCKET.visual * MERGE_SIZE**2
+    lessons, cells = [], []
     patches = np.zeros((size, num_slots, 3 * TEMPORAL_PATCH_SIZE * PATCH_SIZE**2), np.float32)
     places = np.zeros((size, num_slots, 2), np.int32)
     num_patches = np.zeros(size, np.int32)
     for i in range(size):
         page = make_page(rng, "train", augment=True)
-        first = [transcription(page)] if rng.random() < stage.transcribed else []
-        others = [make_question(rng, page, str(rng.choice(stage.datasets))) for _ in range(stage.questions)]
-        sample_ids, sample_targets, is_visual = conversation(page, first + others, tokens, bucket.text)
-        grid = (page.pixels.shape[0] // PATCH_SIZE, page.pixels.shape[1] // PATCH_SIZE)
-        num_patches[i] = count = grid[0] * grid[1]
-        patches[i, :count] = make_patches(page.pixels)
-        places[i, :count] = patch_places(grid, MERGE_SIZE)
-        ids.append(sample_ids)
-        targets.append(sample_targets)
-        masks.append(is_visual)
-        ropes.append(rope_positions(is_visual, [grid], MERGE_SIZE)[0].T)
+        questions = [transcription(page)] if rng.random() < transcribed else []
+        questions += [make_question(rng, page, str(rng.choice(DATASETS))) for _ in range(QUESTIONS)]
+        lessons.append(make_lesson(page, questions, tokens, BUCKET.text))
         cells.append(cell_labels(page))
-    layout = pack_layout(masks, bucket, range(size))
-    answered = pack_rows([t + 1 for t in targets], layout)[:, : bucket.text] - 1
+        page_patches = make_patches(page.pixels)
+        num_patches[i] = len(page_patches)
+        patches[i, : len(page_patches)] = page_patches
+        grid = (page.pixels.shape[0] // PATCH_SIZE, page.pixels.shape[1] // PATCH_SIZE)
+        places[i, : len(page_patches)] = patch_places(grid, MERGE_SIZE)
+    layout = pack_layout([lesson.is_visual for lesson in lessons], BUCKET, range(size))
     return TrainBatch(
-        text_ids=pack_rows(ids, layout)[:, : bucket.text],
-        targets=answered,
+        text_ids=pack_rows([lesson.token_ids for lesson in lessons], layout)[:, : BUCKET.text],
+        # Empty slots are filled with 0, which must come to mean IGNORE.
+        targets=pack_rows([lesson.targets - IGNORE for lesson in lessons], layout)[:, : BUCKET.text] + IGNORE,
+        segments=pack_rows([lesson.segments for lesson in lessons], layout),
         layout=layout,
-        rope=pack_rows(ropes, layout).transpose(0, 2, 1),
+        looks=pack_rows([lesson.looks for lesson in lessons], layout)[:, : BUCKET.text],
+        rope=pack_rows([lesson.rope for lesson in lessons], layout).transpose(0, 2, 1),
         patches=patches,
         places=places,
         num_patches=num_patches,
         cells=np.stack(
-            [np.pad(c, ((0, bucket.visual - len(c)), (0, 0)), constant_values=IGNORE) for c in cells]
+            [np.pad(c, ((0, BUCKET.visual - len(c)), (0, 0)), constant_values=IGNORE) for c in cells]
         ),
     )
 
 
-def batches(seed: int, start: int, size: int, tokens: Mapping[str, int]) -> Iterator[TrainBatch]:
+def batches(
+    seed: int, start: int, micro_batches: int, size: int, tokens: Mapping[str, int]
+) -> Iterator[TrainBatch]:
     """Endless training batches [A, B, ...] from step `start` on, counted from 0.
 
     The one of a step depends on seed and step only, so a resumed run goes on alike.
     """
     for step in itertools.count(start):
-        stage, rng = stage_of(step), np.random.default_rng((seed, step))
-        parts = [make_batch(rng, size, tokens, stage) for _ in range(stage.micro_batches)]
+        rng = np.random.default_rng((seed, step))
+        parts = [make_batch(rng, size, tokens, transcribed_share(step)) for _ in range(micro_batches)]
         yield jax.tree.map(lambda *leaves: np.stack(leaves), *parts)

@@ -24,21 +24,28 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rlens_jax.demo.batches import IGNORE, STAGES, TrainBatch, batches
+from rlens_jax.demo.batches import IGNORE, TrainBatch, batches
 from rlens_jax.demo.card import MODEL_CARD
 from rlens_jax.demo.model import embedded_config
 from rlens_jax.demo.processor import END_OF_TURN, TOKENS, write_processor
+from rlens_jax.layout import visible
+from rlens_jax.models.decoder import Decoder
 from rlens_jax.models.hf_config import ConfigReader
 from rlens_jax.models.qwen2_vl import Qwen2VL, read_config
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.ops.attention import MASKED, masked_attention
+from rlens_jax.ops.ffn import dense_ffn
 from rlens_jax.weights.export import save_hf
 
 CELL_LAYERS = 3
 """The auxiliary loss looks at the states after this many decoder layers, so that they, too, learn to read."""
 CELL_WEIGHT = 0.3
+POINTING_LAYER, POINTING_WEIGHT = 6, 0.3
+"""One head of this layer is told where to look for each word of an answer."""
 CELL_LABELS = ("digit", "row", "column")
 SEED = 2501_19036
-MICRO_BATCH = 8
+MICRO_BATCHES, MICRO_BATCH = 2, 8
+STEPS, HOLD_UNTIL, WARMUP = 2150, 1850, 100
+LEARNING_RATE = 1.2e-3
 CLIP = 1.0
 SAVE_EVERY = 100
 END = TOKENS.index(END_OF_TURN)
@@ -60,14 +67,50 @@ def cross_entropy(logits: Float[Array, "*n V"], labels: Array | np.ndarray) -> t
     return jnp.where(counts, loss, 0.0).sum(), right.sum(), counts.sum()
 
 
+def forward(decoder: Decoder, x: Array, batch: TrainBatch, layers: slice) -> Array:
+    """Some layers of the dense decoder, with every question of a lesson seeing the page and itself only."""
+    slots = batch.layout.slots
+    question, key = batch.segments[:, :, None], batch.segments[:, None, :]
+    mask = visible(slots, slots, None) & ((key == 0) | (key == question))
+    turn = decoder.context(batch.layout, batch.rope, jax.random.key(0)).turn
+    graph, stack = nnx.split(decoder.layers)
+
+    def body(x: Array, layer: nnx.State) -> tuple[Array, None]:
+        module = nnx.merge(graph, layer)
+        q, k, v = module.attention.project(module.input_norm(x), turn)
+        x = x + module.attention.o_proj(masked_attention(q, k, v, mask))
+        return x + dense_ffn(module.ffn_norm(x), module.ffn.weights), None
+
+    return jax.lax.scan(body, x, jax.tree.map(lambda p: p[layers], stack))[0]
+
+
+def pointing(decoder: Decoder, x: Array, batch: TrainBatch) -> tuple[Array, Array]:
+    """How surely one head of a layer, given the states before it, looks at the cells an answer depends on.
+
+    Returns the mean of -log(share of its attention to the page that falls on them), and the mean share.
+    """
+    graph, stack = nnx.split(decoder.layers)
+    layer = nnx.merge(graph, jax.tree.map(lambda p: p[POINTING_LAYER], stack))
+    turn = decoder.context(batch.layout, batch.rope, jax.random.key(0)).turn
+    q, k, _ = layer.attention.project(layer.input_norm(x), turn)
+    num_text, num_visual = batch.text_ids.shape[1], batch.layout.num_visual
+    scores = jnp.einsum("BXH,BPH->BXP", q[:, 0, :num_text], k[:, 0, num_text:]) * decoder.config.head_dim**-0.5
+    is_token = jnp.arange(scores.shape[2])[None, None] < num_visual[:, None, None]
+    attention = jax.nn.log_softmax(jnp.where(is_token, scores, MASKED), axis=-1)
+    surely = jax.nn.logsumexp(jnp.where(batch.looks, attention, MASKED), axis=-1)
+    asked = batch.looks.any(axis=-1)
+    count = jnp.maximum(1, asked.sum())
+    return jnp.where(asked, -surely, 0.0).sum() / count, jnp.where(asked, jnp.exp(surely), 0.0).sum() / count
+
+
 def losses(model: Qwen2VL, heads: CellHeads, batch: TrainBatch) -> tuple[Array, dict[str, Array]]:
     """Loss of one micro-batch, and what the log shows."""
     decoder = model.decoder
     visual = model.vision(batch.patches, batch.places, batch.num_patches)
-    context = decoder.context(batch.layout, batch.rope, jax.random.key(0))
-    run = partial(decoder.prefill, context=context, plan=Plan(), reduction=Reduction())
-    middle, _ = run(decoder.embed(batch.text_ids, visual), layers=range(CELL_LAYERS))
-    last, _ = run(middle, layers=range(CELL_LAYERS, decoder.config.num_layers))
+    middle = forward(decoder, decoder.embed(batch.text_ids, visual), batch, slice(0, CELL_LAYERS))
+    before = forward(decoder, middle, batch, slice(CELL_LAYERS, POINTING_LAYER))
+    pointing_loss, pointed = pointing(decoder, before, batch)
+    last = forward(decoder, before, batch, slice(POINTING_LAYER, None))
     num_text = batch.text_ids.shape[1]
     cells = middle[:, num_text:]
     read = [
@@ -80,12 +123,11 @@ def losses(model: Qwen2VL, heads: CellHeads, batch: TrainBatch) -> tuple[Array, 
     log = {
         "loss": answer_loss / answers,
         "word_accuracy": words_right / words,
-        **{
-            f"{name}_accuracy": right / count
-            for name, (_, right, count) in zip(CELL_LABELS, read, strict=True)
-        },
+        "pointing": pointed,
+        **{f"{name}_accuracy": right / count for name, (_, right, count) in zip(CELL_LABELS, read, strict=True)},
     }
-    return log["loss"] + CELL_WEIGHT * sum(loss / count for loss, _, count in read), log
+    cell_loss = sum(loss / count for loss, _, count in read)
+    return log["loss"] + CELL_WEIGHT * cell_loss + POINTING_WEIGHT * pointing_loss, log
 
 
 def calm(model: Qwen2VL) -> None:
@@ -98,11 +140,10 @@ def calm(model: Qwen2VL) -> None:
 
 
 def learning_rate() -> optax.Schedule:
-    """Warmed up and lowered twice: while the page is read, and again from the second stage on to the end."""
-    first, last = STAGES[0].until, STAGES[-1].until
-    reading = optax.warmup_cosine_decay_schedule(0.0, 1.5e-3, 100, 1400, 5e-5)
-    looking_up = optax.warmup_cosine_decay_schedule(2e-4, 1.2e-3, 30, last - first, 3e-5)
-    return optax.join_schedules([reading, looking_up], [first])
+    """Warmed up, held, and lowered over the last part of the training."""
+    up = optax.linear_schedule(0.0, LEARNING_RATE, WARMUP)
+    down = optax.linear_schedule(LEARNING_RATE, LEARNING_RATE / 40, STEPS - HOLD_UNTIL)
+    return optax.join_schedules([up, optax.constant_schedule(LEARNING_RATE), down], [WARMUP, HOLD_UNTIL])
 
 
 def make_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Any:
@@ -122,7 +163,7 @@ def make_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) -> A
 
         zero = jax.tree.map(jnp.zeros_like, state)
         total, logs = jax.lax.scan(accumulate, zero, batch)
-        gradient = jax.tree.map(lambda g: g / batch.text_ids.shape[0], total)
+        gradient = jax.tree.map(lambda g: g / MICRO_BATCHES, total)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, state)
         return optax.apply_updates(state, updates), optimizer_state, jax.tree.map(jnp.mean, logs)
 
@@ -134,17 +175,22 @@ def ahead(items: Iterator[Any], depth: int = 4) -> Iterator[Any]:
     waiting: queue.Queue[Any] = queue.Queue(depth)
 
     def fill() -> None:
-        for item in items:
-            waiting.put(item)
+        try:
+            for item in items:
+                waiting.put(item)
+        except BaseException as error:  # raised where the items are used; a dead thread would only make it wait
+            waiting.put(error)
 
     threading.Thread(target=fill, daemon=True).start()
     while True:
-        yield waiting.get()
+        item = waiting.get()
+        if isinstance(item, BaseException):
+            raise item
+        yield item
 
 
 def train(folder: Path) -> None:
     """Train in `folder`, from its last checkpoint if it has one; appends to `training_log.jsonl`."""
-    steps = STAGES[-1].until
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     config = read_config(ConfigReader(embedded_config(), "embedded_config()"))
@@ -173,21 +219,22 @@ def train(folder: Path) -> None:
             batches(
                 SEED,
                 start,
+                MICRO_BATCHES,
                 MICRO_BATCH,
                 {token: number for number, token in enumerate(TOKENS)},
             )
         )
         began = time.monotonic()
-        for number in range(start + 1, steps + 1):
+        for number in range(start + 1, STEPS + 1):
             state, optimizer_state, log = step(state, optimizer_state, next(source))
             if number % 10 == 0:
                 rate = (number - start) / (time.monotonic() - began)
                 record = {"step": number, **{k: round(float(v), 4) for k, v in log.items()}}
                 with open(folder / "training_log.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
-                left = (steps - number) / rate / 60
+                left = (STEPS - number) / rate / 60
                 print(f"{json.dumps(record)}  {rate:.2f} steps/s, {left:.0f} min left", flush=True)
-            if number % SAVE_EVERY == 0 or number == steps:
+            if number % SAVE_EVERY == 0 or number == STEPS:
                 manager.save(number, args=ocp.args.StandardSave((nnx.to_pure_dict(state), optimizer_state)))
     model, _ = nnx.merge(graph, state)
     publish(folder, model)

@@ -54,7 +54,7 @@ def read_kind(fields: Mapping[str, Any], where: str) -> ModelKind:
         UserError: the family is not supported, or a field is missing or asks for what is not supported.
     """
     model_type = str(fields.get("model_type"))
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    if model_type not in FAMILIES:
         supported = ", ".join(sorted(FAMILIES))
         raise UserError(
             f"{where}: model_type {model_type!r} is not supported{suggest(model_type, FAMILIES)}; "

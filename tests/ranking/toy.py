@@ -34,7 +34,7 @@ CONFIG = Qwen2VLConfig(
         qkv_bias=True,
         tied_head=False,
     ),
-    VisionConfig(depth=1, width=16, num_heads=2, ffn_width=20, patch_numbers=6, merge_size=2, out_width=24),
+    VisionConfig(depth=1, width=16, num_heads=2, ffn_width=20, channels=3, temporal_patch=2, patch_size=1, merge_size=2, out_width=24),
     image_token=IMAGE,
     video_token=2,
 )
@@ -56,7 +56,7 @@ class ToyPreparer:
         arrays = (
             np.pad(patches, ((0, room), (0, 0))),
             np.pad(patch_places(grid, 2), ((0, room), (0, 0))),
-            np.int32(len(patches)),
+            np.array(len(patches), np.int32),
         )
         return PreparedImage(arrays, len(patches) // 4), grid
 
