@@ -24,7 +24,7 @@ from rlens_jax.data.splits import load_splits, samples_hash
 from rlens_jax.flops import LayerSizes, saving
 from rlens_jax.models import FAMILIES
 from rlens_jax.models.decoder import DecoderConfig
-from rlens_jax.parallel.startup import CompilationCounter, start_jax
+from rlens_jax.parallel.startup import start_jax
 from rlens_jax.plan import Operator, Plan
 from rlens_jax.ranking.evaluator import Evaluator
 from rlens_jax.ranking.inputs import Dataset, Shapes, build_datasets
@@ -40,7 +40,17 @@ from rlens_jax.report.results import OperatorResult, PrefillTime, Results, Savin
 from rlens_jax.resources import cache_folder
 from rlens_jax.weights.checkpoint import find_model, load_model, model_hash
 
-PACKAGES = ("rlens-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors", "pillow")
+PACKAGES = (
+    "rlens-jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "pillow",
+)
 """Their versions are recorded, and a journal is not resumed under others of JAX."""
 
 VALIDATION, TEST = "validation", "test"
@@ -122,7 +132,9 @@ def run(config: RunConfig) -> Results:
         with clock.phase("encode"):
             for split, members in splits.items():
                 with Progress(f"preparing {split}", len(members), "samples") as shown:
-                    datasets[split] = build_datasets(members, preparer, programs, shapes, forced, shown.advance)
+                    datasets[split] = build_datasets(
+                        members, preparer, programs, shapes, forced, shown.advance
+                    )
         scoring: Scoring = TeacherForcing(programs) if forced else Generating(programs, preparer.chat.decode)
         bar = _Bar()
         evaluator = Evaluator(
@@ -131,7 +143,9 @@ def run(config: RunConfig) -> Results:
         search = _Search(config, kind.config.decoder.num_layers, evaluator, datasets, bar)
         with clock.phase("search"):
             operators = config.search.operators
-            rankings = {operator: search.rank(operator, config.search.position_layers) for operator in operators}
+            rankings = {
+                operator: search.rank(operator, config.search.position_layers) for operator in operators
+            }
         with clock.phase("full search"):
             compared = operators if config.report.full_search else ()
             complete = {operator: search.rank(operator, 0) for operator in compared}
@@ -157,7 +171,10 @@ def run(config: RunConfig) -> Results:
             model_hash=weights,
             data_hash=samples,
             num_layers=kind.config.decoder.num_layers,
-            versions={"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+            versions={
+                "python": platform.python_version(),
+                **{package: version(package) for package in PACKAGES},
+            },
             validation_samples=_sizes(datasets[VALIDATION]),
             test_samples=_sizes(datasets[TEST]),
             dense_validation=search.metrics(VALIDATION, Plan()),
@@ -278,8 +295,9 @@ def _timed(
     dataset: Dataset,
 ) -> dict[str, PrefillTime]:
     """Measured prefill times of the plans that the report recommends."""
-    plans = {operator: result.saving.plan for operator, result in results.items()}
-    named = {**plans, **({} if combined is None else {"both": combined.plan})}
+    named: dict[str, Plan] = {operator: result.saving.plan for operator, result in results.items()}
+    if combined is not None:
+        named["both"] = combined.plan
     batch = dataset.batches[0]
     bucket = batch.inputs.layout.bucket
     times = {}

@@ -91,9 +91,13 @@ def samples_hash(splits: Splits) -> str:
             for text in (split, sample.id, sample.dataset, sample.question, *sample.answers):
                 digest.update(f"{len(text)}:{text}".encode())
             for image in sample.images:
-                try:
-                    content = image if isinstance(image, bytes) else image.read_bytes()
-                except OSError as error:
-                    raise UserError(f"{sample.id}: image {image} cannot be read ({error.strerror})") from None
+                content = image if isinstance(image, bytes) else _read(image, sample.id)
                 digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
+
+
+def _read(image: Path, sample_id: str) -> bytes:
+    try:
+        return image.read_bytes()
+    except OSError as error:
+        raise UserError(f"{sample_id}: image {image} cannot be read ({error.strerror})") from None

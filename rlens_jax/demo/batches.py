@@ -1,6 +1,6 @@
-"""Training batches for the embedded model: pages as patches, several questions with answers in one sequence.
+"""Training batches for the embedded model: pages as patches, and lessons, many questions about a page in one sequence.
 
-All turns of a conversation are scored at once, so one page teaches several answers for one look at it.
+Every question of a lesson sees the page and itself only, so one look at a page teaches many first questions.
 Axis letters: A micro-batches, B samples, X text slots, P visual slots, J patches, C numbers of a patch.
 """
 
@@ -19,8 +19,6 @@ from rlens_jax.layout import Bucket, TokenLayout, pack_layout, pack_rows
 from rlens_jax.models.qwen2_vl import patch_places, rope_positions
 
 IGNORE = -1
-
-
 BUCKET = Bucket(text=128, visual=128)
 QUESTIONS = 7
 READING_STEPS = 600
@@ -28,10 +26,12 @@ READING_STEPS = 600
 
 
 def transcribed_share(step: int) -> float:
-    """Share of the pages that are also read as a whole."""
+    """Share of the pages that are also read as a whole, before the step counted from 0."""
     return 0.4 if step < READING_STEPS else 0.05
 
 
+# As in layout.py: jax.tree.map rebuilds it with other leaves.
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainBatch:
@@ -41,9 +41,9 @@ class TrainBatch:
     """int32 [B, X]."""
     targets: Array | np.ndarray
     """int32 [B, X]: the next token where it belongs to an answer, `IGNORE` elsewhere."""
-    looks: np.ndarray
+    looks: Array | np.ndarray
     """bool [B, X, P]: the last corners of the cells that the next answer token depends on."""
-    segments: np.ndarray
+    segments: Array | np.ndarray
     """int32 [B, T], packed: 0 for the page, then the number of the question."""
     layout: TokenLayout
     rope: Array | np.ndarray
@@ -131,7 +131,9 @@ def make_lesson(page: Page, questions: list[Question], tokens: Mapping[str, int]
         ids += turn
         targets += [*[IGNORE] * (len(ask) - 1), *answer]
         looks += [nowhere] * (len(ask) - 1)
-        looks += [np.isin(np.arange(num_visual), [corners[cell] for cell in cells]) for cells in question.places]
+        looks += [
+            np.isin(np.arange(num_visual), [corners[cell] for cell in cells]) for cells in question.places
+        ]
         looks += [nowhere]  # the end of the turn
         segments += [number] * len(turn)
         ropes.append(np.repeat(following + np.arange(len(turn), dtype=np.int32)[:, None], 3, axis=1))
@@ -145,7 +147,9 @@ def make_lesson(page: Page, questions: list[Question], tokens: Mapping[str, int]
     )
 
 
-def make_batch(rng: np.random.Generator, size: int, tokens: Mapping[str, int], transcribed: float) -> TrainBatch:
+def make_batch(
+    rng: np.random.Generator, size: int, tokens: Mapping[str, int], transcribed: float
+) -> TrainBatch:
     """A fresh batch of augmented training pages, a share of them also read as a whole."""
     num_slots = BUCKET.visual * MERGE_SIZE**2
     lessons, cells = [], []

@@ -94,7 +94,9 @@ def pointing(decoder: Decoder, x: Array, batch: TrainBatch) -> tuple[Array, Arra
     turn = decoder.context(batch.layout, batch.rope, jax.random.key(0)).turn
     q, k, _ = layer.attention.project(layer.input_norm(x), turn)
     num_text, num_visual = batch.text_ids.shape[1], batch.layout.num_visual
-    scores = jnp.einsum("BXH,BPH->BXP", q[:, 0, :num_text], k[:, 0, num_text:]) * decoder.config.head_dim**-0.5
+    scores = (
+        jnp.einsum("BXH,BPH->BXP", q[:, 0, :num_text], k[:, 0, num_text:]) * decoder.config.head_dim**-0.5
+    )
     is_token = jnp.arange(scores.shape[2])[None, None] < num_visual[:, None, None]
     attention = jax.nn.log_softmax(jnp.where(is_token, scores, MASKED), axis=-1)
     surely = jax.nn.logsumexp(jnp.where(batch.looks, attention, MASKED), axis=-1)
@@ -124,7 +126,10 @@ def losses(model: Qwen2VL, heads: CellHeads, batch: TrainBatch) -> tuple[Array, 
         "loss": answer_loss / answers,
         "word_accuracy": words_right / words,
         "pointing": pointed,
-        **{f"{name}_accuracy": right / count for name, (_, right, count) in zip(CELL_LABELS, read, strict=True)},
+        **{
+            f"{name}_accuracy": right / count
+            for name, (_, right, count) in zip(CELL_LABELS, read, strict=True)
+        },
     }
     cell_loss = sum(loss / count for loss, _, count in read)
     return log["loss"] + CELL_WEIGHT * cell_loss + POINTING_WEIGHT * pointing_loss, log
@@ -178,7 +183,9 @@ def ahead(items: Iterator[Any], depth: int = 4) -> Iterator[Any]:
         try:
             for item in items:
                 waiting.put(item)
-        except BaseException as error:  # raised where the items are used; a dead thread would only make it wait
+        except (
+            BaseException
+        ) as error:  # raised where the items are used; a dead thread would only make it wait
             waiting.put(error)
 
     threading.Thread(target=fill, daemon=True).start()

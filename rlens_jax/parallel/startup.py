@@ -49,5 +49,7 @@ def start_jax(matmul_precision: str, compilation_cache: Path) -> CompilationCoun
         jax.devices()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"JAX finds no usable device ({reason}); set JAX_PLATFORMS=cpu to compute on the CPU") from None
+        raise UserError(
+            f"JAX finds no usable device ({reason}); set JAX_PLATFORMS=cpu to compute on the CPU"
+        ) from None
     return CompilationCounter()

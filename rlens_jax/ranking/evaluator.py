@@ -97,7 +97,10 @@ class Evaluator:
 
     def _groups(self, split: str, dataset: Dataset) -> list[Sequence[Batch]]:
         """The dataset's batches, cut so that the base states of a group fit into memory."""
-        if sum(self._scoring.state_bytes(b) for d in self._splits[split] for b in d.batches) <= self._state_bytes:
+        if (
+            sum(self._scoring.state_bytes(b) for d in self._splits[split] for b in d.batches)
+            <= self._state_bytes
+        ):
             return [dataset.batches]
         largest = max(self._scoring.state_bytes(batch) for batch in dataset.batches)
         size = max(1, int(self._state_bytes // largest))

@@ -146,7 +146,9 @@ def _encode_all(prepared: Sequence[Sequence[Any]], programs: Programs, batch_siz
             images = [prepared[i][j] for i, j in _filled(chunk, batch_size)]
             stacked = [np.stack(arrays) for arrays in zip(*(image.arrays for image in images), strict=True)]
             tokens = np.asarray(programs.encode(*stacked))
-            for (i, j), rows in zip(chunk, tokens, strict=False):  # the rows after the chunk only fill the batch
+            for (i, j), rows in zip(
+                chunk, tokens, strict=False
+            ):  # the rows after the chunk only fill the batch
                 encoded[i][j] = rows[: prepared[i][j].num_tokens]
     return [np.concatenate(images) for images in encoded]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -59,7 +60,7 @@ class Programs:
 
         return partial(program, self._leaves)
 
-    def encode(self, *arrays: Array) -> Float[Array, "I j D"]:
+    def encode(self, *arrays: Array | np.ndarray) -> Float[Array, "I j D"]:
         """Visual tokens of a batch of prepared images of one bucket."""
         return self._encode(*arrays)
 
@@ -73,7 +74,9 @@ class Programs:
         """States after layers `start` .. `stop` - 1, and whether every probe score was a number."""
         return self._layers(x, batch, plan, jnp.int32(start), jnp.int32(stop))
 
-    def outcome(self, x: Float[Array, "B T D"], batch: PromptBatch) -> tuple[Bool[Array, " B"], Float[Array, " B"]]:
+    def outcome(
+        self, x: Float[Array, "B T D"], batch: PromptBatch
+    ) -> tuple[Bool[Array, " B"], Float[Array, " B"]]:
         """From the last states: is every answer token the argmax, and the mean log-probability of the answer."""
         return self._outcome(x, batch)
 
@@ -104,11 +107,15 @@ class Programs:
         counts = batch.answer_targets != IGNORE
         targets = jnp.where(counts, batch.answer_targets, 0)
         right = ((logits.argmax(axis=-1) == targets) | ~counts).all(axis=1)
-        log_probability = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, :, None], axis=2)[:, :, 0]
+        log_probability = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, :, None], axis=2)[
+            :, :, 0
+        ]
         total = jnp.where(counts, log_probability, 0.0).sum(axis=1)
         return right & jnp.isfinite(total), total / jnp.maximum(1, counts.sum(axis=1))
 
-    def _generate_impl(self, model: Any, visual: Array, batch: PromptBatch, plan: TracedPlan) -> tuple[Array, Array]:
+    def _generate_impl(
+        self, model: Any, visual: Array, batch: PromptBatch, plan: TracedPlan
+    ) -> tuple[Array, Array]:
         first, cache, scored = prefill(
             model.decoder, visual, batch, plan, self.reduction, self.new_tokens, self._random_key()
         )

@@ -7,6 +7,7 @@ Arrays come back bit for bit, bfloat16 included.
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,11 +54,11 @@ def save(folder: str | Path, model: nnx.Module, config_json: Mapping[str, Any]) 
     if shapes != shapes_of(read_kind(config_json, "config.json").abstract(np.float32)):
         raise ValueError("the model does not have the sizes that config_json says")
     places = unstacked(shapes)
-    with new_folder(Path(folder)) as partial:
+    with new_folder(Path(folder)) as unfinished:
         for names in _pieces(places):
-            ocp_partial.save(partial / STORE, {name: read_place(arrays, places[name]) for name in names})
-        ocp_partial.finalize(partial / STORE)
-        (partial / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
+            ocp_partial.save(unfinished / STORE, {name: read_place(arrays, places[name]) for name in names})
+        ocp_partial.finalize(unfinished / STORE)
+        (unfinished / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
 
 
 def fill(folder: Path, filler: Filler, problems: Problems, check_finite: bool) -> None:
@@ -83,7 +84,7 @@ def fill(folder: Path, filler: Filler, problems: Problems, check_finite: bool) -
     problems.raise_any()
     for names in _pieces(places):
         wanted = {name: stored[name] if name in names else ocp.PLACEHOLDER for name in stored}
-        loaded = _read(path, lambda wanted=wanted: ocp.load(path, wanted))
+        loaded = _read(path, partial(ocp.load, path, wanted))
         for name in names:
             array = np.asarray(loaded[name])
             if check_finite and not np.isfinite(array).all():

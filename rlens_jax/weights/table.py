@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 
 import numpy as np
@@ -229,6 +229,10 @@ class Found:
     shape: tuple[int, ...]
 
 
+def _not_known(name: str, missing: set[str], expected: Iterable[str]) -> str:
+    return f"not known{suggest(name, sorted(missing) or expected)}"
+
+
 def match(table: Table, found: Iterable[Found], problems: Problems) -> dict[str, Found]:
     """Which found tensor is which published one (or copy); all that does not fit is added to `problems`."""
     expected = {name: tensor.shape for name, tensor in table.tensors.items()}
@@ -240,8 +244,7 @@ def match(table: Table, found: Iterable[Found], problems: Problems) -> dict[str,
         if any(re.fullmatch(ignored.source, name) for ignored in table.ignored):
             continue
         if name not in expected and name not in copies:
-            near = lambda name=name: suggest(name, sorted(missing) or expected)  # noqa: E731
-            problems.add(item.file, item.name, lambda near=near: f"not known{near()}")
+            problems.add(item.file, item.name, partial(_not_known, name, missing, expected))
             continue
         if name in matched:
             other = matched[name]

@@ -34,7 +34,17 @@ CONFIG = Qwen2VLConfig(
         qkv_bias=True,
         tied_head=False,
     ),
-    VisionConfig(depth=1, width=16, num_heads=2, ffn_width=20, channels=3, temporal_patch=2, patch_size=1, merge_size=2, out_width=24),
+    VisionConfig(
+        depth=1,
+        width=16,
+        num_heads=2,
+        ffn_width=20,
+        channels=3,
+        temporal_patch=2,
+        patch_size=1,
+        merge_size=2,
+        out_width=24,
+    ),
     image_token=IMAGE,
     video_token=2,
 )
@@ -52,7 +62,7 @@ class ToyPreparer:
         grid = (pixels.height, pixels.width)
         rng = np.random.default_rng(pixels.height * 100 + pixels.width)
         patches = rng.standard_normal((grid[0] * grid[1], 6), np.float32)
-        room = 32 - len(patches)
+        room = 48 - len(patches)
         arrays = (
             np.pad(patches, ((0, room), (0, 0))),
             np.pad(patch_places(grid, 2), ((0, room), (0, 0))),
