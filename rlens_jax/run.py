@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlens_jax import __version__
 from rlens_jax.config import RunConfig, fingerprint
 from rlens_jax.console import Progress, say
 from rlens_jax.data.splits import load_splits, samples_hash
@@ -41,7 +42,7 @@ from rlens_jax.resources import cache_folder
 from rlens_jax.weights.checkpoint import find_model, load_model, model_hash
 
 PACKAGES = (
-    "rlens-jax",
+    
     "jax",
     "jaxlib",
     "flax",
@@ -173,6 +174,7 @@ def run(config: RunConfig) -> Results:
             num_layers=kind.config.decoder.num_layers,
             versions={
                 "python": platform.python_version(),
+                "rlens_jax": __version__,
                 **{package: version(package) for package in PACKAGES},
             },
             validation_samples=_sizes(datasets[VALIDATION]),
@@ -246,7 +248,7 @@ class _Search:
             operator: held_out_plans(ranking, report.random_rankings, seed, complete.get(operator))
             for operator, ranking in rankings.items()
         }
-        total = sum(map(len, plans.values())) + 1
+        total = 1 + sum(map(len, plans.values())) + (len(rankings) == 2)
         results: dict[Operator, OperatorResult] = {}
         with self._bar.show("held-out curves", total * len(self._datasets[TEST])):
             dense = self.metrics(TEST, Plan())

@@ -111,7 +111,8 @@ class Programs:
             :, :, 0
         ]
         total = jnp.where(counts, log_probability, 0.0).sum(axis=1)
-        return right & jnp.isfinite(total), total / jnp.maximum(1, counts.sum(axis=1))
+        count = jnp.maximum(1, counts.sum(axis=1)).astype(jnp.float32)
+        return right & jnp.isfinite(total), total / count
 
     def _generate_impl(
         self, model: Any, visual: Array, batch: PromptBatch, plan: TracedPlan

@@ -77,8 +77,10 @@ class ToyPreparer:
         ids += [3 + (ord(letter) % 10) for letter in sample.question]
         answered = [] if answer is None else [*map(int, answer.split()), STOP]
         token_ids = np.array(ids + answered, np.int32)
-        positions, following = rope_positions(token_ids == IMAGE, grids, 2)
-        return Prompt(token_ids, token_ids == IMAGE, positions, following, len(answered))
+        is_visual = token_ids == IMAGE
+        is_visual[len(ids) :] = False  # the random model may well answer with the placeholder
+        positions, following = rope_positions(is_visual, grids, 2)
+        return Prompt(token_ids, is_visual, positions, following, len(answered))
 
 
 def png(rows: int, columns: int) -> bytes:
