@@ -42,7 +42,6 @@ from rlens_jax.resources import cache_folder
 from rlens_jax.weights.checkpoint import find_model, load_model, model_hash
 
 PACKAGES = (
-    
     "jax",
     "jaxlib",
     "flax",
