@@ -193,6 +193,7 @@ def test_own_data(cache: Path, tmp_path: Path) -> None:
                 "image": f"{number}.png",
                 "question": "digit at row 1 column 1 ?",
                 "answers": [str(d) for d in range(10)],
+                "dataset": "noise",
             }
         )
     data = write_rows(tmp_path, rows)

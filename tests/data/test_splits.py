@@ -1,0 +1,76 @@
+"""Splits: by image, no larger than asked, the same for the same seed, and a hash of all that a sample says and shows."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rlens_jax.data.samples import Sample
+from rlens_jax.data.splits import load_splits, samples_hash, split_samples
+from rlens_jax.errors import UserError
+
+
+def samples(dataset: str, images: int, questions: int) -> list[Sample]:
+    return [
+        Sample(f"{dataset}{i}.{j}", dataset, (f"{dataset} image {i}".encode(),), f"q{j}", ("a",))
+        for i in range(images)
+        for j in range(questions)
+    ]
+
+
+def split(members: list[Sample], **changes: object) -> dict[str, list[Sample]]:
+    settings = {
+        "validation_samples": 100,
+        "test_samples": 100,
+        "held_out_share": 0.3,
+        "seed": 1,
+        "where": "f",
+    }
+    return split_samples(members, **{**settings, **changes})  # type: ignore[arg-type]
+
+
+def test_no_image_is_on_both_sides() -> None:
+    both = [*samples("x", 10, 3), *samples("y", 7, 2)]
+    parts = split(both)
+    seen = {name: {sample.images for sample in members} for name, members in parts.items()}
+    assert not seen["validation"] & seen["test"]
+    assert len(parts["test"]) == 3 * 3 + 2 * 2
+    assert len(parts["test"]) + len(parts["validation"]) == len(both)
+
+
+def test_limits_are_per_dataset_and_the_seed_decides() -> None:
+    members = [*samples("x", 10, 3), *samples("y", 7, 2)]
+    parts = split(members, validation_samples=4, test_samples=3)
+    for part, limit in (("validation", 4), ("test", 3)):
+        for dataset in ("x", "y"):
+            assert sum(sample.dataset == dataset for sample in parts[part]) == limit
+    assert split(members) == split(members)
+    assert split(members) != split(members, seed=2)
+
+
+def test_one_image_cannot_be_split() -> None:
+    with pytest.raises(UserError, match="f: dataset 'x' has one image"):
+        split(samples("x", 1, 5))
+
+
+def test_a_source_of_no_known_kind() -> None:
+    with pytest.raises(UserError, match=r"data\.source: 'pagse' is neither"):
+        load_splits("pagse", cache=Path(), validation_samples=1, test_samples=1, held_out_share=0.5, seed=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": "other"},
+        {"dataset": "y"},
+        {"images": (b"other",)},
+        {"question": "other"},
+        {"answers": ("a", "b")},
+    ],
+)
+def test_the_hash_sees_every_field(change: dict[str, object]) -> None:
+    members = samples("x", 2, 1)
+    before = samples_hash({"test": members})
+    assert samples_hash({"test": list(members)}) == before
+    assert samples_hash({"validation": members}) != before
+    assert samples_hash({"test": [members[0], replace(members[1], **change)]}) != before  # type: ignore[arg-type]

@@ -1,0 +1,74 @@
+"""The embedded model as others load it: Hugging Face's own classes, offline, with the same logits and the same answers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rlens_jax.data.pages import DATASETS, make_page, make_question
+from rlens_jax.data.samples import Sample
+from rlens_jax.layout import Bucket, unpack_rows
+from rlens_jax.models import FAMILIES
+from rlens_jax.models.generation import decode, prefill
+from rlens_jax.models.prompt import collate
+from rlens_jax.plan import Plan, Reduction
+from rlens_jax.resources import embedded_model
+from rlens_jax.weights.checkpoint import load_model
+from tests.torch_support import allow_transformers_models
+
+allow_transformers_models()
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[tuple[Image.Image, str]]:
+    rng = np.random.default_rng(12)
+    asked = []
+    for dataset in (*DATASETS, *DATASETS):
+        page = make_page(rng, "test", augment=False)
+        asked.append((Image.fromarray(page.pixels), make_question(rng, page, dataset).text))
+    return asked
+
+
+def test_logits_and_answers_equal_those_of_hugging_face(questions: list[tuple[Image.Image, str]]) -> None:
+    from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+
+    folder = embedded_model()
+    theirs = Qwen2VLForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    kind, ours = load_model(folder, jnp.float32)
+    preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, (512,))
+    for image, text in questions:
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        prompt_text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = processor(text=[prompt_text], images=[image], return_tensors="pt")
+        sample = Sample("s", "d", (b"",), text, ("?",))
+        prepared, grid = preparer.image(image, "s")
+        prompt = preparer.prompt(sample, [grid], None)
+        np.testing.assert_array_equal(prompt.token_ids, inputs["input_ids"][0].numpy())
+        np.testing.assert_allclose(
+            prepared.arrays[0][: len(inputs["pixel_values"])], inputs["pixel_values"], atol=1e-2
+        )
+
+        # The same pixels on both sides: the two processors round a little differently.
+        inputs["pixel_values"] = torch.from_numpy(prepared.arrays[0][: len(inputs["pixel_values"])])
+        with torch.no_grad():
+            expected = theirs(**inputs).logits[0].numpy()
+            generated = theirs.generate(**inputs, do_sample=False, max_new_tokens=8)
+        batch = jax.tree.map(jnp.asarray, collate([prompt], [0], Bucket(48, 128), 1))
+        visual = ours.vision(*(jnp.asarray(array)[None] for array in prepared.arrays))
+        visual = visual[:, : prepared.num_tokens]
+        visual = jnp.pad(visual, ((0, 0), (0, 128 - visual.shape[1]), (0, 0)))
+        context = ours.decoder.context(batch.layout, batch.rope_positions, jax.random.key(0))
+        x, _ = ours.decoder.prefill(ours.decoder.embed(batch.text_ids, visual), context, Plan(), Reduction())
+        layout = jax.tree.map(np.asarray, batch.layout)
+        (logits,) = unpack_rows(np.asarray(ours.decoder.logits(x)), layout)
+        assert np.abs(logits - expected).max() <= TOLERANCE * max(1, np.abs(expected).max())
+
+        first, cache, _ = prefill(ours.decoder, visual, batch, Plan(), Reduction(), 8, jax.random.key(0))
+        tokens = decode(ours.decoder, first, cache, batch, 8, preparer.chat.stop_token)
+        new = generated[0, inputs["input_ids"].shape[1] :].tolist()
+        assert np.asarray(tokens)[0, : len(new)].tolist() == new
