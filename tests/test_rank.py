@@ -203,12 +203,13 @@ def test_own_data(cache: Path, tmp_path: Path) -> None:
 
 def bad_image(folder: Path) -> list[str]:
     (folder / "bad.png").write_bytes(b"no image")
-    return [f"--data={write_rows(folder, [_row('bad.png'), _row('bad.png', 'other')])}"]
+    Image.new("RGB", (128, 64)).save(folder / "small.png")
+    return [f"--data={write_rows(folder, [_row('bad.png'), _row('small.png')])}"]
 
 
 def huge_image(folder: Path) -> list[str]:
     Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
-    Image.new("RGB", (96, 96)).save(folder / "small.png")
+    Image.new("RGB", (128, 64)).save(folder / "small.png")
     return [f"--data={write_rows(folder, [_row('huge.png'), _row('small.png')])}"]
 
 
@@ -234,8 +235,8 @@ def output_is_a_file(folder: Path) -> list[str]:
     return []
 
 
-def _row(image: str, dataset: str = "d") -> dict[str, object]:
-    return {"image": image, "question": "digit at row 1 column 1 ?", "answer": "7", "dataset": dataset}
+def _row(image: str) -> dict[str, object]:
+    return {"image": image, "question": "digit at row 1 column 1 ?", "answer": "7", "dataset": "d"}
 
 
 BAD = {
