@@ -55,7 +55,9 @@ class TrainBatch:
     num_patches: Array | np.ndarray
     """int32 [B]."""
     cells: Array | np.ndarray
-    """int32 [B, P, 3]: digit, row and column of the cell whose last corner a visual token is, `IGNORE` elsewhere."""
+    """int32 [B, P, 4]: digit, ink, row and column of the cell whose last corner a visual token is, else `IGNORE`."""
+    found: Array | np.ndarray
+    """int32 [B, X, 2]: digit and ink of the cell that the next answer token depends on; `IGNORE` if not just one."""
 
 
 def make_patches(pixels: np.ndarray) -> np.ndarray:
@@ -76,16 +78,16 @@ def cell_corners(page: Page) -> np.ndarray:
 
 
 def cell_labels(page: Page) -> np.ndarray:
-    """int32 [visual tokens, 3]: digit, row and column at the last (bottom right) visual token of each cell.
+    """int32 [visual tokens, 4]: digit, ink, row and column at the last (bottom right) visual token of each cell.
 
     All other tokens hold `IGNORE`.
     """
     side = CELL // (PATCH_SIZE * MERGE_SIZE)
     rows, columns = page.digits.shape
-    labels = np.full((rows, side, columns, side, 3), IGNORE, np.int32)
+    labels = np.full((rows, side, columns, side, 4), IGNORE, np.int32)
     places = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
-    labels[:, -1, :, -1] = np.stack([page.digits, *places], axis=-1)
-    return labels.reshape(-1, 3)
+    labels[:, -1, :, -1] = np.stack([page.digits, page.inks, *places], axis=-1)
+    return labels.reshape(-1, 4)
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Lesson:
         segments: int32 [T], 0 for the page and what stands before it, then 1, 2, ... a question.
         rope: int32 [T, 3]; every question starts right after the page.
         looks: bool [T, P], where a token is to be answered next: the last corners of the cells that one must look at.
+        found: int32 [T, 2], digit and ink of the cell to look at if it is just one, else `IGNORE`.
     """
 
     token_ids: np.ndarray
@@ -107,6 +110,7 @@ class Lesson:
     segments: np.ndarray
     rope: np.ndarray
     looks: np.ndarray
+    found: np.ndarray
 
 
 def make_lesson(page: Page, questions: list[Question], tokens: Mapping[str, int], budget: int) -> Lesson:
@@ -118,8 +122,7 @@ def make_lesson(page: Page, questions: list[Question], tokens: Mapping[str, int]
     is_page = np.array(ids) == tokens["<|image_pad|>"]
     page_rope, following = rope_positions(is_page, [grid], MERGE_SIZE)
     corners = cell_corners(page)
-    nowhere = np.zeros(num_visual, bool)
-    looks = [nowhere] * len(ids)
+    looked: list[tuple[tuple[int, int], ...]] = [()] * len(ids)
     targets, segments, ropes = [IGNORE] * len(ids), [0] * len(ids), [page_rope.T]
     for number, question in enumerate(questions, 1):
         ask = [tokens[word] for word in question.text.split()]
@@ -130,11 +133,7 @@ def make_lesson(page: Page, questions: list[Question], tokens: Mapping[str, int]
             continue
         ids += turn
         targets += [*[IGNORE] * (len(ask) - 1), *answer]
-        looks += [nowhere] * (len(ask) - 1)
-        looks += [
-            np.isin(np.arange(num_visual), [corners[cell] for cell in cells]) for cells in question.places
-        ]
-        looks += [nowhere]  # the end of the turn
+        looked += [*[()] * (len(ask) - 1), *question.places, ()]
         segments += [number] * len(turn)
         ropes.append(np.repeat(following + np.arange(len(turn), dtype=np.int32)[:, None], 3, axis=1))
     return Lesson(
@@ -143,7 +142,14 @@ def make_lesson(page: Page, questions: list[Question], tokens: Mapping[str, int]
         np.array(ids, np.int32) == tokens["<|image_pad|>"],
         np.array(segments, np.int32),
         np.concatenate(ropes),
-        np.stack(looks),
+        np.array([np.isin(np.arange(num_visual), [corners[cell] for cell in cells]) for cells in looked]),
+        np.array(
+            [
+                (page.digits[cells[0]], page.inks[cells[0]]) if len(cells) == 1 else (IGNORE, IGNORE)
+                for cells in looked
+            ],
+            np.int32,
+        ),
     )
 
 
@@ -174,6 +180,7 @@ def make_batch(
         targets=pack_rows([lesson.targets - IGNORE for lesson in lessons], layout)[:, : BUCKET.text] + IGNORE,
         segments=pack_rows([lesson.segments for lesson in lessons], layout),
         layout=layout,
+        found=pack_rows([lesson.found - IGNORE for lesson in lessons], layout)[:, : BUCKET.text] + IGNORE,
         looks=pack_rows([lesson.looks for lesson in lessons], layout)[:, : BUCKET.text],
         rope=pack_rows([lesson.rope for lesson in lessons], layout).transpose(0, 2, 1),
         patches=patches,

@@ -41,7 +41,9 @@ CELL_LAYERS = 3
 CELL_WEIGHT = 0.3
 POINTING_LAYER, POINTING_WEIGHT = 6, 0.3
 """One head of this layer is told where to look for each word of an answer."""
-CELL_LABELS = ("digit", "row", "column")
+CELL_LABELS = {"digit": 10, "ink": 4, "row": 8, "column": 8}
+FOUND_LAYERS = 9
+"""After so many layers, what the cell asked for holds must be known where the answer is given."""
 SEED = 2501_19036
 MICRO_BATCHES, MICRO_BATCH = 2, 8
 STEPS, HOLD_UNTIL, WARMUP = 4400, 3600, 100
@@ -52,10 +54,11 @@ END = TOKENS.index(END_OF_TURN)
 
 
 class CellHeads(nnx.Module):
-    """The auxiliary classifiers of the training (digit, row, column of a cell); not part of the model."""
+    """The auxiliary classifiers of the training, of a cell and of the cell asked for; not part of the model."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.digit, self.row, self.column = (nnx.Linear(width, kinds, rngs=rngs) for kinds in (10, 8, 8))
+        self.cell = nnx.List([nnx.Linear(width, kinds, rngs=rngs) for kinds in CELL_LABELS.values()])
+        self.found = nnx.List([nnx.Linear(width, CELL_LABELS[name], rngs=rngs) for name in ("digit", "ink")])
 
 
 def cross_entropy(logits: Float[Array, "*n V"], labels: Array | np.ndarray) -> tuple[Array, Array, Array]:
@@ -112,12 +115,14 @@ def losses(model: Qwen2VL, heads: CellHeads, batch: TrainBatch) -> tuple[Array, 
     middle = forward(decoder, decoder.embed(batch.text_ids, visual), batch, slice(0, CELL_LAYERS))
     before = forward(decoder, middle, batch, slice(CELL_LAYERS, POINTING_LAYER))
     pointing_loss, pointed = pointing(decoder, before, batch)
-    last = forward(decoder, before, batch, slice(POINTING_LAYER, None))
+    after = forward(decoder, before, batch, slice(POINTING_LAYER, FOUND_LAYERS))
+    last = forward(decoder, after, batch, slice(FOUND_LAYERS, None))
     num_text = batch.text_ids.shape[1]
-    cells = middle[:, num_text:]
     read = [
-        cross_entropy(head(cells), batch.cells[:, :, axis])
-        for axis, head in enumerate((heads.digit, heads.row, heads.column))
+        cross_entropy(head(middle[:, num_text:]), batch.cells[:, :, axis]) for axis, head in enumerate(heads.cell)
+    ]
+    found = [
+        cross_entropy(head(after[:, :num_text]), batch.found[:, :, axis]) for axis, head in enumerate(heads.found)
     ]
     logits = decoder.logits(last[:, :num_text])
     answer_loss, _, answers = cross_entropy(logits, batch.targets)
@@ -126,12 +131,14 @@ def losses(model: Qwen2VL, heads: CellHeads, batch: TrainBatch) -> tuple[Array, 
         "loss": answer_loss / answers,
         "word_accuracy": words_right / words,
         "pointing": pointed,
+        "found_digit": found[0][1] / found[0][2],
+        "found_ink": found[1][1] / found[1][2],
         **{
             f"{name}_accuracy": right / count
             for name, (_, right, count) in zip(CELL_LABELS, read, strict=True)
         },
     }
-    cell_loss = sum(loss / count for loss, _, count in read)
+    cell_loss = sum(loss / count for loss, _, count in [*read, *found])
     return log["loss"] + CELL_WEIGHT * cell_loss + POINTING_WEIGHT * pointing_loss, log
 
 

@@ -34,11 +34,13 @@ def masked_attention(
     """Softmax attention in float32 with grouped kv heads (never repeated); scores are scaled by H ** -0.5."""
     batch, num_heads, length, head_dim = q.shape
     kv_heads = k.shape[1]
-    grouped = q.reshape(batch, kv_heads, num_heads // kv_heads, length, head_dim)
+    # Scaled before the product: H numbers a query instead of one a pair.
+    scaled = q * jnp.asarray(head_dim**-0.5, q.dtype)
+    grouped = scaled.reshape(batch, kv_heads, num_heads // kv_heads, length, head_dim)
     scores = jnp.einsum("BKGTH,BKSH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
     # Added, not selected: the gradient of a select costs another pass over the scores.
     hidden = jnp.where(mask, jnp.float32(0), jnp.float32(MASKED))[:, None, None]
-    scores = scores * head_dim**-0.5 + hidden
+    scores = scores + hidden
     # Normalised after the values: one pass less over the scores than softmax, forwards and backwards.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)
