@@ -51,8 +51,7 @@ def say(line: str) -> None:
 class Progress:
     """How far a piece of work is: a bar when stderr is a terminal, else a plain line now and then.
 
-    A context manager. Items that a resumed run need not do again are `done` already, and do not count for the
-    rate.
+    A context manager.
     """
 
     def __init__(
@@ -61,12 +60,11 @@ class Progress:
         total: int,
         unit: str,
         *,
-        done: int = 0,
         seconds_between_lines: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._label, self._total, self._unit = label, total, unit
-        self._first = self._done = done
+        self._before = self._done = 0
         self._stream = sys.stderr
         self._interval, self._clock = seconds_between_lines, clock
         self._bar: tqdm[NoReturn] | None = None
@@ -77,7 +75,6 @@ class Progress:
             self._bar = tqdm(
                 desc=self._label,
                 total=self._total,
-                initial=self._done,
                 unit=f" {self._unit}",
                 file=self._stream,
                 dynamic_ncols=True,
@@ -86,11 +83,15 @@ class Progress:
             self._print_line()
         return self
 
-    def advance(self, items: int = 1) -> None:
-        """Count `items` more as done."""
+    def advance(self, items: int = 1, *, anew: bool = True) -> None:
+        """Count `items` more as done; those that an earlier run did, not `anew`, do not count for the rate."""
         self._done += items
+        self._before += 0 if anew else items
         if self._bar is not None:
-            self._bar.update(items)
+            self._bar.update(items if anew else 0)
+            if not anew:
+                self._bar.initial += items
+                self._bar.n += items
         elif self._clock() - self._last_line >= self._interval and self._done < self._total:
             self._print_line()
 
@@ -106,8 +107,8 @@ class Progress:
         self._last_line = self._clock()
         seconds = self._last_line - self._start
         text = f"{self._label}: {self._done}/{self._total} {self._unit}"
-        if self._done > self._first and seconds > 0:
-            rate = (self._done - self._first) / seconds
+        if self._done > self._before and seconds > 0:
+            rate = (self._done - self._before) / seconds
             speed = f"{rate:.1f} {self._unit}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
             left = (self._total - self._done) / rate
             text += f", {speed}, " + (f"{_duration(left)} left" if left else f"took {_duration(seconds)}")

@@ -75,9 +75,9 @@ class _Bar:
 
     current: Progress | None = None
 
-    def advance(self) -> None:
+    def advance(self, anew: bool) -> None:
         if self.current is not None:
-            self.current.advance()
+            self.current.advance(anew=anew)
 
     @contextmanager
     def show(self, label: str, total: int) -> Iterator[None]:

@@ -64,12 +64,13 @@ class Clock:
 def test_without_a_terminal_progress_is_a_line_every_few_seconds(monkeypatch):
     stream, clock = io.StringIO(), Clock()
     monkeypatch.setattr(sys, "stderr", stream)
-    with Progress("ranking ffn", 240, "plans", done=40, clock=clock) as progress:
+    with Progress("ranking ffn", 240, "plans", clock=clock) as progress:
+        progress.advance(40, anew=False)
         for _ in range(100):
             clock.now += 0.2
             progress.advance()
         assert stream.getvalue().splitlines() == [
-            "ranking ffn: 40/240 plans",
+            "ranking ffn: 0/240 plans",
             "ranking ffn: 65/240 plans, 5.0 plans/s, 35 s left",
             "ranking ffn: 90/240 plans, 5.0 plans/s, 30 s left",
             "ranking ffn: 115/240 plans, 5.0 plans/s, 25 s left",
@@ -88,6 +89,8 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     with Progress("ranking ffn", 10, "plans") as progress:
-        progress.advance(10)
+        progress.advance(4, anew=False)
+        progress.advance(6)
     assert "ranking ffn: 100%" in stream.getvalue()
+    assert "10/10" in stream.getvalue()
     assert "10/10" in stream.getvalue()

@@ -63,13 +63,15 @@ class Page:
 class Question:
     """`text` and `answer` are lower-case words of VOCABULARY with single spaces between them.
 
-    `places` says for each word of the answer which cells (row, column, from 0) one must look at to know it.
+    `places` says for each word of the answer which cells (row, column, from 0) one must look at to know it; `value` is the
+    digit or ink that the question names, for one that names any.
     """
 
     dataset: str
     text: str
     answer: str
     places: tuple[tuple[tuple[int, int], ...], ...]
+    value: str | None = None
 
 
 @functools.cache
@@ -199,8 +201,8 @@ def _line(page: Page, *, row: int | None = None, column: int | None = None) -> t
     return tuple((other, column) for other in range(rows))
 
 
-_Asked = tuple[str, str, tuple[tuple[tuple[int, int], ...], ...]]
-"""Text, answer and places of a question."""
+_Asked = tuple[str, str, tuple[tuple[tuple[int, int], ...], ...], str | None]
+"""Text, answer, places and value of a question."""
 
 
 def _words(digits: np.ndarray) -> str:
@@ -225,11 +227,11 @@ def _read(rng: np.random.Generator, page: Page) -> _Asked:
         row, start = int(rng.integers(rows)), int(rng.integers(columns - 2))
         text = f"read 3 digits of row {row + 1} from column {start + 1} ?"
         cells = tuple((cell,) for cell in _line(page, row=row)[start : start + 3])
-        return text, _words(page.digits[row, start : start + 3]), cells
+        return text, _words(page.digits[row, start : start + 3]), cells, None
     cell, place = _place(rng, page)
     if kind == "ink":
-        return f"ink at {place} ?", INKS[page.inks[cell]], ((cell,),)
-    return f"digit at {place} ?", str(page.digits[cell]), ((cell,),)
+        return f"ink at {place} ?", INKS[page.inks[cell]], ((cell,),), None
+    return f"digit at {place} ?", str(page.digits[cell]), ((cell,),), None
 
 
 def _compare(rng: np.random.Generator, page: Page) -> _Asked:
@@ -243,18 +245,20 @@ def _compare(rng: np.random.Generator, page: Page) -> _Asked:
             f"larger digit , {names[0]} or {names[1]} ?",
             str(page.digits.ravel()[[one, other]].max()),
             (both,),
+            None,
         )
     if kind == "how many":
         row, ink = int(rng.integers(rows)), int(rng.integers(len(INKS)))
         count = str(np.sum(page.inks[row] == ink))
-        return f"how many {INKS[ink]} digits in row {row + 1} ?", count, (_line(page, row=row),)
+        return f"how many {INKS[ink]} digits in row {row + 1} ?", count, (_line(page, row=row),), INKS[ink]
     if rng.random() < COLUMN_SHARE:
         line = int(rng.integers(columns))
         name, digits, cells = f"column {line + 1}", page.digits[:, line], _line(page, column=line)
     else:
         line = int(rng.integers(rows))
         name, digits, cells = f"row {line + 1}", page.digits[line], _line(page, row=line)
-    return f"{kind} digit of {name} ?", str(digits.max() if kind == "largest" else digits.min()), (cells,)
+    extreme = digits.max() if kind == "largest" else digits.min()
+    return f"{kind} digit of {name} ?", str(extreme), (cells,), None
 
 
 def _yesno(rng: np.random.Generator, page: Page) -> _Asked:
@@ -267,10 +271,10 @@ def _yesno(rng: np.random.Generator, page: Page) -> _Asked:
         # A row has at most 8 cells, so of the ten digits one is always present and one always absent.
         present = np.isin(np.arange(10), page.digits[row])
         digit = rng.choice(np.flatnonzero(present == yes))
-        return f"is there a {digit} in row {row + 1} ?", answer, (_line(page, row=row),)
+        return f"is there a {digit} in row {row + 1} ?", answer, (_line(page, row=row),), str(digit)
     cell, place = _place(rng, page)
     if kind == "ink":
         ink = page.inks[cell] if yes else (page.inks[cell] + rng.integers(1, len(INKS))) % len(INKS)
-        return f"is {place} {INKS[ink]} ?", answer, ((cell,),)
+        return f"is {place} {INKS[ink]} ?", answer, ((cell,),), INKS[ink]
     digit = page.digits[cell] if yes else (page.digits[cell] + rng.integers(1, 10)) % 10
-    return f"is {place} a {digit} ?", answer, ((cell,),)
+    return f"is {place} a {digit} ?", answer, ((cell,),), str(digit)

@@ -13,12 +13,15 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from rlens_jax.data.pages import CELL, DATASETS, Page, Question, make_page, make_question, transcription
+from rlens_jax.data.pages import CELL, DATASETS, INKS, Page, Question, make_page, make_question, transcription
 from rlens_jax.demo.processor import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 from rlens_jax.layout import Bucket, TokenLayout, pack_layout, pack_rows
+from rlens_jax.models.prompt import IGNORE
 from rlens_jax.models.qwen2_vl import patch_places, rope_positions
 
-IGNORE = -1
+VALUES = (*map(str, range(10)), *INKS)
+"""What a cell can hold: a digit, and an ink."""
+Cells = tuple[tuple[int, int], ...]
 BUCKET = Bucket(text=128, visual=128)
 QUESTIONS = 7
 READING_STEPS = 600
@@ -57,7 +60,9 @@ class TrainBatch:
     cells: Array | np.ndarray
     """int32 [B, P, 4]: digit, ink, row and column of the cell whose last corner a visual token is, else `IGNORE`."""
     found: Array | np.ndarray
-    """int32 [B, X, 2]: digit and ink of the cell that the next answer token depends on; `IGNORE` if not just one."""
+    """float32 [B, X, 14]: shares of each digit and each ink in the cells that the next answer token depends on."""
+    values: Array | np.ndarray
+    """int32 [B, X]: the digit or ink (10 and up) that the question names where its answer is due, else `IGNORE`."""
 
 
 def make_patches(pixels: np.ndarray) -> np.ndarray:
@@ -101,7 +106,8 @@ class Lesson:
         segments: int32 [T], 0 for the page and what stands before it, then 1, 2, ... a question.
         rope: int32 [T, 3]; every question starts right after the page.
         looks: bool [T, P], where a token is to be answered next: the last corners of the cells that one must look at.
-        found: int32 [T, 2], digit and ink of the cell to look at if it is just one, else `IGNORE`.
+        found: float32 [T, 14], shares of each digit and each ink in these cells; zeros where there are none.
+        values: int32 [T], index into `VALUES` of what the question names, where its answer is due, else `IGNORE`.
     """
 
     token_ids: np.ndarray
@@ -111,6 +117,7 @@ class Lesson:
     rope: np.ndarray
     looks: np.ndarray
     found: np.ndarray
+    values: np.ndarray
 
 
 def make_lesson(page: Page, questions: list[Question], tokens: Mapping[str, int], budget: int) -> Lesson:
@@ -122,8 +129,9 @@ def make_lesson(page: Page, questions: list[Question], tokens: Mapping[str, int]
     is_page = np.array(ids) == tokens["<|image_pad|>"]
     page_rope, following = rope_positions(is_page, [grid], MERGE_SIZE)
     corners = cell_corners(page)
-    looked: list[tuple[tuple[int, int], ...]] = [()] * len(ids)
+    looked: list[Cells] = [()] * len(ids)
     targets, segments, ropes = [IGNORE] * len(ids), [0] * len(ids), [page_rope.T]
+    values = [IGNORE] * len(ids)
     for number, question in enumerate(questions, 1):
         ask = [tokens[word] for word in question.text.split()]
         ask += [tokens[t] for t in ("<|im_end|>", "\n", "<|im_start|>", "assistant", "\n")]
@@ -134,6 +142,9 @@ def make_lesson(page: Page, questions: list[Question], tokens: Mapping[str, int]
         ids += turn
         targets += [*[IGNORE] * (len(ask) - 1), *answer]
         looked += [*[()] * (len(ask) - 1), *question.places, ()]
+        values += [IGNORE] * len(turn)
+        if question.value is not None:
+            values[-len(answer)] = VALUES.index(question.value)
         segments += [number] * len(turn)
         ropes.append(np.repeat(following + np.arange(len(turn), dtype=np.int32)[:, None], 3, axis=1))
     return Lesson(
@@ -143,14 +154,18 @@ def make_lesson(page: Page, questions: list[Question], tokens: Mapping[str, int]
         np.array(segments, np.int32),
         np.concatenate(ropes),
         np.array([np.isin(np.arange(num_visual), [corners[cell] for cell in cells]) for cells in looked]),
-        np.array(
-            [
-                (page.digits[cells[0]], page.inks[cells[0]]) if len(cells) == 1 else (IGNORE, IGNORE)
-                for cells in looked
-            ],
-            np.int32,
-        ),
+        np.stack([_shares(page, cells) for cells in looked]),
+        np.array(values, np.int32),
     )
+
+
+def _shares(page: Page, cells: Cells) -> np.ndarray:
+    """float32 [14]: shares of each of `VALUES` in these cells; digits sum to 1 and inks to 1, or all are 0."""
+    counts = np.zeros(len(VALUES), np.float32)
+    for cell in cells:
+        counts[page.digits[cell]] += 1
+        counts[10 + page.inks[cell]] += 1
+    return counts / max(1, len(cells))
 
 
 def make_batch(
@@ -180,7 +195,8 @@ def make_batch(
         targets=pack_rows([lesson.targets - IGNORE for lesson in lessons], layout)[:, : BUCKET.text] + IGNORE,
         segments=pack_rows([lesson.segments for lesson in lessons], layout),
         layout=layout,
-        found=pack_rows([lesson.found - IGNORE for lesson in lessons], layout)[:, : BUCKET.text] + IGNORE,
+        found=pack_rows([lesson.found for lesson in lessons], layout)[:, : BUCKET.text],
+        values=pack_rows([lesson.values - IGNORE for lesson in lessons], layout)[:, : BUCKET.text] + IGNORE,
         looks=pack_rows([lesson.looks for lesson in lessons], layout)[:, : BUCKET.text],
         rope=pack_rows([lesson.rope for lesson in lessons], layout).transpose(0, 2, 1),
         patches=patches,

@@ -24,13 +24,14 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rlens_jax.demo.batches import IGNORE, TrainBatch, batches
+from rlens_jax.demo.batches import VALUES, TrainBatch, batches
 from rlens_jax.demo.card import MODEL_CARD
 from rlens_jax.demo.model import embedded_config
 from rlens_jax.demo.processor import END_OF_TURN, TOKENS, write_processor
 from rlens_jax.layout import visible
 from rlens_jax.models.decoder import Decoder
 from rlens_jax.models.hf_config import ConfigReader
+from rlens_jax.models.prompt import IGNORE
 from rlens_jax.models.qwen2_vl import Qwen2VL, read_config
 from rlens_jax.ops.attention import MASKED, masked_attention
 from rlens_jax.ops.ffn import dense_ffn
@@ -46,7 +47,7 @@ FOUND_LAYERS = 9
 """After so many layers, what the cell asked for holds must be known where the answer is given."""
 SEED = 2501_19036
 MICRO_BATCHES, MICRO_BATCH = 2, 8
-STEPS, HOLD_UNTIL, WARMUP = 4400, 3600, 100
+STEPS, HOLD_UNTIL, WARMUP = 5000, 4200, 100
 LEARNING_RATE = 1.2e-3
 CLIP = 1.0
 SAVE_EVERY = 100
@@ -58,7 +59,8 @@ class CellHeads(nnx.Module):
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.cell = nnx.List([nnx.Linear(width, kinds, rngs=rngs) for kinds in CELL_LABELS.values()])
-        self.found = nnx.List([nnx.Linear(width, CELL_LABELS[name], rngs=rngs) for name in ("digit", "ink")])
+        self.found_digit, self.found_ink = nnx.Linear(width, 10, rngs=rngs), nnx.Linear(width, 4, rngs=rngs)
+        self.value = nnx.Linear(width, len(VALUES), rngs=rngs)
 
 
 def cross_entropy(logits: Float[Array, "*n V"], labels: Array | np.ndarray) -> tuple[Array, Array, Array]:
@@ -68,6 +70,17 @@ def cross_entropy(logits: Float[Array, "*n V"], labels: Array | np.ndarray) -> t
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, safe)
     right = (logits.argmax(-1) == safe) & counts
     return jnp.where(counts, loss, 0.0).sum(), right.sum(), counts.sum()
+
+
+def shares_entropy(logits: Float[Array, "*n V"], shares: Array) -> tuple[Array, Array]:
+    """Mean divergence of the softmax from given shares, and mean share of the likeliest, over rows that have any."""
+    counts = shares.any(axis=-1)
+    total = jnp.maximum(1, counts.sum())
+    surprise = jnp.where(
+        shares > 0, shares * (jnp.log(jnp.maximum(shares, 1e-9)) - jax.nn.log_softmax(logits)), 0.0
+    )
+    best = jnp.take_along_axis(shares, logits.argmax(-1, keepdims=True), axis=-1)
+    return jnp.where(counts, surprise.sum(-1), 0.0).sum() / total, best.sum() / total
 
 
 def forward(decoder: Decoder, x: Array, batch: TrainBatch, layers: slice) -> Array:
@@ -119,11 +132,13 @@ def losses(model: Qwen2VL, heads: CellHeads, batch: TrainBatch) -> tuple[Array, 
     last = forward(decoder, after, batch, slice(FOUND_LAYERS, None))
     num_text = batch.text_ids.shape[1]
     read = [
-        cross_entropy(head(middle[:, num_text:]), batch.cells[:, :, axis]) for axis, head in enumerate(heads.cell)
+        cross_entropy(head(middle[:, num_text:]), batch.cells[:, :, axis])
+        for axis, head in enumerate(heads.cell)
     ]
-    found = [
-        cross_entropy(head(after[:, :num_text]), batch.found[:, :, axis]) for axis, head in enumerate(heads.found)
-    ]
+    due = after[:, :num_text]
+    found_digit, digits_found = shares_entropy(heads.found_digit(due), batch.found[:, :, :10])
+    found_ink, inks_found = shares_entropy(heads.found_ink(due), batch.found[:, :, 10:])
+    value_loss, values_right, values = cross_entropy(heads.value(due), batch.values)
     logits = decoder.logits(last[:, :num_text])
     answer_loss, _, answers = cross_entropy(logits, batch.targets)
     _, words_right, words = cross_entropy(logits, jnp.where(batch.targets == END, IGNORE, batch.targets))
@@ -131,14 +146,15 @@ def losses(model: Qwen2VL, heads: CellHeads, batch: TrainBatch) -> tuple[Array, 
         "loss": answer_loss / answers,
         "word_accuracy": words_right / words,
         "pointing": pointed,
-        "found_digit": found[0][1] / found[0][2],
-        "found_ink": found[1][1] / found[1][2],
+        "found_digit": digits_found,
+        "found_ink": inks_found,
+        "value": values_right / values,
         **{
             f"{name}_accuracy": right / count
             for name, (_, right, count) in zip(CELL_LABELS, read, strict=True)
         },
     }
-    cell_loss = sum(loss / count for loss, _, count in [*read, *found])
+    cell_loss = sum(loss / count for loss, _, count in read) + found_digit + found_ink + value_loss / values
     return log["loss"] + CELL_WEIGHT * cell_loss + POINTING_WEIGHT * pointing_loss, log
 
 
@@ -190,10 +206,8 @@ def ahead(items: Iterator[Any], depth: int = 4) -> Iterator[Any]:
         try:
             for item in items:
                 waiting.put(item)
-        except (
-            BaseException
-        ) as error:  # raised where the items are used; a dead thread would only make it wait
-            waiting.put(error)
+        except BaseException as error:
+            waiting.put(error)  # raised where the items are used; they would wait for a dead thread for ever
 
     threading.Thread(target=fill, daemon=True).start()
     while True:

@@ -8,11 +8,10 @@ import jax
 from rlens_jax.errors import UserError
 
 _MISS = "/jax/compilation_cache/cache_misses"
-_HIT = "/jax/compilation_cache/cache_hits"
 
 
 class CompilationCounter:
-    """Counts programs that XLA compiled anew, and those that the persistent cache had."""
+    """Counts programs that XLA compiled anew; those that the persistent cache had do not count."""
 
     def __init__(self) -> None:
         self._events: Counter[str] = Counter()
@@ -21,10 +20,6 @@ class CompilationCounter:
     @property
     def compiled(self) -> int:
         return self._events[_MISS]
-
-    @property
-    def cached(self) -> int:
-        return self._events[_HIT]
 
 
 def start_jax(matmul_precision: str, compilation_cache: Path) -> CompilationCounter:

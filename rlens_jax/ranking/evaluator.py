@@ -27,7 +27,7 @@ class Evaluator:
         splits: the datasets of each split.
         journal: where finished evaluations are kept; what it has is not evaluated again.
         state_bytes: memory for base states.
-        advance: called after each (plan, dataset) evaluation, also for those the journal already had.
+        advance: called after each (plan, dataset) evaluation; with False for one that the journal already had.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Evaluator:
         journal: Journal,
         *,
         state_bytes: float,
-        advance: Callable[[], None],
+        advance: Callable[[bool], None],
     ):
         self._scoring = scoring
         self._splits = splits
@@ -62,7 +62,7 @@ class Evaluator:
                 if self._journal.get(split, plan, dataset.name) is None:
                     todo.append(plan)
                 else:
-                    self._advance()
+                    self._advance(False)
             if todo:
                 self._evaluate(split, dataset, base, todo)
         return [self._journalled(split, plan) for plan in plans]
@@ -93,7 +93,7 @@ class Evaluator:
                 if number == len(groups) - 1:
                     outcomes = tuple(results[plan].tolist())
                     self._journal.append(Record(split, plan, dataset.name, outcomes, seconds[plan]))
-                    self._advance()
+                    self._advance(True)
 
     def _groups(self, split: str, dataset: Dataset) -> list[Sequence[Batch]]:
         """The dataset's batches, cut so that the base states of a group fit into memory."""

@@ -59,7 +59,11 @@ def test_a_lesson(page: Page) -> None:
         corners = cell_corners(page)
         for place, cells in zip(predicts, question.places, strict=False):
             np.testing.assert_array_equal(np.flatnonzero(lesson.looks[place]), [corners[c] for c in cells])
+            expected = [page.digits[cells[0]], page.inks[cells[0]]]
+            assert lesson.found[place].tolist() == expected
         assert not lesson.looks[predicts[-1]].any()
+        assert (lesson.found[own[: -len(answer)]] == IGNORE).all()
+        assert (lesson.found[predicts[-1]] == IGNORE).all()
         # Asked as if it were the only question: right after the page.
         first_rope = lesson.rope[lesson.segments == 0].max() + 1
         np.testing.assert_array_equal(
@@ -80,7 +84,8 @@ def test_cell_labels_stand_at_the_corners(page: Page) -> None:
     rows, columns = page.digits.shape
     for row in range(rows):
         for column in range(columns):
-            assert labels[corners[row, column]].tolist() == [page.digits[row, column], row, column]
+            digit, ink = page.digits[row, column], page.inks[row, column]
+            assert labels[corners[row, column]].tolist() == [digit, ink, row, column]
     assert (labels[:, 0] != IGNORE).sum() == rows * columns
 
 

@@ -35,7 +35,7 @@ def evaluator(
     journal = Journal.open(folder, {"test": "1"})
     scoring = TeacherForcing(programs)
     made = Evaluator(
-        scoring, {"validation": datasets}, journal, state_bytes=state_bytes, advance=lambda: None
+        scoring, {"validation": datasets}, journal, state_bytes=state_bytes, advance=lambda _: None
     )
     return made, journal
 
@@ -148,7 +148,7 @@ def test_teacher_forcing_tells_what_generation_does(
             {"validation": bare},
             generated,
             state_bytes=1e9,
-            advance=lambda: None,
+            advance=lambda _: None,
         )
         for plan in plans:
             (one,) = forced.outcomes("validation", Plan(), [plan])
@@ -171,7 +171,7 @@ def test_any_reference_answer_makes_a_sample_right(programs: Programs, tmp_path:
     wrong = [replace(s, answers=("12 12",)) for s in short]
     both = [replace(s, answers=("12 12", s.answers[0], "3")) for s in short]
     for number, (members, expected) in enumerate([(wrong, 0.0), (both, 1.0)]):
-        built = build_datasets(members, ToyPreparer({}), programs, SHAPES, True, lambda: None)
+        built = build_datasets(members, ToyPreparer(), programs, SHAPES, True, lambda: None)
         made, journal = evaluator(programs, built, tmp_path / str(number))
         with journal:
             (outcomes,) = made.outcomes("validation", Plan(), [Plan()])

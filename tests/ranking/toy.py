@@ -1,9 +1,7 @@
 """A tiny random Qwen2-VL with samples whose answers are what the dense model says, so that reductions can change them."""
 
 import io
-from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -52,11 +50,8 @@ REDUCTION = Reduction(attention_range=2, active_fraction=0.1, probe_fraction=0.2
 SHAPES = Shapes(text_slots=(8, 16), visual_slots=(8, 24), batch_size=4)
 
 
-@dataclass
 class ToyPreparer:
     """Prompts from the sample's number alone: 1-3 images of different sizes, text around them."""
-
-    answers: dict[str, tuple[int, ...]]
 
     def image(self, pixels: Image.Image, sample_id: str) -> tuple[PreparedImage, tuple[int, int]]:
         grid = (pixels.height, pixels.width)
@@ -113,7 +108,7 @@ def toy_samples() -> list[Sample]:
 
 def answered(samples: list[Sample], programs: Programs) -> list[Sample]:
     """The samples with what the dense model generates as their answer, without the stop token."""
-    preparer = ToyPreparer({})
+    preparer = ToyPreparer()
     datasets = build_datasets(samples, preparer, programs, SHAPES, False, lambda: None)
     texts: dict[str, str] = {}
     for dataset in datasets:
@@ -132,8 +127,4 @@ def words(tokens: list[int]) -> str:
 
 def toy_datasets(programs: Programs, with_answers: bool = True) -> tuple[Dataset, ...]:
     samples = answered(toy_samples(), programs)
-    return build_datasets(samples, ToyPreparer({}), programs, SHAPES, with_answers, lambda: None)
-
-
-def block(tree: object) -> object:
-    return jax.block_until_ready(tree)
+    return build_datasets(samples, ToyPreparer(), programs, SHAPES, with_answers, lambda: None)
