@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from rlens_jax.data.pages import CELL, DATASETS, INKS, Page, Question, make_page, make_question, transcription
+from rlens_jax.data.pages import CELL, INKS, Page, Question, make_page, make_question, transcription
 from rlens_jax.demo.processor import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 from rlens_jax.layout import Bucket, TokenLayout, pack_layout, pack_rows
 from rlens_jax.models.prompt import IGNORE
@@ -22,8 +22,10 @@ from rlens_jax.models.qwen2_vl import patch_places, rope_positions
 VALUES = (*map(str, range(10)), *INKS)
 """What a cell can hold: a digit, and an ink."""
 Cells = tuple[tuple[int, int], ...]
-BUCKET = Bucket(text=128, visual=128)
-QUESTIONS = 7
+BUCKET = Bucket(text=256, visual=128)
+QUESTIONS = 15
+SHARES = {"pages_read": 0.2, "pages_compare": 0.35, "pages_yesno": 0.45}
+"""How often the questions of each dataset are asked: what is harder to learn more often."""
 READING_STEPS = 600
 """For so many steps many pages are read aloud as a whole, which is what makes learning start at all."""
 
@@ -180,7 +182,8 @@ def make_batch(
     for i in range(size):
         page = make_page(rng, "train", augment=True)
         questions = [transcription(page)] if rng.random() < transcribed else []
-        questions += [make_question(rng, page, str(rng.choice(DATASETS))) for _ in range(QUESTIONS)]
+        names = rng.choice(list(SHARES), QUESTIONS, p=list(SHARES.values()))
+        questions += [make_question(rng, page, str(name)) for name in names]
         lessons.append(make_lesson(page, questions, tokens, BUCKET.text))
         cells.append(cell_labels(page))
         page_patches = make_patches(page.pixels)

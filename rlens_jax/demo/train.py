@@ -22,7 +22,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from rlens_jax.demo.batches import VALUES, TrainBatch, batches
 from rlens_jax.demo.card import MODEL_CARD
@@ -47,10 +47,10 @@ FOUND_LAYERS = 9
 """After so many layers, what the cell asked for holds must be known where the answer is given."""
 SEED = 2501_19036
 MICRO_BATCHES, MICRO_BATCH = 2, 8
-STEPS, HOLD_UNTIL, WARMUP = 5000, 4200, 100
+STEPS, HOLD_UNTIL, WARMUP = 5200, 4300, 100
 LEARNING_RATE = 1.2e-3
 CLIP = 1.0
-SAVE_EVERY = 100
+SAVE_EVERY, LOG_EVERY = 100, 10
 END = TOKENS.index(END_OF_TURN)
 
 
@@ -68,14 +68,14 @@ def cross_entropy(logits: Float[Array, "*n V"], labels: Array | np.ndarray) -> t
     counts = labels != IGNORE
     safe = jnp.where(counts, labels, 0)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, safe)
-    right = (logits.argmax(-1) == safe) & counts
-    return jnp.where(counts, loss, 0.0).sum(), right.sum(), counts.sum()
+    right = counts & (logits.argmax(-1) == safe)
+    return jnp.where(counts, loss, 0.0).sum(), right.sum(dtype=loss.dtype), counts.sum(dtype=loss.dtype)
 
 
 def shares_entropy(logits: Float[Array, "*n V"], shares: Array) -> tuple[Array, Array]:
     """Mean divergence of the softmax from given shares, and mean share of the likeliest, over rows that have any."""
     counts = shares.any(axis=-1)
-    total = jnp.maximum(1, counts.sum())
+    total = jnp.maximum(1.0, counts.sum(dtype=shares.dtype))
     surprise = jnp.where(
         shares > 0, shares * (jnp.log(jnp.maximum(shares, 1e-9)) - jax.nn.log_softmax(logits)), 0.0
     )
@@ -91,7 +91,7 @@ def forward(decoder: Decoder, x: Array, batch: TrainBatch, layers: slice) -> Arr
     turn = decoder.context(batch.layout, batch.rope, jax.random.key(0)).turn
     graph, stack = nnx.split(decoder.layers)
 
-    def body(x: Array, layer: nnx.State) -> tuple[Array, None]:
+    def body(x: Array, layer: PyTree) -> tuple[Array, None]:
         module = nnx.merge(graph, layer)
         q, k, v = module.attention.project(module.input_norm(x), turn)
         x = x + module.attention.o_proj(masked_attention(q, k, v, mask))
@@ -117,7 +117,7 @@ def pointing(decoder: Decoder, x: Array, batch: TrainBatch) -> tuple[Array, Arra
     attention = jax.nn.log_softmax(jnp.where(is_token, scores, MASKED), axis=-1)
     surely = jax.nn.logsumexp(jnp.where(batch.looks, attention, MASKED), axis=-1)
     asked = batch.looks.any(axis=-1)
-    count = jnp.maximum(1, asked.sum())
+    count = jnp.maximum(1.0, asked.sum(dtype=scores.dtype))
     return jnp.where(asked, -surely, 0.0).sum() / count, jnp.where(asked, jnp.exp(surely), 0.0).sum() / count
 
 
@@ -174,14 +174,14 @@ def learning_rate() -> optax.Schedule:
     return optax.join_schedules([up, optax.constant_schedule(LEARNING_RATE), down], [WARMUP, HOLD_UNTIL])
 
 
-def make_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Any:
+def make_step(graph: Any, optimizer: optax.GradientTransformation) -> Any:
     """The jitted update: gradients are averaged over micro-batches, which CPUs run faster than one large batch."""
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(
-        state: nnx.State, optimizer_state: optax.OptState, batch: TrainBatch
+        state: PyTree, optimizer_state: optax.OptState, batch: TrainBatch
     ) -> tuple[Any, Any, dict[str, Array]]:
-        def one(state: nnx.State, micro: TrainBatch) -> tuple[Array, dict[str, Array]]:
+        def one(state: PyTree, micro: TrainBatch) -> tuple[Array, dict[str, Array]]:
             model, heads = nnx.merge(graph, state)
             return losses(model, heads, micro)
 
@@ -217,6 +217,13 @@ def ahead(items: Iterator[Any], depth: int = 4) -> Iterator[Any]:
         yield item
 
 
+def forget_after(log_file: Path, step: int) -> None:
+    """Drop the lines of steps that are trained again, and a torn one, from a log."""
+    lines = log_file.read_text(encoding="utf-8").splitlines(keepends=True) if log_file.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    log_file.write_text("".join(kept), encoding="utf-8")
+
+
 def train(folder: Path) -> None:
     """Train in `folder`, from its last checkpoint if it has one; appends to `training_log.jsonl`."""
     folder = folder.absolute()
@@ -243,6 +250,8 @@ def train(folder: Path) -> None:
             saved = manager.restore(start, args=ocp.args.StandardRestore((pure, optimizer_state)))
             pure, optimizer_state = saved
             nnx.replace_by_pure_dict(state, pure)
+        log_file = folder / "training_log.jsonl"
+        forget_after(log_file, start)
         source = ahead(
             batches(
                 SEED,
@@ -255,10 +264,10 @@ def train(folder: Path) -> None:
         began = time.monotonic()
         for number in range(start + 1, STEPS + 1):
             state, optimizer_state, log = step(state, optimizer_state, next(source))
-            if number % 10 == 0:
+            if number % LOG_EVERY == 0:
                 rate = (number - start) / (time.monotonic() - began)
                 record = {"step": number, **{k: round(float(v), 4) for k, v in log.items()}}
-                with open(folder / "training_log.jsonl", "a", encoding="utf-8") as file:
+                with open(log_file, "a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
                 left = (STEPS - number) / rate / 60
                 print(f"{json.dumps(record)}  {rate:.2f} steps/s, {left:.0f} min left", flush=True)

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from rlens_jax.data.pages import Page, Question, make_page, make_question, transcription
+from rlens_jax.data.pages import INKS, Page, Question, make_page, make_question, transcription
 from rlens_jax.demo.batches import (
     BUCKET,
     IGNORE,
+    VALUES,
     cell_corners,
     cell_labels,
     make_batch,
@@ -59,16 +60,29 @@ def test_a_lesson(page: Page) -> None:
         corners = cell_corners(page)
         for place, cells in zip(predicts, question.places, strict=False):
             np.testing.assert_array_equal(np.flatnonzero(lesson.looks[place]), [corners[c] for c in cells])
-            expected = [page.digits[cells[0]], page.inks[cells[0]]]
-            assert lesson.found[place].tolist() == expected
+            held = {VALUES.index(str(page.digits[cells[0]])), VALUES.index(INKS[page.inks[cells[0]]])}
+            assert set(np.flatnonzero(lesson.found[place])) == held
         assert not lesson.looks[predicts[-1]].any()
-        assert (lesson.found[own[: -len(answer)]] == IGNORE).all()
-        assert (lesson.found[predicts[-1]] == IGNORE).all()
+        assert not lesson.found[own[: -len(answer)]].any()
+        assert not lesson.found[predicts[-1]].any()
+        assert (lesson.values[own] != IGNORE).sum() == 0
         # Asked as if it were the only question: right after the page.
         first_rope = lesson.rope[lesson.segments == 0].max() + 1
         np.testing.assert_array_equal(
             lesson.rope[own], first_rope + np.arange(len(own))[:, None].repeat(3, 1)
         )
+
+
+def test_a_lesson_tells_shares_and_values(page: Page) -> None:
+    row = tuple((1, column) for column in range(page.digits.shape[1]))
+    question = Question("pages_yesno", "is there a 7 in row 2 ?", "yes", (row,), "7")
+    lesson = make_lesson(page, [question], IDS, 1000)
+    (due,) = np.flatnonzero(lesson.values != IGNORE)
+    assert VALUES[lesson.values[due]] == "7"
+    assert TOKENS[lesson.targets[due]] == "yes"
+    counts = [(page.digits[1] == digit).mean() for digit in range(10)]
+    counts += [(page.inks[1] == ink).mean() for ink in range(len(INKS))]
+    np.testing.assert_allclose(lesson.found[due], counts, rtol=1e-6)
 
 
 def test_too_long_questions_are_left_out(page: Page) -> None:

@@ -1,0 +1,125 @@
+"""What the embedded model can do: `python -m rlens_jax.demo.measure [MODEL] [--samples 200] [--json FILE]`.
+
+On held-out samples of each dataset of pages: exact match (teacher forced, which is what greedy decoding would answer), the same
+with every sample's image exchanged for the next one's, the share of the commonest answer, and what skipping any one layer
+costs. A model worth ranking reads its images, and needs its layers.
+"""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlens_jax.console import run_command, say
+from rlens_jax.data.pages import DATASETS
+from rlens_jax.resources import cache_folder
+
+PATCH_SLOTS, TEXT_SLOTS, VISUAL_SLOTS, BATCH = 512, 48, 128, 16
+
+
+def measure(model: str, samples: int) -> dict[str, Any]:
+    """All shares, as the JSON file has them.
+
+    Args:
+        model: a model folder or the name of an embedded one.
+        samples: held-out samples of each dataset.
+    """
+    import jax.numpy as jnp
+    import numpy as np
+
+    from rlens_jax.data.pages_tfds import read_pages
+    from rlens_jax.models import FAMILIES
+    from rlens_jax.plan import Plan, Reduction
+    from rlens_jax.ranking.inputs import Dataset, Shapes, build_datasets
+    from rlens_jax.ranking.programs import Programs
+    from rlens_jax.ranking.scoring import traced_plan
+    from rlens_jax.weights.checkpoint import find_model, load_model
+
+    folder = find_model(model)
+    kind, loaded = load_model(folder, jnp.dtype("float32"))
+    preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, (PATCH_SLOTS,))
+    stop = preparer.chat.stop_token
+    programs = Programs(loaded, Reduction(), seed=0, new_tokens=1, stop_token=stop)
+    num_layers = kind.config.decoder.num_layers
+    dense = traced_plan(Plan(), num_layers)
+
+    def accuracy(datasets: Sequence[Dataset], skipped: int | None) -> dict[str, float]:
+        shares = {}
+        for dataset in datasets:
+            right = 0
+            for batch in dataset.batches:
+                x = batch.embedded
+                for start, stop in (
+                    [(0, num_layers)] if skipped is None else [(0, skipped), (skipped + 1, num_layers)]
+                ):
+                    x, _ = programs.layers(x, batch.inputs, dense, start, stop)
+                right += int(np.asarray(programs.outcome(x, batch.inputs)[0])[: len(batch.samples)].sum())
+            shares[dataset.name] = right / len(dataset.samples)
+        return shares
+
+    by_dataset = [read_pages(name, "test", cache_folder() / "data" / "pages", samples) for name in DATASETS]
+    shapes = Shapes((TEXT_SLOTS,), (VISUAL_SLOTS,), BATCH)
+    asked, swapped = (
+        build_datasets(rows, preparer, programs, shapes, True, lambda: None)
+        for rows in (
+            [sample for rows in by_dataset for sample in rows],
+            [
+                replace(sample, images=other.images)
+                for rows in by_dataset
+                for sample, other in zip(rows, [*rows[1:], rows[0]], strict=True)
+            ],
+        )
+    )
+    say("dense ...")
+    own = accuracy(asked, None)
+    results: dict[str, Any] = {
+        "schema": "rlens-embedded/1",
+        "samples": {dataset.name: len(dataset.samples) for dataset in asked},
+        "accuracy": {**own, "overall": sum(own.values()) / len(own)},
+        "swapped_images": accuracy(swapped, None),
+        "commonest_answer": {
+            dataset.name: max(Counter(s.answers[0] for s in dataset.samples).values()) / len(dataset.samples)
+            for dataset in asked
+        },
+        "visual_share": min(
+            float(np.min(layout.num_visual / (layout.num_visual + layout.num_text)))
+            for layout in (batch.inputs.layout for dataset in asked for batch in dataset.batches)
+        ),
+        "without_layer": [],
+    }
+    for layer in range(num_layers):
+        say(f"without layer {layer} ...")
+        without = accuracy(asked, layer)
+        results["without_layer"].append({**without, "overall": sum(without.values()) / len(without)})
+    return results
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(prog="python -m rlens_jax.demo.measure", description=__doc__)
+    parser.add_argument("model", nargs="?", default="embedded", help="model folder")
+    parser.add_argument("--samples", type=int, default=200, help="held-out samples of each dataset")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    options = parser.parse_args(arguments)
+    results = measure(options.model, options.samples)
+    for name in DATASETS:
+        print(
+            f"{name:<14} exact match {results['accuracy'][name]:6.1%}   images swapped {results['swapped_images'][name]:6.1%}"
+            f"   commonest answer {results['commonest_answer'][name]:6.1%}"
+        )
+    overall = results["accuracy"]["overall"]
+    print(
+        f"overall        exact match {overall:6.1%}   "
+        f"visual tokens at least {results['visual_share']:.1%} of a prompt with its answer"
+    )
+    for layer, without in enumerate(results["without_layer"]):
+        print(f"without layer {layer:<2} {without['overall']:6.1%}  ({without['overall'] - overall:+.1%})")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main, interrupted="interrupted")

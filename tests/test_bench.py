@@ -1,0 +1,29 @@
+"""The benchmark command, on a short run of visual tokens: what it writes, not how fast it was."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlens_jax import bench
+from rlens_jax.console import run_command
+
+
+def test_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench, "VISUAL", 320)
+    path = tmp_path / "bench.json"
+    with pytest.raises(SystemExit) as stopped:
+        run_command(bench.main, argv=["--json", str(path), "--repeats", "1"])
+    assert not stopped.value.code
+    results = json.loads(path.read_text())
+    assert results["visual_tokens"] == 320
+    assert bench.OURS in results["dense_seconds"]
+    assert len(results["dense_seconds"]) == 5  # ours, three others, and PyTorch's
+    fastest = min(seconds for name, seconds in results["dense_seconds"].items() if "PyTorch" not in name)
+    printed = capsys.readouterr().out
+    for name in ("attention", "ffn", "both"):
+        case = results["cases"][name]
+        assert case["time_saved"] == pytest.approx(1 - case["seconds"] / fastest)
+        assert case["realised_saving"] == pytest.approx(case["time_saved"] / case["flops_saved"])
+        assert name in printed
+    assert results["cases"]["both"]["flops_saved"] > results["cases"]["ffn"]["flops_saved"] > 0.3
