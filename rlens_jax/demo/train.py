@@ -72,7 +72,7 @@ def cross_entropy(logits: Float[Array, "*n V"], labels: Array | np.ndarray) -> t
     return jnp.where(counts, loss, 0.0).sum(), right.sum(dtype=loss.dtype), counts.sum(dtype=loss.dtype)
 
 
-def shares_entropy(logits: Float[Array, "*n V"], shares: Array) -> tuple[Array, Array]:
+def shares_entropy(logits: Float[Array, "*n V"], shares: Array | np.ndarray) -> tuple[Array, Array]:
     """Mean divergence of the softmax from given shares, and mean share of the likeliest, over rows that have any."""
     counts = shares.any(axis=-1)
     total = jnp.maximum(1.0, counts.sum(dtype=shares.dtype))
