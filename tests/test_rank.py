@@ -90,6 +90,24 @@ def test_results(finished: Path) -> None:
         assert (finished / name).stat().st_size > 100
 
 
+def test_generated_answers_score_as_forced_ones(finished: Path, cache: Path, tmp_path: Path) -> None:
+    output = tmp_path / "generated"
+    extra = ["--search.objective=generation", "--search.max_new_tokens=6", "--search.operators=ffn"]
+    assert rank([*options(cache, output), *extra]) == 0
+    forced, generated = (json.loads((folder / "ranking.json").read_text()) for folder in (finished, output))
+    assert generated["dense"] == forced["dense"]
+    assert generated["rankings"]["ffn"] == forced["rankings"]["ffn"]
+    assert generated["held_out"]["ffn"]["curves"] == forced["held_out"]["ffn"]["curves"]
+
+
+def test_prefill_times_have_their_baseline(finished: Path) -> None:
+    prefill = json.loads((finished / "timing.json").read_text())["prefill"]
+    assert prefill.keys() == {"attention", "ffn", "both"}
+    for times in prefill.values():
+        assert len(times["dense"]) == len(times["reduced"]) == 1  # as many as --report.timing_repeats
+        assert min(*times["dense"], *times["reduced"]) > 0
+
+
 def test_killed_at_random_moments_and_restarted(finished: Path, cache: Path, tmp_path: Path) -> None:
     output, rng = tmp_path / "killed", random.Random(11)
     journal, kills = output / "journal.jsonl", 0

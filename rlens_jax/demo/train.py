@@ -1,8 +1,9 @@
 """Train the embedded model: `python -m rlens_jax.demo.train --output DIR` (our decision; about an hour on two cores).
 
-The loss is that of the answers, plus, while training, an auxiliary one: from the states of each cell's last visual token
-after an early decoder layer, tell its digit, row and column. Without it nothing but the language prior is learned in
-reasonable time; its heads are dropped afterwards. Kill the run at any moment: it goes on from its last checkpoint.
+The loss is that of the answers, plus, while training, auxiliary ones without which nothing but the language prior is learned in
+reasonable time: an early layer must tell what each cell holds and where it is, one attention head must look at the cells that an
+answer depends on, and a later layer must know what they hold and which value the question names. The classifiers are dropped
+afterwards. Kill the run at any moment: it goes on from its last checkpoint.
 """
 
 import argparse
@@ -41,13 +42,13 @@ CELL_LAYERS = 3
 """The auxiliary loss looks at the states after this many decoder layers, so that they, too, learn to read."""
 CELL_WEIGHT = 0.3
 POINTING_LAYER, POINTING_WEIGHT = 6, 0.3
-"""One head of this layer is told where to look for each word of an answer."""
+"""One head of this layer is told where to look for each word of an answer: evenly at all cells it depends on."""
 CELL_LABELS = {"digit": 10, "ink": 4, "row": 8, "column": 8}
 FOUND_LAYERS = 9
 """After so many layers, what the cell asked for holds must be known where the answer is given."""
 SEED = 2501_19036
 MICRO_BATCHES, MICRO_BATCH = 2, 8
-STEPS, HOLD_UNTIL, WARMUP = 5200, 4300, 100
+STEPS, HOLD_UNTIL, WARMUP = 4900, 4450, 100
 LEARNING_RATE = 1.2e-3
 CLIP = 1.0
 SAVE_EVERY, LOG_EVERY = 100, 10
@@ -101,9 +102,10 @@ def forward(decoder: Decoder, x: Array, batch: TrainBatch, layers: slice) -> Arr
 
 
 def pointing(decoder: Decoder, x: Array, batch: TrainBatch) -> tuple[Array, Array]:
-    """How surely one head of a layer, given the states before it, looks at the cells an answer depends on.
+    """How well one head of a layer, given the states before it, looks at the cells an answer depends on.
 
-    Returns the mean of -log(share of its attention to the page that falls on them), and the mean share.
+    Returns the mean divergence of its attention to the page from an even look at each of these cells (one that looks at a
+    single cell of two would do for the share alone), and the mean share of its attention that falls on them.
     """
     graph, stack = nnx.split(decoder.layers)
     layer = nnx.merge(graph, jax.tree.map(lambda p: p[POINTING_LAYER], stack))
@@ -115,10 +117,12 @@ def pointing(decoder: Decoder, x: Array, batch: TrainBatch) -> tuple[Array, Arra
     )
     is_token = jnp.arange(scores.shape[2])[None, None] < num_visual[:, None, None]
     attention = jax.nn.log_softmax(jnp.where(is_token, scores, MASKED), axis=-1)
-    surely = jax.nn.logsumexp(jnp.where(batch.looks, attention, MASKED), axis=-1)
-    asked = batch.looks.any(axis=-1)
-    count = jnp.maximum(1.0, asked.sum(dtype=scores.dtype))
-    return jnp.where(asked, -surely, 0.0).sum() / count, jnp.where(asked, jnp.exp(surely), 0.0).sum() / count
+    cells = batch.looks.sum(axis=-1, dtype=scores.dtype)
+    each = jnp.maximum(1.0, cells)
+    divergence = -jnp.where(batch.looks, attention, 0.0).sum(axis=-1) / each - jnp.log(each)
+    share = jnp.where(batch.looks, jnp.exp(attention), 0.0).sum(axis=-1)
+    count = jnp.maximum(1.0, (cells > 0).sum(dtype=scores.dtype))
+    return divergence.sum() / count, share.sum() / count
 
 
 def losses(model: Qwen2VL, heads: CellHeads, batch: TrainBatch) -> tuple[Array, dict[str, Array]]:
