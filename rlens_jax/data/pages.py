@@ -24,7 +24,7 @@ CELL = 16
 """Side of a cell in pixels."""
 
 READ_WEIGHTS = {"digit": 0.5, "ink": 0.15, "three": 0.35}
-COMPARE_WEIGHTS = {"largest": 0.4, "smallest": 0.1, "larger": 0.35, "how many": 0.15}
+COMPARE_WEIGHTS = {"largest": 0.55, "smallest": 0.25, "larger": 0.1, "how many": 0.1}
 YESNO_WEIGHTS = {"digit": 0.45, "ink": 0.2, "there": 0.35}
 COLUMN_SHARE = 0.3
 """Share of the largest/smallest questions that ask about a column; the others ask about a row."""

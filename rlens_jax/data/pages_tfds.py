@@ -42,7 +42,7 @@ def draw(dataset: str, split: Split, count: int) -> Iterator[tuple[Page, Questio
 class Pages(tfds.core.GeneratorBasedBuilder):
     """One question about one page of handwritten digits per sample; the splits use different digits."""
 
-    VERSION = tfds.core.Version("1.1.0")
+    VERSION = tfds.core.Version("1.2.0")
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=dataset) for dataset in DATASETS]  # noqa: RUF012 (tfds's way)
 
     def _info(self) -> tfds.core.DatasetInfo:

@@ -24,7 +24,7 @@ VALUES = (*map(str, range(10)), *INKS)
 Cells = tuple[tuple[int, int], ...]
 BUCKET = Bucket(text=256, visual=128)
 QUESTIONS = 15
-SHARES = {"pages_read": 0.15, "pages_compare": 0.55, "pages_yesno": 0.3}
+SHARES = {"pages_read": 0.25, "pages_compare": 0.4, "pages_yesno": 0.35}
 """How often the questions of each dataset are asked: what is harder to learn more often."""
 READING_STEPS = 600
 """For so many steps many pages are read aloud as a whole, which is what makes learning start at all."""

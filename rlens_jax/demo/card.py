@@ -24,7 +24,7 @@ hold, and which value a question names, and one attention head is told where to 
 The published weights are one line of checkpoints of this command, but not one undisturbed run of it: the command was improved
 while it ran, and training went on from the last checkpoint each time. Questions asked in parallel came in about step 1200, the
 head that is told where to look about step 1400 (looking evenly at all cells: step 4200), classifiers of inks and of the cells
-asked for at steps 2600 and 3300, more questions a page at step 3800, and the mix of questions changed at steps 3800 to 4000. A
+asked for at steps 2600 and 3300, more questions a page at step 3800, and the mix of questions changed at steps 3800 to 4300. A
 run from scratch with the command as it is now has these from its first step; it was not made in full.
 
 ## Data and licences

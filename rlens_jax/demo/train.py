@@ -48,7 +48,7 @@ FOUND_LAYERS = 9
 """After so many layers, what the cell asked for holds must be known where the answer is given."""
 SEED = 2501_19036
 MICRO_BATCHES, MICRO_BATCH = 2, 8
-STEPS, HOLD_UNTIL, WARMUP = 4900, 4450, 100
+STEPS, HOLD_UNTIL, WARMUP = 4640, 4320, 100
 LEARNING_RATE = 1.2e-3
 CLIP = 1.0
 SAVE_EVERY, LOG_EVERY = 100, 10
