@@ -6,7 +6,7 @@ Axis letters: B batch, P visual slots, T packed slots, D width.
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate
 from rlens_jax.ranking.programs import Programs
 
 
+@runtime_checkable
 class Preparer(Protocol):
     """What a model family does to images and texts before anything is computed."""
 

@@ -255,7 +255,7 @@ def _without_scaling(size: int, new_size: int):
 
 
 WRONG_GRIDS = {
-    "unpadding of the other axis": ("_unpadded", lambda grid, size: grid[:, 1:-1]),
+    "unpadding of the other axis": ("_unpadded", lambda grid, size: grid[1:-1]),
     "nearest instead of bilinear": ("_interpolation", _without_scaling),
 }
 
