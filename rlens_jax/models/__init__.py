@@ -22,7 +22,7 @@ class Family:
     module: Callable[..., nnx.Module]
     """`module(config, *, dtype, rngs)`: the whole model, randomly initialised."""
     preparer: Callable[..., Any]
-    """`preparer(folder, config, patch_slots)`: prepares images and prompts by the checkpoint's own files."""
+    """`preparer(folder, config, patch_slots)`: a `rlens_jax.ranking.inputs.Preparer` by the checkpoint's own files."""
 
 
 FAMILIES: Mapping[str, Family] = {

@@ -12,7 +12,6 @@ import torch
 from flax import nnx
 
 from rlens_jax.models import llava_onevision
-from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.llava_onevision import LlavaOnevision, LlavaOnevisionConfig, grid_sources
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.weights.checkpoint import load_model

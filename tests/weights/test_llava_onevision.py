@@ -81,7 +81,7 @@ def published_shapes() -> dict[str, list[int]]:
         "vision_tower.vision_model.embeddings.patch_embedding.weight": [1152, 3, 14, 14],
         "vision_tower.vision_model.embeddings.patch_embedding.bias": [1152],
         "vision_tower.vision_model.embeddings.position_embedding.weight": [729, 1152],
-        **dict.fromkeys(POST_NORM, [1152]),
+        **{name: [1152] for name in POST_NORM},
     }
     for layer in range(28):
         at = f"language_model.model.layers.{layer}."
@@ -225,7 +225,7 @@ def test_every_spelling_gives_the_same_model(reference, published, spelling, tmp
     renames = (("model.language_model.", decoder), ("lm_head.", head), ("model.vision_tower.", tower))
     state = {}
     for name, tensor in reference.state_dict().items():
-        source, target = next((pair for pair in (*renames, ("model.", rest)) if name.startswith(pair[0])))
+        source, target = next(pair for pair in (*renames, ("model.", rest)) if name.startswith(pair[0]))
         state[target + name.removeprefix(source)] = tensor.numpy()
 
     def rewrite(tensors: dict[str, np.ndarray]) -> None:
