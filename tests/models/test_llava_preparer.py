@@ -121,9 +121,8 @@ def their_inputs(folder: Path, sample: Sample) -> dict[str, torch.Tensor]:
     processor.vision_aspect_ratio = f"anyres_max_{MOST_TILES}"
     pictures = [Image.open(io.BytesIO(data)) for data in sample.images]
     inputs = dict(processor.image_processor(images=[pictures], return_tensors="np"))
-    content = [{"type": "image"}] * len(pictures) + [
-        {"type": "text", "text": sample.question.replace("<image>", "")}
-    ]
+    texts = [text for text in sample.question.split("<image>") if text]
+    content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text} for text in texts]
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}],
         chat_template=TEMPLATE,
