@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.models import qwen2_vl
+from rlens_jax.models import llava_onevision, qwen2_vl
 from rlens_jax.models.hf_config import ConfigReader
 
 
@@ -22,11 +22,14 @@ class Family:
     module: Callable[..., nnx.Module]
     """`module(config, *, dtype, rngs)`: the whole model, randomly initialised."""
     preparer: Callable[..., Any]
-    """`preparer(folder, config, patch_slots)`: prepares images and prompts by the checkpoint's own files."""
+    """`preparer(folder, config, patch_slots)`: a `rlens_jax.ranking.inputs.Preparer` by the checkpoint's own files."""
 
 
 FAMILIES: Mapping[str, Family] = {
-    "qwen2_vl": Family(qwen2_vl.read_config, qwen2_vl.Qwen2VL, qwen2_vl.Preparer)
+    "llava_onevision": Family(
+        llava_onevision.read_config, llava_onevision.LlavaOnevision, llava_onevision.Preparer
+    ),
+    "qwen2_vl": Family(qwen2_vl.read_config, qwen2_vl.Qwen2VL, qwen2_vl.Preparer),
 }
 """By `model_type`, as config.json says it."""
 

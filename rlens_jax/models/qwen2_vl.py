@@ -260,8 +260,11 @@ class Preparer:
             reason = str(error).splitlines()[0]
             raise UserError(f"{folder}: no usable preprocessor_config.json ({reason})") from None
 
-    def image(self, pixels: Image, sample_id: str) -> tuple[PreparedImage, tuple[int, int]]:
-        """One image as padded patches [J, C], places [J, 2] and their number, and its grid of patches."""
+    def images(self, pixels: Sequence[Image], sample_id: str) -> list[tuple[PreparedImage, tuple[int, int]]]:
+        """All images of a sample: each as padded patches [J, C], places [J, 2] and their number; and its grid of patches."""
+        return [self._image(image, sample_id) for image in pixels]
+
+    def _image(self, pixels: Image, sample_id: str) -> tuple[PreparedImage, tuple[int, int]]:
         features = self.image_processor(images=[pixels], return_tensors="np")
         _, rows, columns = (int(side) for side in features["image_grid_thw"][0])
         grid = rows, columns

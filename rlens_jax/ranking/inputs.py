@@ -6,18 +6,34 @@ Axis letters: B batch, P visual slots, T packed slots, D width.
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from PIL.Image import Image
 
 from rlens_jax.data.samples import Sample, load_image
 from rlens_jax.errors import UserError
 from rlens_jax.layout import Bucket
-from rlens_jax.models.prompt import Prompt, PromptBatch, collate
+from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate
 from rlens_jax.ranking.programs import Programs
+
+
+@runtime_checkable
+class Preparer(Protocol):
+    """What a model family does to images and texts before anything is computed."""
+
+    def images(self, pixels: Sequence[Image], sample_id: str) -> Sequence[tuple[PreparedImage, Any]]:
+        """All images of a sample, in order: each one's arrays, and what `prompt` must know of it.
+
+        They come together because what a family does to an image may depend on how many there are. Arrays of equal
+        shapes make a bucket: they are stacked and go through one program.
+        """
+
+    def prompt(self, sample: Sample, images: Sequence[Any], answer: str | None) -> Prompt:
+        """The prompt of a sample with what `images` told of its images, and a reference answer if one is given."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,7 @@ class _Row:
 
 def build_datasets(
     samples: Sequence[Sample],
-    preparer: Any,
+    preparer: Preparer,
     programs: Programs,
     shapes: Shapes,
     with_answers: bool,
@@ -85,7 +101,7 @@ def build_datasets(
 
     Args:
         samples: the split.
-        preparer: the model family's `Preparer`.
+        preparer: of the model's family.
         programs: the compiled programs of the run.
         shapes: static shapes.
         with_answers: teacher forcing: one row a reference answer; else one bare prompt a sample.
@@ -94,15 +110,15 @@ def build_datasets(
     Raises:
         UserError: an image or a prompt that cannot be used, naming the sample.
     """
-    prepared, grids = [], []
+    encoder, known = _Encoder(programs, shapes.batch_size), []
     for sample in samples:
-        images = [preparer.image(load_image(source, sample.id), sample.id) for source in sample.images]
-        prepared.append([image for image, _ in images])
-        grids.append([grid for _, grid in images])
+        images = preparer.images([load_image(source, sample.id) for source in sample.images], sample.id)
+        encoder.add([image for image, _ in images])
+        known.append([facts for _, facts in images])
         advance()
-    visual = _encode_all(prepared, programs, shapes.batch_size)
+    visual = encoder.finish()
     rows = [
-        _Row(i, preparer.prompt(sample, grids[i], answer))
+        _Row(i, preparer.prompt(sample, known[i], answer))
         for i, sample in enumerate(samples)
         for answer in (sample.answers if with_answers else (None,))
     ]
@@ -134,23 +150,40 @@ def _filled(chunk: Sequence[Any], size: int) -> list[Any]:
     return [*chunk, *[chunk[0]] * (size - len(chunk))]
 
 
-def _encode_all(prepared: Sequence[Sequence[Any]], programs: Programs, batch_size: int) -> list[np.ndarray]:
-    """Visual tokens of each sample, [P_i, D], all its images in order; images of one bucket are encoded together."""
-    encoded: list[list[Any]] = [[None] * len(images) for images in prepared]
-    by_shape: dict[Any, list[tuple[int, int]]] = defaultdict(list)
-    for i, images in enumerate(prepared):
-        for j, image in enumerate(images):
-            by_shape[tuple(array.shape for array in image.arrays)].append((i, j))
-    for places in by_shape.values():
-        for chunk in _chunks(places, batch_size):
-            images = [prepared[i][j] for i, j in _filled(chunk, batch_size)]
-            stacked = [np.stack(arrays) for arrays in zip(*(image.arrays for image in images), strict=True)]
-            tokens = np.asarray(programs.encode(*stacked))
-            for (i, j), rows in zip(
-                chunk, tokens, strict=False
-            ):  # the rows after the chunk only fill the batch
-                encoded[i][j] = rows[: prepared[i][j].num_tokens]
-    return [np.concatenate(images) for images in encoded]
+class _Encoder:
+    """Visual tokens of all samples; a batch is encoded as soon as it is full, since prepared images are large."""
+
+    def __init__(self, programs: Programs, batch_size: int):
+        self._programs = programs
+        self._batch_size = batch_size
+        self._waiting: dict[Any, list[tuple[int, int, PreparedImage]]] = defaultdict(list)
+        self._encoded: list[list[Any]] = []
+
+    def add(self, images: Sequence[PreparedImage]) -> None:
+        """All images of the next sample."""
+        sample = len(self._encoded)
+        self._encoded.append([None] * len(images))
+        for place, image in enumerate(images):
+            waiting = self._waiting[tuple(array.shape for array in image.arrays)]
+            waiting.append((sample, place, image))
+            if len(waiting) == self._batch_size:
+                self._encode(waiting)
+
+    def finish(self) -> list[np.ndarray]:
+        """For each sample, [P_i, D]: the tokens of all its images in order."""
+        for waiting in self._waiting.values():
+            if waiting:
+                self._encode(waiting)
+        return [np.concatenate(images) for images in self._encoded]
+
+    def _encode(self, waiting: list[tuple[int, int, PreparedImage]]) -> None:
+        images = _filled([image for _, _, image in waiting], self._batch_size)
+        stacked = [np.stack(arrays) for arrays in zip(*(image.arrays for image in images), strict=True)]
+        tokens = np.asarray(self._programs.encode(*stacked))
+        # The rows after those that waited only fill the batch.
+        for (sample, place, image), rows in zip(waiting, tokens, strict=False):
+            self._encoded[sample][place] = rows[: image.num_tokens].copy()
+        waiting.clear()
 
 
 def _batch(

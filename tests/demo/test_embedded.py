@@ -46,7 +46,7 @@ def test_logits_and_answers_equal_those_of_hugging_face(questions: list[tuple[Im
         prompt_text = processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = processor(text=[prompt_text], images=[image], return_tensors="pt")
         sample = Sample("s", "d", (b"",), text, ("?",))
-        prepared, grid = preparer.image(image, "s")
+        ((prepared, grid),) = preparer.images([image], "s")
         prompt = preparer.prompt(sample, [grid], None)
         np.testing.assert_array_equal(prompt.token_ids, inputs["input_ids"][0].numpy())
         np.testing.assert_allclose(

@@ -53,7 +53,12 @@ SHAPES = Shapes(text_slots=(8, 16), visual_slots=(8, 24), batch_size=4)
 class ToyPreparer:
     """Prompts from the sample's number alone: 1-3 images of different sizes, text around them."""
 
-    def image(self, pixels: Image.Image, sample_id: str) -> tuple[PreparedImage, tuple[int, int]]:
+    def images(
+        self, pixels: list[Image.Image], sample_id: str
+    ) -> list[tuple[PreparedImage, tuple[int, int]]]:
+        return [self.image(image) for image in pixels]
+
+    def image(self, pixels: Image.Image) -> tuple[PreparedImage, tuple[int, int]]:
         grid = (pixels.height, pixels.width)
         rng = np.random.default_rng(pixels.height * 100 + pixels.width)
         patches = rng.standard_normal((grid[0] * grid[1], 6), np.float32)

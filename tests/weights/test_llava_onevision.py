@@ -1,0 +1,322 @@
+"""The LLaVA-OneVision table against published names and shapes, and against a PyTorch model in every spelling."""
+
+import json
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from rlens_jax.errors import UserError
+from rlens_jax.models import read_kind
+from rlens_jax.weights.checkpoint import load_model
+from rlens_jax.weights.export import save_hf
+from rlens_jax.weights.leaves import arrays_of, shapes_of, unstacked
+from rlens_jax.weights.tables import table_of
+from tests.models.llava import tiny_llava
+from tests.torch_support import save_tiny
+from tests.weights.tiny import assert_same, change
+
+FACTS = Path(__file__).parents[2].parent / "shared/checkpoints/llava-onevision-qwen2-7b-ov-hf"
+POST_NORM = [f"vision_tower.vision_model.post_layernorm.{name}" for name in ("weight", "bias")]
+SPELLINGS = {
+    "published": {},
+    "in memory": {"save_original_format": False},
+    "sharded": {"max_shard_size": "200KB"},
+}
+
+
+def published_config(**overrides) -> dict:
+    """The 7B model's, with the fields that transformers leaves out of nested configs left out."""
+    return {
+        "model_type": "llava_onevision",
+        "text_config": {
+            "model_type": "qwen2",
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_attention_heads": 28,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 4,
+            "rope_theta": 1000000.0,
+            "vocab_size": 152128,
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "image_size": 384,
+            "intermediate_size": 4304,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 26,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        "image_grid_pinpoints": [
+            [384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)
+        ],
+        "image_token_index": 151646,
+        "video_token_index": 151647,
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": False,
+        "use_image_newline_parameter": True,
+        "vision_aspect_ratio": "anyres_max_9",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        **overrides,
+    }
+
+
+def published_shapes() -> dict[str, list[int]]:
+    """Names and shapes of the published 7B file, by rule."""
+    shapes = {
+        "language_model.model.embed_tokens.weight": [152128, 3584],
+        "language_model.model.norm.weight": [3584],
+        "language_model.lm_head.weight": [152128, 3584],
+        "image_newline": [3584],
+        "multi_modal_projector.linear_1.weight": [3584, 1152],
+        "multi_modal_projector.linear_1.bias": [3584],
+        "multi_modal_projector.linear_2.weight": [3584, 3584],
+        "multi_modal_projector.linear_2.bias": [3584],
+        "vision_tower.vision_model.embeddings.patch_embedding.weight": [1152, 3, 14, 14],
+        "vision_tower.vision_model.embeddings.patch_embedding.bias": [1152],
+        "vision_tower.vision_model.embeddings.position_embedding.weight": [729, 1152],
+        **{name: [1152] for name in POST_NORM},
+    }
+    for layer in range(28):
+        at = f"language_model.model.layers.{layer}."
+        for name, rows, columns, bias in (
+            ("self_attn.q_proj", 3584, 3584, True),
+            ("self_attn.k_proj", 512, 3584, True),
+            ("self_attn.v_proj", 512, 3584, True),
+            ("self_attn.o_proj", 3584, 3584, False),
+            ("mlp.gate_proj", 18944, 3584, False),
+            ("mlp.up_proj", 18944, 3584, False),
+            ("mlp.down_proj", 3584, 18944, False),
+        ):
+            shapes[f"{at}{name}.weight"] = [rows, columns]
+            if bias:
+                shapes[f"{at}{name}.bias"] = [rows]
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{at}{name}.weight"] = [3584]
+    for layer in range(26):
+        at = f"vision_tower.vision_model.encoder.layers.{layer}."
+        linears = [(f"self_attn.{x}_proj", 1152, 1152) for x in ("q", "k", "v", "out")]
+        for name, rows, columns in (*linears, ("mlp.fc1", 4304, 1152), ("mlp.fc2", 1152, 4304)):
+            shapes[f"{at}{name}.weight"], shapes[f"{at}{name}.bias"] = [rows, columns], [rows]
+        for name in ("layer_norm1", "layer_norm2"):
+            shapes[f"{at}{name}.weight"] = shapes[f"{at}{name}.bias"] = [1152]
+    return shapes
+
+
+def test_published_names_map_completely():
+    kind = read_kind(published_config(), "config.json")
+    table = table_of(kind)
+    table.check_covers(shapes_of(kind.abstract(jnp.bfloat16)))
+    mapped = {name: list(tensor.shape) for name, tensor in table.tensors.items()}
+    shapes = published_shapes()
+    assert mapped == {name: shape for name, shape in shapes.items() if name not in POST_NORM}
+    assert all(any(re.fullmatch(i.source, name) for i in table.ignored) for name in POST_NORM)
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 8030807584
+    if FACTS.exists():
+        facts = json.loads((FACTS / "tensor_shapes.json").read_text())["shapes"]
+        assert shapes == facts
+        assert read_kind(json.loads((FACTS / "config.json").read_text()), "config.json").config == kind.config
+
+
+def test_the_published_small_model_is_tied_by_its_text_config_alone():
+    text = {**published_config()["text_config"], "tie_word_embeddings": True}
+    table = table_of(read_kind(published_config(text_config=text), "config.json"))
+    assert "language_model.lm_head.weight" not in table.tensors
+    assert table.copies == {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
+
+
+@pytest.fixture(scope="module")
+def reference() -> torch.nn.Module:
+    return tiny_llava(1)
+
+
+@pytest.fixture(scope="module")
+def published(reference, tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("published") / "model", reference)
+
+
+def test_every_parameter_is_where_it_belongs(reference, published):
+    """Against the torch parameters, by reshapes written out here."""
+    _, model = load_model(published, jnp.float32)
+    ours = {name: np.asarray(array) for name, array in arrays_of(model).items()}
+    compared: set[tuple[str, int | None]] = set()
+
+    def check(name: str, parameter: torch.Tensor, layer: int | None = None) -> None:
+        compared.add((name, layer))
+        actual = ours[name] if layer is None else ours[name][layer]
+        np.testing.assert_array_equal(actual, parameter.detach().numpy(), err_msg=name)
+
+    text, tower = reference.model.language_model, reference.model.vision_tower
+    check("decoder.embedding", text.embed_tokens.weight)
+    check("decoder.norm.scale", text.norm.weight)
+    check("decoder.head", reference.lm_head.weight)
+    for i, layer in enumerate(text.layers):
+        at, attention, mlp = "decoder.layers.", layer.self_attn, layer.mlp
+        check(at + "input_norm.scale", layer.input_layernorm.weight, i)
+        check(at + "ffn_norm.scale", layer.post_attention_layernorm.weight, i)
+        for part, heads in (("q_proj", 6), ("k_proj", 2), ("v_proj", 2)):
+            linear = getattr(attention, part)
+            check(f"{at}attention.{part}.kernel", linear.weight.T.reshape(60, heads, 10), i)
+            check(f"{at}attention.{part}.bias", linear.bias.reshape(heads, 10), i)
+        check(at + "attention.o_proj.kernel", attention.o_proj.weight.T.reshape(6, 10, 60), i)
+        check(at + "ffn.gate_proj.kernel", mlp.gate_proj.weight, i)
+        check(at + "ffn.up_proj.kernel", mlp.up_proj.weight, i)
+        check(at + "ffn.down_proj.kernel", mlp.down_proj.weight.T, i)
+    check("vision.image_newline", reference.model.image_newline)
+    projector = reference.model.multi_modal_projector
+    for ours_name, linear in (("projector_fc1", projector.linear_1), ("projector_fc2", projector.linear_2)):
+        check(f"vision.{ours_name}.kernel", linear.weight.T)
+        check(f"vision.{ours_name}.bias", linear.bias)
+    embeddings = tower.embeddings
+    check("vision.tower.patch_embed.kernel", embeddings.patch_embedding.weight.reshape(24, -1).T)
+    check("vision.tower.patch_embed.bias", embeddings.patch_embedding.bias)
+    check("vision.tower.position_embedding", embeddings.position_embedding.weight)
+    for i, layer in enumerate(tower.encoder.layers):
+        at, attention = "vision.tower.layers.", layer.self_attn
+        for part in ("q_proj", "k_proj", "v_proj"):
+            linear = getattr(attention, part)
+            check(f"{at}{part}.kernel", linear.weight.T.reshape(24, 3, 8), i)
+            check(f"{at}{part}.bias", linear.bias.reshape(3, 8), i)
+        check(at + "o_proj.kernel", attention.out_proj.weight.T.reshape(3, 8, 24), i)
+        check(at + "o_proj.bias", attention.out_proj.bias, i)
+        for ours_name, linear in (("fc1", layer.mlp.fc1), ("fc2", layer.mlp.fc2)):
+            check(f"{at}{ours_name}.kernel", linear.weight.T, i)
+            check(f"{at}{ours_name}.bias", linear.bias, i)
+        for ours_name, norm in (("attention_norm", layer.layer_norm1), ("mlp_norm", layer.layer_norm2)):
+            check(f"{at}{ours_name}.scale", norm.weight, i)
+            check(f"{at}{ours_name}.bias", norm.bias, i)
+    assert compared == {(place.path, place.layer) for place in unstacked(shapes_of(model)).values()}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_what_transformers_writes_gives_the_same_model(reference, published, spelling, tmp_path):
+    folder = save_tiny(tmp_path / "model", reference, **SPELLINGS[spelling])
+    if spelling == "sharded":
+        assert len(list(folder.glob("*.safetensors"))) > 2
+    assert_same(load_model(folder, jnp.float32)[1], load_model(published, jnp.float32)[1])
+
+
+OLD = "language_model.model.", "language_model.lm_head.", "vision_tower.vision_model.", ""
+PREFIXES = {
+    "published": OLD,
+    "transformers 5, the tower without its level": (*OLD[:2], "vision_tower.", ""),
+    "in memory since 4.52": (
+        "model.language_model.",
+        "lm_head.",
+        "model.vision_tower.vision_model.",
+        "model.",
+    ),
+    "in memory of transformers 5": ("model.language_model.", "lm_head.", "model.vision_tower.", "model."),
+}
+"""Of the decoder, its head, the tower, and of connector and newline."""
+
+
+@pytest.mark.parametrize("spelling", PREFIXES)
+def test_every_spelling_gives_the_same_model(reference, published, spelling, tmp_path):
+    """Names written out here, from those of the module tree."""
+    folder = save_tiny(tmp_path / "model", reference)
+    decoder, head, tower, rest = PREFIXES[spelling]
+    renames = (("model.language_model.", decoder), ("lm_head.", head), ("model.vision_tower.", tower))
+    state = {}
+    for name, tensor in reference.state_dict().items():
+        source, target = next(pair for pair in (*renames, ("model.", rest)) if name.startswith(pair[0]))
+        state[target + name.removeprefix(source)] = tensor.numpy()
+
+    def rewrite(tensors: dict[str, np.ndarray]) -> None:
+        tensors.clear()
+        tensors.update(state)
+
+    change(folder, rewrite)
+    assert_same(load_model(folder, jnp.float32)[1], load_model(published, jnp.float32)[1])
+
+
+def test_transformers_loads_what_we_write(reference, published, tmp_path):
+    from transformers import LlavaOnevisionForConditionalGeneration
+
+    kind, model = load_model(published, jnp.float32)
+    save_hf(tmp_path / "back", model, kind.fields)
+    back, info = LlavaOnevisionForConditionalGeneration.from_pretrained(
+        tmp_path / "back", output_loading_info=True
+    )
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    unused = {name.split(".")[-2] for name in info["missing_keys"]}
+    assert unused == {"post_layernorm"}
+    expected = reference.state_dict()
+    for name, tensor in back.state_dict().items():
+        assert "post_layernorm" in name or torch.equal(tensor, expected[name.replace("vision_model.", "")]), (
+            name
+        )
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"vision_feature_layer": -2}, "vision_feature_layer = -2 is not supported (only -1)"),
+        (
+            {"vision_feature_select_strategy": "default"},
+            "vision_feature_select_strategy = 'default' is not supp",
+        ),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act = 'relu' is not supported (only 'gelu')"),
+        ({"multimodal_projector_bias": False}, "multimodal_projector_bias = False is not supported"),
+        ({"use_image_newline_parameter": False}, "use_image_newline_parameter = False is not supported"),
+        (
+            {"vision_aspect_ratio": "pad"},
+            "vision_aspect_ratio = 'pad' is not supported (only 'anyres_max_N')",
+        ),
+        (
+            {"image_grid_pinpoints": [[384, 400]]},
+            "image_grid_pinpoints contains [384, 400]; only [height, width]",
+        ),
+        ({"image_grid_pinpoints": None}, "image_grid_pinpoints must be a list"),
+        ({"image_token_index": None}, "the field image_token_index is missing"),
+        ({"text_config": {"model_type": "llama"}}, "text_config: model_type = 'llama' is not supported"),
+        ({"vision_config": {"model_type": "clip_vision_model"}}, "'clip_vision_model' is not supported"),
+        ({"model_type": "llava"}, "model_type 'llava' is not supported"),
+    ],
+)
+def test_what_is_not_supported_is_refused(fields, complaint):
+    with pytest.raises(UserError) as error:
+        read_kind(published_config(**fields), "config.json")
+    assert complaint in str(error.value)
+    assert str(error.value).startswith("config.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (
+            lambda tensors: tensors.pop("image_newline"),
+            "image_newline: missing, expected with shape [60]",
+        ),
+        (
+            lambda tensors: tensors.update(image_newlien=tensors.pop("image_newline")),
+            "image_newlien: not known (did you mean 'image_newline'?)",
+        ),
+        (
+            lambda tensors: tensors.update(image_newline=tensors["image_newline"][:59]),
+            "image_newline: has shape [59], expected [60]",
+        ),
+        (
+            lambda tensors: tensors.update({"model.image_newline": tensors["image_newline"]}),
+            "model.image_newline: doubled",
+        ),
+        (
+            lambda tensors: tensors.update(image_newline=np.full(60, np.nan, np.float32)),
+            "image_newline: holds NaN or infinite values",
+        ),
+    ],
+)
+def test_damaged_weights_are_refused(reference, damage, complaint, tmp_path):
+    folder = save_tiny(tmp_path / "model", reference)
+    change(folder, damage)
+    with pytest.raises(UserError) as error:
+        load_model(folder, jnp.float32)
+    assert complaint in str(error.value)
