@@ -1,9 +1,9 @@
 """Time saved by the reductions in one decoder layer, against the fastest dense layer: `python -m rlens_jax.bench [--json FILE]`.
 
-The layer has the widths of Qwen2-VL-2B; 1792 visual tokens stand between 64 and 64 text tokens, float32, batch 1. All programs
-take turns, medians are reported. `realised_saving` is (1 - time ratio) / (1 - FLOPs ratio), the FLOPs being those of the field's
-formula with the probes counted; the dense time is that of the fastest of four kinds of dense attention. With the extra `torch`
-installed, PyTorch's layer with SDPA is timed beside, for orientation.
+The layer has the widths of a published model (Qwen2-VL-2B unless another is named); 1792 visual tokens stand between 64 and 64
+text tokens, float32, batch 1. All programs take turns, medians are reported. `realised_saving` is (1 - time ratio) / (1 - FLOPs
+ratio), the FLOPs being those of the field's formula with the probes counted; the dense time is that of the fastest of four kinds
+of dense attention. With the extra `torch` installed, PyTorch's layer with SDPA is timed beside, for orientation.
 """
 
 import argparse
@@ -24,6 +24,25 @@ from rlens_jax.plan import Reduction
 
 TEXT_BEFORE, VISUAL, TEXT_AFTER = 64, 1792, 64
 OURS = "ours (packed, causal blocks)"
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Widths of a published decoder layer."""
+
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_width: int
+    qkv_bias: bool
+
+
+LAYERS = {
+    "qwen2-vl-2b": Widths(1536, 12, 2, 128, 8960, qkv_bias=True),
+    "internvl2-8b": Widths(4096, 32, 8, 128, 14336, qkv_bias=False),
+    "llava-onevision-0.5b": Widths(896, 14, 2, 64, 4864, qkv_bias=True),
+}
 CASES = {"attention": (True, False), "ffn": (False, True), "both": (True, True)}
 """Name -> (hollow, dynamic)."""
 
@@ -41,10 +60,13 @@ class Case:
 def main(arguments: Sequence[str]) -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(prog="python -m rlens_jax.bench", description=__doc__)
+    parser.add_argument(
+        "--layer", choices=LAYERS, default="qwen2-vl-2b", help="the model whose widths are taken"
+    )
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--repeats", type=int, default=15, help="how often each program is timed")
     options = parser.parse_args(arguments)
-    results = measure(options.repeats)
+    results = measure(options.layer, options.repeats)
     for name, seconds in results["dense_seconds"].items():
         print(f"dense, {name:<34}{seconds * 1e3:9.1f} ms")
     for name, case in results["cases"].items():
@@ -56,22 +78,24 @@ def main(arguments: Sequence[str]) -> None:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(repeats: int) -> dict[str, Any]:
+def measure(layer: str, repeats: int) -> dict[str, Any]:
     """All timings, as the JSON file has them."""
     import jax
 
     from rlens_jax.ranking.timing import time_side_by_side
 
     say("compiling ...")
-    programs = _programs()
-    torch_layer = _torch_layer()
+    widths = LAYERS[layer]
+    programs = _programs(widths)
+    torch_layer = _torch_layer(widths)
     if torch_layer is not None:
         programs["PyTorch SDPA"] = torch_layer
     measured = dict(zip(programs, time_side_by_side(list(programs.values()), repeats), strict=True))
     seconds = {name: median(values) for name, values in measured.items()}
     dense = {name: value for name, value in seconds.items() if name not in CASES}
     baseline = min(value for name, value in dense.items() if name != "PyTorch SDPA")
-    sizes, reduction = LayerSizes(1536, 256, 8960), Reduction()
+    sizes = LayerSizes(widths.width, widths.num_kv_heads * widths.head_dim, widths.ffn_width)
+    reduction = Reduction()
     cost = partial(layer_cost, sizes, TEXT_BEFORE + TEXT_AFTER, VISUAL, reduction, with_probes=True)
     cases = {}
     for name, (hollow, dynamic) in CASES.items():
@@ -80,7 +104,7 @@ def measure(repeats: int) -> dict[str, Any]:
         cases[name] = asdict(Case(seconds[name], flops_saved, time_saved, time_saved / flops_saved))
     return {
         "schema": "rlens-bench/1",
-        "layer": "Qwen2-VL-2B",
+        "layer": layer,
         "text_tokens": TEXT_BEFORE + TEXT_AFTER,
         "visual_tokens": VISUAL,
         "dtype": "float32",
@@ -92,7 +116,7 @@ def measure(repeats: int) -> dict[str, Any]:
     }
 
 
-def _programs() -> dict[str, Callable[[], Any]]:
+def _programs(widths: Widths) -> dict[str, Callable[[], Any]]:
     """The layer with each kind of dense attention, and under each reduction, each as a call without arguments."""
     import jax
     import jax.numpy as jnp
@@ -106,23 +130,23 @@ def _programs() -> dict[str, Callable[[], Any]]:
 
     config = DecoderConfig(
         num_layers=1,
-        width=1536,
-        num_heads=12,
-        num_kv_heads=2,
-        head_dim=128,
-        ffn_width=8960,
+        width=widths.width,
+        num_heads=widths.num_heads,
+        num_kv_heads=widths.num_kv_heads,
+        head_dim=widths.head_dim,
+        ffn_width=widths.ffn_width,
         vocabulary=2,
         norm_eps=1e-6,
         rope_theta=1e6,
-        rope_sections=(16, 24, 24),
-        qkv_bias=True,
+        rope_sections=(widths.head_dim // 2,),
+        qkv_bias=widths.qkv_bias,
         tied_head=True,
     )
     length = TEXT_BEFORE + VISUAL + TEXT_AFTER
     is_visual = np.zeros(length, bool)
     is_visual[TEXT_BEFORE : TEXT_BEFORE + VISUAL] = True
     layout = pack_layout([is_visual], Bucket(TEXT_BEFORE + TEXT_AFTER, VISUAL), [0])
-    in_order = np.broadcast_to(np.arange(length, dtype=np.int32)[:, None], (length, 3))
+    in_order = np.arange(length, dtype=np.int32)[:, None]
     packed = pack_rows([in_order], layout).transpose(0, 2, 1)
     decoder = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
     graph, state = nnx.split(DecoderLayer(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
@@ -169,13 +193,14 @@ def _programs() -> dict[str, Callable[[], Any]]:
     }
 
 
-def _torch_layer() -> Callable[[], Any] | None:
+def _torch_layer(widths: Widths) -> Callable[[], Any] | None:
     """The same dense layer in PyTorch, if that is installed; nothing else of the project uses it."""
     if importlib.util.find_spec("torch") is None:
         return None
     torch = importlib.import_module("torch")
     functional = torch.nn.functional
-    width, heads, kv_heads, head_dim, ffn_width = 1536, 12, 2, 128, 8960
+    width, ffn_width = widths.width, widths.ffn_width
+    heads, kv_heads, head_dim = widths.num_heads, widths.num_kv_heads, widths.head_dim
     length = TEXT_BEFORE + VISUAL + TEXT_AFTER
     q, k, v, o, gate, up, down = (
         torch.randn(rows, columns) * columns**-0.5
