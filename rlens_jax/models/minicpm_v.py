@@ -295,9 +295,12 @@ def read_slicing(fields: ConfigReader, config: MiniCPMVConfig) -> Slicing:
     fields.require("image_feature_size", config.resampler.num_queries)
     fields.require("patch_size", config.vision.patch_size)
     mean, std = (fields.fields.get(name, [0.5, 0.5, 0.5]) for name in ("norm_mean", "norm_std"))
-    for name, values in (("norm_mean", mean), ("norm_std", std)):
-        if not isinstance(values, list) or len(values) != 3 or not all(isinstance(x, float) for x in values):
-            raise UserError(f"{fields.where}: {name} must be three numbers, not {values!r}")
+    for name, values, kind in (("norm_mean", mean, "numbers"), ("norm_std", std, "positive numbers")):
+        three = (
+            isinstance(values, list) and len(values) == 3 and all(isinstance(x, int | float) for x in values)
+        )
+        if not three or (values is std and min(std) <= 0):
+            raise UserError(f"{fields.where}: {name} must be three {kind}, not {values!r}")
     return Slicing(
         max_slices=fields.size("max_slice_nums", default=9),
         resolution=fields.size("scale_resolution", default=448),
