@@ -365,11 +365,8 @@ class SlicedChat:
             raise UserError(
                 f"{folder}: no usable tokenizer ({reason}); copy tokenizer.json and tokenizer_config.json beside config.json"
             ) from None
-        special = {
-            self.tokenizer.convert_tokens_to_ids(token): token for token in (*marks.image, *marks.slice)
-        }
-        for number, token in special.items():
-            if self._ids(token) != [number]:
+        for token in (*marks.image, *marks.slice, marks.slot):
+            if self._ids(token) != [self.tokenizer.convert_tokens_to_ids(token)]:
                 raise UserError(
                     f"{folder}: the tokenizer has no token {token!r}; copy the files of MiniCPM-V 2.6"
                 )
@@ -444,6 +441,10 @@ class Preparer:
         self.patch_slots = sorted(patch_slots)
         self.slicing = read_slicing(fields, config)
         self.chat = SlicedChat(folder, read_marks(fields), config.resampler.num_queries)
+
+    def images(self, pixels: Sequence[Image], sample_id: str) -> list[tuple[PreparedImage, Grid | None]]:
+        """All images of a sample, as `image` prepares each."""
+        return [self.image(image, sample_id) for image in pixels]
 
     def image(self, pixels: Image, sample_id: str) -> tuple[PreparedImage, Grid | None]:
         """One image as views of padded patches, and the grid of its slices.

@@ -19,7 +19,7 @@ from rlens_jax.models.hf_config import ConfigReader
 from rlens_jax.models.layers import LayerNorm, Linear
 from rlens_jax.ops.attention import masked_attention
 
-SCORES, LEAST_QUERIES = 1 << 26, 128
+SCORES, LEAST_QUERIES = 1 << 26, 64
 """Attention scores computed together (256 MB), and the fewest queries for it: each block is compiled by itself."""
 
 
