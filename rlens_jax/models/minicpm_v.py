@@ -365,6 +365,8 @@ class SlicedChat:
             raise UserError(
                 f"{folder}: no usable tokenizer ({reason}); copy tokenizer.json and tokenizer_config.json beside config.json"
             ) from None
+        if not self.tokenizer.chat_template:
+            raise UserError(f"{folder}: tokenizer_config.json has no chat_template; copy the published one")
         for token in (*marks.image, *marks.slice, marks.slot):
             if self._ids(token) != [self.tokenizer.convert_tokens_to_ids(token)]:
                 raise UserError(
