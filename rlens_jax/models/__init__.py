@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.models import llava_onevision, qwen2_vl
+from rlens_jax.models import llava_onevision, minicpm_v, qwen2_vl
 from rlens_jax.models.hf_config import ConfigReader
 
 
@@ -29,6 +29,7 @@ FAMILIES: Mapping[str, Family] = {
     "llava_onevision": Family(
         llava_onevision.read_config, llava_onevision.LlavaOnevision, llava_onevision.Preparer
     ),
+    "minicpmv": Family(minicpm_v.read_config, minicpm_v.MiniCPMV, minicpm_v.Preparer),
     "qwen2_vl": Family(qwen2_vl.read_config, qwen2_vl.Qwen2VL, qwen2_vl.Preparer),
 }
 """By `model_type`, as config.json says it."""
