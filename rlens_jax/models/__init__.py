@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.models import qwen2_vl
+from rlens_jax.models import internvl, qwen2_vl
 from rlens_jax.models.hf_config import ConfigReader
 
 
@@ -26,7 +26,9 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "qwen2_vl": Family(qwen2_vl.read_config, qwen2_vl.Qwen2VL, qwen2_vl.Preparer)
+    "internvl": Family(internvl.read_hf_config, internvl.InternVL, internvl.Preparer),
+    "internvl_chat": Family(internvl.read_native_config, internvl.InternVL, internvl.Preparer),
+    "qwen2_vl": Family(qwen2_vl.read_config, qwen2_vl.Qwen2VL, qwen2_vl.Preparer),
 }
 """By `model_type`, as config.json says it."""
 

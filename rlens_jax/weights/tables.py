@@ -4,10 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlens_jax.models import ModelKind
-from rlens_jax.weights import qwen2_vl
+from rlens_jax.weights import internvl, qwen2_vl
 from rlens_jax.weights.table import Table
 
-TABLES: Mapping[str, Callable[[Any], Table]] = {"qwen2_vl": qwen2_vl.table}
+TABLES: Mapping[str, Callable[[Any], Table]] = {
+    "internvl": internvl.table,
+    "internvl_chat": internvl.table,
+    "qwen2_vl": qwen2_vl.table,
+}
 """By `model_type`; the argument is the family's config."""
 
 
