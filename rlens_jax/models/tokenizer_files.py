@@ -30,7 +30,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             return Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
         if {"tokenizer.model", "tokenizer_config.json"} <= names:
             return _read_sentencepiece(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except UserError:
+        raise
+    # The tokenizers library raises bare exceptions for broken files.
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder}: no usable tokenizer ({reason})") from None
     raise UserError(

@@ -88,12 +88,7 @@ def _vision_parts(vision: VisionConfig, *, native: bool) -> tuple[Part, ...]:
             (
                 Row(names["class"], "class_token", "1 1 e -> e"),
                 Row(names["position"], "position", "1 j e -> j e"),
-                Row(
-                    names["patch"] + ".weight",
-                    "patch_embed.kernel",
-                    "e channel row col -> (channel row col) e",
-                ),
-                Row(names["patch"] + ".bias", "patch_embed.bias", "e -> e"),
+                *_linear(names["patch"], "patch_embed", "e channel row col -> (channel row col) e", "e"),
             ),
         ),
         Part(
