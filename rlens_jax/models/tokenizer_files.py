@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast
@@ -32,7 +31,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             return _read_sentencepiece(folder)
     except UserError:
         raise
-    # The tokenizers library raises bare exceptions for broken files.
+    # The libraries raise errors of many types for broken files, one of them bare exceptions.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder}: no usable tokenizer ({reason})") from None
@@ -48,10 +47,7 @@ def _read_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
     The added tokens of tokenizer_config.json take the place of the pieces with their numbers, or follow them.
     """
     proto = sentencepiece_model_pb2_new.ModelProto()
-    try:
-        proto.ParseFromString((folder / "tokenizer.model").read_bytes())
-    except DecodeError as error:
-        raise UserError(f"{folder / 'tokenizer.model'}: no sentencepiece model ({error})") from None
+    proto.ParseFromString((folder / "tokenizer.model").read_bytes())
     normal = proto.normalizer_spec
     if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
         raise UserError(f"{folder / 'tokenizer.model'}: only BPE models are supported")

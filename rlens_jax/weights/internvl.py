@@ -31,7 +31,7 @@ NAMES = {
     "connector_fc1": ("1", "linear_1"),
     "connector_fc2": ("3", "linear_2"),
 }
-"""The vision tower's and the connector's names: native, transformers."""
+"""Native, transformers."""
 INTERNLM2 = {
     EMBEDDING: "model.tok_embeddings.weight",
     HEAD: "output.weight",
@@ -146,6 +146,6 @@ def _internlm2_parts(config: DecoderConfig) -> tuple[Part, ...]:
         rows = (row for row in part.rows if row.source not in split)
         return replace(part, rows=tuple(replace(row, source=INTERNLM2[row.source]) for row in rows))
 
-    outer, layers = (renamed(part) for part in decoder_parts(config))
+    outer, layers = map(renamed, decoder_parts(config))
     sizes = {**layers.sizes, "group": config.num_heads // config.num_kv_heads}
     return outer, replace(layers, rows=(*layers.rows, fused), sizes=sizes)
