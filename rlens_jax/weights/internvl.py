@@ -66,10 +66,9 @@ def table(config: InternVLConfig) -> Table:
 
 def _vision_parts(vision: VisionConfig, *, native: bool) -> tuple[Part, ...]:
     names = {key: pair[0 if native else 1] for key, pair in NAMES.items()}
-    side = vision.patch_size
+    side, at = vision.patch_size, names["attention"]
     patch = {"channel": vision.channels, "row": side, "col": side, "j": 1 + vision.num_patches}
     sizes = {letter.lower(): size for letter, size in vision.sizes.items()} | patch
-    at = names["attention"]
     if native:
         qkv = [Row(f"{at}qkv.weight", tuple(f"{x}.kernel" for x in QKV), "(three n h) e -> three e n h")]
         if vision.qkv_bias:

@@ -54,10 +54,12 @@ def make_pair(folder, save=save_tiny, **options) -> Pair:
     return Pair(theirs, kind.config, lambda: load_model(folder, jnp.float32)[1], ours)
 
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+"""Plain RoPE for prompts as short as here."""
 PAIRS = {
     "hf": {"seed": 0},
     "hf, 6B tower": {"seed": 1, "vision": SIX_B},
-    "hf, Llama": {"seed": 2, "text_model": "llama"},
+    "hf, Llama": {"seed": 2, "text_model": "llama", "rope_parameters": DYNAMIC},
     "hf, tied": {"seed": 3, "tie_word_embeddings": True, "num_key_value_heads": 1},
     "native, Qwen2": {"seed": 4, "save": save_native},
     "native, InternLM2": {"seed": 5, "save": save_native, "text_model": "llama"},

@@ -245,7 +245,7 @@ def test_from_picture_to_logits(native):
     from tests.internvl_support import Example
 
     theirs, (kind, ours) = tiny_internvl(0, num_hidden_layers=1), load_model(native, jnp.float32)
-    prepare = Preparer(native, kind.config, (256,))
+    prepare = Preparer(native, kind.config, (512,))
     pictures = [picture(2, 40, 90), picture(3, 50, 11)]
     images, tiles = zip(*(prepare.image(image, "s:1") for image in pictures), strict=True)
     prompt = prepare.prompt(sample("a <image> b <image> c", 2), tiles, None)
@@ -296,10 +296,10 @@ def test_an_image_token_in_the_question(hf):
 
 def test_a_prompt_beyond_the_reach_of_plain_rope(native, tmp_path):
     llm = json.loads((native / "config.json").read_text())["llm_config"]
-    scaled = llm | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 250}
+    scaled = llm | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 200}
     folder = copied(native, tmp_path, llm_config=scaled)
     message = refusal(preparer(folder).prompt, sample("Why?"), [3], None)
-    assert "with dynamic RoPE scaling at most 250 are supported" in message
+    assert "with dynamic RoPE scaling at most 200 are supported" in message
 
 
 def test_a_tokenizer_of_another_model(native, tmp_path):
