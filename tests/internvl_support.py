@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from rlens_jax.models.internvl import InternVLConfig, Native, cut_tiles
@@ -313,10 +313,19 @@ HF_TEMPLATE = (
 """As in the published checkpoints of transformers' layout."""
 
 
-def save_tokenizer(folder: Path, chat_template: str | None = None) -> None:
-    """tokenizer.json and tokenizer_config.json of `byte_tokenizer`."""
+def save_tokenizer(folder: Path, chat_template: str | None = None, *, adds_start: bool = False) -> None:
+    """tokenizer.json and tokenizer_config.json of `byte_tokenizer`, whose own end token ends documents.
+
+    With `adds_start` it puts `<s>` before every text, as a Llama's does.
+    """
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), eos_token="<|im_end|>")
-    tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(folder)
+    tokenizer, special = byte_tokenizer(), {"eos_token": "</s>"}
+    if adds_start:
+        tokenizer.add_special_tokens(["<s>"])
+        start = ("<s>", tokenizer.token_to_id("<s>"))
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[start])
+        special["bos_token"] = "<s>"
+    saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    saved.chat_template = chat_template
+    saved.save_pretrained(folder)

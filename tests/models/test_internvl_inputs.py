@@ -214,6 +214,16 @@ def test_prompt_by_the_chat_template_of_the_hf_layout(hf):
     assert preparer(hf).chat.stop_token == 257
 
 
+@pytest.mark.parametrize("template", [HF_TEMPLATE, "{{ bos_token }}" + HF_TEMPLATE], ids=["without", "with"])
+def test_a_start_token_comes_once(hf, template, tmp_path):
+    folder = copied(hf, tmp_path)
+    save_tokenizer(folder, template, adds_start=True)
+    prepare = preparer(folder)
+    ids = prepare.prompt(sample("Why?"), [1], "So.").token_ids
+    plain = preparer(hf).prompt(sample("Why?"), [1], "So.").token_ids
+    assert ids.tolist() == [prepare.chat.tokenizer.bos_token_id, *plain]
+
+
 def test_older_template_of_the_hf_layout(hf, tmp_path):
     folder = copied(hf, tmp_path)
     (folder / "chat_template.jinja").write_text(HF_TEMPLATE.replace("<IMG_CONTEXT>", "<image>"))
