@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.models import llava_onevision, minicpm_v, qwen2_vl
+from rlens_jax.models import internvl, llava_onevision, minicpm_v, qwen2_vl
 from rlens_jax.models.hf_config import ConfigReader
 
 
@@ -26,6 +26,8 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
+    "internvl": Family(internvl.read_hf_config, internvl.InternVL, internvl.Preparer),
+    "internvl_chat": Family(internvl.read_native_config, internvl.InternVL, internvl.Preparer),
     "llava_onevision": Family(
         llava_onevision.read_config, llava_onevision.LlavaOnevision, llava_onevision.Preparer
     ),

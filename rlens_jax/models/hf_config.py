@@ -70,6 +70,53 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_qwen2_decoder(config: ConfigReader) -> DecoderConfig:
     """A Qwen2 decoder's sizes from flat or nested fields (biases on q, k and v only, SwiGLU, RMSNorm)."""
     text = ConfigReader({**config.fields, **(config.fields.get("text_config") or {})}, config.where)
+    tied = bool(config.fields.get("tie_word_embeddings", text.fields.get("tie_word_embeddings", False)))
+    return _read_decoder(text, ("default", "mrope"), default_theta=1e6, qkv_bias=True, tied_head=tied)
+
+
+def read_text_decoder(text: ConfigReader, tied_head: bool) -> DecoderConfig:
+    """A nested text model's sizes by its own `model_type`: Qwen2, Llama or InternLM2 (a Llama with fused q, k, v).
+
+    Dynamic NTK scaling of RoPE is accepted, because its factor is 1 up to `max_position_embeddings`: whoever
+    accepts longer prompts than `rope_limit` says computes something else.
+
+    Args:
+        text: the nested fields.
+        tied_head: where that is said differs between layouts.
+
+    Raises:
+        UserError: the text model is another one, or a field is missing or asks for what is not supported.
+    """
+    model_type = text.fields.get("model_type")
+    without_bias = {"qwen2": (), "llama": ("attention_bias", "mlp_bias"), "internlm2": ("bias",)}
+    if model_type not in without_bias:
+        supported = ", ".join(without_bias)
+        raise UserError(
+            f"{text.where}: model_type {model_type!r} is not supported; text models are: {supported}"
+        )
+    for name in without_bias[model_type]:
+        text.require(name, False)
+    return _read_decoder(
+        text, ("default", "dynamic"), default_theta=None, qkv_bias=model_type == "qwen2", tied_head=tied_head
+    )
+
+
+def rope_limit(text: ConfigReader) -> int | None:
+    """Up to how many tokens a text model with dynamic NTK scaling is one with plain RoPE; None without scaling."""
+    scaling = _rope_scaling(text)
+    if "dynamic" in (scaling.get("type"), scaling.get("rope_type")):
+        return text.size("max_position_embeddings")
+    return None
+
+
+def _read_decoder(
+    text: ConfigReader,
+    rope_types: tuple[str, ...],
+    *,
+    default_theta: float | None,
+    qkv_bias: bool,
+    tied_head: bool,
+) -> DecoderConfig:
     text.require("hidden_act", "silu")
     text.require("use_sliding_window", False, None)
     for layer_type in set(text.fields.get("layer_types") or ()):
@@ -79,7 +126,7 @@ def read_qwen2_decoder(config: ConfigReader) -> DecoderConfig:
             )
     width, heads = text.size("hidden_size"), text.size("num_attention_heads")
     head_dim = text.size("head_dim", default=width // heads)
-    theta, sections = _rope(text, head_dim)
+    theta, sections = _rope(text, head_dim, rope_types, default_theta)
     return DecoderConfig(
         num_layers=text.size("num_hidden_layers"),
         width=width,
@@ -91,22 +138,27 @@ def read_qwen2_decoder(config: ConfigReader) -> DecoderConfig:
         norm_eps=text.number("rms_norm_eps"),
         rope_theta=theta,
         rope_sections=sections,
-        qkv_bias=True,
-        tied_head=bool(
-            config.fields.get("tie_word_embeddings", text.fields.get("tie_word_embeddings", False))
-        ),
+        qkv_bias=qkv_bias,
+        tied_head=tied_head,
     )
 
 
-def _rope(text: ConfigReader, head_dim: int) -> tuple[float, tuple[int, ...]]:
-    """Rotary base and sections; every kind of scaling but mRoPE's sections changes the angles and is refused."""
-    scaling = text.fields.get("rope_parameters") or text.fields.get("rope_scaling") or {}
+def _rope_scaling(text: ConfigReader) -> Mapping[str, Any]:
+    return text.fields.get("rope_parameters") or text.fields.get("rope_scaling") or {}
+
+
+def _rope(
+    text: ConfigReader, head_dim: int, types: tuple[str, ...], default_theta: float | None
+) -> tuple[float, tuple[int, ...]]:
+    """Rotary base and sections; every kind of scaling but those in `types` changes the angles and is refused."""
+    scaling = _rope_scaling(text)
     rope = ConfigReader(scaling, f"{text.where}: rope_scaling")
-    rope.require("type", "default", "mrope")
-    rope.require("rope_type", "default", "mrope")
+    rope.require("type", *types)
+    rope.require("rope_type", *types)
     rope.require("partial_rotary_factor", 1.0)
     rope.require("mrope_interleaved", False)
-    theta = rope.number("rope_theta", default=text.number("rope_theta", default=1e6))
+    holder = rope if scaling.get("rope_theta") is not None else text
+    theta = holder.number("rope_theta", default=default_theta)
     sections = tuple(scaling.get("mrope_section") or (head_dim // 2,))
     if sum(sections) != head_dim // 2:
         raise UserError(

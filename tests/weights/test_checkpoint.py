@@ -80,7 +80,7 @@ def test_unsupported_family(folder, model_type):
     edit_config(folder, model_type=model_type)
     message = refusal(folder)
     assert f"config.json: model_type {str(model_type)!r} is not supported" in message
-    assert "supported are: qwen2_vl" in message
+    assert "supported are: " in message
     assert ("did you mean 'qwen2_vl'?" in message) == ("qwen2" in str(model_type))
 
 
