@@ -236,3 +236,11 @@ def test_every_field_is_read_by_some_code():
         if (group, field.name) not in read
     ]
     assert unread == []
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl_7b", "llava_onevision_7b", "internvl2_8b", "minicpm_v_2_6"])
+def test_there_is_a_preset_for_each_model_of_the_paper(name):
+    config = load_config([f"--config={name}"])
+    assert config.model == f"checkpoints/{name}"
+    assert config.reduction.attention_range == 256
+    assert config.reduction.active_fraction == pytest.approx(0.2)
