@@ -234,10 +234,11 @@ def test_a_traced_plan_is_the_same_plan(pair):
     assert_all_close(unpack(run(traced), batch.layout), static, WHOLE)
 
 
-@pytest.mark.parametrize("name", ["hf", "native, InternLM2"])
-def test_greedy_tokens(pairs, name):
+@pytest.mark.parametrize(("name", "seed"), [("native, Qwen2", 3), ("native, InternLM2", 2)])
+def test_greedy_tokens(pairs, name, seed):
+    """The seeds are those whose answers do not only repeat a few tokens."""
     pair, new_tokens = pairs(name), 40
-    examples = examples_of("two images with text between")
+    examples = [make_example(seed, BATCHES["two images with text between"][0])]
     generated = pair.theirs.generate(
         **hf_inputs(examples), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None
     )
