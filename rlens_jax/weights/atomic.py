@@ -45,7 +45,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
         yield partial
         _sync(partial)
         if folder.exists():
-            raise UserError(f"{folder}: was made by another process meanwhile; name a new folder or remove it")
+            raise UserError(
+                f"{folder}: was made by another process meanwhile; name a new folder or remove it"
+            )
         partial.rename(folder)
         _sync_directory(folder.parent)
     except BaseException as error:

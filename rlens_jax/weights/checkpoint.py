@@ -34,7 +34,9 @@ def find_model(model: str | Path) -> Path:
     path = Path(model)
     if path.is_dir():
         if is_unfinished(path.absolute()) or orbax_store.is_unfinished(path):
-            raise UserError(f"{path}: is what a killed conversion left; convert again and name the new folder")
+            raise UserError(
+                f"{path}: is what a killed conversion left; convert again and name the new folder"
+            )
         return path
     if path.exists():
         raise UserError(f"{path}: is a file; name the folder of the model")

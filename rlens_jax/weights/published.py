@@ -67,7 +67,9 @@ class Published:
         for name, original in (self.table.copies or {}).items():
             if name in self.matched and not _same_bits(self.read(name), self.read(original)):
                 item, other = self.matched[name], self.matched[original].name
-                problems.add(item.file, item.name, f"differs from {other}, though config.json says tie_word_embeddings")
+                problems.add(
+                    item.file, item.name, f"differs from {other}, though config.json says tie_word_embeddings"
+                )
 
 
 @contextmanager
