@@ -112,6 +112,9 @@ def compare(
             f"{manifest.folder}: is of the family {manifest.family!r}, the model of {kind.model_type!r}"
         )
     inputs = family_inputs(kind.model_type).names
+    for case in manifest.cases:  # all that is wrong is told before anything is computed
+        with open_case(manifest.folder, case, inputs) as file:
+            _Comparison(case, file, kind, model, tolerance, _History())
     history, results = _History(), []
     for case in manifest.cases:
         with open_case(manifest.folder, case, inputs) as file:

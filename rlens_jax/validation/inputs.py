@@ -86,6 +86,9 @@ def _qwen2_vl(
     group, width = vision.merge_size**2, vision.sizes["C"]
     if any((row == config.video_token).any() for row in rows):
         raise UserError(f"{where}: input_ids has video tokens; only images are supported")
+    types = tensors.get("mm_token_type_ids")
+    if types is not None and not np.array_equal(types, tensors["input_ids"] == config.image_token):
+        raise UserError(f"{where}: mm_token_type_ids must be 1 for image tokens and 0 for all others")
     grids = _array(where, tensors, "image_grid_thw", (0, 3), "[I, 3]")
     patches = _array(where, tensors, "pixel_values", (0, width), f"[patches, {width}]")
     if (grids[:, 0] != 1).any():
