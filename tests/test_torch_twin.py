@@ -241,7 +241,7 @@ def test_what_cannot_be_reduced_is_refused(model, examples) -> None:
         pass
     with pytest.raises(UserError, match="Linear: holds no language_model"):
         decoder_layers(torch.nn.Linear(2, 2))
-    model.set_attn_implementation("flex_attention")
+    model.config.text_config._attn_implementation = "flash_attention_2"
     with (
         pytest.raises(UserError, match="load the model with attn_implementation eager or sdpa"),
         reduced(model, BOTH, SMALL),

@@ -4,7 +4,7 @@ Each bundle holds the same inputs in every case: two prompts of different length
 sizes, as the checkpoint's own processor and chat template prepare them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -73,16 +73,18 @@ def dump(
 def load_torch_model(folder: Path) -> Any:
     """The Hugging Face model of a folder, in float32 with eager attention."""
     try:
-        import torch
         from transformers import AutoModelForImageTextToText
+
+        from rlens_jax import torch_twin  # noqa: F401  (is PyTorch there?)
     except ImportError as error:
         raise UserError(f"--dump runs PyTorch: install the extra torch ({error})") from None
     try:
-        return AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-        ).eval()
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype="float32", attn_implementation="eager", local_files_only=True
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: transformers cannot load it ({_first_line(error)})") from None
+    return model.eval().requires_grad_(False)
 
 
 def make_inputs(folder: Path, names: Sequence[str]) -> dict[str, Any]:
@@ -112,12 +114,9 @@ def run_case(
     model: Any, inputs: Mapping[str, Any], plan: Plan, reduction: Reduction, with_states: bool
 ) -> dict[str, np.ndarray]:
     """A case's tensors, from a Hugging Face model and its inputs as PyTorch tensors."""
-    import torch
-
     from rlens_jax.torch_twin import decoder_layers, reduced
 
     with (
-        torch.no_grad(),
         reduced(model, plan, reduction) as record,
         _states(decoder_layers(model) if with_states else ()) as states,
     ):
@@ -127,11 +126,11 @@ def run_case(
         name = f"kept_units.{layer}"
         assert KEPT.fullmatch(name)
         tensors[name] = units
-    return {name: tensor.numpy() for name, tensor in tensors.items()}
+    return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
 
 
 @contextmanager
-def _states(layers: Sequence[Any]) -> Iterator[dict[str, Any]]:
+def _states(layers: Iterable[Any]) -> Iterator[dict[str, Any]]:
     """The states after each half of each layer of the pass that runs meanwhile."""
     states: dict[str, Any] = {}
     handles = []
