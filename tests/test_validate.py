@@ -463,7 +463,7 @@ BAD = {
     "a patch too few": (tensor("pixel_values", lambda a: a[1:]), "patches where image_grid_thw has"),
     "an image too few": (
         lambda b: (tensor("image_grid_thw", lambda a: a[1:])(b), tensor("pixel_values", lambda a: a[60:])(b)),
-        "row 0 of input_ids has 15 image tokens, to which image_grid_thw does not add up",
+        "row 0 of input_ids has 15 image tokens, to which its images do not add up",
     ),
     "two frames": (tensor("image_grid_thw", with_value(2)), "image_grid_thw has 2 frames; only images"),
     "token types": (tensor("mm_token_type_ids", with_value(1)), "mm_token_type_ids"),

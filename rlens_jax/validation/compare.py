@@ -24,7 +24,7 @@ from rlens_jax.validation.bundle import (
     states_name,
 )
 from rlens_jax.validation.forward import Forward
-from rlens_jax.validation.inputs import family_inputs, read_rows
+from rlens_jax.validation.inputs import read_rows
 
 POSITIONS_AT_ONCE = 64
 """Whose log-probabilities are held in float64 together."""
@@ -111,7 +111,7 @@ def compare(
         raise UserError(
             f"{manifest.folder}: is of the family {manifest.family!r}, the model of {kind.model_type!r}"
         )
-    inputs = family_inputs(kind.model_type).names
+    inputs = input_names(kind.model_type)
     for case in manifest.cases:  # all that is wrong is told before anything is computed
         with open_case(manifest.folder, case, inputs) as file:
             _Comparison(case, file, kind, model, tolerance, _History())

@@ -16,7 +16,7 @@ from PIL import Image
 from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.validation.bundle import KEPT, LOGITS, new_bundle, states_name
-from rlens_jax.validation.inputs import family_inputs
+from rlens_jax.validation.inputs import input_names
 from rlens_jax.weights import orbax_store
 from rlens_jax.weights.checkpoint import find_model, read_model_kind
 
@@ -59,7 +59,7 @@ def dump(
     if bundle.exists():
         raise UserError(f"{bundle}: exists already; name a new folder or remove it")
     theirs = load_torch_model(folder)
-    inputs = make_inputs(folder, family_inputs(kind.model_type).names)
+    inputs = make_inputs(folder, input_names(kind.model_type))
     framework = {name: version(name) for name in ("torch", "transformers")}
     named = {"name": "pytorch", "version": framework["torch"], "transformers": framework["transformers"]}
     name = folder.resolve().name

@@ -18,7 +18,7 @@ from rlens_jax.layout import Bucket, unpack_rows
 from rlens_jax.models.decoder import Context
 from rlens_jax.models.prompt import PromptBatch, collate
 from rlens_jax.plan import Reduction
-from rlens_jax.validation.inputs import Row
+from rlens_jax.validation.rows import Row
 
 
 class Forward:

@@ -76,7 +76,7 @@ def compare_rankings(a: str, b: str, num_layers: int | None) -> list[RankingComp
 
 
 def _read(argument: str) -> Source:
-    if re.fullmatch(r"[\s\d,;+-]*", argument) and not Path(argument).exists():
+    if re.fullmatch(r"[\s\d,;+-]*", argument) and not Path(argument).is_file():
         return Source("the list", {"": _parse(argument, "the list")}, None)
     path = Path(argument)
     try:
