@@ -1,8 +1,8 @@
-"""Memory and time of a conversion: `python benchmarks/convert_memory.py --gigabytes 16 --folder /some/disk`.
+"""Memory and time of a conversion, and memory of loading: `python benchmarks/convert_memory.py --gigabytes 16 --folder DISK`.
 
 Makes a sharded bfloat16 checkpoint of random numbers with the layer widths of Qwen2-VL-7B (as many layers as the size asks for),
 converts it in a process of its own, and prints the peak of that process's anonymous and shared memory and its time relative to
-copying the files (with fsync) just before and just after.
+copying the files (with fsync) just before and just after. Then the result is loaded, sharded over four simulated devices.
 """
 
 import argparse
@@ -41,6 +41,21 @@ LAYER_BYTES, OTHER_BYTES = 466_117_632, 3_531_457_536
 """Of a decoder layer, and of all else, at full vocabulary."""
 SHARD_BYTES = 4_000_000_000
 SECONDS_BETWEEN_LOOKS = 0.01
+LOAD = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rlens_jax.weights.checkpoint import load_model
+
+mesh = Mesh(np.array(jax.devices()), ("model",))
+
+def rule(path, shape):
+    fitting = [axis for axis in range(".layers." in path, len(shape)) if shape[axis] % len(jax.devices()) == 0]
+    longest = max(fitting, key=lambda axis: shape[axis], default=None)
+    return NamedSharding(mesh, PartitionSpec(*("model" if axis == longest else None for axis in range(len(shape)))))
+
+load_model(sys.argv[1], jnp.bfloat16, sharding=rule)
+"""
 
 
 def main() -> None:
@@ -56,8 +71,10 @@ def main() -> None:
     try:
         size = make_checkpoint(folder / "source", options.gigabytes * 1e9)
         before = seconds_of_copy(folder)
-        seconds, peak = convert(folder)
+        converted = folder / "converted"
+        seconds, peak = measured(["-m", "rlens_jax.convert", str(folder / "source"), str(converted)])
         after = seconds_of_copy(folder)
+        _, loading = measured(["-c", LOAD, str(converted)])
     finally:
         shutil.rmtree(folder)
     copying = (before + after) / 2
@@ -69,6 +86,7 @@ def main() -> None:
                 "seconds": seconds,
                 "seconds_of_copying": [before, after],
                 "relative_to_copying": seconds / copying,
+                "peak_of_loading_relative_to_the_weights": loading / size,
             },
             indent=1,
         )
@@ -115,16 +133,16 @@ def seconds_of_copy(folder: Path) -> float:
     return seconds
 
 
-def convert(folder: Path) -> tuple[float, int]:
-    """Seconds of a conversion, and the peak of its anonymous and shared memory in bytes."""
-    command = [sys.executable, "-m", "rlens_jax.convert", str(folder / "source"), str(folder / "converted")]
+def measured(arguments: list[str]) -> tuple[float, int]:
+    """Seconds of a Python process, and the peak of its anonymous and shared memory in bytes."""
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     began = time.monotonic()
-    process, peak = subprocess.Popen(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}), 0
+    process, peak = subprocess.Popen([sys.executable, *arguments], env={**os.environ, **environment}), 0
     while process.poll() is None:
         peak = max(peak, memory_of(process.pid))
         time.sleep(SECONDS_BETWEEN_LOOKS)
     if process.returncode:
-        sys.exit(f"the conversion failed with exit code {process.returncode}")
+        sys.exit(f"python {arguments[0]} {arguments[1]} failed with exit code {process.returncode}")
     return time.monotonic() - began, peak
 
 

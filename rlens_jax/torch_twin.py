@@ -80,10 +80,10 @@ def reduced(
     undo.append(hook.remove)
     try:
         for number in plan.attention:
-            attention = layers[number].self_attn
+            attention: Any = layers[number].self_attn
             replace(attention, _hollow(attention.forward, state, reduction))
         for number in plan.ffn:
-            mlp = layers[number].mlp
+            mlp: Any = layers[number].mlp
             imposed = None if kept_units is None else kept_units.get(number)
             replace(mlp, _dynamic(mlp, mlp.forward, state, reduction, record, number, imposed, seed))
         yield record
@@ -234,7 +234,7 @@ def _choose(mlp: Any, probes: Tensor, num_units: int, layer: int) -> Tensor:
 def _through(mlp: Any, x: Tensor, units: Tensor) -> Tensor:
     """Visual tokens [P, D] through some units; output bias whole."""
 
-    def rows(linear: nn.Linear) -> Tensor:
+    def rows(linear: Any) -> Tensor:
         bias = None if linear.bias is None else linear.bias[units]
         return nn.functional.linear(x, linear.weight[units], bias)
 

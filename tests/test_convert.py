@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 from rlens_jax.console import run_command
 from rlens_jax.convert import main
 from rlens_jax.errors import UserError
-from rlens_jax.weights import conversion, orbax_store
+from rlens_jax.weights import conversion, leaves, orbax_store
 from rlens_jax.weights.checkpoint import find_model, load_model
 from rlens_jax.weights.export import save_hf
 from rlens_jax.weights.leaves import arrays_of
@@ -294,13 +294,14 @@ def test_values_too_large_for_the_dtype(source: Path, tmp_path: Path, capsys) ->
 def test_disk_full(error: Exception, source: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     add, calls = orbax_store.Writer.add, []
 
-    def full(writer: orbax_store.Writer, leaves: dict) -> None:
-        calls.append(leaves)
+    def full(writer: orbax_store.Writer, arrays: dict) -> None:
+        calls.append(arrays)
         if len(calls) == 3:
             raise error
-        add(writer, leaves)
+        add(writer, arrays)
 
     monkeypatch.setattr(orbax_store.Writer, "add", full)
+    monkeypatch.setattr(leaves, "TOGETHER_BYTES", 1)
     assert "converted: the disk is full" in refusal(capsys, source, tmp_path / "converted")
     assert nothing_left(source)
 

@@ -374,7 +374,7 @@ def add(name: str, value: np.ndarray) -> Callable[[Path], None]:
 
 
 def cut(file: str) -> Callable[[Path], None]:
-    return lambda bundle: (bundle / file).write_bytes((bundle / file).read_bytes()[:-1])
+    return lambda bundle: (bundle / file).write_bytes((bundle / file).read_bytes()[:-3])
 
 
 def with_value(value: float) -> Callable[[np.ndarray], np.ndarray]:

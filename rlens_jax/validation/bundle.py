@@ -12,7 +12,7 @@
 
 Further fields are allowed, shown in the report and ignored. Each case's file is a safetensors file in the folder, with
 
-    (inputs)                    under Hugging Face's names, right-padded, such as input_ids int [B, T]; see the files of validation/
+    (inputs)                    under Hugging Face's names, right-padded, such as input_ids int [B, T]
     logits                      float32 [B, T, V], or [B, n, V] with
     logits_positions            int [B, n]: positions in the sequence
     kept_units.<layer>          optional, int [B, U]: then used in that layer instead of our own choice

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from itertools import groupby
+from math import prod
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -37,7 +38,7 @@ from rlens_jax.weights import orbax_store
 from rlens_jax.weights.atomic import new_folder
 from rlens_jax.weights.checkpoint import CONFIG, read_model_kind
 from rlens_jax.weights.export import with_dtype
-from rlens_jax.weights.leaves import leaf_name, shapes_of
+from rlens_jax.weights.leaves import leaf_name, shapes_of, together
 from rlens_jax.weights.published import INDEX, PICKLED, Published, all_finite, opened, weight_files
 from rlens_jax.weights.safetensors_file import DTYPES, Entry, Writer, dtype_name, entry_of, read_bytes
 from rlens_jax.weights.table import Problems, Table, Tensor
@@ -213,7 +214,7 @@ def _check_space(target: Path, num_bytes: int) -> None:
 
 
 def _groups(table: Table) -> Iterator[list[Tensor]]:
-    """Tensors that are held together: those of one layer of one stack, or one without layers."""
+    """Tensors that are held together: those of one layer of a stack, one without layers, or several small such groups."""
 
     def layer(tensor: Tensor) -> tuple[str, int]:
         place = tensor.places[0]
@@ -221,8 +222,8 @@ def _groups(table: Table) -> Iterator[list[Tensor]]:
             (tensor.name, -1) if place.layer is None else (place.path.partition(".layers.")[0], place.layer)
         )
 
-    for _, group in groupby(sorted(table.tensors.values(), key=layer), layer):
-        yield list(group)
+    groups = (list(group) for _, group in groupby(sorted(table.tensors.values(), key=layer), layer))
+    return together(groups, lambda tensor: 4 * prod(tensor.shape))
 
 
 def _read_group(

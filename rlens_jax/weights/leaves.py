@@ -1,8 +1,8 @@
 """A model's parameters by dotted path: filled layer by layer when loading, read so when saving."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,11 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from rlens_jax.weights.table import Place
+
+Item = TypeVar("Item")
+
+TOGETHER_BYTES = 1 << 28
+"""Small layers are read and written together up to this size: each call to Orbax costs as much as 100 MB."""
 
 Sharding = NamedSharding | SingleDeviceSharding
 ShardingRule = Callable[[str, tuple[int, ...]], Sharding]
@@ -53,6 +58,20 @@ def unstacked(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
         for layer in (range(shape[0]) if ".layers." in path else [None])
     ]
     return {leaf_name(place): place for place in places}
+
+
+def together(groups: Iterable[list[Item]], num_bytes: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Consecutive groups joined as long as they stay within `TOGETHER_BYTES`; a larger group stays alone."""
+    joined: list[Item] = []
+    size = 0
+    for group in groups:
+        more = sum(map(num_bytes, group))
+        if joined and size + more > TOGETHER_BYTES:
+            yield joined
+            joined, size = [], 0
+        joined, size = joined + group, size + more
+    if joined:
+        yield joined
 
 
 class Filler:

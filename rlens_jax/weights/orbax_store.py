@@ -7,8 +7,9 @@ Arrays come back bit for bit, bfloat16 included.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,8 +23,8 @@ from flax import nnx
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.models import read_kind
 from rlens_jax.weights.atomic import new_folder
-from rlens_jax.weights.leaves import Filler, arrays_of, read_place, shapes_of, unstacked
-from rlens_jax.weights.table import Problems
+from rlens_jax.weights.leaves import Filler, arrays_of, read_place, shapes_of, together, unstacked
+from rlens_jax.weights.table import Place, Problems
 
 Out = TypeVar("Out")
 
@@ -86,7 +87,7 @@ def save(folder: str | Path, model: nnx.Module, config_json: Mapping[str, Any]) 
     places = unstacked(shapes)
     with new_folder(Path(folder)) as unfinished:
         writer = Writer(unfinished)
-        for names in pieces(places):
+        for names in _pieces(_layer_shapes(shapes, places)):
             writer.add({name: read_place(arrays, places[name]) for name in names})
         writer.finish()
         (unfinished / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
@@ -101,20 +102,20 @@ def fill(folder: Path, filler: Filler, problems: Problems, check_finite: bool) -
     path = folder / STORE
     shapes = shapes_of(filler.abstract)
     places = unstacked(shapes)
+    expected_shapes = _layer_shapes(shapes, places)
     stored = _metadata(path)
     for name, leaf in stored.items():
         if name not in places:
             problems.add(STORE, name, f"not known{suggest(name, places)}")
         else:
-            place = places[name]
-            expected = shapes[place.path] if place.layer is None else shapes[place.path][1:]
+            expected = expected_shapes[name]
             if tuple(leaf.shape) != expected:
                 problems.add(STORE, name, f"has shape {list(leaf.shape)}, expected {list(expected)}")
     for name in [name for name in places if name not in stored]:
         problems.add(STORE, name, "missing")
     problems.raise_any()
     finite = {}
-    for names in pieces(places):
+    for names in _pieces(expected_shapes):
         targets = {name: filler.target(places[name]) for name in names}
         loaded = _load(path, {name: targets.get(name, ocp.PLACEHOLDER) for name in stored})
         for name in names:
@@ -150,14 +151,25 @@ def _all_finite(array: jax.Array) -> jax.Array:
     return jnp.isfinite(array).all()
 
 
-def pieces(names: Iterable[str]) -> list[list[str]]:
-    """Names that are written or read together: those of one layer."""
+def _pieces(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
+    """Names that are written or read together: those of one layer, or of several small ones."""
     layer = re.compile(r".*?\.layers\.\d+\.|.*")
 
     def piece(name: str) -> str:
         return layer.match(name)[0]  # type: ignore[index]  # matches everything
 
-    return [list(group) for _, group in groupby(sorted(names, key=piece), piece)]
+    groups = (list(group) for _, group in groupby(sorted(shapes, key=piece), piece))
+    return together(groups, lambda name: 4 * prod(shapes[name]))
+
+
+def _layer_shapes(
+    shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of what is at each place."""
+    return {
+        name: shapes[place.path] if place.layer is None else shapes[place.path][1:]
+        for name, place in places.items()
+    }
 
 
 def _metadata(path: Path) -> dict[str, Any]:

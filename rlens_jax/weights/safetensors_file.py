@@ -97,11 +97,11 @@ class Writer:
     def write(self, name: str, data: np.ndarray | bytes) -> None:
         """A tensor's contiguous array, or its bytes; ValueError when it has another size than was announced."""
         offset, num_bytes = self._places.pop(name)
-        view = data if isinstance(data, bytes) else data.reshape(-1).view(np.uint8)
-        if len(view) != num_bytes:
-            raise ValueError(f"{name}: {len(view)} bytes where {num_bytes} were announced")
+        view = memoryview(data if isinstance(data, bytes) else data.reshape(-1).view(np.uint8).data)
+        if view.nbytes != num_bytes:
+            raise ValueError(f"{name}: {view.nbytes} bytes where {num_bytes} were announced")
         self._file.seek(len(self._start) + offset)
-        self._file.write(memoryview(view))
+        self._file.write(view)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
