@@ -87,7 +87,8 @@ def _rankings(options: Any) -> None:
     from rlens_jax.validation import report
     from rlens_jax.validation.rankings import compare_rankings
 
-    comparisons = compare_rankings(*options.rankings, options.layers)
+    a, b = options.rankings
+    comparisons = compare_rankings(a, b, options.layers)
     _write(options.json, lambda: report.rankings_json(comparisons))
     _write(options.markdown, lambda: report.rankings_markdown(comparisons))
     print(report.rankings_text(comparisons))

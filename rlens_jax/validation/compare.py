@@ -24,7 +24,7 @@ from rlens_jax.validation.bundle import (
     states_name,
 )
 from rlens_jax.validation.forward import Forward
-from rlens_jax.validation.inputs import read_rows
+from rlens_jax.validation.inputs import input_names, read_rows
 
 POSITIONS_AT_ONCE = 64
 """Whose log-probabilities are held in float64 together."""

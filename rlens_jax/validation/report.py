@@ -83,7 +83,7 @@ HEADINGS = ("case", "plan", "positions", "max abs", "max rel", "argmax equal", "
 
 
 def _rows(validation: Validation) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for result in validation.results:
         logits = result.logits
         smallest = min((overlap.smallest for overlap in result.overlaps.values()), default=None)
