@@ -114,8 +114,8 @@ def _encode(model: Any, rows: Sequence[Row], slots: int, width: int) -> np.ndarr
             encoded[i][j] = found[: rows[i].images[j].num_tokens]
     dtype = model.decoder.embedding[...].dtype
     packed = np.zeros((len(rows), slots, width), dtype)
-    for sample, tokens in zip(packed, encoded, strict=True):
-        if tokens:
-            joined = np.concatenate(tokens)
+    for sample, parts in zip(packed, encoded, strict=True):
+        if parts:
+            joined = np.concatenate(parts)
             sample[: len(joined)] = joined
     return packed

@@ -14,7 +14,7 @@ from rlens_jax.resources import embedded_model
 from rlens_jax.weights import orbax_store
 from rlens_jax.weights.atomic import is_unfinished
 from rlens_jax.weights.leaves import Filler, ShardingRule, shapes_of
-from rlens_jax.weights.published import all_finite, opened, weight_files
+from rlens_jax.weights.published import opened, weight_files
 from rlens_jax.weights.table import Problems
 from rlens_jax.weights.tables import table_of
 
@@ -105,12 +105,12 @@ def _fill_from_safetensors(
     table.check_covers(shapes_of(filler.abstract))
     with opened(files, table, problems) as published:
         published.check_copies(problems)
+        finite = []
         for name, tensor in table.tensors.items():
-            array = published.read(name)
-            if check_finite and not all_finite(array):
-                item = published.matched[name]
-                problems.add(item.file, item.name, "holds NaN or infinite values")
-            for place, part in zip(tensor.places, tensor.to_ours(array), strict=True):
+            for place, part in zip(tensor.places, tensor.to_ours(published.read(name)), strict=True):
                 target = filler.target(place)
-                filler.put(place, jax.device_put(part.astype(target.dtype, order="C"), target.sharding))
+                array = jax.device_put(part.astype(target.dtype, order="C"), target.sharding)
+                finite.append((published.matched[name], filler.put(place, array)))
+        for item in dict.fromkeys(item for item, flag in finite if check_finite and not flag):
+            problems.add(item.file, item.name, "holds NaN or infinite values")
     problems.raise_any()

@@ -103,17 +103,19 @@ class Filler:
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
         return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
 
-    def put(self, place: Place, array: jax.Array) -> None:
-        """Takes `array`, which is as `target` says, to its place."""
+    def put(self, place: Place, array: jax.Array) -> jax.Array:
+        """Takes `array`, which is as `target` says, to its place; returns whether all its numbers are finite."""
         path = place.path
         if place.layer is None:
             self._filled[path], self._open[path] = array, 0
-            return
+            return _all_finite(array)
         shape, sharding = self.leaves[path].shape, self._shardings[path]
         if path not in self._open:
             self._filled[path], self._open[path] = _allocate(shape, array.dtype, sharding), shape[0]
-        self._filled[path] = _write(self._filled[path], array, jnp.int32(place.layer), sharding)
+        stack, finite = _write(self._filled[path], array, jnp.int32(place.layer), sharding)
+        self._filled[path] = stack
         self._open[path] -= 1
+        return finite
 
     def model(self) -> nnx.Module:
         """The filled model.
@@ -136,7 +138,14 @@ def _allocate(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> ja
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _write(stack: jax.Array, array: jax.Array, layer: jax.Array, sharding: Sharding) -> jax.Array:
-    """The stack with one layer replaced, in the stack's own memory."""
+def _write(
+    stack: jax.Array, array: jax.Array, layer: jax.Array, sharding: Sharding
+) -> tuple[jax.Array, jax.Array]:
+    """The stack with one layer replaced, in the stack's own memory, and whether the layer is finite."""
     written = jax.lax.dynamic_update_index_in_dim(stack, array, layer, axis=0)
-    return jax.lax.with_sharding_constraint(written, sharding)
+    return jax.lax.with_sharding_constraint(written, sharding), jnp.isfinite(array).all()
+
+
+@jax.jit
+def _all_finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()

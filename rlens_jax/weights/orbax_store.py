@@ -13,8 +13,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import orbax.checkpoint.experimental.v1.partial as ocp_partial
@@ -119,11 +117,9 @@ def fill(folder: Path, filler: Filler, problems: Problems, check_finite: bool) -
         targets = {name: filler.target(places[name]) for name in names}
         loaded = _load(path, {name: targets.get(name, ocp.PLACEHOLDER) for name in stored})
         for name in names:
-            if check_finite:
-                finite[name] = _all_finite(loaded[name])
-            filler.put(places[name], loaded[name])
+            finite[name] = filler.put(places[name], loaded[name])
     for name, flag in finite.items():
-        if not flag:
+        if check_finite and not flag:
             problems.add(STORE, name, "holds NaN or infinite values")
     problems.raise_any()
 
@@ -144,11 +140,6 @@ class Reader:
         wanted = {name: leaf if name in names else ocp.PLACEHOLDER for name, leaf in self._stored.items()}
         loaded = _load(self._path, wanted)
         return {name: np.asarray(loaded[name]) for name in names}
-
-
-@jax.jit
-def _all_finite(array: jax.Array) -> jax.Array:
-    return jnp.isfinite(array).all()
 
 
 def _pieces(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
