@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.resources import files
@@ -18,6 +19,7 @@ from rlens_jax.console import run_command
 from rlens_jax.models.hf_config import ConfigReader
 from rlens_jax.models.qwen2_vl import read_config
 from rlens_jax.plan import Plan, Reduction
+from rlens_jax.resources import embedded_model
 from rlens_jax.torch_twin import reduced
 from rlens_jax.validate import main
 from rlens_jax.validation.bundle import new_bundle
@@ -510,6 +512,19 @@ def test_bad_options(case: str, tmp_path: Path, capsys, monkeypatch) -> None:
     arguments, expected = BAD_OPTIONS[case]
     assert expected in refusal(capsys, *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dump_without_pytorch(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "rlens_jax.torch_twin", None)
+    assert "install the extra torch" in refusal(capsys, "embedded", "--dump", tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dump_of_a_converted_folder(tmp_path: Path, capsys) -> None:
+    (tmp_path / "model" / "orbax").mkdir(parents=True)
+    shutil.copy(embedded_model() / "config.json", tmp_path / "model")
+    message = refusal(capsys, tmp_path / "model", "--dump", tmp_path / "bundle")
+    assert "convert it back with --to-hf" in message
 
 
 # Rankings

@@ -75,7 +75,7 @@ def load_torch_model(folder: Path) -> Any:
     try:
         from transformers import AutoModelForImageTextToText
 
-        from rlens_jax import torch_twin  # noqa: F401  (is PyTorch there?)
+        import rlens_jax.torch_twin  # noqa: F401  (is PyTorch there?)
     except ImportError as error:
         raise UserError(f"--dump runs PyTorch: install the extra torch ({error})") from None
     try:

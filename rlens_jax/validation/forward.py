@@ -98,6 +98,11 @@ def _feed(
     return x, kept.units
 
 
+@partial(jax.jit, static_argnames="graph")
+def _vision(graph: Any, state: Any, *arrays: Array) -> Array:
+    return nnx.merge(graph, state)(*arrays)
+
+
 def _encode(model: Any, rows: Sequence[Row], slots: int, width: int) -> np.ndarray:
     """Visual tokens of all samples [B, P, D]; images of equal shapes go through the tower together."""
     encoded: list[list[Any]] = [[None] * len(row.images) for row in rows]
@@ -105,11 +110,11 @@ def _encode(model: Any, rows: Sequence[Row], slots: int, width: int) -> np.ndarr
     for i, row in enumerate(rows):
         for j, image in enumerate(row.images):
             by_shape[tuple(array.shape for array in image.arrays)].append((i, j))
-    vision = nnx.jit(lambda tower, *arrays: tower(*arrays))
+    graph, state = nnx.split(model.vision)
     for places in by_shape.values():
         images = [rows[i].images[j] for i, j in places]
         stacked = [np.stack(arrays) for arrays in zip(*(image.arrays for image in images), strict=True)]
-        tokens = np.asarray(vision(model.vision, *stacked))
+        tokens = np.asarray(_vision(graph, state, *stacked))
         for (i, j), found in zip(places, tokens, strict=True):
             encoded[i][j] = found[: rows[i].images[j].num_tokens]
     dtype = model.decoder.embedding[...].dtype
