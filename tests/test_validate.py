@@ -32,6 +32,7 @@ allow_transformers_models()
 
 SMALL = Reduction(attention_range=5, active_fraction=0.3)
 PLANS = (Plan(), Plan(attention=(1, 3)), Plan(ffn=(0, 2)), Plan(attention=(0, 2, 3), ffn=(1, 2, 4)))
+PROGRESS = ("comparing: ", "running PyTorch: ")
 PARTS = ([3, (6, 10), 5], [2, (4, 6), 1, (10, 2), 3, (2, 2), 11], [13])
 
 
@@ -46,7 +47,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line of a refused validation."""
     capsys.readouterr()
     assert validate(*arguments) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("comparing: ")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(PROGRESS)]
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     return lines[0]
