@@ -117,7 +117,8 @@ def to_orbax(
         problems.raise_any()
         record = _record(kind, published, dtype, name, revision)
         _check_space(target, sum(tensor["num_bytes"] for tensor in record["tensors"]))
-        with new_folder(target) as unfinished, _hashes([*small, *files]) as hashes:
+        used = [*small, *(path for path in [source / INDEX] if path.exists()), *files]
+        with new_folder(target) as unfinished, _hashes(used) as hashes:
             writer = orbax_store.Writer(unfinished)
             for group in _groups(table):
                 leaves = _read_group(group, published, dtype, problems)
