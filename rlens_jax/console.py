@@ -3,6 +3,7 @@
 Progress and messages go to stderr, so that stdout holds nothing but a command's result.
 """
 
+import argparse
 import os
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from rlens_jax.errors import UserError
+from rlens_jax.errors import UserError, suggest
 
 RESUMABLE = "interrupted; what is finished is kept, and the same command goes on from there"
 
@@ -41,6 +42,30 @@ def run_command(
         print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Answers bad options as all bad input is answered: one line, exit code 2."""
+
+    def __init__(self, prog: str, description: str | None):
+        super().__init__(
+            prog=prog,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def parse_args(self, args: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]  # never the process's own
+        """All options; an unknown one is answered with the nearest that there is."""
+        options, unknown = self.parse_known_args(args)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            name = unknown[0].partition("=")[0]
+            self.error(f"unknown argument {unknown[0]}{suggest(name, known)}")
+        return options
 
 
 def say(line: str) -> None:

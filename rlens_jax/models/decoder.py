@@ -156,6 +156,14 @@ class DecoderLayer(nnx.Module):
         layer: Int[Array, ""],
     ) -> tuple[Float[Array, "B T D"], LayerRecord]:
         """One layer of a prefill; `hollow` and `dynamic` say which reductions it uses, `layer` its number."""
+        x, k, v = self.attend(x, context, reduction, hollow)
+        x, kept = self.feed(x, context, reduction, dynamic, layer)
+        return x, LayerRecord(k, v, kept)
+
+    def attend(
+        self, x: Float[Array, "B T D"], context: Context, reduction: Reduction, hollow: bool | Bool[Array, ""]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B K T H"], Float[Array, "B K T H"]]:
+        """The first half: states with attention added, and the keys and values."""
         layout = context.layout
         q, k, v = self.attention.project(self.input_norm(x), context.turn)
         attended = _choose(
@@ -163,7 +171,18 @@ class DecoderLayer(nnx.Module):
             lambda: packed_attention(q, k, v, layout, reduction.attention_range, reduction.window),
             lambda: packed_attention(q, k, v, layout, None),
         )
-        x = x + self.attention.o_proj(attended)
+        return x + self.attention.o_proj(attended), k, v
+
+    def feed(
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        reduction: Reduction,
+        dynamic: bool | Bool[Array, ""],
+        layer: Int[Array, ""],
+        imposed: Int[Array, "B U"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Kept]:
+        """The second half: states with the FFN added, and what the probes chose, even where other units are `imposed`."""
         y, weights = self.ffn_norm(x), self.ffn.weights
         key = jax.random.fold_in(context.random_key, layer)
         batch = x.shape[0]
@@ -172,10 +191,10 @@ class DecoderLayer(nnx.Module):
         )
         y, kept = _choose(
             dynamic,
-            lambda: dynamic_ffn(y, weights, layout, reduction, key),
+            lambda: dynamic_ffn(y, weights, context.layout, reduction, key, imposed),
             lambda: (dense_ffn(y, weights), nothing),
         )
-        return x + y, LayerRecord(k, v, kept)
+        return x + y, kept
 
     def decode(
         self,

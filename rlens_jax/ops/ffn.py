@@ -110,8 +110,12 @@ def dynamic_ffn(
     layout: TokenLayout,
     reduction: Reduction,
     random_key: Array,
+    imposed: Int[Array, "B U"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Kept]:
-    """The measured path; same result as `simulated_dynamic_ffn`."""
+    """The measured path; same result as `simulated_dynamic_ffn`.
+
+    Units that are `imposed` are used instead of what the probes choose, which is returned all the same.
+    """
     num_text = layout.bucket.text
     text, visual = x[:, :num_text], x[:, num_text:]
     slots, is_probe = probe_slots(layout, reduction, random_key)
@@ -119,7 +123,8 @@ def dynamic_ffn(
     hidden = hidden_units(jnp.concatenate([text, probes], axis=1), weights)
     kept = choose_units(hidden[:, num_text:], is_probe, reduction.kept_units(weights.gate.shape[0]))
     text = jnp.einsum("BXF,FD->BXD", hidden[:, :num_text], weights.down)
-    visual = jax.vmap(reduced_ffn, in_axes=(0, None, 0))(visual, weights, kept.units)
+    units = kept.units if imposed is None else imposed
+    visual = jax.vmap(reduced_ffn, in_axes=(0, None, 0))(visual, weights, units)
     return jnp.concatenate([text, visual], axis=1), kept
 
 

@@ -1,29 +1,26 @@
 """Reading a model folder: config.json with published safetensors (one file or shards) or our Orbax store."""
 
 import hashlib
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+import jax
 from flax import nnx
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.models import ModelKind, read_kind
 from rlens_jax.models.hf_config import read_json
 from rlens_jax.resources import embedded_model
 from rlens_jax.weights import orbax_store
-from rlens_jax.weights.leaves import Filler, shapes_of
-from rlens_jax.weights.table import Found, Problems, match
+from rlens_jax.weights.atomic import is_unfinished
+from rlens_jax.weights.leaves import Filler, ShardingRule, shapes_of
+from rlens_jax.weights.published import opened, weight_files
+from rlens_jax.weights.table import Problems
 from rlens_jax.weights.tables import table_of
 
 EMBEDDED = "embedded"
 """Names the model that comes with the package."""
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-READABLE_DTYPES = ("F32", "F16", "BF16")
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+CONFIG = "config.json"
 
 
 def find_model(model: str | Path) -> Path:
@@ -36,6 +33,10 @@ def find_model(model: str | Path) -> Path:
         return embedded_model()
     path = Path(model)
     if path.is_dir():
+        if is_unfinished(path.absolute()) or orbax_store.is_unfinished(path):
+            raise UserError(
+                f"{path}: is what a killed conversion left; convert again and name the new folder"
+            )
         return path
     if path.exists():
         raise UserError(f"{path}: is a file; name the folder of the model")
@@ -51,16 +52,21 @@ def read_model_kind(model: str | Path) -> ModelKind:
 
 
 def load_model(
-    model: str | Path, dtype: DTypeLike, check_finite: bool = True
+    model: str | Path,
+    dtype: DTypeLike,
+    check_finite: bool = True,
+    sharding: ShardingRule | None = None,
 ) -> tuple[ModelKind, nnx.Module]:
     """The model in a folder, its weights rounded to `dtype`.
 
-    Tensors are read one at a time into stacked parameters: the peak is the model, a parameter and a tensor.
+    Tensors are read one at a time and written into stacked parameters in place: the peak is the model and a tensor, or
+    a layer of an Orbax store, of which each process reads its own shards only.
 
     Args:
         model: a folder, or "embedded".
         dtype: of the parameters; float32 or bfloat16.
         check_finite: refuse weights that are not finite.
+        sharding: of each parameter, by dotted path and shape; by default all are on the first device.
 
     Raises:
         UserError: no such folder, or its config.json or weights cannot be used; all that is wrong with the
@@ -68,7 +74,7 @@ def load_model(
     """
     folder = find_model(model)
     kind = read_model_kind(folder)
-    filler = Filler(kind.abstract(dtype))
+    filler = Filler(kind.abstract(dtype), sharding)
     problems = Problems(str(folder))
     if orbax_store.is_store(folder):
         orbax_store.fill(folder, filler, problems, check_finite)
@@ -92,74 +98,19 @@ def model_hash(model: str | Path) -> str:
     return total.hexdigest()
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those of the index, or model.safetensors, or all there are."""
-    if (folder / INDEX).exists():
-        if (folder / SINGLE).exists():
-            raise UserError(f"{folder}: holds both {INDEX} and {SINGLE}; remove the one that does not belong")
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        names = set(weight_map.values()) if isinstance(weight_map, dict) else {""}
-        if not all(isinstance(name, str) and name for name in names):
-            raise UserError(f"{folder / INDEX}: weight_map must map tensor names to file names")
-        return [folder / name for name in sorted(names)]
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
-    files = sorted(folder.glob("*.safetensors"))
-    pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
-    if not files and pickled:
-        raise UserError(
-            f"{folder}: holds only pickled weights ({pickled[0]}), which can run code when opened and are "
-            "never read here; save the model again as safetensors"
-        )
-    if not files:
-        raise UserError(f"{folder}: holds no weights (*.safetensors)")
-    return files
-
-
 def _fill_from_safetensors(
     files: list[Path], kind: ModelKind, filler: Filler, problems: Problems, check_finite: bool
 ) -> None:
     table = table_of(kind)
     table.check_covers(shapes_of(filler.abstract))
-    with ExitStack() as stack:
-        opened = {path.name: stack.enter_context(_open(path)) for path in files}
-        found = []
-        for name, file in opened.items():
-            for tensor in file.keys():  # noqa: SIM118  (not a dict)
-                header = file.get_slice(tensor)
-                found.append(Found(tensor, name, tuple(header.get_shape())))
-                if header.get_dtype() not in READABLE_DTYPES:
-                    supported = ", ".join(READABLE_DTYPES)
-                    problems.add(name, tensor, f"has dtype {header.get_dtype()}, supported are {supported}")
-        matched = match(table, found, problems)
-        problems.raise_any()
-
-        def read(item: Found) -> np.ndarray:
-            return opened[item.file].get_tensor(item.name)
-
-        for name, original in (table.copies or {}).items():
-            if name in matched and not _same_bits(read(matched[name]), read(matched[original])):
-                item = matched[name]
-                why = f"differs from {matched[original].name}, though config.json says tie_word_embeddings"
-                problems.add(item.file, item.name, why)
+    with opened(files, table, problems) as published:
+        published.check_copies(problems)
+        finite = []
         for name, tensor in table.tensors.items():
-            item = matched[name]
-            array = read(item)
-            if check_finite and not np.isfinite(array).all():
-                problems.add(item.file, item.name, "holds NaN or infinite values")
-            for place, part in zip(tensor.places, tensor.to_ours(array), strict=True):
-                filler.put(place, part)
-        problems.raise_any()
-
-
-def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.dtype == b.dtype and np.array_equal(a.view(np.uint8), b.view(np.uint8))
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="np")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file, though {INDEX} names it") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({error})") from None
+            for place, part in zip(tensor.places, tensor.to_ours(published.read(name)), strict=True):
+                target = filler.target(place)
+                array = jax.device_put(part.astype(target.dtype, order="C"), target.sharding)
+                finite.append((published.matched[name], filler.put(place, array)))
+        for item in dict.fromkeys(item for item, flag in finite if check_finite and not flag):
+            problems.add(item.file, item.name, "holds NaN or infinite values")
+    problems.raise_any()

@@ -47,7 +47,7 @@ def save_hf(
         filled += size
     with new_folder(Path(folder)) as partial:
         config = partial / "config.json"
-        config.write_text(json.dumps(_with_dtype(config_json, str(dtype)), indent=2) + "\n", encoding="utf-8")
+        config.write_text(json.dumps(with_dtype(config_json, str(dtype)), indent=2) + "\n", encoding="utf-8")
         weight_map = {}
         for number, names in enumerate(shards, 1):
             of = "" if len(shards) == 1 else f"-{number:05}-of-{len(shards):05}"
@@ -67,7 +67,7 @@ def save_hf(
             (partial / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def _with_dtype(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def with_dtype(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The fields, and those of nested configs, with every mention of a dtype replaced."""
-    nested = {name: _with_dtype(value, dtype) for name, value in fields.items() if isinstance(value, Mapping)}
+    nested = {name: with_dtype(value, dtype) for name, value in fields.items() if isinstance(value, Mapping)}
     return {**fields, **nested, **{name: dtype for name in ("dtype", "torch_dtype") if name in fields}}

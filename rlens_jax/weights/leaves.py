@@ -1,14 +1,25 @@
 """A model's parameters by dotted path: filled layer by layer when loading, read so when saving."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from rlens_jax.weights.table import Place
+
+Item = TypeVar("Item")
+
+TOGETHER_BYTES = 1 << 28
+"""Small layers are read and written together up to this size: each call to Orbax costs as much as 100 MB."""
+
+Sharding = NamedSharding | SingleDeviceSharding
+ShardingRule = Callable[[str, tuple[int, ...]], Sharding]
+"""The sharding of a parameter: dotted path and shape, stacked ones with their leading layer axis."""
 
 
 def shapes_of(model: nnx.Module) -> dict[str, tuple[int, ...]]:
@@ -28,43 +39,83 @@ def read_place(arrays: Mapping[str, Any], place: Place) -> np.ndarray:
     return np.asarray(leaf if place.layer is None else leaf[place.layer])
 
 
-def unstacked(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
-    """One name for each layer of each stacked parameter: `decoder.layers.3.ffn_norm.scale` and where that is.
+def leaf_name(place: Place) -> str:
+    """A place as one name: `decoder.layers.3.ffn_norm.scale`.
 
     A module called `layers` is a stack: its parameters have a leading layer axis.
     """
-    names = {}
-    for path, shape in shapes.items():
-        before, stack, after = path.partition(".layers.")
-        if not stack:
-            names[path] = Place(path, None)
-        else:
-            for layer in range(shape[0]):
-                names[f"{before}.layers.{layer}.{after}"] = Place(path, layer)
-    return names
+    if place.layer is None:
+        return place.path
+    before, _, after = place.path.partition(".layers.")
+    return f"{before}.layers.{place.layer}.{after}"
+
+
+def unstacked(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
+    """All places of a model by `leaf_name`."""
+    places = [
+        Place(path, layer)
+        for path, shape in shapes.items()
+        for layer in (range(shape[0]) if ".layers." in path else [None])
+    ]
+    return {leaf_name(place): place for place in places}
+
+
+def together(groups: Iterable[list[Item]], num_bytes: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Consecutive groups joined as long as they stay within `TOGETHER_BYTES`; a larger group stays alone."""
+    joined: list[Item] = []
+    size = 0
+    for group in groups:
+        more = sum(map(num_bytes, group))
+        if joined and size + more > TOGETHER_BYTES:
+            yield joined
+            joined, size = [], 0
+        joined, size = joined + group, size + more
+    if joined:
+        yield joined
 
 
 class Filler:
-    """Fills an abstract model: a parameter is allocated at its first layer, handed to JAX at its last."""
+    """Fills an abstract model on its devices: a stack is allocated at its first layer and written in place.
 
-    def __init__(self, abstract: nnx.Module):
+    Args:
+        abstract: the model, with shapes and dtypes in place of arrays.
+        sharding: of each parameter; by default everything is on the first device.
+    """
+
+    def __init__(self, abstract: nnx.Module, sharding: ShardingRule | None = None):
         self.abstract = abstract
         self.leaves = arrays_of(abstract)
-        self.done: dict[str, jax.Array] = {}
-        self._open: dict[str, tuple[np.ndarray, int]] = {}
+        device = SingleDeviceSharding(jax.devices()[0])
+        self._shardings: dict[str, Sharding] = {
+            path: sharding(path, tuple(leaf.shape)) if sharding else device
+            for path, leaf in self.leaves.items()
+        }
+        self._filled: dict[str, jax.Array] = {}
+        self._open: dict[str, int] = {}
+        """How many layers a stack still lacks."""
 
-    def put(self, place: Place, array: np.ndarray) -> None:
-        """Copies `array` to its place, rounded to the model's dtype."""
-        leaf = self.leaves[place.path]
-        if place.path not in self._open:
-            times = 1 if place.layer is None else leaf.shape[0]
-            self._open[place.path] = np.empty(leaf.shape, leaf.dtype), times
-        buffer, left = self._open.pop(place.path)
-        buffer[... if place.layer is None else place.layer] = array
-        if left > 1:
-            self._open[place.path] = buffer, left - 1
-        else:
-            self.done[place.path] = jnp.asarray(buffer)
+    def target(self, place: Place) -> jax.ShapeDtypeStruct:
+        """Shape, dtype and sharding of what goes to a place."""
+        leaf, sharding = self.leaves[place.path], self._shardings[place.path]
+        if place.layer is None:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        if isinstance(sharding, NamedSharding):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+
+    def put(self, place: Place, array: jax.Array) -> jax.Array:
+        """Takes `array`, which is as `target` says, to its place; returns whether all its numbers are finite."""
+        path = place.path
+        if place.layer is None:
+            self._filled[path], self._open[path] = array, 0
+            return _all_finite(array)
+        shape, sharding = self.leaves[path].shape, self._shardings[path]
+        if path not in self._open:
+            self._filled[path], self._open[path] = _allocate(shape, array.dtype, sharding), shape[0]
+        stack, finite = _write(self._filled[path], array, jnp.int32(place.layer), sharding)
+        self._filled[path] = stack
+        self._open[path] -= 1
+        return finite
 
     def model(self) -> nnx.Module:
         """The filled model.
@@ -72,9 +123,29 @@ class Filler:
         Raises:
             ValueError: a parameter was not filled.
         """
-        if self.done.keys() != self.leaves.keys():
-            raise ValueError(f"not filled: {sorted(self.leaves.keys() - self.done.keys())}")
+        lacking = [path for path in self.leaves if self._open.get(path) != 0]
+        if lacking:
+            raise ValueError(f"not filled: {sorted(lacking)}")
         graph, state = nnx.split(self.abstract)
         flat = nnx.to_flat_state(state)
-        filled = [(path, leaf.replace(self.done[".".join(map(str, path))])) for path, leaf in flat]
+        filled = [(path, leaf.replace(self._filled[".".join(map(str, path))])) for path, leaf in flat]
         return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _allocate(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+
+
+@partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _write(
+    stack: jax.Array, array: jax.Array, layer: jax.Array, sharding: Sharding
+) -> tuple[jax.Array, jax.Array]:
+    """The stack with one layer replaced, in the stack's own memory, and whether the layer is finite."""
+    written = jax.lax.dynamic_update_index_in_dim(stack, array, layer, axis=0)
+    return jax.lax.with_sharding_constraint(written, sharding), jnp.isfinite(array).all()
+
+
+@jax.jit
+def _all_finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()

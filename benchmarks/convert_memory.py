@@ -1,0 +1,160 @@
+"""Memory and time of a conversion, and memory of loading: `python benchmarks/convert_memory.py --gigabytes 16 --folder DISK`.
+
+Makes a sharded bfloat16 checkpoint of random numbers with the layer widths of Qwen2-VL-7B (as many layers as the size asks for),
+converts it in a process of its own, and prints the peak of that process's anonymous and shared memory and its time relative to
+copying the files (with fsync) just before and just after. Then the result is loaded, sharded over four simulated devices.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from rlens_jax.models import read_kind
+from rlens_jax.weights.safetensors_file import Writer, entry_of
+from rlens_jax.weights.tables import table_of
+
+CONFIG = {
+    "model_type": "qwen2_vl",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_config": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14},
+}
+LAYER_BYTES, OTHER_BYTES = 466_117_632, 3_531_457_536
+"""Of a decoder layer, and of all else, at full vocabulary."""
+SHARD_BYTES = 4_000_000_000
+SECONDS_BETWEEN_LOOKS = 0.01
+LOAD = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rlens_jax.weights.checkpoint import load_model
+
+mesh = Mesh(np.array(jax.devices()), ("model",))
+
+def rule(path, shape):
+    fitting = [axis for axis in range(".layers." in path, len(shape)) if shape[axis] % len(jax.devices()) == 0]
+    longest = max(fitting, key=lambda axis: shape[axis], default=None)
+    return NamedSharding(mesh, PartitionSpec(*("model" if axis == longest else None for axis in range(len(shape)))))
+
+load_model(sys.argv[1], jnp.bfloat16, sharding=rule)
+"""
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=16)
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="on the disk to measure; needs 3 times the size"
+    )
+    options = parser.parse_args()
+    folder = options.folder / "convert_memory"
+    folder.mkdir(parents=True)
+    try:
+        size = make_checkpoint(folder / "source", options.gigabytes * 1e9)
+        before = seconds_of_copy(folder)
+        converted = folder / "converted"
+        seconds, peak = measured(["-m", "rlens_jax.convert", str(folder / "source"), str(converted)])
+        after = seconds_of_copy(folder)
+        _, loading = measured(["-c", LOAD, str(converted)])
+    finally:
+        shutil.rmtree(folder)
+    copying = (before + after) / 2
+    print(
+        json.dumps(
+            {
+                "gigabytes": size / 1e9,
+                "peak_anonymous_and_shared_gigabytes": peak / 1e9,
+                "seconds": seconds,
+                "seconds_of_copying": [before, after],
+                "relative_to_copying": seconds / copying,
+                "peak_of_loading_relative_to_the_weights": loading / size,
+            },
+            indent=1,
+        )
+    )
+
+
+def make_checkpoint(folder: Path, size: float) -> int:
+    """A checkpoint of about `size` bytes, by the number of layers and, below 4 GB, by a smaller vocabulary."""
+    layers = max(1, round((size - OTHER_BYTES) / LAYER_BYTES))
+    vocabulary = CONFIG["vocab_size"] if size > 4e9 else 32_000
+    fields = CONFIG | {"num_hidden_layers": layers, "vocab_size": vocabulary}
+    fields |= {"image_token_id": vocabulary - 1, "video_token_id": vocabulary - 2}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(fields))
+    shards: list[list] = [[]]
+    for name, tensor in table_of(read_kind(fields, "config.json")).tensors.items():
+        entry = entry_of(name, "BF16", tensor.shape)
+        if shards[-1] and sum(e.num_bytes for e in shards[-1]) + entry.num_bytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(entry)
+    weight_map, rng = {}, np.random.default_rng(0)
+    noise = rng.standard_normal(1 << 24, np.float32).astype(ml_dtypes.bfloat16)
+    for number, entries in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        with Writer(folder / file, entries) as writer:
+            for entry in entries:
+                start = int(rng.integers(1 << 23))
+                writer.write(entry.name, np.resize(noise[start:], entry.num_bytes // 2))
+                weight_map[entry.name] = file
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return sum(entry.num_bytes for entries in shards for entry in entries)
+
+
+def seconds_of_copy(folder: Path) -> float:
+    """Copying the weight files beside themselves, to the disk."""
+    began = time.monotonic()
+    (folder / "copy").mkdir()
+    for path in (folder / "source").glob("*.safetensors"):
+        shutil.copyfile(path, folder / "copy" / path.name)
+        with (folder / "copy" / path.name).open("rb") as file:
+            os.fsync(file.fileno())
+    seconds = time.monotonic() - began
+    shutil.rmtree(folder / "copy")
+    return seconds
+
+
+def measured(arguments: list[str]) -> tuple[float, int]:
+    """Seconds of a Python process, and the peak of its anonymous and shared memory in bytes."""
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    began = time.monotonic()
+    process, peak = subprocess.Popen([sys.executable, *arguments], env={**os.environ, **environment}), 0
+    while process.poll() is None:
+        peak = max(peak, memory_of(process.pid))
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    if process.returncode:
+        sys.exit(f"python {arguments[0]} {arguments[1]} failed with exit code {process.returncode}")
+    return time.monotonic() - began, peak
+
+
+def memory_of(pid: int) -> int:
+    """Anonymous and shared resident memory of a process, in bytes; 0 when it has just ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    fields = dict(line.split(":", 1) for line in lines)
+    return sum(int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+
+
+if __name__ == "__main__":
+    main()

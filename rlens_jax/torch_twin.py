@@ -1,0 +1,242 @@
+"""Both reductions for PyTorch users: a plan inside a Hugging Face model (extra `torch`).
+
+    from rlens_jax.plan import Plan, Reduction
+    from rlens_jax.torch_twin import reduced
+
+    with reduced(model, Plan(attention=(20, 21), ffn=(22, 23)), Reduction()):
+        logits = model(**inputs).logits        # or model.generate(**inputs)
+
+For models with a `language_model` of Llama's or Qwen2's build behind an image tower: Qwen2-VL, LLaVA-OneVision, InternVL (-hf)
+and their like, with eager or SDPA attention, padded on either side. The Dynamic FFN computes gate, up and down of visual tokens
+on the kept units only; Hollow Attention is a mask here, so its saving is *simulated*. A prefill must see all visual tokens of
+its samples at once; decoding steps run the plain layers.
+
+Axis letters: B batch, T query tokens, S key tokens, D width, F FFN units, P visual tokens, M probes, U kept units.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlens_jax.errors import UserError
+from rlens_jax.plan import Plan, Reduction
+
+ATTENTION_KINDS = ("eager", "sdpa")
+
+
+@dataclass
+class Record:
+    """What the probes of the latest prefill chose."""
+
+    kept_units: dict[int, Tensor] = field(default_factory=dict)
+    """Per layer int64 [B, U], best first; 0 .. U - 1 for a sample without visual tokens."""
+
+
+@contextmanager
+def reduced(
+    model: nn.Module,
+    plan: Plan,
+    reduction: Reduction,
+    *,
+    image_token: int | None = None,
+    kept_units: Mapping[int, Tensor] | None = None,
+    seed: int = 0,
+) -> Iterator[Record]:
+    """The model with a plan's reductions, as long as the context is open.
+
+    Args:
+        model: a Hugging Face model with a `language_model`.
+        plan: the layers to reduce.
+        reduction: how.
+        image_token: the token that stands for a visual token; None takes it from the model's config.
+        kept_units: per layer int [B, U], used instead of what the probes choose (which is recorded all the same).
+        seed: of random probes; their draws are not those of the JAX package.
+
+    Raises:
+        UserError: the plan names a layer the model lacks, or its build or attention is not supported.
+    """
+    layers = decoder_layers(model)
+    plan.validate(len(layers))
+    _check_attention(model, plan)
+    token = _image_token(model) if image_token is None else image_token
+    state, record = _Pass(), Record()
+    undo: list[Callable[[], None]] = []
+
+    def look_at_inputs(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        ids = named.get("input_ids", arguments[0] if arguments else None)
+        if ids is None:
+            raise UserError("a reduced model needs input_ids: they tell which tokens are visual")
+        state.begin(ids == token, named.get("past_key_values"))
+
+    def replace(module: nn.Module, forward: Callable[..., Any]) -> None:
+        module.forward = forward
+        undo.append(lambda: delattr(module, "forward"))
+
+    hook = model.register_forward_pre_hook(look_at_inputs, with_kwargs=True)
+    undo.append(hook.remove)
+    try:
+        for number in plan.attention:
+            attention: Any = layers[number].self_attn
+            replace(attention, _hollow(attention.forward, state, reduction))
+        for number in plan.ffn:
+            mlp: Any = layers[number].mlp
+            imposed = None if kept_units is None else kept_units.get(number)
+            replace(mlp, _dynamic(mlp, mlp.forward, state, reduction, record, number, imposed, seed))
+        yield record
+    finally:
+        for step in reversed(undo):
+            step()
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a multimodal model; UserError when it has none of the supported build."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "language_model":
+            for inner in (module, getattr(module, "model", None)):
+                layers = getattr(inner, "layers", None)
+                if isinstance(layers, nn.ModuleList) and all(_fits(layer) for layer in layers):
+                    return layers
+    raise UserError(
+        f"{type(model).__name__}: holds no language_model with layers of self_attn and mlp (gate, up and down)"
+    )
+
+
+def _fits(layer: nn.Module) -> bool:
+    mlp = getattr(layer, "mlp", None)
+    return hasattr(layer, "self_attn") and all(
+        hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")
+    )
+
+
+def _image_token(model: nn.Module) -> int:
+    for name in ("image_token_id", "image_token_index"):
+        token = getattr(model.config, name, None)
+        if isinstance(token, int):
+            return token
+    raise UserError(f"{type(model).__name__}: its config names no image token; give image_token")
+
+
+def _check_attention(model: nn.Module, plan: Plan) -> None:
+    text = getattr(model.config, "text_config", model.config)
+    kind = getattr(text, "_attn_implementation", None)
+    if plan.attention and kind not in ATTENTION_KINDS:
+        raise UserError(
+            f"Hollow Attention needs a mask, which {kind} does not take; load the model with attn_implementation "
+            f"{' or '.join(ATTENTION_KINDS)}"
+        )
+
+
+class _Pass:
+    """The forward pass that is running: which tokens are visual, None when nothing is to be reduced."""
+
+    def __init__(self) -> None:
+        self.is_visual: Tensor | None = None
+        self.ordinal: Tensor | None = None
+
+    def begin(self, is_visual: Tensor, cache: Any) -> None:
+        """`is_visual` is bool [B, T]; `cache` holds the tokens before."""
+        first = cache is None or cache.get_seq_length() == 0
+        if not first and bool(is_visual.any()):
+            raise UserError(
+                "visual tokens in a later pass cannot be reduced: the probes must see all of a sample's"
+            )
+        self.is_visual = is_visual if first else None
+        self.ordinal = is_visual.cumsum(dim=1) - is_visual.long()
+
+
+def _hollow(plain: Callable[..., Any], state: _Pass, reduction: Reduction) -> Callable[..., Any]:
+    """Attention whose visual tokens see only the last R visual tokens, themselves included, and all text before."""
+
+    def forward(hidden_states: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Any:
+        if state.is_visual is None:
+            return plain(hidden_states=hidden_states, attention_mask=attention_mask, **others)
+        visual, length = state.is_visual, hidden_states.shape[1]
+        place = torch.arange(length, device=visual.device)
+        order = state.ordinal if reduction.window == "ordinal" else place.expand_as(visual)
+        assert order is not None
+        far = order[:, :, None] - order[:, None, :] >= reduction.attention_range
+        hidden = (far & visual[:, :, None] & visual[:, None, :])[:, None]
+        lowest = torch.finfo(hidden_states.dtype).min
+        if attention_mask is None:
+            hidden = hidden | (place[None, :] > place[:, None])
+            mask = torch.zeros((), dtype=hidden_states.dtype, device=visual.device).expand(hidden.shape)
+        elif attention_mask.dtype == torch.bool:
+            mask = torch.zeros_like(attention_mask, dtype=hidden_states.dtype).masked_fill(
+                ~attention_mask, lowest
+            )
+        else:
+            mask = attention_mask
+        # A cache of fixed size has keys beyond the prefill; the mask given hides them already.
+        hidden = nn.functional.pad(hidden, (0, mask.shape[-1] - length))
+        return plain(hidden_states=hidden_states, attention_mask=mask.masked_fill(hidden, lowest), **others)
+
+    return forward
+
+
+def _dynamic(
+    mlp: Any,
+    plain: Callable[[Tensor], Tensor],
+    state: _Pass,
+    reduction: Reduction,
+    record: Record,
+    layer: int,
+    imposed: Tensor | None,
+    seed: int,
+) -> Callable[[Tensor], Tensor]:
+    """FFN whose visual tokens use only the units that their sample's probes choose."""
+
+    def forward(x: Tensor) -> Tensor:
+        if state.is_visual is None:
+            return plain(x)
+        y = torch.empty_like(x)
+        text = ~state.is_visual
+        y[text] = plain(x[text][None])[0]
+        num_units = reduction.kept_units(mlp.gate_proj.out_features)
+        chosen = torch.arange(num_units, device=x.device).repeat(x.shape[0], 1)
+        for sample, visual in enumerate(state.is_visual):
+            tokens = x[sample, visual]
+            if not len(tokens):
+                continue
+            probes = _probes(len(tokens), reduction, (seed, layer, sample))
+            chosen[sample] = _choose(mlp, tokens[probes.to(x.device)], num_units, layer)
+            units = chosen[sample] if imposed is None else imposed[sample].to(x.device).long()
+            y[sample, visual] = _through(mlp, tokens, units)
+        record.kept_units[layer] = chosen
+        return y
+
+    return forward
+
+
+def _probes(num_visual: int, reduction: Reduction, draw: tuple[int, int, int]) -> Tensor:
+    """Ordinals of the probes."""
+    count = reduction.probe_count(num_visual)
+    if reduction.probe == "strided":
+        return torch.arange(count) * num_visual // count
+    generator = torch.Generator().manual_seed(hash(draw) % 2**63)
+    return torch.randperm(num_visual, generator=generator)[:count]
+
+
+def _choose(mlp: Any, probes: Tensor, num_units: int, layer: int) -> Tensor:
+    """The units with the largest mean |H| over the probes [M, D]; ties go to the lower unit."""
+    hidden = mlp.act_fn(mlp.gate_proj(probes)) * mlp.up_proj(probes)
+    scores = hidden.float().abs().mean(dim=0)
+    if not bool(scores.isfinite().all()):
+        raise UserError(
+            f"layer {layer}: probe scores are not numbers; check the weights, or compute in float32"
+        )
+    return torch.sort(scores, descending=True, stable=True).indices[:num_units]
+
+
+def _through(mlp: Any, x: Tensor, units: Tensor) -> Tensor:
+    """Visual tokens [P, D] through some units; output bias whole."""
+
+    def rows(linear: Any) -> Tensor:
+        bias = None if linear.bias is None else linear.bias[units]
+        return nn.functional.linear(x, linear.weight[units], bias)
+
+    hidden = mlp.act_fn(rows(mlp.gate_proj)) * rows(mlp.up_proj)
+    return nn.functional.linear(hidden, mlp.down_proj.weight[:, units], mlp.down_proj.bias)

@@ -1,0 +1,1 @@
+"""Is it the same model? Bundles of another framework's results, and how ours compare; how two rankings compare."""

@@ -1,0 +1,161 @@
+"""How two layer rankings compare. Rankings are lists of layers, most redundant first."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlens_jax.errors import UserError
+
+SCHEMA = "rlens-ranking/1"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rankings of one argument: by operator from a ranking.json, else a single one named ""."""
+
+    name: str
+    rankings: Mapping[str, tuple[int, ...]]
+    num_layers: int | None
+
+
+@dataclass(frozen=True)
+class RankingComparison:
+    """Two rankings, `a` and `b`."""
+
+    name: str
+    """The operator, or "" where neither says it."""
+    a: tuple[int, ...]
+    b: tuple[int, ...]
+    kendall_tau: float
+    """Of the layers that both rank: 1 same order, 0 unrelated, -1 reversed."""
+    overlaps: tuple[float, ...]
+    """For k = 1, 2, ...: the share of `a`'s first k that are among `b`'s first k."""
+    places_of_a_in_b: tuple[int | None, ...]
+    """For each layer of `a` in order: its place in `b`, from 1 on; None where it is not ranked."""
+    places_of_b_in_a: tuple[int | None, ...]
+
+
+def compare_rankings(a: str, b: str, num_layers: int | None) -> list[RankingComparison]:
+    """Compares what two arguments hold, operator by operator where both have operators.
+
+    Args:
+        a: a ranking.json of ours, a list such as "27,26,25", or a file with such a list (separated by commas, spaces or
+            lines, or as JSON).
+        b: likewise.
+        num_layers: of the model; None takes it from a ranking.json, or else the length of the longer list.
+
+    Raises:
+        UserError: an argument cannot be read, names a layer twice or one out of range, or nothing is comparable.
+    """
+    sources = [_read(argument) for argument in (a, b)]
+    known = {source.num_layers for source in sources if source.num_layers is not None}
+    if num_layers is not None:
+        known.add(num_layers)
+    if len(known) > 1:
+        raise UserError(f"the rankings are of models with {' and '.join(map(str, sorted(known)))} layers")
+    longest = max(len(order) for source in sources for order in source.rankings.values())
+    layers = known.pop() if known else longest
+    for source in sources:
+        for name, order in source.rankings.items():
+            _check(order, layers, f"{source.name}: {name}" if name else source.name)
+    first, second = (source.rankings for source in sources)
+    if "" in first and "" in second:
+        pairs = [("", first[""], second[""])]
+    elif "" in first:
+        pairs = [(name, first[""], order) for name, order in second.items()]
+    elif "" in second:
+        pairs = [(name, order, second[""]) for name, order in first.items()]
+    else:
+        pairs = [(name, first[name], second[name]) for name in first if name in second]
+    if not pairs:
+        raise UserError(f"{a} ranks {', '.join(first)}, {b} ranks {', '.join(second)}: nothing to compare")
+    return [_compare(*pair) for pair in pairs]
+
+
+def _read(argument: str) -> Source:
+    if re.fullmatch(r"[\s\d,;+-]*", argument) and not Path(argument).is_file():
+        return Source("the list", {"": _parse(argument, "the list")}, None)
+    path = Path(argument)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{argument}: neither a file nor a list of layers such as 27,26,25") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{argument}: not readable as text ({error})") from None
+    if not text.lstrip().startswith(("{", "[")):
+        return Source(argument, {"": _parse(text, argument)}, None)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{argument}: not readable as JSON ({error})") from None
+    if isinstance(value, list):
+        return Source(argument, {"": _whole_numbers(value, argument)}, None)
+    return _read_ours(value, argument)
+
+
+def _read_ours(value: Mapping[str, Any], where: str) -> Source:
+    if value.get("schema") != SCHEMA:
+        raise UserError(f"{where}: has the schema {value.get('schema')!r}, this version reads {SCHEMA!r}")
+    rankings, model = value.get("rankings"), value.get("model")
+    if not isinstance(rankings, dict) or not rankings or not isinstance(model, dict):
+        raise UserError(f"{where}: holds no rankings and model; is it a ranking.json of rlens_jax.rank?")
+    orders = {}
+    for name, order in rankings.items():
+        if not isinstance(order, list):
+            raise UserError(f"{where}: the ranking of {name} is no list")
+        orders[name] = _whole_numbers(order, f"{where}: {name}")
+    num_layers = model.get("num_layers")
+    if type(num_layers) is not int:
+        raise UserError(f"{where}: model.num_layers must be a whole number, not {num_layers!r}")
+    return Source(where, orders, num_layers)
+
+
+def _parse(text: str, where: str) -> tuple[int, ...]:
+    words = [word for word in re.split(r"[\s,;]+", text) if word]
+    for word in words:
+        if not re.fullmatch(r"[+-]?\d+", word):
+            raise UserError(f"{where}: {word!r} is no layer number")
+    return _whole_numbers([int(word) for word in words], where)
+
+
+def _whole_numbers(values: Sequence[Any], where: str) -> tuple[int, ...]:
+    if not values:
+        raise UserError(f"{where}: is an empty list of layers")
+    for value in values:
+        if type(value) is not int:
+            raise UserError(f"{where}: {value!r} is no layer number")
+    return tuple(values)
+
+
+def _check(order: Sequence[int], num_layers: int, where: str) -> None:
+    seen = set()
+    for layer in order:
+        if not 0 <= layer < num_layers:
+            raise UserError(
+                f"{where}: layer {layer} is out of range, the model has {num_layers} layers (0-{num_layers - 1}); "
+                "for lists that are not complete, say --layers"
+            )
+        if layer in seen:
+            raise UserError(f"{where}: names layer {layer} twice")
+        seen.add(layer)
+
+
+def _compare(name: str, a: tuple[int, ...], b: tuple[int, ...]) -> RankingComparison:
+    place_a, place_b = ({layer: place for place, layer in enumerate(order, 1)} for order in (a, b))
+    common = [layer for layer in a if layer in place_b]
+    if len(common) < 2:
+        raise UserError("the two rankings have fewer than two layers in common: nothing to compare")
+    pairs = [(x, y) for i, x in enumerate(common) for y in common[i + 1 :]]
+    agreeing = sum(place_b[x] < place_b[y] for x, y in pairs)
+    return RankingComparison(
+        name,
+        a,
+        b,
+        (2 * agreeing - len(pairs)) / len(pairs),
+        tuple(len(set(a[:k]) & set(b[:k])) / k for k in range(1, min(len(a), len(b)) + 1)),
+        tuple(place_b.get(layer) for layer in a),
+        tuple(place_a.get(layer) for layer in b),
+    )

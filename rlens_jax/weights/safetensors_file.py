@@ -1,0 +1,116 @@
+"""Safetensors files piece by piece: which bytes belong to which tensor, and writing tensors in any order.
+
+The format: 8 bytes with the length of a JSON header (little-endian), the header (name -> dtype, shape, offsets into what
+follows), then the tensors without gaps.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+DTYPES: Mapping[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""Those that a model's parameters may have, as the format calls them."""
+METADATA = "__metadata__"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file."""
+
+    name: str
+    dtype: str
+    """As the format calls it, such as "BF16"."""
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+def dtype_name(dtype: np.dtype) -> str:
+    """What the format calls a dtype of `DTYPES`."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors begin, and the header; the file must be a complete one."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop(METADATA, None)
+    return 8 + length, header
+
+
+def entries(path: Path) -> list[Entry]:
+    """The tensors of a complete file, in its order."""
+    _, header = _header(path)
+    ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    return [
+        Entry(name, item["dtype"], tuple(item["shape"]), item["data_offsets"][1] - item["data_offsets"][0])
+        for name, item in ordered
+    ]
+
+
+def read_bytes(path: Path, name: str) -> bytes:
+    """One tensor's bytes, whatever its dtype."""
+    begin, header = _header(path)
+    start, stop = header[name]["data_offsets"]
+    with path.open("rb") as file:
+        file.seek(begin + start)
+        return file.read(stop - start)
+
+
+class Writer:
+    """Writes a file whose tensors come one by one, in any order. A context manager."""
+
+    def __init__(self, path: Path, tensors: list[Entry]):
+        self._path = path
+        self._places: dict[str, tuple[int, int]] = {}
+        header: dict[str, Any] = {METADATA: {"format": "pt"}}
+        offset = 0
+        for entry in tensors:
+            end = offset + entry.num_bytes
+            header[entry.name] = {
+                "dtype": entry.dtype,
+                "shape": list(entry.shape),
+                "data_offsets": [offset, end],
+            }
+            self._places[entry.name] = (offset, entry.num_bytes)
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._start = len(text).to_bytes(8, "little") + text
+
+    def __enter__(self) -> "Writer":
+        self._file = self._path.open("wb")
+        self._file.write(self._start)
+        return self
+
+    def write(self, name: str, data: np.ndarray | bytes) -> None:
+        """A tensor's contiguous array, or its bytes; ValueError when it has another size than was announced."""
+        offset, num_bytes = self._places.pop(name)
+        view = memoryview(data if isinstance(data, bytes) else data.reshape(-1).view(np.uint8).data)
+        if view.nbytes != num_bytes:
+            raise ValueError(f"{name}: {view.nbytes} bytes where {num_bytes} were announced")
+        self._file.seek(len(self._start) + offset)
+        self._file.write(view)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if error is None and self._places:
+            raise ValueError(f"{self._path}: not written: {sorted(self._places)}")
+
+
+def entry_of(name: str, dtype: str, shape: tuple[int, ...]) -> Entry:
+    """The entry of a tensor of a dtype of `DTYPES`."""
+    return Entry(name, dtype, shape, prod(shape) * DTYPES[dtype].itemsize)
