@@ -119,12 +119,10 @@ def losses(model: Qwen2VL, heads: CellHeads, batch: TrainBatch) -> tuple[Array, 
     last = forward(decoder, after, batch, slice(FOUND_LAYERS, None))
     num_text = batch.text_ids.shape[1]
     read = [
-        cross_entropy(head(middle[:, num_text:]), batch.cells[:, :, axis])
-        for axis, head in enumerate(heads.cell)
+        cross_entropy(head(middle[:, num_text:]), batch.cells[:, :, axis]) for axis, head in enumerate(heads.cell)
     ]
     found = [
-        cross_entropy(head(after[:, :num_text]), batch.found[:, :, axis])
-        for axis, head in enumerate(heads.found)
+        cross_entropy(head(after[:, :num_text]), batch.found[:, :, axis]) for axis, head in enumerate(heads.found)
     ]
     logits = decoder.logits(last[:, :num_text])
     answer_loss, _, answers = cross_entropy(logits, batch.targets)
