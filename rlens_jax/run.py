@@ -216,7 +216,7 @@ class _Search:
         length = self._num_layers
         prior = length // 4 if position_layers is None else position_layers
         searched = length - prior
-        evaluations = searched * (searched + 1) // 2 + prior + 1
+        evaluations = searched * (searched + 1) // 2 + prior + 2  # the dense plan is asked for twice
         label = f"ranking {operator}" if position_layers != 0 else f"ranking {operator}, L_p = 0"
         with self._bar.show(label, evaluations * len(self._datasets[VALIDATION])):
             dense = self.metrics(VALIDATION, Plan())

@@ -288,3 +288,12 @@ def test_bad_input_is_one_clear_line(
     assert len(lines) == 1
     assert expected in lines[0]
     assert not (output / "ranking.json").exists()
+
+
+def test_progress_counts_to_its_end(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert rank(options(cache, tmp_path / "out")) == 0
+    lines = capsys.readouterr().err.splitlines()
+    for label in ("ranking attention", "ranking ffn", "held-out curves"):
+        last = [line for line in lines if line.startswith(f"{label}: ")][-1]
+        done, total = last.split(": ")[1].split()[0].split("/")
+        assert done == total, last
