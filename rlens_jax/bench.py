@@ -3,7 +3,8 @@
 The layer has the widths of a published model (Qwen2-VL-2B unless another is named); 1792 visual tokens stand between 64 and 64
 text tokens, float32, batch 1. All programs take turns, medians are reported. `realised_saving` is (1 - time ratio) / (1 - FLOPs
 ratio), the FLOPs being those of the field's formula with the probes counted; the dense time is that of the fastest of four kinds
-of dense attention. With the extra `torch` installed, PyTorch's layer with SDPA is timed beside, for orientation.
+of dense attention. A layer whose heads attend to nothing is timed too: what it saves is the most that any attention could.
+With the extra `torch` installed, PyTorch's layer with SDPA is timed beside, for orientation.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from rlens_jax.plan import Reduction
 
 TEXT_BEFORE, VISUAL, TEXT_AFTER = 64, 1792, 64
 OURS = "ours (packed, causal blocks)"
+WITHOUT = "no attention"
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,10 @@ def main(arguments: Sequence[str]) -> None:
     results = measure(options.layer, options.repeats)
     for name, seconds in results["dense_seconds"].items():
         print(f"dense, {name:<34}{seconds * 1e3:9.1f} ms")
+    without = results["without_attention"]
+    print(
+        f"{WITHOUT:<12}{without['seconds'] * 1e3:9.1f} ms   {'':20} time saved {without['time_saved']:6.1%}"
+    )
     for name, case in results["cases"].items():
         print(
             f"{name:<12}{case['seconds'] * 1e3:9.1f} ms   FLOPs saved {case['flops_saved']:6.1%}   "
@@ -92,6 +98,7 @@ def measure(layer: str, repeats: int) -> dict[str, Any]:
         programs["PyTorch SDPA"] = torch_layer
     measured = dict(zip(programs, time_side_by_side(list(programs.values()), repeats), strict=True))
     seconds = {name: median(values) for name, values in measured.items()}
+    without = seconds.pop(WITHOUT)
     dense = {name: value for name, value in seconds.items() if name not in CASES}
     baseline = min(value for name, value in dense.items() if name != "PyTorch SDPA")
     sizes = LayerSizes(widths.width, widths.num_kv_heads * widths.head_dim, widths.ffn_width)
@@ -112,6 +119,7 @@ def measure(layer: str, repeats: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "repeats": repeats,
         "dense_seconds": dense,
+        "without_attention": {"seconds": without, "time_saved": 1 - without / baseline},
         "cases": cases,
     }
 
@@ -178,6 +186,10 @@ def _programs(widths: Widths) -> dict[str, Callable[[], Any]]:
         ]
         return jnp.concatenate(parts, axis=2)
 
+    def nothing(q: Any, k: Any, v: Any) -> Any:
+        # Every projection is used, or it would not be computed.
+        return q + jnp.repeat(k + v, widths.num_heads // widths.num_kv_heads, axis=1)
+
     dense = {"einsum": einsum, "jax.nn.dot_product_attention": dot_product, "causal blocks": blocked}
     packed_context = decoder.context(layout, jnp.asarray(packed), jax.random.key(0))
     ordered_context = decoder.context(layout, jnp.asarray(in_order.T[None]), jax.random.key(0))
@@ -189,6 +201,7 @@ def _programs(widths: Widths) -> dict[str, Callable[[], Any]]:
     return {
         OURS: call(partial(ours, False, False), packed_context),
         **{name: call(partial(other, attend), ordered_context) for name, attend in dense.items()},
+        WITHOUT: call(partial(other, nothing), ordered_context),
         **{name: call(partial(ours, *flags), packed_context) for name, flags in CASES.items()},
     }
 

@@ -20,6 +20,8 @@ def test_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert bench.OURS in results["dense_seconds"]
     assert len(results["dense_seconds"]) == 5  # ours, three others, and PyTorch's
     fastest = min(seconds for name, seconds in results["dense_seconds"].items() if "PyTorch" not in name)
+    without = results["without_attention"]
+    assert without["time_saved"] == pytest.approx(1 - without["seconds"] / fastest)
     printed = capsys.readouterr().out
     for name in ("attention", "ffn", "both"):
         case = results["cases"][name]
