@@ -9,6 +9,7 @@ from PIL import Image
 
 from rlens_jax.data.pages import DATASETS, make_page, make_question
 from rlens_jax.data.samples import Sample
+from rlens_jax.demo.measure import measure
 from rlens_jax.layout import Bucket, unpack_rows
 from rlens_jax.models import FAMILIES
 from rlens_jax.models.generation import decode, prefill
@@ -72,3 +73,16 @@ def test_logits_and_answers_equal_those_of_hugging_face(questions: list[tuple[Im
         tokens = decode(ours.decoder, first, cache, batch, 8, preparer.chat.stop_token)
         new = generated[0, inputs["input_ids"].shape[1] :].tolist()
         assert np.asarray(tokens)[0, : len(new)].tolist() == new
+
+
+def test_it_reads_its_images_and_needs_its_layers() -> None:
+    results = measure("embedded", 100)
+    accuracy = results["accuracy"]
+    assert accuracy["overall"] >= 0.85
+    assert results["visual_share"] >= 0.75
+    for name in DATASETS:
+        assert accuracy[name] >= 0.75
+        # Twice the bar's 5 points: that is the error of so few samples. `demo.measure --samples 600` measures the bar.
+        assert results["swapped_images"][name] <= results["commonest_answer"][name] + 0.1
+    costs = [accuracy["overall"] - without["overall"] for without in results["without_layer"]]
+    assert sum(cost >= 0.05 for cost in costs) >= 6
