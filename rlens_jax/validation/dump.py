@@ -109,7 +109,6 @@ def make_inputs(folder: Path, names: Sequence[str]) -> dict[str, Any]:
 
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        processor.tokenizer.padding_side = "right"
         messages = [
             [{"role": "user", "content": [*[{"type": "image"}] * len(sizes), {"type": "text", "text": text}]}]
             for text, sizes in QUESTIONS
@@ -117,7 +116,8 @@ def make_inputs(folder: Path, names: Sequence[str]) -> dict[str, Any]:
         texts = [processor.apply_chat_template(message, add_generation_prompt=True) for message in messages]
         rng = np.random.default_rng(0)
         images = [[texture(rng, *size) for size in sizes] for _, sizes in QUESTIONS]
-        made = processor(text=texts, images=images, padding=True, return_tensors="pt")
+        # Said here, because a processor's own default goes before that of its tokenizer.
+        made = processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}: no usable processor ({_first_line(error)})") from None
     unknown = [name for name in made if name not in names]

@@ -50,7 +50,9 @@ def read(
 
 def _given_token(where: str, tensors: Mapping[str, np.ndarray]) -> int:
     if TOKEN_NAME not in tensors:
-        raise UserError(f"{where}: holds no {TOKEN_NAME}, and the model's config.json does not tell it either")
+        raise UserError(
+            f"{where}: holds no {TOKEN_NAME}, and the model's config.json does not tell it either"
+        )
     return int(checked(where, tensors, TOKEN_NAME, (1,))[0])
 
 

@@ -11,7 +11,10 @@ from rlens_jax.validation.rows import FamilyInputs, Row, checked, padded, plain_
 
 
 def read(
-    where: str, token_ids: Sequence[np.ndarray], tensors: Mapping[str, np.ndarray], config: LlavaOnevisionConfig
+    where: str,
+    token_ids: Sequence[np.ndarray],
+    tensors: Mapping[str, np.ndarray],
+    config: LlavaOnevisionConfig,
 ) -> list[Row]:
     """See `FamilyInputs.read`."""
     if any((row == config.video_token).any() for row in token_ids):
@@ -20,9 +23,7 @@ def read(
     shape = ("I", "views", config.vision.channels, config.image_size, config.image_size)
     pixels = checked(where, tensors, "pixel_values", shape)
     if len(sizes) != len(pixels):
-        raise UserError(
-            f"{where}: pixel_values has {len(pixels)} images where image_sizes has {len(sizes)}"
-        )
+        raise UserError(f"{where}: pixel_values has {len(pixels)} images where image_sizes has {len(sizes)}")
     if (sizes < 1).any():
         raise UserError(f"{where}: image_sizes must be heights and widths in pixels, not {sizes.min()}")
     images = _images(where, pixels, sizes, _alone(where, tensors, len(sizes)), config)
@@ -66,9 +67,7 @@ def _images(
     # Of equal shapes, so that they go through the tower together.
     views, slots = (max((len(image[part]) for image in found), default=0) for part in (0, 1))
     return [
-        PreparedImage(
-            (padded(patches, views), padded(sources, slots), padded(weights, slots)), len(sources)
-        )
+        PreparedImage((padded(patches, views), padded(sources, slots), padded(weights, slots)), len(sources))
         for patches, sources, weights in found
     ]
 

@@ -1,10 +1,10 @@
 """MiniCPM-V 2.6's inputs: those of its published code, whose lists are stacked here.
 
-    pixel_values   float [views, 3, patch, length]: each view's patches side by side, row by row, as the published processor
-                   gives them, padded on the right; length is a multiple of patch
-    tgt_sizes      int [views, 2]: rows and columns of a view's patches
-    image_bound    int [views, 3]: row of input_ids, and the first token of the view and the one after its last; ours, as
-                   published it is a list of pairs for each row. In the order of views.
+pixel_values   float [views, 3, patch, length]: each view's patches side by side, row by row, as the published processor
+               gives them, padded on the right; length is a multiple of patch
+tgt_sizes      int [views, 2]: rows and columns of a view's patches
+image_bound    int [views, 3]: row of input_ids, and the first token of the view and the one after its last; ours, as
+               published it is a list of pairs for each row. In the order of views.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,9 +35,7 @@ def read(
     return rows
 
 
-def _views(
-    where: str, tensors: Mapping[str, np.ndarray], config: MiniCPMVConfig
-) -> list[PreparedImage]:
+def _views(where: str, tensors: Mapping[str, np.ndarray], config: MiniCPMVConfig) -> list[PreparedImage]:
     """Each view as an image of its own: the tower sees it alone."""
     side = config.vision.patch_size
     pixels = checked(where, tensors, "pixel_values", ("views", 3, side, "length"))

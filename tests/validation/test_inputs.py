@@ -18,7 +18,6 @@ from rlens_jax.console import run_command
 from rlens_jax.data.samples import Sample
 from rlens_jax.models.minicpm_v import Preparer as MiniCPMVPreparer
 from rlens_jax.plan import Plan, Reduction
-from rlens_jax.torch_twin import reduced
 from rlens_jax.validate import main
 from rlens_jax.validation.bundle import new_bundle
 from rlens_jax.validation.dump import run_case
@@ -27,6 +26,7 @@ from tests import internvl_support as internvl
 from tests import torch_minicpm_v as minicpm
 from tests import torch_reductions
 from tests.models import llava
+from tests.models.test_llava_preparer import write_texts
 from tests.torch_support import allow_transformers_models, save_tiny
 
 allow_transformers_models()
@@ -127,7 +127,9 @@ def make_minicpm(folder: Path) -> Reference:
         cut = [minicpm.cut_views(image)[0] for image in pictures]
         visual.append([model.visual_tokens(image) for image in cut])
         views += [view for image in cut for view in image]
-        starts = np.flatnonzero(np.isin(prompts[-1].token_ids, [minicpm.id_of("<image>"), minicpm.id_of("<slice>")]))
+        starts = np.flatnonzero(
+            np.isin(prompts[-1].token_ids, [minicpm.id_of("<image>"), minicpm.id_of("<slice>")])
+        )
         bounds += [(row, start + 1, start + 1 + minicpm.NUM_QUERIES) for start in starts]
     length = max(len(prompt.token_ids) for prompt in prompts)
 
@@ -215,7 +217,10 @@ def test_every_image_is_alone_when_the_bundle_does_not_tell(references, tmp_path
     model = save_tiny(folder, theirs := llava.tiny_llava(0))
     inputs = llava.hf_inputs([llava.make_example(seed, [3, (20, 33), 5]) for seed in (1, 2)])
     del inputs["batch_num_images"]
-    inputs = {name: torch.cat([t, t.flip(0)], 1) if t.ndim == 2 and "sizes" not in name else t for name, t in inputs.items()}
+    inputs = {
+        name: torch.cat([t, t.flip(0)], 1) if t.ndim == 2 and "sizes" not in name else t
+        for name, t in inputs.items()
+    }
     inputs["pixel_values"] = inputs["pixel_values"][[0, 1, 1, 0]]
     inputs["image_sizes"] = inputs["image_sizes"][[0, 1, 1, 0]]
     case = run_case(theirs, inputs, Plan(), SMALL, with_states=False)
@@ -241,15 +246,20 @@ def less(name: str) -> Callable[[Tensors], None]:
 
 
 BAD = {
-    "llava: sizes the other way round": (
+    "llava: a smaller size": (
+        "llava_onevision",
+        put("image_sizes", 0, (14, 14)),
+        "image 0 has 7 views in pixel_values, 2 by its image_sizes [14, 14] (height, width)",
+    ),
+    "llava: a larger size": (
         "llava_onevision",
         put("image_sizes", 0, (61, 20)),
-        "image 0 has 7 views in pixel_values, 6 by its image_sizes [61, 20] (height, width)",
+        "row 0 of input_ids has 37 image tokens, to which its images do not add up",
     ),
     "llava: a size of fewer tokens": (
         "llava_onevision",
         put("image_sizes", 0, (15, 33)),
-        "row 0 of input_ids has 77 image tokens, to which its images do not add up",
+        "row 0 of input_ids has 37 image tokens, to which its images do not add up",
     ),
     "llava: a size of nothing": (
         "llava_onevision",
@@ -289,7 +299,7 @@ BAD = {
     "internvl: a missing tile": (
         "internvl",
         less("pixel_values"),
-        "row 1 of input_ids has 144 image tokens, to which its images do not add up",
+        "row 1 of input_ids has 96 image tokens, to which its images do not add up",
     ),
     "internvl: a tile too many": (
         "internvl",
@@ -381,8 +391,53 @@ def test_bad_inputs(case: str, references, tmp_path: Path, capsys) -> None:
     assert expected in refusal(capsys, reference.model, "--reference", bundle)
 
 
+def with_llava_processor(folder: Path) -> Path:
+    """A folder that PyTorch and the checkpoint's own processor can read, as can ours."""
+    save_tiny(folder, llava.tiny_llava(1, num_hidden_layers=2))
+    llava.image_processor().save_pretrained(folder)
+    write_texts(folder)
+    fields = {
+        "processor_class": "LlavaOnevisionProcessor",
+        "num_image_tokens": llava.SIDE**2,
+        "vision_feature_select_strategy": "full",
+        "vision_aspect_ratio": f"anyres_max_{llava.MOST_TILES}",
+    }
+    (folder / "processor_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def with_internvl_processor(folder: Path) -> Path:
+    save_tiny(folder, internvl.tiny_internvl(1, num_hidden_layers=2))
+    internvl.save_tokenizer(folder, internvl.HF_TEMPLATE)
+    path = folder / "tokenizer_config.json"
+    named = {"start": "<img>", "end": "</img>", "context": "<IMG_CONTEXT>"}
+    tokens = {f"{place}_image_token": token for place, token in named.items()} | {"video_token": "<video>"}
+    fields = json.loads(path.read_text()) | {"pad_token": "<|im_end|>", "extra_special_tokens": tokens}
+    path.write_text(json.dumps(fields))
+    processor = {"processor_class": "InternVLProcessor", "image_seq_length": 16}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    size = {"height": internvl.TILE, "width": internvl.TILE}
+    images = {"image_processor_type": "GotOcr2ImageProcessorFast", "size": size, "max_patches": 6}
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    return folder
+
+
+@pytest.mark.parametrize("save", [with_llava_processor, with_internvl_processor])
+def test_dump_and_compare(save: Callable[[Path], Path], tmp_path: Path, capsys) -> None:
+    model, bundle = save(tmp_path / "model"), tmp_path / "bundle"
+    options = ("--attention=0,1", "--ffn=0", "--attention-range=5", "--active-fraction=0.3")
+    assert validate(model, "--dump", bundle, *options) == 0
+    assert validate(model, "--reference", bundle) == 0
+    assert "4 of 4 cases within the tolerance of 0.0001" in capsys.readouterr().out
+    dense, *others = (load_file(bundle / f"case_0{number}.safetensors")["logits"] for number in range(4))
+    assert all(np.abs(dense - other).max() > 1e-3 for other in others)
+
+
 @pytest.mark.parametrize("family", ["minicpmv", "internvl_chat"])
 def test_dump_of_a_model_that_transformers_lacks(family: str, references, tmp_path: Path, capsys) -> None:
     message = refusal(capsys, references(family).model, "--dump", tmp_path / "bundle")
-    assert f"transformers has no class of model_type '{family}'; write a bundle with the published code" in message
+    assert (
+        f"transformers has no class of model_type '{family}'; write a bundle with the published code"
+        in message
+    )
     assert list(tmp_path.iterdir()) == []
