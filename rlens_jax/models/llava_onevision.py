@@ -260,6 +260,31 @@ def grid_sources(image_size: Size, tiles: Size, side: int, most_tiles: int) -> t
     return sources.reshape(-1, 4), weights.reshape(-1, 4)
 
 
+def image_sources(
+    config: LlavaOnevisionConfig, image_size: Size, alone: bool
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """An image's visual tokens, as table rows and weights [Z, Q], and its number of views.
+
+    Args:
+        config: of the model.
+        image_size: height and width of the image in pixels, before any scaling.
+        alone: it is the only image of its prompt, so it also has a grid of tiles.
+    """
+    # Imported here because it pulls in torchvision where that is installed; a model alone needs none of it.
+    from transformers.image_processing_utils import select_best_resolution
+
+    sources, weights = base_sources(config.side)
+    if alone:
+        height, width = select_best_resolution(image_size, config.pinpoints)
+        rows, columns = height // config.image_size, width // config.image_size
+        more = grid_sources(image_size, (rows, columns), config.side, config.most_tiles)
+        views = 1 + rows * columns
+    else:
+        more = np.full((1, 4), NEWLINE, np.int32), np.array([[1, 0, 0, 0]], np.float32)
+        views = 1
+    return np.concatenate([sources, more[0]]), np.concatenate([weights, more[1]]), views
+
+
 class Preparer:
     """Images and prompts of a checkpoint, by its own image processor (the one without torch), template and tokenizer.
 
@@ -268,15 +293,13 @@ class Preparer:
     """
 
     def __init__(self, folder: Path, config: LlavaOnevisionConfig, patch_slots: Sequence[int]):
-        # Imported here because they pull in torchvision where that is installed; a model alone needs none of it.
-        from transformers.image_processing_utils import select_best_resolution
+        # Imported here because it pulls in torchvision where that is installed; a model alone needs none of it.
         from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
             LlavaOnevisionImageProcessorPil,
         )
 
         self.config = config
         self.patch_slots = sorted(patch_slots)
-        self.best_resolution = select_best_resolution
         self.chat = ChatTokenizer(folder, config.image_token)
         # The processor's template goes before the tokenizer's, which may be of the language model alone.
         if (folder / "chat_template.json").exists():
@@ -301,18 +324,10 @@ class Preparer:
         if not pixels:
             return []
         features = self.image_processor(images=[list(pixels)], return_tensors="np")
-        side = self.config.side
         prepared = []
         for views, size in zip(features["pixel_values"], features["image_sizes"], strict=True):
-            sources, weights = base_sources(side)
-            if len(pixels) == 1:
-                image_size = int(size[0]), int(size[1])
-                height, width = self.best_resolution(image_size, self.config.pinpoints)
-                tiles = height // self.config.image_size, width // self.config.image_size
-                grid = grid_sources(image_size, tiles, side, self.config.most_tiles)
-            else:
-                grid = np.full((1, 4), NEWLINE, np.int32), np.array([[1, 0, 0, 0]], np.float32)
-            sources, weights = np.concatenate([sources, grid[0]]), np.concatenate([weights, grid[1]])
+            image_size = int(size[0]), int(size[1])
+            sources, weights, _ = image_sources(self.config, image_size, alone=len(pixels) == 1)
             image = self._padded(
                 cut_patches(views, self.config.vision.patch_size), sources, weights, sample_id
             )

@@ -20,7 +20,7 @@ Further fields are allowed, shown in the report and ignored. Each case's file is
                                 final norm
     hidden_states.<layer>.attention   optional, likewise within the layer, after attention and before the FFN
 
-and no other tensor.
+and no other tensor. Further inputs are those of the family's file in rlens_jax/validation, such as qwen2_vl.py.
 """
 
 import json

@@ -54,6 +54,7 @@ def dump(
             f"{folder}: is a converted folder, which PyTorch cannot read; convert it back with --to-hf"
         )
     kind = read_model_kind(folder)
+    _check_class(folder, kind.model_type)
     for plan in plans:
         plan.validate(kind.config.decoder.num_layers)
     if bundle.exists():
@@ -70,6 +71,17 @@ def dump(
     return bundle
 
 
+def _check_class(folder: Path, model_type: str) -> None:
+    """transformers knows the family; UserError when its model only comes as code with the checkpoint, which is never run."""
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"{folder}: transformers has no class of model_type {model_type!r}; write a bundle with the published code "
+            f"({', '.join(input_names(model_type))} and results, see rlens_jax/validation/bundle.py)"
+        )
+
+
 def load_torch_model(folder: Path) -> Any:
     """The Hugging Face model of a folder, in float32 with eager attention."""
     try:
@@ -80,7 +92,11 @@ def load_torch_model(folder: Path) -> Any:
         raise UserError(f"--dump runs PyTorch: install the extra torch ({error})") from None
     try:
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype="float32", attn_implementation="eager", local_files_only=True
+            folder,
+            dtype="float32",
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: transformers cannot load it ({_first_line(error)})") from None
@@ -92,8 +108,7 @@ def make_inputs(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        processor.tokenizer.padding_side = "right"
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         messages = [
             [{"role": "user", "content": [*[{"type": "image"}] * len(sizes), {"type": "text", "text": text}]}]
             for text, sizes in QUESTIONS
@@ -101,7 +116,8 @@ def make_inputs(folder: Path, names: Sequence[str]) -> dict[str, Any]:
         texts = [processor.apply_chat_template(message, add_generation_prompt=True) for message in messages]
         rng = np.random.default_rng(0)
         images = [[texture(rng, *size) for size in sizes] for _, sizes in QUESTIONS]
-        made = processor(text=texts, images=images, padding=True, return_tensors="pt")
+        # Said here, because a processor's own default goes before that of its tokenizer.
+        made = processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}: no usable processor ({_first_line(error)})") from None
     unknown = [name for name in made if name not in names]

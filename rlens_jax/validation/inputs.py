@@ -6,10 +6,16 @@ from typing import Any
 import numpy as np
 
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.validation import qwen2_vl
+from rlens_jax.validation import internvl, llava_onevision, minicpm_v, qwen2_vl
 from rlens_jax.validation.rows import TEXT_NAMES, FamilyInputs, Row
 
-INPUTS: Mapping[str, FamilyInputs] = {"qwen2_vl": qwen2_vl.INPUTS}
+INPUTS: Mapping[str, FamilyInputs] = {
+    "internvl": internvl.HF_INPUTS,
+    "internvl_chat": internvl.NATIVE_INPUTS,
+    "llava_onevision": llava_onevision.INPUTS,
+    "minicpmv": minicpm_v.INPUTS,
+    "qwen2_vl": qwen2_vl.INPUTS,
+}
 """By `model_type`."""
 
 

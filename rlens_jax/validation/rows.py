@@ -60,6 +60,12 @@ def take_images(
     return tuple(images[first:taken])
 
 
+def plain_prompt(ids: np.ndarray, is_visual: np.ndarray) -> Prompt:
+    """A prompt whose tokens have rotary positions 0, 1, 2, ..."""
+    positions = np.arange(len(ids), dtype=np.int32)[None]
+    return Prompt(ids.astype(np.int32), is_visual, positions, len(ids), 0)
+
+
 def padded(array: np.ndarray, length: int) -> np.ndarray:
     """`array` with zeros after it, `length` in all."""
     return np.pad(array, [(0, length - len(array)), *[(0, 0)] * (array.ndim - 1)])
