@@ -116,8 +116,9 @@ class ComputeConfig:
     """Bucket sizes, ascending: a sample's text tokens are padded to the smallest that holds them."""
     visual_slots: tuple[int, ...] = (128, 256, 512, 1024, 2048)
     """Bucket sizes, ascending, for a sample's visual tokens."""
-    patch_slots: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
-    """Bucket sizes, ascending, for the vision tower's patches of one image."""
+    patch_slots: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+    """Bucket sizes, ascending, for the vision tower's patches of one image: of all its tiles together, and in MiniCPM-V of
+    one slice."""
     state_memory_gb: float = 2.0
     """Memory, in GB, for the states from which the candidates of a round continue."""
     compilation_cache: str | None = None

@@ -355,7 +355,7 @@ def test_killed_at_random_moments_and_rerun(source: Path, tmp_path: Path) -> Non
         # From the first folder on: a kill during the imports would try nothing.
         while process.poll() is None and not set(partial_folders(tmp_path)) - old:
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         if target.exists():  # it was done already

@@ -133,12 +133,12 @@ PATTERNS = {
         r"read 3 digits of row \d from column \d \?": 0.35,
     },
     "pages_compare": {
-        r"largest digit of row \d \?": 0.21,
-        r"largest digit of column \d \?": 0.09,
-        r"smallest digit of row \d \?": 0.14,
-        r"smallest digit of column \d \?": 0.06,
-        r"larger digit , row \d column \d or row \d column \d \?": 0.25,
-        r"how many (black|red|green|blue) digits in row \d \?": 0.25,
+        r"largest digit of row \d \?": 0.385,
+        r"largest digit of column \d \?": 0.165,
+        r"smallest digit of row \d \?": 0.175,
+        r"smallest digit of column \d \?": 0.075,
+        r"larger digit , row \d column \d or row \d column \d \?": 0.1,
+        r"how many (black|red|green|blue) digits in row \d \?": 0.1,
     },
     "pages_yesno": {
         r"is row \d column \d a \d \?": 0.45,
