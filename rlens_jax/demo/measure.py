@@ -41,20 +41,18 @@ def measure(model: str, samples: int) -> dict[str, Any]:
     folder = find_model(model)
     kind, loaded = load_model(folder, jnp.dtype("float32"))
     preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, (PATCH_SLOTS,))
-    stop = preparer.chat.stop_token
-    programs = Programs(loaded, Reduction(), seed=0, new_tokens=1, stop_token=stop)
+    programs = Programs(loaded, Reduction(), seed=0, new_tokens=1, stop_token=preparer.chat.stop_token)
     num_layers = kind.config.decoder.num_layers
     dense = traced_plan(Plan(), num_layers)
 
     def accuracy(datasets: Sequence[Dataset], skipped: int | None) -> dict[str, float]:
+        runs = [(0, num_layers)] if skipped is None else [(0, skipped), (skipped + 1, num_layers)]
         shares = {}
         for dataset in datasets:
             right = 0
             for batch in dataset.batches:
                 x = batch.embedded
-                for start, stop in (
-                    [(0, num_layers)] if skipped is None else [(0, skipped), (skipped + 1, num_layers)]
-                ):
+                for start, stop in runs:
                     x, _ = programs.layers(x, batch.inputs, dense, start, stop)
                 right += int(np.asarray(programs.outcome(x, batch.inputs)[0])[: len(batch.samples)].sum())
             shares[dataset.name] = right / len(dataset.samples)

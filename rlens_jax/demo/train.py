@@ -1,4 +1,4 @@
-"""Train the embedded model: `python -m rlens_jax.demo.train --output DIR` (our decision; about an hour on two cores).
+"""Train the embedded model: `python -m rlens_jax.demo.train --output DIR` (our decision; one to two hours on two cores).
 
 The loss is that of the answers, plus, while training, auxiliary ones without which nothing but the language prior is learned in
 reasonable time: an early layer must tell what each cell holds and where it is, one attention head must look at the cells that an
