@@ -229,7 +229,7 @@ def _to_find(results: Results) -> str:
         rows.append(
             (
                 TITLES[name],
-                f"{reduced / dense:.2f} x dense",
+                f"{reduced / dense:.2f} x dense" if dense else "dense scores 0",
                 f"{result.first_round_spread(results.validation_samples):.0f} samples",
                 _percent(result.tied_share, 0),
                 f"{ties} of {len(result.ranking.rounds)}",
