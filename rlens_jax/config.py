@@ -111,7 +111,9 @@ class ComputeConfig:
     matmul_precision: Literal["highest", "high", "default"] = "highest"
     """JAX's matmul precision. On TPU, `default` multiplies float32 in bfloat16; on CPU all are the same."""
     batch_size: int = 16
-    """Samples in one batch."""
+    """Samples in one batch of a work group."""
+    model_shards: int = 1
+    """Over how many devices each copy of the model is cut (the mesh's `model` axis); the copies share the batches."""
     text_slots: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Bucket sizes, ascending: a sample's text tokens are padded to the smallest that holds them."""
     visual_slots: tuple[int, ...] = (128, 256, 512, 1024, 2048)
@@ -126,7 +128,7 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         _check_types("compute", self)
-        _at_least(1, "compute", self, "batch_size")
+        _at_least(1, "compute", self, "batch_size", "model_shards")
         _at_least(0, "compute", self, "state_memory_gb")
         for name in ("text_slots", "visual_slots", "patch_slots"):
             slots = getattr(self, name)
@@ -246,6 +248,8 @@ def fingerprint(config: RunConfig, *, model_hash: str, data_hash: str, **facts: 
     """
     values = portable(config)
     del values["model"], values["report"], values["data"]["source"], values["compute"]["state_memory_gb"]
+    # A run goes on with other hosts and another mesh: outcomes differ in rounding at most.
+    del values["compute"]["model_shards"]
     return {"model_hash": model_hash, "data_hash": data_hash, **facts, **values}
 
 

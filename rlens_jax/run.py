@@ -6,14 +6,13 @@ config -> weights -> model; data -> samples -> embeddings -> work items (plan, b
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +24,11 @@ from rlens_jax.data.splits import load_splits, samples_hash
 from rlens_jax.flops import LayerSizes, saving
 from rlens_jax.models import FAMILIES
 from rlens_jax.models.decoder import DecoderConfig
+from rlens_jax.parallel.mesh import check_fits, make_mesh
 from rlens_jax.parallel.startup import start_jax
 from rlens_jax.plan import Operator, Plan
 from rlens_jax.ranking.evaluator import Evaluator
-from rlens_jax.ranking.inputs import Dataset, Shapes, build_datasets
+from rlens_jax.ranking.inputs import Shapes, Split, build_split
 from rlens_jax.ranking.journal import Journal
 from rlens_jax.ranking.objective import PlanScore, dataset_metric, score_plan
 from rlens_jax.ranking.programs import Programs
@@ -39,7 +39,7 @@ from rlens_jax.report.curves import held_out_plans, operator_result, plan_saving
 from rlens_jax.report.files import write_report
 from rlens_jax.report.results import OperatorResult, PrefillTime, Results, Saving, Timing
 from rlens_jax.resources import cache_folder
-from rlens_jax.weights.checkpoint import find_model, load_model, model_hash
+from rlens_jax.weights.checkpoint import find_model, load_model, model_hash, read_model_kind
 
 PACKAGES = (
     "jax",
@@ -109,18 +109,21 @@ def run(config: RunConfig) -> Results:
             held_out_share=config.data.held_out_share,
             seed=config.seed,
         )
-        samples = samples_hash(splits)
+        data = samples_hash(splits)
     device = jax.devices()[0].device_kind
-    identity = fingerprint(config, model_hash=weights, data_hash=samples, device=device, jax=version("jax"))
+    identity = fingerprint(config, model_hash=weights, data_hash=data, device=device, jax=version("jax"))
     with Journal.open(Path(config.output), identity) as journal:
         if journal.repaired:
             say(journal.repaired)
         resumed = len(journal.records())
         with clock.phase("load"):
-            kind, model = load_model(folder, jnp.dtype(compute.dtype))
+            check_fits(read_model_kind(folder).config.decoder.sizes, compute.model_shards)
+            mesh = make_mesh(jax.devices(), compute.model_shards)
+            kind, model = load_model(folder, jnp.dtype(compute.dtype), mesh=mesh)
             preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, compute.patch_slots)
             programs = Programs(
                 model,
+                mesh,
                 config.reduction,
                 seed=config.seed,
                 new_tokens=config.search.max_new_tokens,
@@ -128,19 +131,23 @@ def run(config: RunConfig) -> Results:
             )
         shapes = Shapes(compute.text_slots, compute.visual_slots, compute.batch_size)
         forced = config.search.objective == "teacher_forced"
-        datasets = {}
+        built: dict[str, Split] = {}
         with clock.phase("encode"):
-            for split, members in splits.items():
-                with Progress(f"preparing {split}", len(members), "samples") as shown:
-                    datasets[split] = build_datasets(
-                        members, preparer, programs, shapes, forced, shown.advance
-                    )
+            for name, samples in splits.items():
+                with Progress(f"preparing {name}", len(samples), "samples") as shown:
+                    built[name] = build_split(samples, preparer, programs, shapes, forced, shown.advance)
         scoring: Scoring = TeacherForcing(programs) if forced else Generating(programs, preparer.chat.decode)
         bar = _Bar()
+        num_layers = kind.config.decoder.num_layers
         evaluator = Evaluator(
-            scoring, datasets, journal, state_bytes=compute.state_memory_gb * 1e9, advance=bar.advance
+            scoring,
+            built,
+            journal,
+            num_layers=num_layers,
+            state_bytes=compute.state_memory_gb * 1e9,
+            advance=bar.advance,
         )
-        search = _Search(config, kind.config.decoder.num_layers, evaluator, datasets, bar)
+        search = _Search(config, num_layers, evaluator, built, bar)
         with clock.phase("search"):
             operators = config.search.operators
             rankings = {
@@ -150,11 +157,11 @@ def run(config: RunConfig) -> Results:
             compared = operators if config.report.full_search else ()
             complete = {operator: search.rank(operator, 0) for operator in compared}
         scoring.release()
-        flops_saved = partial(_flops_saved, config, kind.config.decoder, datasets[TEST])
+        flops_saved = partial(_flops_saved, config, kind.config.decoder, built[TEST])
         with clock.phase("held-out curves"):
             results, combined = search.compare(rankings, complete, flops_saved)
         with clock.phase("timing"):
-            prefill = _timed(config, model, results, combined, datasets[TEST][0])
+            prefill = _timed(config, programs, results, combined, built[TEST])
         timing = Timing(
             started=started,
             device=device,
@@ -169,15 +176,15 @@ def run(config: RunConfig) -> Results:
         finished = Results(
             config=config,
             model_hash=weights,
-            data_hash=samples,
-            num_layers=kind.config.decoder.num_layers,
+            data_hash=data,
+            num_layers=num_layers,
             versions={
                 "python": platform.python_version(),
                 "rlens_jax": __version__,
                 **{package: version(package) for package in PACKAGES},
             },
-            validation_samples=_sizes(datasets[VALIDATION]),
-            test_samples=_sizes(datasets[TEST]),
+            validation_samples=_sizes(built[VALIDATION]),
+            test_samples=_sizes(built[TEST]),
             dense_validation=search.metrics(VALIDATION, Plan()),
             dense_test=search.metrics(TEST, Plan()),
             operators=results,
@@ -196,13 +203,13 @@ class _Search:
         config: RunConfig,
         num_layers: int,
         evaluator: Evaluator,
-        datasets: dict[str, tuple[Dataset, ...]],
+        splits: dict[str, Split],
         bar: _Bar,
     ):
         self._config = config
         self._num_layers = num_layers
         self._evaluator = evaluator
-        self._datasets = datasets
+        self._datasets = {name: len(split.datasets) for name, split in splits.items()}
         self._bar = bar
         self._relative = config.search.change == "relative"
 
@@ -218,7 +225,7 @@ class _Search:
         searched = length - prior
         evaluations = searched * (searched + 1) // 2 + prior + 2  # the dense plan is asked for twice
         label = f"ranking {operator}" if position_layers != 0 else f"ranking {operator}, L_p = 0"
-        with self._bar.show(label, evaluations * len(self._datasets[VALIDATION])):
+        with self._bar.show(label, evaluations * self._datasets[VALIDATION]):
             dense = self.metrics(VALIDATION, Plan())
 
             def score_round(base: Plan, candidates: list[Plan]) -> list[PlanScore]:
@@ -249,7 +256,7 @@ class _Search:
         }
         total = 1 + sum(map(len, plans.values())) + (len(rankings) == 2)
         results: dict[Operator, OperatorResult] = {}
-        with self._bar.show("held-out curves", total * len(self._datasets[TEST])):
+        with self._bar.show("held-out curves", total * self._datasets[TEST]):
             dense = self.metrics(TEST, Plan())
             for operator, ranking in rankings.items():
                 outcomes = self._evaluator.outcomes(TEST, Plan(), plans[operator])
@@ -273,42 +280,37 @@ class _Search:
 
 
 def _flops_saved(
-    config: RunConfig, decoder: DecoderConfig, datasets: Sequence[Dataset], plan: Plan, with_probes: bool
+    config: RunConfig, decoder: DecoderConfig, split: Split, plan: Plan, with_probes: bool
 ) -> float:
     """Share of the dense prefill's multiply-adds that a plan saves, mean over all samples (padding not counted)."""
     sizes = LayerSizes(decoder.width, decoder.num_kv_heads * decoder.head_dim, decoder.ffn_width)
-    shares = []
-    for dataset in datasets:
-        for batch in dataset.batches:
-            layout = batch.inputs.layout
-            for row in range(len(batch.samples)):
-                visual = [int(layout.num_visual[row])] * decoder.num_layers
-                text = int(layout.num_text[row])
-                shares.append(saving(sizes, text, visual, plan, config.reduction, with_probes=with_probes))
+    shares = [
+        saving(sizes, text, [visual] * decoder.num_layers, plan, config.reduction, with_probes=with_probes)
+        for text, visual in zip(split.num_text.tolist(), split.num_visual.tolist(), strict=True)
+    ]
     return sum(shares) / len(shares)
 
 
 def _timed(
     config: RunConfig,
-    model: Any,
+    programs: Programs,
     results: dict[Operator, OperatorResult],
     combined: Saving | None,
-    dataset: Dataset,
+    split: Split,
 ) -> dict[str, PrefillTime]:
     """Measured prefill times of the plans that the report recommends."""
     named: dict[str, Plan] = {operator: result.saving.plan for operator, result in results.items()}
     if combined is not None:
         named["both"] = combined.plan
-    batch = dataset.batches[0]
+    batch = split.batches[0]
     bucket = batch.inputs.layout.bucket
     times = {}
     for name, plan in named.items():
-        dense, reduced = time_plan(
-            model, batch, plan, config.reduction, seed=config.seed, repeats=config.report.timing_repeats
-        )
-        times[name] = PrefillTime(dense, reduced, config.compute.batch_size, bucket.text, bucket.visual)
+        dense, reduced = time_plan(programs, batch, plan, repeats=config.report.timing_repeats)
+        rows = config.compute.batch_size * programs.groups
+        times[name] = PrefillTime(dense, reduced, rows, bucket.text, bucket.visual)
     return times
 
 
-def _sizes(datasets: Sequence[Dataset]) -> dict[str, int]:
-    return {dataset.name: len(dataset.samples) for dataset in datasets}
+def _sizes(split: Split) -> dict[str, int]:
+    return {name: len(members) for name, members in split.datasets.items()}

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from rlens_jax.console import run_command
 from rlens_jax.convert import main
 from rlens_jax.errors import UserError
+from rlens_jax.parallel.mesh import make_mesh
 from rlens_jax.weights import conversion, leaves, orbax_store
 from rlens_jax.weights.checkpoint import find_model, load_model
 from rlens_jax.weights.export import save_hf
@@ -199,21 +199,14 @@ def test_the_record(good: Path, tmp_path: Path) -> None:
     assert listed == expected
 
 
-def test_straight_into_a_sharding(good: Path, tmp_path: Path) -> None:
+def test_straight_into_a_mesh(good: Path, tmp_path: Path) -> None:
     assert convert(good, tmp_path / "converted") == 0
-    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("layers", "model"))
-
-    def rule(path: str, shape: tuple[int, ...]) -> NamedSharding:
-        longest = max(range(len(shape)), key=lambda axis: shape[axis])
-        axes = ["model" if axis == longest else None for axis in range(len(shape))]
-        return NamedSharding(mesh, PartitionSpec(*axes))
-
+    mesh = make_mesh(jax.devices()[:1], 1)
     expected = load_model(good, jnp.bfloat16)[1]
     for folder in (good, tmp_path / "converted"):
-        model = load_model(folder, jnp.bfloat16, sharding=rule)[1]
+        model = load_model(folder, jnp.bfloat16, mesh=mesh)[1]
         tiny.assert_same(model, expected)
-        for path, array in arrays_of(model).items():
-            assert array.sharding.is_equivalent_to(rule(path, array.shape), array.ndim)
+        assert {array.sharding.mesh for array in arrays_of(model).values()} == {mesh}
 
 
 def test_a_converted_folder_is_refused_as_source(good: Path, tmp_path: Path, capsys) -> None:

@@ -27,41 +27,41 @@ def measure(model: str, samples: int) -> dict[str, Any]:
         model: a model folder or the name of an embedded one.
         samples: held-out samples of each dataset.
     """
+    import jax
     import jax.numpy as jnp
     import numpy as np
 
     from rlens_jax.data.pages_tfds import read_pages
     from rlens_jax.models import FAMILIES
+    from rlens_jax.parallel.mesh import make_mesh
     from rlens_jax.plan import Plan, Reduction
-    from rlens_jax.ranking.inputs import Dataset, Shapes, build_datasets
+    from rlens_jax.ranking.inputs import FILLER, Shapes, Split, build_split
     from rlens_jax.ranking.programs import Programs
-    from rlens_jax.ranking.scoring import traced_plan
     from rlens_jax.weights.checkpoint import find_model, load_model
 
     folder = find_model(model)
-    kind, loaded = load_model(folder, jnp.dtype("float32"))
+    mesh = make_mesh(jax.devices()[:1], 1)
+    kind, loaded = load_model(folder, jnp.dtype("float32"), mesh=mesh)
     preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, (PATCH_SLOTS,))
-    programs = Programs(loaded, Reduction(), seed=0, new_tokens=1, stop_token=preparer.chat.stop_token)
+    stop_token = preparer.chat.stop_token
+    programs = Programs(loaded, mesh, Reduction(), seed=0, new_tokens=1, stop_token=stop_token)
     num_layers = kind.config.decoder.num_layers
-    dense = traced_plan(Plan(), num_layers)
 
-    def accuracy(datasets: Sequence[Dataset], skipped: int | None) -> dict[str, float]:
+    def accuracy(split: Split, skipped: int | None) -> dict[str, float]:
         runs = [(0, num_layers)] if skipped is None else [(0, skipped), (skipped + 1, num_layers)]
-        shares = {}
-        for dataset in datasets:
-            right = 0
-            for batch in dataset.batches:
-                x = batch.embedded
-                for start, stop in runs:
-                    x, _ = programs.layers(x, batch.inputs, dense, start, stop)
-                right += int(np.asarray(programs.outcome(x, batch.inputs)[0])[: len(batch.samples)].sum())
-            shares[dataset.name] = right / len(dataset.samples)
-        return shares
+        outcomes = np.zeros(len(split.samples))
+        for batch in split.batches:
+            states = programs.embed(batch.inputs.text_ids, batch.visual)
+            for start, stop in runs:
+                states = programs.layers(states, batch.inputs, [Plan()], [start], stop)
+            numbers, right, *_ = (np.asarray(part) for part in programs.outcome(states, batch.inputs))
+            outcomes[numbers[numbers != FILLER]] = right[numbers != FILLER]
+        return {name: float(outcomes[members].mean()) for name, members in split.datasets.items()}
 
     by_dataset = [read_pages(name, "test", cache_folder() / "data" / "pages", samples) for name in DATASETS]
     shapes = Shapes((TEXT_SLOTS,), (VISUAL_SLOTS,), BATCH)
     asked, swapped = (
-        build_datasets(rows, preparer, programs, shapes, True, lambda: None)
+        build_split(rows, preparer, programs, shapes, True, lambda: None)
         for rows in (
             [sample for rows in by_dataset for sample in rows],
             [
@@ -75,17 +75,14 @@ def measure(model: str, samples: int) -> dict[str, Any]:
     own = accuracy(asked, None)
     results: dict[str, Any] = {
         "schema": "rlens-embedded/1",
-        "samples": {dataset.name: len(dataset.samples) for dataset in asked},
+        "samples": {name: len(members) for name, members in asked.datasets.items()},
         "accuracy": {**own, "overall": sum(own.values()) / len(own)},
         "swapped_images": accuracy(swapped, None),
         "commonest_answer": {
-            dataset.name: max(Counter(s.answers[0] for s in dataset.samples).values()) / len(dataset.samples)
-            for dataset in asked
+            name: max(Counter(asked.samples[i].answers[0] for i in members).values()) / len(members)
+            for name, members in asked.datasets.items()
         },
-        "visual_share": min(
-            float(np.min(layout.num_visual / (layout.num_visual + layout.num_text)))
-            for layout in (batch.inputs.layout for dataset in asked for batch in dataset.batches)
-        ),
+        "visual_share": float(np.min(asked.num_visual / (asked.num_visual + asked.num_text))),
         "without_layer": [],
     }
     for layer in range(num_layers):

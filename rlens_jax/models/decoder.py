@@ -1,9 +1,10 @@
 """The one decoder of all families: GQA, RoPE or mRoPE, SwiGLU, RMSNorm, KV cache, and the two reductions.
 
 Layers are stacked (one leading axis L on every parameter) and run in a loop that indexes the stack, so one layer is compiled
-whatever their number. A plan is either *static* (`Plan`: each run of equal layers is its own loop with only what is left
-of it compiled, for deployment) or *traced* (`TracedPlan`: one program for all plans and start layers, real `lax.cond` per
-layer, for the search).
+whatever their number. Inside of a mesh every array is a shard: heads, units and vocabulary are cut over its `model` axis, and
+a layer's two sums over it are all that layers exchange beside probe scores. A plan is either *static* (`Plan`: each run of
+equal layers is its own loop with only what is left of it compiled, for deployment) or *traced* (`TracedPlan`: one program for
+all plans and start layers, real `lax.cond` per layer, for the search).
 
 Axis letters: B batch, T packed slots (X text, P visual), S cache slots, N query heads, K kv heads, H head dim, D width,
 F FFN units, V vocabulary, L layers, U kept units.
@@ -21,9 +22,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rlens_jax.layout import PADDING_POSITION, Slots, TokenLayout, visible
+from rlens_jax.models import vocabulary
 from rlens_jax.models.layers import Linear, RMSNorm, rope_angles, rotate, rotation
 from rlens_jax.ops.attention import masked_attention, packed_attention
 from rlens_jax.ops.ffn import FfnWeights, Kept, dense_ffn, dynamic_ffn
+from rlens_jax.parallel.model_axis import num_shards, shard_index, sum_over_shards
 from rlens_jax.plan import Plan, Reduction
 
 Out = TypeVar("Out")
@@ -111,6 +114,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         sizes, bias = config.sizes, config.qkv_bias
+        self.num_kv_heads = config.num_kv_heads
         self.q_proj = Linear("BTD,DNH->BTNH", sizes, bias="NH" if bias else "", dtype=dtype, rngs=rngs)
         self.k_proj = Linear("BTD,DKH->BTKH", sizes, bias="KH" if bias else "", dtype=dtype, rngs=rngs)
         self.v_proj = Linear("BTD,DKH->BTKH", sizes, bias="KH" if bias else "", dtype=dtype, rngs=rngs)
@@ -120,8 +124,16 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], turn: tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
     ) -> tuple[Float[Array, "B N T H"], Float[Array, "B K T H"], Float[Array, "B K T H"]]:
         """Rotated queries and keys, and values; heads before tokens, which the CPU multiplies faster."""
-        q, k, v = rotate(self.q_proj(x), turn), rotate(self.k_proj(x), turn), self.v_proj(x)
+        q, k, v = self.q_proj(x), self._own(self.k_proj(x)), self._own(self.v_proj(x))
+        q, k = rotate(q, turn), rotate(k, turn)
         return q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+    def _own(self, x: Float[Array, "B T K H"]) -> Float[Array, "B T K_own H"]:
+        """The kv heads that this shard's query heads use: of fewer kv heads than shards, each shard makes all and uses one."""
+        shards = num_shards()
+        if shards <= self.num_kv_heads:
+            return x
+        return jax.lax.dynamic_slice_in_dim(x, shard_index() * self.num_kv_heads // shards, 1, axis=2)
 
 
 class FFN(nnx.Module):
@@ -171,7 +183,7 @@ class DecoderLayer(nnx.Module):
             lambda: packed_attention(q, k, v, layout, reduction.attention_range, reduction.window),
             lambda: packed_attention(q, k, v, layout, None),
         )
-        return x + self.attention.o_proj(attended), k, v
+        return x + sum_over_shards(self.attention.o_proj(attended)), k, v
 
     def feed(
         self,
@@ -187,14 +199,15 @@ class DecoderLayer(nnx.Module):
         key = jax.random.fold_in(context.random_key, layer)
         batch = x.shape[0]
         nothing = Kept(
-            jnp.zeros((batch, reduction.kept_units(weights.gate.shape[0])), jnp.int32), jnp.ones(batch, bool)
+            jnp.zeros((batch, reduction.kept_units(weights.gate.shape[0] * num_shards())), jnp.int32),
+            jnp.ones(batch, bool),
         )
         y, kept = _choose(
             dynamic,
             lambda: dynamic_ffn(y, weights, context.layout, reduction, key, imposed),
             lambda: (dense_ffn(y, weights), nothing),
         )
-        return x + y, kept
+        return x + sum_over_shards(y), kept
 
     def decode(
         self,
@@ -209,8 +222,8 @@ class DecoderLayer(nnx.Module):
         q, k, v = self.attention.project(self.input_norm(x), turn)
         k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k, slot, axis=2)
         v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v, slot, axis=2)
-        x = x + self.attention.o_proj(masked_attention(q, k_cache, v_cache, mask))
-        return x + dense_ffn(self.ffn_norm(x), self.ffn.weights), k_cache, v_cache
+        x = x + sum_over_shards(self.attention.o_proj(masked_attention(q, k_cache, v_cache, mask)))
+        return x + sum_over_shards(dense_ffn(self.ffn_norm(x), self.ffn.weights)), k_cache, v_cache
 
 
 def _choose(flag: bool | Bool[Array, ""], yes: Callable[[], Out], no: Callable[[], Out]) -> Out:
@@ -227,19 +240,21 @@ class Decoder(nnx.Module):
         shape = (config.vocabulary, config.width)
         scale = jnp.asarray(0.02, dtype)
         self.config = config
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale)
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale, axes="VD")
         make = nnx.vmap(lambda rngs: DecoderLayer(config, dtype=dtype, rngs=rngs))
         self.layers = make(rngs.split(config.num_layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
         self.head = (
-            None if config.tied_head else nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale)
+            None
+            if config.tied_head
+            else nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale, axes="VD")
         )
 
     def embed(
         self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[Array, "B P D"]
     ) -> Float[Array, "B T D"]:
         """Packed embeddings: those of the text tokens, then the connector's outputs."""
-        text = self.embedding[...][text_ids]
+        text = vocabulary.embed(self.embedding[...], jnp.asarray(text_ids))
         return jnp.concatenate([text, visual.astype(text.dtype)], axis=1)
 
     def context(
@@ -307,9 +322,10 @@ class Decoder(nnx.Module):
         return jax.lax.fori_loop(start, stop, body, (x, jnp.ones(x.shape[0], bool)))
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Final norm and head, in float32."""
+        """Final norm and head, in float32; inside of a mesh, of this shard's part of the vocabulary."""
         head = self.embedding if self.head is None else self.head
-        return jnp.einsum("BTD,VD->BTV", self.norm(x), head[...], preferred_element_type=jnp.float32)
+        logits = jnp.einsum("BTD,VD->BTV", self.norm(x), head[...], preferred_element_type=jnp.float32)
+        return vocabulary.hide_padding(logits, self.config.vocabulary)
 
     def make_cache(self, record: LayerRecord, layout: TokenLayout, new_tokens: int) -> KVCache:
         """The cache after a prefill, with room for `new_tokens` more; nothing is dropped (paper)."""
@@ -345,7 +361,7 @@ class Decoder(nnx.Module):
             x, k, v = nnx.merge(graph, _at(stack, number)).decode(x, turn, k, v, mask, slot)
             return x, (k, v)
 
-        x = self.embedding[...][token_ids][:, None]
+        x = vocabulary.embed(self.embedding[...], token_ids)[:, None]
         x, (k, v) = jax.lax.scan(body, x, (jnp.arange(self.config.num_layers), cache.k, cache.v))
         return self.logits(x)[:, 0], KVCache(k, v, positions)
 

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rlens_jax.models import vocabulary
 from rlens_jax.models.decoder import Decoder, KVCache, TracedPlan
 from rlens_jax.models.prompt import PromptBatch
+from rlens_jax.parallel.model_axis import on_any_shard
 from rlens_jax.plan import Plan, Reduction
 
 
@@ -27,7 +29,7 @@ def prefill(
     context = decoder.context(batch.layout, batch.rope_positions, random_key)
     x, record = decoder.prefill(decoder.embed(batch.text_ids, visual), context, plan, reduction)
     last_text = jnp.take_along_axis(x, (batch.layout.num_text - 1)[:, None, None], axis=1)
-    first = decoder.logits(last_text)[:, 0].argmax(axis=-1).astype(jnp.int32)
+    first = vocabulary.argmax(decoder.logits(last_text)[:, 0])
     return first, decoder.make_cache(record, batch.layout, new_tokens), record.kept.scored.all(axis=0)
 
 
@@ -49,16 +51,19 @@ def decode(
     tokens = jnp.full((batch_size, new_tokens), stop_token, jnp.int32).at[:, 0].set(first)
 
     def running(carry: Any) -> Array:
-        step, token, _, _ = carry
-        return (step < new_tokens) & (token != stop_token).any()
+        step, going_on, _, _, _ = carry
+        return (step < new_tokens) & going_on
 
     def advance(carry: Any) -> Any:
-        step, token, tokens, cache = carry
+        step, _, token, tokens, cache = carry
         position = batch.layout.num_tokens + step - 1
         rope = jnp.broadcast_to((batch.next_rope + step - 1)[:, None], (batch_size, axes))
         logits, cache = decoder.decode(token, cache, position, rope, prefill_slots + step - 1)
-        following = jnp.where(token == stop_token, stop_token, logits.argmax(axis=-1).astype(jnp.int32))
+        following = jnp.where(token == stop_token, stop_token, vocabulary.argmax(logits))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, following[:, None], step, axis=1)
-        return step + 1, following, tokens, cache
+        return step + 1, unfinished(following), following, tokens, cache
 
-    return jax.lax.while_loop(running, advance, (jnp.int32(1), first, tokens, cache))[2]
+    def unfinished(token: Array) -> Array:
+        return on_any_shard((token != stop_token).any())
+
+    return jax.lax.while_loop(running, advance, (jnp.int32(1), unfinished(first), first, tokens, cache))[3]

@@ -1,6 +1,7 @@
 """Building blocks that every tower and decoder shares: linear maps, norms, rotary embeddings.
 
-A parameter is declared in one place: its axes (letters of the module that makes it), sizes, dtype and initialiser.
+A parameter is declared in one place: its axes (letters of the module that makes it), sizes, dtype and initialiser. The axes
+stay with it as metadata, and say how it is cut over a mesh (`rlens_jax.parallel.mesh`).
 """
 
 from collections.abc import Mapping
@@ -32,9 +33,9 @@ class Linear(nnx.Module):
         shape = tuple(sizes[axis] for axis in axes)
         self.spec = spec
         self.kernel = nnx.Param(
-            jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype)
+            jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype), axes=axes
         )
-        self.bias = nnx.Param(jnp.zeros([sizes[axis] for axis in bias], dtype)) if bias else None
+        self.bias = nnx.Param(jnp.zeros([sizes[axis] for axis in bias], dtype), axes=bias) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         y = jnp.einsum(self.spec, x, self.kernel[...])

@@ -1,16 +1,20 @@
-"""From samples to batches on the device: the vision tower runs once per image, ever, since no plan can change its output.
+"""From samples to batches on the devices: the vision tower runs once per image, ever, since no plan can change its output.
 
-Axis letters: B batch, P visual slots, T packed slots, D width.
+Processes share the work: each prepares an equal share of the samples and keeps it on its own work groups. What all must know (how
+many batches of which shape there are, how many tokens each sample has) they tell each other.
+
+Axis letters: B batch (rows of all work groups), P visual slots, W work groups, D width.
 """
 
+import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from PIL.Image import Image
 
@@ -18,7 +22,13 @@ from rlens_jax.data.samples import Sample, load_image
 from rlens_jax.errors import UserError
 from rlens_jax.layout import Bucket
 from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate
+from rlens_jax.parallel.exchange import gather
+from rlens_jax.parallel.mesh import groups_of, own_rows, put_rows
+from rlens_jax.parallel.model_axis import WORK
 from rlens_jax.ranking.programs import Programs
+
+FILLER = -1
+"""The sample number of rows that only fill a batch."""
 
 
 @runtime_checkable
@@ -38,28 +48,41 @@ class Preparer(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that are evaluated together: one row a (sample, reference answer), or a sample when it is to be generated."""
+    """Rows of one bucket that are evaluated together, a block a work group.
+
+    One row a (sample, reference answer), or a sample when it is to be generated; the sample's number in the split is
+    `inputs.layout.sample`, or `FILLER`.
+    """
 
     inputs: PromptBatch
     visual: Float[Array, "B P D"]
-    embedded: Float[Array, "B T D"]
-    """States before the first layer."""
-    samples: tuple[int, ...]
-    """Index into the dataset's samples of each real row; the rows after them fill the static batch size."""
+    filled: tuple[bool, ...]
+    """Of each work group, whether its block has any row that is not filler."""
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """The batches of one dataset of one split."""
+class Split:
+    """The samples of a split, and their batches."""
 
-    name: str
     samples: tuple[Sample, ...]
+    num_text: np.ndarray
+    """int [samples]: text tokens of each sample, of the longest of its rows."""
+    num_visual: np.ndarray
+    """int [samples]: visual tokens of each sample."""
     batches: tuple[Batch, ...]
+
+    @property
+    def datasets(self) -> dict[str, np.ndarray]:
+        """The sample numbers of each dataset, in order of first appearance."""
+        numbers: dict[str, list[int]] = defaultdict(list)
+        for number, sample in enumerate(self.samples):
+            numbers[sample.dataset].append(number)
+        return {name: np.array(members) for name, members in numbers.items()}
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Static shapes of a run: bucket sizes, ascending, and rows per batch."""
+    """Static shapes of a run: bucket sizes, ascending, and rows per batch of one work group."""
 
     text_slots: tuple[int, ...]
     visual_slots: tuple[int, ...]
@@ -89,15 +112,15 @@ class _Row:
     prompt: Prompt
 
 
-def build_datasets(
+def build_split(
     samples: Sequence[Sample],
     preparer: Preparer,
     programs: Programs,
     shapes: Shapes,
     with_answers: bool,
     advance: Callable[[], None],
-) -> tuple[Dataset, ...]:
-    """Prepare, encode and batch all samples of a split, dataset by dataset in order of first appearance.
+) -> Split:
+    """Prepare, encode and batch all samples of a split; every process calls it with the same samples.
 
     Args:
         samples: the split.
@@ -105,102 +128,146 @@ def build_datasets(
         programs: the compiled programs of the run.
         shapes: static shapes.
         with_answers: teacher forcing: one row a reference answer; else one bare prompt a sample.
-        advance: called after each prepared sample.
+        advance: called after each sample that this process prepared.
 
     Raises:
         UserError: an image or a prompt that cannot be used, naming the sample.
     """
-    encoder, known = _Encoder(programs, shapes.batch_size), []
-    for sample in samples:
-        images = preparer.images([load_image(source, sample.id) for source in sample.images], sample.id)
-        encoder.add([image for image, _ in images])
-        known.append([facts for _, facts in images])
-        advance()
+    own = _own_samples(len(samples), programs.mesh)
+    encoder, known = _Encoder(programs, shapes.batch_size), {}
+    for turn in range(max(gather(len(own)))):
+        if turn < len(own):
+            sample = samples[own[turn]]
+            images = preparer.images([load_image(source, sample.id) for source in sample.images], sample.id)
+            encoder.add(own[turn], [image for image, _ in images])
+            known[own[turn]] = [facts for _, facts in images]
+            advance()
+        if turn % shapes.batch_size == shapes.batch_size - 1:
+            encoder.encode_full()
     visual = encoder.finish()
     rows = [
-        _Row(i, preparer.prompt(sample, known[i], answer))
-        for i, sample in enumerate(samples)
-        for answer in (sample.answers if with_answers else (None,))
+        _Row(i, preparer.prompt(samples[i], known[i], answer))
+        for i in own
+        for answer in (samples[i].answers if with_answers else (None,))
     ]
-    longest = max(row.prompt.answer_length for row in rows)
+    num_text, num_visual = _num_tokens(rows, len(samples))
+    longest = max(gather(max((row.prompt.answer_length for row in rows), default=0)))
     answer_slots = 1 << max(0, longest - 1).bit_length()
-    datasets = []
-    for name in dict.fromkeys(sample.dataset for sample in samples):
-        members = [i for i, sample in enumerate(samples) if sample.dataset == name]
-        number = {i: place for place, i in enumerate(members)}
-        by_bucket: dict[Bucket, list[_Row]] = defaultdict(list)
-        for row in rows:
-            if row.sample in number:
-                by_bucket[shapes.bucket(row.prompt, samples[row.sample])].append(row)
-        batches = [
-            _batch(chunk, number, visual, bucket, answer_slots, programs, shapes.batch_size)
-            for bucket in sorted(by_bucket, key=lambda b: (b.visual, b.text))
-            for chunk in _chunks(by_bucket[bucket], shapes.batch_size)
-        ]
-        datasets.append(Dataset(name, tuple(samples[i] for i in members), tuple(batches)))
-    return tuple(datasets)
+    by_bucket: dict[Bucket, list[_Row]] = defaultdict(list)
+    for row in rows:
+        by_bucket[shapes.bucket(row.prompt, samples[row.sample])].append(row)
+    size = shapes.batch_size * len(_own_groups(programs.mesh))
+    batches = []
+    for bucket, filled in _batches_of_all(by_bucket, shapes.batch_size, programs.mesh):
+        chunk, by_bucket[bucket] = by_bucket[bucket][:size], by_bucket[bucket][size:]
+        inputs, packed = _arrays(chunk, size, visual, bucket, answer_slots, programs)
+        batches.append(Batch(put_rows(inputs, programs.mesh), put_rows(packed, programs.mesh), filled))
+    return Split(tuple(samples), num_text, num_visual, tuple(batches))
 
 
-def _chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
+def _own_groups(mesh: Mesh) -> list[int]:
+    return groups_of(mesh, jax.process_index())
 
 
-def _filled(chunk: Sequence[Any], size: int) -> list[Any]:
-    """`chunk` with its first item repeated up to the static size."""
-    return [*chunk, *[chunk[0]] * (size - len(chunk))]
+def _own_samples(count: int, mesh: Mesh) -> range:
+    """The samples that this process keeps on its groups; processes that share groups have the same ones."""
+    groups = _own_groups(mesh)
+    return range(groups[0] // len(groups), count, mesh.shape[WORK] // len(groups))
 
 
-class _Encoder:
-    """Visual tokens of all samples; a batch is encoded as soon as it is full, since prepared images are large."""
-
-    def __init__(self, programs: Programs, batch_size: int):
-        self._programs = programs
-        self._batch_size = batch_size
-        self._waiting: dict[Any, list[tuple[int, int, PreparedImage]]] = defaultdict(list)
-        self._encoded: list[list[Any]] = []
-
-    def add(self, images: Sequence[PreparedImage]) -> None:
-        """All images of the next sample."""
-        sample = len(self._encoded)
-        self._encoded.append([None] * len(images))
-        for place, image in enumerate(images):
-            waiting = self._waiting[tuple(array.shape for array in image.arrays)]
-            waiting.append((sample, place, image))
-            if len(waiting) == self._batch_size:
-                self._encode(waiting)
-
-    def finish(self) -> list[np.ndarray]:
-        """For each sample, [P_i, D]: the tokens of all its images in order."""
-        for waiting in self._waiting.values():
-            if waiting:
-                self._encode(waiting)
-        return [np.concatenate(images) for images in self._encoded]
-
-    def _encode(self, waiting: list[tuple[int, int, PreparedImage]]) -> None:
-        images = _filled([image for _, _, image in waiting], self._batch_size)
-        stacked = [np.stack(arrays) for arrays in zip(*(image.arrays for image in images), strict=True)]
-        tokens = np.asarray(self._programs.encode(*stacked))
-        # The rows after those that waited only fill the batch.
-        for (sample, place, image), rows in zip(waiting, tokens, strict=False):
-            self._encoded[sample][place] = rows[: image.num_tokens].copy()
-        waiting.clear()
+def _num_tokens(rows: Sequence[_Row], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Text and visual tokens of all samples, on every process."""
+    num_text, num_visual = np.zeros(count, int), np.zeros(count, int)
+    for told in gather([[row.sample, row.prompt.num_text, row.prompt.num_visual] for row in rows]):
+        for sample, text, visual in told:
+            num_text[sample] = max(num_text[sample], text)
+            num_visual[sample] = visual
+    return num_text, num_visual
 
 
-def _batch(
+def _batches_of_all(
+    by_bucket: Mapping[Bucket, Sequence[_Row]], batch_size: int, mesh: Mesh
+) -> list[tuple[Bucket, tuple[bool, ...]]]:
+    """The bucket of every batch of the split, in the same order on every process, and which groups have rows in it."""
+    told = gather([[bucket.visual, bucket.text, len(rows)] for bucket, rows in by_bucket.items()])
+    rows_of = [{Bucket(text, visual): count for visual, text, count in process} for process in told]
+    buckets = {bucket for process in rows_of for bucket in process}
+    batches = []
+    for bucket in sorted(buckets, key=lambda b: (b.visual, b.text)):
+        blocks = np.zeros(mesh.shape[WORK], int)
+        """How many batches of the bucket each group has rows in."""
+        for process, counts in enumerate(rows_of):
+            groups = groups_of(mesh, process)
+            for block in range(-(-counts.get(bucket, 0) // batch_size)):
+                blocks[groups[block % len(groups)]] = block // len(groups) + 1
+        batches += [(bucket, tuple((blocks > step).tolist())) for step in range(blocks.max())]
+    return batches
+
+
+def _arrays(
     chunk: Sequence[_Row],
-    number: dict[int, int],
-    visual: Sequence[np.ndarray],
+    size: int,
+    visual: Mapping[int, np.ndarray],
     bucket: Bucket,
     answer_slots: int,
     programs: Programs,
-    batch_size: int,
-) -> Batch:
-    rows = _filled(chunk, batch_size)
-    inputs = collate([row.prompt for row in rows], [row.sample for row in rows], bucket, answer_slots)
-    packed = np.zeros((batch_size, bucket.visual, visual[0].shape[1]), visual[0].dtype)
-    for place, row in enumerate(rows):
+) -> tuple[PromptBatch, np.ndarray]:
+    """This process's rows of a batch, filled up to `size` rows: the prompts, and the visual tokens [size, P, D]."""
+    axes = len(programs.config.rope_sections)
+    filler = Prompt(np.zeros(1, np.int32), np.zeros(1, bool), np.zeros((axes, 1), np.int32), 1, 0)
+    room = size - len(chunk)
+    prompts = [*(row.prompt for row in chunk), *[filler] * room]
+    samples = [*(row.sample for row in chunk), *[FILLER] * room]
+    packed = np.zeros((size, bucket.visual, programs.config.width), programs.dtype)
+    for place, row in enumerate(chunk):
         packed[place, : len(visual[row.sample])] = visual[row.sample]
-    inputs = jax.tree.map(jnp.asarray, inputs)
-    on_device = jnp.asarray(packed)
-    embedded = programs.embed(inputs.text_ids, on_device)
-    return Batch(inputs, on_device, embedded, tuple(number[row.sample] for row in chunk))
+    return collate(prompts, samples, bucket, answer_slots), packed
+
+
+class _Encoder:
+    """Visual tokens of this process's samples; prepared images are large, so they are encoded as soon as they fill a batch.
+
+    All processes encode together: each gives images to its own work groups, or empty ones when it has none of a shape left.
+    """
+
+    def __init__(self, programs: Programs, batch_size: int):
+        self._programs = programs
+        self._size = batch_size * len(_own_groups(programs.mesh))
+        self._waiting: dict[str, list[tuple[int, int, PreparedImage]]] = defaultdict(list)
+        """By shapes and types of the arrays."""
+        self._encoded: dict[int, list[Any]] = {}
+
+    def add(self, sample: int, images: Sequence[PreparedImage]) -> None:
+        """All images of a sample."""
+        self._encoded[sample] = [None] * len(images)
+        for place, image in enumerate(images):
+            kind = json.dumps([[array.shape, array.dtype.str] for array in image.arrays])
+            self._waiting[kind].append((sample, place, image))
+
+    def encode_full(self) -> None:
+        """Encode all full batches that some process has."""
+        self._encode(lambda count: count // self._size)
+
+    def finish(self) -> dict[int, np.ndarray]:
+        """For each sample, [P_i, D]: the tokens of all its images in order."""
+        self._encode(lambda count: -(-count // self._size))
+        nothing = np.zeros((0, self._programs.config.width), self._programs.dtype)
+        return {sample: np.concatenate([nothing, *images]) for sample, images in self._encoded.items()}
+
+    def _encode(self, batches: Callable[[int], int]) -> None:
+        told = gather({kind: len(images) for kind, images in self._waiting.items()})
+        for kind in sorted({kind for process in told for kind in process}):
+            for _ in range(max(batches(process.get(kind, 0)) for process in told)):
+                self._encode_batch(kind)
+
+    def _encode_batch(self, kind: str) -> None:
+        images, self._waiting[kind] = self._waiting[kind][: self._size], self._waiting[kind][self._size :]
+        stacked = []
+        for number, (shape, dtype) in enumerate(json.loads(kind)):
+            array = np.zeros((self._size, *shape), dtype)
+            for place, (_, _, image) in enumerate(images):
+                array[place] = image.arrays[number]
+            stacked.append(array)
+        tokens = own_rows(self._programs.encode(*stacked))
+        for (sample, place, image), rows in zip(images, tokens, strict=False):
+            self._encoded[sample][place] = rows[: image.num_tokens].copy()

@@ -1,4 +1,4 @@
-"""How a batch is evaluated under a plan: by teacher forcing, or by generating.
+"""How a batch is evaluated under plans: by teacher forcing, or by generating.
 
 Teacher forcing starts a candidate from its base's stored states at the layer in which they differ. Every layer goes through
 one compiled program, which makes that bit-equal to a run from the start.
@@ -7,27 +7,33 @@ one compiled program, which makes that bit-equal to a run from the start.
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import jax.numpy as jnp
 import numpy as np
 
-from rlens_jax.models.decoder import TracedPlan
+from rlens_jax.data.samples import Sample
 from rlens_jax.plan import Plan
-from rlens_jax.ranking.inputs import Batch, Dataset
-from rlens_jax.ranking.programs import Programs
+from rlens_jax.ranking.inputs import FILLER, Batch
+from rlens_jax.ranking.programs import Programs, States
 
 
 @runtime_checkable
 class Scoring(Protocol):
     """What the evaluator asks of an objective."""
 
-    def start(self, batch: Batch, base: Plan, plan: Plan) -> Any:
-        """Hand a batch to the device; returns what `finish` needs."""
+    def first_layer(self, base: Plan, plan: Plan) -> int:
+        """The lowest layer that is computed anew for `plan`."""
 
-    def finish(self, run: Any, dataset: Dataset, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """Per row of the batch: is the answer right (bool), and were all probe scores numbers (bool)."""
+    def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
+        """Hand work to the devices: group g evaluates `plans[g]` on block `blocks[g]` of the batch; returns what
+        `finish` needs.
+        """
+
+    def finish(self, run: Any, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Per row of all groups: its sample's number or `FILLER`, is the answer right (bool), and were all probe
+        scores numbers (bool).
+        """
 
     def state_bytes(self, batch: Batch) -> int:
-        """Memory that the batch's base states take."""
+        """Memory that the batch's base states take on a device."""
 
     def release(self) -> None:
         """Forget all base states."""
@@ -40,21 +46,33 @@ class TeacherForcing:
         self._programs = programs
         self._states: dict[int, _BaseStates] = {}
 
-    def start(self, batch: Batch, base: Plan, plan: Plan) -> tuple[Any, Any]:
-        last = self._programs.config.num_layers
+    def first_layer(self, base: Plan, plan: Plan) -> int:
         difference = base.lowest_difference(plan)
-        first = last - 1 if difference is None else difference
-        x, before = self._states.setdefault(id(batch), _BaseStates(self._programs, batch)).at(base, first)
-        x, scored = self._programs.layers(x, batch.inputs, traced_plan(plan, last), first, last)
-        right, _ = self._programs.outcome(x, batch.inputs)
-        return right, before & scored
+        return self._programs.config.num_layers - 1 if difference is None else difference
 
-    def finish(self, run: tuple[Any, Any], dataset: Dataset, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        right, scored = run
-        return np.asarray(right), np.asarray(scored)
+    def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
+        programs, last = self._programs, self._programs.config.num_layers
+        firsts = [self.first_layer(base, plan) for plan in plans]
+        base_states = self._states.setdefault(id(batch), _BaseStates(programs, batch))
+        moved = list(blocks) != list(range(programs.groups))
+        inputs = programs.route(batch.inputs, blocks) if moved else batch.inputs
+        entering: States | None = None
+        for first in sorted(set(firsts)):
+            states = base_states.at(base, first)
+            states = programs.route(states, blocks) if moved else states
+            own = [first == layer for layer in firsts]
+            entering = states if entering is None else programs.choose(own, states, entering)
+        assert entering is not None
+        return programs.outcome(programs.layers(entering, inputs, plans, firsts, last), inputs)
+
+    def finish(self, run: Any, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        sample, right, _, scored = (np.asarray(part) for part in run)
+        return sample, right, scored
 
     def state_bytes(self, batch: Batch) -> int:
-        return batch.embedded.nbytes * self._programs.config.num_layers
+        slots = batch.inputs.layout.bucket.slots * len(batch.inputs.layout.sample) // self._programs.groups
+        config = self._programs.config
+        return slots * config.width * self._programs.dtype.itemsize * config.num_layers
 
     def release(self) -> None:
         self._states.clear()
@@ -67,18 +85,25 @@ class Generating:
         self._programs = programs
         self._decode_text = decode_text
 
-    def start(self, batch: Batch, base: Plan, plan: Plan) -> tuple[Any, Any]:
-        traced = traced_plan(plan, self._programs.config.num_layers)
-        return self._programs.generate(batch.visual, batch.inputs, traced)
+    def first_layer(self, base: Plan, plan: Plan) -> int:
+        return 0  # every plan is generated from its prompt
 
-    def finish(self, run: tuple[Any, Any], dataset: Dataset, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        tokens, scored = (np.asarray(part) for part in run)
-        texts = [self._decode_text(row.tolist()).strip() for row in tokens[: len(batch.samples)]]
-        answers = [dataset.samples[sample].answers for sample in batch.samples]
-        return np.array([text in allowed for text, allowed in zip(texts, answers, strict=True)]), scored
+    def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
+        inputs, visual = batch.inputs, batch.visual
+        if list(blocks) != list(range(self._programs.groups)):
+            inputs, visual = self._programs.route((inputs, visual), blocks)
+        return self._programs.generate(visual, inputs, plans)
+
+    def finish(self, run: Any, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        numbers, tokens, scored = (np.asarray(part) for part in run)
+        right = np.zeros(len(numbers), bool)
+        for row in np.flatnonzero(numbers != FILLER):
+            text = self._decode_text(tokens[row].tolist()).strip()
+            right[row] = text in samples[numbers[row]].answers
+        return numbers, right, scored
 
     def state_bytes(self, batch: Batch) -> int:
-        return 0  # every plan is generated from its prompt, nothing is kept
+        return 0  # nothing is kept
 
     def release(self) -> None:
         """Nothing is kept."""
@@ -91,24 +116,19 @@ class _BaseStates:
         self._programs = programs
         self._batch = batch
         self._plan = Plan()
-        self._states = [batch.embedded]
-        self._scored: list[Any] = [jnp.ones(batch.embedded.shape[0], bool)]
+        self._states = [programs.embed(batch.inputs.text_ids, batch.visual)]
 
-    def at(self, plan: Plan, layer: int) -> tuple[Any, Any]:
-        """The states that enter `layer` under `plan`, and whether all probe scores before were numbers."""
+    def at(self, plan: Plan, layer: int) -> States:
+        """The states that enter `layer` under `plan`."""
         first = self._plan.lowest_difference(plan)
         if first is not None:
-            del self._states[first + 1 :], self._scored[first + 1 :]
+            del self._states[first + 1 :]
             self._plan = plan
-        traced = traced_plan(plan, self._programs.config.num_layers)
+        plans = [plan] * self._programs.groups
         while len(self._states) <= layer:
             last = len(self._states) - 1
-            x, scored = self._programs.layers(self._states[last], self._batch.inputs, traced, last, last + 1)
-            self._states.append(x)
-            self._scored.append(self._scored[last] & scored)
-        return self._states[layer], self._scored[layer]
-
-
-def traced_plan(plan: Plan, num_layers: int) -> TracedPlan:
-    """A plan as data on the device."""
-    return TracedPlan(*(jnp.asarray(flags) for flags in plan.flags(num_layers)))
+            starts = [last] * self._programs.groups
+            self._states.append(
+                self._programs.layers(self._states[last], self._batch.inputs, plans, starts, last + 1)
+            )
+        return self._states[layer]

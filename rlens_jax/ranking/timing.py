@@ -5,14 +5,14 @@ Only the decoder's prefill is timed (the vision tower is the same on both sides)
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
-from flax import nnx
 
-from rlens_jax.models.generation import prefill
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plan import Plan
 from rlens_jax.ranking.inputs import Batch
+from rlens_jax.ranking.programs import Programs
 
 
 def time_side_by_side(functions: Sequence[Callable[[], Any]], repeats: int) -> list[tuple[float, ...]]:
@@ -32,18 +32,10 @@ def time_side_by_side(functions: Sequence[Callable[[], Any]], repeats: int) -> l
 
 
 def time_plan(
-    model: Any, batch: Batch, plan: Plan, reduction: Reduction, *, seed: int, repeats: int
+    programs: Programs, batch: Batch, plan: Plan, *, repeats: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Seconds of the prefill of one batch, dense and under `plan`, both compiled for their plan alone."""
-    graph, state = nnx.split(model)
-
-    def program(static: Plan) -> Callable[[], Any]:
-        @jax.jit
-        def run(state: Any, visual: Any, inputs: Any) -> Any:
-            decoder = nnx.merge(graph, state).decoder
-            return prefill(decoder, visual, inputs, static, reduction, 1, jax.random.key(seed))
-
-        return lambda: run(state, batch.visual, batch.inputs)
-
-    dense, reduced = time_side_by_side([program(Plan()), program(plan)], repeats)
+    compiled = [programs.static_prefill(static) for static in (Plan(), plan)]
+    calls = [partial(prefill, batch.visual, batch.inputs) for prefill in compiled]
+    dense, reduced = time_side_by_side(calls, repeats)
     return dense, reduced

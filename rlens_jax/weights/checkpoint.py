@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
-import jax
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from rlens_jax.errors import UserError, suggest
@@ -13,7 +13,7 @@ from rlens_jax.models.hf_config import read_json
 from rlens_jax.resources import embedded_model
 from rlens_jax.weights import orbax_store
 from rlens_jax.weights.atomic import is_unfinished
-from rlens_jax.weights.leaves import Filler, ShardingRule, shapes_of
+from rlens_jax.weights.leaves import Filler, shapes_of
 from rlens_jax.weights.published import opened, weight_files
 from rlens_jax.weights.table import Problems
 from rlens_jax.weights.tables import table_of
@@ -55,7 +55,7 @@ def load_model(
     model: str | Path,
     dtype: DTypeLike,
     check_finite: bool = True,
-    sharding: ShardingRule | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[ModelKind, nnx.Module]:
     """The model in a folder, its weights rounded to `dtype`.
 
@@ -66,7 +66,7 @@ def load_model(
         model: a folder, or "embedded".
         dtype: of the parameters; float32 or bfloat16.
         check_finite: refuse weights that are not finite.
-        sharding: of each parameter, by dotted path and shape; by default all are on the first device.
+        mesh: each parameter is cut over it as `rlens_jax.parallel.mesh` says; by default all are on the first device.
 
     Raises:
         UserError: no such folder, or its config.json or weights cannot be used; all that is wrong with the
@@ -74,7 +74,7 @@ def load_model(
     """
     folder = find_model(model)
     kind = read_model_kind(folder)
-    filler = Filler(kind.abstract(dtype), sharding)
+    filler = Filler(kind.abstract(dtype), mesh)
     problems = Problems(str(folder))
     if orbax_store.is_store(folder):
         orbax_store.fill(folder, filler, problems, check_finite)
@@ -108,9 +108,7 @@ def _fill_from_safetensors(
         finite = []
         for name, tensor in table.tensors.items():
             for place, part in zip(tensor.places, tensor.to_ours(published.read(name)), strict=True):
-                target = filler.target(place)
-                array = jax.device_put(part.astype(target.dtype, order="C"), target.sharding)
-                finite.append((published.matched[name], filler.put(place, array)))
+                finite.append((published.matched[name], filler.put(place, filler.held(place, part))))
         for item in dict.fromkeys(item for item, flag in finite if check_finite and not flag):
             problems.add(item.file, item.name, "holds NaN or infinite values")
     problems.raise_any()

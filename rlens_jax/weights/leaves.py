@@ -8,18 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rlens_jax.parallel.mesh import ParameterLayout, make_mesh
 from rlens_jax.weights.table import Place
 
 Item = TypeVar("Item")
 
 TOGETHER_BYTES = 1 << 28
 """Small layers are read and written together up to this size: each call to Orbax costs as much as 100 MB."""
-
-Sharding = NamedSharding | SingleDeviceSharding
-ShardingRule = Callable[[str, tuple[int, ...]], Sharding]
-"""The sharding of a parameter: dotted path and shape, stacked ones with their leading layer axis."""
 
 
 def shapes_of(model: nnx.Module) -> dict[str, tuple[int, ...]]:
@@ -31,6 +28,21 @@ def arrays_of(model: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
     """All parameters by dotted path; of an abstract model, their shapes and dtypes."""
     leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in leaves}
+
+
+def axes_of(model: nnx.Module) -> dict[str, str]:
+    """The axis letters of all parameters by dotted path, without a stack's layer axis; "" where none are declared."""
+    leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): leaf.get_metadata().get("axes", "") for path, leaf in leaves}
+
+
+def place(model: nnx.Module, mesh: Mesh) -> nnx.Module:
+    """A model that was made in memory, its parameters laid out on a mesh as `load_model` does."""
+    filler = Filler(nnx.eval_shape(lambda: model), mesh)
+    arrays = arrays_of(model)
+    for target in unstacked(shapes_of(model)).values():
+        filler.put(target, filler.held(target, read_place(arrays, target)))
+    return filler.model()
 
 
 def read_place(arrays: Mapping[str, Any], place: Place) -> np.ndarray:
@@ -79,29 +91,35 @@ class Filler:
 
     Args:
         abstract: the model, with shapes and dtypes in place of arrays.
-        sharding: of each parameter; by default everything is on the first device.
+        mesh: where it goes; by default the first device.
     """
 
-    def __init__(self, abstract: nnx.Module, sharding: ShardingRule | None = None):
+    def __init__(self, abstract: nnx.Module, mesh: Mesh | None = None):
         self.abstract = abstract
         self.leaves = arrays_of(abstract)
-        device = SingleDeviceSharding(jax.devices()[0])
-        self._shardings: dict[str, Sharding] = {
-            path: sharding(path, tuple(leaf.shape)) if sharding else device
-            for path, leaf in self.leaves.items()
-        }
+        self._layout = ParameterLayout(mesh or make_mesh(jax.devices()[:1], 1), axes_of(abstract))
         self._filled: dict[str, jax.Array] = {}
         self._open: dict[str, int] = {}
         """How many layers a stack still lacks."""
 
     def target(self, place: Place) -> jax.ShapeDtypeStruct:
-        """Shape, dtype and sharding of what goes to a place."""
-        leaf, sharding = self.leaves[place.path], self._shardings[place.path]
+        """Shape, dtype and sharding of what goes to a place; the vocabulary is padded to fill its shards."""
+        leaf = self.leaves[place.path]
+        shape = self._layout.shape(place.path, leaf.shape)
+        sharding = self._layout.sharding(place.path, shape)
         if place.layer is None:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        if isinstance(sharding, NamedSharding):
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(shape[1:], leaf.dtype, sharding=sharding)
+
+    def held(self, place: Place, array: np.ndarray) -> jax.Array:
+        """A host array, the same on every process, as `target` says; each process copies its own shards."""
+        target = self.target(place)
+        array = array.astype(target.dtype, order="C")
+        if array.shape != target.shape:
+            room = [(0, size - own) for size, own in zip(target.shape, array.shape, strict=True)]
+            array = np.pad(array, room)
+        return jax.make_array_from_callback(target.shape, target.sharding, lambda index: array[index])
 
     def put(self, place: Place, array: jax.Array) -> jax.Array:
         """Takes `array`, which is as `target` says, to its place; returns whether all its numbers are finite."""
@@ -109,10 +127,12 @@ class Filler:
         if place.layer is None:
             self._filled[path], self._open[path] = array, 0
             return _all_finite(array)
-        shape, sharding = self.leaves[path].shape, self._shardings[path]
         if path not in self._open:
+            shape = self._layout.shape(path, self.leaves[path].shape)
+            sharding = self._layout.sharding(path, shape)
             self._filled[path], self._open[path] = _allocate(shape, array.dtype, sharding), shape[0]
-        stack, finite = _write(self._filled[path], array, jnp.int32(place.layer), sharding)
+        stack = self._filled[path]
+        stack, finite = _write(stack, array, jnp.int32(place.layer), stack.sharding)
         self._filled[path] = stack
         self._open[path] -= 1
         return finite
@@ -133,13 +153,13 @@ class Filler:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _allocate(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> jax.Array:
+def _allocate(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
     return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=3)
 def _write(
-    stack: jax.Array, array: jax.Array, layer: jax.Array, sharding: Sharding
+    stack: jax.Array, array: jax.Array, layer: jax.Array, sharding: NamedSharding
 ) -> tuple[jax.Array, jax.Array]:
     """The stack with one layer replaced, in the stack's own memory, and whether the layer is finite."""
     written = jax.lax.dynamic_update_index_in_dim(stack, array, layer, axis=0)

@@ -168,7 +168,11 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    return _checked(path, lambda: dict(ocp.load(path, dict(wanted))))
+    context = ocp.Context()
+    # The only padding asked for is that of the vocabulary, which `fill` has compared with the stored shapes.
+    context.array.loading.enable_padding_and_truncation = True
+    with context:
+        return _checked(path, lambda: dict(ocp.load(path, dict(wanted))))
 
 
 def _checked(path: Path, read: Callable[[], Out]) -> Out:

@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from transformers import AutoTokenizer
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
 from rlens_jax.models.llava_onevision import Preparer, Size
+from rlens_jax.parallel.mesh import make_mesh
 from rlens_jax.plan import Reduction
-from rlens_jax.ranking.inputs import Shapes, build_datasets
+from rlens_jax.ranking.inputs import FILLER, Shapes, build_split
 from rlens_jax.ranking.programs import Programs
 from rlens_jax.weights.checkpoint import load_model
 from tests.models.llava import (
@@ -159,14 +161,17 @@ def test_prompts_are_those_of_hugging_face(folder, preparer, name):
 
 
 def test_visual_tokens_of_a_run(folder, theirs, loaded, preparer):
-    """All samples through `build_datasets`, against Hugging Face one sample at a time; one program a bucket."""
-    programs = Programs(loaded[1], Reduction(), seed=0, new_tokens=1, stop_token=191)
+    """All samples through `build_split`, against Hugging Face one sample at a time; one program a bucket."""
+    mesh = make_mesh(jax.devices()[:1], 1)
+    programs = Programs(loaded[1], mesh, Reduction(), seed=0, new_tokens=1, stop_token=191)
     shapes = Shapes(text_slots=(32,), visual_slots=(64, 128), batch_size=2)
     samples = list(SAMPLES.values())
-    (dataset,) = build_datasets(samples, preparer, programs, shapes, True, lambda: None)
+    split = build_split(samples, preparer, programs, shapes, True, lambda: None)
     seen = set()
-    for batch in dataset.batches:
-        for row, place in enumerate(batch.samples):
+    for batch in split.batches:
+        for row, place in enumerate(batch.inputs.layout.sample.tolist()):
+            if place == FILLER:
+                continue
             inputs = their_inputs(folder, samples[place])
             with torch.no_grad():
                 features = theirs.model.get_image_features(

@@ -20,11 +20,12 @@ from rlens_jax.models import minicpm_v, read_kind
 from rlens_jax.models.minicpm_v import MiniCPMV, MiniCPMVConfig, Preparer, Slicing
 from rlens_jax.models.prompt import PreparedImage, Prompt, collate
 from rlens_jax.ops.attention import masked_attention
+from rlens_jax.parallel.mesh import make_mesh
 from rlens_jax.plan import Plan, Reduction
-from rlens_jax.ranking.inputs import Shapes, build_datasets
+from rlens_jax.ranking.inputs import Shapes, build_split
 from rlens_jax.ranking.programs import Programs
-from rlens_jax.ranking.scoring import traced_plan
 from rlens_jax.weights.checkpoint import load_model
+from rlens_jax.weights.leaves import place
 from tests import torch_minicpm_v as reference
 from tests.numerics import assert_close, error
 from tests.sequences import bucket_for, unpack
@@ -347,14 +348,14 @@ def test_greedy_tokens(pair, plan, tmp_path):
         picture(20 + i, size).save(files[-1])
     sample = Sample("s", "d", tuple(files), "See <image> and <image>?", ("yes",))
     other = Sample("t", "d", tuple(files[1:]), "And this?", ("yes",))
-    programs = Programs(pair.ours, SMALL, seed=0, new_tokens=new_tokens, stop_token=-1)
+    mesh = make_mesh(jax.devices()[:1], 1)
+    programs = Programs(place(pair.ours, mesh), mesh, SMALL, seed=0, new_tokens=new_tokens, stop_token=-1)
     shapes = Shapes((128, 256), (48,), 2)
-    (dataset,) = build_datasets([sample, other], pair.preparer, programs, shapes, False, lambda: None)
+    split = build_split([sample, other], pair.preparer, programs, shapes, False, lambda: None)
     grids = [pair.preparer.slicing.grid(size) for size in sizes]
-    layers = pair.config.decoder.num_layers
     for row, (asked, used) in enumerate([(sample, slice(0, 2)), (other, slice(1, 2))]):
-        (batch,) = [b for b in dataset.batches if row in b.samples]
-        tokens, scored = programs.generate(batch.visual, batch.inputs, traced_plan(plan, layers))
+        (batch,) = [b for b in split.batches if row in b.inputs.layout.sample.tolist()]
+        numbers, tokens, scored = programs.generate(batch.visual, batch.inputs, [plan])
         assert scored.all()
         prompt = pair.preparer.prompt(asked, grids[used], None)
         views = [cut_views(picture(20 + i, size))[0] for i, size in enumerate(sizes)][used]
@@ -364,7 +365,7 @@ def test_greedy_tokens(pair, plan, tmp_path):
             expected = pair.theirs.generate(prompt.token_ids, visual, new_tokens)
         assert len(expected) == new_tokens
         assert len(set(expected)) > 5
-        assert tokens[batch.samples.index(row)].tolist() == expected
+        assert tokens[numbers.tolist().index(row)].tolist() == expected
 
 
 MUTATIONS, CHANGED_CODE = {}, {}

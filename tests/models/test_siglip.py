@@ -61,7 +61,7 @@ def ours(theirs) -> SiglipTower:
     for name, tensor in table.tensors.items():
         array = state.pop(name).numpy()
         for place, part in zip(tensor.places, tensor.to_ours(array), strict=True):
-            filler.put(place, jnp.asarray(part))
+            filler.put(place, filler.held(place, part))
     assert set(state) == {"post_layernorm.weight", "post_layernorm.bias"}
     return filler.model().tower
 

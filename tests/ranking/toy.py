@@ -2,6 +2,7 @@
 
 import io
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -11,10 +12,11 @@ from rlens_jax.data.samples import Sample
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.prompt import PreparedImage, Prompt
 from rlens_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig, VisionConfig, patch_places, rope_positions
+from rlens_jax.parallel.mesh import make_mesh
 from rlens_jax.plan import Plan, Reduction
-from rlens_jax.ranking.inputs import Dataset, Shapes, build_datasets
+from rlens_jax.ranking.inputs import FILLER, Shapes, Split, build_split
 from rlens_jax.ranking.programs import Programs
-from rlens_jax.ranking.scoring import traced_plan
+from rlens_jax.weights.leaves import place
 
 LAYERS, STOP, IMAGE = 5, 0, 1
 CONFIG = Qwen2VLConfig(
@@ -89,12 +91,13 @@ def png(rows: int, columns: int) -> bytes:
     return buffer.getvalue()
 
 
-def toy_programs(seed: int = 0, new_tokens: int = 3) -> Programs:
+def toy_programs(seed: int = 0, new_tokens: int = 3, devices: int = 1, model_shards: int = 1) -> Programs:
     """Programs over the random model; embeddings and head are large enough for clear argmaxes."""
+    mesh = make_mesh(jax.devices()[:devices], model_shards)
     model = Qwen2VL(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(seed))
     model.decoder.embedding[...] = model.decoder.embedding[...] * 30
     model.decoder.head[...] = model.decoder.head[...] * 30
-    return Programs(model, REDUCTION, seed=0, new_tokens=new_tokens, stop_token=STOP)
+    return Programs(place(model, mesh), mesh, REDUCTION, seed=0, new_tokens=new_tokens, stop_token=STOP)
 
 
 def toy_samples() -> list[Sample]:
@@ -113,14 +116,14 @@ def toy_samples() -> list[Sample]:
 
 def answered(samples: list[Sample], programs: Programs) -> list[Sample]:
     """The samples with what the dense model generates as their answer, without the stop token."""
-    preparer = ToyPreparer()
-    datasets = build_datasets(samples, preparer, programs, SHAPES, False, lambda: None)
+    split = build_split(samples, ToyPreparer(), programs, SHAPES, False, lambda: None)
     texts: dict[str, str] = {}
-    for dataset in datasets:
-        for batch in dataset.batches:
-            tokens, _ = programs.generate(batch.visual, batch.inputs, traced_plan(Plan(), LAYERS))
-            for row, place in enumerate(batch.samples):
-                texts[dataset.samples[place].id] = words(np.asarray(tokens)[row].tolist())
+    for batch in split.batches:
+        plans = [Plan()] * programs.groups
+        numbers, tokens, _ = programs.generate(batch.visual, batch.inputs, plans)
+        for number, row in zip(np.asarray(numbers), np.asarray(tokens).tolist(), strict=True):
+            if number != FILLER:
+                texts[split.samples[number].id] = words(row)
     return [Sample(s.id, s.dataset, s.images, s.question, (texts[s.id],)) for s in samples]
 
 
@@ -130,6 +133,6 @@ def words(tokens: list[int]) -> str:
     return " ".join(map(str, tokens[:stop]))
 
 
-def toy_datasets(programs: Programs, with_answers: bool = True) -> tuple[Dataset, ...]:
+def toy_split(programs: Programs, with_answers: bool = True) -> Split:
     samples = answered(toy_samples(), programs)
-    return build_datasets(samples, ToyPreparer(), programs, SHAPES, with_answers, lambda: None)
+    return build_split(samples, ToyPreparer(), programs, SHAPES, with_answers, lambda: None)
