@@ -1,6 +1,7 @@
 """Rank the decoder layers of a multimodal LLM: `python -m rlens_jax.rank [--model FOLDER] [--data FILE.jsonl] [--output DIR]`.
 
 Without options: the embedded model on its own data, a few minutes on two CPU cores. See `--help` for every field.
+With `--dry-run v5e:16x16` nothing runs: the run's programs are compiled for a TPU slice (`rlens_jax.dry_run`).
 """
 
 from collections.abc import Sequence
@@ -8,11 +9,17 @@ from pathlib import Path
 
 from rlens_jax.config import load_config
 from rlens_jax.console import run_command
+from rlens_jax.dry_run.command import run_dry
+from rlens_jax.dry_run.request import take_request
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, run, print."""
-    config = load_config(arguments)
+    request, left = take_request(arguments)
+    config = load_config(left)
+    if request is not None:
+        print(run_dry(request, arguments))
+        return
     from rlens_jax.report.terminal import summary
     from rlens_jax.run import run
 

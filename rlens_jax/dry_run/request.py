@@ -1,0 +1,58 @@
+"""The options of a dry run on the command line of `rlens_jax.rank`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlens_jax.dry_run.topology import Slice, find_slice
+from rlens_jax.errors import UserError
+
+HELP = (
+    "--dry-run TOPOLOGY, such as v5e:16x16: run nothing, but compile the run's programs for a TPU slice, on a machine without "
+    "one, and say whether they fit, what they cost and about how long the run would take; --all-buckets: of all sizes and not "
+    "the largest only; --json FILE: write it all to a file too. The model's folder needs to hold nothing but its config.json."
+)
+_WITH_VALUE = ("--dry-run", "--json")
+OPTIONS = (*_WITH_VALUE, "--all-buckets")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a dry run."""
+
+    where: Slice
+    all_buckets: bool
+    json_file: Path | None
+
+
+def take_request(arguments: Sequence[str]) -> tuple[Request | None, list[str]]:
+    """The request for a dry run, or None, and the arguments that are left.
+
+    Raises:
+        UserError: an option lacks its value or its --dry-run, there is no such topology, or no folder for the file.
+    """
+    given: dict[str, str] = {}
+    left: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.partition("=")
+        if name not in OPTIONS:
+            left.append(argument)
+        elif name not in _WITH_VALUE:
+            if equals:
+                raise UserError(f"option {name} takes no value")
+            given[name] = ""
+        else:
+            if not equals and not rest:
+                raise UserError(f"option {name} needs a value")
+            given[name] = value if equals else rest.pop(0)
+    if not given:
+        return None, left
+    if "--dry-run" not in given:
+        raise UserError(f"{next(iter(given))} goes with --dry-run TOPOLOGY")
+    where = find_slice(given["--dry-run"])
+    file = Path(given["--json"]) if "--json" in given else None
+    if file is not None and not file.absolute().parent.is_dir():
+        raise UserError(f"--json {file}: the folder {file.parent} does not exist")
+    return Request(where, "--all-buckets" in given, file), left
