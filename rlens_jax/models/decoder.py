@@ -45,6 +45,8 @@ class DecoderConfig:
     head_dim: int
     ffn_width: int
     vocabulary: int
+    context: int
+    """The longest sequence the model was made for, in tokens."""
     norm_eps: float
     rope_theta: float
     rope_sections: tuple[int, ...]

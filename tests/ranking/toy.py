@@ -30,6 +30,7 @@ CONFIG = Qwen2VLConfig(
         head_dim=12,
         ffn_width=40,
         vocabulary=13,
+        context=512,
         norm_eps=1e-6,
         rope_theta=50.0,
         rope_sections=(2, 2, 2),
@@ -51,7 +52,7 @@ CONFIG = Qwen2VLConfig(
     video_token=2,
 )
 REDUCTION = Reduction(attention_range=2, active_fraction=0.1, probe_fraction=0.2)
-SHAPES = Shapes(text_slots=(8, 16), visual_slots=(8, 24), batch_size=4)
+SHAPES = Shapes(text_slots=(8, 16), visual_slots=(8, 24), batch_size=4, context=512)
 
 
 class ToyPreparer:
