@@ -12,7 +12,6 @@ from typing import Any
 from rlens_jax.errors import UserError
 from rlens_jax.models.decoder import DecoderConfig
 
-
 _LONGEST = 2**31 - 1
 """Context of a model whose config.json names none."""
 

@@ -14,7 +14,6 @@ C units that are computed at a time.
 """
 
 import math
-
 from dataclasses import dataclass
 from typing import no_type_check
 
