@@ -43,18 +43,11 @@ SHARD_BYTES = 4_000_000_000
 SECONDS_BETWEEN_LOOKS = 0.01
 LOAD = """
 import sys
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax, jax.numpy as jnp
+from rlens_jax.parallel.mesh import make_mesh
 from rlens_jax.weights.checkpoint import load_model
 
-mesh = Mesh(np.array(jax.devices()), ("model",))
-
-def rule(path, shape):
-    fitting = [axis for axis in range(".layers." in path, len(shape)) if shape[axis] % len(jax.devices()) == 0]
-    longest = max(fitting, key=lambda axis: shape[axis], default=None)
-    return NamedSharding(mesh, PartitionSpec(*("model" if axis == longest else None for axis in range(len(shape)))))
-
-load_model(sys.argv[1], jnp.bfloat16, sharding=rule)
+load_model(sys.argv[1], jnp.bfloat16, mesh=make_mesh(jax.devices(), len(jax.devices())))
 """
 
 

@@ -136,6 +136,7 @@ def _programs(widths: Widths) -> dict[str, Callable[[], Any]]:
     from rlens_jax.ops.attention import masked_attention
     from rlens_jax.ops.ffn import dense_ffn
 
+    length = TEXT_BEFORE + VISUAL + TEXT_AFTER
     config = DecoderConfig(
         num_layers=1,
         width=widths.width,
@@ -144,13 +145,13 @@ def _programs(widths: Widths) -> dict[str, Callable[[], Any]]:
         head_dim=widths.head_dim,
         ffn_width=widths.ffn_width,
         vocabulary=2,
+        context=length,
         norm_eps=1e-6,
         rope_theta=1e6,
         rope_sections=(widths.head_dim // 2,),
         qkv_bias=widths.qkv_bias,
         tied_head=True,
     )
-    length = TEXT_BEFORE + VISUAL + TEXT_AFTER
     is_visual = np.zeros(length, bool)
     is_visual[TEXT_BEFORE : TEXT_BEFORE + VISUAL] = True
     layout = pack_layout([is_visual], Bucket(TEXT_BEFORE + TEXT_AFTER, VISUAL), [0])

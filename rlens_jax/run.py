@@ -129,7 +129,8 @@ def run(config: RunConfig) -> Results:
                 new_tokens=config.search.max_new_tokens,
                 stop_token=preparer.chat.stop_token,
             )
-        shapes = Shapes(compute.text_slots, compute.visual_slots, compute.batch_size)
+        decoder = kind.config.decoder
+        shapes = Shapes(compute.text_slots, compute.visual_slots, compute.batch_size, decoder.context)
         forced = config.search.objective == "teacher_forced"
         built: dict[str, Split] = {}
         with clock.phase("encode"):
@@ -138,7 +139,7 @@ def run(config: RunConfig) -> Results:
                     built[name] = build_split(samples, preparer, programs, shapes, forced, shown.advance)
         scoring: Scoring = TeacherForcing(programs) if forced else Generating(programs, preparer.chat.decode)
         bar = _Bar()
-        num_layers = kind.config.decoder.num_layers
+        num_layers = decoder.num_layers
         evaluator = Evaluator(
             scoring,
             built,
@@ -157,7 +158,7 @@ def run(config: RunConfig) -> Results:
             compared = operators if config.report.full_search else ()
             complete = {operator: search.rank(operator, 0) for operator in compared}
         scoring.release()
-        flops_saved = partial(_flops_saved, config, kind.config.decoder, built[TEST])
+        flops_saved = partial(_flops_saved, config, decoder, built[TEST])
         with clock.phase("held-out curves"):
             results, combined = search.compare(rankings, complete, flops_saved)
         with clock.phase("timing"):

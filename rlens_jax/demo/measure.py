@@ -59,7 +59,7 @@ def measure(model: str, samples: int) -> dict[str, Any]:
         return {name: float(outcomes[members].mean()) for name, members in split.datasets.items()}
 
     by_dataset = [read_pages(name, "test", cache_folder() / "data" / "pages", samples) for name in DATASETS]
-    shapes = Shapes((TEXT_SLOTS,), (VISUAL_SLOTS,), BATCH)
+    shapes = Shapes((TEXT_SLOTS,), (VISUAL_SLOTS,), BATCH, kind.config.decoder.context)
     asked, swapped = (
         build_split(rows, preparer, programs, shapes, True, lambda: None)
         for rows in (

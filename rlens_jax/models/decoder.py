@@ -26,7 +26,7 @@ from rlens_jax.models import vocabulary
 from rlens_jax.models.layers import Linear, RMSNorm, rope_angles, rotate, rotation
 from rlens_jax.ops.attention import masked_attention, packed_attention
 from rlens_jax.ops.ffn import FfnWeights, Kept, dense_ffn, dynamic_ffn
-from rlens_jax.parallel.model_axis import num_shards, shard_index, sum_over_shards
+from rlens_jax.parallel.model_axis import model_axes, num_shards, shard_index, sum_over_shards
 from rlens_jax.plan import Plan, Reduction
 
 Out = TypeVar("Out")
@@ -45,6 +45,8 @@ class DecoderConfig:
     head_dim: int
     ffn_width: int
     vocabulary: int
+    context: int
+    """The longest sequence the model was made for, in tokens."""
     norm_eps: float
     rope_theta: float
     rope_sections: tuple[int, ...]
@@ -204,7 +206,7 @@ class DecoderLayer(nnx.Module):
         )
         y, kept = _choose(
             dynamic,
-            lambda: dynamic_ffn(y, weights, context.layout, reduction, key, imposed),
+            lambda: dynamic_ffn(y, weights, context.layout, reduction, key, imposed, model_axes()),
             lambda: (dense_ffn(y, weights), nothing),
         )
         return x + sum_over_shards(y), kept

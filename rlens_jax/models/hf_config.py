@@ -12,6 +12,9 @@ from typing import Any
 from rlens_jax.errors import UserError
 from rlens_jax.models.decoder import DecoderConfig
 
+_LONGEST = 2**31 - 1
+"""Context of a model whose config.json names none."""
+
 
 class ConfigReader:
     """Reads fields of one JSON object and names file and field in every complaint."""
@@ -135,6 +138,7 @@ def _read_decoder(
         head_dim=head_dim,
         ffn_width=text.size("intermediate_size"),
         vocabulary=text.size("vocab_size"),
+        context=text.size("max_position_embeddings", default=_LONGEST),
         norm_eps=text.number("rms_norm_eps"),
         rope_theta=theta,
         rope_sections=sections,

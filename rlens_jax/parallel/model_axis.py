@@ -12,9 +12,9 @@ WORK, MODEL = "work", "model"
 """The two axes of every mesh: batches lie along the first, the model's weights along the second."""
 
 
-def model_axes() -> tuple[str, ...]:
-    """The axis names to give to a collective: `model` inside of a `shard_map`, none outside."""
-    return (MODEL,) if MODEL in jax.sharding.get_abstract_mesh().manual_axes else ()
+def model_axes() -> str | tuple[()]:
+    """The axis to give to a collective: `model` inside of a `shard_map`, none outside."""
+    return MODEL if MODEL in jax.sharding.get_abstract_mesh().manual_axes else ()
 
 
 def num_shards() -> int:

@@ -87,9 +87,16 @@ class Shapes:
     text_slots: tuple[int, ...]
     visual_slots: tuple[int, ...]
     batch_size: int
+    context: int
+    """The longest sequence that the model was made for."""
 
     def bucket(self, prompt: Prompt, sample: Sample) -> Bucket:
         """The smallest bucket that holds the prompt; UserError when none does."""
+        if len(prompt.token_ids) > self.context:
+            raise UserError(
+                f"{sample.id}: {len(prompt.token_ids)} tokens, but the model's context is {self.context}; "
+                "leave the sample out or make its images smaller"
+            )
         sizes = []
         for field, slots, count in (
             ("text_slots", self.text_slots, prompt.num_text),

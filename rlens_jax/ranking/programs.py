@@ -95,7 +95,7 @@ class Programs:
         """Visual tokens of a batch of prepared images of one bucket; each process gives those of its own groups."""
         return self._encode(*put_rows(arrays, self.mesh))
 
-    def embed(self, text_ids: Int[Array, "B X"], visual: Float[Array, "B P D"]) -> States:
+    def embed(self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[Array, "B P D"]) -> States:
         """Packed embeddings, the states before the first layer."""
         return self._embed(text_ids, visual)
 

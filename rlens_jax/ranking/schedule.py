@@ -34,7 +34,8 @@ def schedule(filled: Sequence[Sequence[bool]], costs: Sequence[int]) -> list[Ste
     """
     groups = len(filled[0])
     load = [0] * groups
-    uniform, partial = [], []
+    uniform: list[tuple[int, list[int]]] = []
+    partial: list[tuple[int, list[int]]] = []
     for batch, has_rows in enumerate(filled):
         blocks = [group for group in range(groups) if has_rows[group]]
         side_by_side = -(-len(blocks) * len(costs) // groups)

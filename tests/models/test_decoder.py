@@ -22,6 +22,7 @@ CONFIG = DecoderConfig(
     head_dim=4,
     ffn_width=53,
     vocabulary=37,
+    context=512,
     norm_eps=1e-6,
     rope_theta=1e4,
     rope_sections=(2,),

@@ -164,7 +164,7 @@ def test_visual_tokens_of_a_run(folder, theirs, loaded, preparer):
     """All samples through `build_split`, against Hugging Face one sample at a time; one program a bucket."""
     mesh = make_mesh(jax.devices()[:1], 1)
     programs = Programs(loaded[1], mesh, Reduction(), seed=0, new_tokens=1, stop_token=191)
-    shapes = Shapes(text_slots=(32,), visual_slots=(64, 128), batch_size=2)
+    shapes = Shapes(text_slots=(32,), visual_slots=(64, 128), batch_size=2, context=512)
     samples = list(SAMPLES.values())
     split = build_split(samples, preparer, programs, shapes, True, lambda: None)
     seen = set()

@@ -350,7 +350,7 @@ def test_greedy_tokens(pair, plan, tmp_path):
     other = Sample("t", "d", tuple(files[1:]), "And this?", ("yes",))
     mesh = make_mesh(jax.devices()[:1], 1)
     programs = Programs(place(pair.ours, mesh), mesh, SMALL, seed=0, new_tokens=new_tokens, stop_token=-1)
-    shapes = Shapes((128, 256), (48,), 2)
+    shapes = Shapes((128, 256), (48,), 2, 1024)
     split = build_split([sample, other], pair.preparer, programs, shapes, False, lambda: None)
     grids = [pair.preparer.slicing.grid(size) for size in sizes]
     for row, (asked, used) in enumerate([(sample, slice(0, 2)), (other, slice(1, 2))]):

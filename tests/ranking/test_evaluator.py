@@ -13,7 +13,6 @@ from rlens_jax.plan import Plan
 from rlens_jax.ranking.evaluator import Evaluator, Outcomes
 from rlens_jax.ranking.inputs import FILLER, Batch, Split, build_split
 from rlens_jax.ranking.journal import Journal
-from rlens_jax.ranking.objective import PlanScore, dataset_metric
 from rlens_jax.ranking.programs import Programs
 from rlens_jax.ranking.scoring import Generating, Scoring, TeacherForcing
 from rlens_jax.ranking.search import Ranking, one_at_a_time, rank_layers
@@ -22,6 +21,7 @@ from tests.ranking.toy import (
     SHAPES,
     ToyPreparer,
     answered,
+    score,
     toy_programs,
     toy_samples,
     toy_split,
@@ -69,11 +69,6 @@ def plain_outcomes(programs: Programs, split: Split, plan: Plan) -> Outcomes:
             if number != FILLER:
                 values[number] = max(values[number], float(is_right))
     return {name: values[members] for name, members in split.datasets.items()}
-
-
-def score(outcomes: Outcomes) -> PlanScore:
-    metrics = {name: dataset_metric(values.tolist()) for name, values in outcomes.items()}
-    return PlanScore(score=float(sum(metrics.values())), loss=0.0, metrics=metrics)
 
 
 def plain_ranking(programs: Programs, split: Split, operator: str) -> Ranking:

@@ -14,7 +14,9 @@ from rlens_jax.models.prompt import PreparedImage, Prompt
 from rlens_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig, VisionConfig, patch_places, rope_positions
 from rlens_jax.parallel.mesh import make_mesh
 from rlens_jax.plan import Plan, Reduction
+from rlens_jax.ranking.evaluator import Outcomes
 from rlens_jax.ranking.inputs import FILLER, Shapes, Split, build_split
+from rlens_jax.ranking.objective import PlanScore, dataset_metric
 from rlens_jax.ranking.programs import Programs
 from rlens_jax.weights.leaves import place
 
@@ -28,6 +30,7 @@ CONFIG = Qwen2VLConfig(
         head_dim=12,
         ffn_width=40,
         vocabulary=13,
+        context=512,
         norm_eps=1e-6,
         rope_theta=50.0,
         rope_sections=(2, 2, 2),
@@ -49,7 +52,7 @@ CONFIG = Qwen2VLConfig(
     video_token=2,
 )
 REDUCTION = Reduction(attention_range=2, active_fraction=0.1, probe_fraction=0.2)
-SHAPES = Shapes(text_slots=(8, 16), visual_slots=(8, 24), batch_size=4)
+SHAPES = Shapes(text_slots=(8, 16), visual_slots=(8, 24), batch_size=4, context=512)
 
 
 class ToyPreparer:
@@ -136,3 +139,9 @@ def words(tokens: list[int]) -> str:
 def toy_split(programs: Programs, with_answers: bool = True) -> Split:
     samples = answered(toy_samples(), programs)
     return build_split(samples, ToyPreparer(), programs, SHAPES, with_answers, lambda: None)
+
+
+def score(outcomes: Outcomes) -> PlanScore:
+    """The sum of the datasets' metrics: the dense toy model may well score 0."""
+    metrics = {name: dataset_metric(values.tolist()) for name, values in outcomes.items()}
+    return PlanScore(score=float(sum(metrics.values())), loss=0.0, metrics=metrics)

@@ -1,0 +1,190 @@
+"""Every mesh computes what one device computes: `python benchmarks/simulated_devices.py [--samples N] [--json FILE]`.
+
+Ranks the last layers of the embedded model on 1, 2, 4 and 8 simulated CPU devices, in all splits of (work, model), and compares
+every sample's outcome under every plan, the rankings, and the mean log-probability of each answer with those of one device. Also
+looks for samples whose outcome hangs on rounding: a logit margin below 1e-4, or a gap between the last kept and the first
+dropped unit below 1e-5 (relative), under any plan of the search.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rlens_jax.config import load_config
+from rlens_jax.data.splits import load_splits
+from rlens_jax.models import FAMILIES
+from rlens_jax.models.prompt import IGNORE
+from rlens_jax.ops.ffn import hidden_units, probe_slots
+from rlens_jax.parallel.mesh import make_mesh
+from rlens_jax.plan import OPERATORS, Plan, Reduction
+from rlens_jax.ranking.evaluator import Evaluator
+from rlens_jax.ranking.inputs import FILLER, Shapes, Split, build_split
+from rlens_jax.ranking.journal import Journal
+from rlens_jax.ranking.objective import dataset_metric, score_plan
+from rlens_jax.ranking.programs import Programs
+from rlens_jax.ranking.scoring import TeacherForcing
+from rlens_jax.ranking.search import rank_layers
+from rlens_jax.resources import cache_folder
+from rlens_jax.weights.checkpoint import find_model, load_model
+
+SEARCHED = 3
+"""Layers that are searched; the last ones are ranked by position."""
+LOGIT_MARGIN, UNIT_GAP = 1e-4, 1e-5
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=16, help="validation samples of each dataset")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    options = parser.parse_args()
+    splits = [(devices, model) for devices in (1, 2, 4, 8) for model in (1, 2, 4, 8) if model <= devices]
+    expected, results = None, []
+    for devices, model_shards in splits:
+        began = time.monotonic()
+        found = search(options.samples, devices, model_shards)
+        expected = expected or found
+        difference = max(
+            float(np.abs(found["log_probability"][plan] - values).max())
+            for plan, values in expected["log_probability"].items()
+        )
+        results.append(
+            {
+                "work": devices // model_shards,
+                "model": model_shards,
+                "same_outcomes": found["outcomes"] == expected["outcomes"],
+                "same_rankings": found["rankings"] == expected["rankings"],
+                "log_probability_difference": difference,
+                "seconds": round(time.monotonic() - began, 1),
+            }
+        )
+        print(results[-1], flush=True)
+    close = {"logit_margin": expected["logit_margin"], "unit_gap": expected["unit_gap"]}
+    print(f"evaluations compared: {len(expected['outcomes'])}; nearest to a tie: {close}")
+    if options.json:
+        options.json.write_text(json.dumps({"meshes": results, "nearest_to_a_tie": close}, indent=1) + "\n")
+
+
+def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
+    """Both rankings and everything they rest on."""
+    config = load_config([])
+    folder = find_model("embedded")
+    mesh = make_mesh(jax.devices()[:devices], model_shards)
+    kind, model = load_model(folder, jnp.float32, mesh=mesh)
+    preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, config.compute.patch_slots)
+    stop_token = preparer.chat.stop_token
+    programs = Programs(model, mesh, config.reduction, seed=0, new_tokens=1, stop_token=stop_token)
+    members = load_splits(
+        "pages",
+        cache_folder() / "data",
+        validation_samples=samples,
+        test_samples=1,
+        held_out_share=0.5,
+        seed=0,
+    )["validation"]
+    shapes = Shapes(config.compute.text_slots, config.compute.visual_slots, 8, kind.config.decoder.context)
+    split = build_split(members, preparer, programs, shapes, True, lambda: None)
+    num_layers = kind.config.decoder.num_layers
+    plans: dict[Plan, None] = {}
+    rankings = {}
+    with tempfile.TemporaryDirectory() as scratch, Journal.open(Path(scratch), {}) as journal:
+        evaluator = Evaluator(
+            TeacherForcing(programs),
+            {"validation": split},
+            journal,
+            num_layers=num_layers,
+            state_bytes=1e9,
+            advance=lambda _: None,
+        )
+
+        def metrics(base: Plan, candidates: list[Plan]) -> list[dict[str, float]]:
+            plans.update(dict.fromkeys(candidates))
+            return [
+                {name: dataset_metric(values.tolist()) for name, values in outcomes.items()}
+                for outcomes in evaluator.outcomes("validation", base, candidates)
+            ]
+
+        (dense,) = metrics(Plan(), [Plan()])
+        for operator in OPERATORS:
+            ranking = rank_layers(
+                num_layers,
+                num_layers - SEARCHED,
+                operator,
+                lambda base, candidates: [
+                    score_plan(found, dense, alpha=2.0, relative=True) for found in metrics(base, candidates)
+                ],
+            )
+            rankings[operator] = ranking.order
+        outcomes = {record.key: record.outcomes for record in journal.records()}
+    log_probability = {plan: log_probabilities(programs, split, plan) for plan in list(plans)[::5]}
+    found = {"outcomes": outcomes, "rankings": rankings, "log_probability": log_probability}
+    if devices == 1:
+        ties = [nearest_to_a_tie(model.decoder, split, plan, config.reduction) for plan in plans]
+        found |= {name: min(float(tie[name].min()) for tie in ties) for name in ("logit_margin", "unit_gap")}
+        for plan, tie in zip(plans, ties, strict=True):
+            for number in np.flatnonzero((tie["logit_margin"] < LOGIT_MARGIN) | (tie["unit_gap"] < UNIT_GAP)):
+                print(f"hangs on rounding: {split.samples[number].id} under {plan.label()}")
+    return found
+
+
+def log_probabilities(programs: Programs, split: Split, plan: Plan) -> np.ndarray:
+    """The mean log-probability of each sample's answer."""
+    values = np.full(len(split.samples), np.nan)
+    for batch in split.batches:
+        states = programs.embed(batch.inputs.text_ids, batch.visual)
+        plans, starts = [plan] * programs.groups, [0] * programs.groups
+        states = programs.layers(states, batch.inputs, plans, starts, programs.config.num_layers)
+        numbers, _, value, _ = map(np.asarray, programs.outcome(states, batch.inputs))
+        values[numbers[numbers != FILLER]] = value[numbers != FILLER]
+    return values
+
+
+def nearest_to_a_tie(decoder: Any, split: Split, plan: Plan, reduction: Reduction) -> dict[str, np.ndarray]:
+    """By sample, the smallest lead of an answer token's best logit, and of the last kept unit over the first dropped."""
+    margins, gaps = np.full(len(split.samples), np.inf), np.full(len(split.samples), np.inf)
+    graph, stack = nnx.split(decoder.layers)
+    hollow, dynamic = plan.flags(decoder.config.num_layers)
+    units = reduction.kept_units(decoder.config.ffn_width)
+
+    @jax.jit
+    def gap(y: Any, weights: Any, layout: Any) -> Any:
+        slots, is_probe = probe_slots(layout, reduction, jax.random.key(0))
+        probes = jnp.take_along_axis(y[:, layout.bucket.text :], slots[:, :, None], axis=1)
+        hidden = jnp.where(is_probe[:, :, None], jnp.abs(hidden_units(probes, weights)), 0.0)
+        best, _ = jax.lax.top_k(hidden.sum(axis=1), units + 1)
+        return 1 - best[:, units] / best[:, units - 1]
+
+    for batch in split.batches:
+        inputs = batch.inputs
+        context = decoder.context(inputs.layout, inputs.rope_positions, jax.random.key(0))
+        x = decoder.embed(inputs.text_ids, batch.visual)
+        numbers = np.asarray(inputs.layout.sample)
+        real = numbers != FILLER
+        for layer in range(decoder.config.num_layers):
+            module = nnx.merge(graph, jax.tree.map(lambda p, layer=layer: p[layer], stack))
+            x, _, _ = module.attend(x, context, reduction, bool(hollow[layer]))
+            if dynamic[layer]:
+                found = np.asarray(gap(module.ffn_norm(x), module.ffn.weights, inputs.layout))
+                gaps[numbers[real]] = np.minimum(gaps[numbers[real]], found[real])
+            x, _ = module.feed(x, context, reduction, bool(dynamic[layer]), jnp.int32(layer))
+        answers = jnp.take_along_axis(x, inputs.answer_slots[:, :, None], axis=1)
+        best, _ = jax.lax.top_k(decoder.logits(answers), 2)
+        lead = np.where(np.asarray(inputs.answer_targets) != IGNORE, best[:, :, 0] - best[:, :, 1], np.inf)
+        margins[numbers[real]] = lead.min(axis=1)[real]
+    return {"logit_margin": margins, "unit_gap": gaps}
+
+
+if __name__ == "__main__":
+    main()
