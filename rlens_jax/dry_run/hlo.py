@@ -69,7 +69,7 @@ class Instruction:
 
     def attribute(self, name: str) -> str | None:
         """The value of an attribute that is a word or in braces; None when the instruction has none of this name."""
-        found = re.search(rf"(?:^|[ ,]){re.escape(name)}=(\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|[^\s,]+)", self.attributes)
+        found = re.search(rf"(?:^|[ ,]){re.escape(name)}=(\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|(?:\[[^\]]*\]|\([^)]*\)|[^\s,])+)", self.attributes)
         return found[1] if found else None
 
     @cached_property

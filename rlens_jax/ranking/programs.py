@@ -70,7 +70,7 @@ class Programs:
             for (path, _), leaf in zip(self._variables, self._leaves, strict=True)
         ]
         self.config = model.decoder.config
-        self.dtype = model.decoder.embedding[...].dtype
+        self.dtype = model.decoder.embedding.get_value().dtype
         self.mesh = mesh
         self.reduction = reduction
         self.seed = seed
