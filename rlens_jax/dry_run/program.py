@@ -28,6 +28,9 @@ class ProgramSpec:
     """Iterations of its loop over layers; 0 when it has none."""
     rows: int
     """Samples, or images, that one run of it takes."""
+    held_bytes: int
+    """On a device: all of the model, and this program's inputs. A program's own arguments leave out weights that it does not
+    read, but they stay where they are."""
     steps: int = 1
     """Iterations of a loop around its loop over layers: decoding steps."""
     beside_states: bool = False
@@ -44,7 +47,7 @@ class Memory:
     outputs: int
     """Without those that are written over arguments."""
     resident: int
-    """What the run keeps beside the program: batches, and base states of other batches."""
+    """What the run keeps beside the program: the model's other weights, batches, and base states of other batches."""
     limit: int
 
     @property
@@ -121,13 +124,14 @@ def compile_program(
     module = parse_module(compiled.as_text())
     loops = Loops(module, LoopCounts(spec.layers, spec.steps))
     sizes, own = compiled.memory_analysis(), compiled.cost_analysis()
+    idle = max(0, spec.held_bytes - sizes.argument_size_in_bytes)
     return CompiledProgram(
         spec=spec,
         memory=Memory(
             sizes.argument_size_in_bytes,
             sizes.temp_size_in_bytes,
             sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
-            resident_bytes if spec.beside_states else 0,
+            idle + (resident_bytes if spec.beside_states else 0),
             memory_limit,
         ),
         dense=program_cost(module, loops, unreduced),

@@ -54,8 +54,10 @@ def program_specs(
     compute = config.compute
     check_fits(kind.config.decoder.sizes, compute.model_shards)
     mesh = make_mesh(devices, compute.model_shards)
+    model = abstract_model(kind, compute.dtype, mesh)
+    weights = device_bytes(nnx.state(model))
     programs = Programs(
-        abstract_model(kind, compute.dtype, mesh),
+        model,
         mesh,
         config.reduction,
         seed=config.seed,
@@ -72,13 +74,16 @@ def program_specs(
             lambda images=images: programs.lower("encode", *images),  # type: ignore[misc]
             vision_depth(kind),
             rows,
+            weights + device_bytes(images),
         )
     for visual in compute.visual_slots[chosen]:
         for text in compute.text_slots[chosen]:
-            yield from _decoder_specs(config, programs, Bucket(text, visual), rows)
+            yield from _decoder_specs(config, programs, Bucket(text, visual), rows, weights)
 
 
-def _decoder_specs(config: RunConfig, programs: Programs, bucket: Bucket, rows: int) -> Iterator[ProgramSpec]:
+def _decoder_specs(
+    config: RunConfig, programs: Programs, bucket: Bucket, rows: int, weights: int
+) -> Iterator[ProgramSpec]:
     layers, place = programs.config.num_layers, Placed(programs.mesh)
     batch = abstract_batch(bucket, rows, len(programs.config.rope_sections), place)
     visual = place((rows, bucket.visual, programs.config.width), programs.dtype)
@@ -103,6 +108,7 @@ def _decoder_specs(config: RunConfig, programs: Programs, bucket: Bucket, rows: 
             lambda name=name, given=given: programs.lower(name, *given),  # type: ignore[misc]
             layers if name in ("layers", "generate") else 0,
             rows,
+            weights + device_bytes(given),
             steps=programs.new_tokens if name == "generate" else 1,
             beside_states=True,
         )
@@ -130,6 +136,13 @@ def abstract_model(kind: ModelKind, dtype: DTypeLike, mesh: Mesh) -> nnx.Module:
 
     flat = [(path, placed(path, variable)) for path, variable in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def device_bytes(arrays: Any) -> int:
+    """Bytes that a tree of abstract arrays takes on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays)
+    )
 
 
 def abstract_batch(bucket: Bucket, rows: int, rope_axes: int, place: Placed) -> PromptBatch:
