@@ -1,0 +1,149 @@
+"""Real processes under jax.distributed on this machine: they agree, stop together, and none outlives a lost one for long.
+
+Nothing here may hang: every wait has an end, and what is left is killed.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from rlens_jax.parallel.supervisor import LOST
+from rlens_jax.ranking.journal import JOURNAL_NAME, Journal
+from tests.parallel.member import IDENTITY
+
+MEMBER = Path(__file__).parent / "member.py"
+LONG = 100
+"""Seconds after which a test gives up; a busy machine takes long to import JAX."""
+
+
+class Pair:
+    """Two processes of one run. Each may be given further options."""
+
+    def __init__(self, folder, case, *shared, first=(), second=()):
+        self.folder, self.output = folder, folder / "run"
+        folder.mkdir(exist_ok=True)
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        hosts = (f"--hosts.coordinator=localhost:{port}", "--hosts.num_processes=2")
+        self.processes = [
+            start(
+                self._log(index),
+                case,
+                f"--output={self.output}",
+                *hosts,
+                f"--hosts.process_id={index}",
+                "--hosts.heartbeat_seconds=10",
+                *shared,
+                *own,
+            )
+            for index, own in enumerate((first, second))
+        ]
+
+    def _log(self, index):
+        return self.folder / f"terminal-{index}"
+
+    def terminal(self, index):
+        return self._log(index).read_text()
+
+    def child(self, index):
+        return int(re.search(r"pid (\d+)", self.terminal(index))[1])
+
+    def at_work(self):
+        """Wait until the journal grows."""
+        journal, until = self.output / JOURNAL_NAME, time.monotonic() + LONG
+        before = lines(journal)
+        while lines(journal) < before + 5:
+            assert time.monotonic() < until, self.terminal(0) + self.terminal(1)
+            assert all(process.poll() is None for process in self.processes), self.terminal(0)
+            time.sleep(0.05)
+
+    def ended(self):
+        """Both exit codes, once both have ended."""
+        return [process.wait(timeout=LONG) for process in self.processes]
+
+
+def start(terminal, *arguments):
+    with terminal.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, str(MEMBER), *arguments],
+            stdout=file,
+            stderr=file,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+
+
+def lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@contextmanager
+def pair(*arguments, **options):
+    both = Pair(*arguments, **options)
+    try:
+        yield both
+    finally:
+        for process in both.processes:
+            process.kill()
+            process.wait()
+
+
+def said(terminal, word):
+    return [line.partition(": ")[2] for line in terminal.splitlines() if line.startswith(f"{word}: ")]
+
+
+def test_all_agree_or_all_are_told_why(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    with pair(
+        tmp_path / "pair",
+        "agreements",
+        first=("--search.penalty=3", f"--model={here}"),
+        second=("--compute.batch_size=3", f"--model={there}", f"--output={tmp_path / 'elsewhere' / 'run'}"),
+    ) as both:
+        assert both.ended() == [2, 2]
+        told = [said(both.terminal(index), "told") for index in (0, 1)]
+        fine = [said(both.terminal(index), "fine") for index in (0, 1)]
+        first, second = both.terminal(0), both.terminal(1)
+    assert told[0][:4] == told[1][:4]
+    seed, config, missing, everywhere, *_ = told[0]
+    assert seed.endswith("different configurations: search.penalty is 3.0 on process 0, 2.0 on process 1")
+    assert "compute.batch_size is 16 on process 0, 3 on process 1" in config
+    assert "search.penalty" in config and "output" not in config and "hosts" not in config
+    assert missing == f"process 1 of 2, host {socket.gethostname()}: {there}: no such folder"
+    assert everywhere == "bad everywhere"
+    # Each process names the folder as it knows it.
+    assert f"{both.output} is not shared: process 1 of 2 does not see what process 0 wrote" in told[0][4]
+    assert "--output" in told[0][4]
+    assert "elsewhere/run is not shared: process 1 of 2" in told[1][4]
+    assert list(both.output.iterdir()) == []  # the token is gone, and nobody crashed
+    assert fine[0] == ["[['é', 0], ['é', 1]]", "first"]
+    assert fine[1] == ["[['é', 0], ['é', 1]]", "second"]
+    assert told[0][-1] == f"process 0 of 2, host {socket.gethostname()}: bad everywhere"
+    for line in ("spoken once", "toy: 1/1 steps", "error: bad everywhere"):
+        assert line in first
+        assert line not in second
+    assert "Traceback" not in first + second
+    assert len(first.splitlines()) == 1 + len(told[0]) + len(fine[0]) + 4  # and not one line by C++
+
+
+def test_sigterm_to_one_stops_all_and_the_run_is_resumed_by_one(tmp_path):
+    with pair(tmp_path / "pair", "ranking") as both:
+        both.at_work()
+        both.processes[1].send_signal(signal.SIGTERM)
+        assert both.ended() == [143, 143]
+        assert "the same command goes on from there" in both.terminal(0)
+        assert both.terminal(1).splitlines()[1:] == []
+        assert "resumed [0, 0], 2 devices" in both.terminal(0)
+    with Journal.open(both.output, IDENTITY) as journal:
+        values = [record.outcomes[0] for record in journal.records()]
+    assert values == list(range(len(values)))
+    assert sorted(path.name for path in both.output.iterdir()) == ["journal.jsonl", "journal.lock"]
