@@ -66,7 +66,7 @@ class Processes:
             int(key.rpartition("/")[2]): json.loads(text)
             for key, text in client.key_value_dir_get(f"{name}/")
         }
-        return [values[index] for index in range(self.count)]
+        return [values[index] for index in sorted(values)]
 
     def agreed(self, work: Callable[[], T]) -> T:
         """What `work` returns here, once it has succeeded on all processes.
@@ -133,12 +133,10 @@ class Processes:
         if self.count == 1:
             return
         token: Path = folder / self.gather(f".shared-{secrets.token_hex(8)}")[0]
-        try:
-            self.agreed(lambda: _write_token(token) if self.leads else None)
-            blind = [index for index, sees in enumerate(self.gather(token.exists())) if not sees]
-        finally:
-            if self.leads:
-                token.unlink(missing_ok=True)
+        self.agreed(lambda: _write_token(token) if self.leads else None)
+        blind = [index for index, sees in enumerate(self.gather(token.exists())) if not sees]
+        if self.leads:
+            token.unlink()
         if blind:
             raise AgreedError(
                 f"the output folder {folder} is not shared: {_numbered(blind)} of {self.count} "

@@ -94,24 +94,25 @@ class _Parent:
             return INTERRUPTED if first == signal.SIGINT else STOPPED
         if code < 0:
             line, code = explained(self._text(), -code)
-            print(f"error: {line} (its log: {self._kept()})", file=sys.stderr)
+            print(f"error: {line}{self._kept() if code == LOST else ''}", file=sys.stderr)
         return code
 
     def _text(self) -> str:
         return os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode(errors="replace")
 
-    def _kept(self) -> Path:
-        """The log as a file: in the run's folder, or in the system's when that cannot be written."""
-        member = _member(self._text())
-        name = f"process-{member[0] if member else 'unjoined'}.log"
-        for folder in (self._folder, Path(tempfile.mkdtemp(prefix="rlens_jax_"))):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_text(self._text())
-            except OSError:
-                continue
-            return folder / name
-        raise AssertionError("a folder just made cannot be written")
+    def _kept(self) -> str:
+        """Where the log is now: in the run's folder, or in a new one when that cannot be written."""
+        text = self._text()
+        member = _member(text)
+        name = f"process-{member[0]}.log" if member else "process.log"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / name
+            path.write_text(text)
+        except OSError:
+            path = Path(tempfile.mkdtemp(prefix="rlens_jax_")) / name
+            path.write_text(text)
+        return f" (its log: {path})"
 
 
 def explained(log: str, number: int) -> tuple[str, int]:
@@ -134,8 +135,9 @@ def explained(log: str, number: int) -> tuple[str, int]:
     silent = re.search(r"stopped sending heartbeats\):\n((?:\S*\d+\n)+)", log)
     if silent:
         indices = re.findall(r"(\d+)\n", silent[1])
-        word = f"process {indices[0]}" if len(indices) == 1 else f"processes {', '.join(indices)}"
-        return f"{word}{count} was lost, and this one ended with it; {_AGAIN}", LOST
+        which = f"process {indices[0]}" if len(indices) == 1 else f"processes {', '.join(indices)}"
+        was, them = ("was", "it") if len(indices) == 1 else ("were", "them")
+        return f"{which}{count} {was} lost, and this one ended with {them}; {_AGAIN}", LOST
     if "leader task was preempted/died" in log:
         return f"process 0{count} was lost, and this one ended with it; {_AGAIN}", LOST
     if "JAX distributed service detected fatal errors" in log:

@@ -13,14 +13,12 @@ import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import pytest
-
 from rlens_jax.parallel.supervisor import LOST
 from rlens_jax.ranking.journal import JOURNAL_NAME, Journal
 from tests.parallel.member import IDENTITY
 
 MEMBER = Path(__file__).parent / "member.py"
-LONG = 100
+LONG = 200
 """Seconds after which a test gives up; a busy machine takes long to import JAX."""
 
 
@@ -66,9 +64,9 @@ class Pair:
             assert all(process.poll() is None for process in self.processes), self.terminal(0)
             time.sleep(0.05)
 
-    def ended(self):
+    def ended(self, within=LONG):
         """Both exit codes, once both have ended."""
-        return [process.wait(timeout=LONG) for process in self.processes]
+        return [process.wait(timeout=within) for process in self.processes]
 
 
 def start(terminal, *arguments):
@@ -124,6 +122,8 @@ def test_all_agree_or_all_are_told_why(tmp_path):
     assert f"{both.output} is not shared: process 1 of 2 does not see what process 0 wrote" in told[0][4]
     assert "--output" in told[0][4]
     assert "elsewhere/run is not shared: process 1 of 2" in told[1][4]
+    assert told[0][5] == told[1][5]
+    assert "cannot write to the run folder" in told[0][5] and "member.py: File exists" in told[0][5]
     assert list(both.output.iterdir()) == []  # the token is gone, and nobody crashed
     assert fine[0] == ["[['é', 0], ['é', 1]]", "first"]
     assert fine[1] == ["[['é', 0], ['é', 1]]", "second"]
@@ -135,10 +135,21 @@ def test_all_agree_or_all_are_told_why(tmp_path):
     assert len(first.splitlines()) == 1 + len(told[0]) + len(fine[0]) + 4  # and not one line by C++
 
 
+def test_a_process_told_another_number_of_processes_ends_all(tmp_path):
+    with pair(tmp_path / "pair", "ranking", second=("--hosts.num_processes=3",)) as both:
+        assert both.ended() == [2, 2]
+        assert said(both.terminal(0), "error") == [
+            "the processes of the run were started with different configurations: "
+            "hosts.num_processes is 2 on process 0, 3 on process 1"
+        ]
+        assert said(both.terminal(1), "error") == []
+
+
 def test_sigterm_to_one_stops_all_and_the_run_is_resumed_by_one(tmp_path):
     with pair(tmp_path / "pair", "ranking") as both:
         both.at_work()
         both.processes[1].send_signal(signal.SIGTERM)
+        os.kill(both.child(1), signal.SIGTERM)  # as SLURM, which tells every process of a step
         assert both.ended() == [143, 143]
         assert "the same command goes on from there" in both.terminal(0)
         assert both.terminal(1).splitlines()[1:] == []
@@ -147,3 +158,74 @@ def test_sigterm_to_one_stops_all_and_the_run_is_resumed_by_one(tmp_path):
         values = [record.outcomes[0] for record in journal.records()]
     assert values == list(range(len(values)))
     assert sorted(path.name for path in both.output.iterdir()) == ["journal.jsonl", "journal.lock"]
+
+
+def test_who_loses_a_process_ends_too_and_says_so_in_one_line(tmp_path):
+    with ExitStack() as stack:
+        # Side by side, for each waits ten seconds for a heartbeat.
+        last, first, full = (
+            stack.enter_context(pair(tmp_path / name, "ranking", f"--seed={seed}"))
+            for name, seed in (("last", 0), ("first", 0), ("full", 101))
+        )
+        last.at_work()
+        first.at_work()
+        os.kill(last.child(1), signal.SIGKILL)
+        first.processes[0].kill()  # the parent: its child goes with it
+        assert last.ended(within=60) == [LOST, LOST]
+        assert first.ended(within=60) == [-signal.SIGKILL, LOST]
+        assert full.ended() == [LOST, 2]
+
+        (line,) = said(last.terminal(0), "error")
+        assert line.startswith(
+            "process 1 of 2 was lost, and this one ended with it; start the same command again"
+        )
+        (line,) = said(last.terminal(1), "error")
+        assert line.startswith(
+            "process 1 of 2 was killed (SIGKILL, as when the memory runs out); start the same"
+        )
+        (line,) = said(first.terminal(1), "error")
+        assert line.startswith(
+            "process 0 of 2 was lost, and this one ended with it; start the same command again"
+        )
+        (line,) = said(full.terminal(1), "error")
+        assert line == "process 1 of 2: the disk of this one is full"
+        (line,) = said(full.terminal(0), "error")
+        assert line.startswith("process 1 of 2 was lost")
+
+        for run, index in ((last, 0), (first, 1), (full, 0)):
+            assert said(run.terminal(index), "error")[0].endswith(
+                f"(its log: {run.output}/process-{index}.log)"
+            )
+            assert "Terminating process" in (run.output / f"process-{index}.log").read_text()
+            for noise in ("Traceback", "Check failure", "Gloo", "coordination_service"):
+                assert noise not in run.terminal(index)
+
+        # What was finished is kept, for a run of any number of processes.
+        with Journal.open(last.output, IDENTITY) as journal:
+            values = [record.outcomes[0] for record in journal.records()]
+        assert values == list(range(len(values)))
+        assert len(values) >= 5
+
+
+def test_a_process_that_waits_in_vain_says_for_what(tmp_path):
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("::", 0))
+        taken.listen()
+        hosts = ("--hosts.num_processes=2", "--hosts.process_id=0", f"--output={tmp_path / 'run'}")
+        port = taken.getsockname()[1]
+        occupied = start(tmp_path / "occupied", "ranking", f"--hosts.coordinator=localhost:{port}", *hosts)
+        assert occupied.wait(timeout=LONG) == 2
+    alone = start(
+        tmp_path / "alone",
+        "ranking",
+        f"--hosts.coordinator=localhost:{port}",
+        "--hosts.wait_seconds=2",
+        *hosts,
+    )
+    assert alone.wait(timeout=LONG) == LOST
+    told = [(tmp_path / name).read_text() for name in ("occupied", "alone")]
+    (line,) = said(told[0], "error")
+    assert line.startswith("the port of hosts.coordinator is in use on this host")
+    (line,) = said(told[1], "error")
+    assert line.startswith("the processes of the run did not all come within hosts.wait_seconds")
+    assert all(len(text.splitlines()) == 2 for text in told), told  # the pid and the line
