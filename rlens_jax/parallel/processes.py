@@ -26,7 +26,7 @@ from rlens_jax.config import HostsConfig, flat
 from rlens_jax.console import BAD_INPUT, INTERRUPTED, STOPPED, StopRequested, mute
 from rlens_jax.errors import UserError
 from rlens_jax.parallel.cluster import detected, several, tpu_workers
-from rlens_jax.parallel.supervisor import mark_joined
+from rlens_jax.parallel.supervisor import PORT_TAKEN, mark_joined
 
 T = TypeVar("T")
 
@@ -176,7 +176,7 @@ def joined(hosts: HostsConfig) -> Iterator[Processes]:
 
     Raises:
         AgreedError: not all processes were told the same number of processes.
-        UserError: JAX cannot join the processes of this cluster.
+        UserError: JAX cannot join the processes, as when the coordinator's port is in use.
     """
     if not several(hosts):
         yield Processes()
@@ -216,9 +216,11 @@ def _join(hosts: HostsConfig) -> Processes:
         )
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
+        if "Failed to start RPC server" in reason:
+            raise UserError(PORT_TAKEN) from None
         raise UserError(
-            f"JAX cannot join the processes of this cluster ({reason}); name them with --hosts.coordinator, "
-            "--hosts.num_processes and --hosts.process_id"
+            f"JAX cannot join the processes of the run ({reason}); look at hosts.coordinator, hosts.num_processes and "
+            "hosts.process_id, or set them where a cluster's are wrong"
         ) from None
     processes = Processes(distributed.global_state.process_id, distributed.global_state.num_processes)
     mark_joined(processes.index, processes.count)

@@ -22,6 +22,8 @@ from rlens_jax.console import BAD_INPUT, INTERRUPTED, RESUMABLE, STOPPED
 LOST = os.EX_TEMPFAIL
 """Exit code (75) when a process of the run was lost: the same command, started again, goes on."""
 
+PORT_TAKEN = "the port of hosts.coordinator is in use on this host; name another, on all hosts"
+
 _TERMINAL = "RLENS_JAX_TERMINAL"
 _MEMBER = "rlens_jax: process {} of {}\n"
 _AGAIN = "start the same command again on all hosts to resume"
@@ -124,7 +126,7 @@ def explained(log: str, number: int) -> tuple[str, int]:
     """
     member = _member(log)
     if member is None and "Failed to add port to server" in log:
-        return "the port of hosts.coordinator is in use on this host; name another, on all hosts", BAD_INPUT
+        return PORT_TAKEN, BAD_INPUT  # JAX raises an error for it too, when it does not crash first
     if member is None and "RegisterTask" in log:
         return (
             "the processes of the run did not all come within hosts.wait_seconds; start the same command on every "

@@ -55,7 +55,7 @@ def agreements(config, processes, output):
     told(lambda: processes.agreed(find))
     told(lambda: processes.agreed(never))
     told(lambda: processes.check_shared(output))
-    told(lambda: processes.check_shared(output.parent / "shared"))
+    told(lambda: processes.check_shared(Path(config.data.cache)))
     told(lambda: processes.check_shared(Path(__file__)))
     told(lambda: processes.in_order(lambda: "first", lambda: "second"))
     told(lambda: processes.in_order(never, lambda: "second"))

@@ -104,6 +104,7 @@ def test_all_agree_or_all_are_told_why(tmp_path):
     with pair(
         tmp_path / "pair",
         "agreements",
+        f"--data.cache={tmp_path / 'shared'}",
         first=("--search.penalty=3", f"--model={here}"),
         second=("--compute.batch_size=3", f"--model={there}", f"--output={tmp_path / 'elsewhere' / 'run'}"),
     ) as both:
@@ -124,9 +125,10 @@ def test_all_agree_or_all_are_told_why(tmp_path):
     assert "elsewhere/run is not shared: process 1 of 2" in told[1][4]
     assert told[0][5] == told[1][5]
     assert "cannot write to the run folder" in told[0][5] and "member.py: File exists" in told[0][5]
-    assert list(both.output.iterdir()) == []  # the token is gone, and nobody crashed
-    assert fine[0] == ["[['é', 0], ['é', 1]]", "first"]
-    assert fine[1] == ["[['é', 0], ['é', 1]]", "second"]
+    for folder in (both.output, tmp_path / "shared"):
+        assert list(folder.iterdir()) == []  # the token is gone, and nobody crashed
+    assert fine[0] == ["[['é', 0], ['é', 1]]", "None", "first"]
+    assert fine[1] == ["[['é', 0], ['é', 1]]", "None", "second"]
     assert told[0][-1] == f"process 0 of 2, host {socket.gethostname()}: bad everywhere"
     for line in ("spoken once", "toy: 1/1 steps", "error: bad everywhere"):
         assert line in first
