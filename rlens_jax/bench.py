@@ -7,7 +7,6 @@ of dense attention. A layer whose heads attend to nothing is timed too: what it 
 With the extra `torch` installed, PyTorch's layer with SDPA is timed beside, for orientation.
 """
 
-import argparse
 import importlib
 import importlib.util
 import json
@@ -19,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rlens_jax.console import run_command, say
+from rlens_jax.console import ArgumentParser, run_command, say
 from rlens_jax.flops import LayerSizes, layer_cost
 from rlens_jax.plan import Reduction
 
@@ -61,7 +60,7 @@ class Case:
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(prog="python -m rlens_jax.bench", description=__doc__)
+    parser = ArgumentParser("python -m rlens_jax.bench", __doc__)
     parser.add_argument(
         "--layer", choices=LAYERS, default="qwen2-vl-2b", help="the model whose widths are taken"
     )

@@ -5,7 +5,6 @@ with every sample's image exchanged for the next one's, the share of the commone
 costs. A model worth ranking reads its images, and needs its layers.
 """
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlens_jax.console import run_command, say
+from rlens_jax.console import ArgumentParser, run_command, say
 from rlens_jax.data.pages import DATASETS
 from rlens_jax.resources import cache_folder
 
@@ -94,7 +93,7 @@ def measure(model: str, samples: int) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(prog="python -m rlens_jax.demo.measure", description=__doc__)
+    parser = ArgumentParser("python -m rlens_jax.demo.measure", __doc__)
     parser.add_argument("model", nargs="?", default="embedded", help="model folder")
     parser.add_argument("--samples", type=int, default=200, help="held-out samples of each dataset")
     parser.add_argument("--json", type=Path, help="also write the results to this file")

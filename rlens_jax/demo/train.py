@@ -6,13 +6,12 @@ answer depends on, and a later layer must know what they hold and which value th
 afterwards. Kill the run at any moment: it goes on from its last checkpoint.
 """
 
-import argparse
 import json
 import queue
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
+from rlens_jax.console import ArgumentParser, run_command
 from rlens_jax.demo.batches import VALUES, TrainBatch, batches
 from rlens_jax.demo.card import MODEL_CARD
 from rlens_jax.demo.model import embedded_config
@@ -290,15 +290,14 @@ def publish(folder: Path, model: Qwen2VL) -> None:
     shutil.copy(folder / "training_log.jsonl", target)
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Parse and train."""
-    parser = argparse.ArgumentParser(prog="python -m rlens_jax.demo.train", description=__doc__)
+    parser = ArgumentParser("python -m rlens_jax.demo.train", __doc__)
     parser.add_argument(
         "--output", type=Path, required=True, help="folder of checkpoints and log; resumed if it has any"
     )
-    arguments = parser.parse_args()
-    train(arguments.output)
+    train(parser.parse_args(arguments).output)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -43,11 +43,15 @@ def _for_program(program: Program, config: RunConfig, shards: list[int]) -> list
     if config.compute.dtype == "float32":
         lines.append("compute.dtype: bfloat16 takes half of the memory")
     if shards:
-        lines.append(f"compute.model_shards: {' or '.join(map(str, shards))}, so that a device holds less of the model")
+        lines.append(
+            f"compute.model_shards: {' or '.join(map(str, shards))}, so that a device holds less of the model"
+        )
     if config.compute.batch_size > 1:
         lines.append(f"compute.batch_size: below {config.compute.batch_size}")
     if name == "encode":
-        lines.append("compute.patch_slots: a smaller largest size (and a preprocessor_config.json that keeps images to it)")
+        lines.append(
+            "compute.patch_slots: a smaller largest size (and a preprocessor_config.json that keeps images to it)"
+        )
     else:
         lines.append("compute.visual_slots and compute.text_slots: a smaller largest size")
     return lines

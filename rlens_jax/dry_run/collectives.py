@@ -131,7 +131,10 @@ def device_groups(item: Instruction, num_devices: int) -> list[tuple[int, ...]]:
     if iota:
         shape, dims = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
         order = [int(n) for n in iota[3].split(",")] if iota[3] else range(len(dims))
-        return [tuple(group) for group in np.arange(prod(dims)).reshape(dims).transpose(order).reshape(shape).tolist()]
+        return [
+            tuple(group)
+            for group in np.arange(prod(dims)).reshape(dims).transpose(order).reshape(shape).tolist()
+        ]
     if not listed.startswith("{{"):
         raise ValueError(f"replica_groups in an unknown notation: {listed}")
     return [tuple(int(n) for n in group.split(",") if n) for group in re.findall(r"\{([\d,]*)\}", listed)]
@@ -141,7 +144,10 @@ def mesh_axis(groups: list[tuple[int, ...]], mesh_shape: tuple[int, int]) -> Axi
     """The axis of a (work, model) mesh along which groups of devices lie; None when each is one device."""
     over: set[str] = set()
     for group in groups:
-        rows, columns = ({number[axis] for number in (divmod(device, mesh_shape[1]) for device in group)} for axis in (0, 1))
+        rows, columns = (
+            {number[axis] for number in (divmod(device, mesh_shape[1]) for device in group)}
+            for axis in (0, 1)
+        )
         over |= {name for name, places in (("work", rows), ("model", columns)) if len(places) > 1}
     if over == {"work", "model"}:
         return "work and model"

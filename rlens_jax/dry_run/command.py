@@ -81,7 +81,9 @@ def _death(code: int, noise: IO[bytes]) -> str:
     noise.seek(0)
     lines = [line.strip() for line in noise.read().decode(errors="replace").splitlines() if line.strip()]
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    telling = [line for line in lines if any(word in line for word in ("Check failed", "F0000", "Error", "error"))]
+    telling = [
+        line for line in lines if any(word in line for word in ("Check failed", "F0000", "Error", "error"))
+    ]
     last = (telling or lines or ["it said nothing"])[-1]
     return f"the compiler for TPUs died ({how}): {last[:300]}"
 

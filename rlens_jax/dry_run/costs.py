@@ -192,7 +192,11 @@ def instruction_bytes(item: Instruction, computation: Computation) -> float:
     if item.opcode in ("dynamic-slice", "slice"):
         return _hbm(item.shapes[0]) + (item.shapes[0].bytes if reads[0].shapes[0].in_hbm else 0)
     if item.opcode == "gather":
-        return _hbm(item.shapes[0]) + (item.shapes[0].bytes if reads[0].shapes[0].in_hbm else 0) + _hbm(reads[1].shapes[0])
+        return (
+            _hbm(item.shapes[0])
+            + (item.shapes[0].bytes if reads[0].shapes[0].in_hbm else 0)
+            + _hbm(reads[1].shapes[0])
+        )
     if item.opcode == "dynamic-update-slice":
         update = reads[1].shapes[0]
         return _hbm(update) + (update.bytes if item.shapes[0].in_hbm else 0)
@@ -223,7 +227,9 @@ def taken(array: Instruction, computation: Computation, computations: dict[str, 
     whole = array.shapes[0].bytes
     total = 0.0
     for user in computation.users[array.name]:
-        if user.opcode in ("dynamic-slice", "slice") or (user.opcode == "gather" and user.operands[0] == array.name):
+        if user.opcode in ("dynamic-slice", "slice") or (
+            user.opcode == "gather" and user.operands[0] == array.name
+        ):
             total += user.shapes[0].bytes
         elif user.opcode == "bitcast":
             total += taken(user, computation, computations)
@@ -248,7 +254,9 @@ def _results(computation: Computation) -> list[Instruction]:
     return [computation.instructions[name] for name in root.operands]
 
 
-def _update(result: Instruction, computation: Computation, computations: dict[str, Computation]) -> int | None:
+def _update(
+    result: Instruction, computation: Computation, computations: dict[str, Computation]
+) -> int | None:
     """Bytes written by a result that updates an array in place, else None."""
     while result.opcode in ("bitcast", "fusion"):
         if result.opcode == "bitcast":

@@ -15,7 +15,9 @@ _SHAPE = re.compile(r"(\w+)\[([\d,<=? ]*)\](\{[^{}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+)\s*\(.*\)\s*->\s*.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _NAME = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(r"(?<![\w.\-])(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"(?<![\w.\-])(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+)
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _MEMORY_SPACE = re.compile(r"S\((\d+)\)")
 
@@ -69,7 +71,10 @@ class Instruction:
 
     def attribute(self, name: str) -> str | None:
         """The value of an attribute that is a word or in braces; None when the instruction has none of this name."""
-        found = re.search(rf"(?:^|[ ,]){re.escape(name)}=(\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|(?:\[[^\]]*\]|\([^)]*\)|[^\s,])+)", self.attributes)
+        found = re.search(
+            rf"(?:^|[ ,]){re.escape(name)}=(\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|(?:\[[^\]]*\]|\([^)]*\)|[^\s,])+)",
+            self.attributes,
+        )
         return found[1] if found else None
 
     @cached_property

@@ -26,7 +26,15 @@ _WORK = "{:<9} {:<26} {:>10} {:>10} {:>12} {:>12}"
 def terminal(found: DryRun, config: RunConfig, kind: ModelKind) -> str:
     """The tables, the estimate, what it rests on, and what to change when the run does not fit."""
     changes = advice(found, config, kind.config.decoder.sizes)
-    lines = [*textwrap.wrap(_title(found, config), WIDTH), "", *_memory(found), "", *_work(found), "", *_layer_collectives(found)]
+    lines = [
+        *textwrap.wrap(_title(found, config), WIDTH),
+        "",
+        *_memory(found),
+        "",
+        *_work(found),
+        "",
+        *_layer_collectives(found),
+    ]
     lines += ["", *_estimate(found)]
     if changes:
         lines += ["", "It does not fit. What would help:", *(f"  - {line}" for line in changes)]
@@ -107,7 +115,10 @@ def _work(found: DryRun) -> Iterator[str]:
         yield _row(name, bucket, program.dense.total, sent, time.run)
         if program.dense.layer is None or program.reduced.layer is None:
             continue
-        for label, dense, cost in (("dense", True, program.dense.layer), ("reduced", False, program.reduced.layer)):
+        for label, dense, cost in (
+            ("dense", True, program.dense.layer),
+            ("reduced", False, program.reduced.layer),
+        ):
             in_layer = sum(item.link_bytes for item in of_one_layer(program.collectives, dense=dense))
             yield _row("", f"  one {label} layer", cost, in_layer, time.layer if dense else None)
 

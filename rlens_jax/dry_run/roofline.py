@@ -83,9 +83,7 @@ def program_time(program: CompiledProgram, where: Slice) -> ProgramTime:
     return ProgramTime(max(0.0, run - layers * layer), layer, layers)
 
 
-def estimates(
-    programs: Sequence[CompiledProgram], phases: Sequence[Phase], where: Slice
-) -> list[Estimate]:
+def estimates(programs: Sequence[CompiledProgram], phases: Sequence[Phase], where: Slice) -> list[Estimate]:
     """The run's time for each bucket of the decoder; images in the largest bucket of patches that was compiled."""
     by_bucket: dict[str, dict[str, ProgramTime]] = defaultdict(dict)
     encode = ProgramTime(0.0, 0.0, 0)

@@ -132,7 +132,9 @@ def abstract_model(kind: ModelKind, dtype: DTypeLike, mesh: Mesh) -> nnx.Module:
     def placed(path: tuple[Any, ...], variable: Any) -> Any:
         name, leaf = ".".join(map(str, path)), variable.get_value()
         shape = layout.shape(name, leaf.shape)
-        return variable.replace(jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=layout.sharding(name, shape)))
+        return variable.replace(
+            jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=layout.sharding(name, shape))
+        )
 
     flat = [(path, placed(path, variable)) for path, variable in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
@@ -141,7 +143,8 @@ def abstract_model(kind: ModelKind, dtype: DTypeLike, mesh: Mesh) -> nnx.Module:
 def device_bytes(arrays: Any) -> int:
     """Bytes that a tree of abstract arrays takes on one device."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays)
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(arrays)
     )
 
 
@@ -161,9 +164,7 @@ def abstract_batch(bucket: Bucket, rows: int, rope_axes: int, place: Placed) -> 
     )
 
 
-def abstract_images(
-    kind: ModelKind, patches: int, rows: int, mesh: Mesh
-) -> tuple[jax.ShapeDtypeStruct, ...]:
+def abstract_images(kind: ModelKind, patches: int, rows: int, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
     """The arrays of prepared images in a bucket of so many patches, as the family's `Preparer` pads and stacks them."""
     place = Placed(mesh)
     return tuple(place((rows, *shape), dtype) for shape, dtype in _image_arrays(kind.config, patches))
@@ -172,7 +173,11 @@ def abstract_images(
 def _image_arrays(config: Any, patches: int) -> list[tuple[tuple[int, ...], DTypeLike]]:
     """Shapes without the axis of images, and dtypes."""
     if isinstance(config, Qwen2VLConfig):
-        return [((patches, config.vision.sizes["C"]), jnp.float32), ((patches, 2), jnp.int32), ((), jnp.int32)]
+        return [
+            ((patches, config.vision.sizes["C"]), jnp.float32),
+            ((patches, 2), jnp.int32),
+            ((), jnp.int32),
+        ]
     if isinstance(config, InternVLConfig):
         vision = config.vision
         tiles = _whole(patches, vision.num_patches, "tile")

@@ -25,14 +25,18 @@ def dry_run_of(config: RunConfig, request: Request, progress: Callable[[str], No
     """
     folder = find_model(config.model)
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: has no {CONFIG}; a dry run needs that of the model's checkpoint, but no weights")
+        raise UserError(
+            f"{folder}: has no {CONFIG}; a dry run needs that of the model's checkpoint, but no weights"
+        )
     kind = read_model_kind(folder)
     jax.config.update("jax_default_matmul_precision", config.compute.matmul_precision)
     devices = slice_devices(request.where)
     specs = program_specs(config, kind, devices, all_buckets=request.all_buckets)
     shards = config.compute.model_shards
     mesh_shape = (len(devices) // shards, shards)
-    found = dry_run(specs, request.where, mesh_shape, workload(config, _sizes(config, kind, mesh_shape[0])), progress)
+    found = dry_run(
+        specs, request.where, mesh_shape, workload(config, _sizes(config, kind, mesh_shape[0])), progress
+    )
     return terminal(found, config, kind), document(found, config, kind)
 
 

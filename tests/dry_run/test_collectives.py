@@ -1,6 +1,12 @@
 import pytest
 
-from rlens_jax.dry_run.collectives import Collective, device_groups, find_collectives, mesh_axis, sizes_by_kind
+from rlens_jax.dry_run.collectives import (
+    Collective,
+    device_groups,
+    find_collectives,
+    mesh_axis,
+    sizes_by_kind,
+)
 from rlens_jax.dry_run.hlo import Shape, parse_instruction, parse_module
 from rlens_jax.dry_run.loops import LoopCounts, Loops
 from tests.dry_run.snippets import LOOP
@@ -9,7 +15,9 @@ MESH = (2, 4)
 
 
 def groups(attributes: str, devices: int = 8) -> list[tuple[int, ...]]:
-    return device_groups(parse_instruction(f"  %a = f32[] all-reduce(%b), channel_id=1, {attributes}"), devices)
+    return device_groups(
+        parse_instruction(f"  %a = f32[] all-reduce(%b), channel_id=1, {attributes}"), devices
+    )
 
 
 def found(mesh: tuple[int, int] = MESH) -> list[Collective]:
@@ -20,7 +28,12 @@ def found(mesh: tuple[int, int] = MESH) -> list[Collective]:
 def test_kinds_sizes_axes_and_places() -> None:
     reduce, gather = found()
     states, scores = Shape("bf16", (2, 16, 64)), Shape("f32", (2, 8), in_hbm=False)
-    assert (reduce.kind, reduce.shapes, reduce.axis, reduce.group_size) == ("all-reduce", (states,), "model", 4)
+    assert (reduce.kind, reduce.shapes, reduce.axis, reduce.group_size) == (
+        "all-reduce",
+        (states,),
+        "model",
+        4,
+    )
     assert (reduce.in_layer_loop, reduce.branch, reduce.times) == (True, "0", 5)
     assert (gather.kind, gather.shapes, gather.axis) == ("all-gather", (scores,), "model")
     assert (gather.in_layer_loop, gather.branch, gather.times) == (True, "1", 5)
@@ -72,7 +85,9 @@ def test_mesh_axes(members: list[tuple[int, ...]], axis: str | None) -> None:
 def test_groups_of_one_device_exchange_nothing() -> None:
     text = LOOP.replace("{{0,1,2,3},{4,5,6,7}}", "{{0},{1},{2},{3},{4},{5},{6},{7}}")
     module = parse_module(text)
-    assert [item.kind for item in find_collectives(module, Loops(module, LoopCounts(5)), MESH)] == ["all-gather"]
+    assert [item.kind for item in find_collectives(module, Loops(module, LoopCounts(5)), MESH)] == [
+        "all-gather"
+    ]
 
 
 def test_asynchronous_collectives_are_counted_once() -> None:
@@ -84,4 +99,9 @@ def test_asynchronous_collectives_are_counted_once() -> None:
 """
     module = parse_module(text)
     (item,) = find_collectives(module, Loops(module, LoopCounts(1)), MESH)
-    assert (item.kind, item.shapes, item.bytes, item.in_layer_loop) == ("all-gather", (Shape("f32", (4,)),), 64, False)
+    assert (item.kind, item.shapes, item.bytes, item.in_layer_loop) == (
+        "all-gather",
+        (Shape("f32", (4,)),),
+        64,
+        False,
+    )

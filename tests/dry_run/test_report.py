@@ -134,7 +134,10 @@ def test_another_reason_than_memory(kind: ModelKind) -> None:
     ("message", "needed"),
     [
         (OOM, 20.5),
-        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (1.50T) exceeds", 1536),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (1.50T) exceeds",
+            1536,
+        ),
         ("RESOURCE_EXHAUSTED: something else", None),
     ],
 )

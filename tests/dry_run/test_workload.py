@@ -125,7 +125,13 @@ def test_against_the_evaluators_own_steps(groups: int, rows: int) -> None:
     from rlens_jax.ranking.scoring import TeacherForcing
 
     counted = Counter(
-        Phase("counted"), rows=rows, batch_size=10, groups=groups, num_layers=LAYERS, forced=True, keeps_states=True
+        Phase("counted"),
+        rows=rows,
+        batch_size=10,
+        groups=groups,
+        num_layers=LAYERS,
+        forced=True,
+        keeps_states=True,
     )
     programs = CountingPrograms(groups)
     scoring = TeacherForcing(programs)  # type: ignore[arg-type]
@@ -138,7 +144,9 @@ def test_against_the_evaluators_own_steps(groups: int, rows: int) -> None:
         ask(base, plans)
         todo = [plan for plan in plans if plan not in known]
         known.update(todo)
-        for step in schedule(filled, [LAYERS - scoring.first_layer(base, plan) for plan in todo]) if todo else []:
+        for step in (
+            schedule(filled, [LAYERS - scoring.first_layer(base, plan) for plan in todo]) if todo else []
+        ):
             items = [item or next(filter(None, step.items)) for item in step.items]
             batch: Any = batches[step.batch]
             scoring.start(batch, base, [todo[item.plan] for item in items], [item.block for item in items])
