@@ -22,6 +22,8 @@ KINDS = (
 )
 Axis = Literal["work", "model", "work and model"]
 
+_SPLIT, _START = '"async_collective_fusion_config"', "AsyncCollectiveStart"
+"""On TPU a collective that overlaps with arithmetic is spread over several fusions, each of which names it."""
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _PAIR = re.compile(r"\{(\d+),(\d+)\}")
 
@@ -83,13 +85,12 @@ def _walk(
         state: dict[str, object] = {"inside_layer": inside_layer, "branch": branch, "times": times, **changed}
         return _walk(module, module.computations[name], loops, mesh_shape, **state)  # type: ignore[arg-type]
 
+    for item, holder in _collectives(module, computation):
+        found = read_collective(item, holder, mesh_shape)
+        if found is not None:
+            yield replace(found, in_layer_loop=inside_layer, branch=branch, times=times)
     for item in computation:
-        kind = item.opcode.removesuffix("-start")
-        if kind in KINDS:
-            found = read_collective(item, computation, mesh_shape)
-            if found is not None:
-                yield replace(found, in_layer_loop=inside_layer, branch=branch, times=times)
-        elif item.opcode == "while":
+        if item.opcode == "while":
             is_layer = loops.is_layer_loop(item, inside_layer)
             more = times * loops.trips(item, inside_layer)
             yield from below(item.called["condition"], times=more)
@@ -97,8 +98,31 @@ def _walk(
         elif item.opcode == "conditional":
             for number, name in enumerate(item.branches):
                 yield from below(name, branch=f"{branch}.{number}".lstrip("."))
-        elif item.opcode in ("call", "fusion", "async-start"):
+        elif item.opcode in ("call", "async-start"):
             yield from below(item.called.get("to_apply") or item.called["calls"])
+
+
+def _collectives(module: Module, computation: Computation) -> Iterator[tuple[Instruction, Computation]]:
+    """Each collective of a scheduled computation and its fusions once, with the computation that holds it."""
+    parts: dict[str | None, tuple[Instruction, Computation]] = {}
+    started: set[str | None] = set()
+    for item, holder in _mentioned(module, computation):
+        if _SPLIT not in item.attributes:
+            yield item, holder
+        elif any(_START in user.attributes for user in holder.users[item.name]):
+            started.add(item.attribute("channel_id"))
+            yield item, holder
+        else:
+            parts.setdefault(item.attribute("channel_id"), (item, holder))
+    yield from (part for channel, part in parts.items() if channel not in started)
+
+
+def _mentioned(module: Module, computation: Computation) -> Iterator[tuple[Instruction, Computation]]:
+    for item in computation:
+        if item.opcode.removesuffix("-start") in KINDS:
+            yield item, computation
+        elif item.opcode == "fusion":
+            yield from _mentioned(module, module.computations[item.called["calls"]])
 
 
 def read_collective(

@@ -20,9 +20,7 @@ from rlens_jax.dry_run.loops import Loops
 
 _DECLARED = re.compile(r'\\?"cost_estimate\\?":\s*\{([^}]*)\}')
 _FREE = frozenset(
-    "parameter get-tuple-element tuple bitcast constant after-all partition-id replica-id opt-barrier domain "
-    "copy-done async-done async-update all-reduce-done all-gather-done collective-permute-done send-done recv-done "
-    "add-dependency get-dimension-size iota".split()
+    ["parameter", "get-tuple-element", "tuple", "bitcast", "constant", "iota", "after-all", "partition-id", "replica-id", "opt-barrier", "domain", "add-dependency", "get-dimension-size", "copy-done", "async-done", "async-update", "all-reduce-done", "all-gather-done", "collective-permute-done", "send-done", "recv-done"]
 )
 """Move nothing by themselves: names for what is there, or ends of what another instruction started."""
 

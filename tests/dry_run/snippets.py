@@ -1,5 +1,7 @@
 """Small compiled programs as XLA prints them for TPUs: layouts with tiles and memory spaces, scheduled, partitioned."""
 
+# ruff: noqa: E501
+
 LOOP = """HloModule jit_layers, is_scheduled=true, num_partitions=8
 
 %region_add (a.1: bf16[], b.1: bf16[]) -> bf16[] {

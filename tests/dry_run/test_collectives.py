@@ -105,3 +105,28 @@ def test_asynchronous_collectives_are_counted_once() -> None:
         64,
         False,
     )
+
+
+SPLIT = """%begin (p: f32[4]) -> f32[16] {
+  %p = f32[4]{0} parameter(0)
+  %gather.1 = f32[16]{0} all-gather(%p), channel_id=2, replica_groups=[2,4]<=[8], dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"-1"}}
+  ROOT %c = f32[16]{0} custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (q: f32[4]) -> f32[16] {
+  %q = f32[4]{0} parameter(0)
+  ROOT %gather.2 = f32[16]{0} all-gather(%q), channel_id=2, replica_groups=[2,4]<=[8], dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+}
+
+ENTRY %main (a: f32[4]) -> f32[16] {
+  %a = f32[4]{0} parameter(0)
+  %start = f32[16]{0} fusion(%a), kind=kCustom, calls=%begin
+  ROOT %also = f32[16]{0} fusion(%a), kind=kOutput, calls=%beside
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("text", [SPLIT, SPLIT.replace("AsyncCollectiveStart", "Other")])
+def test_a_collective_that_is_spread_over_fusions_is_counted_once(text: str) -> None:
+    module = parse_module(text)
+    assert len(find_collectives(module, Loops(module, LoopCounts(1)), MESH)) == 1

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rlens_jax.config import ComputeConfig, RunConfig, SearchConfig
+from rlens_jax.dry_run.specs import Placed as Place
 from rlens_jax.dry_run.specs import (
     abstract_batch,
     abstract_images,
@@ -17,7 +18,6 @@ from rlens_jax.dry_run.specs import (
     device_bytes,
     program_specs,
 )
-from rlens_jax.dry_run.specs import Placed as Place
 from rlens_jax.errors import UserError
 from rlens_jax.layout import Bucket
 from rlens_jax.models import ModelKind
