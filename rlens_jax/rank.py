@@ -13,7 +13,7 @@ from pathlib import Path
 from rlens_jax.config import load_config
 from rlens_jax.console import run_command
 from rlens_jax.dry_run.command import run_dry
-from rlens_jax.dry_run.request import take_request
+from rlens_jax.dry_run.request import OPTIONS, take_request
 from rlens_jax.parallel.cluster import several
 from rlens_jax.parallel.supervisor import supervised
 
@@ -21,7 +21,7 @@ from rlens_jax.parallel.supervisor import supervised
 def main(arguments: Sequence[str]) -> None:
     """Parse, run, print."""
     request, left = take_request(arguments)
-    config = load_config(left)
+    config = load_config(left, OPTIONS)
     if request is not None:
         print(run_dry(request, arguments))
         return

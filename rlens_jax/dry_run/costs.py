@@ -19,9 +19,13 @@ from rlens_jax.dry_run.hlo import Computation, Instruction, Module, Shape
 from rlens_jax.dry_run.loops import Loops
 
 _DECLARED = re.compile(r'\\?"cost_estimate\\?":\s*\{([^}]*)\}')
-_FREE = frozenset(
-    ["parameter", "get-tuple-element", "tuple", "bitcast", "constant", "iota", "after-all", "partition-id", "replica-id", "opt-barrier", "domain", "add-dependency", "get-dimension-size", "copy-done", "async-done", "async-update", "all-reduce-done", "all-gather-done", "collective-permute-done", "send-done", "recv-done"]
-)
+_FREE = frozenset((
+    "parameter", "get-tuple-element", "tuple", "bitcast", "constant",
+    "iota", "after-all", "partition-id", "replica-id", "opt-barrier",
+    "domain", "add-dependency", "get-dimension-size", "copy-done", "async-done",
+    "async-update", "all-reduce-done", "all-gather-done", "collective-permute-done", "send-done",
+    "recv-done",
+))  # fmt: skip
 """Move nothing by themselves: names for what is there, or ends of what another instruction started."""
 
 

@@ -105,7 +105,7 @@ class Computation:
 
     @cached_property
     def root(self) -> Instruction:
-        return next(item for item in reversed(self.instructions.values()) if item.is_root)
+        return next(item for item in self if item.is_root)
 
     @cached_property
     def parameters(self) -> Mapping[int, Instruction]:

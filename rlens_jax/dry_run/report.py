@@ -19,6 +19,10 @@ from rlens_jax.models import ModelKind
 
 SCHEMA = "rlens-dry-run/1"
 WIDTH = 110
+LEGEND = (
+    "encode: vision tower; embed: packing; layers: base pass and suffix evaluation, one program; outcome: teacher-forced answer; "
+    "generate (search.objective = generation): prefill and decoding steps."
+)
 _LINE = "{:<9} {:<26} {:>10} {:>10} {:>8} {:>10} {:>9}  {}"
 _WORK = "{:<9} {:<26} {:>10} {:>10} {:>12} {:>12}"
 
@@ -35,7 +39,7 @@ def terminal(found: DryRun, config: RunConfig, kind: ModelKind) -> str:
         "",
         *_layer_collectives(found),
     ]
-    lines += ["", *_estimate(found)]
+    lines += ["", *textwrap.wrap(LEGEND, WIDTH), "", *_estimate(found)]
     if changes:
         lines += ["", "It does not fit. What would help:", *(f"  - {line}" for line in changes)]
     return "\n".join(lines)

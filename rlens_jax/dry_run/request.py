@@ -7,13 +7,15 @@ from pathlib import Path
 from rlens_jax.dry_run.topology import Slice, find_slice
 from rlens_jax.errors import UserError
 
-HELP = (
-    "--dry-run TOPOLOGY, such as v5e:16x16: run nothing, but compile the run's programs for a TPU slice, on a machine without "
-    "one, and say whether they fit, what they cost and about how long the run would take; --all-buckets: of all sizes and not "
-    "the largest only; --json FILE: write it all to a file too. The model's folder needs to hold nothing but its config.json."
-)
+OPTIONS = {
+    "--dry-run": "of a TPU topology such as v5e:16x16. Nothing runs, but the run's programs are compiled for that slice, on a "
+    "machine without one: do they fit, what do they cost, about how long would the run take. The model's folder needs to hold "
+    "no more than its config.json.",
+    "--json": "file to which a dry run writes all that it found out.",
+    "--all-buckets": "a dry run compiles programs of all sizes, and not only of the largest.",
+}
+"""What each option does."""
 _WITH_VALUE = ("--dry-run", "--json")
-OPTIONS = (*_WITH_VALUE, "--all-buckets")
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,16 @@ def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--dry-run", "v5e:4x5"], "did you mean v5e:4x"),
         (["--dry-run", "v5e:4x4", "--compute.batchsize", "2"], "unknown option --compute.batchsize"),
         (["--json", "a.json"], "--json goes with --dry-run"),
+        (["--dryrun", "v5e:4x4"], r"unknown option --dryrun \(did you mean '--dry-run'\?\)"),
     ],
 )
 def test_bad_options(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         main(arguments)
+
+
+def test_help_tells_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--dry-run: of a TPU topology such as v5e:16x16" in text
