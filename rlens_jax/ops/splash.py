@@ -75,11 +75,13 @@ def splash_attention(
     layout: TokenLayout,
     attention_range: int | None,
     window: Window = "ordinal",
+    block: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B N T H"]:
     """Dense (`attention_range` None) or Hollow Attention of a packed batch; same result as `reference_attention`.
 
-    Samples go through the kernel one after another, each with its own counts and its own block maps. All arrays are local:
+    Samples go through the kernel one after another, each with its own counts and its own block maps, and so do the kv heads
+    of a sample, each with the query heads that share it: temporaries are those of one group. All arrays are local:
     inside a `shard_map` (with `check_vma=False`: the kernel does not say over which axes its outputs vary) N and K are
     the heads of one shard. The window of positions is a data-dependent part of the band of ordinals, and is exact too.
 
@@ -90,6 +92,7 @@ def splash_attention(
         layout: the packing.
         attention_range: R, or None for dense attention.
         window: whether distance is counted in visual ordinals or in absolute positions.
+        block: most slots of a block, a multiple of 128; by the range if not given.
         interpret: run the kernel in Pallas' interpreter, on any platform.
 
     Returns:
@@ -101,25 +104,36 @@ def splash_attention(
         attention_range = None
     text, visual = layout.text.position, layout.visual.position
     reach = _reach(visual, attention_range) if attention_range is not None and window == "position" else None
-    text_order = _Order(jnp.asarray(layout.num_text), _preceding(visual, text), None)
-    visual_order = _Order(jnp.asarray(layout.num_visual), _preceding(text, visual), reach)
+    text_order = _Order(jnp.asarray(layout.num_text), _preceding(text), None)
+    visual_order = _Order(jnp.asarray(layout.num_visual), _preceding(visual), reach)
 
-    def attend_sample(x: tuple[Array, Array, Array, _Order, _Order]) -> Float[Array, "N T H"]:
-        *qkv, text_order, visual_order = x
-        texts, visuals = zip(*(jnp.split(y, [bucket.text], axis=1) for y in qkv), strict=True)
-        text = _make_run(*texts, text_order, block_size(bucket.text, None))
+    def attend_group(
+        q: Float[Array, "G T H"],
+        k: Float[Array, "1 T H"],
+        v: Float[Array, "1 T H"],
+        text_order: _Order,
+        visual_order: _Order,
+    ) -> Float[Array, "G T H"]:
+        texts, visuals = zip(*(jnp.split(x, [bucket.text], axis=1) for x in (q, k, v)), strict=True)
+        text = _make_run(*texts, text_order, block_size(bucket.text, None, block))
         if not bucket.visual:
             return _attend_run(text, None, None, interpret)[:, : bucket.text]
-        visual = _make_run(*visuals, visual_order, block_size(bucket.visual, attention_range))
+        visual = _make_run(*visuals, visual_order, block_size(bucket.visual, attention_range, block))
         outputs = [
             _attend_run(text, visual, None, interpret)[:, : bucket.text],
             _attend_run(visual, text, attention_range, interpret)[:, : bucket.visual],
         ]
         return jnp.concatenate(outputs, axis=1)
 
+    def attend_sample(x: tuple[Array, Array, Array, _Order, _Order]) -> Float[Array, "K G T H"]:
+        q, k, v, *orders = x
+        groups = (q.reshape(k.shape[0], -1, *q.shape[1:]), k[:, None], v[:, None])
+        return jax.lax.map(lambda group: attend_group(*group, *orders), groups)
+
     # The kernel's products follow this setting: float32 factors are rounded to bfloat16 on a TPU otherwise.
     with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
-        return jax.lax.map(attend_sample, (scaled, k, v, text_order, visual_order))
+        attended = jax.lax.map(attend_sample, (scaled, k, v, text_order, visual_order))
+    return attended.reshape(q.shape)
 
 
 class _Order(NamedTuple):
@@ -146,16 +160,18 @@ class _Run(NamedTuple):
     block: int
 
 
-def _preceding(run: Int[Array, "B S"], query: Int[Array, "B L"]) -> Int[Array, "B L"]:
-    """How many slots of a run have smaller positions than each query; empty slots have the largest of all."""
-    count = jax.vmap(functools.partial(jnp.searchsorted, method="compare_all"))(run, query)
-    return count.astype(jnp.int32)
+def _preceding(position: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """How many tokens of the other run come before each token of this one.
+
+    A position is the number of all tokens before, a slot the number of those in the same run; empty slots say nothing.
+    """
+    return position - jax.lax.broadcasted_iota(jnp.int32, position.shape, 1)
 
 
 def _reach(position: Int[Array, "B P"], attention_range: int) -> Int[Array, "B P"]:
     """How many slots back, itself not counted, are fewer than `attention_range` positions away."""
-    slot = jax.lax.broadcasted_iota(jnp.int32, position.shape, 1)
-    reach = slot - _preceding(position, position - (attention_range - 1))
+    first = jax.vmap(jnp.searchsorted)(position, position - (attention_range - 1)).astype(jnp.int32)
+    reach = jax.lax.broadcasted_iota(jnp.int32, position.shape, 1) - first
     return jnp.minimum(reach, attention_range - 1)  # Empty slots are all at one position.
 
 
@@ -175,7 +191,7 @@ def _attend_run(
     """Attention of one run's queries to its own band and to what precedes them of the other run."""
     heads, length, _ = run.q.shape
     kernel = _band_kernel(heads, length, attention_range, run.block, interpret)
-    if run.reach is not None:
+    if run.reach is not None and attention_range is not None:
         kernel = _narrowed(kernel, run.reach, attention_range)
     segments = splash_attention_kernel.SegmentIds(q=run.segment, kv=run.segment)
     own, (own_total,) = kernel(run.q, run.k, run.v, segments)
@@ -197,7 +213,9 @@ def _band_kernel(
     """The kernel of a run with itself. Its block map takes a while for long runs, so each is made once, as NumPy arrays."""
     back = None if attention_range is None else attention_range - 1
     mask = splash_attention_mask.LocalMask((length, length), window_size=(back, 0), offset=0)
-    with jax.ensure_compile_time_eval():  # The library makes JAX arrays, which would belong to the trace that asks first.
+    with (
+        jax.ensure_compile_time_eval()
+    ):  # The library makes JAX arrays, which would belong to the trace that asks first.
         kernel = splash_attention_kernel.make_splash_mha(
             splash_attention_mask.MultiHeadMask([mask] * heads),
             block_sizes=splash_attention_kernel.BlockSizes(block_q=block, block_kv=block),
@@ -221,7 +239,7 @@ def _narrowed(
     if length << bits > 2**31:
         raise ValueError(f"{length} visual slots and an attention range of {attention_range} exceed 31 bits")
     query = (jnp.arange(length, dtype=jnp.int32) << bits) | reach
-    info = kernel.fwd_mask_info._replace(q_sequence=query)
+    info = kernel.fwd_mask_info._replace(q_sequence=query)  # type: ignore[arg-type]  # may be data
     return splash_attention_kernel.SplashAttentionKernel(
         info, None, None, **(kernel.kwargs | {"mask_function": _within(bits)})
     )
@@ -259,7 +277,7 @@ def _prefix_kernel(
         mask_next=None,
         block_mask=visited.astype(jnp.int32),
         partial_mask_blocks=None,
-        q_sequence=seen,
+        q_sequence=seen,  # type: ignore[arg-type]  # may be data
     )
     return splash_attention_kernel.SplashAttentionKernel(
         info,
@@ -276,10 +294,10 @@ def _prefix_kernel(
     )
 
 
-def block_size(length: int, attention_range: int | None) -> int:
-    """Slots of a block for a run: as many blocks as the usual size gives, no larger than they need to be."""
+def block_size(length: int, attention_range: int | None, most: int | None = None) -> int:
+    """Slots of a block for a run: as few blocks as `most` slots allow (by the range if not given), and as small."""
     hollow = attention_range is not None and attention_range <= HOLLOW_BLOCK
-    blocks = -(-length // (HOLLOW_BLOCK if hollow else DENSE_BLOCK))
+    blocks = -(-length // (most or (HOLLOW_BLOCK if hollow else DENSE_BLOCK)))
     return -(-length // (blocks * LANES)) * LANES
 
 
@@ -299,14 +317,16 @@ def visited_blocks(num_visual: int, attention_range: int | None, block: int | No
     Args:
         num_visual: P, slots of the bucket.
         attention_range: R, or None for dense attention.
-        block: slots of a block; the one that `splash_attention` takes if not given.
+        block: most slots of a block, as in `splash_attention`.
     """
+    if not num_visual:
+        return Blocks(0, 0, LANES)
     if attention_range is not None and attention_range >= num_visual:
         attention_range = None
-    block = block or block_size(num_visual, attention_range)
+    block = block_size(num_visual, attention_range, block)
     length = -(-num_visual // block) * block
     visited, causal = (
-        np.count_nonzero(_band_kernel(1, length, band, block, False).fwd_mask_info.block_mask)
+        np.count_nonzero(np.asarray(_band_kernel(1, length, band, block, False).fwd_mask_info.block_mask))
         for band in (attention_range, None)
     )
     return Blocks(int(visited), int(causal), block)
@@ -318,6 +338,9 @@ def kernel_flops(bucket: Bucket, attention_range: int | None, heads: int, head_d
     Blocks between text and visual tokens depend on the sample and are all counted: a bound from above.
     """
     text, visual = visited_blocks(bucket.text, None), visited_blocks(bucket.visual, attention_range)
-    rows = [-(-slots // run.size) * run.size for slots, run in zip((bucket.text, bucket.visual), (text, visual))]
+    rows = [
+        -(-slots // run.size) * run.size
+        for slots, run in zip((bucket.text, bucket.visual), (text, visual), strict=True)
+    ]
     pairs = text.visited * text.size**2 + visual.visited * visual.size**2 + 2 * rows[0] * rows[1]
     return 4 * pairs * heads * head_dim
