@@ -11,14 +11,15 @@ ragged samples"):
                     but one number a query: the mask is `slot < c`, again computed in the kernel, and the block map is
                     computed on the device: blocks that no query of a block needs are neither fetched nor multiplied.
 
-So neither part forms scores in memory. Beside the padded runs a sample's temporaries are what the kernel writes: two outputs
-[N, P, H], two log-sum-exps, of which it stores 128 equal copies, [N, P, 128] float32, and one int32 [P, 128] a call. With
-P = 16384 and H = 128 that is about 24 MB a head in bfloat16, whatever X is; scores of the text part in plain XLA would be
-67 MB a head at X = 1024, written and read several times.
+Neither part forms scores in memory. What a call leaves there, for the G query heads of one kv head at a time, is its output
+[G, P, H] and its log-sum-exp, which the kernel stores 128 times over, [G, P, 128] float32. At P = 16384, X = 1024, G = 7 and
+H = 128 in bfloat16 the two calls take 176 MB, of which a program compiled for v5e keeps all but 73 MB on chip. Scores of the
+text part in plain XLA would be 470 MB, written and read several times, or a scan over blocks of queries.
 
-Padding is a segment of its own, so it meets padding only, and no count reaches it.
+Padding is a segment of its own and meets padding only; the counts of the other run never reach it.
 
-Axis letters: B batch, N query heads, K kv heads, T = X + P packed slots, X text slots, P visual slots, H head dim.
+Axis letters: B batch, N query heads, K kv heads, G = N / K, T = X + P packed slots, X text slots, P visual slots, L slots of
+a run, H head dim.
 """
 
 import functools
@@ -45,9 +46,10 @@ LANES = 128
 """Blocks are whole rows of a TPU's vector lanes."""
 
 HOLLOW_BLOCK, DENSE_BLOCK = 256, 512
-"""Slots of a block (our decision; no TPU was at hand to time it). A step of the kernel's grid costs about as much as the
-arithmetic of a 256 x 256 block at H = 128, so smaller blocks save nothing. A band of R = 256 then meets 512 keys a query,
-of 512-blocks 1024 keys; a range above 256 and dense attention take the larger blocks."""
+"""Slots of a block (our decision; no TPU was at hand to time it). A step of the kernel's grid costs some 0.3 us whatever it
+does, about the arithmetic of a 256 x 256 block at H = 128 on v5e, so smaller blocks save little. With R = 256 and P = 1664 a
+head takes 36 steps and 0.59 M scores in blocks of 128, 13 steps and 0.85 M in 256, 7 steps and 1.84 M in 512. Longer ranges
+and dense attention take the larger blocks."""
 
 
 def attend(
@@ -114,11 +116,12 @@ def splash_attention(
         text_order: _Order,
         visual_order: _Order,
     ) -> Float[Array, "G T H"]:
-        texts, visuals = zip(*(jnp.split(x, [bucket.text], axis=1) for x in (q, k, v)), strict=True)
-        text = _make_run(*texts, text_order, block_size(bucket.text, None, block))
+        heads = q, k, v
+        text = _make_run(heads, slice(bucket.text), text_order, block_size(bucket.text, None, block))
         if not bucket.visual:
             return _attend_run(text, None, None, interpret)[:, : bucket.text]
-        visual = _make_run(*visuals, visual_order, block_size(bucket.visual, attention_range, block))
+        size = block_size(bucket.visual, attention_range, block)
+        visual = _make_run(heads, slice(bucket.text, None), visual_order, size)
         outputs = [
             _attend_run(text, visual, None, interpret)[:, : bucket.text],
             _attend_run(visual, text, attention_range, interpret)[:, : bucket.visual],
@@ -150,9 +153,9 @@ class _Order(NamedTuple):
 class _Run(NamedTuple):
     """One run of one sample, made up to whole blocks."""
 
-    q: Float[Array, "N L H"]
-    k: Float[Array, "K L H"]
-    v: Float[Array, "K L H"]
+    q: Float[Array, "G L H"]
+    k: Float[Array, "1 L H"]
+    v: Float[Array, "1 L H"]
     segment: Int[Array, " L"]
     """1 for tokens, 0 for padding."""
     before: Int[Array, " L"]
@@ -175,19 +178,20 @@ def _reach(position: Int[Array, "B P"], attention_range: int) -> Int[Array, "B P
     return jnp.minimum(reach, attention_range - 1)  # Empty slots are all at one position.
 
 
-def _make_run(
-    q: Float[Array, "N M H"], k: Float[Array, "K M H"], v: Float[Array, "K M H"], order: _Order, block: int
-) -> _Run:
+def _make_run(heads: tuple[Array, Array, Array], slots: slice, order: _Order, block: int) -> _Run:
+    """The run in `slots` of queries, keys and values [heads, T, H]."""
+    q, k, v = (x[:, slots] for x in heads)
     more = -q.shape[1] % block
     q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0))) for x in (q, k, v))
-    before, reach = (x if x is None else jnp.pad(x, (0, more)) for x in (order.before, order.reach))
     segment = (jnp.arange(q.shape[1], dtype=jnp.int32) < order.used).astype(jnp.int32)
-    return _Run(q, k, v, segment, before * segment, reach, block)
+    before = jnp.pad(order.before, (0, more)) * segment
+    reach = None if order.reach is None else jnp.pad(order.reach, (0, more))
+    return _Run(q, k, v, segment, before, reach, block)
 
 
 def _attend_run(
     run: _Run, other: _Run | None, attention_range: int | None, interpret: bool
-) -> Float[Array, "N L H"]:
+) -> Float[Array, "G L H"]:
     """Attention of one run's queries to its own band and to what precedes them of the other run."""
     heads, length, _ = run.q.shape
     kernel = _band_kernel(heads, length, attention_range, run.block, interpret)

@@ -98,6 +98,17 @@ def test_padding_and_tokens_never_meet(attention_range):
     np.testing.assert_array_equal(*(np.asarray(x).swapaxes(1, 2)[empty] for x in (other, clean)))
 
 
+def test_text_blocks_after_the_image_are_not_touched():
+    """A question of several blocks behind the image costs its visual tokens nothing: even NaN there does not reach them."""
+    masks = [run_length(5, 131, 299)]
+    layout = make_layout(masks)
+    q, k, v = packed_qkv(7, masks, layout)
+    unseen = v.at[:, :, 128 : layout.bucket.text].set(jnp.nan)
+    run = compiled(131, "ordinal", 128)
+    visual = slice(layout.bucket.text, None)
+    np.testing.assert_array_equal(run(q, k, unseen, layout)[:, :, visual], run(q, k, v, layout)[:, :, visual])
+
+
 def test_a_bucket_without_visual_slots_is_causal_attention():
     masks = [run_length(5), run_length(131)]
     layout = make_layout(masks, spare=(1, 0))
@@ -124,10 +135,10 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
-def traced(layout, attention_range, **options):
+def traced(layout, attention_range, dtype=jnp.float32, **options):
     """All equations of `attend`, those inside kernels too."""
     slots = layout.bucket.slots
-    q, k, v = (jnp.zeros((1, heads, slots, HEAD_DIM)) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    q, k, v = (jnp.zeros((1, heads, slots, HEAD_DIM), dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
     jaxpr = jax.make_jaxpr(lambda *x: attend(*x, attention_range, **options))(q, k, v, layout)
     return list(equations(jaxpr.jaxpr))
 
@@ -142,6 +153,19 @@ def test_the_caller_names_the_kernel(attention_range):
     assert not kernel_calls(traced(layout, attention_range, kernel="packed"))
     # Text and visual queries, each with their own run and the other.
     assert len(kernel_calls(traced(layout, attention_range, kernel="splash"))) == 4
+
+
+@pytest.mark.parametrize("setting", ["default", "highest"])
+def test_the_precision_of_products_follows_the_dtype_alone(setting):
+    """On a TPU float32 factors are rounded to bfloat16 unless told otherwise; bfloat16 ones need no more."""
+    layout = make_layout([run_length(3, 131, 2)])
+    exact = (jax.lax.Precision.HIGHEST,) * 2
+    with jax.default_matmul_precision(setting):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            found = traced(layout, 31, kernel="splash", dtype=dtype)
+            products = [equation for equation in found if equation.primitive.name == "dot_general"]
+            # Scores and values, in each of four calls.
+            assert [x.params["precision"] == exact for x in products] == [dtype == jnp.float32] * 8
 
 
 @pytest.mark.parametrize("attention_range", [None, 31])
