@@ -239,7 +239,7 @@ def _narrowed(
     The kernel's mask function is told one number a query, so slot and reach share it.
     """
     length = reach.shape[0]
-    bits = (min(attention_range, length) - 1).bit_length()
+    bits = (attention_range - 1).bit_length()
     if length << bits > 2**31:
         raise ValueError(f"{length} visual slots and an attention range of {attention_range} exceed 31 bits")
     query = (jnp.arange(length, dtype=jnp.int32) << bits) | reach
