@@ -217,9 +217,8 @@ def _band_kernel(
     """The kernel of a run with itself. Its block map takes a while for long runs, so each is made once, as NumPy arrays."""
     back = None if attention_range is None else attention_range - 1
     mask = splash_attention_mask.LocalMask((length, length), window_size=(back, 0), offset=0)
-    with (
-        jax.ensure_compile_time_eval()
-    ):  # The library makes JAX arrays, which would belong to the trace that asks first.
+    # The library makes JAX arrays, which would belong to the trace that asks first.
+    with jax.ensure_compile_time_eval():
         kernel = splash_attention_kernel.make_splash_mha(
             splash_attention_mask.MultiHeadMask([mask] * heads),
             block_sizes=splash_attention_kernel.BlockSizes(block_q=block, block_kv=block),
