@@ -2,9 +2,10 @@
 
     TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python benchmarks/weight_traffic.py      (libtpu must be installed; some minutes)
 
-One decoder layer of Qwen2-VL-7B, 384 text and 1664 visual tokens, bfloat16, out of a stack of three (which layer is data, as in
+One decoder layer of Qwen2-VL-7B, 384 text and 1664 visual tokens, bfloat16, out of a stack of 28 (which layer is data, as in
 a layer loop): the projections of the attention (its products of tokens with tokens have no weights) and the FFN: dense, reduced
-with XLA's gather, and reduced with the kernel of ops/row_gather.py. Weights are kept as [F, 2, D / 2] in all three.
+with XLA's gather, and reduced with the kernel of ops/row_gather.py, for which weights are kept as [F, 2, D / 2]. The dense layer
+that all are compared with keeps them as [F, D].
 
 Counted: whatever an instruction of the scheduled program reads out of HBM that is a weight, or made of weights only (a copy, a
 gathered matrix), and what it writes of the latter to HBM; a prefetch into VMEM is a read, reads out of VMEM are not. Of the
@@ -31,9 +32,15 @@ from rlens_jax.ops.ffn import FfnWeights, RowStore, dense_ffn, dynamic_ffn
 from rlens_jax.ops.row_gather import TILE
 from rlens_jax.plan import Reduction
 
-TEXT, VISUAL, LAYERS = 384, 1664, 3
+TEXT, VISUAL, LAYERS = 384, 1664, 28
 D, F, QUERY, KV = 3584, 18944, 3584, 1024  # of Qwen2-VL-7B; k and v together are 1024 wide
-KINDS = ("dense", "reduced, XLA's gather", "reduced, kernel")
+KINDS = {
+    "dense": (D,),
+    "dense, halves": (2, D // 2),
+    "reduced, XLA's gather": (D,),
+    "reduced, kernel": (2, D // 2),
+}
+"""Name -> form of a unit's row."""
 REDUCTION = Reduction()
 UNITS = REDUCTION.kept_units(F)
 
@@ -71,7 +78,7 @@ def compile_layer(mesh: Mesh, batch: int, kind: str) -> jax.stages.Compiled:
         attended = q + jnp.tile(kv, q.shape[2] // kv.shape[2] + 1)[:, :, : q.shape[2]]  # keeps both
         x = x + jax.lax.psum(attended @ at(stack["o"]), "model")
         weights = jax.tree.map(at, stack["ffn"])
-        if kind == "dense":
+        if kind.startswith("dense"):
             return x + jax.lax.psum(dense_ffn(x, weights), "model")
         store = None
         if kind == "reduced, kernel":
@@ -92,7 +99,7 @@ def compile_layer(mesh: Mesh, batch: int, kind: str) -> jax.stages.Compiled:
         rows(),
         rows(),
     )
-    ffn = FfnWeights(*[array((LAYERS, F, 2, D // 2), jnp.bfloat16, None, "model")] * 3)
+    ffn = FfnWeights(*[array((LAYERS, F, *KINDS[kind]), jnp.bfloat16, None, "model")] * 3)
     stack = {
         "q": array((LAYERS, D, QUERY), jnp.bfloat16, None, None, "model"),
         "kv": array((LAYERS, D, KV), jnp.bfloat16, None, None, "model"),

@@ -120,10 +120,8 @@ def _kernel(rows, count, x, gate, up, down, y, fetched, chosen, total, arrived):
             whole_tile = fetched.at[slot, k]  # a wait counts bytes
             pltpu.make_async_copy(matrix.at[pl.ds(0, TILE)], whole_tile, arrived.at[slot]).wait()
         for k in range(3):
-            words = fetched.at[slot, k].bitcast(jnp.uint32)[:, 0, :]
-            low, high = words << jnp.uint32(16), words & jnp.uint32(0xFFFF0000)
-            halves = [pltpu.bitcast(half, jnp.float32).astype(chosen.dtype) for half in (low, high)]
-            chosen[k, at, : width // 2], chosen[k, at, width // 2 :] = halves
+            chosen[k, at, : width // 2] = fetched[slot, k, :, 0, :]
+            chosen[k, at, width // 2 :] = fetched[slot, k, :, 1, :]
 
     def product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
         dimensions = (((contract[0],), (contract[1],)), ((), ()))
