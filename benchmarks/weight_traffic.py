@@ -74,8 +74,9 @@ def compile_layer(mesh: Mesh, batch: int, kind: str) -> jax.stages.Compiled:
 
     def local(x: jax.Array, layout: TokenLayout, stack: dict, layer: jax.Array) -> jax.Array:
         at = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
-        q, kv = x @ at(stack["q"]), x @ at(stack["kv"])
-        attended = q + jnp.tile(kv, q.shape[2] // kv.shape[2] + 1)[:, :, : q.shape[2]]  # keeps both
+        qkv = x @ at(stack["qkv"])
+        width = QUERY // mesh.shape["model"]
+        attended = qkv[:, :, :width] + qkv[:, :, -width:]  # all of it is used
         x = x + jax.lax.psum(attended @ at(stack["o"]), "model")
         weights = jax.tree.map(at, stack["ffn"])
         if kind.startswith("dense"):
@@ -101,8 +102,7 @@ def compile_layer(mesh: Mesh, batch: int, kind: str) -> jax.stages.Compiled:
     )
     ffn = FfnWeights(*[array((LAYERS, F, *KINDS[kind]), jnp.bfloat16, None, "model")] * 3)
     stack = {
-        "q": array((LAYERS, D, QUERY), jnp.bfloat16, None, None, "model"),
-        "kv": array((LAYERS, D, KV), jnp.bfloat16, None, None, "model"),
+        "qkv": array((LAYERS, D, QUERY + KV), jnp.bfloat16, None, None, "model"),
         "o": array((LAYERS, QUERY, D), jnp.bfloat16, None, "model"),
         "ffn": ffn,
     }
