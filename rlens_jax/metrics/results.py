@@ -73,7 +73,14 @@ def outcomes_by(labels: Sequence[str | None], outcomes: Sequence[float]) -> dict
 
 @dataclass(frozen=True)
 class Aggregate:
-    """A dataset's score in the making; `Score` documents the fields."""
+    """What the rows of a dataset come to.
+
+    Attributes:
+      ratios: their values add up to the dataset's score.
+      breakdown: parts of the score by name: "perception", "category/color/acc+", "split/test_human", ...
+      groups: each row's group, which a bootstrap draws or leaves as a whole.
+      strata: each row's stratum: draws keep the number of groups of each.
+    """
 
     ratios: tuple[Ratio, ...]
     breakdown: Mapping[str, float]
@@ -82,27 +89,19 @@ class Aggregate:
 
 
 @dataclass(frozen=True)
-class Score:
-    """A dataset's score.
+class Score(Aggregate):
+    """A dataset's score, and what it is made of.
 
     Attributes:
       dataset: VLMEvalKit's name of it.
-      value: on the scale that is published, in `unit`: the sum of `ratios`.
+      value: on the scale that is published, in `unit`.
       unit: "%", "of 1000" (OCRBench) or "of 2800" (MME).
-      breakdown: parts of the score by name: "perception", "category/color/acc+", "split/test_human", ...
       per_sample: each row's own score in [0, 1], in the order of the rows.
-      groups: each row's group, which a bootstrap draws or leaves as a whole.
-      strata: each row's stratum: draws keep the number of groups of each.
-      ratios: what `value` is made of.
       harness: whose rules these are.
     """
 
     dataset: str
     value: float
     unit: str
-    breakdown: Mapping[str, float]
     per_sample: tuple[float, ...]
-    groups: tuple[str, ...]
-    strata: tuple[str, ...]
-    ratios: tuple[Ratio, ...]
     harness: str = HARNESS

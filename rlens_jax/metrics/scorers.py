@@ -39,7 +39,7 @@ class Scorer:
     """How a dataset is scored.
 
     Attributes:
-      sample: a row's score in [0, 1].
+      sample: the score in [0, 1] of a row, which must have an answer.
       aggregate: the dataset's score, from its rows and their scores.
       unit: of the dataset's score.
     """
@@ -100,9 +100,6 @@ def score(dataset: str, rows: Sequence[Row]) -> Score:
         dataset=dataset,
         value=math.fsum(ratio.value for ratio in aggregate.ratios),
         unit=scorer.unit,
-        breakdown=aggregate.breakdown,
         per_sample=per_sample,
-        groups=aggregate.groups,
-        strata=aggregate.strata,
-        ratios=aggregate.ratios,
+        **vars(aggregate),
     )
