@@ -184,7 +184,7 @@ class HostsConfig:
         missing = [f"hosts.{name}" for name, value in members.items() if value is None]
         if missing and len(missing) < len(members):
             raise UserError(f"{' and '.join(missing)} must be set too: every process is told all of hosts.*")
-        if missing:
+        if self.coordinator is None or self.num_processes is None or self.process_id is None:
             return
         _, colon, port = self.coordinator.rpartition(":")
         if not (colon and port.isdecimal() and 0 < int(port) < 2**16):

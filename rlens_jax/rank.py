@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     from rlens_jax.run import run
 
     with joined(config.hosts) as processes:
-        results = run(config)
+        results = run(config, processes)
         if processes.leads:
             print(summary(results, Path(config.output)))
 

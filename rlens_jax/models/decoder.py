@@ -11,7 +11,7 @@ F FFN units, V vocabulary, L layers, U kept units.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar, no_type_check
 
 import jax
@@ -24,8 +24,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from rlens_jax.layout import PADDING_POSITION, Slots, TokenLayout, visible
 from rlens_jax.models import vocabulary
 from rlens_jax.models.layers import Linear, RMSNorm, rope_angles, rotate, rotation
-from rlens_jax.ops.attention import masked_attention, packed_attention
+from rlens_jax.ops.attention import masked_attention
 from rlens_jax.ops.ffn import FfnWeights, Kept, dense_ffn, dynamic_ffn
+from rlens_jax.ops.splash import Kernel, attend
 from rlens_jax.parallel.model_axis import model_axes, num_shards, shard_index, sum_over_shards
 from rlens_jax.plan import Plan, Reduction
 
@@ -86,6 +87,8 @@ class Context:
     turn: tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
     random_key: Array
     """Seeds random probes; each layer folds in its number."""
+    kernel: Kernel = field(default="packed", metadata={"static": True})
+    """What computes the attention of a prefill."""
 
 
 @no_type_check
@@ -182,8 +185,10 @@ class DecoderLayer(nnx.Module):
         q, k, v = self.attention.project(self.input_norm(x), context.turn)
         attended = _choose(
             hollow,
-            lambda: packed_attention(q, k, v, layout, reduction.attention_range, reduction.window),
-            lambda: packed_attention(q, k, v, layout, None),
+            lambda: attend(
+                q, k, v, layout, reduction.attention_range, reduction.window, kernel=context.kernel
+            ),
+            lambda: attend(q, k, v, layout, None, kernel=context.kernel),
         )
         return x + sum_over_shards(self.attention.o_proj(attended)), k, v
 
@@ -260,10 +265,14 @@ class Decoder(nnx.Module):
         return jnp.concatenate([text, visual.astype(text.dtype)], axis=1)
 
     def context(
-        self, layout: TokenLayout, rope_positions: Int[Array | np.ndarray, "B axes T"], random_key: Array
+        self,
+        layout: TokenLayout,
+        rope_positions: Int[Array | np.ndarray, "B axes T"],
+        random_key: Array,
+        kernel: Kernel = "packed",
     ) -> Context:
         """What all layers of one prefill share; `rope_positions` are packed like the states."""
-        return Context(layout, self._turn(rope_positions), random_key)
+        return Context(layout, self._turn(rope_positions), random_key, kernel)
 
     def _turn(
         self, rope_positions: Int[Array | np.ndarray, "B axes T"]

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlens_jax.models import vocabulary
 from rlens_jax.models.decoder import Decoder, KVCache, TracedPlan
 from rlens_jax.models.prompt import PromptBatch
+from rlens_jax.ops.splash import Kernel
 from rlens_jax.parallel.model_axis import on_any_shard
 from rlens_jax.plan import Plan, Reduction
 
@@ -24,9 +25,10 @@ def prefill(
     reduction: Reduction,
     new_tokens: int,
     random_key: Array,
+    kernel: Kernel = "packed",
 ) -> tuple[Int[Array, " B"], KVCache, Bool[Array, " B"]]:
     """First new token of each prompt, cache with room for `new_tokens` more, and whether probe scores were numbers."""
-    context = decoder.context(batch.layout, batch.rope_positions, random_key)
+    context = decoder.context(batch.layout, batch.rope_positions, random_key, kernel)
     x, record = decoder.prefill(decoder.embed(batch.text_ids, visual), context, plan, reduction)
     last_text = jnp.take_along_axis(x, (batch.layout.num_text - 1)[:, None, None], axis=1)
     first = vocabulary.argmax(decoder.logits(last_text)[:, 0])

@@ -26,6 +26,7 @@ from rlens_jax.models import vocabulary
 from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import IGNORE, PromptBatch
+from rlens_jax.ops.splash import Kernel
 from rlens_jax.parallel.mesh import ParameterLayout, put_rows, split_over
 from rlens_jax.parallel.model_axis import WORK
 from rlens_jax.parallel.routing import fetch_blocks
@@ -72,6 +73,7 @@ class Programs:
         self.config = model.decoder.config
         self.dtype = model.decoder.embedding.get_value().dtype
         self.mesh = mesh
+        self._kernel: Kernel = "splash" if mesh.devices.flat[0].platform == "tpu" else "packed"
         self.reduction = reduction
         self.seed = seed
         self.new_tokens = new_tokens
@@ -142,7 +144,8 @@ class Programs:
         """A prefill up to the first new token that is compiled for one plan alone, as a deployed model would run it."""
 
         def run(model: Any, visual: Array, batch: PromptBatch) -> Array:
-            return prefill(model.decoder, visual, batch, plan, self.reduction, 1, self._random_key())[0]
+            key = self._random_key()
+            return prefill(model.decoder, visual, batch, plan, self.reduction, 1, key, self._kernel)[0]
 
         return self._split("static prefill", run, (ROWS, ROWS), ROWS)
 
@@ -196,8 +199,9 @@ class Programs:
         self, model: Any, states: States, batch: PromptBatch, plans: TracedPlan, start: Array, stop: Array
     ) -> States:
         x, scored = states
-        context = model.decoder.context(batch.layout, batch.rope_positions, self._random_key())
-        x, now = model.decoder.run_layers(x, context, _own(plans), self.reduction, start[0], stop[0])
+        decoder, key = model.decoder, self._random_key()
+        context = decoder.context(batch.layout, batch.rope_positions, key, self._kernel)
+        x, now = decoder.run_layers(x, context, _own(plans), self.reduction, start[0], stop[0])
         return x, scored & now
 
     def _outcome_impl(self, model: Any, states: States, batch: PromptBatch) -> tuple[Array, ...]:
@@ -216,7 +220,14 @@ class Programs:
         self, model: Any, visual: Array, batch: PromptBatch, plans: TracedPlan
     ) -> tuple[Array, Array, Array]:
         first, cache, scored = prefill(
-            model.decoder, visual, batch, _own(plans), self.reduction, self.new_tokens, self._random_key()
+            model.decoder,
+            visual,
+            batch,
+            _own(plans),
+            self.reduction,
+            self.new_tokens,
+            self._random_key(),
+            self._kernel,
         )
         tokens = decode(model.decoder, first, cache, batch, self.new_tokens, self.stop_token)
         return _all_rows((batch.layout.sample, tokens, scored))

@@ -9,14 +9,15 @@ from rlens_jax.parallel.mesh import make_mesh
 
 
 @pytest.mark.parametrize(
-    ("available", "rows"), [(109, None), (110, 1), (119, 1), (120, 2), (149, 4), (179, 4), (180, 8), (10**6, 64)]
+    ("available", "rows"),
+    [(109, None), (110, 1), (119, 1), (120, 2), (149, 4), (179, 4), (180, 8), (10**6, 64)],
 )
 def test_rows_that_fit(available: int, rows: int | None) -> None:
     def needed(rows: int) -> int:
         return 100 + 10 * rows
 
     if rows is None:
-        with pytest.raises(UserError, match="one sample needs .* raise compute.model_shards"):
+        with pytest.raises(UserError, match=r"one sample needs .* raise compute.model_shards"):
             most_rows(needed, available)
     else:
         assert most_rows(needed, available) == rows
@@ -38,8 +39,10 @@ def test_the_machine_has_memory() -> None:
 
 
 def test_running_out_is_one_line() -> None:
-    with pytest.raises(UserError, match="compute.batch_size = 8 and compute.model_shards = 4; lower"):
-        with memory_explained(8, 4):
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+    with (
+        pytest.raises(UserError, match=r"compute.batch_size = 8 and compute.model_shards = 4; lower"),
+        memory_explained(8, 4),
+    ):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory_explained(8, 4):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
