@@ -80,7 +80,7 @@ def test_what_fits(kind: ModelKind) -> None:
     assert read(run, kind)["advice"] == []
     assert "What would help" not in text
     for part in (
-        "16 chips of 4 hosts, mesh 4 x 4",
+        "chips: 16, hosts: 4, mesh: 4 x 4",
         "a program can use 15.75:",
         "7.50  fits",
         "layers (text 32, visual 64), dense: 1 all-reduce of bf16[4,96,64] (0.05 MB) over model",
