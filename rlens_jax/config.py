@@ -180,11 +180,13 @@ class HostsConfig:
         _at_least(1, "hosts", self, "num_processes", "wait_seconds", "heartbeat_seconds")
         if self.num_processes == 1:
             return
-        members = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
-        missing = [f"hosts.{name}" for name, value in members.items() if value is None]
-        if missing and len(missing) < len(members):
-            raise UserError(f"{' and '.join(missing)} must be set too: every process is told all of hosts.*")
         if self.coordinator is None or self.num_processes is None or self.process_id is None:
+            members = ("coordinator", "num_processes", "process_id")
+            missing = [f"hosts.{name}" for name in members if getattr(self, name) is None]
+            if len(missing) < len(members):
+                raise UserError(
+                    f"{' and '.join(missing)} must be set too: a process is told all three, or none"
+                )
             return
         _, colon, port = self.coordinator.rpartition(":")
         if not (colon and port.isdecimal() and 0 < int(port) < 2**16):

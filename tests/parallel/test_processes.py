@@ -225,9 +225,18 @@ def test_a_process_that_waits_in_vain_says_for_what(tmp_path):
         *hosts,
     )
     assert alone.wait(timeout=LONG) == LOST
-    told = [(tmp_path / name).read_text() for name in ("occupied", "alone")]
+    waiting = start(tmp_path / "waiting", "ranking", f"--hosts.coordinator=localhost:{port}", *hosts)
+    until = time.monotonic() + LONG
+    while not (tmp_path / "waiting").read_text() and time.monotonic() < until:
+        time.sleep(0.05)
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.wait(timeout=LONG) == 130
+    told = [(tmp_path / name).read_text() for name in ("occupied", "alone", "waiting")]
     (line,) = said(told[0], "error")
     assert line.startswith("the port of hosts.coordinator is in use on this host")
     (line,) = said(told[1], "error")
     assert line.startswith("the processes of the run did not all come within hosts.wait_seconds")
-    assert all(len(text.splitlines()) == 2 for text in told), told  # the pid and the line
+    assert told[2].endswith(
+        "\n\ninterrupted; what is finished is kept, and the same command goes on from there\n"
+    )
+    assert [len(text.splitlines()) for text in told] == [2, 2, 3], told  # the pid and the line
