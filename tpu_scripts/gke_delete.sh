@@ -12,7 +12,6 @@ switches=(whole-cluster yes)
 parse_options "$@"
 
 if [[ -n ${opt[whole-cluster]} ]]; then
-    [[ -z ${opt[workload]} ]] || refuse "give either --workload or --whole-cluster"
     cluster cluster delete ${opt[yes]:+--force}
 else
     require workload

@@ -5,7 +5,7 @@ declare -A about=(
     [project]="Google Cloud project" [zone]="zone of the slice or cluster" [name]="the slice (and its queued resource)"
     [accelerator-type]="kind and size of the slice, such as v5litepod-16" [spot]="spot capacity: cheaper, can be preempted"
     [runtime-version]="software of the TPU VMs, such as v2-alpha-tpuv5-lite" [valid-until-duration]="wait no longer, such as 6h"
-    [create-flags]="further flags of gcloud's create, such as '--network=N --service-account=S'"
+    [create-flags]="further flags of gcloud's create, after =, such as '--network=N --reserved'"
     [setup]="command for every worker before the installation, safe to repeat, such as one that mounts the shared folder"
     [config]="a preset's name, or a YAML file here" [run]="name of the run: its log is ~/rlens_jax/RUN.log"
     [output]="folder of the results" [to]="local folder" [worker]="number of a worker, or all" [lines]="earlier lines to show"

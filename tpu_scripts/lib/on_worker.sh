@@ -25,7 +25,7 @@ case $1 in
         ;;
     watch)
         [[ -e $2.pid ]] || { echo "error: there is no run $2 on $(hostname)" >&2; exit 3; }
-        tail --lines="$3" --pid="$(cat "$2.pid")" --follow=name "$2.log"
+        tail --lines="$3" --sleep-interval=0.5 --pid="$(cat "$2.pid")" --follow=name "$2.log"
         code=$(cat "$2.exit" 2>/dev/null) || code="unknown, it was killed"
         echo "$2 ended on $(hostname) with exit code $code"
         [[ $code == 0 ]] || exit 3
