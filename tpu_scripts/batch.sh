@@ -29,7 +29,7 @@ for index in "${!arguments[@]}"; do
     export RLENS_CONFIG=${arguments[index]} RLENS_RUN=${names[index]}
     attempt launch && code=0 || code=$?
     for ((n = 2; n <= attempts; n++)); do
-        [[ $code != [023] ]] || break  # it succeeded, was refused, or failed; else the slice is gone or out of reach
+        [[ $code != [023] ]] || break  # it succeeded, was refused, or failed; else it was stopped, or the slice is gone
         sleep "${opt[poll-seconds]}"
         attempt resume && code=0 || code=$?
     done

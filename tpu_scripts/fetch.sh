@@ -10,11 +10,12 @@ needs=(project output to)
 takes=(zone name run)
 parse_options "$@"
 
-run mkdir -p "${opt[to]}"
 if [[ ${opt[output]} == gs://* ]]; then
+    run mkdir -p "${opt[to]}"
     run gcloud storage rsync "${opt[output]}" "${opt[to]}" --recursive --project="${opt[project]}"
 else
     require zone
     require name
+    run mkdir -p "${opt[to]}"
     tpu tpu-vm scp "${opt[name]}:${opt[output]}" "${opt[name]}:rlens_jax/${opt[run]}.log" "${opt[to]}" --recurse --worker=0
 fi

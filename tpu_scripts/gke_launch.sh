@@ -30,5 +30,7 @@ else
         config=./workload.yaml
     fi
 fi
+# 75: a process of the run was lost, and the others ended with it; XPK adds those of signals itself
 cluster workload create --workload="${opt[workload]}" --tpu-type="${opt[accelerator-type]}" --num-slices=1 "${image[@]}" \
-    --max-restarts="${opt[max-restarts]}" --command="$command $(quoted --config "$config" "${arguments[@]}")"
+    --max-restarts="${opt[max-restarts]}" --restart-on-exit-codes=75 \
+    --command="$command $(quoted --config "$config" "${arguments[@]}")"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What the other scripts run on a TPU VM, in ~/rlens_jax; it changes nothing elsewhere and costs nothing.
 #   on_worker.sh install | start RUN ARGUMENT... | watch RUN LINES
-# `watch` ends with the run: 0 when it succeeded, 3 when it failed, so that any other code is gcloud's or ssh's own.
+# `watch` ends with the run: 0 when it succeeded, 75 when it was stopped and can go on (SIGTERM, a lost process), 3 when it
+# failed; so any other code is gcloud's or ssh's own.
 set -euo pipefail
 cd ~/rlens_jax
 alive() { grep -qs rlens_jax "/proc/$(cat "$1.pid" 2>/dev/null)/cmdline"; }
@@ -28,6 +29,6 @@ case $1 in
         tail --lines="$3" --sleep-interval=0.5 --pid="$(cat "$2.pid")" --follow=name "$2.log"
         code=$(cat "$2.exit" 2>/dev/null) || code="unknown, it was killed"
         echo "$2 ended on $(hostname) with exit code $code"
-        [[ $code == 0 ]] || exit 3
+        case $code in 0) ;; 75 | 143 | unknown*) exit 75 ;; *) exit 3 ;; esac
         ;;
 esac

@@ -2,7 +2,8 @@
 # The options of the scripts. One names its own in `needs`, `takes` and `switches`, what may follow -- in `rest`, and
 # calls `parse_options "$@"`; values are then in `opt`, what followed -- in `arguments`. Sourced by common.sh.
 declare -A kind=([print]=switch)
-declare -A opt=([run]=rank [worker]=0 [lines]=100 [poll-seconds]=30 [attempts]=10 [max-restarts]=10 [base-docker-image]=python:3.11)
+declare -A opt=([run]=rank [worker]=0 [lines]=100 [poll-seconds]=30 [attempts]=10 [max-restarts]=10)
+opt[base-docker-image]=python:3.11
 needs=() takes=() switches=() arguments=() rest=""
 
 nearest() {  # the option that begins most like $1
