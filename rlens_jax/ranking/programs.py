@@ -71,7 +71,7 @@ class Programs:
             for (path, _), leaf in zip(self._variables, self._leaves, strict=True)
         ]
         self.config = model.decoder.config
-        self.dtype = model.decoder.embedding[...].dtype
+        self.dtype = model.decoder.embedding.get_value().dtype
         self.mesh = mesh
         self._kernel: Kernel = "splash" if mesh.devices.flat[0].platform == "tpu" else "packed"
         self.reduction = reduction
@@ -131,6 +131,14 @@ class Programs:
     def choose(self, first: Sequence[bool], states: States, others: States) -> States:
         """Each group g's rows of `states` where `first[g]`, else of `others`."""
         return self._choose(states, others, self._per_group(np.array(first)))
+
+    def lower(self, name: str, *arguments: Any) -> jax.stages.Lowered:
+        """A program by its name, such as `layers`, traced for abstract arguments (shape, dtype, sharding); nothing runs.
+
+        `layers` takes a `TracedPlan` and int32 starts and stops, one row a work group.
+        """
+        program = getattr(self, f"_{name}")
+        return program.func.lower(*program.args, *arguments)
 
     def static_prefill(self, plan: Plan) -> Callable[[Float[Array, "B P D"], PromptBatch], Any]:
         """A prefill up to the first new token that is compiled for one plan alone, as a deployed model would run it."""
