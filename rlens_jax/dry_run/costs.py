@@ -8,7 +8,7 @@ A kernel without a declared cost counts the bytes of its operands and results, a
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -208,7 +208,9 @@ def instruction_bytes(item: Instruction, computation: Computation) -> float:
     return sum(map(_hbm, computation.operand_shapes(item))) + sum(map(_hbm, written))
 
 
-def fusion_bytes(item: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
+def fusion_bytes(
+    item: Instruction, computation: Computation, computations: Mapping[str, Computation]
+) -> float:
     """HBM traffic of a fusion: what it takes of its operands, and its results."""
     inner = computations[item.called["calls"]]
     total = 0.0
@@ -224,7 +226,7 @@ def fusion_bytes(item: Instruction, computation: Computation, computations: dict
     return total
 
 
-def taken(array: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
+def taken(array: Instruction, computation: Computation, computations: Mapping[str, Computation]) -> float:
     """Bytes of an array that a fused computation reads: the slices if it is only sliced, else all."""
     whole = array.shapes[0].bytes
     total = 0.0
@@ -257,7 +259,7 @@ def _results(computation: Computation) -> list[Instruction]:
 
 
 def _update(
-    result: Instruction, computation: Computation, computations: dict[str, Computation]
+    result: Instruction, computation: Computation, computations: Mapping[str, Computation]
 ) -> int | None:
     """Bytes written by a result that updates an array in place, else None."""
     while result.opcode in ("bitcast", "fusion"):

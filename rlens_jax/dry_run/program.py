@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 
 from rlens_jax.dry_run.collectives import Collective, find_collectives
-from rlens_jax.dry_run.costs import ProgramCost, program_cost, reduced, unreduced
+from rlens_jax.dry_run.costs import Cost, ProgramCost, program_cost, reduced, unreduced
 from rlens_jax.dry_run.hlo import parse_module
 from rlens_jax.dry_run.loops import LoopCounts, Loops
 
@@ -33,6 +33,8 @@ class ProgramSpec:
     read, but they stay where they are."""
     steps: int = 1
     """Iterations of a loop around its loop over layers: decoding steps."""
+    kernel_flops: tuple[int, int] = (0, 0)
+    """Of one layer on a device, dense and reduced: arithmetic of Pallas kernels that declare none (splash attention)."""
     beside_states: bool = False
     """Whether the run keeps its batches and base states in memory while it runs."""
 
@@ -134,14 +136,20 @@ def compile_program(
             idle + (resident_bytes if spec.beside_states else 0),
             memory_limit,
         ),
-        dense=program_cost(module, loops, unreduced),
-        reduced=program_cost(module, loops, reduced),
+        dense=with_kernels(program_cost(module, loops, unreduced), spec.layers, spec.kernel_flops[0]),
+        reduced=with_kernels(program_cost(module, loops, reduced), spec.layers, spec.kernel_flops[1]),
         collectives=tuple(find_collectives(module, loops, mesh_shape)),
         xla_flops=own["flops"],
         xla_bytes=own["bytes accessed"],
         code_bytes=sizes.generated_code_size_in_bytes,
         seconds=seconds,
     )
+
+
+def with_kernels(cost: ProgramCost, layers: int, flops: int) -> ProgramCost:
+    """A program's cost with the arithmetic of each layer's kernels that the compiled text does not tell of."""
+    layer = None if cost.layer is None else cost.layer + Cost(flops, 0)
+    return ProgramCost(cost.total + Cost(flops * layers, 0), layer)
 
 
 def refusal(spec: ProgramSpec, message: str, seconds: float) -> Refused:

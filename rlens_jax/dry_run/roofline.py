@@ -21,7 +21,8 @@ ASSUMPTIONS = (
     "later layers win every round of the search, which is the dearest order, and every layer is counted as dense",
     "chips reach their published peak rates; a collective has the links of one axis of the torus",
     f"at {LIKELY_SHARE:.0%} of these rates (a guess, no hardware has shown it) the run takes {1 / LIKELY_SHARE:g} times as long",
-    "arithmetic is that of matrix products; Pallas kernels count what their CostEstimate declares",
+    "arithmetic is that of matrix products; Pallas kernels count what their CostEstimate declares, splash attention the blocks "
+    "that its map visits and its inputs and outputs",
     "collectives overlap with nothing; compiling, reading data, preparing images on the hosts and timing are not counted",
 )
 

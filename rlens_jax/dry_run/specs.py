@@ -26,6 +26,7 @@ from rlens_jax.models.llava_onevision import LlavaOnevisionConfig, most_tokens
 from rlens_jax.models.minicpm_v import VIEW_STEP, MiniCPMVConfig
 from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.models.qwen2_vl import Qwen2VLConfig
+from rlens_jax.ops.splash import kernel_flops
 from rlens_jax.parallel.mesh import ParameterLayout, check_fits, make_mesh, rows_sharding
 from rlens_jax.parallel.model_axis import WORK
 from rlens_jax.ranking.programs import Programs
@@ -101,6 +102,7 @@ def _decoder_specs(
         del arguments["generate"]
     else:
         del arguments["layers"], arguments["outcome"], arguments["embed"]
+    kernels = _kernel_flops(config, programs, bucket)
     for name, given in arguments.items():
         yield ProgramSpec(
             name,
@@ -110,8 +112,21 @@ def _decoder_specs(
             rows,
             weights + device_bytes(given),
             steps=programs.new_tokens if name == "generate" else 1,
+            kernel_flops=kernels if name in ("layers", "generate") else (0, 0),
             beside_states=True,
         )
+
+
+def _kernel_flops(config: RunConfig, programs: Programs, bucket: Bucket) -> tuple[int, int]:
+    """Arithmetic of a device's attention kernels in one layer, dense and hollow."""
+    if programs.kernel != "splash":
+        return 0, 0
+    heads = programs.config.num_heads // config.compute.model_shards * config.compute.batch_size
+    dense, hollow = (
+        kernel_flops(bucket, reach, heads, programs.config.head_dim)
+        for reach in (None, config.reduction.attention_range)
+    )
+    return dense, hollow
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,8 @@ class Programs:
         self.config = model.decoder.config
         self.dtype = model.decoder.embedding.get_value().dtype
         self.mesh = mesh
-        self._kernel: Kernel = "splash" if mesh.devices.flat[0].platform == "tpu" else "packed"
+        self.kernel: Kernel = "splash" if mesh.devices.flat[0].platform == "tpu" else "packed"
+        """What computes the attention of a prefill."""
         self.reduction = reduction
         self.seed = seed
         self.new_tokens = new_tokens
@@ -145,7 +146,7 @@ class Programs:
 
         def run(model: Any, visual: Array, batch: PromptBatch) -> Array:
             key = self._random_key()
-            return prefill(model.decoder, visual, batch, plan, self.reduction, 1, key, self._kernel)[0]
+            return prefill(model.decoder, visual, batch, plan, self.reduction, 1, key, self.kernel)[0]
 
         return self._split("static prefill", run, (ROWS, ROWS), ROWS)
 
@@ -200,7 +201,7 @@ class Programs:
     ) -> States:
         x, scored = states
         decoder, key = model.decoder, self._random_key()
-        context = decoder.context(batch.layout, batch.rope_positions, key, self._kernel)
+        context = decoder.context(batch.layout, batch.rope_positions, key, self.kernel)
         x, now = decoder.run_layers(x, context, _own(plans), self.reduction, start[0], stop[0])
         return x, scored & now
 
@@ -227,7 +228,7 @@ class Programs:
             self.reduction,
             self.new_tokens,
             self._random_key(),
-            self._kernel,
+            self.kernel,
         )
         tokens = decode(model.decoder, first, cache, batch, self.new_tokens, self.stop_token)
         return _all_rows((batch.layout.sample, tokens, scored))
