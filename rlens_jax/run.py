@@ -39,7 +39,7 @@ from rlens_jax.report.curves import held_out_plans, operator_result, plan_saving
 from rlens_jax.report.files import write_report
 from rlens_jax.report.results import OperatorResult, PrefillTime, Results, Saving, Timing
 from rlens_jax.resources import cache_folder
-from rlens_jax.weights.checkpoint import find_model, load_model, model_hash
+from rlens_jax.weights.checkpoint import find_model, load_model, model_hash, read_model_kind
 
 PACKAGES = (
     "jax",
@@ -108,6 +108,9 @@ def run(config: RunConfig) -> Results:
             test_samples=config.data.test_samples,
             held_out_share=config.data.held_out_share,
             seed=config.seed,
+            benchmarks=config.data.benchmarks,
+            family=read_model_kind(folder).model_type,
+            step_by_step=config.search.objective == "generation",
         )
         samples = samples_hash(splits)
     device = jax.devices()[0].device_kind

@@ -15,6 +15,7 @@ import csv
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,7 +25,7 @@ from rlens_jax.errors import UserError, suggest
 REFERENCE_CHARS = 64
 """An image cell of at most so many characters is the index of another row (VLMEvalKit, image_base.py)."""
 MAX_FIELD_CHARS = 64 * 2**20
-"""Of one cell: image files of 48 MB. The csv module keeps 4 bytes a character while it reads a cell."""
+"""Of a cell in a row with quotation marks: image files of 48 MB. The csv module keeps 4 bytes a character while it reads it."""
 MISSING = frozenset(
     "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null".split(
         "|"
@@ -164,7 +165,7 @@ def parse_list(text: str, where: str) -> list[str]:
 
 
 class _Lines:
-    """The decoded lines of a file; knows how far a csv reader has read and whether it asked beyond the end."""
+    """The decoded lines of a file; knows how far it was read and whether beyond the end."""
 
     def __init__(self, file: BinaryIO, path: Path, digest: Callable[[bytes], None] = lambda line: None):
         self._file, self._path, self._digest = file, path, digest
@@ -190,20 +191,30 @@ class _Lines:
 
 def _rows(lines: _Lines, path: Path) -> Iterator[tuple[int, list[str]]]:
     """Where each row begins, and its fields, as pandas.read_csv would tell them apart."""
-    reader = csv.reader(lines, delimiter="\t")
     while True:
         begin = lines.offset
-        try:
-            fields = next(reader)
-        except StopIteration:
+        line = next(lines, None)
+        if line is None:
             return
-        except csv.Error as error:
-            hint = "; is a quotation mark not closed?" if "field limit" in str(error) else ""
-            raise UserError(f"{path}: the row at byte {begin} cannot be read: {error}{hint}") from None
-        if lines.ended:  # a complete row is handed out before the reader asks for a line more
-            raise UserError(f"{path}: the row at byte {begin} opens a quotation mark that is never closed")
+        content = line.rstrip("\r\n")
+        if '"' not in content and "\r" not in content:
+            fields = content.split("\t")  # the same, 20 times as fast
+        else:
+            fields = _quoted(line, lines, f"{path}: the row at byte {begin}")
         if fields and (len(fields) > 1 or fields[0].strip(" ")):  # pandas passes over blank lines
             yield begin, fields
+
+
+def _quoted(line: str, following: _Lines, where: str) -> list[str]:
+    """The fields of a row with quotation marks, which may go on for more lines."""
+    try:
+        fields = next(csv.reader(chain((line,), following), delimiter="\t"))
+    except csv.Error as error:
+        hint = "; is a quotation mark not closed?" if "field limit" in str(error) else ""
+        raise UserError(f"{where} cannot be read: {error}{hint}") from None
+    if following.ended:  # a complete row is handed out before the reader asks for a line more
+        raise UserError(f"{where} opens a quotation mark that is never closed")
+    return fields
 
 
 def _header(fields: Sequence[str], needed: Sequence[str], path: Path) -> Sequence[str]:
