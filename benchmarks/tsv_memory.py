@@ -86,7 +86,9 @@ def make_tsv(path: Path, size: float) -> int:
                 image = str(number - 1)
             elif number % 10 == 8:
                 image = str([images[0], images[1]])
-            writer.writerow([number, image, f'What does sign "{number}" say?', "['a', 'b']", "Doc-oriented VQA"])
+            writer.writerow(
+                [number, image, f'What does sign "{number}" say?', "['a', 'b']", "Doc-oriented VQA"]
+            )
             number += 1
     return number
 

@@ -114,7 +114,7 @@ def _apportioned(sizes: np.ndarray, count: int) -> np.ndarray:
     """`count` seats for strata of these sizes by largest remainders; no more than there are."""
     shares = sizes * (min(count, sizes.sum()) / max(1, sizes.sum()))
     seats = np.floor(shares).astype(int)
-    rest = int(round(shares.sum())) - int(seats.sum())
+    rest = round(shares.sum()) - int(seats.sum())
     seats[np.argsort(seats - shares, kind="stable")[:rest]] += 1
     return seats
 
@@ -233,7 +233,9 @@ def to_sample(item: Instance, *, family: str, step_by_step: bool) -> Sample:
 def main(arguments: Sequence[str]) -> None:
     """Parse, draw, write."""
     parser = ArgumentParser(prog="python -m rlens_jax.data.benchmarks.mixture", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="of VLMEvalKit's TSV files")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FOLDER", help="of VLMEvalKit's TSV files"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="the file to make")
     parser.add_argument(
         "--datasets",
@@ -242,8 +244,12 @@ def main(arguments: Sequence[str]) -> None:
         metavar="LIST",
         help=f"of {','.join(DATASETS)} (default: all)",
     )
-    parser.add_argument("--instances", type=int, default=INSTANCES, metavar="N", help="for the search (default: %(default)s)")
-    parser.add_argument("--held-out", type=int, default=INSTANCES, metavar="N", help="for the curves (default: %(default)s)")
+    parser.add_argument(
+        "--instances", type=int, default=INSTANCES, metavar="N", help="for the search (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--held-out", type=int, default=INSTANCES, metavar="N", help="for the curves (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
     parser.add_argument(
         "--md5",
@@ -263,7 +269,8 @@ def main(arguments: Sequence[str]) -> None:
             find_benchmark(name)
             parser.error(f"the answers of {name} are withheld, so a ranking cannot use it")
     tables = {
-        name: read_table(BENCHMARKS[name], options.data, sums.get(name)) for name in dict.fromkeys(options.datasets)
+        name: read_table(BENCHMARKS[name], options.data, sums.get(name))
+        for name in dict.fromkeys(options.datasets)
     }
     mixture = draw(tables, instances=options.instances, held_out=options.held_out, seed=options.seed)
     write_mixture(mixture, options.output)

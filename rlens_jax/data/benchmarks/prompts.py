@@ -85,9 +85,7 @@ def _qwen2_vl(instance: Instance, step_by_step: bool) -> str:
         return f"{instance.question} Please answer yes or no."
     if instance.dataset == "MME":
         return instance.question
-    return (
-        f"{instance.question}\nPlease try to answer the question with short words or phrases if possible."
-    )
+    return f"{instance.question}\nPlease try to answer the question with short words or phrases if possible."
 
 
 def _minicpm_v(instance: Instance, step_by_step: bool) -> str:

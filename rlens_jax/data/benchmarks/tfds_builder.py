@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 
 from rlens_jax.console import Progress
 from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Benchmark, Instance, find_benchmark, instance
-from rlens_jax.data.benchmarks.tsv import TsvRow, TsvTable, scan
+from rlens_jax.data.benchmarks.tsv import TsvTable, scan
 from rlens_jax.data.preparing import prepared
 from rlens_jax.errors import UserError
 
@@ -40,7 +40,8 @@ class Benchmarks(tfds.core.ShardBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        "Put VLMEvalKit's NAME.tsv into the folder; VLMEvalKit downloads it to ~/LMUData when it evaluates on NAME."
+        "Put VLMEvalKit's NAME.tsv into the folder; "
+        "VLMEvalKit itself downloads it to ~/LMUData when it evaluates."
     )
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in BENCHMARKS]  # noqa: RUF012 (tfds's way)
 
@@ -128,12 +129,17 @@ def read_table(benchmark: Benchmark, folder: Path, md5: str | None = None) -> Ts
             f"version of it, say so with --md5 {benchmark.name}={table.md5}"
         )
     if md5 is not None and table.md5 != md5:
-        raise UserError(f"{path}: the MD5 sum is {table.md5}, but {md5} is asked for; find that version of the file")
+        raise UserError(
+            f"{path}: the MD5 sum is {table.md5}, but {md5} is asked for; find that version of the file"
+        )
     return table
 
 
-class BenchmarkSource(Sequence[Instance]):
-    """The prepared instances of a benchmark, in the file's order; each is read when it is asked for."""
+class BenchmarkSource:
+    """The prepared instances of a benchmark, in the file's order; each is read when it is asked for.
+
+    indices: of all instances.
+    """
 
     def __init__(self, dataset: str, builder: Any):
         self.dataset = dataset
@@ -143,7 +149,10 @@ class BenchmarkSource(Sequence[Instance]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, i: int) -> Instance:  # type: ignore[override]  # no slices
+    def __iter__(self) -> Iterator[Instance]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, i: int) -> Instance:
         row = self._rows[range(len(self))[i]]
         return Instance(
             dataset=self.dataset,

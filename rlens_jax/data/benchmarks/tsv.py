@@ -4,7 +4,7 @@
     for row in table.rows:
         row.cells["question"], table.images(row)
 
-The format is that of pandas.to_csv(sep="\\t"): a question a row; `image` holds a file in base64, or a Python list of such
+The format is that of pandas.to_csv with tabs: a question a row; `image` holds a file in base64, or a Python list of such
 files, or, in at most 64 characters, the index of the row whose image is meant. The file is read twice: once to learn of every
 row where it begins and all that is not an image, and then an image at a time.
 """
@@ -27,10 +27,11 @@ REFERENCE_CHARS = 64
 MAX_FIELD_CHARS = 64 * 2**20
 """Of a cell in a row with quotation marks: image files of 48 MB. The csv module keeps 4 bytes a character while it reads it."""
 MISSING = frozenset(
-    "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null".split(
-        "|"
+    (
+        *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
+        *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
     )
-) | {""}
+)
 """Texts that pandas.read_csv, and so VLMEvalKit, takes for a missing value."""
 _MAX_LINE_BYTES = 2 * MAX_FIELD_CHARS
 
@@ -180,7 +181,9 @@ class _Lines:
             self.ended = True
             raise StopIteration
         if len(line) == _MAX_LINE_BYTES:
-            raise UserError(f"{self._path}: a line is longer than {_MAX_LINE_BYTES} bytes; is this a TSV file?")
+            raise UserError(
+                f"{self._path}: a line is longer than {_MAX_LINE_BYTES} bytes; is this a TSV file?"
+            )
         begin, self.offset = self.offset, self.offset + len(line)
         self._digest(line)
         try:

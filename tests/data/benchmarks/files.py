@@ -26,7 +26,7 @@ def encoded(content: bytes) -> str:
 
 
 def write_tsv(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
-    """As pandas.to_csv(sep="\\t", index=False) writes it; columns as in the first row."""
+    """As pandas.to_csv(sep=tab, index=False) writes it; columns as in the first row."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(rows[0])

@@ -24,7 +24,7 @@ from rlens_jax.data.benchmarks.mixture import (
 from rlens_jax.data.benchmarks.tsv import TsvTable, scan
 from rlens_jax.data.splits import load_splits
 from rlens_jax.errors import UserError
-from tests.data.benchmarks.files import benchmark_rows, encoded, md5_of, picture, write_tsv
+from tests.data.benchmarks.files import benchmark_rows, md5_of, picture, write_tsv
 
 IMAGES = {"OCRBench": 30, "MME": 24, "HallusionBench": 24}
 SUMS = {"validation": {"MME": ["0", "1"]}, "test": {"MME": ["2", "3"]}}
@@ -42,7 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tables(folder: Path) -> dict[str, TsvTable]:
     return {
-        name: scan(folder / f"{name}.tsv", BENCHMARKS[name].needed, BENCHMARKS[name].optional) for name in DATASETS
+        name: scan(folder / f"{name}.tsv", BENCHMARKS[name].needed, BENCHMARKS[name].optional)
+        for name in DATASETS
     }
 
 
@@ -231,7 +232,9 @@ def test_the_samples_of_a_ranking(tmp_path: Path) -> None:
     assert load("minicpmv", False)["test"][2].question.startswith("Answer the question using")
     by_hand(path, md5=sums, validation=validation, test={**test, "MME": ["2", "9"]})
     with pytest.raises(UserError, match=r"m\.json: field 'test': MME has no row with index '9' and an image"):
-        mixture_samples(path, tmp_path, tmp_path / "cache" / "benchmarks", family="qwen2_vl", step_by_step=True)
+        mixture_samples(
+            path, tmp_path, tmp_path / "cache" / "benchmarks", family="qwen2_vl", step_by_step=True
+        )
 
 
 def test_empty_answers_are_no_answers() -> None:
@@ -244,7 +247,18 @@ def test_empty_answers_are_no_answers() -> None:
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Files of other versions must be named; the rest is `draw`."""
     output = tmp_path / "mixture.json"
-    options = ["--data", str(folder), "--output", str(output), "--instances", "24", "--held-out", "16", "--seed", "3"]
+    options = [
+        "--data",
+        str(folder),
+        "--output",
+        str(output),
+        "--instances",
+        "24",
+        "--held-out",
+        "16",
+        "--seed",
+        "3",
+    ]
     options += ["--datasets", "MME,MMStar"]
     with pytest.raises(UserError, match=r"MME\.tsv: the MD5 sum is .* say so with --md5 MME="):
         main(options)
@@ -262,7 +276,10 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     ("options", "complaint"),
     [
         (["--datasets", "MEM"], "unknown benchmark 'MEM' (did you mean 'MME'?)"),
-        (["--datasets", "DocVQA_TEST"], "the answers of DocVQA_TEST are withheld, so a ranking cannot use it"),
+        (
+            ["--datasets", "DocVQA_TEST"],
+            "the answers of DocVQA_TEST are withheld, so a ranking cannot use it",
+        ),
         (["--md5", "MME"], "--md5 MME must be NAME=SUM with 32 hexadecimal digits"),
         (["--md5", f"Other={'0' * 32}"], "unknown benchmark 'Other'"),
         (["--seed", "-1"], "--seed -1 must be at least 0"),

@@ -108,7 +108,9 @@ def test_several_images() -> None:
 
 
 def test_what_cannot_be_asked() -> None:
-    with pytest.raises(UserError, match=r"no benchmark prompts for model_type 'qwen2vl' \(did you mean 'qwen2_vl'\?\)"):
+    with pytest.raises(
+        UserError, match=r"no benchmark prompts for model_type 'qwen2vl' \(did you mean 'qwen2_vl'\?\)"
+    ):
         prompt("qwen2vl", example("MME"))
     with pytest.raises(UserError, match="MME/3: the question contains <image>"):
         prompt("qwen2_vl", example("MME", question="Is <image> red?"))

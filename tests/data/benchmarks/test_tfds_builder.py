@@ -38,7 +38,9 @@ def test_every_benchmark(tmp_path: Path, dataset: str) -> None:
     assert item.answers == answers[BENCHMARKS[dataset].answers]
     assert (item.dataset, item.question, item.id) == (dataset, "Question 3?", f"{dataset}/{indices[-1]}")
     assert item.fields == {
-        name: text for name, text in first.items() if name not in {*"ABCD", "index", "question", "answer", "image"}
+        name: text
+        for name, text in first.items()
+        if name not in {*"ABCD", "index", "question", "answer", "image"}
     }
     # "None" is a missing value to pandas.
     options = {"A": "red", "B": "blue", "C": "green"} if dataset == "MMStar" else {}
@@ -79,7 +81,11 @@ def test_answers(tmp_path: Path, dataset: str, text: str, answers: tuple[str, ..
 @pytest.mark.parametrize(
     ("dataset", "changes", "complaint"),
     [
-        ("DocVQA_VAL", {"answer": "['a', 'b'"}, "field 'answer': \"['a', 'b'\" begins like a Python list but is none"),
+        (
+            "DocVQA_VAL",
+            {"answer": "['a', 'b'"},
+            "field 'answer': \"['a', 'b'\" begins like a Python list but is none",
+        ),
         ("DocVQA_VAL", {"answer": "[['a']]"}, "field 'answer': \"[['a']]\" must be a list of texts"),
         ("DocVQA_VAL", {"answer": "[]"}, "field 'answer': an empty list of answers"),
         ("ChartQA_TEST", {"answer": ""}, "field 'answer': missing"),
@@ -99,7 +105,8 @@ def test_a_row_that_is_not_right(
     rows = benchmark_rows(dataset, images=2, questions=1)
     rows[1] |= changes
     assert (
-        refusal(tmp_path, dataset, rows) == f"{dataset}.tsv: row 2 (index {str(rows[1]['index'])!r}), {complaint}"
+        refusal(tmp_path, dataset, rows)
+        == f"{dataset}.tsv: row 2 (index {str(rows[1]['index'])!r}), {complaint}"
     )
 
 
@@ -142,7 +149,9 @@ def test_prepared_data_are_of_one_version_of_a_file(tmp_path: Path) -> None:
     path.unlink()
     assert len(read_benchmark("MME", tmp_path, tmp_path / "prepared", first)) == 2
     assert len(read_benchmark("MME", tmp_path, tmp_path / "prepared", second)) == 4
-    with pytest.raises(UserError, match=r"MME\.tsv: no such file; Put VLMEvalKit's NAME\.tsv into the folder"):
+    with pytest.raises(
+        UserError, match=r"MME\.tsv: no such file; Put VLMEvalKit's NAME\.tsv into the folder"
+    ):
         read_benchmark("MME", tmp_path, tmp_path / "prepared")
 
 
@@ -183,6 +192,8 @@ def test_neither_tensorflow_nor_jax(tmp_path: Path) -> None:
         "assert len(read_benchmark('MME', folder, folder, sys.argv[2])) == 2\n"
         "assert not {'tensorflow', 'torch', 'jax', 'pandas'} & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, tmp_path, md5_of(path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path, md5_of(path)], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (0, "")
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["reading MME.tsv"] * 2

@@ -25,12 +25,16 @@ def read(tmp_path: Path, *rows: Mapping[str, object]) -> TsvTable:
     return scan(write_tsv(tmp_path / "MME.tsv", rows), NEEDED)
 
 
+def read_with_images(tmp_path: Path, *rows: Mapping[str, object]) -> None:
+    table = read(tmp_path, *rows)
+    for item in table.rows:
+        table.images(item)
+
+
 def refusal(tmp_path: Path, *rows: Mapping[str, object]) -> str:
     """The one line that says what is wrong, without the folder."""
     with pytest.raises(UserError) as caught:
-        table = read(tmp_path, *rows)
-        for item in table.rows:
-            table.images(item)
+        read_with_images(tmp_path, *rows)
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith(f"{tmp_path}/MME.tsv: ")
@@ -61,7 +65,9 @@ def test_a_reference_has_at_most_64_characters(tmp_path: Path) -> None:
     short = "r" * 64
     table = read(tmp_path, row(short, encoded(picture(1))), row(2, short))
     assert table.images(table.rows[1]) == (picture(1),)
-    assert "field 'image': not base64" in refusal(tmp_path, row("-" * 65, encoded(picture(1))), row(2, "-" * 65))
+    assert "field 'image': not base64" in refusal(
+        tmp_path, row("-" * 65, encoded(picture(1))), row(2, "-" * 65)
+    )
 
 
 def test_texts_as_pandas_reads_them(tmp_path: Path) -> None:
@@ -111,7 +117,11 @@ def test_missing_values_and_optional_columns(tmp_path: Path) -> None:
     image = encoded(picture(1))
     path = write_tsv(
         tmp_path / "a.tsv",
-        [row(1, image, hint="None", more="x"), row(2, image, hint="", more="x"), row(3, image, hint="none", more="x")],
+        [
+            row(1, image, hint="None", more="x"),
+            row(2, image, hint="", more="x"),
+            row(3, image, hint="none", more="x"),
+        ],
     )
     table = scan(path, ("question",), ("hint", "absent"))
     assert [item.value("hint") for item in table.rows] == [None, None, "none"]
@@ -176,7 +186,8 @@ def test_a_reference_to_no_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("references", "way"), [(["1"], "1 -> 1"), (["2", "3", "1"], "1 -> 2 -> 3 -> 1"), (["2", "2"], "1 -> 2 -> 2")]
+    ("references", "way"),
+    [(["1"], "1 -> 1"), (["2", "3", "1"], "1 -> 2 -> 3 -> 1"), (["2", "2"], "1 -> 2 -> 2")],
 )
 def test_a_circle_of_references(tmp_path: Path, references: list[str], way: str) -> None:
     rows = (row(i, reference) for i, reference in enumerate(references, 1))
@@ -190,7 +201,7 @@ def test_a_circle_of_references(tmp_path: Path, references: list[str], way: str)
 def test_a_list_of_images_that_is_none(tmp_path: Path, damage: str) -> None:
     message = refusal(tmp_path, row(7, damage.format(encoded(picture(1)))))
     assert message.startswith("MME.tsv: row 1 (index '7'), field 'image': ")
-    assert message.endswith("...\" begins like a Python list but is none") or damage[1] == "["
+    assert message.endswith('..." begins like a Python list but is none') or damage[1] == "["
     assert len(message) < 250  # not the whole cell
 
 
@@ -202,7 +213,9 @@ def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size, of 100 bytes."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", bytes(20)) + chunk(b"IEND", b"")
@@ -218,7 +231,9 @@ def test_an_image_of_200_megapixels(tmp_path: Path) -> None:
 
 def test_an_index_twice(tmp_path: Path) -> None:
     rows = (row(index, encoded(picture(1))) for index in (7, 8, 7))
-    assert refusal(tmp_path, *rows) == "MME.tsv: row 3 (index '7'), field 'index': row 1 has this index already"
+    assert (
+        refusal(tmp_path, *rows) == "MME.tsv: row 3 (index '7'), field 'index': row 1 has this index already"
+    )
 
 
 def test_no_index(tmp_path: Path) -> None:
@@ -227,7 +242,10 @@ def test_no_index(tmp_path: Path) -> None:
 
 def test_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
-    for content, complaint in (("", "the file is empty"), ("index\tquestion\tanswer\timage\n", "no row has an image")):
+    for content, complaint in (
+        ("", "the file is empty"),
+        ("index\tquestion\tanswer\timage\n", "no row has an image"),
+    ):
         path.write_text(content)
         with pytest.raises(UserError, match=f"a.tsv: {complaint}$"):
             scan(path, NEEDED)
@@ -238,19 +256,23 @@ def test_no_rows(tmp_path: Path) -> None:
 def test_a_damaged_row(tmp_path: Path, tail: str, count: int) -> None:
     path = tmp_path / "a.tsv"
     path.write_text(f"index\tquestion\tanswer\timage\n1\tq\ta\t{encoded(picture(1))}\n{tail}")
-    with pytest.raises(UserError, match=f"a.tsv: row 2 has {count} fields, the header 4; the file is damaged"):
+    with pytest.raises(
+        UserError, match=f"a.tsv: row 2 has {count} fields, the header 4; the file is damaged"
+    ):
         scan(path, NEEDED)
 
 
 def test_a_quotation_mark_that_is_never_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, head = tmp_path / "a.tsv", "index\tquestion\tanswer\timage\n"
     path.write_text(head + '1\t"q\ta\tb\n2\tq\ta\tb\n')
-    with pytest.raises(UserError, match=f"row at byte {len(head)} opens a quotation mark that is never closed"):
+    with pytest.raises(
+        UserError, match=f"row at byte {len(head)} opens a quotation mark that is never closed"
+    ):
         scan(path, NEEDED)
+    path.write_text(head + '1\t"q\ta\tb\n' + "2\tq\ta\tb\n" * 9)
     limit = csv.field_size_limit(20)
     try:
         with pytest.raises(UserError, match=r"byte \d+ cannot be read: .*is a quotation mark not closed"):
-            path.write_text(head + '1\t"q\ta\tb\n' + "2\tq\ta\tb\n" * 9)
             scan(path, NEEDED)
     finally:
         csv.field_size_limit(limit)
