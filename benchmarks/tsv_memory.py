@@ -7,7 +7,6 @@ back. Prints the peak of each process's anonymous and shared memory. The folder 
 
 import argparse
 import base64
-import csv
 import io
 import json
 import shutil
@@ -78,17 +77,16 @@ def make_tsv(path: Path, size: float) -> int:
         images.append(base64.b64encode(png.getvalue()).decode())
     number = 0
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(COLUMNS)
+        file.write("\t".join(COLUMNS) + "\n")
         while file.tell() < size:
             image = images[number % len(images)]
             if number % 10 == 9:
                 image = str(number - 1)
             elif number % 10 == 8:
                 image = str([images[0], images[1]])
-            writer.writerow(
-                [number, image, f'What does sign "{number}" say?', "['a', 'b']", "Doc-oriented VQA"]
-            )
+            # Rows with quotation marks take another way through the reader.
+            question = "What does it say?" if number % 4 else '"What does ""it"" say?"'
+            file.write(f"{number}\t{image}\t{question}\t['a', 'b']\tDoc-oriented VQA\n")
             number += 1
     return number
 

@@ -165,7 +165,7 @@ class BenchmarkSource:
         )
 
 
-def _pairs(columns: Mapping[str, np.ndarray], key: str) -> dict[str, str]:
+def _pairs(columns: Mapping[str, Sequence[bytes]], key: str) -> dict[str, str]:
     return {name.decode(): text.decode() for name, text in zip(columns[key], columns["text"], strict=True)}
 
 
