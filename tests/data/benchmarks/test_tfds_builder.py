@@ -66,6 +66,8 @@ def test_what_belongs_together(tmp_path: Path) -> None:
     [
         ("DocVQA_VAL", "['a', \"it's\", 3, 0.5]", ("a", "it's", "3", "0.5")),
         ("DocVQA_VAL", "plain", ("plain",)),
+        ("OCRBench", r"['\frac{1}{2}', '\\pi']", ("\frac{1}{2}", r"\pi")),
+        ("OCRBench", r"['\sum']", (r"\sum",)),
         ("ChartQA_TEST", "[Yes, No]", ("[Yes, No]",)),
         ("ChartQA_TEST", "[1, 2]", ("1", "2")),
         ("ChartQA_TEST", "0.50", ("0.50",)),
