@@ -89,6 +89,7 @@ def test_answers(tmp_path: Path, dataset: str, text: str, answers: tuple[str, ..
             "field 'answer': \"['a', 'b'\" begins like a Python list but is none",
         ),
         ("DocVQA_VAL", {"answer": "[['a']]"}, "field 'answer': \"[['a']]\" must be a list of texts"),
+        ("DocVQA_VAL", {"answer": "['a'], 'b'"}, "field 'answer': \"['a'], 'b'\" must be a list of texts"),
         ("DocVQA_VAL", {"answer": "[]"}, "field 'answer': an empty list of answers"),
         ("ChartQA_TEST", {"answer": ""}, "field 'answer': missing"),
         ("MME", {"question": ""}, "field 'question': missing"),
