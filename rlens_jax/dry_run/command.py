@@ -83,14 +83,10 @@ def _death(code: int, noise: IO[bytes]) -> str:
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     # The compiler complains of missing hosts whenever it starts; only what is fatal tells.
     fatal = [line for line in lines if "Check failed" in line or "Fatal" in line or line.startswith("F0")]
-    why = (
-        fatal[-1][:300]
-        if fatal
-        else "most likely this machine has too little memory"
-        if code == -signal.SIGKILL
-        else ""
-    )
-    return f"the compiler for TPUs died ({how})" + (f": {why}" if why else "")
+    died = f"the compiler for TPUs died ({how})"
+    if fatal:
+        return f"{died}: {fatal[-1][:300]}"
+    return f"{died}: most likely this machine has too little memory" if code == -signal.SIGKILL else died
 
 
 def answer(arguments: Sequence[str]) -> None:
