@@ -86,8 +86,8 @@ def document(found: DryRun, config: RunConfig, kind: ModelKind) -> str:
 def _title(found: DryRun, config: RunConfig) -> str:
     where, (work, shards) = found.where, found.mesh_shape
     return (
-        f"Dry run of {config.model} in {config.compute.dtype} on {where.name}: {where.chips} chips of {where.hosts} hosts, "
-        f"mesh {work} x {shards} (work x model). Nothing ran: programs were compiled, all else is arithmetic."
+        f"Dry run of {config.model} in {config.compute.dtype} on {where.name}: chips: {where.chips}, hosts: {where.hosts}, "
+        f"mesh: {work} x {shards} (work x model). Nothing ran: programs were compiled, all else is arithmetic."
     )
 
 
@@ -137,7 +137,7 @@ def _row(name: str, bucket: str, cost: Cost, sent: float, seconds: float | None)
 def _layer_collectives(found: DryRun) -> Iterator[str]:
     yield "Collectives of one layer:"
     for program in _compiled(found):
-        if not program.spec.layers:
+        if program.dense.layer is None:
             continue
         for label, dense in (("dense", True), ("reduced", False)):
             items = of_one_layer(program.collectives, dense=dense)
@@ -171,7 +171,7 @@ def _estimate(found: DryRun) -> Iterator[str]:
         slow = estimate.total / LIKELY_SHARE
         yield (
             f"  {estimate.bucket}: {_minutes(estimate.total)} to {_minutes(slow)} minutes, "
-            f"{estimate.chip_hours:,.1f} to {estimate.chip_hours / LIKELY_SHARE:,.1f} chip-hours"
+            f"{estimate.chip_hours:,.3g} to {estimate.chip_hours / LIKELY_SHARE:,.3g} chip-hours"
         )
         parts = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in estimate.seconds.items())
         yield f"    minutes at the roofline: {parts}"
@@ -197,7 +197,8 @@ def _gib(size: float) -> str:
 
 
 def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:,.1f}"
+    minutes = seconds / 60
+    return f"{minutes:,.0f}" if minutes >= 100 else f"{minutes:.3g}"
 
 
 def _program(program: Program, found: DryRun) -> dict[str, Any]:

@@ -19,7 +19,8 @@ LIKELY_SHARE = 0.5
 ASSUMPTIONS = (
     "every sample is padded to the bucket that the programs were compiled for; real runs use smaller ones too and take less",
     "later layers win every round of the search, which is the dearest order, and every layer is counted as dense",
-    "chips reach their published peak rates; a collective has the links of one axis of the torus",
+    "chips reach their published peak rates in bfloat16 (products in float32 take several passes, which are not counted); a "
+    "collective has the links of one axis of the torus",
     f"at {LIKELY_SHARE:.0%} of these rates (a guess, no hardware has shown it) the run takes {1 / LIKELY_SHARE:g} times as long",
     "arithmetic is that of matrix products; Pallas kernels count what their CostEstimate declares, splash attention the blocks "
     "that its map visits and its inputs and outputs",
