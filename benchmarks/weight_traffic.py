@@ -161,7 +161,7 @@ def computations(text: str) -> dict[str, list[Instruction]]:
     for line in text.splitlines():
         if head := re.match(r"^(ENTRY )?%([\w.\-]+) \(.*\{$", line):
             body = found["ENTRY" if head[1] else head[2]] = []
-        elif match := LINE.match(line):
+        elif match := LINE.match(re.sub(r"/\*.*?\*/", "", line)):
             name, types, opcode, operands, rest = match.groups()
             body.append(
                 Instruction(
