@@ -123,9 +123,10 @@ def compile_program(
     except jax.errors.JaxRuntimeError as error:
         return refusal(spec, str(error), time.monotonic() - began)
     seconds = time.monotonic() - began
-    module = parse_module(compiled.as_text())
+    text, sizes, own = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis()
+    assert text is not None and sizes is not None and own is not None  # as on every backend but odd ones
+    module = parse_module(text)
     loops = Loops(module, LoopCounts(spec.layers, spec.steps))
-    sizes, own = compiled.memory_analysis(), compiled.cost_analysis()
     idle = max(0, spec.held_bytes - sizes.argument_size_in_bytes)
     return CompiledProgram(
         spec=spec,

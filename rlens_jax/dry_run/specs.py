@@ -135,7 +135,7 @@ class Placed:
 
     mesh: Mesh
 
-    def __call__(self, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+    def __call__(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows_sharding(self.mesh))
 
 
@@ -166,7 +166,7 @@ def device_bytes(arrays: Any) -> int:
 def abstract_batch(bucket: Bucket, rows: int, rope_axes: int, place: Placed) -> PromptBatch:
     """A batch of prompts of one bucket, `rows` on all work groups together."""
 
-    def numbers(*shape: int) -> jax.ShapeDtypeStruct:
+    def numbers(*shape: int) -> Any:
         return place((rows, *shape), jnp.int32)
 
     return PromptBatch(
