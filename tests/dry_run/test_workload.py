@@ -89,10 +89,10 @@ def test_blocks() -> None:
 
 
 @dataclass
-class CountingPrograms:
+class CountingPrograms(Programs):
     """Stands in for `Programs`: counts the layers that run, of the group that runs the most."""
 
-    groups: int
+    groups: int = 1
     layer_steps: int = 0
     embeddings: int = 0
     outcomes: int = 0
