@@ -64,7 +64,7 @@ def _answer_of_child(arguments: Sequence[str]) -> Mapping[str, Any]:
                         else:
                             return _checked(answer)
             finally:
-                child.terminate()
+                child.kill()  # it may sit in the compiler, deaf to less
         raise UserError(_death(child.returncode, noise))
 
 
@@ -81,11 +81,12 @@ def _death(code: int, noise: IO[bytes]) -> str:
     noise.seek(0)
     lines = [line.strip() for line in noise.read().decode(errors="replace").splitlines() if line.strip()]
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    telling = [
-        line for line in lines if any(word in line for word in ("Check failed", "F0000", "Error", "error"))
-    ]
-    last = (telling or lines or ["it said nothing"])[-1]
-    return f"the compiler for TPUs died ({how}): {last[:300]}"
+    # The compiler complains of missing hosts whenever it starts; only what is fatal tells.
+    fatal = [line for line in lines if "Check failed" in line or "Fatal" in line or line.startswith("F0")]
+    died = f"the compiler for TPUs died ({how})"
+    if fatal:
+        return f"{died}: {fatal[-1][:300]}"
+    return f"{died}: most likely this machine has too little memory" if code == -signal.SIGKILL else died
 
 
 def answer(arguments: Sequence[str]) -> None:

@@ -24,7 +24,8 @@ ASSUMPTIONS = (
     f"at {LIKELY_SHARE:.0%} of these rates (a guess, no hardware has shown it) the run takes {1 / LIKELY_SHARE:g} times as long",
     "arithmetic is that of matrix products; Pallas kernels count what their CostEstimate declares, splash attention the blocks "
     "that its map visits and its inputs and outputs",
-    "collectives overlap with nothing; compiling, reading data, preparing images on the hosts and timing are not counted",
+    "collectives overlap with nothing; compiling, reading data, preparing images on the hosts, moving blocks between work groups "
+    "and timing are not counted",
 )
 
 

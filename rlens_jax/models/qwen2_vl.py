@@ -124,15 +124,35 @@ class VisionLayer(nnx.Module):
         y = self.attention_norm(x)
         q, k, v = rotate(self.q_proj(y), turn), rotate(self.k_proj(y), turn), self.v_proj(y)
         q, k, v = (z.swapaxes(1, 2) for z in (q, k, v))
-        blocks = [
-            masked_attention(
-                block, k, v, jnp.broadcast_to(is_patch[:, None], (*block.shape[::2], k.shape[2]))
-            )
-            for block in (q[:, :, i : i + QUERY_BLOCK] for i in range(0, q.shape[2], QUERY_BLOCK))
-        ]
-        x = x + self.o_proj(jnp.concatenate(blocks, axis=2))
+        x = x + self.o_proj(_attend(q, k, v, is_patch))
         hidden = self.fc1(self.mlp_norm(x))
         return x + self.fc2(hidden * jax.nn.sigmoid(1.702 * hidden))
+
+
+def _attend(
+    q: Float[Array, "I N J H"],
+    k: Float[Array, "I N J H"],
+    v: Float[Array, "I N J H"],
+    is_patch: Bool[Array, "I J"],
+) -> Float[Array, "I N J H"]:
+    """Every patch attends to all patches of its image; those of a large image query in equal blocks, one after the other.
+
+    The blocks are a loop, so that 64 of them are compiled no longer than one.
+    """
+    images, heads, patches, head_dim = q.shape
+    count = -(-patches // QUERY_BLOCK)
+    size = -(-patches // count)
+
+    def attend(block: Float[Array, "I N b H"]) -> Float[Array, "I N b H"]:
+        mask = jnp.broadcast_to(is_patch[:, None], (images, block.shape[2], patches))
+        return masked_attention(block, k, v, mask)
+
+    if count == 1:
+        return attend(q)
+    filled = jnp.pad(q, ((0, 0), (0, 0), (0, count * size - patches), (0, 0)))
+    blocks = jnp.moveaxis(filled.reshape(images, heads, count, size, head_dim), 2, 0)
+    attended = jnp.moveaxis(jax.lax.map(attend, blocks), 0, 2)
+    return attended.reshape(images, heads, count * size, head_dim)[:, :, :patches]
 
 
 class VisionTower(nnx.Module):
