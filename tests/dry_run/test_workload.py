@@ -10,6 +10,7 @@ import pytest
 from rlens_jax.config import ComputeConfig, ReportConfig, RunConfig, SearchConfig
 from rlens_jax.dry_run.workload import Counter, Phase, Sizes, filled_blocks, workload
 from rlens_jax.plan import Plan
+from rlens_jax.ranking.programs import Programs
 
 LAYERS = 8
 SIZES = Sizes(num_layers=LAYERS, groups=1, block_bytes=10, visual_bytes=3)
