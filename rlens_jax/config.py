@@ -114,8 +114,8 @@ class ComputeConfig:
     """The type of weights and activations."""
     matmul_precision: Literal["highest", "high", "default"] = "highest"
     """JAX's matmul precision. On TPU, `default` multiplies float32 in bfloat16; on CPU all are the same."""
-    batch_size: int = 16
-    """Samples in one batch of a work group."""
+    batch_size: int = 0
+    """Samples in one batch of a work group; 0 is as many of the largest bucket as fit into a device's memory."""
     model_shards: int = 1
     """Over how many devices each copy of the model is cut (the mesh's `model` axis); the copies share the batches."""
     text_slots: tuple[int, ...] = (32, 64, 128, 256, 512)
@@ -132,8 +132,8 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         _check_types("compute", self)
-        _at_least(1, "compute", self, "batch_size", "model_shards")
-        _at_least(0, "compute", self, "state_memory_gb")
+        _at_least(1, "compute", self, "model_shards")
+        _at_least(0, "compute", self, "batch_size", "state_memory_gb")
         for name in ("text_slots", "visual_slots", "patch_slots"):
             slots = getattr(self, name)
             if not slots or slots[0] < 1 or list(slots) != sorted(set(slots)):

@@ -24,11 +24,12 @@ from rlens_jax.data.splits import Splits, load_splits, samples_hash
 from rlens_jax.flops import LayerSizes, saving
 from rlens_jax.models import FAMILIES
 from rlens_jax.models.decoder import DecoderConfig
-from rlens_jax.parallel.memory import memory_explained
+from rlens_jax.parallel.memory import device_bytes, memory_explained
 from rlens_jax.parallel.mesh import check_fits, make_mesh
 from rlens_jax.parallel.processes import Processes, Stopper
 from rlens_jax.parallel.startup import start_jax
 from rlens_jax.plan import Operator, Plan
+from rlens_jax.ranking.batch_size import with_batch_size
 from rlens_jax.ranking.evaluator import Evaluator
 from rlens_jax.ranking.inputs import Shapes, Split, build_split, own_samples
 from rlens_jax.ranking.journal import Journal
@@ -142,9 +143,11 @@ def run(config: RunConfig, processes: Processes) -> Results:
         resumed = len(journal.records())
         processes.check_same({"finished evaluations": resumed})
         with clock.phase("load"):
-            check_fits(read_model_kind(folder).config.decoder.sizes, compute.model_shards)
+            kind = read_model_kind(folder)
+            check_fits(kind.config.decoder.sizes, compute.model_shards)
             mesh = make_mesh(jax.devices(), compute.model_shards)
-            kind, model = load_model(folder, jnp.dtype(compute.dtype), mesh=mesh)
+            batch_size = with_batch_size(config, kind, mesh, device_bytes(mesh)).compute.batch_size
+            _, model = load_model(folder, jnp.dtype(compute.dtype), mesh=mesh)
             preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, compute.patch_slots)
             programs = Programs(
                 model,
@@ -155,7 +158,7 @@ def run(config: RunConfig, processes: Processes) -> Results:
                 stop_token=preparer.chat.stop_token,
             )
         decoder = kind.config.decoder
-        shapes = Shapes(compute.text_slots, compute.visual_slots, compute.batch_size, decoder.context)
+        shapes = Shapes(compute.text_slots, compute.visual_slots, batch_size, decoder.context)
         forced = config.search.objective == "teacher_forced"
         built: dict[str, Split] = {}
         with clock.phase("encode"):
@@ -337,7 +340,7 @@ def _timed(
     times = {}
     for name, plan in named.items():
         dense, reduced = time_plan(programs, batch, plan, repeats=config.report.timing_repeats)
-        rows = config.compute.batch_size * programs.groups
+        rows = len(batch.inputs.layout.sample)
         times[name] = PrefillTime(dense, reduced, rows, bucket.text, bucket.visual)
     return times
 

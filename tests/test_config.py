@@ -99,7 +99,7 @@ BAD_OPTIONS = {
     "--compute.patch_slots 0,32": "compute.patch_slots must be at least one size, from 1 on",
     "--compute.text_slots 32,a": "compute.text_slots must be a list of whole numbers",
     "--compute.dtype float16": "compute.dtype must be one of float32, bfloat16, not float16",
-    "--compute.batch_size 0": "compute.batch_size must be at least 1, not 0",
+    "--compute.batch_size -1": "compute.batch_size must be at least 0, not -1",
     "--compute.state_memory_gb -1": "compute.state_memory_gb must be at least 0",
     "--report.random_rankings 0": "report.random_rankings must be at least 1, not 0",
     "--hosts.num_processes 0": "hosts.num_processes must be at least 1, not 0",

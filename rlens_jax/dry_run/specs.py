@@ -5,8 +5,7 @@ Axis letters as in `rlens_jax.ranking.programs`; W work groups.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,43 +17,33 @@ from jax.typing import DTypeLike
 from rlens_jax.config import RunConfig
 from rlens_jax.dry_run.program import ProgramSpec
 from rlens_jax.errors import UserError
-from rlens_jax.layout import Bucket, TokenLayout
+from rlens_jax.layout import Bucket
 from rlens_jax.models import ModelKind
-from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.internvl import InternVLConfig
 from rlens_jax.models.llava_onevision import LlavaOnevisionConfig, most_tokens
 from rlens_jax.models.minicpm_v import VIEW_STEP, MiniCPMVConfig
-from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.models.qwen2_vl import Qwen2VLConfig
 from rlens_jax.ops.splash import kernel_flops
-from rlens_jax.parallel.mesh import ParameterLayout, check_fits, make_mesh, rows_sharding
 from rlens_jax.parallel.model_axis import WORK
+from rlens_jax.ranking.abstract import Placed, abstract_model, decoder_arguments, device_bytes
 from rlens_jax.ranking.programs import Programs
-from rlens_jax.weights.leaves import axes_of
 
-ANSWER_SLOTS = 16
-"""Answer tokens of a row (our assumption; a run takes the next power of two of its longest reference answer)."""
 MINICPM_SLICES = 9
 """Most slices of an image (`max_slice_nums` of the published preprocessor_config.json), besides the whole image."""
 
 
 def program_specs(
-    config: RunConfig, kind: ModelKind, devices: Sequence[Any], *, all_buckets: bool
+    config: RunConfig, kind: ModelKind, mesh: Mesh, *, all_buckets: bool
 ) -> Iterator[ProgramSpec]:
     """The programs that a run of this configuration executes on these devices.
 
     Args:
         config: of the run.
         kind: the model.
-        devices: of the slice.
+        mesh: the slice's devices.
         all_buckets: of every size, or only of the largest.
-
-    Raises:
-        UserError: the mesh does not divide the devices, or the model's heads and widths.
     """
     compute = config.compute
-    check_fits(kind.config.decoder.sizes, compute.model_shards)
-    mesh = make_mesh(devices, compute.model_shards)
     model = abstract_model(kind, compute.dtype, mesh)
     weights = device_bytes(nnx.state(model))
     programs = Programs(
@@ -85,19 +74,8 @@ def program_specs(
 def _decoder_specs(
     config: RunConfig, programs: Programs, bucket: Bucket, rows: int, weights: int
 ) -> Iterator[ProgramSpec]:
-    layers, place = programs.config.num_layers, Placed(programs.mesh)
-    batch = abstract_batch(bucket, rows, len(programs.config.rope_sections), place)
-    visual = place((rows, bucket.visual, programs.config.width), programs.dtype)
-    states = (place((rows, bucket.slots, programs.config.width), programs.dtype), place((rows,), jnp.bool_))
-    flags = place((programs.groups, layers), jnp.bool_)
-    bound = place((programs.groups,), jnp.int32)
-    plans = TracedPlan(flags, flags)
-    arguments = {
-        "embed": (batch.text_ids, visual),
-        "layers": (states, batch, plans, bound, bound),
-        "outcome": (states, batch),
-        "generate": (visual, batch, plans),
-    }
+    layers = programs.config.num_layers
+    arguments = decoder_arguments(programs, bucket, rows)
     if config.search.objective == "teacher_forced":
         del arguments["generate"]
     else:
@@ -127,56 +105,6 @@ def _kernel_flops(config: RunConfig, programs: Programs, bucket: Bucket) -> tupl
         for reach in (None, config.reduction.attention_range)
     )
     return dense, hollow
-
-
-@dataclass(frozen=True)
-class Placed:
-    """Makes abstract arrays whose leading axis is the batch, or the work groups."""
-
-    mesh: Mesh
-
-    def __call__(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows_sharding(self.mesh))
-
-
-def abstract_model(kind: ModelKind, dtype: DTypeLike, mesh: Mesh) -> nnx.Module:
-    """The model as `load_model` lays it out, with shapes, dtypes and shardings in place of arrays."""
-    graph, state = nnx.split(kind.abstract(dtype))
-    layout = ParameterLayout(mesh, axes_of(nnx.merge(graph, state)))
-
-    def placed(path: tuple[Any, ...], variable: Any) -> Any:
-        name, leaf = ".".join(map(str, path)), variable.get_value()
-        shape = layout.shape(name, leaf.shape)
-        return variable.replace(
-            jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=layout.sharding(name, shape))
-        )
-
-    flat = [(path, placed(path, variable)) for path, variable in nnx.to_flat_state(state)]
-    return nnx.merge(graph, nnx.from_flat_state(flat))
-
-
-def device_bytes(arrays: Any) -> int:
-    """Bytes that a tree of abstract arrays takes on one device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(arrays)
-    )
-
-
-def abstract_batch(bucket: Bucket, rows: int, rope_axes: int, place: Placed) -> PromptBatch:
-    """A batch of prompts of one bucket, `rows` on all work groups together."""
-
-    def numbers(*shape: int) -> Any:
-        return place((rows, *shape), jnp.int32)
-
-    return PromptBatch(
-        text_ids=numbers(bucket.text),
-        layout=TokenLayout(numbers(bucket.text), numbers(bucket.visual), numbers(), numbers(), numbers()),
-        rope_positions=numbers(rope_axes, bucket.slots),
-        next_rope=numbers(),
-        answer_slots=numbers(ANSWER_SLOTS),
-        answer_targets=numbers(ANSWER_SLOTS),
-    )
 
 
 def abstract_images(kind: ModelKind, patches: int, rows: int, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:

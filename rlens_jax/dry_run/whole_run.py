@@ -14,6 +14,8 @@ from rlens_jax.dry_run.topology import slice_devices
 from rlens_jax.dry_run.workload import Sizes, workload
 from rlens_jax.errors import UserError
 from rlens_jax.models import ModelKind
+from rlens_jax.parallel.mesh import check_fits, make_mesh
+from rlens_jax.ranking.batch_size import with_batch_size
 from rlens_jax.weights.checkpoint import CONFIG, find_model, read_model_kind
 
 
@@ -31,7 +33,12 @@ def dry_run_of(config: RunConfig, request: Request, progress: Callable[[str], No
     kind = read_model_kind(folder)
     jax.config.update("jax_default_matmul_precision", config.compute.matmul_precision)
     devices = slice_devices(request.where)
-    specs = program_specs(config, kind, devices, all_buckets=request.all_buckets)
+    check_fits(kind.config.decoder.sizes, config.compute.model_shards)
+    mesh = make_mesh(devices, config.compute.model_shards)
+    if not config.compute.batch_size:
+        progress("looking for the batch size that fits")
+        config = with_batch_size(config, kind, mesh, request.where.memory_limit)
+    specs = program_specs(config, kind, mesh, all_buckets=request.all_buckets)
     shards = config.compute.model_shards
     mesh_shape = (len(devices) // shards, shards)
     found = dry_run(

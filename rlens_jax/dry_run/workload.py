@@ -233,10 +233,12 @@ def sample_counts(config: RunConfig) -> dict[str, Samples]:
     if data.source == PAGES:
         limits = {"validation": data.validation_samples, "test": data.test_samples}
         text = f"{len(DATASETS)} datasets of pages"
-        return {split: _alike(limit * len(DATASETS), text) for split, limit in limits.items()}
+        counts = {split: limit * len(DATASETS) for split, limit in limits.items()}
+        return {split: Samples(count, count, count, text) for split, count in counts.items()}
     if not Path(data.source).exists():
         text = f"as in the paper, since {data.source} is not there"
-        return {split: _alike(PAPER_SAMPLES, text) for split in ("validation", "test")}
+        paper = Samples(PAPER_SAMPLES, PAPER_SAMPLES, PAPER_SAMPLES, text)
+        return {"validation": paper, "test": paper}
     splits = split_samples(
         read_jsonl(Path(data.source)),
         validation_samples=data.validation_samples,
@@ -246,11 +248,6 @@ def sample_counts(config: RunConfig) -> dict[str, Samples]:
         where=data.source,
     )
     return {name: _counted(members, data.source) for name, members in splits.items()}
-
-
-def _alike(count: int, source: str) -> Samples:
-    """Samples with one image and one reference answer each."""
-    return Samples(count, count, count, source)
 
 
 def _counted(samples: Sequence[Sample], source: str) -> Samples:

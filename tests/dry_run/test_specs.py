@@ -10,19 +10,13 @@ import numpy as np
 import pytest
 
 from rlens_jax.config import ComputeConfig, RunConfig, SearchConfig
-from rlens_jax.dry_run.specs import Placed as Place
-from rlens_jax.dry_run.specs import (
-    abstract_batch,
-    abstract_images,
-    abstract_model,
-    device_bytes,
-    program_specs,
-)
+from rlens_jax.dry_run.specs import abstract_images, program_specs
 from rlens_jax.errors import UserError
 from rlens_jax.layout import Bucket
 from rlens_jax.models import ModelKind
 from rlens_jax.models.prompt import Prompt, collate
 from rlens_jax.parallel.mesh import make_mesh
+from rlens_jax.ranking.abstract import Placed, abstract_batch, abstract_model, device_bytes
 from rlens_jax.weights.checkpoint import read_model_kind
 
 MODELS = Path(__file__).with_name("models")
@@ -67,7 +61,7 @@ def test_a_batch_is_shaped_as_collate_makes_it() -> None:
     bucket = Bucket(5, 7)
     prompt = Prompt(np.zeros(3, np.int32), np.zeros(3, bool), np.zeros((3, 3), np.int32), 3, 1)
     real = collate([prompt] * 4, [0] * 4, bucket, 16)
-    abstract = abstract_batch(bucket, 4, 3, Place(mesh()))
+    abstract = abstract_batch(bucket, 4, 3, Placed(mesh()))
     assert jax.tree.map(lambda x: (x.shape, jnp.dtype(x.dtype)), abstract) == jax.tree.map(
         lambda x: (x.shape, x.dtype), real
     )
@@ -76,9 +70,7 @@ def test_a_batch_is_shaped_as_collate_makes_it() -> None:
 def embedded_specs(all_buckets: bool = False, **changes: Any) -> list[Any]:
     compute = ComputeConfig(batch_size=2, text_slots=(16, 32), visual_slots=(64, 128), patch_slots=(256, 512))
     config = RunConfig(compute=compute, **changes)
-    return list(
-        program_specs(config, read_model_kind("embedded"), jax.devices()[:1], all_buckets=all_buckets)
-    )
+    return list(program_specs(config, read_model_kind("embedded"), mesh(), all_buckets=all_buckets))
 
 
 def test_the_largest_buckets_or_all() -> None:

@@ -10,6 +10,7 @@ import pytest
 from rlens_jax.config import ComputeConfig, ReportConfig, RunConfig, SearchConfig
 from rlens_jax.dry_run.workload import Counter, Phase, Sizes, filled_blocks, workload
 from rlens_jax.plan import Plan
+from rlens_jax.ranking.programs import Programs
 
 LAYERS = 8
 SIZES = Sizes(num_layers=LAYERS, groups=1, block_bytes=10, visual_bytes=3)
@@ -89,10 +90,10 @@ def test_blocks() -> None:
 
 
 @dataclass
-class CountingPrograms:
+class CountingPrograms(Programs):
     """Stands in for `Programs`: counts the layers that run, of the group that runs the most."""
 
-    groups: int
+    groups: int = 1
     layer_steps: int = 0
     embeddings: int = 0
     outcomes: int = 0
