@@ -34,6 +34,7 @@ def terminal(found: DryRun, config: RunConfig, kind: ModelKind) -> str:
         *textwrap.wrap(_title(found, config), WIDTH),
         "",
         *_memory(found),
+        *_kept(found),
         "",
         *_work(found),
         "",
@@ -70,6 +71,7 @@ def document(found: DryRun, config: RunConfig, kind: ModelKind) -> str:
                     "samples": {name: asdict(split) for name, split in found.workload.samples.items()},
                     "phases": [asdict(phase) for phase in found.workload.phases],
                     "resident_bytes": found.workload.resident_bytes,
+                    "visual_bytes": found.workload.visual_bytes,
                 },
                 "estimates": [_estimated(estimate) for estimate in found.estimates],
                 "assumptions": list(ASSUMPTIONS),
@@ -107,6 +109,15 @@ def _memory(found: DryRun) -> Iterator[str]:
             verdict = "DOES NOT FIT" if program.out_of_memory else "NOT COMPILED"
             yield _LINE.format(name, bucket, "", "", "", "", needed, verdict)
             yield from textwrap.wrap(program.reason, WIDTH, initial_indent="  ", subsequent_indent="  ")
+
+
+def _kept(found: DryRun) -> Iterator[str]:
+    work = found.workload
+    text = (
+        f"Kept aside are weights that a program does not read, and {_gib(work.resident_bytes)} of base states. Not counted: the "
+        f"visual tokens of all batches, {_gib(work.visual_bytes)} if every sample filled the largest bucket."
+    )
+    yield from textwrap.wrap(text, WIDTH)
 
 
 def _work(found: DryRun) -> Iterator[str]:

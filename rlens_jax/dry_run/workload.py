@@ -65,7 +65,10 @@ class Workload:
     samples: Mapping[str, Samples]
     """By split."""
     resident_bytes: int
-    """On a device, beside the programs of the search: batches and base states."""
+    """On a device, beside the programs of the search: base states."""
+    visual_bytes: int
+    """Visual tokens of all batches on a device, if every sample fills the largest bucket; far from what a run really keeps when
+    images differ in size, so it is told and not counted as resident."""
 
 
 @dataclass
@@ -203,8 +206,8 @@ def workload(config: RunConfig, sizes: Sizes) -> Workload:
     for ranking, complete in rankings:
         curves.ask(Plan(), held_out_plans(ranking, config.report.random_rankings, config.seed, complete))
     held = min(budget, max(batches.values()) * state_bytes) if forced else 0
-    resident = round(held) + sum(batches.values()) * sizes.visual_bytes
-    return Workload((*phases, curves.phase), samples, resident)
+    visual_bytes = sum(batches.values()) * sizes.visual_bytes
+    return Workload((*phases, curves.phase), samples, round(held), visual_bytes)
 
 
 def _rank(

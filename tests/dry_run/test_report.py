@@ -128,20 +128,3 @@ def test_another_reason_than_memory(kind: ModelKind) -> None:
     assert "NOT COMPILED" in text
     assert "INTERNAL: Mosaic failed" in text
     assert "for another reason than memory" in text
-
-
-@pytest.mark.parametrize(
-    ("message", "needed"),
-    [
-        (OOM, 20.5),
-        (
-            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (1.50T) exceeds",
-            1536,
-        ),
-        ("RESOURCE_EXHAUSTED: something else", None),
-    ],
-)
-def test_what_the_compiler_says_it_needs(message: str, needed: float | None) -> None:
-    refused = refusal(spec("layers"), message, 1.0)
-    assert refused.out_of_memory
-    assert refused.needed == (None if needed is None else round(needed * GIB))
