@@ -98,9 +98,15 @@ class Programs:
         """Visual tokens of a batch of prepared images of one bucket; each process gives those of its own groups."""
         return self._encode(*put_rows(arrays, self.mesh))
 
-    def embed(self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[Array, "B P D"]) -> States:
-        """Packed embeddings, the states before the first layer."""
-        return self._embed(text_ids, visual)
+    def put(self, rows: Float[np.ndarray, "rows P D"]) -> Float[Array, "B P D"]:
+        """Rows of this process's groups, on their devices."""
+        return put_rows(rows, self.mesh)
+
+    def embed(
+        self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[np.ndarray, "rows P D"]
+    ) -> States:
+        """Packed embeddings, the states before the first layer; the visual tokens come from the host."""
+        return self._embed(text_ids, self.put(visual))
 
     def layers(
         self, states: States, batch: PromptBatch, plans: Sequence[Plan], starts: Sequence[int], stop: int

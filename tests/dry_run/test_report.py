@@ -33,7 +33,7 @@ OOM = (
 def found(*programs: Program) -> DryRun:
     made = [program for program in programs if isinstance(program, CompiledProgram)]
     where = find_slice("v5e:4x4")
-    work = workload(CONFIG, Sizes(12, 4, 10, 3))
+    work = workload(CONFIG, Sizes(12, 4, 10))
     known = estimates(made, work.phases, where) if len(made) == len(programs) else []
     return DryRun(where, (4, 4), tuple(programs), work, tuple(known))
 
