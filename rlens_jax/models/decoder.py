@@ -168,10 +168,13 @@ class DecoderLayer(nnx.Module):
         hollow: bool | Bool[Array, ""],
         dynamic: bool | Bool[Array, ""],
         layer: Int[Array, ""],
+        chunk: int | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerRecord]:
-        """One layer of a prefill; `hollow` and `dynamic` say which reductions it uses, `layer` its number."""
+        """One layer of a prefill; `hollow` and `dynamic` say which reductions it uses, `layer` its number, `chunk` how many
+        tokens are in its FFN at a time.
+        """
         x, k, v = self.attend(x, context, reduction, hollow)
-        x, kept = self.feed(x, context, reduction, dynamic, layer)
+        x, kept = self.feed(x, context, reduction, dynamic, layer, chunk=chunk)
         return x, LayerRecord(k, v, kept)
 
     def attend(
@@ -195,6 +198,7 @@ class DecoderLayer(nnx.Module):
         dynamic: bool | Bool[Array, ""],
         layer: Int[Array, ""],
         imposed: Int[Array, "B U"] | None = None,
+        chunk: int | None = None,
     ) -> tuple[Float[Array, "B T D"], Kept]:
         """The second half: states with the FFN added, and what the probes chose, even where other units are `imposed`."""
         y, weights = self.ffn_norm(x), self.ffn.weights
@@ -206,8 +210,8 @@ class DecoderLayer(nnx.Module):
         )
         y, kept = _choose(
             dynamic,
-            lambda: dynamic_ffn(y, weights, context.layout, reduction, key, imposed, model_axes()),
-            lambda: (dense_ffn(y, weights), nothing),
+            lambda: dynamic_ffn(y, weights, context.layout, reduction, key, imposed, model_axes(), chunk),
+            lambda: (dense_ffn(y, weights, chunk), nothing),
         )
         return x + sum_over_shards(y), kept
 
@@ -277,8 +281,13 @@ class Decoder(nnx.Module):
         plan: Plan | TracedPlan,
         reduction: Reduction,
         layers: range | None = None,
+        chunk: int | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerRecord]:
-        """All layers, or the consecutive `layers`: the last states, and every layer's record, stacked."""
+        """All layers, or the consecutive `layers`: the last states, and every layer's record, stacked.
+
+        With a `chunk`, only so many tokens are in a layer's FFN at a time: a long prompt goes chunk by chunk *within* each layer,
+        because a reduced layer looks at all visual tokens.
+        """
         graph, stack = nnx.split(self.layers)
         span = layers or range(self.config.num_layers)
         if isinstance(plan, TracedPlan):
@@ -297,7 +306,7 @@ class Decoder(nnx.Module):
 
             def body(x: Array, layer: Array, flags: Flags = flags) -> tuple[Array, LayerRecord]:
                 module = nnx.merge(graph, _at(stack, layer))
-                return module(x, context, reduction, *flags(layer), layer)
+                return module(x, context, reduction, *flags(layer), layer, chunk)
 
             x, record = jax.lax.scan(body, x, jnp.arange(run.start, run.stop, dtype=jnp.int32))
             records.append(record)

@@ -24,10 +24,15 @@ def prefill(
     reduction: Reduction,
     new_tokens: int,
     random_key: Array,
+    chunk: int | None = None,
 ) -> tuple[Int[Array, " B"], KVCache, Bool[Array, " B"]]:
-    """First new token of each prompt, cache with room for `new_tokens` more, and whether probe scores were numbers."""
+    """First new token of each prompt, cache with room for `new_tokens` more, and whether probe scores were numbers.
+
+    `chunk` is that of `Decoder.prefill`. Logits are made of the last token of each prompt only.
+    """
     context = decoder.context(batch.layout, batch.rope_positions, random_key)
-    x, record = decoder.prefill(decoder.embed(batch.text_ids, visual), context, plan, reduction)
+    x = decoder.embed(batch.text_ids, visual)
+    x, record = decoder.prefill(x, context, plan, reduction, chunk=chunk)
     last_text = jnp.take_along_axis(x, (batch.layout.num_text - 1)[:, None, None], axis=1)
     first = vocabulary.argmax(decoder.logits(last_text)[:, 0])
     return first, decoder.make_cache(record, batch.layout, new_tokens), record.kept.scored.all(axis=0)

@@ -21,6 +21,9 @@ DENSE_BLOCK, HOLLOW_BLOCK = 128, 64
 """Visual queries computed together (our decision, measured by `rlens_jax.bench`): a block meets whole blocks of keys, so
 small ones waste fewer scores, and a narrow band affords smaller ones than the long rows of dense attention."""
 
+TEXT_BLOCK = 128
+"""Text queries computed together: each meets all keys, so a long text must not meet them at once."""
+
 MOST_BLOCKS = 64
 """Each block is compiled by itself, so long runs of visual tokens are cut into larger ones."""
 
@@ -91,7 +94,8 @@ def packed_attention(
         return masked_attention(q[:, :, start:stop], pick(k, 2), pick(v, 2), mask)
 
     total = num_text + num_visual
-    outputs = [attend(0, num_text, [(0, total)])]
+    texts = [(start, min(start + TEXT_BLOCK, num_text)) for start in range(0, num_text, TEXT_BLOCK)]
+    outputs = [attend(start, stop, [(0, total)]) for start, stop in texts]
     for start in range(num_text, total, block):
         stop = min(start + block, total)
         outputs.append(attend(start, stop, [(0, num_text), (max(num_text, start - reach), stop)]))

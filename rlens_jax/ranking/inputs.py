@@ -25,7 +25,7 @@ from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate
 from rlens_jax.parallel.exchange import gather
 from rlens_jax.parallel.mesh import groups_of, own_rows, put_rows
 from rlens_jax.parallel.model_axis import WORK
-from rlens_jax.ranking.programs import Programs
+from rlens_jax.ranking.programs import ModelPrograms
 
 FILLER = -1
 """The sample number of rows that only fill a batch."""
@@ -122,7 +122,7 @@ class _Row:
 def build_split(
     samples: Sequence[Sample],
     preparer: Preparer,
-    programs: Programs,
+    programs: ModelPrograms,
     shapes: Shapes,
     with_answers: bool,
     advance: Callable[[], None],
@@ -217,7 +217,7 @@ def _arrays(
     visual: Mapping[int, np.ndarray],
     bucket: Bucket,
     answer_slots: int,
-    programs: Programs,
+    programs: ModelPrograms,
 ) -> tuple[PromptBatch, np.ndarray]:
     """This process's rows of a batch, filled up to `size` rows: the prompts, and the visual tokens [size, P, D]."""
     axes = len(programs.config.rope_sections)
@@ -237,7 +237,7 @@ class _Encoder:
     All processes encode together: each gives images to its own work groups, or empty ones when it has none of a shape left.
     """
 
-    def __init__(self, programs: Programs, batch_size: int):
+    def __init__(self, programs: ModelPrograms, batch_size: int):
         self._programs = programs
         self._size = batch_size * len(_own_groups(programs.mesh))
         self._waiting: dict[str, list[tuple[int, int, PreparedImage]]] = defaultdict(list)
