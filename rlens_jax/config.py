@@ -5,6 +5,7 @@ are not looked at here: whoever opens them says what is wrong with them.
 """
 
 import dataclasses
+import json
 import math
 import re
 import sys
@@ -159,6 +160,44 @@ class ReportConfig:
 
 @no_type_check
 @dataclass(frozen=True)
+class HostsConfig:
+    """The processes of a run on several hosts; on TPU VMs, GKE and SLURM they are found without being told."""
+
+    coordinator: str | None = None
+    """HOST:PORT at which process 0 is reached by all."""
+    num_processes: int | None = None
+    """How many processes the run has, as a rule one a host; 1 is a run by itself, on a cluster too."""
+    process_id: int | None = None
+    """Which of them this one is, from 0 on; process 0 writes the results."""
+    wait_seconds: int = 300
+    """How long the processes wait for each other at the start."""
+    heartbeat_seconds: int = 30
+    """A process that gives no sign of life for so long is lost, and the others end."""
+
+    def __post_init__(self) -> None:
+        _check_types("hosts", self)
+        _at_least(0, "hosts", self, "process_id")
+        _at_least(1, "hosts", self, "num_processes", "wait_seconds", "heartbeat_seconds")
+        if self.num_processes == 1:
+            return
+        members = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
+        missing = [f"hosts.{name}" for name, value in members.items() if value is None]
+        if missing and len(missing) < len(members):
+            raise UserError(f"{' and '.join(missing)} must be set too: every process is told all of hosts.*")
+        if self.coordinator is None or self.num_processes is None or self.process_id is None:
+            return
+        _, colon, port = self.coordinator.rpartition(":")
+        if not (colon and port.isdecimal() and 0 < int(port) < 2**16):
+            raise UserError(f"hosts.coordinator must be HOST:PORT, not {_shown(self.coordinator)}")
+        if self.process_id >= self.num_processes:
+            raise UserError(
+                f"hosts.process_id must be below hosts.num_processes, which is {self.num_processes}, "
+                f"not {self.process_id}"
+            )
+
+
+@no_type_check
+@dataclass(frozen=True)
 class RunConfig:
     """A ranking run."""
 
@@ -173,6 +212,7 @@ class RunConfig:
     reduction: Reduction = field(default_factory=Reduction)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
 
     def __post_init__(self) -> None:
         _check_types("", self)
@@ -188,6 +228,7 @@ _GROUPS: dict[str, type] = {
     "reduction": Reduction,
     "compute": ComputeConfig,
     "report": ReportConfig,
+    "hosts": HostsConfig,
 }
 _SHORTCUTS = {"--data": "--data.source"}
 
@@ -233,10 +274,20 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def portable(config: RunConfig) -> dict[str, Any]:
-    """`to_dict` without the folders that differ from one run or machine to another and decide no result."""
+    """`to_dict` without what differs from one run or machine to another and decides no result: folders, hosts."""
     values = to_dict(config)
-    del values["output"], values["data"]["cache"], values["compute"]["compilation_cache"]
+    del values["output"], values["data"]["cache"], values["compute"]["compilation_cache"], values["hosts"]
     return values
+
+
+def flat(value: Any, name: str = "") -> dict[str, str]:
+    """Dotted name -> JSON text of every leaf of nested dicts, as two configurations are compared."""
+    if isinstance(value, dict) and value:
+        leaves: dict[str, str] = {}
+        for key, child in value.items():
+            leaves |= flat(child, f"{name}.{key}" if name else key)
+        return leaves
+    return {name: json.dumps(value)}
 
 
 def fingerprint(config: RunConfig, *, model_hash: str, data_hash: str, **facts: str) -> dict[str, Any]:

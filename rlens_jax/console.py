@@ -5,10 +5,12 @@ Progress and messages go to stderr, so that stdout holds nothing but a command's
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import NoReturn
 
 from tqdm import tqdm
@@ -18,30 +20,48 @@ from rlens_jax.errors import UserError, suggest
 RESUMABLE = "interrupted; what is finished is kept, and the same command goes on from there"
 
 
+BAD_INPUT, INTERRUPTED, STOPPED = 2, 130, 143
+"""Exit codes: bad input, Ctrl-C, SIGTERM; the latter two as shells count a signal (128 + its number)."""
+
+
+class StopRequested(BaseException):
+    """SIGTERM, which is also how most schedulers announce a preemption: end now, and orderly."""
+
+
 def run_command(
     main: Callable[[Sequence[str]], None], *, interrupted: str = RESUMABLE, argv: Sequence[str] | None = None
 ) -> NoReturn:
-    """Run a command and exit: 0 when done, 2 with one line for bad input, 130 after Ctrl-C.
+    """Run a command and exit: 0 when done, 2 with one line for bad input, 130 after Ctrl-C, 143 after SIGTERM.
 
     Any other exception is a mistake of ours and goes through, with its traceback. `main` must import JAX
     itself and not its module at the top, so that JAX starts quietly and bad input is answered at once.
 
     Args:
       main: the command; is given the arguments.
-      interrupted: the line after Ctrl-C.
+      interrupted: the line after Ctrl-C and SIGTERM.
       argv: the arguments, those of the process by default.
     """
     # The C++ logs of XLA, on top of which nobody finds the one line that matters.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    except StopRequested:
+        print(f"\n{interrupted}", file=sys.stderr)
+        sys.exit(STOPPED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(0)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise StopRequested
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -68,9 +88,18 @@ class ArgumentParser(argparse.ArgumentParser):
         return options
 
 
+_muted = threading.Event()
+
+
+def mute() -> None:
+    """No messages and no progress from here on: of a run's processes, the first speaks for all."""
+    _muted.set()
+
+
 def say(line: str) -> None:
     """One line for the person at the terminal, above the progress bar if there is one."""
-    tqdm.write(line, file=sys.stderr)
+    if not _muted.is_set():
+        tqdm.write(line, file=sys.stderr)
 
 
 class Progress:
@@ -96,7 +125,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         self._start = self._last_line = self._clock()
-        if self._stream.isatty():
+        if self._stream.isatty() and not _muted.is_set():
             self._bar = tqdm(
                 desc=self._label,
                 total=self._total,
@@ -129,6 +158,8 @@ class Progress:
             self._print_line()
 
     def _print_line(self) -> None:
+        if _muted.is_set():
+            return
         self._last_line = self._clock()
         seconds = self._last_line - self._start
         text = f"{self._label}: {self._done}/{self._total} {self._unit}"

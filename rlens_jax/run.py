@@ -18,17 +18,19 @@ import jax
 import jax.numpy as jnp
 
 from rlens_jax import __version__
-from rlens_jax.config import RunConfig, fingerprint
+from rlens_jax.config import RunConfig, fingerprint, portable
 from rlens_jax.console import Progress, say
-from rlens_jax.data.splits import load_splits, samples_hash
+from rlens_jax.data.splits import Splits, load_splits, samples_hash
 from rlens_jax.flops import LayerSizes, saving
 from rlens_jax.models import FAMILIES
 from rlens_jax.models.decoder import DecoderConfig
+from rlens_jax.parallel.memory import memory_explained
 from rlens_jax.parallel.mesh import check_fits, make_mesh
+from rlens_jax.parallel.processes import Processes, Stopper
 from rlens_jax.parallel.startup import start_jax
 from rlens_jax.plan import Operator, Plan
 from rlens_jax.ranking.evaluator import Evaluator
-from rlens_jax.ranking.inputs import Shapes, Split, build_split
+from rlens_jax.ranking.inputs import Shapes, Split, build_split, own_samples
 from rlens_jax.ranking.journal import Journal
 from rlens_jax.ranking.objective import PlanScore, dataset_metric, score_plan
 from rlens_jax.ranking.programs import Programs
@@ -71,13 +73,17 @@ class _Clock:
 
 @dataclass
 class _Bar:
-    """The progress bar that finished evaluations go to; it changes from phase to phase."""
+    """What is told of every finished evaluation: the progress bar, which changes from phase to phase, and the end that
+    processes agree on.
+    """
 
+    stopper: Stopper
     current: Progress | None = None
 
     def advance(self, anew: bool) -> None:
         if self.current is not None:
             self.current.advance(anew=anew)
+        self.stopper.check()
 
     @contextmanager
     def show(self, label: str, total: int) -> Iterator[None]:
@@ -86,10 +92,11 @@ class _Bar:
         self.current = None
 
 
-def run(config: RunConfig) -> Results:
+def run(config: RunConfig, processes: Processes) -> Results:
     """Search, compare on held-out samples, time, and write all results to `config.output`.
 
     Everything that was finished by an earlier run of the same configuration in that folder is taken from its journal.
+    Of several processes each prepares its share of the samples, all decide alike, and the first writes.
 
     Raises:
         UserError: bad input of any kind.
@@ -98,21 +105,35 @@ def run(config: RunConfig) -> Results:
     cache = cache_folder()
     compute = config.compute
     compilations = start_jax(compute.matmul_precision, Path(compute.compilation_cache or cache / "compiled"))
+    processes.check_same(portable(config) | {"output": config.output})
     with clock.phase("data"):
-        folder = find_model(config.model)
-        weights = model_hash(folder)
-        splits = load_splits(
-            config.data.source,
-            Path(config.data.cache or cache / "data"),
-            validation_samples=config.data.validation_samples,
-            test_samples=config.data.test_samples,
-            held_out_share=config.data.held_out_share,
-            seed=config.seed,
-        )
+        folder = processes.agreed(lambda: find_model(config.model))
+        weights = processes.agreed(lambda: model_hash(folder))
+
+        def load() -> Splits:
+            return load_splits(
+                config.data.source,
+                Path(config.data.cache or cache / "data"),
+                validation_samples=config.data.validation_samples,
+                test_samples=config.data.test_samples,
+                held_out_share=config.data.held_out_share,
+                seed=config.seed,
+            )
+
+        # The first that needs a dataset prepares it in the cache, which processes may share.
+        splits = processes.in_order(load, load)
         data = samples_hash(splits)
     device = jax.devices()[0].device_kind
     identity = fingerprint(config, model_hash=weights, data_hash=data, device=device, jax=version("jax"))
-    with Journal.open(Path(config.output), identity) as journal:
+    processes.check_same(identity)
+    output = Path(config.output)
+    processes.check_shared(output)
+    with (
+        processes.in_order(
+            lambda: Journal.open(output, identity), lambda: Journal.follow(output, identity)
+        ) as journal,
+        memory_explained(compute.batch_size, compute.model_shards),
+    ):
         if journal.repaired:
             say(journal.repaired)
         resumed = len(journal.records())
@@ -135,10 +156,13 @@ def run(config: RunConfig) -> Results:
         built: dict[str, Split] = {}
         with clock.phase("encode"):
             for name, samples in splits.items():
-                with Progress(f"preparing {name}", len(samples), "samples") as shown:
-                    built[name] = build_split(samples, preparer, programs, shapes, forced, shown.advance)
+                own = len(own_samples(len(samples), mesh))
+                with Progress(f"preparing {name}", own, "samples") as shown:
+                    built[name] = build_split(
+                        samples, preparer, programs, shapes, forced, shown.advance, processes
+                    )
         scoring: Scoring = TeacherForcing(programs) if forced else Generating(programs, preparer.chat.decode)
-        bar = _Bar()
+        bar = _Bar(Stopper())
         num_layers = decoder.num_layers
         evaluator = Evaluator(
             scoring,
@@ -192,7 +216,8 @@ def run(config: RunConfig) -> Results:
             combined=combined,
             timing=timing,
         )
-        write_report(finished, Path(config.output))
+        if processes.leads:
+            write_report(finished, output)
     return finished
 
 

@@ -9,6 +9,7 @@ import rlens_jax
 from rlens_jax.config import (
     ComputeConfig,
     DataConfig,
+    HostsConfig,
     ReportConfig,
     RunConfig,
     SearchConfig,
@@ -26,6 +27,7 @@ GROUPS = {
     "reduction": Reduction,
     "compute": ComputeConfig,
     "report": ReportConfig,
+    "hosts": HostsConfig,
 }
 
 
@@ -100,6 +102,13 @@ BAD_OPTIONS = {
     "--compute.batch_size 0": "compute.batch_size must be at least 1, not 0",
     "--compute.state_memory_gb -1": "compute.state_memory_gb must be at least 0",
     "--report.random_rankings 0": "report.random_rankings must be at least 1, not 0",
+    "--hosts.num_processes 0": "hosts.num_processes must be at least 1, not 0",
+    "--hosts.num_processes 2": "hosts.coordinator and hosts.process_id must be set too",
+    "--hosts.process_id 0": "hosts.coordinator and hosts.num_processes must be set too",
+    "--hosts.coordinator h --hosts.num_processes 2 --hosts.process_id 0": "coordinator must be HOST:PORT, not 'h'",
+    "--hosts.coordinator h:99999 --hosts.num_processes 2 --hosts.process_id 0": "must be HOST:PORT, not 'h:99999'",
+    "--hosts.coordinator h:80 --hosts.num_processes 2 --hosts.process_id 2": "below hosts.num_processes, which is 2",
+    "--hosts.heartbeat_seconds 0": "hosts.heartbeat_seconds must be at least 1, not 0",
     "--seed true": "seed must be a whole number, not True",
     "--seed -1": "seed must be at least 0, not -1",
     "--config missing.yaml": "cannot read the configuration missing.yaml: No such file or directory",
@@ -183,6 +192,8 @@ def test_a_journal_depends_on_what_decides_results_and_on_nothing_else():
         ["--compute.state_memory_gb", "9"],
         ["--report.random_rankings", "3"],
         ["--report.bootstrap_samples", "9"],
+        ["--hosts.coordinator", "h:80", "--hosts.num_processes", "2", "--hosts.process_id", "0"],
+        ["--hosts.num_processes", "1"],
     ):
         assert print_of(*options) == same, options
     for options in (
@@ -199,11 +210,12 @@ def test_a_journal_depends_on_what_decides_results_and_on_nothing_else():
     assert print_of(data_hash="other") != same
 
 
-def test_what_is_portable_knows_no_folder_of_this_run():
+def test_what_is_portable_knows_no_folder_and_no_host_of_this_run():
     config = load_config(
         ["--output", "here", "--data.cache", "there", "--compute.compilation_cache", "there"]
     )
     assert "here" not in str(portable(config))
+    assert "hosts" not in portable(config)
     assert "here" in str(to_dict(config))
 
 

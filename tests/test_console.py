@@ -1,7 +1,9 @@
 import io
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -94,3 +96,39 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     assert "ranking ffn: 100%" in stream.getvalue()
     assert "10/10" in stream.getvalue()
     assert "10/10" in stream.getvalue()
+
+
+def test_sigterm_ends_with_143_and_leaves_the_handler_as_it_was(capsys):
+    def main(argv):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    before = signal.getsignal(signal.SIGTERM)
+    code, out, err = ended(main, capsys)
+    assert (code, out) == (143, "")
+    assert "the same command goes on from there" in err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_muted_process_says_nothing():
+    code = """
+import sys
+from rlens_jax.console import Progress, mute, say
+sys.stderr.isatty = lambda: len(sys.argv) > 1
+mute()
+say("a message")
+with Progress("ranking ffn", 2, "plans", seconds_between_lines=0) as shown:
+    shown.advance()
+    shown.advance()
+print("an error", file=sys.stderr)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for terminal in ([], ["terminal"]):
+        run = subprocess.run(
+            [sys.executable, "-c", code, *terminal],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
+        )
+        assert (run.stdout, run.stderr) == ("", "an error\n")

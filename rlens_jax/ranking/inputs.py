@@ -22,10 +22,13 @@ from rlens_jax.data.samples import Sample, load_image
 from rlens_jax.errors import UserError
 from rlens_jax.layout import Bucket
 from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate
-from rlens_jax.parallel.exchange import gather
 from rlens_jax.parallel.mesh import groups_of, own_rows, put_rows
 from rlens_jax.parallel.model_axis import WORK
+from rlens_jax.parallel.processes import Processes
 from rlens_jax.ranking.programs import ModelPrograms
+
+Gather = Callable[[Any], list[Any]]
+"""Every process's value, in the order of the processes."""
 
 FILLER = -1
 """The sample number of rows that only fill a batch."""
@@ -126,6 +129,7 @@ def build_split(
     shapes: Shapes,
     with_answers: bool,
     advance: Callable[[], None],
+    processes: Processes | None = None,
 ) -> Split:
     """Prepare, encode and batch all samples of a split; every process calls it with the same samples.
 
@@ -135,13 +139,15 @@ def build_split(
         programs: the compiled programs of the run.
         shapes: static shapes.
         with_answers: teacher forcing: one row a reference answer; else one bare prompt a sample.
-        advance: called after each sample that this process prepared.
+        advance: called after each of `own_samples`.
+        processes: of the run, when it has several.
 
     Raises:
         UserError: an image or a prompt that cannot be used, naming the sample.
     """
-    own = _own_samples(len(samples), programs.mesh)
-    encoder, known = _Encoder(programs, shapes.batch_size), {}
+    own = own_samples(len(samples), programs.mesh)
+    gather = (processes or Processes()).gather
+    encoder, known = _Encoder(programs, shapes.batch_size, gather), {}
     for turn in range(max(gather(len(own)))):
         if turn < len(own):
             sample = samples[own[turn]]
@@ -157,7 +163,7 @@ def build_split(
         for i in own
         for answer in (samples[i].answers if with_answers else (None,))
     ]
-    num_text, num_visual = _num_tokens(rows, len(samples))
+    num_text, num_visual = _num_tokens(rows, len(samples), gather)
     longest = max(gather(max((row.prompt.answer_length for row in rows), default=0)))
     answer_slots = 1 << max(0, longest - 1).bit_length()
     by_bucket: dict[Bucket, list[_Row]] = defaultdict(list)
@@ -165,7 +171,7 @@ def build_split(
         by_bucket[shapes.bucket(row.prompt, samples[row.sample])].append(row)
     size = shapes.batch_size * len(_own_groups(programs.mesh))
     batches = []
-    for bucket, filled in _batches_of_all(by_bucket, shapes.batch_size, programs.mesh):
+    for bucket, filled in _batches_of_all(by_bucket, shapes.batch_size, programs.mesh, gather):
         chunk, by_bucket[bucket] = by_bucket[bucket][:size], by_bucket[bucket][size:]
         inputs, packed = _arrays(chunk, size, visual, bucket, answer_slots, programs)
         batches.append(Batch(put_rows(inputs, programs.mesh), put_rows(packed, programs.mesh), filled))
@@ -176,13 +182,13 @@ def _own_groups(mesh: Mesh) -> list[int]:
     return groups_of(mesh, jax.process_index())
 
 
-def _own_samples(count: int, mesh: Mesh) -> range:
+def own_samples(count: int, mesh: Mesh) -> range:
     """The samples that this process keeps on its groups; processes that share groups have the same ones."""
     groups = _own_groups(mesh)
     return range(groups[0] // len(groups), count, mesh.shape[WORK] // len(groups))
 
 
-def _num_tokens(rows: Sequence[_Row], count: int) -> tuple[np.ndarray, np.ndarray]:
+def _num_tokens(rows: Sequence[_Row], count: int, gather: Gather) -> tuple[np.ndarray, np.ndarray]:
     """Text and visual tokens of all samples, on every process."""
     num_text, num_visual = np.zeros(count, int), np.zeros(count, int)
     for told in gather([[row.sample, row.prompt.num_text, row.prompt.num_visual] for row in rows]):
@@ -193,7 +199,7 @@ def _num_tokens(rows: Sequence[_Row], count: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _batches_of_all(
-    by_bucket: Mapping[Bucket, Sequence[_Row]], batch_size: int, mesh: Mesh
+    by_bucket: Mapping[Bucket, Sequence[_Row]], batch_size: int, mesh: Mesh, gather: Gather
 ) -> list[tuple[Bucket, tuple[bool, ...]]]:
     """The bucket of every batch of the split, in the same order on every process, and which groups have rows in it."""
     told = gather([[bucket.visual, bucket.text, len(rows)] for bucket, rows in by_bucket.items()])
@@ -237,8 +243,9 @@ class _Encoder:
     All processes encode together: each gives images to its own work groups, or empty ones when it has none of a shape left.
     """
 
-    def __init__(self, programs: ModelPrograms, batch_size: int):
+    def __init__(self, programs: ModelPrograms, batch_size: int, gather: Gather):
         self._programs = programs
+        self._gather = gather
         self._size = batch_size * len(_own_groups(programs.mesh))
         self._waiting: dict[str, list[tuple[int, int, PreparedImage]]] = defaultdict(list)
         """By shapes and types of the arrays."""
@@ -262,7 +269,7 @@ class _Encoder:
         return {sample: np.concatenate([nothing, *images]) for sample, images in self._encoded.items()}
 
     def _encode(self, batches: Callable[[int], int]) -> None:
-        told = gather({kind: len(images) for kind, images in self._waiting.items()})
+        told = self._gather({kind: len(images) for kind, images in self._waiting.items()})
         for kind in sorted({kind for process in told for kind in process}):
             for _ in range(max(batches(process.get(kind, 0)) for process in told)):
                 self._encode_batch(kind)

@@ -15,6 +15,9 @@ numbers, each written so that the same float64 is read back.
 
 Each line reaches the disk (one write, one fsync) before `append` returns. The folder's `journal.lock` is held
 while the journal is open; the lock goes with the process, however that ends.
+
+Of a run's processes the first opens and writes the journal; the others follow it: they read what it holds at the
+start, and add to their memory the same evaluations that the first one writes.
 """
 
 import fcntl
@@ -29,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from rlens_jax.config import flat
 from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
 
@@ -61,20 +65,43 @@ class Record:
         return self.split, self.plan, self.dataset
 
 
+class _Writer:
+    """The journal's file, open for appending, and the folder's lock."""
+
+    def __init__(self, path: Path, file: int, lock: int):
+        self._path, self._file, self._lock = path, file, lock
+
+    def write(self, line: bytes) -> None:
+        """One whole line to the disk; UserError, and the file as before, when the disk does not take it."""
+        length = os.fstat(self._file).st_size
+        try:
+            if os.write(self._file, line) != len(line):
+                raise OSError(0, "no space left for a whole line")
+            os.fsync(self._file)
+        except OSError as error:
+            os.ftruncate(self._file, length)
+            raise UserError(f"cannot write to the journal {self._path}: {error.strerror}") from error
+
+    def close(self) -> None:
+        os.close(self._file)
+        os.close(self._lock)
+
+
 class Journal:
-    """An open, locked journal. Made by `Journal.open`; a context manager.
+    """The finished evaluations of a run. Made by `Journal.open` or `Journal.follow`; a context manager.
 
     Attributes:
       path: the journal's file.
       repaired: what was cut off a torn last line when opening, as one line for the user; None if nothing was.
     """
 
-    def __init__(self, path: Path, file: int, lock: int, records: dict[Key, Record], repaired: str | None):
+    def __init__(
+        self, path: Path, records: dict[Key, Record], writer: _Writer | None, repaired: str | None = None
+    ):
         self.path = path
         self.repaired = repaired
-        self._file = file
-        self._lock = lock
         self._records = records
+        self._writer = writer
 
     @classmethod
     def open(cls, folder: Path, fingerprint: Mapping[str, Any]) -> "Journal":
@@ -88,9 +115,7 @@ class Journal:
           UserError: when the folder cannot be written, another run holds it, it belongs to another
             configuration, or a line other than a torn last one cannot be read.
         """
-        # What JSON makes of it (lists for tuples) is what a stored one is compared with.
-        fingerprint = json.loads(json.dumps(fingerprint, allow_nan=False))
-        path = folder / JOURNAL_NAME
+        fingerprint, path = _as_stored(fingerprint), folder / JOURNAL_NAME
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _locked(folder)
@@ -116,7 +141,24 @@ class Journal:
         except BaseException:
             os.close(lock)
             raise
-        return cls(path, file, lock, records, repaired)
+        return cls(path, records, _Writer(path, file, lock), repaired)
+
+    @classmethod
+    def follow(cls, folder: Path, fingerprint: Mapping[str, Any]) -> "Journal":
+        """The journal that another process of the same run has opened: read once, then kept in memory only.
+
+        Takes no lock and never writes. `append` does all that it does in an open journal, save writing.
+
+        Raises:
+          UserError: when there is no journal in the folder, or as in `open` it belongs to another configuration
+            or cannot be read.
+        """
+        path = folder / JOURNAL_NAME
+        try:
+            records, _ = _read(path, _as_stored(fingerprint))
+        except OSError as error:
+            raise UserError(f"cannot read the journal {path}: {error.strerror}") from error
+        return cls(path, records, writer=None)
 
     def get(self, split: str, plan: Plan, dataset: str) -> Record | None:
         """The record of an evaluation, None when it has not been made."""
@@ -139,20 +181,14 @@ class Journal:
                 f"evaluated twice: {record.plan.label()} on {record.dataset}, split {record.split}"
             )
         line = _encode(record)
-        length = os.fstat(self._file).st_size
-        try:
-            if os.write(self._file, line) != len(line):
-                raise OSError(0, "no space left for a whole line")
-            os.fsync(self._file)
-        except OSError as error:
-            os.ftruncate(self._file, length)
-            raise UserError(f"cannot write to the journal {self.path}: {error.strerror}") from error
+        if self._writer is not None:
+            self._writer.write(line)
         self._records[record.key] = record
 
     def close(self) -> None:
         """Close the journal and let go of the folder."""
-        os.close(self._file)
-        os.close(self._lock)
+        if self._writer is not None:
+            self._writer.close()
 
     def __enter__(self) -> "Journal":
         return self
@@ -180,6 +216,11 @@ def _locked(folder: Path) -> int:
     os.ftruncate(lock, 0)
     os.write(lock, f"{os.getpid()}\n".encode())
     return lock
+
+
+def _as_stored(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON makes of a fingerprint (lists for tuples), which is what a stored one is compared with."""
+    return json.loads(json.dumps(fingerprint, allow_nan=False))
 
 
 def _write_header(path: Path, fingerprint: Mapping[str, Any]) -> None:
@@ -249,7 +290,7 @@ def _check_header(path: Path, line: bytes, fingerprint: Mapping[str, Any]) -> No
         raise UserError(
             f"{path} has version {header.get('version')}, this program reads {VERSION}; choose another folder"
         )
-    stored, now = _flat(header.get("fingerprint")), _flat(fingerprint)
+    stored, now = flat(header.get("fingerprint")), flat(fingerprint)
     names = [*stored, *(name for name in now if name not in stored)]
     differences = [
         f"{name} was {stored.get(name, 'not set')}, is {now.get(name, 'not set')}"
@@ -261,16 +302,6 @@ def _check_header(path: Path, line: bytes, fingerprint: Mapping[str, Any]) -> No
             f"{path} belongs to a run of another configuration: {'; '.join(differences)}. "
             "Choose another folder, or set these fields back to resume that run"
         )
-
-
-def _flat(value: Any, name: str = "") -> dict[str, str]:
-    """Dotted name -> JSON text of every leaf."""
-    if isinstance(value, dict) and value:
-        leaves: dict[str, str] = {}
-        for key, child in value.items():
-            leaves |= _flat(child, f"{name}.{key}" if name else key)
-        return leaves
-    return {name: json.dumps(value)}
 
 
 def _encode(record: Record) -> bytes:

@@ -9,7 +9,6 @@ import jax
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.parallel.exchange import gather
 from rlens_jax.parallel.mesh import check_fits, make_mesh
 
 SIZES = {"N": 28, "K": 4, "F": 18944}
@@ -52,7 +51,3 @@ def test_models_that_cannot_be_cut(shards: int, complaint: str) -> None:
 def test_models_that_can(shards: int) -> None:
     check_fits(SIZES, shards)
     check_fits({"N": 8, "K": 2, "F": 384}, 2 * shards)
-
-
-def test_one_process_tells_itself() -> None:
-    assert gather({"a": [1, 2]}) == [{"a": [1, 2]}]

@@ -327,3 +327,29 @@ def test_every_append_is_synced(tmp_path, monkeypatch):
         for record in RECORDS[:2]:
             journal.append(record)
     assert events == ["write", "sync", "write", "sync"]
+
+
+def test_the_other_processes_follow_the_first_ones_journal(tmp_path):
+    write(tmp_path, RECORDS[:2])
+    with Journal.open(tmp_path, CONFIG) as journal, Journal.follow(tmp_path, CONFIG) as follower:
+        assert follower.records() == tuple(RECORDS[:2])
+        before = journal.path.read_bytes()
+        follower.append(RECORDS[2])
+        assert journal.path.read_bytes() == before
+        journal.append(RECORDS[2])
+        assert follower.records() == journal.records()
+        with pytest.raises(ValueError, match="evaluated twice"):
+            follower.append(RECORDS[0])
+        with pytest.raises(ValueError, match="finite"):
+            follower.append(Record("validation", Plan(), "other", (float("nan"),), 0.0))
+    assert reopen(tmp_path)[0] == tuple(RECORDS[:3])
+    assert sorted(os.listdir(tmp_path)) == ["journal.jsonl", "journal.lock"]
+
+
+def test_only_a_journal_of_the_same_configuration_is_followed(tmp_path):
+    with pytest.raises(UserError, match=f"cannot read the journal .*{JOURNAL_NAME}"):
+        Journal.follow(tmp_path, CONFIG)
+    assert os.listdir(tmp_path) == []
+    write(tmp_path)
+    with pytest.raises(UserError, match="seed was 0, is 1"):
+        Journal.follow(tmp_path, CONFIG | {"seed": 1})

@@ -1,0 +1,67 @@
+"""Memory of the devices: how much there is, how many rows fit, and what to say when they did not."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jax
+from jax.sharding import Mesh
+
+from rlens_jax.errors import UserError
+
+MOST_ROWS = 64
+"""Rows that a batch of a work group has at most: more bring no more speed, and fill up worse."""
+_EXHAUSTED = "RESOURCE_EXHAUSTED"
+
+
+def device_bytes(mesh: Mesh) -> int:
+    """Memory of each device of this process; devices simulated on a CPU share the machine's."""
+    local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in local]
+    known = [limit for limit in limits if limit is not None]
+    if known:
+        return min(known)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(local)
+
+
+def most_rows(needed: Callable[[int], int], available: int) -> int:
+    """The largest power of two of rows that fit, up to `MOST_ROWS`.
+
+    Two small programs tell what a row costs, and only the one that is then chosen is compiled besides.
+
+    Args:
+        needed: bytes that the program of so many rows takes on a device; each call compiles one.
+        available: bytes of a device.
+
+    Raises:
+        UserError: not even one row fits.
+    """
+    known = {rows: needed(rows) for rows in (1, 2)}
+    fitting = 1 + max(0, available - known[1]) // max(1, known[2] - known[1])
+    rows = min(MOST_ROWS, 1 << (fitting.bit_length() - 1))
+    while rows:
+        if (known[rows] if rows in known else needed(rows)) <= available:
+            return rows
+        rows //= 2
+    raise UserError(
+        f"one sample needs {known[1] / 1e9:.1f} GB of a device's {available / 1e9:.1f} GB; raise "
+        "compute.model_shards, lower the largest of compute.visual_slots, or compute in bfloat16"
+    )
+
+
+@contextmanager
+def memory_explained(batch_size: int, model_shards: int) -> Iterator[None]:
+    """Turns a device's running out of memory into one line.
+
+    Raises:
+        UserError: naming the fields that decide how much is needed.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and _EXHAUSTED not in str(error):
+            raise
+        raise UserError(
+            f"out of memory with compute.batch_size = {batch_size} and compute.model_shards = {model_shards}; "
+            "lower compute.batch_size or compute.state_memory_gb, or raise compute.model_shards"
+        ) from None

@@ -1,0 +1,48 @@
+"""How many rows fit, and what is said when memory runs out."""
+
+import jax
+import pytest
+
+from rlens_jax.errors import UserError
+from rlens_jax.parallel.memory import device_bytes, memory_explained, most_rows
+from rlens_jax.parallel.mesh import make_mesh
+
+
+@pytest.mark.parametrize(
+    ("available", "rows"),
+    [(109, None), (110, 1), (119, 1), (120, 2), (149, 4), (179, 4), (180, 8), (10**6, 64)],
+)
+def test_rows_that_fit(available: int, rows: int | None) -> None:
+    def needed(rows: int) -> int:
+        return 100 + 10 * rows
+
+    if rows is None:
+        with pytest.raises(UserError, match=r"one sample needs .* raise compute.model_shards"):
+            most_rows(needed, available)
+    else:
+        assert most_rows(needed, available) == rows
+
+
+def test_rows_that_cost_more_than_the_first_two_told() -> None:
+    compiled = []
+
+    def needed(rows: int) -> int:
+        compiled.append(rows)
+        return 100 + rows**2
+
+    assert most_rows(needed, 164 + 36) == 8
+    assert compiled == [1, 2, 32, 16, 8]
+
+
+def test_the_machine_has_memory() -> None:
+    assert 1e8 < device_bytes(make_mesh(jax.devices()[:1], 1)) < 1e13
+
+
+def test_running_out_is_one_line() -> None:
+    with (
+        pytest.raises(UserError, match=r"compute.batch_size = 8 and compute.model_shards = 4; lower"),
+        memory_explained(8, 4),
+    ):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory_explained(8, 4):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")

@@ -1,0 +1,105 @@
+"""A run of several processes gives what one process gives, loses nothing when one is lost, and goes on with fewer."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from rlens_jax.parallel.supervisor import LOST
+
+SMALL = (
+    "--data.validation_samples=6",
+    "--data.test_samples=4",
+    "--search.position_layers=9",
+    "--search.operators=ffn",
+    "--report.random_rankings=1",
+    "--report.timing_repeats=1",
+    "--report.bootstrap_samples=50",
+)
+
+
+def start(folder: Path, output: Path, hosts: Sequence[str]) -> subprocess.Popen[str]:
+    hidden = str(Path(__file__).parent / "without_torchvision")
+    path = os.pathsep.join([hidden, os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "rlens_jax.rank", f"--output={output}", *SMALL, *hosts]
+    command += [f"--data.cache={folder / 'data'}", f"--compute.compilation_cache={folder / 'compiled'}"]
+    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def start_all(folder: Path, output: Path, count: int, *more: Sequence[str]) -> list[subprocess.Popen[str]]:
+    """`count` processes of one run; `more` are further options of each process."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    together = [f"--hosts.coordinator=localhost:{port}", f"--hosts.num_processes={count}"]
+    together += ["--hosts.heartbeat_seconds=10"]
+    options = more or ((),) * count
+    return [
+        start(folder, output, [*together, f"--hosts.process_id={index}", *options[index]])
+        for index in range(count)
+    ]
+
+
+def ends(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Exit code, output and messages of each."""
+    told = [process.communicate(timeout=300) for process in processes]
+    return [(process.returncode, *texts) for process, texts in zip(processes, told, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A folder of caches, and the result of one process."""
+    folder = tmp_path_factory.mktemp("hosts")
+    ((code, _, message),) = ends([start(folder, folder / "one", [])])
+    assert code == 0, message
+    return folder, (folder / "one" / "ranking.json").read_bytes()
+
+
+def test_two_processes_rank_as_one(alone: tuple[Path, bytes]) -> None:
+    folder, expected = alone
+    first, second = ends(start_all(folder, folder / "two", 2))
+    assert first[0] == second[0] == 0, first[2] + second[2]
+    assert (folder / "two" / "ranking.json").read_bytes() == expected
+    assert "Layers in the order" in first[1]
+    assert second[1:] == ("", "")  # the first speaks for both
+
+
+def test_one_lost_and_resumed_by_one(alone: tuple[Path, bytes]) -> None:
+    folder, expected = alone
+    output = folder / "lost"
+    journal = output / "journal.jsonl"
+    first, second = start_all(folder, output, 2)
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.01)
+    began = time.monotonic()
+    # The parent, and with it the worker that it guards.
+    second.send_signal(signal.SIGKILL)
+    ((code, _, message),) = ends([first])
+    assert time.monotonic() - began < 60
+    second.communicate()
+    assert code == LOST
+    assert "process 1 of 2 was lost" in message.splitlines()[-1]
+    kept = journal.read_bytes()
+    ((code, _, message),) = ends([start(folder, output, [])])
+    assert code == 0, message
+    assert journal.read_bytes().startswith(kept)
+    assert (output / "ranking.json").read_bytes() == expected
+
+
+def test_hosts_with_different_configurations(alone: tuple[Path, bytes]) -> None:
+    folder, _ = alone
+    told = ends(start_all(folder, folder / "apart", 2, ["--search.penalty=2"], ["--search.penalty=3"]))
+    assert [code for code, _, _ in told] == [2, 2]
+    assert "search.penalty" in told[0][2]
+    assert "Traceback" not in told[0][2] + told[1][2]
+    assert not (folder / "apart" / "journal.jsonl").exists()
