@@ -35,11 +35,14 @@ class DataConfig:
     """The samples that plans are scored on."""
 
     source: str = "pages"
-    """`pages`, the datasets of the embedded model, or the path of your own FILE.jsonl (--data for short)."""
+    """`pages`, the datasets of the embedded model; the path of your own FILE.jsonl; or that of a mixture of benchmarks,
+    FILE.json, made with python -m rlens_jax.data.benchmarks.mixture (--data for short)."""
+    benchmarks: str | None = None
+    """Folder of VLMEvalKit's TSV files, which a mixture needs."""
     validation_samples: int = 120
-    """How many validation samples of each dataset the search uses; pairs and groups are drawn whole."""
+    """How many validation samples of each dataset the search uses; a mixture is used as it is."""
     test_samples: int = 150
-    """How many held-out samples of each dataset the curves use."""
+    """How many held-out samples of each dataset the curves use; a mixture is used as it is."""
     cache: str | None = None
     """Folder in which prepared datasets are kept; null is the user's cache folder."""
     held_out_share: float = 0.5
@@ -276,7 +279,8 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 def portable(config: RunConfig) -> dict[str, Any]:
     """`to_dict` without what differs from one run or machine to another and decides no result: folders, hosts."""
     values = to_dict(config)
-    del values["output"], values["data"]["cache"], values["compute"]["compilation_cache"], values["hosts"]
+    del values["output"], values["compute"]["compilation_cache"], values["hosts"]
+    del values["data"]["cache"], values["data"]["benchmarks"]
     return values
 
 

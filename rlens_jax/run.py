@@ -118,6 +118,9 @@ def run(config: RunConfig, processes: Processes) -> Results:
                 test_samples=config.data.test_samples,
                 held_out_share=config.data.held_out_share,
                 seed=config.seed,
+                benchmarks=config.data.benchmarks,
+                family=read_model_kind(folder).model_type,
+                step_by_step=config.search.objective == "generation",
             )
 
         # The first that needs a dataset prepares it in the cache, which processes may share.

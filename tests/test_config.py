@@ -211,9 +211,8 @@ def test_a_journal_depends_on_what_decides_results_and_on_nothing_else():
 
 
 def test_what_is_portable_knows_no_folder_and_no_host_of_this_run():
-    config = load_config(
-        ["--output", "here", "--data.cache", "there", "--compute.compilation_cache", "there"]
-    )
+    folders = ("--output", "--data.cache", "--data.benchmarks", "--compute.compilation_cache")
+    config = load_config([part for option in folders for part in (option, "here")])
     assert "here" not in str(portable(config))
     assert "hosts" not in portable(config)
     assert "here" in str(to_dict(config))

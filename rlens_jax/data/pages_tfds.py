@@ -6,12 +6,8 @@ The prepared files (array_record) take about 130 MB and 20 seconds. Change `Page
 of what is drawn or asked, because prepared data of the same version are used again.
 """
 
-import contextlib
-import fcntl
 import io
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from rlens_jax.data.pages import DATASETS, SPLITS, Page, Question, Split, make_page, make_question
+from rlens_jax.data.preparing import prepared
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError, suggest
 
@@ -95,7 +92,12 @@ def read_pages(dataset: str, split: str, data_dir: Path, limit: int | None = Non
         raise UserError(f"unknown split {split!r}{suggest(split, SPLITS)}; known: {', '.join(SPLITS)}")
     if limit is not None and limit < 1:
         raise UserError(f"{dataset}: limit must be at least 1, not {limit}")
-    rows = _prepared(dataset, data_dir).as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    builder = prepared(
+        lambda: Pages(config=dataset, data_dir=os.fspath(data_dir), file_format="array_record"),
+        dataset,
+        data_dir,
+    )
+    rows = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     return [
         Sample(
             id=row["id"].decode(),
@@ -106,27 +108,3 @@ def read_pages(dataset: str, split: str, data_dir: Path, limit: int | None = Non
         )
         for row in (rows[index] for index in range(min(limit or len(rows), len(rows))))
     ]
-
-
-def _prepared(dataset: str, data_dir: Path) -> Pages:
-    """A builder whose files are on disk."""
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        builder = Pages(config=dataset, data_dir=os.fspath(data_dir), file_format="array_record")
-        if Path(builder.data_path).exists():
-            return builder
-        # tfds writes to a temporary folder and renames it, which fails for the second of two processes. The
-        # operating system drops the lock when its holder ends, however it ends.
-        with open(data_dir / ".pages.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            # Made again, because another process may have finished while this one waited.
-            builder = Pages(config=dataset, data_dir=os.fspath(data_dir), file_format="array_record")
-            for leftover in Path(builder.data_path).parent.glob("incomplete.*"):
-                shutil.rmtree(leftover)
-            tfds.disable_progress_bar()
-            with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(None):
-                # tfds prints about a download and makes a folder for it, though nothing is downloaded.
-                builder.download_and_prepare(download_dir=downloads)
-    except OSError as error:
-        raise UserError(f"{dataset} cannot be prepared in {data_dir}: {error}") from error
-    return builder

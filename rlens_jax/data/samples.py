@@ -48,20 +48,7 @@ def load_image(
     `max_pixels_allowed` (width x height).
     """
     what = f"{sample_id}: image {source}" if isinstance(source, Path) else f"{sample_id}: image"
-    try:
-        opened = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
-    except FileNotFoundError:
-        raise UserError(f"{what} does not exist") from None
-    # Pillow's decoders raise errors of nearly every type for broken files, not only OSError.
-    except Exception as error:
-        raise UserError(f"{what} cannot be read: {_first_line(error)}") from error
-    with opened:
-        width, height = opened.size
-        if width * height > max_pixels_allowed:
-            raise UserError(
-                f"{what} has {width} x {height} = {width * height} pixels, more than the "
-                f"{max_pixels_allowed} allowed; make it smaller"
-            )
+    with _opened(source, what, max_pixels_allowed) as opened:
         try:
             if opened.mode == "P":
                 # Same colours as going to RGB at once, without Pillow's warning about transparent palettes.
@@ -69,6 +56,33 @@ def load_image(
             return opened.convert("RGB")
         except Exception as error:
             raise UserError(f"{what} cannot be decoded: {_first_line(error)}") from error
+
+
+def check_image(content: bytes, what: str, max_pixels_allowed: int = MAX_IMAGE_PIXELS) -> None:
+    """UserError, beginning with `what`, unless the file's header is that of an image that is not too large.
+
+    Nothing is decoded.
+    """
+    _opened(content, what, max_pixels_allowed).close()
+
+
+def _opened(source: bytes | Path, what: str, max_pixels_allowed: int) -> Image.Image:
+    """An image of which only the header is read yet."""
+    try:
+        opened = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
+    except FileNotFoundError:
+        raise UserError(f"{what} does not exist") from None
+    # Pillow's decoders raise errors of nearly every type for broken files, not only OSError.
+    except Exception as error:
+        raise UserError(f"{what} cannot be read: {_first_line(error)}") from error
+    width, height = opened.size
+    if width * height > max_pixels_allowed:
+        opened.close()
+        raise UserError(
+            f"{what} has {width} x {height} = {width * height} pixels, more than the "
+            f"{max_pixels_allowed} allowed; make it smaller"
+        )
+    return opened
 
 
 def _first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rlens_jax.data.benchmarks.mixture import mixture_samples
 from rlens_jax.data.jsonl import read_jsonl
 from rlens_jax.data.pages import DATASETS
 from rlens_jax.data.pages_tfds import read_pages
@@ -20,17 +21,29 @@ Splits = Mapping[str, Sequence[Sample]]
 
 
 def load_splits(
-    source: str, cache: Path, *, validation_samples: int, test_samples: int, held_out_share: float, seed: int
+    source: str,
+    cache: Path,
+    *,
+    validation_samples: int,
+    test_samples: int,
+    held_out_share: float,
+    seed: int,
+    benchmarks: str | None,
+    family: str,
+    step_by_step: bool,
 ) -> Splits:
     """The samples of both splits.
 
     Args:
-        source: `pages`, or a JSONL file.
+        source: `pages`, a JSONL file, or a mixture of benchmarks (JSON).
         cache: folder of prepared datasets.
         validation_samples: most samples of each dataset for the search.
         test_samples: most samples of each dataset for the curves.
         held_out_share: share of a JSONL file's images that the search must not see.
         seed: draws a JSONL file's split.
+        benchmarks: folder of the TSV files of a mixture, whose samples are those it lists, whatever the numbers above.
+        family: `model_type` of the model, which decides what the benchmarks' prompts are.
+        step_by_step: whether the model may reason before it answers; see `benchmarks.prompts.prompt`.
 
     Raises:
         UserError: the source cannot be read, or leaves a split without samples.
@@ -41,8 +54,14 @@ def load_splits(
             split: [sample for name in DATASETS for sample in read_pages(name, split, cache / "pages", limit)]
             for split, limit in limits.items()
         }
+    if source.endswith(".json"):
+        if benchmarks is None:
+            raise UserError(f"data.benchmarks must name the folder of the TSV files of {source}")
+        return mixture_samples(
+            Path(source), Path(benchmarks), cache / "benchmarks", family=family, step_by_step=step_by_step
+        )
     if not source.endswith(".jsonl"):
-        raise UserError(f"data.source: {source!r} is neither {PAGES!r} nor a .jsonl file")
+        raise UserError(f"data.source: {source!r} is neither {PAGES!r} nor a .jsonl or .json file")
     return split_samples(
         read_jsonl(Path(source)),
         validation_samples=validation_samples,

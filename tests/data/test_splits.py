@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlens_jax.data.samples import Sample
-from rlens_jax.data.splits import load_splits, samples_hash, split_samples
+from rlens_jax.data.splits import Splits, load_splits, samples_hash, split_samples
 from rlens_jax.errors import UserError
 
 
@@ -27,6 +27,20 @@ def split(members: list[Sample], **changes: object) -> dict[str, list[Sample]]:
         "where": "f",
     }
     return split_samples(members, **{**settings, **changes})  # type: ignore[arg-type]
+
+
+def load(source: str) -> Splits:
+    return load_splits(
+        source,
+        cache=Path(),
+        validation_samples=1,
+        test_samples=1,
+        held_out_share=0.5,
+        seed=0,
+        benchmarks=None,
+        family="qwen2_vl",
+        step_by_step=False,
+    )
 
 
 def test_no_image_is_on_both_sides() -> None:
@@ -55,7 +69,11 @@ def test_one_image_cannot_be_split() -> None:
 
 def test_a_source_of_no_known_kind() -> None:
     with pytest.raises(UserError, match=r"data\.source: 'pagse' is neither"):
-        load_splits("pagse", cache=Path(), validation_samples=1, test_samples=1, held_out_share=0.5, seed=0)
+        load("pagse")
+    with pytest.raises(
+        UserError, match=r"data\.benchmarks must name the folder of the TSV files of my\.json"
+    ):
+        load("my.json")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,194 @@
+"""The benchmarks as tensorflow-datasets, prepared once from VLMEvalKit's TSV files; no TensorFlow is needed.
+
+    source = read_benchmark("MMStar", folder=Path("LMUData"), data_dir=Path("prepared"))
+    for i in range(len(source)):
+        instance = source[i]          # with its images, read from disk at this moment
+
+A ShardBasedBuilder, because tfds's GeneratorBasedBuilder gathers up to 1 GB of a split in memory and beyond that asks for
+TensorFlow; a shard is written as it is read. Change `Benchmarks.VERSION` with every change of what is stored.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from rlens_jax.console import Progress
+from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Benchmark, Instance, find_benchmark, instance
+from rlens_jax.data.benchmarks.tsv import TsvTable, scan
+from rlens_jax.data.preparing import prepared
+from rlens_jax.errors import UserError
+
+ROWS = "rows"
+"""The one split: a file is one split of its benchmark already."""
+SHARD_BYTES = 64_000_000
+"""About what a shard holds. tfds keeps the examples of the shard it writes in memory, to count them."""
+MEGABYTE = 1_000_000
+
+
+class Benchmarks(tfds.core.ShardBasedBuilder):
+    """The rows of a TSV file that have an image, in the file's order.
+
+    Args:
+        md5: sum that the file must have; by default the published one.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "Put VLMEvalKit's NAME.tsv into the folder; "
+        "VLMEvalKit itself downloads it to ~/LMUData when it evaluates."
+    )
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in BENCHMARKS]  # noqa: RUF012 (tfds's way)
+
+    def __init__(self, *, md5: str | None = None, **options: Any):
+        super().__init__(**options)
+        self._md5 = md5
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text()
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(
+                {
+                    "index": text,
+                    "question": text,
+                    "answers": tfds.features.Sequence(text),
+                    "options": tfds.features.Sequence({"letter": text, "text": text}),
+                    "fields": tfds.features.Sequence({"name": text, "text": text}),
+                    # Bytes, not images: what they hold is decoded by load_image, within its limits.
+                    "images": tfds.features.Sequence(tfds.features.Tensor(shape=(), dtype=np.object_)),
+                }
+            ),
+            metadata=tfds.core.MetadataDict(),
+            disable_shuffling=True,
+        )
+
+    def _shard_iterators_per_split(
+        self, dl_manager: Any
+    ) -> Mapping[str, Sequence[Callable[[], Iterator[tuple[int, dict[str, Any]]]]]]:
+        benchmark = BENCHMARKS[self.builder_config.name]
+        table = read_table(benchmark, Path(dl_manager.manual_dir), self._md5)
+        instances = [instance(benchmark, table, row) for row in table.rows]
+        self.info.metadata["indices"] = [row.index for row in table.rows]
+        return {ROWS: [functools.partial(_examples, table, instances, rows) for rows in _shards(table)]}
+
+
+def _examples(
+    table: TsvTable, instances: Sequence[Instance], rows: range
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a shard."""
+    for i in rows:
+        item = instances[i]
+        yield (
+            i,
+            {
+                "index": item.index,
+                "question": item.question,
+                "answers": list(item.answers),
+                "options": [{"letter": letter, "text": text} for letter, text in item.options.items()],
+                "fields": [{"name": name, "text": text} for name, text in item.fields.items()],
+                "images": list(table.images(table.rows[i])),
+            },
+        )
+
+
+def _shards(table: TsvTable) -> list[range]:
+    """Consecutive rows of about SHARD_BYTES of image text."""
+    shards, first, size = [], 0, 0
+    for i, row in enumerate(table.rows):
+        size += row.image_bytes
+        if size >= SHARD_BYTES or i == len(table.rows) - 1:
+            shards.append(range(first, i + 1))
+            first, size = i + 1, 0
+    return shards
+
+
+def read_table(benchmark: Benchmark, folder: Path, md5: str | None = None) -> TsvTable:
+    """The scanned TSV file of a benchmark in a folder, shown on the terminal while it takes.
+
+    Raises UserError for what `scan` refuses, and when the file's MD5 sum is not `md5`, or by default not the published one.
+    """
+    path = folder / f"{benchmark.name}.tsv"
+    size = path.stat().st_size if path.is_file() else 0
+    with Progress(f"reading {path.name}", math.ceil(size / MEGABYTE), "MB") as shown:
+        done = 0
+
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            shown.advance(math.ceil((done + num_bytes) / MEGABYTE) - math.ceil(done / MEGABYTE))
+            done += num_bytes
+
+        table = scan(path, benchmark.needed, benchmark.optional, advance)
+    if md5 is None and table.md5 != benchmark.md5:
+        raise UserError(
+            f"{path}: the MD5 sum is {table.md5}, the published one {benchmark.md5}; download the file again, or, to use this "
+            f"version of it, say so with --md5 {benchmark.name}={table.md5}"
+        )
+    if md5 is not None and table.md5 != md5:
+        raise UserError(
+            f"{path}: the MD5 sum is {table.md5}, but {md5} is asked for; find that version of the file"
+        )
+    return table
+
+
+class BenchmarkSource:
+    """The prepared instances of a benchmark, in the file's order; each is read when it is asked for.
+
+    indices: of all instances.
+    """
+
+    def __init__(self, dataset: str, builder: Any):
+        self.dataset = dataset
+        self.indices: Sequence[str] = builder.info.metadata["indices"]
+        self._rows = builder.as_data_source(ROWS)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Instance]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, i: int) -> Instance:
+        row = self._rows[range(len(self))[i]]
+        return Instance(
+            dataset=self.dataset,
+            index=row["index"].decode(),
+            question=row["question"].decode(),
+            answers=tuple(text.decode() for text in row["answers"]),
+            options=_pairs(row["options"], "letter"),
+            fields=_pairs(row["fields"], "name"),
+            images=tuple(row["images"]),
+        )
+
+
+def _pairs(columns: Mapping[str, Sequence[bytes]], key: str) -> dict[str, str]:
+    return {name.decode(): text.decode() for name, text in zip(columns[key], columns["text"], strict=True)}
+
+
+def read_benchmark(dataset: str, folder: Path, data_dir: Path, md5: str | None = None) -> BenchmarkSource:
+    """The instances of a benchmark, prepared in `data_dir` from `folder`/DATASET.tsv if need be.
+
+    Args:
+        dataset: VLMEvalKit's name.
+        folder: of the TSV files; looked at only when the benchmark is not prepared yet.
+        data_dir: of the prepared files, about 3/4 of the size of the TSV file.
+        md5: sum that the TSV file must have; by default the published one.
+
+    Raises UserError, naming file, row and field, for whatever is wrong with the file.
+    """
+    published = find_benchmark(dataset).md5
+    # Another version of the file is another dataset.
+    place = data_dir if md5 in (None, published) else data_dir / f"md5_{md5}"
+    path = folder / f"{dataset}.tsv"
+
+    def make() -> Benchmarks:
+        builder = Benchmarks(md5=md5, config=dataset, data_dir=os.fspath(place), file_format="array_record")
+        if not Path(builder.data_path).exists() and not path.is_file():
+            raise UserError(f"{path}: no such file; {Benchmarks.MANUAL_DOWNLOAD_INSTRUCTIONS}")
+        return builder
+
+    return BenchmarkSource(dataset, prepared(make, dataset, place, folder))

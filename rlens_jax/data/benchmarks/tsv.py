@@ -1,0 +1,277 @@
+"""VLMEvalKit's TSV files, of any size, in little memory.
+
+    table = scan(Path("MMStar.tsv"), needed=("question", "answer"), optional=("hint",))
+    for row in table.rows:
+        row.cells["question"], table.images(row)
+
+The format is that of pandas.to_csv with tabs: a question a row; `image` holds a file in base64, or a Python list of such
+files, or, in at most 64 characters, the index of the row whose image is meant. The file is read twice: once to learn of every
+row where it begins and all that is not an image, and then an image at a time.
+"""
+
+import ast
+import base64
+import csv
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO
+
+from rlens_jax.data.samples import check_image
+from rlens_jax.errors import UserError, suggest
+
+REFERENCE_CHARS = 64
+"""An image cell of at most so many characters is the index of another row (VLMEvalKit, image_base.py)."""
+MAX_FIELD_CHARS = 64 * 2**20
+"""Of a cell in a row with quotation marks: image files of 48 MB. The csv module keeps 4 bytes a character while it reads it."""
+MISSING = frozenset(
+    (
+        *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
+        *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
+    )
+)
+"""Texts that pandas.read_csv, and so VLMEvalKit, takes for a missing value."""
+_MAX_LINE_BYTES = 2 * MAX_FIELD_CHARS
+
+# For the whole process, because the csv module knows no other limit; its default of 131072 is less than most images have. A
+# limit there must be: a quotation mark that is never closed would read the rest of the file into one cell.
+csv.field_size_limit(MAX_FIELD_CHARS)
+
+
+@dataclass(frozen=True)
+class TsvRow:
+    """A row that has an image.
+
+    number: of the row in the file, from 1 on, without the header.
+    cells: column -> text, of the columns asked for that the file has.
+    image_offset: byte at which the row begins that holds this row's image.
+    image_bytes: length of that image's text.
+    image_hash: equal for rows with the same image.
+    """
+
+    number: int
+    index: str
+    cells: Mapping[str, str]
+    image_offset: int
+    image_bytes: int
+    image_hash: bytes
+
+    def value(self, column: str) -> str | None:
+        """The text of a cell; None where pandas would see a missing value, or no column."""
+        text = self.cells.get(column, "")
+        return None if text in MISSING else text
+
+
+@dataclass(frozen=True)
+class TsvTable:
+    """A scanned file."""
+
+    path: Path
+    md5: str
+    rows: Sequence[TsvRow]
+    columns: Sequence[str]
+    """Names of all columns, in the file's order."""
+
+    def where(self, row: TsvRow, field: str) -> str:
+        """The place of a cell, for complaints."""
+        return _where(self.path, row.number, row.index, field)
+
+    def images(self, row: TsvRow) -> tuple[bytes, ...]:
+        """The image files of a row, as they are, with size and format checked but not decoded.
+
+        Raises UserError, naming file, row and field, for what is not base64, not an image or too large.
+        """
+        where, place = self.where(row, "image"), self.columns.index("image")
+        with _opened(self.path) as file:
+            file.seek(row.image_offset)
+            _, fields = next(_rows(_Lines(file, self.path), self.path))
+        text = fields[place]
+        items = parse_list(text, where) if text.startswith("[") and text.endswith("]") else [text]
+        if not items:
+            raise UserError(f"{where}: an empty list of images")
+        return tuple(
+            _image(item, where if len(items) == 1 else f"{where}: image {number} of {len(items)}")
+            for number, item in enumerate(items, 1)
+        )
+
+
+def scan(
+    path: Path,
+    needed: Sequence[str],
+    optional: Sequence[str] = (),
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> TsvTable:
+    """Read a file once: where its rows are and all that is not an image. Rows without an image are left out.
+
+    Args:
+        path: the file.
+        needed: columns, besides `index` and `image`, that the file must have.
+        optional: columns that are kept if the file has them.
+        advance: called with the number of bytes read since the last call.
+
+    Raises:
+        UserError: the file cannot be read; a column is missing or twice there; a row is cut off; an index is missing or twice
+            there; an image refers to no row with an image or, by way of others, to itself; no row has an image.
+    """
+    digest, header = hashlib.md5(usedforsecurity=False), None
+    rows: dict[str, TsvRow] = {}
+    references: dict[str, str] = {}
+    with _opened(path) as file:
+        lines = _Lines(file, path, digest.update)
+        read = 0
+        for number, (offset, fields) in enumerate(_rows(lines, path)):
+            advance(lines.offset - read)
+            read = lines.offset
+            if header is None:
+                header = _header(fields, ("index", *needed, "image"), path)
+                kept = {name: header.index(name) for name in (*needed, *optional) if name in header}
+                index_at, image_at = header.index("index"), header.index("image")
+                continue
+            if len(fields) != len(header):
+                raise UserError(
+                    f"{path}: row {number} has {len(fields)} fields, the header {len(header)}; the file is damaged"
+                )
+            index, image = fields[index_at], fields[image_at]
+            if image in MISSING:
+                continue
+            if index in MISSING:
+                raise UserError(f"{path}: row {number}, field 'index': missing")
+            cells = {name: fields[place] for name, place in kept.items()}
+            if index in rows:
+                raise UserError(
+                    f"{_where(path, number, index, 'index')}: row {rows[index].number} has this index already"
+                )
+            if len(image) <= REFERENCE_CHARS:
+                references[index] = image
+            image_hash = hashlib.blake2b(image.encode(), digest_size=16).digest()
+            rows[index] = TsvRow(number, index, cells, offset, len(image), image_hash)
+    if header is None:
+        raise UserError(f"{path}: the file is empty")
+    if not rows:
+        raise UserError(f"{path}: no row has an image")
+    return TsvTable(path, digest.hexdigest(), _resolved(rows, references, path), header)
+
+
+def parse_list(text: str, where: str) -> list[str]:
+    """The items of a Python list literal, numbers as texts. UserError when it is none."""
+    try:
+        items = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise UserError(f"{where}: {_short(text)} begins like a Python list but is none") from None
+    if not isinstance(items, list) or not all(isinstance(item, str | int | float) for item in items):
+        raise UserError(f"{where}: {_short(text)} must be a list of texts")
+    return [str(item) for item in items]
+
+
+class _Lines:
+    """The decoded lines of a file; knows how far it was read and whether beyond the end."""
+
+    def __init__(self, file: BinaryIO, path: Path, digest: Callable[[bytes], None] = lambda line: None):
+        self._file, self._path, self._digest = file, path, digest
+        self.offset, self.ended = file.tell(), False
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline(_MAX_LINE_BYTES)
+        if not line:
+            self.ended = True
+            raise StopIteration
+        if len(line) == _MAX_LINE_BYTES:
+            raise UserError(
+                f"{self._path}: a line is longer than {_MAX_LINE_BYTES} bytes; is this a TSV file?"
+            )
+        begin, self.offset = self.offset, self.offset + len(line)
+        self._digest(line)
+        try:
+            return line.decode("utf-8-sig" if begin == 0 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self._path}: not UTF-8 text (byte {begin + error.start})") from None
+
+
+def _rows(lines: _Lines, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Where each row begins, and its fields, as pandas.read_csv would tell them apart."""
+    while True:
+        begin = lines.offset
+        line = next(lines, None)
+        if line is None:
+            return
+        content = line.rstrip("\r\n")
+        if '"' not in content and "\r" not in content:
+            fields = content.split("\t")  # the same, 20 times as fast
+        else:
+            fields = _quoted(line, lines, f"{path}: the row at byte {begin}")
+        if fields and (len(fields) > 1 or fields[0].strip(" ")):  # pandas passes over blank lines
+            yield begin, fields
+
+
+def _quoted(line: str, following: _Lines, where: str) -> list[str]:
+    """The fields of a row with quotation marks, which may go on for more lines."""
+    try:
+        fields = next(csv.reader(chain((line,), following), delimiter="\t"))
+    except csv.Error as error:
+        hint = "; is a quotation mark not closed?" if "field limit" in str(error) else ""
+        raise UserError(f"{where} cannot be read: {error}{hint}") from None
+    if following.ended:  # a complete row is handed out before the reader asks for a line more
+        raise UserError(f"{where} opens a quotation mark that is never closed")
+    return fields
+
+
+def _header(fields: Sequence[str], needed: Sequence[str], path: Path) -> Sequence[str]:
+    for name in needed:
+        if name not in fields:
+            raise UserError(
+                f"{path}: column {name!r} is missing{suggest(name, fields)}; the file has: "
+                f"{', '.join(_short(field) for field in fields[:30])}"
+            )
+        if fields.count(name) > 1:
+            raise UserError(f"{path}: there are two columns {name!r}")
+    return fields
+
+
+def _resolved(rows: Mapping[str, TsvRow], references: Mapping[str, str], path: Path) -> list[TsvRow]:
+    """The rows with the place of their image in stead of their own, by way of any number of references."""
+    resolved = []
+    for row in rows.values():
+        way = [row.index]
+        while way[-1] in references:
+            target = references[way[-1]]
+            where = _where(path, row.number, row.index, "image")
+            if target not in rows:
+                raise UserError(f"{where}: refers to index {_short(target)}, which no row with an image has")
+            if target in way:
+                raise UserError(f"{where}: the references go in a circle: {' -> '.join([*way, target])}")
+            way.append(target)
+        holder = rows[way[-1]]
+        resolved.append(replace(holder, number=row.number, index=row.index, cells=row.cells))
+    return resolved
+
+
+def _image(text: str, where: str) -> bytes:
+    try:
+        # Line breaks are what MIME encoders put in; anything else is damage, which b64decode would pass over by default.
+        content = base64.b64decode(text.strip().replace("\r", "").replace("\n", ""), validate=True)
+    except ValueError as error:
+        raise UserError(f"{where}: not base64: {error}") from None
+    check_image(content, where)
+    return content
+
+
+def _where(path: Path, number: int, index: str, field: str) -> str:
+    return f"{path}: row {number} (index {_short(index)}), field {field!r}"
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= REFERENCE_CHARS else f"{text[:REFERENCE_CHARS]}...")
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None

@@ -1,0 +1,116 @@
+"""Exact prompts of every family and benchmark, as VLMEvalKit has them."""
+
+from dataclasses import replace
+
+import pytest
+
+from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Instance
+from rlens_jax.data.benchmarks.prompts import FAMILIES, prompt
+from rlens_jax.errors import UserError
+from rlens_jax.models import FAMILIES as MODELS
+
+SHORT = "Answer the question using a single word or phrase."
+COT = (
+    "Read the following question carefully, solve it step by step, and then output the final answer in the format of "
+    '"Answer: single number or single word or phrase".\n\n'
+)
+BLOCK = "Question: Q?\nOptions:\nA. red\nB. blue\nC. green\nD. a b\n"
+LETTERS = "Answer with the option's letter from the given choices directly."
+SELECT = "Please select the correct answer from the options above."
+VQA = ("DocVQA_VAL", "DocVQA_TEST", "InfoVQA_VAL", "InfoVQA_TEST", "TextVQA_VAL")
+EXPECTED = {
+    "llava_onevision": {
+        **dict.fromkeys((*VQA, "ChartQA_TEST"), f"Q?\n{SHORT}"),
+        "OCRBench": "Q?",
+        "MME": "Q?",
+        "HallusionBench": "Q?",
+        "MMStar": f"{BLOCK}{SELECT} \n",
+    },
+    "internvl_chat": {
+        **dict.fromkeys((*VQA, "ChartQA_TEST", "OCRBench"), f"Q?\n{SHORT}"),
+        "MME": f"Q? {SHORT}",
+        "HallusionBench": f"Q? Please answer yes or no. {SHORT}",
+        "MMStar": f"Q?\nA. red\nB. blue\nC. green\nD. a b\n{LETTERS}",
+    },
+    "qwen2_vl": {
+        **dict.fromkeys(
+            (*VQA, "ChartQA_TEST", "OCRBench"),
+            "Q?\nPlease try to answer the question with short words or phrases if possible.",
+        ),
+        "MME": "Q?",
+        "HallusionBench": "Q? Please answer yes or no.",
+        "MMStar": f"{BLOCK}{SELECT}",
+    },
+    "minicpmv": {
+        **dict.fromkeys(VQA, f"{SHORT}\n<image>\nQ?"),
+        **dict.fromkeys(("ChartQA_TEST", "OCRBench", "HallusionBench"), f"{COT}Q?"),
+        "MME": "Q?",
+        "MMStar": f"{BLOCK}\n{LETTERS}",
+    },
+}
+EXPECTED["internvl"] = EXPECTED["internvl_chat"]
+
+
+def example(dataset: str, **changes: object) -> Instance:
+    options = {"A": "red", "B": "blue", "C": "green", "D": "a b"} if dataset == "MMStar" else {}
+    instance = Instance(dataset, "3", "Q?", ("a",), options, {}, (b"image",))
+    return replace(instance, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_every_prompt(family: str) -> None:
+    assert set(EXPECTED[family]) == set(BENCHMARKS)
+    for dataset, expected in EXPECTED[family].items():
+        assert prompt(family, example(dataset)) == expected, dataset
+
+
+def test_every_family_has_prompts() -> None:
+    assert set(FAMILIES) == set(MODELS)
+
+
+def test_without_steps_minicpm_answers_at_once() -> None:
+    expected = EXPECTED["minicpmv"] | {
+        "ChartQA_TEST": f"{SHORT}\n<image>\nQ?",
+        "OCRBench": f"{SHORT}\n<image>\nQ?",
+        "HallusionBench": "Q? Yes or No?",
+    }
+    for dataset in BENCHMARKS:
+        assert prompt("minicpmv", example(dataset), step_by_step=False) == expected[dataset]
+    for family in set(FAMILIES) - {"minicpmv"}:
+        for dataset in BENCHMARKS:
+            assert prompt(family, example(dataset), step_by_step=False) == EXPECTED[family][dataset]
+
+
+def test_options_that_are_there_and_a_hint() -> None:
+    three = example("MMStar", options={"A": "1", "C": "3", "E": "5"}, fields={"hint": "Look."})
+    block = "Hint: Look.\nQuestion: Q?\nOptions:\nA. 1\nC. 3\nE. 5\n"
+    assert prompt("llava_onevision", three) == f"{block}{SELECT} \n"
+    assert prompt("qwen2_vl", three) == f"{block}{SELECT}"
+    assert prompt("minicpmv", three) == f"{block}\n{LETTERS}"
+    assert prompt("internvl", three) == f"Look.\nQ?\nA. 1\nC. 3\nE. 5\n{LETTERS}"
+
+
+def test_a_chinese_character_asks_for_the_letter_in_chinese() -> None:
+    chinese = example("MMStar", options={"A": "红"})
+    assert prompt("qwen2_vl", chinese) == "Question: Q?\nOptions:\nA. 红\n请直接回答选项字母。"
+    assert prompt("internvl", chinese) == "Q?\nA. 红\n请直接回答选项字母。"
+    assert prompt("minicpmv", chinese).endswith(LETTERS)
+    assert prompt("llava_onevision", chinese).endswith(f"{SELECT} \n")
+
+
+def test_several_images() -> None:
+    """InternVL numbers them, a line each: the published template ends no line after an image, that of transformers does."""
+    two = example("TextVQA_VAL", images=(b"1", b"2"))
+    assert prompt("internvl_chat", two) == f"Image-1: <image>\nImage-2: <image>\nQ?\n{SHORT}"
+    assert prompt("internvl", two) == f"Image-1: <image>Image-2: <image>Q?\n{SHORT}"
+    assert prompt("minicpmv", two) == f"{SHORT}\n<image>\n<image>\nQ?"
+    assert prompt("qwen2_vl", two) == EXPECTED["qwen2_vl"]["TextVQA_VAL"]
+
+
+def test_what_cannot_be_asked() -> None:
+    with pytest.raises(
+        UserError, match=r"no benchmark prompts for model_type 'qwen2vl' \(did you mean 'qwen2_vl'\?\)"
+    ):
+        prompt("qwen2vl", example("MME"))
+    with pytest.raises(UserError, match="MME/3: the question contains <image>"):
+        prompt("qwen2_vl", example("MME", question="Is <image> red?"))

@@ -1,0 +1,199 @@
+"""The benchmarks as tensorflow-datasets: what is stored, what a row must be, MD5 sums, shards, and no TensorFlow."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from rlens_jax.data.benchmarks import tfds_builder
+from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, find_benchmark
+from rlens_jax.data.benchmarks.tfds_builder import BenchmarkSource, read_benchmark
+from rlens_jax.errors import UserError
+from tests.data.benchmarks.files import benchmark_rows, encoded, md5_of, picture, write_tsv
+
+
+def read(tmp_path: Path, dataset: str, rows: Sequence[dict[str, object]]) -> BenchmarkSource:
+    path = write_tsv(tmp_path / f"{dataset}.tsv", rows)
+    return read_benchmark(dataset, tmp_path, tmp_path / "prepared", md5_of(path))
+
+
+def refusal(tmp_path: Path, dataset: str, rows: Sequence[dict[str, object]]) -> str:
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, dataset, rows)
+    assert not list((tmp_path / "prepared").rglob("*array_record*"))
+    return str(caught.value).removeprefix(f"{tmp_path}/")
+
+
+@pytest.mark.parametrize("dataset", BENCHMARKS)
+def test_every_benchmark(tmp_path: Path, dataset: str) -> None:
+    rows = benchmark_rows(dataset, images=2)
+    source = read(tmp_path, dataset, rows)
+    indices = [row["index"] for row in rows]
+    assert [item.index for item in source] == source.indices == indices
+    assert [item.images for item in source] == [(picture(i),) for i in (0, 0, 1, 1)]
+    item, first = source[-1], rows[-1]
+    answers = {"list": ("a", "b", "a"), "single": (first.get("answer"),), "none": ()}
+    assert item.answers == answers[BENCHMARKS[dataset].answers]
+    assert (item.dataset, item.question, item.id) == (dataset, "Question 3?", f"{dataset}/{indices[-1]}")
+    assert item.fields == {
+        name: text
+        for name, text in first.items()
+        if name not in {*"ABCD", "index", "question", "answer", "image"}
+    }
+    # "None" is a missing value to pandas.
+    options = {"A": "red", "B": "blue", "C": "green"} if dataset == "MMStar" else {}
+    assert (item.options, list(item.options)) == (options, list(options))
+    with pytest.raises(IndexError):
+        source[4]
+
+
+def test_what_belongs_together(tmp_path: Path) -> None:
+    mme = list(read(tmp_path, "MME", benchmark_rows("MME", images=3)))
+    assert [item.group for item in mme[::2]] == [("OCR", "0.jpg"), ("count", "0.jpg"), ("OCR", "1.jpg")]
+    assert [item.group for item in mme[::2]] == [item.group for item in mme[1::2]]
+    hallusion = list(read(tmp_path, "HallusionBench", benchmark_rows("HallusionBench", images=4)))
+    assert [item.group for item in hallusion] == [("VD chart", "0")] * 4 + [("VS chart", "1")] * 4
+    assert hallusion[0].stratum == ("VD", "VD chart")
+    chart = list(read(tmp_path, "ChartQA_TEST", benchmark_rows("ChartQA_TEST", images=2)))
+    assert len({item.group for item in chart}) == 4
+    assert [item.stratum for item in chart] == [("test_human",)] * 2 + [("test_augmented",)] * 2
+
+
+@pytest.mark.parametrize(
+    ("dataset", "text", "answers"),
+    [
+        ("DocVQA_VAL", "['a', \"it's\", 3, 0.5]", ("a", "it's", "3", "0.5")),
+        ("DocVQA_VAL", "plain", ("plain",)),
+        ("ChartQA_TEST", "[Yes, No]", ("[Yes, No]",)),
+        ("ChartQA_TEST", "[1, 2]", ("1", "2")),
+        ("ChartQA_TEST", "0.50", ("0.50",)),
+        ("ChartQA_TEST", "None", ("nan",)),
+    ],
+)
+def test_answers(tmp_path: Path, dataset: str, text: str, answers: tuple[str, ...]) -> None:
+    rows = benchmark_rows(dataset, images=1)
+    rows[0]["answer"] = text
+    assert read(tmp_path, dataset, rows)[0].answers == answers
+
+
+@pytest.mark.parametrize(
+    ("dataset", "changes", "complaint"),
+    [
+        (
+            "DocVQA_VAL",
+            {"answer": "['a', 'b'"},
+            "field 'answer': \"['a', 'b'\" begins like a Python list but is none",
+        ),
+        ("DocVQA_VAL", {"answer": "[['a']]"}, "field 'answer': \"[['a']]\" must be a list of texts"),
+        ("DocVQA_VAL", {"answer": "[]"}, "field 'answer': an empty list of answers"),
+        ("ChartQA_TEST", {"answer": ""}, "field 'answer': missing"),
+        ("MME", {"question": ""}, "field 'question': missing"),
+        ("MME", {"category": "NA"}, "field 'category': missing"),
+        ("MMStar", dict.fromkeys("ABCD", "None"), "field 'A': no option has a text"),
+        (
+            "HallusionBench",
+            {"index": "VD_chart_0_0_0"},
+            "field 'index': must have six parts with _ between them, the last three being set, figure and question",
+        ),
+    ],
+)
+def test_a_row_that_is_not_right(
+    tmp_path: Path, dataset: str, changes: dict[str, object], complaint: str
+) -> None:
+    rows = benchmark_rows(dataset, images=2, questions=1)
+    rows[1] |= changes
+    assert (
+        refusal(tmp_path, dataset, rows)
+        == f"{dataset}.tsv: row 2 (index {str(rows[1]['index'])!r}), {complaint}"
+    )
+
+
+def test_a_missing_column(tmp_path: Path) -> None:
+    rows = [{name: text for name, text in benchmark_rows("MMStar", images=1)[0].items() if name != "C"}]
+    assert refusal(tmp_path, "MMStar", rows).startswith("MMStar.tsv: column 'C' is missing")
+
+
+def test_damage_found_late_leaves_nothing_behind(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Images are looked at while the shards are written."""
+    rows = benchmark_rows("MME", images=3)
+    rows[4]["image"] = encoded(picture(0)[:200])[:-1]
+    assert refusal(tmp_path, "MME", rows).startswith("MME.tsv: row 5 (index '4'), field 'image': not base64")
+    assert not list(tmp_path.rglob("*incomplete*"))
+    rows[4]["image"] = encoded(picture(9))
+    assert read(tmp_path, "MME", rows)[4].images == (picture(9),)
+    assert all(line.startswith("reading MME.tsv: ") for line in capfd.readouterr().err.splitlines())
+
+
+def test_md5_sums(tmp_path: Path) -> None:
+    path = write_tsv(tmp_path / "MME.tsv", benchmark_rows("MME", images=1))
+    md5, published = md5_of(path), "b36b43c3f09801f5d368627fb92187c3"
+    with pytest.raises(UserError) as caught:
+        read_benchmark("MME", tmp_path, tmp_path / "prepared")
+    assert str(caught.value) == (
+        f"{path}: the MD5 sum is {md5}, the published one {published}; download the file again, or, to use this version of "
+        f"it, say so with --md5 MME={md5}"
+    )
+    with pytest.raises(UserError, match=f"the MD5 sum is {md5}, but {'0' * 32} is asked for"):
+        read_benchmark("MME", tmp_path, tmp_path / "prepared", "0" * 32)
+
+
+def test_prepared_data_are_of_one_version_of_a_file(tmp_path: Path) -> None:
+    """Prepared once, a benchmark needs its TSV file no more; another version of the file is another dataset."""
+    path = write_tsv(tmp_path / "MME.tsv", benchmark_rows("MME", images=1))
+    first = md5_of(path)
+    assert len(read_benchmark("MME", tmp_path, tmp_path / "prepared", first)) == 2
+    second = md5_of(write_tsv(path, benchmark_rows("MME", images=2)))
+    assert len(read_benchmark("MME", tmp_path, tmp_path / "prepared", second)) == 4
+    path.unlink()
+    assert len(read_benchmark("MME", tmp_path, tmp_path / "prepared", first)) == 2
+    assert len(read_benchmark("MME", tmp_path, tmp_path / "prepared", second)) == 4
+    with pytest.raises(
+        UserError, match=r"MME\.tsv: no such file; Put VLMEvalKit's NAME\.tsv into the folder"
+    ):
+        read_benchmark("MME", tmp_path, tmp_path / "prepared")
+
+
+def test_published_sums() -> None:
+    """A look that none was mistyped: those of VLMEvalKit's DATASET_MD5, by their first digits."""
+    assert {name: benchmark.md5[:6] for name, benchmark in BENCHMARKS.items()} == {
+        "OCRBench": "e953d9",
+        "DocVQA_VAL": "d5ee77",
+        "DocVQA_TEST": "6a2f28",
+        "InfoVQA_VAL": "2342e9",
+        "InfoVQA_TEST": "df535b",
+        "ChartQA_TEST": "c902e0",
+        "TextVQA_VAL": "b233b3",
+        "MME": "b36b43",
+        "MMStar": "e1ecd2",
+        "HallusionBench": "0c23ac",
+    }
+    assert {len(benchmark.md5) for benchmark in BENCHMARKS.values()} == {32}
+    with pytest.raises(UserError, match=r"unknown benchmark 'MMStars' \(did you mean 'MMStar'\?\)"):
+        find_benchmark("MMStars")
+
+
+def test_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = benchmark_rows("MME", images=5)
+    monkeypatch.setattr(tfds_builder, "SHARD_BYTES", len(str(rows[0]["image"])) * 3)
+    source = read(tmp_path, "MME", rows)
+    assert len(list(tmp_path.rglob("*array_record-*-of-00004"))) == 4
+    assert [item.index for item in source] == [str(i) for i in range(10)]
+    assert [item.images for item in source] == [(picture(i // 2),) for i in range(10)]
+
+
+def test_neither_tensorflow_nor_jax(tmp_path: Path) -> None:
+    path = write_tsv(tmp_path / "MME.tsv", benchmark_rows("MME", images=1))
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from rlens_jax.data.benchmarks.tfds_builder import read_benchmark\n"
+        "folder = Path(sys.argv[1])\n"
+        "assert len(read_benchmark('MME', folder, folder, sys.argv[2])) == 2\n"
+        "assert not {'tensorflow', 'torch', 'jax', 'pandas'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path, md5_of(path)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["reading MME.tsv"] * 2
