@@ -1,3 +1,22 @@
-"""RedundancyLens (arXiv 2501.19036) for JAX and TPU: which layers of a multimodal LLM waste visual computation."""
+"""RedundancyLens (arXiv 2501.19036) for JAX and TPU: which layers of a multimodal LLM waste visual computation.
 
+    model = rlens_jax.load("embedded")
+    plan = rlens_jax.read_plan("plan.json")
+    text = model.generate(images=["page.png"], prompt="digit at row 1 column 2 ?", plan=plan)
+"""
+
+from typing import Any
+
+from rlens_jax.plan_file import read_plan
+
+__all__ = ["load", "read_plan"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Not imported above: the commands set up JAX's logs before it is imported, and answer bad input without it.
+    if name != "load":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rlens_jax.deployment.model import load
+
+    return load

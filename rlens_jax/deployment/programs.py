@@ -1,0 +1,124 @@
+"""The compiled programs of a deployed model: a prefill for each plan, and one decoding program for all of them.
+
+Axis letters: B batch (rows of all work groups), P visual slots, Y new tokens, D width; KVCache as in `models.decoder`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, no_type_check
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from rlens_jax.models.decoder import KVCache
+from rlens_jax.models.generation import decode, prefill
+from rlens_jax.models.prompt import PromptBatch
+from rlens_jax.parallel.model_axis import MODEL, WORK
+from rlens_jax.plan import Plan, Reduction
+from rlens_jax.ranking.programs import ROWS, ModelPrograms
+
+HIDDEN_BYTES = 64_000_000
+"""About what the hidden units of a chunk of tokens take on a device (our decision): more no longer makes the products faster."""
+LEAST_TOKENS = 1024
+"""Tokens of all rows that a chunk has at least: fewer no longer fill the machine."""
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prefilled:
+    """A batch whose prompts are in the cache."""
+
+    first: Int[Array, " B"]
+    """The first new token of each row."""
+    cache: KVCache
+    scored: Bool[Array, " B"]
+    """Whether all probe scores of the row were numbers."""
+
+
+_HEADS = PartitionSpec(None, WORK, MODEL)
+_PREFILLED = Prefilled(ROWS, KVCache(_HEADS, _HEADS, ROWS), ROWS)
+"""How a prefilled batch lies on the mesh."""
+
+
+def automatic_chunk(rows: int, slots: int, ffn_width: int, itemsize: int) -> int | None:
+    """Tokens of each row that go through an FFN together, a power of two; None where all of them may.
+
+    Chunks pay where the hidden units of the whole prompt would be large: they are several times as wide as the states, and all
+    else that a layer makes is as wide as the states or, in attention, made block by block in any case.
+
+    Args:
+        rows: of a batch on a device.
+        slots: packed slots of a row.
+        ffn_width: FFN units on a device.
+        itemsize: bytes of a number.
+    """
+    tokens = max(1, max(LEAST_TOKENS, HIDDEN_BYTES // (ffn_width * itemsize)) // rows)
+    chunk = 1 << (tokens.bit_length() - 1)
+    return None if slots <= chunk else chunk
+
+
+class DeployedPrograms(ModelPrograms):
+    """Static programs over one model.
+
+    Args:
+        model: a family's module with `vision` and `decoder`, laid out on `mesh`.
+        mesh: the devices, all of this process.
+        seed: draws random probes.
+        stop_token: the token that ends a turn.
+        chunk: tokens of each row that go through an FFN together in a prefill; None decides by size.
+    """
+
+    def __init__(self, model: Any, mesh: Mesh, *, seed: int, stop_token: int, chunk: int | None = None):
+        super().__init__(model, mesh)
+        self._seed = seed
+        self._stop_token = stop_token
+        self._chunk = chunk
+        self._prefills: dict[tuple[Plan, Reduction, int], Callable[..., Prefilled]] = {}
+        self._decoders: dict[int, Callable[..., Array]] = {}
+
+    def prefill(
+        self,
+        visual: Float[Array, "B P D"],
+        batch: PromptBatch,
+        plan: Plan,
+        reduction: Reduction,
+        new_tokens: int,
+    ) -> Prefilled:
+        """All prompts of a batch under a plan, in a program that knows this plan alone; room for `new_tokens` tokens."""
+        key = plan, reduction, new_tokens
+        if key not in self._prefills:
+
+            def run(model: Any, visual: Array, batch: PromptBatch) -> Prefilled:
+                made = prefill(
+                    model.decoder,
+                    visual,
+                    batch,
+                    plan,
+                    reduction,
+                    new_tokens,
+                    jax.random.key(self._seed),
+                    self._chunk_of(model, batch),
+                )
+                return Prefilled(*made)
+
+            self._prefills[key] = self._split("prefill", run, (ROWS, ROWS), _PREFILLED)
+        return self._prefills[key](visual, batch)
+
+    def decode(self, prefilled: Prefilled, batch: PromptBatch, new_tokens: int) -> Int[Array, "B Y"]:
+        """The greedy answers, whatever plan the prompts were read under (paper: decoding is never reduced)."""
+        if new_tokens not in self._decoders:
+
+            def run(model: Any, prefilled: Prefilled, batch: PromptBatch) -> Array:
+                first, cache = prefilled.first, prefilled.cache
+                return decode(model.decoder, first, cache, batch, new_tokens, self._stop_token)
+
+            self._decoders[new_tokens] = self._split("decode", run, (_PREFILLED, ROWS), ROWS)
+        return self._decoders[new_tokens](prefilled, batch)
+
+    def _chunk_of(self, model: Any, batch: PromptBatch) -> int | None:
+        if self._chunk is not None:
+            return self._chunk
+        rows, units = batch.text_ids.shape[0], model.decoder.layers.ffn.weights.gate.shape[1]
+        return automatic_chunk(rows, batch.layout.bucket.slots, units, self.dtype.itemsize)
