@@ -1,8 +1,8 @@
 """RedundancyLens (arXiv 2501.19036) for JAX and TPU: which layers of a multimodal LLM waste visual computation.
 
-    model = rlens_jax.load("embedded")
-    plan = rlens_jax.read_plan("plan.json")
-    text = model.generate(images=["page.png"], prompt="digit at row 1 column 2 ?", plan=plan)
+model = rlens_jax.load("embedded")
+plan = rlens_jax.read_plan("plan.json")
+text = model.generate(images=["page.png"], prompt="digit at row 1 column 2 ?", plan=plan)
 """
 
 from typing import Any

@@ -201,15 +201,15 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _check_header(
-    path: Path, kind: LogKind[Item], line: bytes, fingerprint: Mapping[str, Any]
-) -> None:
+def _check_header(path: Path, kind: LogKind[Item], line: bytes, fingerprint: Mapping[str, Any]) -> None:
     try:
         header = json.loads(line)
     except ValueError:
         header = None
     if not isinstance(header, dict) or header.get("schema") != kind.schema or not line.endswith(b"\n"):
-        raise UserError(f"{path}, line 1 is not the header of {_with_article(kind.noun)}; choose another folder")
+        raise UserError(
+            f"{path}, line 1 is not the header of {_with_article(kind.noun)}; choose another folder"
+        )
     if header.get("version") != kind.version:
         raise UserError(
             f"{path} has version {header.get('version')}, this program reads {kind.version}; choose another folder"

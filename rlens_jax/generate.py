@@ -28,17 +28,23 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--image", metavar="FILE", nargs="+", type=Path, default=[], help="the images, in order"
     )
-    parser.add_argument("--prompt", metavar="TEXT", required=True, help="what is asked")
+    parser.add_argument("--prompt", metavar="TEXT", help="what is asked")
     parser.add_argument("--plan", metavar="PLAN", type=Path, help="which layers are reduced; default: none")
-    parser.add_argument("--first", metavar="LIST", help="of a ranking.json: how many layers, as attention=11,ffn=5")
+    parser.add_argument(
+        "--first", metavar="LIST", help="of a ranking.json: how many layers, as attention=11,ffn=5"
+    )
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="the longest answer")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and computation")
-    parser.add_argument("--model-shards", metavar="N", type=int, default=1, help="devices that share the model")
+    parser.add_argument(
+        "--model-shards", metavar="N", type=int, default=1, help="devices that share the model"
+    )
     parser.add_argument(
         "--chunk", metavar="N", type=int, help="tokens in an FFN at a time (default: by size of the prompt)"
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of random probes")
     options = parser.parse_args(arguments)
+    if options.prompt is None:
+        parser.error("--prompt TEXT is missing")
     if options.first is not None and options.plan is None:
         parser.error("--first needs a --plan that is a ranking.json")
     first = None if options.first is None else parse_first(options.first)

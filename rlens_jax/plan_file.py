@@ -139,7 +139,9 @@ def _from_ranking(fields: Mapping[str, Any], first: Mapping[Operator, int] | Non
         layers = {name: {layer for base in bases for layer in base[name]} for name in OPERATORS}
         reduction = Reduction(**settings)
     except (KeyError, TypeError) as error:
-        raise UserError(f"not a whole ranking.json of rlens_jax.rank ({type(error).__name__}: {error})") from None
+        raise UserError(
+            f"not a whole ranking.json of rlens_jax.rank ({type(error).__name__}: {error})"
+        ) from None
     if first is None:
         known = ",".join(f"{operator}=K" for operator in rankings)
         raise UserError(f"is a ranking: say how many of its first layers to reduce, as in --first {known}")
@@ -147,6 +149,8 @@ def _from_ranking(fields: Mapping[str, Any], first: Mapping[Operator, int] | Non
         if operator not in rankings:
             raise UserError(f"ranks {' and '.join(rankings)}, so there are no first layers of {operator}")
         if not 0 <= count <= len(rankings[operator]):
-            raise UserError(f"ranks {len(rankings[operator])} layers of {operator}; {count} cannot be reduced")
+            raise UserError(
+                f"ranks {len(rankings[operator])} layers of {operator}; {count} cannot be reduced"
+            )
         layers[operator] |= set(rankings[operator][:count])
     return PlanFile(Plan(tuple(layers["attention"]), tuple(layers["ffn"])), reduction, num_layers)

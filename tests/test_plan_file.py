@@ -46,7 +46,9 @@ def test_every_field_arrives(tmp_path: Path) -> None:
 
 
 def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
-    assert read_plan(written(tmp_path, {"format": FORMAT})) == PlanFile() == PlanFile(Plan(), Reduction(), None)
+    assert (
+        read_plan(written(tmp_path, {"format": FORMAT})) == PlanFile() == PlanFile(Plan(), Reduction(), None)
+    )
     assert read_plan(written(tmp_path, {"format": FORMAT, "ffn": [2]})).plan == Plan(ffn=(2,))
 
 
@@ -58,9 +60,7 @@ def test_a_ranking_and_its_first_layers(tmp_path: Path) -> None:
 
 
 def test_what_was_reduced_during_the_search_is_part_of_the_plan(tmp_path: Path) -> None:
-    only = ranking(
-        rankings={"ffn": [2, 3, 1, 0]}, search={"ffn": {"base": {"attention": [0], "ffn": []}}}
-    )
+    only = ranking(rankings={"ffn": [2, 3, 1, 0]}, search={"ffn": {"base": {"attention": [0], "ffn": []}}})
     path = written(tmp_path, only)
     assert read_plan(path, {"ffn": 2}).plan == Plan((0,), (2, 3))
     with pytest.raises(UserError, match="no first layers of attention"):

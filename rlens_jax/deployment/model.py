@@ -1,8 +1,8 @@
 """A model as a program uses it: load, read a plan, generate.
 
-    model = rlens_jax.load("embedded")
-    plan = rlens_jax.read_plan("plan.json")
-    text = model.generate(images=["page.png"], prompt="is digit 3 in row 1 a 7 ?", plan=plan)
+model = rlens_jax.load("embedded")
+plan = rlens_jax.read_plan("plan.json")
+text = model.generate(images=["page.png"], prompt="is digit 3 in row 1 a 7 ?", plan=plan)
 """
 
 from collections.abc import Iterator, Sequence
@@ -65,7 +65,12 @@ class DeployedModel:
 
     @overload
     def generate(
-        self, images: Sequence[Image], prompt: str, plan: PlanFile | None = None, *, max_new_tokens: int = NEW_TOKENS
+        self,
+        images: Sequence[Image],
+        prompt: str,
+        plan: PlanFile | None = None,
+        *,
+        max_new_tokens: int = NEW_TOKENS,
     ) -> str: ...
 
     @overload
@@ -96,7 +101,9 @@ class DeployedModel:
         single = isinstance(prompt, str)
         prompts, image_lists = ([prompt], [images]) if single else (list(prompt), list(images))
         if len(prompts) != len(image_lists):
-            raise UserError(f"{len(prompts)} prompts, but images for {len(image_lists)}; give a list for each")
+            raise UserError(
+                f"{len(prompts)} prompts, but images for {len(image_lists)}; give a list for each"
+            )
         names = ["the prompt"] if single else [f"prompt {number}" for number in range(1, len(prompts) + 1)]
         samples = [_sample(*given) for given in zip(names, image_lists, prompts, strict=True)]
         texts = [""] * len(samples)
@@ -124,9 +131,7 @@ class DeployedModel:
         """Images encoded, prompts tokenised, all in batches of few shapes; UserError for a sample that cannot be used."""
         rows = min(self.batch_size, 1 << (len(samples) - 1).bit_length())
         context = self.programs.config.context
-        shapes = Shapes(
-            slot_sizes(_LEAST_TEXT, context), slot_sizes(_LEAST_VISUAL, context), rows, context
-        )
+        shapes = Shapes(slot_sizes(_LEAST_TEXT, context), slot_sizes(_LEAST_VISUAL, context), rows, context)
         split = build_split(samples, self.preparer, self.programs, shapes, False, lambda: None)
         for sample, length in zip(samples, (split.num_text + split.num_visual).tolist(), strict=True):
             if length + max_new_tokens > context:
@@ -150,7 +155,9 @@ class DeployedModel:
                 f"{split.samples[numbers[row]].id}: probe scores are not numbers under the plan {plan.plan.label()}; check the "
                 "weights, or compute in float32"
             )
-        return {int(numbers[row]): self._answer(tokens[row].tolist()) for row in np.flatnonzero(numbers != FILLER)}
+        return {
+            int(numbers[row]): self._answer(tokens[row].tolist()) for row in np.flatnonzero(numbers != FILLER)
+        }
 
     def _answer(self, tokens: list[int]) -> Answer:
         stop = self.preparer.chat.stop_token

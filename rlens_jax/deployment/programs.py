@@ -22,6 +22,8 @@ HIDDEN_BYTES = 64_000_000
 """About what the hidden units of a chunk of tokens take on a device (our decision): more no longer makes the products faster."""
 LEAST_TOKENS = 1024
 """Tokens of all rows that a chunk has at least: fewer no longer fill the machine."""
+_NO_TOKEN = -1
+"""Ends no turn."""
 
 
 @no_type_check
@@ -76,7 +78,7 @@ class DeployedPrograms(ModelPrograms):
         self._stop_token = stop_token
         self._chunk = chunk
         self._prefills: dict[tuple[Plan, Reduction, int], Callable[..., Prefilled]] = {}
-        self._decoders: dict[int, Callable[..., Array]] = {}
+        self._decoders: dict[tuple[int, int], Callable[..., Array]] = {}
 
     def prefill(
         self,
@@ -106,16 +108,25 @@ class DeployedPrograms(ModelPrograms):
             self._prefills[key] = self._split("prefill", run, (ROWS, ROWS), _PREFILLED)
         return self._prefills[key](visual, batch)
 
-    def decode(self, prefilled: Prefilled, batch: PromptBatch, new_tokens: int) -> Int[Array, "B Y"]:
-        """The greedy answers, whatever plan the prompts were read under (paper: decoding is never reduced)."""
-        if new_tokens not in self._decoders:
+    def decode(
+        self, prefilled: Prefilled, batch: PromptBatch, new_tokens: int, *, to_the_end: bool = False
+    ) -> Int[Array, "B Y"]:
+        """The greedy answers, whatever plan the prompts were read under (paper: decoding is never reduced).
+
+        Args:
+            prefilled: the batch.
+            batch: the same.
+            new_tokens: as in its `prefill`.
+            to_the_end: make all new tokens even if all answers have ended, as a measurement wants it.
+        """
+        key = new_tokens, _NO_TOKEN if to_the_end else self._stop_token
+        if key not in self._decoders:
 
             def run(model: Any, prefilled: Prefilled, batch: PromptBatch) -> Array:
-                first, cache = prefilled.first, prefilled.cache
-                return decode(model.decoder, first, cache, batch, new_tokens, self._stop_token)
+                return decode(model.decoder, prefilled.first, prefilled.cache, batch, *key)
 
-            self._decoders[new_tokens] = self._split("decode", run, (_PREFILLED, ROWS), ROWS)
-        return self._decoders[new_tokens](prefilled, batch)
+            self._decoders[key] = self._split("decode", run, (_PREFILLED, ROWS), ROWS)
+        return self._decoders[key](prefilled, batch)
 
     def _chunk_of(self, model: Any, batch: PromptBatch) -> int | None:
         if self._chunk is not None:

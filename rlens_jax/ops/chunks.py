@@ -22,7 +22,9 @@ def parts_of(length: int, most: int) -> tuple[np.ndarray, int]:
 
 
 def over_tokens(
-    function: Callable[[Float[Array, "B t D"]], Float[Array, "B t D"]], x: Float[Array, "B T D"], chunk: int | None
+    function: Callable[[Float[Array, "B t D"]], Float[Array, "B t D"]],
+    x: Float[Array, "B T D"],
+    chunk: int | None,
 ) -> Float[Array, "B T D"]:
     """`function`, which treats every token by itself, on at most `chunk` tokens at a time; None is all at once."""
     length = x.shape[1]

@@ -75,7 +75,11 @@ def test_batches_and_plans_share_the_decoding_program(
     assert model.programs.traces == {"encode": 1, "prefill": 2, "decode": 1}
     for given, asked, answer in zip(images, QUESTIONS, reduced, strict=True):
         assert model.generate(given, asked, plan, max_new_tokens=TOKENS) == answer
-    assert model.programs.traces == {"encode": 2, "prefill": 3, "decode": 2}  # for batches of one, whatever is asked
+    assert model.programs.traces == {
+        "encode": 2,
+        "prefill": 3,
+        "decode": 2,
+    }  # for batches of one, whatever is asked
     assert model.generate(images=[], prompt=[]) == []
 
 
@@ -90,7 +94,12 @@ def test_in_chunks_the_answers_are_the_same(model: DeployedModel, page: Path, pl
 def test_the_command_prints_what_the_model_says(
     model: DeployedModel, page: Path, plan_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [f"--image={page}", f"--prompt={QUESTIONS[0]}", f"--plan={plan_path}", f"--max-new-tokens={TOKENS}"]
+    options = [
+        f"--image={page}",
+        f"--prompt={QUESTIONS[0]}",
+        f"--plan={plan_path}",
+        f"--max-new-tokens={TOKENS}",
+    ]
     assert run(["embedded", *options]) == 0
     plan = rlens_jax.read_plan(plan_path)
     expected = model.generate([page], QUESTIONS[0], plan, max_new_tokens=TOKENS)
@@ -134,7 +143,9 @@ def test_bad_input(model: DeployedModel, page: Path, tmp_path: Path) -> None:
         ({"ffn": [12]}, "reduces ffn in layer 12, but the model has 12 layers"),
     ],
 )
-def test_a_plan_for_another_model(model: DeployedModel, page: Path, tmp_path: Path, fields, complaint: str) -> None:
+def test_a_plan_for_another_model(
+    model: DeployedModel, page: Path, tmp_path: Path, fields, complaint: str
+) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps({"format": FORMAT, **fields}))
     with pytest.raises(UserError, match=complaint):
@@ -148,7 +159,7 @@ def test_a_plan_for_another_model(model: DeployedModel, page: Path, tmp_path: Pa
         (["--prompt=x", "--plam=y"], "unknown argument --plam=y (did you mean '--plan'?)"),
         (["--prompt=x", "--first=ffn=3"], "--first needs a --plan"),
         (["--prompt=x", "--plan=none.json"], "none.json: no such plan file"),
-        ([], "--prompt"),
+        ([], "--prompt TEXT is missing"),
     ],
 )
 def test_bad_options(options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,9 +67,7 @@ def test_same_numbers(decoder: Decoder, plan: Plan) -> None:
         assert_close(same.k, record.k, 1e-5)
         assert_close(same.v, record.v, 1e-5)
         with_images = np.asarray(layout.num_visual) > 0
-        np.testing.assert_array_equal(
-            same.kept.units[:, with_images], record.kept.units[:, with_images]
-        )
+        np.testing.assert_array_equal(same.kept.units[:, with_images], record.kept.units[:, with_images])
         assert same.kept.scored.all()
     if plan != Plan():
         dense, _ = run(*nnx.split(decoder), x, layout, Plan(), None)
