@@ -1,9 +1,10 @@
 """What a prefill costs, dense and reduced: `python -m rlens_jax.cost MODEL --text 64 --visual 1792 [--plan PLAN]`.
 
 MODEL is a folder or "embedded", of which only config.json is read, or one of the models of the paper by name: internvl2-8b,
-qwen2-vl-7b, minicpm-v-2.6, llava-onevision-7b, qwen2-vl-2b, llava-onevision-0.5b. PLAN is a plan file, or a ranking.json with --first.
-Token pruning counts with --prune-after K --drop SHARE: so many of the visual tokens are missing from layer K on (FastV; with a
-share of 1, VTW). Multiply-adds of the decoder layers by the field's convention (rlens_jax/flops.py), without and with the probes.
+qwen2-vl-7b, minicpm-v-2.6, llava-onevision-7b, qwen2-vl-2b, llava-onevision-0.5b. PLAN is a plan file, or a ranking.json with
+--first. Token pruning counts with --prune-after K --drop SHARE: so many of the visual tokens are missing from layer K on (FastV;
+with a share of 1, VTW). Multiply-adds of the decoder layers by the field's convention (rlens_jax/flops.py), without and with the
+probes.
 """
 
 import json

@@ -1,15 +1,16 @@
 """Score a reduced model: `python -m rlens_jax.evaluate MODEL --plan PLAN --data DATA [DATA ...] --output DIR`.
 
-MODEL is a folder (published or converted) or "embedded". PLAN says which layers are reduced (rlens_jax/plan_file.py): a JSON file
-written by hand, or a ranking.json together with --first; without it the model is dense. DATA is `pages` (the embedded model's own,
-exact match), the path of a TSV file of VLMEvalKit's such as LMUData/MMStar.tsv (prompts and scores by its rules), or a JSONL file
-(exact match).
+MODEL is a folder (published or converted) or "embedded". PLAN says which layers are reduced (rlens_jax/plan_file.py): a JSON
+file written by hand, or a ranking.json together with --first; without it the model is dense. DATA is `pages` (the embedded
+model's own, exact match), the path of a TSV file of VLMEvalKit's such as LMUData/MMStar.tsv (prompts and scores by its rules), or
+a JSONL file (exact match).
 
-DIR gets evaluation.json (scores with 95 % intervals, FLOPs; its schema is rlens_jax/evaluation/evaluation.schema.json), timing.json
-(prefill, time to first token and tokens per second, dense and reduced in the same run) and plan/NAME.tsv, predictions as VLMEvalKit
-has them. What is answered is kept: the same command goes on from there after an interruption.
+DIR gets evaluation.json (scores with 95 % intervals, FLOPs; its schema is rlens_jax/evaluation/evaluation.schema.json),
+timing.json (prefill, time to first token and tokens per second, dense and reduced in the same run) and plan/NAME.tsv, predictions
+as VLMEvalKit has them. What is answered is kept: the same command goes on from there after an interruption.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,18 +72,7 @@ def main(arguments: Sequence[str]) -> None:
     from rlens_jax.evaluation.run import evaluate
     from rlens_jax.parallel.startup import start_jax
 
-    names = (
-        "model",
-        "output",
-        "baseline",
-        "limit",
-        "max_new_tokens",
-        "batch_size",
-        "dtype",
-        "chunk",
-        "model_shards",
-    )
-    names += ("seed", "bootstrap_samples", "timing_repeats")
+    names = {item.name for item in dataclasses.fields(EvaluationConfig)} - {"plan", "data", "md5"}
     config = EvaluationConfig(
         plan=plan,
         data=tuple(options.data),

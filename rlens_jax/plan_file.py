@@ -10,14 +10,15 @@
      "probe": "strided",                   or "random"
      "window": "ordinal"}                  or "position"
 
-Only `format` must be there; without `attention` and `ffn` the plan is the dense model, and all else has the defaults of `Reduction`.
-The ranking.json of a run of rlens_jax.rank is a plan, too, together with how many of the first layers of each ranking are reduced.
+Only `format` must be there; without `attention` and `ffn` the plan is the dense model, and all else has the defaults of
+`Reduction`. The ranking.json of a run of rlens_jax.rank is a plan, too, together with how many of the first layers of each
+ranking are reduced.
 """
 
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
 FORMAT = "rlens-plan/1"
 RANKING_SCHEMA = "rlens-ranking/1"
 
-_REDUCTION_FIELDS = tuple(field.name for field in dataclasses.fields(Reduction))
+_REDUCTION_FIELDS = tuple(item.name for item in dataclasses.fields(Reduction))
 _FIELDS = ("format", "num_layers", *OPERATORS, *_REDUCTION_FIELDS)
 
 
@@ -35,8 +36,8 @@ _FIELDS = ("format", "num_layers", *OPERATORS, *_REDUCTION_FIELDS)
 class PlanFile:
     """What a deployed model is, beside its weights: static and hashable. `PlanFile()` is the dense model."""
 
-    plan: Plan = Plan()
-    reduction: Reduction = Reduction()
+    plan: Plan = field(default_factory=Plan)
+    reduction: Reduction = field(default_factory=Reduction)
     num_layers: int | None = None
     """Layers of the model that the plan was made for; None where the file does not say."""
 

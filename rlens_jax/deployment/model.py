@@ -64,7 +64,7 @@ class DeployedModel:
         return model_hash(self.folder)
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
         self,
         images: Sequence[Image],
         prompt: str,
@@ -212,7 +212,7 @@ def slot_sizes(least: int, most: int) -> tuple[int, ...]:
 def _sample(name: str, images: Sequence[Image], prompt: str) -> Sample:
     if isinstance(images, str | Path | bytes):
         raise UserError(f"{name}: images must be a list of files, not one file")
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not prompt.strip():
         raise UserError(f"{name}: is empty; ask something")
     marks = prompt.count(IMAGE_MARK)
     if marks not in (0, len(images)):

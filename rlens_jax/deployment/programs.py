@@ -40,7 +40,8 @@ class Prefilled:
 
 
 _HEADS = PartitionSpec(None, WORK, MODEL)
-_PREFILLED = Prefilled(ROWS, KVCache(_HEADS, _HEADS, ROWS), ROWS)
+_CACHE: Any = KVCache(_HEADS, _HEADS, ROWS)  # type: ignore[arg-type]  # partitions in place of arrays
+_PREFILLED: Any = Prefilled(ROWS, _CACHE, ROWS)  # type: ignore[arg-type]  # likewise
 """How a prefilled batch lies on the mesh."""
 
 

@@ -61,7 +61,7 @@ class Benchmark:
     def __init__(self, source: BenchmarkSource, md5: str, family: str, limit: int | None):
         self.name = source.dataset
         self.digest = f"md5 {md5}, prompts for {family}"
-        self.indices = list(source.indices)[:limit]
+        self.indices: Sequence[str] = list(source.indices)[:limit]
         self._benchmark = BENCHMARKS[self.name]
         self.scored = self._benchmark.answers != "none"
         self._source, self._family = source, family
@@ -107,7 +107,7 @@ class ExactMatch:
     def __init__(self, name: str, samples: Sequence[Sample]):
         self.name = name
         self.digest = samples_hash({"test": samples})
-        self.indices = [sample.id for sample in samples]
+        self.indices: Sequence[str] = [sample.id for sample in samples]
         self.scored = True
         self._samples = samples
 
@@ -140,7 +140,7 @@ def load_datasets(
     """The datasets of all sources, in order.
 
     Args:
-        sources: each `pages`, the embedded model's data; the path of a TSV file of VLMEvalKit's, with its name; or of a JSONL file.
+        sources: each `pages`, the embedded model's data; the path of a TSV file of VLMEvalKit's; or that of a JSONL file.
         cache: folder of prepared datasets.
         family: `model_type` of the model, which decides the prompts of benchmarks.
         limit: use the first so many questions of each dataset only.

@@ -12,7 +12,7 @@ from rlens_jax.report.files import replace_file
 def write_predictions(path: Path, dataset: Dataset, predictions: Sequence[str]) -> None:
     """Write the file, whole or not at all; the folder is made. UserError when it cannot be written.
 
-    The columns of the dataset's own file without the image, then `prediction`; quoted as pandas.to_csv(sep="\\t") does.
+    The columns of the dataset's own file without the image, then `prediction`; quoted as pandas quotes.
     """
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
+from rlens_jax import durable_log
 from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
-from rlens_jax import durable_log
 from rlens_jax.ranking.journal import JOURNAL_NAME, Journal, Record
 
 CONFIG = {"model": "toy", "seed": 0, "reduction": {"attention_range": 256, "active_fraction": 0.2}}
