@@ -183,11 +183,13 @@ class HostsConfig:
         _at_least(1, "hosts", self, "num_processes", "wait_seconds", "heartbeat_seconds")
         if self.num_processes == 1:
             return
-        members = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
-        missing = [f"hosts.{name}" for name, value in members.items() if value is None]
-        if missing and len(missing) < len(members):
-            raise UserError(f"{' and '.join(missing)} must be set too: every process is told all of hosts.*")
         if self.coordinator is None or self.num_processes is None or self.process_id is None:
+            members = ("coordinator", "num_processes", "process_id")
+            missing = [f"hosts.{name}" for name in members if getattr(self, name) is None]
+            if len(missing) < len(members):
+                raise UserError(
+                    f"{' and '.join(missing)} must be set too: a process is told all three, or none"
+                )
             return
         _, colon, port = self.coordinator.rpartition(":")
         if not (colon and port.isdecimal() and 0 < int(port) < 2**16):
@@ -236,8 +238,10 @@ _GROUPS: dict[str, type] = {
 _SHORTCUTS = {"--data": "--data.source"}
 
 
-def load_config(argv: Sequence[str]) -> RunConfig:
+def load_config(argv: Sequence[str], others: Mapping[str, str] | None = None) -> RunConfig:
     """The configuration of a command line: preset or YAML file, overridden by the options, in their order.
+
+    `others` are options that the command has taken out of its arguments already, with what they do: `--help` tells of them.
 
     `--help` prints the explanation of every field, with the default that the preset gives it, and exits.
 
@@ -247,9 +251,10 @@ def load_config(argv: Sequence[str]) -> RunConfig:
     """
     parts = [part for argument in argv for part in _split_option(argument)]
     arguments = [part for part in parts if part not in _HELP]
-    _check_options(arguments)
+    others = others or {}
+    _check_options(arguments, others)
     help_wanted = len(arguments) < len(parts)
-    parser = _parser(explained=help_wanted)
+    parser = _parser(help_wanted, others)
     try:
         values = parser.parse_args(list(_with_paths(arguments)))
     except ArgumentError as error:
@@ -308,7 +313,7 @@ def fingerprint(config: RunConfig, *, model_hash: str, data_hash: str, **facts: 
     return {"model_hash": model_hash, "data_hash": data_hash, **facts, **values}
 
 
-def _parser(explained: bool) -> ArgumentParser:
+def _parser(explained: bool, others: Mapping[str, str]) -> ArgumentParser:
     # Reading the explanations out of the source takes longer than all else here, so only --help does it.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
@@ -317,7 +322,10 @@ def _parser(explained: bool) -> ArgumentParser:
         "[--GROUP.FIELD VALUE ...]",
         description="Rank the decoder layers of a multimodal LLM by how little they need full visual "
         "computation. Without options: the embedded model on its own data.",
-        epilog="Lists are written as 16,32 (in YAML as [16, 32]); null is no value.",
+        epilog=" ".join(
+            ["Lists are written as 16,32 (in YAML as [16, 32]); null is no value."]
+            + [f"{name}: {text}" for name, text in others.items()]
+        ),
         exit_on_error=False,
         print_config=None,
     )
@@ -419,9 +427,9 @@ def _check_names(path: Path, group: str, values: Mapping[Any, Any], known: Itera
             raise UserError(f"{path}: unknown field {dotted}{suggest(str(name), known)}")
 
 
-def _check_options(arguments: Sequence[str]) -> None:
+def _check_options(arguments: Sequence[str], others: Iterable[str]) -> None:
     """UserError unless the arguments are known options, each followed by a value."""
-    known = ["--help", "--config", *_SHORTCUTS, *(f"--{name}" for name in _hints())]
+    known = ["--help", "--config", *_SHORTCUTS, *(f"--{name}" for name in _hints()), *others]
     for option in arguments[::2]:
         if not option.startswith("-"):
             raise UserError(f"unexpected argument {option!r}; options start with --, and --help lists all")

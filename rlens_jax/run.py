@@ -102,10 +102,12 @@ def run(config: RunConfig, processes: Processes) -> Results:
         UserError: bad input of any kind.
     """
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), _Clock()
-    cache = cache_folder()
-    compute = config.compute
-    compilations = start_jax(compute.matmul_precision, Path(compute.compilation_cache or cache / "compiled"))
+    cache, output, compute = cache_folder(), Path(config.output), config.compute
+    # JAX lets only the first process write compiled programs; the others find them where all see them.
+    compiled = (cache if processes.count == 1 else output) / "compiled"
+    compilations = start_jax(compute.matmul_precision, Path(compute.compilation_cache or compiled))
     processes.check_same(portable(config) | {"output": config.output})
+    processes.check_shared(output)
     with clock.phase("data"):
         folder = processes.agreed(lambda: find_model(config.model))
         weights = processes.agreed(lambda: model_hash(folder))
@@ -129,8 +131,6 @@ def run(config: RunConfig, processes: Processes) -> Results:
     device = jax.devices()[0].device_kind
     identity = fingerprint(config, model_hash=weights, data_hash=data, device=device, jax=version("jax"))
     processes.check_same(identity)
-    output = Path(config.output)
-    processes.check_shared(output)
     with (
         processes.in_order(
             lambda: Journal.open(output, identity), lambda: Journal.follow(output, identity)
@@ -140,6 +140,7 @@ def run(config: RunConfig, processes: Processes) -> Results:
         if journal.repaired:
             say(journal.repaired)
         resumed = len(journal.records())
+        processes.check_same({"finished evaluations": resumed})
         with clock.phase("load"):
             check_fits(read_model_kind(folder).config.decoder.sizes, compute.model_shards)
             mesh = make_mesh(jax.devices(), compute.model_shards)

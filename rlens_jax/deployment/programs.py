@@ -102,6 +102,7 @@ class DeployedPrograms(ModelPrograms):
                     reduction,
                     new_tokens,
                     jax.random.key(self._seed),
+                    self.kernel,
                     self._chunk_of(model, batch),
                 )
                 return Prefilled(*made)

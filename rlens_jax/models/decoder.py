@@ -11,7 +11,7 @@ F FFN units, V vocabulary, L layers, U kept units.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar, no_type_check
 
 import jax
@@ -24,8 +24,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from rlens_jax.layout import PADDING_POSITION, Slots, TokenLayout, visible
 from rlens_jax.models import vocabulary
 from rlens_jax.models.layers import Linear, RMSNorm, rope_angles, rotate, rotation
-from rlens_jax.ops.attention import masked_attention, packed_attention
+from rlens_jax.ops.attention import masked_attention
 from rlens_jax.ops.ffn import FfnWeights, Kept, dense_ffn, dynamic_ffn
+from rlens_jax.ops.splash import Kernel, attend
 from rlens_jax.parallel.model_axis import model_axes, num_shards, shard_index, sum_over_shards
 from rlens_jax.plan import Plan, Reduction
 
@@ -86,6 +87,12 @@ class Context:
     turn: tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
     random_key: Array
     """Seeds random probes; each layer folds in its number."""
+    kernel: Kernel = field(default="packed", metadata={"static": True})
+    """What computes the attention of a prefill."""
+    chunk: int | None = field(default=None, metadata={"static": True})
+    """How many tokens of a sample are in an FFN at a time; None is all. A long prompt goes chunk by chunk *within* each layer,
+    because a reduced layer looks at all visual tokens.
+    """
 
 
 @no_type_check
@@ -168,13 +175,10 @@ class DecoderLayer(nnx.Module):
         hollow: bool | Bool[Array, ""],
         dynamic: bool | Bool[Array, ""],
         layer: Int[Array, ""],
-        chunk: int | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerRecord]:
-        """One layer of a prefill; `hollow` and `dynamic` say which reductions it uses, `layer` its number, `chunk` how many
-        tokens are in its FFN at a time.
-        """
+        """One layer of a prefill; `hollow` and `dynamic` say which reductions it uses, `layer` its number."""
         x, k, v = self.attend(x, context, reduction, hollow)
-        x, kept = self.feed(x, context, reduction, dynamic, layer, chunk=chunk)
+        x, kept = self.feed(x, context, reduction, dynamic, layer)
         return x, LayerRecord(k, v, kept)
 
     def attend(
@@ -185,8 +189,10 @@ class DecoderLayer(nnx.Module):
         q, k, v = self.attention.project(self.input_norm(x), context.turn)
         attended = _choose(
             hollow,
-            lambda: packed_attention(q, k, v, layout, reduction.attention_range, reduction.window),
-            lambda: packed_attention(q, k, v, layout, None),
+            lambda: attend(
+                q, k, v, layout, reduction.attention_range, reduction.window, kernel=context.kernel
+            ),
+            lambda: attend(q, k, v, layout, None, kernel=context.kernel),
         )
         return x + sum_over_shards(self.attention.o_proj(attended)), k, v
 
@@ -198,9 +204,9 @@ class DecoderLayer(nnx.Module):
         dynamic: bool | Bool[Array, ""],
         layer: Int[Array, ""],
         imposed: Int[Array, "B U"] | None = None,
-        chunk: int | None = None,
     ) -> tuple[Float[Array, "B T D"], Kept]:
         """The second half: states with the FFN added, and what the probes chose, even where other units are `imposed`."""
+        chunk = context.chunk
         y, weights = self.ffn_norm(x), self.ffn.weights
         key = jax.random.fold_in(context.random_key, layer)
         batch = x.shape[0]
@@ -210,7 +216,7 @@ class DecoderLayer(nnx.Module):
         )
         y, kept = _choose(
             dynamic,
-            lambda: dynamic_ffn(y, weights, context.layout, reduction, key, imposed, model_axes(), chunk),
+            lambda: dynamic_ffn(y, weights, context.layout, reduction, key, imposed, model_axes(), chunk=chunk),
             lambda: (dense_ffn(y, weights, chunk), nothing),
         )
         return x + sum_over_shards(y), kept
@@ -264,10 +270,15 @@ class Decoder(nnx.Module):
         return jnp.concatenate([text, visual.astype(text.dtype)], axis=1)
 
     def context(
-        self, layout: TokenLayout, rope_positions: Int[Array | np.ndarray, "B axes T"], random_key: Array
+        self,
+        layout: TokenLayout,
+        rope_positions: Int[Array | np.ndarray, "B axes T"],
+        random_key: Array,
+        kernel: Kernel = "packed",
+        chunk: int | None = None,
     ) -> Context:
         """What all layers of one prefill share; `rope_positions` are packed like the states."""
-        return Context(layout, self._turn(rope_positions), random_key)
+        return Context(layout, self._turn(rope_positions), random_key, kernel, chunk)
 
     def _turn(
         self, rope_positions: Int[Array | np.ndarray, "B axes T"]
@@ -281,13 +292,8 @@ class Decoder(nnx.Module):
         plan: Plan | TracedPlan,
         reduction: Reduction,
         layers: range | None = None,
-        chunk: int | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerRecord]:
-        """All layers, or the consecutive `layers`: the last states, and every layer's record, stacked.
-
-        With a `chunk`, only so many tokens are in a layer's FFN at a time: a long prompt goes chunk by chunk *within* each layer,
-        because a reduced layer looks at all visual tokens.
-        """
+        """All layers, or the consecutive `layers`: the last states, and every layer's record, stacked."""
         graph, stack = nnx.split(self.layers)
         span = layers or range(self.config.num_layers)
         if isinstance(plan, TracedPlan):
@@ -306,7 +312,7 @@ class Decoder(nnx.Module):
 
             def body(x: Array, layer: Array, flags: Flags = flags) -> tuple[Array, LayerRecord]:
                 module = nnx.merge(graph, _at(stack, layer))
-                return module(x, context, reduction, *flags(layer), layer, chunk)
+                return module(x, context, reduction, *flags(layer), layer)
 
             x, record = jax.lax.scan(body, x, jnp.arange(run.start, run.stop, dtype=jnp.int32))
             records.append(record)

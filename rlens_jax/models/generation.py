@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlens_jax.models import vocabulary
 from rlens_jax.models.decoder import Decoder, KVCache, TracedPlan
 from rlens_jax.models.prompt import PromptBatch
+from rlens_jax.ops.splash import Kernel
 from rlens_jax.parallel.model_axis import on_any_shard
 from rlens_jax.plan import Plan, Reduction
 
@@ -24,15 +25,15 @@ def prefill(
     reduction: Reduction,
     new_tokens: int,
     random_key: Array,
+    kernel: Kernel = "packed",
     chunk: int | None = None,
 ) -> tuple[Int[Array, " B"], KVCache, Bool[Array, " B"]]:
     """First new token of each prompt, cache with room for `new_tokens` more, and whether probe scores were numbers.
 
-    `chunk` is that of `Decoder.prefill`. Logits are made of the last token of each prompt only.
+    `kernel` and `chunk` are those of `Context`. Logits are made of the last token of each prompt only.
     """
-    context = decoder.context(batch.layout, batch.rope_positions, random_key)
-    x = decoder.embed(batch.text_ids, visual)
-    x, record = decoder.prefill(x, context, plan, reduction, chunk=chunk)
+    context = decoder.context(batch.layout, batch.rope_positions, random_key, kernel, chunk)
+    x, record = decoder.prefill(decoder.embed(batch.text_ids, visual), context, plan, reduction)
     last_text = jnp.take_along_axis(x, (batch.layout.num_text - 1)[:, None, None], axis=1)
     first = vocabulary.argmax(decoder.logits(last_text)[:, 0])
     return first, decoder.make_cache(record, batch.layout, new_tokens), record.kept.scored.all(axis=0)

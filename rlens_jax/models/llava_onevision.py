@@ -285,6 +285,14 @@ def image_sources(
     return np.concatenate([sources, more[0]]), np.concatenate([weights, more[1]]), views
 
 
+def most_tokens(config: LlavaOnevisionConfig, views: int) -> int:
+    """No image of so many views has more visual tokens: a newline for each row of patches, and the limit of the grid."""
+    side, most_rows = config.side, max(height for height, _ in config.pinpoints)
+    rows = min((views - 1) * side, most_rows // config.image_size * side)
+    limit = math.floor(MOST_EXCESS**2 * config.most_tiles * side**2) + 1
+    return side**2 + min((views - 1) * side**2, limit) + max(1, rows)
+
+
 class Preparer:
     """Images and prompts of a checkpoint, by its own image processor (the one without torch), template and tokenizer.
 
@@ -344,20 +352,13 @@ class Preparer:
                 f"{sample_id}: an image has {count * per_view} patches ({count} views), the largest bucket "
                 f"{self.patch_slots[-1]}; add a larger one to compute.patch_slots or make the image smaller"
             )
-        room = self._most_tokens(slots) - len(sources)
+        room = most_tokens(self.config, slots) - len(sources)
         arrays = (
             np.pad(patches.astype(np.float32), ((0, slots - count), (0, 0), (0, 0))),
             np.pad(sources, ((0, room), (0, 0))),
             np.pad(weights, ((0, room), (0, 0))),
         )
         return PreparedImage(arrays, len(sources))
-
-    def _most_tokens(self, views: int) -> int:
-        """No image of so many views has more visual tokens: a newline for each row of patches, and the limit of the grid."""
-        side, most_rows = self.config.side, max(height for height, _ in self.config.pinpoints)
-        rows = min((views - 1) * self.config.side, most_rows // self.config.image_size * side)
-        limit = math.floor(MOST_EXCESS**2 * self.config.most_tiles * side**2) + 1
-        return side**2 + min((views - 1) * side**2, limit) + max(1, rows)
 
     def prompt(self, sample: Sample, tokens_per_image: Sequence[int], answer: str | None) -> Prompt:
         """The prompt of a sample whose images have so many visual tokens, with a reference answer if one is given."""

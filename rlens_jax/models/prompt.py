@@ -5,6 +5,7 @@ Axis letters: B batch, X text slots, P visual slots, T = X + P packed slots, A a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import no_type_check
 
 import jax
 import numpy as np
@@ -48,6 +49,7 @@ class Prompt:
         return len(self.is_visual) - self.num_visual
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PromptBatch:

@@ -1,6 +1,7 @@
 """Gated FFN, dense and Probe-Activated Dynamic (paper; details in method.md).
 
-All weights are stored [F, D], one row a unit, so that choosing units is a gather of contiguous rows.
+All weights are stored [F, D], one row a unit, so that choosing units is a gather of contiguous rows; or, for a TPU,
+[F, 2, D / 2], where a unit is contiguous in bfloat16 too (ops/row_gather.py). Every function takes both.
 `simulated_dynamic_ffn` computes every unit and masks; `dynamic_ffn` is the measured path: gate, up and down of the visual
 tokens are computed on the kept units only, and the probes share one pass over the full weights with the text tokens.
 
@@ -14,7 +15,9 @@ C units that are computed at a time.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import no_type_check
 
 import jax
@@ -24,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.layout import TokenLayout
 from rlens_jax.ops.chunks import over_tokens, parts_of
+from rlens_jax.ops.row_gather import fetched_ffn
 from rlens_jax.plan import Reduction
 
 Axis = str | tuple[()]
@@ -42,9 +46,25 @@ TILE = 128
 class FfnWeights:
     """The three matrices of a gated FFN, one row a unit."""
 
-    gate: Float[Array, "*B F D"]
-    up: Float[Array, "*B F D"]
-    down: Float[Array, "*B F D"]
+    gate: Float[Array, "F *D"]
+    up: Float[Array, "F *D"]
+    down: Float[Array, "F *D"]
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RowStore:
+    """Where a kernel finds a layer's units: the weights of all layers, [layers * F, 2, D / 2], of which nothing is copied.
+
+    A layer's slice of stacked weights would be copied for a kernel, though not for XLA's own products.
+    """
+
+    weights: FfnWeights
+    first: Int[Array, ""]
+    """The row of the layer's first unit."""
+    interpret: bool = field(default=False, metadata={"static": True})
+    """Run the kernel on the CPU, for its numbers."""
 
 
 @no_type_check
@@ -57,22 +77,26 @@ class Kept:
     scored: Bool[Array, " B"]
 
 
-def hidden_units(x: Float[Array, "B T D"], weights: FfnWeights) -> Float[Array, "B T F"]:
+def hidden_units(x: Float[Array, "*T D"], weights: FfnWeights) -> Float[Array, "*T F"]:
     """H = silu(x Wg) * (x Wu)."""
-    gate = jnp.einsum("BTD,FD->BTF", x, weights.gate)
-    up = jnp.einsum("BTD,FD->BTF", x, weights.up)
+    row = weights.gate.shape[1:]
+    x = x.reshape(*x.shape[:-1], *row)
+    over = tuple(range(-len(row), 0))
+    gate, up = jnp.tensordot(x, weights.gate, (over, over)), jnp.tensordot(x, weights.up, (over, over))
     return jax.nn.silu(gate) * up
+
+
+def down_units(hidden: Float[Array, "*T F"], weights: FfnWeights) -> Float[Array, "*T D"]:
+    """Y = H Wd."""
+    y = jnp.tensordot(hidden, weights.down, 1)
+    return y.reshape(*hidden.shape[:-1], math.prod(weights.down.shape[1:]))
 
 
 def dense_ffn(
     x: Float[Array, "B T D"], weights: FfnWeights, chunk: int | None = None
 ) -> Float[Array, "B T D"]:
     """Every token through every unit, `chunk` tokens at a time or all at once."""
-
-    def feed(part: Float[Array, "B t D"]) -> Float[Array, "B t D"]:
-        return jnp.einsum("BTF,FD->BTD", hidden_units(part, weights), weights.down)
-
-    return over_tokens(feed, x, chunk)
+    return over_tokens(lambda part: down_units(hidden_units(part, weights), weights), x, chunk)
 
 
 def probe_slots(
@@ -164,7 +188,7 @@ def simulated_dynamic_ffn(
     keep = jax.nn.one_hot(kept.units, hidden.shape[2], dtype=bool).any(axis=1)
     is_text = jnp.arange(hidden.shape[1]) < num_text
     hidden = jnp.where(is_text[None, :, None] | keep[:, None, :], hidden, jnp.zeros_like(hidden))
-    return jnp.einsum("BTF,FD->BTD", hidden, weights.down), kept
+    return down_units(hidden, weights), kept
 
 
 def dynamic_ffn(
@@ -175,14 +199,16 @@ def dynamic_ffn(
     random_key: Array,
     imposed: Int[Array, "B U"] | None = None,
     axis: Axis = (),
+    store: RowStore | None = None,
     chunk: int | None = None,
 ) -> tuple[Float[Array, "B T D"], Kept]:
     """The measured path; same result as `simulated_dynamic_ffn`.
 
     Units that are `imposed` are used instead of what the probes choose, which is returned all the same. With an `axis`
     the states are this shard's part of a sum that is left to the caller (`jax.lax.psum` over `axis`, for text and visual
-    tokens at once), and `Kept` is the same on all shards, in unit numbers of the whole FFN. With a `chunk`, hidden units of no
-    more tokens than that are there at a time.
+    tokens at once), and `Kept` is the same on all shards, in unit numbers of the whole FFN. With a `store` the visual
+    tokens' rows are fetched by a TPU kernel, in bfloat16. With a `chunk`, hidden units of no more tokens than that are there at a
+    time.
     """
     num_text = layout.bucket.text
     text, visual = x[:, :num_text], x[:, num_text:]
@@ -192,13 +218,15 @@ def dynamic_ffn(
     if chunk is None or num_text + probes.shape[1] <= chunk:
         hidden = hidden_units(jnp.concatenate([text, probes], axis=1), weights)
         kept = choose_units(hidden[:, num_text:], is_probe, num_units, axis)
-        text = jnp.einsum("BXF,FD->BXD", hidden[:, :num_text], weights.down)
+        text = down_units(hidden[:, :num_text], weights)
     else:
         kept = best_units(unit_scores_in_parts(probes, is_probe, weights, chunk), num_units, axis)
         text = dense_ffn(text, weights, chunk)
-    rows = own_rows(kept.units if imposed is None else imposed, weights.gate.shape[0], axis)
+    num_rows = weights.gate.shape[0]
+    rows = own_rows(kept.units if imposed is None else imposed, num_rows, axis)
+    through = partial(_gathered, weights) if store is None else partial(_fetched, store, num_rows)
     capacity = shard_capacity(num_units, num_shards(axis))
-    visual = over_tokens(lambda part: through_rows(part, weights, rows, capacity), visual, chunk)
+    visual = over_tokens(lambda part: through_rows(part, rows, num_rows, capacity, through), visual, chunk)
     return jnp.concatenate([text, visual], axis=1), kept
 
 
@@ -221,15 +249,19 @@ def own_rows(units: Int[Array, "B U"], num_rows: int, axis: Axis) -> Int[Array, 
 
 
 def through_rows(
-    x: Float[Array, "B P D"], weights: FfnWeights, rows: Int[Array, "B own"], capacity: int
+    x: Float[Array, "B P D"],
+    rows: Int[Array, "B own"],
+    num_rows: int,
+    capacity: int,
+    through: Callable[[Float[Array, "B P D"], Int[Array, "B C"]], Float[Array, "B P D"]],
 ) -> Float[Array, "B P D"]:
     """Each sample's visual tokens through its rows, which are sorted.
 
     The first `capacity` rows of all samples are computed at once. Whatever is left of some sample follows tile by tile, in a
     loop that runs once for each such tile; without a collective inside, shards may differ in how often.
     """
-    num_rows, most = weights.gate.shape[0], rows.shape[1]
-    y = jax.vmap(reduced_ffn, in_axes=(0, None, 0))(x, weights, rows[:, :capacity])
+    most = rows.shape[1]
+    y = through(x, rows[:, :capacity])
     if most <= capacity:
         return y
     tile = min(TILE, capacity)
@@ -242,14 +274,28 @@ def through_rows(
         sample = (ends <= i).sum()
         start = capacity + (i - ends[sample] + tiles[sample]) * tile
         part = jax.lax.dynamic_slice_in_dim(rows[sample], start, tile)
-        return y.at[sample].add(reduced_ffn(x[sample], weights, part))
+        return y.at[sample].add(through(x[sample][None], part[None])[0])
 
     return jax.lax.fori_loop(0, ends[-1], add_tile, y)
 
 
+def _gathered(
+    weights: FfnWeights, x: Float[Array, "B P D"], rows: Int[Array, "B C"]
+) -> Float[Array, "B P D"]:
+    return jax.vmap(reduced_ffn, in_axes=(0, None, 0))(x, weights, rows)
+
+
+def _fetched(
+    store: RowStore, num_rows: int, x: Float[Array, "B P D"], rows: Int[Array, "B C"]
+) -> Float[Array, "B P D"]:
+    weights, count = store.weights, (rows < num_rows).sum(axis=1)
+    rows = store.first + jnp.minimum(rows, num_rows - 1)
+    return fetched_ffn(x, weights.gate, weights.up, weights.down, rows, count, store.interpret)
+
+
 def reduced_ffn(x: Float[Array, "P D"], weights: FfnWeights, rows: Int[Array, " C"]) -> Float[Array, "P D"]:
     """One sample's visual tokens through the chosen units only; a row past the last one adds nothing."""
-    gate, up, down = (w.at[rows].get(mode="clip") for w in (weights.gate, weights.up, weights.down))
-    hidden = jax.nn.silu(jnp.einsum("PD,CD->PC", x, gate)) * jnp.einsum("PD,CD->PC", x, up)
+    chosen = jax.tree.map(lambda w: w.at[rows].get(mode="clip"), weights)
+    hidden = hidden_units(x, chosen)
     hidden = jnp.where(rows[None, :] < weights.gate.shape[0], hidden, jnp.zeros_like(hidden))
-    return jnp.einsum("PC,CD->PD", hidden, down)
+    return down_units(hidden, chosen)

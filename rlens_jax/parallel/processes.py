@@ -60,7 +60,7 @@ class Processes:
         if self.count == 1:
             return [value]
         client, name = distributed.global_state.client, f"rlens_jax/{next(self._rounds)}"
-        assert client is not None
+        assert client is not None  # `joined` made it
         client.key_value_set(f"{name}/{self.index}", json.dumps(value))
         client.wait_at_barrier(name, _DAY_MS)
         values = {

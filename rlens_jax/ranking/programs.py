@@ -26,6 +26,7 @@ from rlens_jax.models import vocabulary
 from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import IGNORE, PromptBatch
+from rlens_jax.ops.splash import Kernel
 from rlens_jax.parallel.mesh import ParameterLayout, put_rows, split_over
 from rlens_jax.parallel.model_axis import WORK
 from rlens_jax.parallel.routing import fetch_blocks
@@ -57,8 +58,10 @@ class ModelPrograms:
             for (path, _), leaf in zip(self._variables, self._leaves, strict=True)
         ]
         self.config = model.decoder.config
-        self.dtype = model.decoder.embedding[...].dtype
+        self.dtype = model.decoder.embedding.get_value().dtype
         self.mesh = mesh
+        self.kernel: Kernel = "splash" if mesh.devices.flat[0].platform == "tpu" else "packed"
+        """What computes the attention of a prefill."""
         self.traces: Counter[str] = Counter()
         """How often each program was traced: once per bucket, or something is wrong."""
         self._encode = self._jitted("encode", self._encode_impl)
@@ -173,11 +176,20 @@ class Programs(ModelPrograms):
         """Each group g's rows of `states` where `first[g]`, else of `others`."""
         return self._choose(states, others, self._per_group(np.array(first)))
 
+    def lower(self, name: str, *arguments: Any) -> jax.stages.Lowered:
+        """A program by its name, such as `layers`, traced for abstract arguments (shape, dtype, sharding); nothing runs.
+
+        `layers` takes a `TracedPlan` and int32 starts and stops, one row a work group.
+        """
+        program = getattr(self, f"_{name}")
+        return program.func.lower(*program.args, *arguments)
+
     def static_prefill(self, plan: Plan) -> Callable[[Float[Array, "B P D"], PromptBatch], Any]:
         """A prefill up to the first new token that is compiled for one plan alone, as a deployed model would run it."""
 
         def run(model: Any, visual: Array, batch: PromptBatch) -> Array:
-            return prefill(model.decoder, visual, batch, plan, self.reduction, 1, self._random_key())[0]
+            key = self._random_key()
+            return prefill(model.decoder, visual, batch, plan, self.reduction, 1, key, self.kernel)[0]
 
         return self._split("static prefill", run, (ROWS, ROWS), ROWS)
 
@@ -200,8 +212,9 @@ class Programs(ModelPrograms):
         self, model: Any, states: States, batch: PromptBatch, plans: TracedPlan, start: Array, stop: Array
     ) -> States:
         x, scored = states
-        context = model.decoder.context(batch.layout, batch.rope_positions, self._random_key())
-        x, now = model.decoder.run_layers(x, context, _own(plans), self.reduction, start[0], stop[0])
+        decoder, key = model.decoder, self._random_key()
+        context = decoder.context(batch.layout, batch.rope_positions, key, self.kernel)
+        x, now = decoder.run_layers(x, context, _own(plans), self.reduction, start[0], stop[0])
         return x, scored & now
 
     def _outcome_impl(self, model: Any, states: States, batch: PromptBatch) -> tuple[Array, ...]:
@@ -220,7 +233,14 @@ class Programs(ModelPrograms):
         self, model: Any, visual: Array, batch: PromptBatch, plans: TracedPlan
     ) -> tuple[Array, Array, Array]:
         first, cache, scored = prefill(
-            model.decoder, visual, batch, _own(plans), self.reduction, self.new_tokens, self._random_key()
+            model.decoder,
+            visual,
+            batch,
+            _own(plans),
+            self.reduction,
+            self.new_tokens,
+            self._random_key(),
+            self.kernel,
         )
         tokens = decode(model.decoder, first, cache, batch, self.new_tokens, self.stop_token)
         return _all_rows((batch.layout.sample, tokens, scored))

@@ -53,7 +53,9 @@ class TeacherForcing:
     def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
         programs, last = self._programs, self._programs.config.num_layers
         firsts = [self.first_layer(base, plan) for plan in plans]
-        base_states = self._states.setdefault(id(batch), _BaseStates(programs, batch))
+        if id(batch) not in self._states:
+            self._states[id(batch)] = _BaseStates(programs, batch)
+        base_states = self._states[id(batch)]
         moved = list(blocks) != list(range(programs.groups))
         inputs = programs.route(batch.inputs, blocks) if moved else batch.inputs
         entering: States | None = None

@@ -49,8 +49,8 @@ def decoder() -> Decoder:
 @partial(jax.jit, static_argnames=("graph", "plan", "chunk"))
 def run(graph, state, x, layout: TokenLayout, plan: Plan, chunk: int | None):
     decoder = nnx.merge(graph, state)
-    context = decoder.context(layout, layout.slots.position[:, None], jax.random.key(7))
-    x, record = decoder.prefill(x, context, plan, REDUCTION, chunk=chunk)
+    context = decoder.context(layout, layout.slots.position[:, None], jax.random.key(7), chunk=chunk)
+    x, record = decoder.prefill(x, context, plan, REDUCTION)
     return decoder.logits(x), record
 
 

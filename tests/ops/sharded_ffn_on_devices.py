@@ -1,4 +1,4 @@
-"""Run by test_sharded_ffn.py in a process of its own, with eight simulated devices: prints "ok NAME" for each that holds."""
+"""Run by test_sharded_ffn.py in a process of its own, with eight simulated devices: prints "ok NAME" for what holds."""
 
 import re
 from dataclasses import replace

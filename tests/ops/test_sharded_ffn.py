@@ -25,7 +25,7 @@ def findings() -> set[str]:
         env=os.environ | {"XLA_FLAGS": MANY_DEVICES, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return set(done.stdout.splitlines())

@@ -28,10 +28,7 @@ class Pair:
     def __init__(self, folder, case, *shared, first=(), second=()):
         self.folder, self.output = folder, folder / "run"
         folder.mkdir(exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        hosts = (f"--hosts.coordinator=localhost:{port}", "--hosts.num_processes=2")
+        hosts = (f"--hosts.coordinator=localhost:{free_port()}", "--hosts.num_processes=2")
         self.processes = [
             start(
                 self._log(index),
@@ -77,6 +74,12 @@ def start(terminal, *arguments):
             stderr=file,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def lines(path):
@@ -210,24 +213,28 @@ def test_who_loses_a_process_ends_too_and_says_so_in_one_line(tmp_path):
 
 
 def test_a_process_that_waits_in_vain_says_for_what(tmp_path):
+    def first_of_two(name, port, *options):
+        hosts = (f"--hosts.coordinator=localhost:{port}", "--hosts.num_processes=2", "--hosts.process_id=0")
+        return start(tmp_path / name, "ranking", f"--output={tmp_path / 'run'}", *hosts, *options)
+
     with socket.socket(socket.AF_INET6) as taken:
         taken.bind(("::", 0))
         taken.listen()
-        hosts = ("--hosts.num_processes=2", "--hosts.process_id=0", f"--output={tmp_path / 'run'}")
-        port = taken.getsockname()[1]
-        occupied = start(tmp_path / "occupied", "ranking", f"--hosts.coordinator=localhost:{port}", *hosts)
-        assert occupied.wait(timeout=LONG) == 2
-    alone = start(
-        tmp_path / "alone",
-        "ranking",
-        f"--hosts.coordinator=localhost:{port}",
-        "--hosts.wait_seconds=2",
-        *hosts,
-    )
-    assert alone.wait(timeout=LONG) == LOST
-    told = [(tmp_path / name).read_text() for name in ("occupied", "alone")]
+        occupied = first_of_two("occupied", taken.getsockname()[1])
+        alone = first_of_two("alone", free_port(), "--hosts.wait_seconds=2")
+        waiting = first_of_two("waiting", free_port())
+        until = time.monotonic() + LONG
+        while not (tmp_path / "waiting").read_text() and time.monotonic() < until:
+            time.sleep(0.05)
+        waiting.send_signal(signal.SIGINT)
+        codes = [process.wait(timeout=LONG) for process in (occupied, alone, waiting)]
+    assert codes == [2, LOST, 130]
+    told = [(tmp_path / name).read_text() for name in ("occupied", "alone", "waiting")]
     (line,) = said(told[0], "error")
     assert line.startswith("the port of hosts.coordinator is in use on this host")
     (line,) = said(told[1], "error")
     assert line.startswith("the processes of the run did not all come within hosts.wait_seconds")
-    assert all(len(text.splitlines()) == 2 for text in told), told  # the pid and the line
+    assert told[2].endswith(
+        "\n\ninterrupted; what is finished is kept, and the same command goes on from there\n"
+    )
+    assert [len(text.splitlines()) for text in told] == [2, 2, 3], told  # the pid and the line

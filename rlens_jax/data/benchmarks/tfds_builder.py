@@ -113,8 +113,8 @@ def read_table(benchmark: Benchmark, folder: Path, md5: str | None = None) -> Ts
     Raises UserError for what `scan` refuses, and when the file's MD5 sum is not `md5`, or by default not the published one.
     """
     path = folder / f"{benchmark.name}.tsv"
-    size = path.stat().st_size if path.is_file() else 0
-    with Progress(f"reading {path.name}", math.ceil(size / MEGABYTE), "MB") as shown:
+    _check_there(path)
+    with Progress(f"reading {path.name}", math.ceil(path.stat().st_size / MEGABYTE), "MB") as shown:
         done = 0
 
         def advance(num_bytes: int) -> None:
@@ -133,6 +133,11 @@ def read_table(benchmark: Benchmark, folder: Path, md5: str | None = None) -> Ts
             f"{path}: the MD5 sum is {table.md5}, but {md5} is asked for; find that version of the file"
         )
     return table
+
+
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {Benchmarks.MANUAL_DOWNLOAD_INSTRUCTIONS}")
 
 
 class BenchmarkSource:
@@ -187,8 +192,8 @@ def read_benchmark(dataset: str, folder: Path, data_dir: Path, md5: str | None =
 
     def make() -> Benchmarks:
         builder = Benchmarks(md5=md5, config=dataset, data_dir=os.fspath(place), file_format="array_record")
-        if not Path(builder.data_path).exists() and not path.is_file():
-            raise UserError(f"{path}: no such file; {Benchmarks.MANUAL_DOWNLOAD_INSTRUCTIONS}")
+        if not Path(builder.data_path).exists():
+            _check_there(path)
         return builder
 
     return BenchmarkSource(dataset, prepared(make, dataset, place, folder))

@@ -13,6 +13,7 @@ import ast
 import base64
 import csv
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -157,7 +158,10 @@ def scan(
 def parse_list(text: str, where: str) -> list[str]:
     """The items of a Python list literal, numbers as texts. UserError when it is none."""
     try:
-        items = ast.literal_eval(text)
+        with warnings.catch_warnings():
+            # LaTeX in a list may have backslashes that are no escapes; Python keeps them, as it does for VLMEvalKit.
+            warnings.simplefilter("ignore")
+            items = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         raise UserError(f"{where}: {_short(text)} begins like a Python list but is none") from None
     if not isinstance(items, list) or not all(isinstance(item, str | int | float) for item in items):

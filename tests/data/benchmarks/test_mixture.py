@@ -86,6 +86,15 @@ def test_groups_are_whole(mixture: Mixture, tables: dict[str, TsvTable]) -> None
             assert set(groups.values()) == {size}
 
 
+@pytest.mark.parametrize(("instances", "drawn"), [(10, 8), (12, 16), (2, 8)])
+def test_a_group_that_does_not_fit_is_in_if_that_is_nearer(
+    tables: dict[str, TsvTable], instances: int, drawn: int
+) -> None:
+    """Two strata of groups of four: of 5 each one group is taken, of 6 two; but never none."""
+    some = draw({"HallusionBench": tables["HallusionBench"]}, instances=instances, held_out=8, seed=0)
+    assert len(some.validation["HallusionBench"]) == drawn
+
+
 def test_strata_are_in_proportion(tables: dict[str, TsvTable]) -> None:
     """OCRBench has 3 kinds of 20 questions each; with a kind twice as frequent, its share doubles."""
     drawn = draw({"OCRBench": tables["OCRBench"]}, instances=15, held_out=9, seed=0)

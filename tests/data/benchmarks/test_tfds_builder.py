@@ -66,6 +66,8 @@ def test_what_belongs_together(tmp_path: Path) -> None:
     [
         ("DocVQA_VAL", "['a', \"it's\", 3, 0.5]", ("a", "it's", "3", "0.5")),
         ("DocVQA_VAL", "plain", ("plain",)),
+        ("OCRBench", r"['\frac{1}{2}', '\\pi']", ("\frac{1}{2}", r"\pi")),
+        ("OCRBench", r"['\sum']", (r"\sum",)),
         ("ChartQA_TEST", "[Yes, No]", ("[Yes, No]",)),
         ("ChartQA_TEST", "[1, 2]", ("1", "2")),
         ("ChartQA_TEST", "0.50", ("0.50",)),
@@ -87,6 +89,7 @@ def test_answers(tmp_path: Path, dataset: str, text: str, answers: tuple[str, ..
             "field 'answer': \"['a', 'b'\" begins like a Python list but is none",
         ),
         ("DocVQA_VAL", {"answer": "[['a']]"}, "field 'answer': \"[['a']]\" must be a list of texts"),
+        ("DocVQA_VAL", {"answer": "['a'], 'b'"}, "field 'answer': \"['a'], 'b'\" must be a list of texts"),
         ("DocVQA_VAL", {"answer": "[]"}, "field 'answer': an empty list of answers"),
         ("ChartQA_TEST", {"answer": ""}, "field 'answer': missing"),
         ("MME", {"question": ""}, "field 'question': missing"),

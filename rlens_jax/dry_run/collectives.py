@@ -1,0 +1,186 @@
+"""What crosses the interconnect in a compiled program: each collective with its size, mesh axis and how often it runs."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal
+
+import numpy as np
+
+from rlens_jax.dry_run.hlo import Computation, Instruction, Module, Shape
+from rlens_jax.dry_run.loops import Loops
+
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+Axis = Literal["work", "model", "work and model"]
+
+_SPLIT, _START = '"async_collective_fusion_config"', "AsyncCollectiveStart"
+"""On TPU a collective that overlaps with arithmetic is spread over several fusions, each of which names it."""
+_IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_PAIR = re.compile(r"\{(\d+),(\d+)\}")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective instruction, as one device sees it."""
+
+    kind: str
+    shapes: tuple[Shape, ...]
+    """What the device hands in."""
+    gathered: tuple[Shape, ...]
+    """What it gets."""
+    axis: Axis
+    """The mesh axis whose devices exchange."""
+    group_size: int
+    """How many devices exchange with each other."""
+    in_layer_loop: bool
+    branch: str
+    """Where in the layer: empty for always, else the branches of conditionals, such as "0" or "1"."""
+    times: int
+    """Runs in one run of the program, those in a loop multiplied; branches are counted as taken."""
+
+    @property
+    def bytes(self) -> int:
+        """The larger of what a device hands in and gets, once."""
+        return max(sum(shape.bytes for shape in side) for side in (self.shapes, self.gathered))
+
+    @property
+    def link_bytes(self) -> float:
+        """Bytes that each device sends around a ring, once."""
+        n = self.group_size
+        rounds = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0, "collective-broadcast": 1.0}
+        return self.bytes * rounds.get(self.kind, (n - 1) / n)
+
+
+def find_collectives(module: Module, loops: Loops, mesh_shape: tuple[int, int]) -> list[Collective]:
+    """Every collective that more than one device takes part in, in the order of the text.
+
+    Args:
+        module: the partitioned program.
+        loops: its trip counts.
+        mesh_shape: devices along `work` and `model`; a device's number is its place in the mesh, row by row.
+    """
+    return list(_walk(module, module.entry, loops, mesh_shape, inside_layer=False, branch="", times=1))
+
+
+def _walk(
+    module: Module,
+    computation: Computation,
+    loops: Loops,
+    mesh_shape: tuple[int, int],
+    *,
+    inside_layer: bool,
+    branch: str,
+    times: int,
+) -> Iterator[Collective]:
+    def below(name: str, **changed: object) -> Iterator[Collective]:
+        state: dict[str, object] = {"inside_layer": inside_layer, "branch": branch, "times": times, **changed}
+        return _walk(module, module.computations[name], loops, mesh_shape, **state)  # type: ignore[arg-type]
+
+    for item, holder in _collectives(module, computation):
+        found = read_collective(item, holder, mesh_shape)
+        if found is not None:
+            yield replace(found, in_layer_loop=inside_layer, branch=branch, times=times)
+    for item in computation:
+        if item.opcode == "while":
+            is_layer = loops.is_layer_loop(item, inside_layer)
+            more = times * loops.trips(item, inside_layer)
+            yield from below(item.called["condition"], times=more)
+            yield from below(item.called["body"], inside_layer=inside_layer or is_layer, times=more)
+        elif item.opcode == "conditional":
+            for number, name in enumerate(item.branches):
+                yield from below(name, branch=f"{branch}.{number}".lstrip("."))
+        elif item.opcode in ("call", "async-start"):
+            yield from below(item.called.get("to_apply") or item.called["calls"])
+
+
+def _collectives(module: Module, computation: Computation) -> Iterator[tuple[Instruction, Computation]]:
+    """Each collective of a scheduled computation and its fusions once, with the computation that holds it."""
+    parts: dict[str | None, tuple[Instruction, Computation]] = {}
+    started: set[str | None] = set()
+    for item, holder in _mentioned(module, computation):
+        if _SPLIT not in item.attributes:
+            yield item, holder
+        elif any(_START in user.attributes for user in holder.users[item.name]):
+            started.add(item.attribute("channel_id"))
+            yield item, holder
+        else:
+            parts.setdefault(item.attribute("channel_id"), (item, holder))
+    yield from (part for channel, part in parts.items() if channel not in started)
+
+
+def _mentioned(module: Module, computation: Computation) -> Iterator[tuple[Instruction, Computation]]:
+    for item in computation:
+        if item.opcode.removesuffix("-start") in KINDS:
+            yield item, computation
+        elif item.opcode == "fusion":
+            yield from _mentioned(module, module.computations[item.called["calls"]])
+
+
+def read_collective(
+    item: Instruction, computation: Computation, mesh_shape: tuple[int, int]
+) -> Collective | None:
+    """One collective instruction; None when every group is a single device."""
+    groups = device_groups(item, prod(mesh_shape))
+    axis = mesh_axis(groups, mesh_shape)
+    if axis is None:
+        return None
+    given = tuple(computation.operand_shapes(item))
+    got = item.shapes[len(given) : 2 * len(given)] if item.opcode.endswith("-start") else item.shapes
+    kind = item.opcode.removesuffix("-start")
+    return Collective(kind, given, got or item.shapes, axis, max(map(len, groups)), False, "", 1)
+
+
+def device_groups(item: Instruction, num_devices: int) -> list[tuple[int, ...]]:
+    """Which devices exchange with each other; of a permutation, the pairs of source and target.
+
+    Raises:
+        ValueError: in a notation that is not known.
+    """
+    pairs = item.attribute("source_target_pairs")
+    if pairs is not None:
+        return [(int(source), int(target)) for source, target in _PAIR.findall(pairs)]
+    listed = item.attribute("replica_groups")
+    if listed is None or listed == "{}":
+        return [tuple(range(num_devices))]
+    iota = _IOTA.match(listed)
+    if iota:
+        shape, dims = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
+        order = [int(n) for n in iota[3].split(",")] if iota[3] else range(len(dims))
+        return [
+            tuple(group)
+            for group in np.arange(prod(dims)).reshape(dims).transpose(order).reshape(shape).tolist()
+        ]
+    if not listed.startswith("{{"):
+        raise ValueError(f"replica_groups in an unknown notation: {listed}")
+    return [tuple(int(n) for n in group.split(",") if n) for group in re.findall(r"\{([\d,]*)\}", listed)]
+
+
+def mesh_axis(groups: list[tuple[int, ...]], mesh_shape: tuple[int, int]) -> Axis | None:
+    """The axis of a (work, model) mesh along which groups of devices lie; None when each is one device."""
+    over: set[str] = set()
+    for group in groups:
+        rows, columns = (
+            {number[axis] for number in (divmod(device, mesh_shape[1]) for device in group)}
+            for axis in (0, 1)
+        )
+        over |= {name for name, places in (("work", rows), ("model", columns)) if len(places) > 1}
+    if over == {"work", "model"}:
+        return "work and model"
+    return "work" if over == {"work"} else "model" if over == {"model"} else None
+
+
+def sizes_by_kind(collectives: list[Collective]) -> Mapping[str, float]:
+    """Bytes that each device sends in one run of the program, by kind."""
+    totals: dict[str, float] = {}
+    for item in collectives:
+        totals[item.kind] = totals.get(item.kind, 0.0) + item.times * item.link_bytes
+    return totals

@@ -1,0 +1,277 @@
+"""Arithmetic and HBM traffic of a compiled program on one device, with the trip counts of its loops multiplied in.
+
+Arithmetic is that of matrix products (dots, and the convolutions that TPUs compute them as) and what Pallas kernels declare in
+their CostEstimate; everything else is counted as nothing, since the peak it is compared with is that of the matrix unit.
+Traffic is what every scheduled instruction reads and writes in HBM; arrays that the compiler keeps on chip are free, of an
+array that is only sliced or gathered the rows taken count, and of one that is updated in place the update.
+A kernel without a declared cost counts the bytes of its operands and results, and no arithmetic.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+import numpy as np
+
+from rlens_jax.dry_run.hlo import Computation, Instruction, Module, Shape
+from rlens_jax.dry_run.loops import Loops
+
+_DECLARED = re.compile(r'\\?"cost_estimate\\?":\s*\{([^}]*)\}')
+_FREE = frozenset((
+    "parameter", "get-tuple-element", "tuple", "bitcast", "constant",
+    "iota", "after-all", "partition-id", "replica-id", "opt-barrier",
+    "domain", "add-dependency", "get-dimension-size", "copy-done", "async-done",
+    "async-update", "all-reduce-done", "all-gather-done", "collective-permute-done", "send-done",
+    "recv-done",
+))  # fmt: skip
+"""Move nothing by themselves: names for what is there, or ends of what another instruction started."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations, and bytes of HBM traffic."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def times(self, count: float) -> "Cost":
+        return Cost(self.flops * count, self.bytes * count)
+
+
+Choose = Callable[[Sequence[Cost]], Cost]
+"""Which branch of every conditional to count."""
+
+
+def unreduced(branches: Sequence[Cost]) -> Cost:
+    """The branch of a false flag: every layer dense."""
+    return branches[0]
+
+
+def reduced(branches: Sequence[Cost]) -> Cost:
+    """The branch of a true flag: every layer with both reductions."""
+    return branches[-1]
+
+
+def dearest(branches: Sequence[Cost]) -> Cost:
+    """An upper bound of both."""
+    return Cost(max(cost.flops for cost in branches), max(cost.bytes for cost in branches))
+
+
+@dataclass(frozen=True)
+class ProgramCost:
+    """One run of a program on one device."""
+
+    total: Cost
+    layer: Cost | None
+    """One iteration of its loop over layers; None when there is no such loop."""
+
+
+def program_cost(module: Module, loops: Loops, choose: Choose) -> ProgramCost:
+    """Costs of one run of a program, with the branches of its conditionals that `choose` takes."""
+    walk = _Walk(module, loops, choose)
+    total = walk.scheduled(module.entry, inside_layer=False)
+    return ProgramCost(total, walk.layer)
+
+
+class _Walk:
+    def __init__(self, module: Module, loops: Loops, choose: Choose):
+        self._computations = module.computations
+        self._loops = loops
+        self._choose = choose
+        self.layer: Cost | None = None
+
+    def scheduled(self, computation: Computation, inside_layer: bool) -> Cost:
+        """Of a computation whose every instruction runs by itself."""
+        return sum((self._instruction(item, computation, inside_layer) for item in computation), Cost())
+
+    def _instruction(self, item: Instruction, computation: Computation, inside_layer: bool) -> Cost:
+        def below(name: str, inside: bool = inside_layer) -> Cost:
+            return self.scheduled(self._computations[name], inside)
+
+        if item.opcode == "while":
+            is_layer = self._loops.is_layer_loop(item, inside_layer)
+            once = below(item.called["body"], inside_layer or is_layer) + below(item.called["condition"])
+            if is_layer:
+                self.layer = once
+            return once.times(self._loops.trips(item, inside_layer))
+        if item.opcode == "conditional":
+            return self._choose([below(name) for name in item.branches])
+        if item.opcode == "call":
+            return below(item.called["to_apply"])
+        if item.opcode == "fusion":
+            inner = self._computations[item.called["calls"]]
+            return Cost(self._fused_flops(inner), fusion_bytes(item, computation, self._computations))
+        if item.opcode == "async-start":
+            return below(item.called["calls"])
+        if item.opcode == "custom-call":
+            return custom_call_cost(item, computation)
+        return Cost(flops(item, computation), instruction_bytes(item, computation))
+
+    def _fused_flops(self, computation: Computation) -> float:
+        return sum(
+            self._fused_flops(self._computations[item.called["calls"]])
+            if item.opcode == "fusion"
+            else flops(item, computation)
+            for item in computation
+        )
+
+
+def flops(item: Instruction, computation: Computation) -> float:
+    """Multiplications and additions of one instruction that is a matrix product, else 0."""
+    if item.opcode == "dot":
+        left = computation.instructions[item.operands[0]].shapes[0]
+        contracted = prod(left.dims[axis] for axis in _numbers(item.attribute("lhs_contracting_dims")))
+        return 2.0 * item.shapes[0].elements * contracted
+    if item.opcode == "convolution":
+        left, right = (computation.instructions[name].shapes[0] for name in item.operands[:2])
+        return _convolution_flops(item, left, right)
+    return 0.0
+
+
+def _convolution_flops(item: Instruction, left: Shape, right: Shape) -> float:
+    """Only products of two numbers that are there count, none with padding or with the gaps of a dilated input."""
+    labels = item.attribute("dim_labels") or ""
+    inputs, output = labels.split("->")
+    left_labels, right_labels = inputs.split("_")
+    window = item.attribute("window") or "{}"
+    products = right.dims[right_labels.index("i")]
+    for label, size in zip(output, item.shapes[0].dims, strict=True):
+        if not label.isdigit():
+            products *= size
+            continue
+        axis = int(label)
+        low, _, _ = _window(window, "pad", axis, "0_0").partition("_")
+        products *= _meetings(
+            out=size,
+            source=left.dims[left_labels.index(label)] if label in left_labels else 1,
+            kernel=int(_window(window, "size", axis, "1")),
+            stride=int(_window(window, "stride", axis, "1")),
+            low=int(low),
+            gap=int(_window(window, "lhs_dilate", axis, "1")),
+            spread=int(_window(window, "rhs_dilate", axis, "1")),
+        )
+    return 2.0 * products
+
+
+def _window(window: str, field: str, axis: int, default: str) -> str:
+    """The entry of one axis in a window such as `{size=2x3 pad=0_0x1_1}`."""
+    found = re.search(rf"(?<![\w_]){field}=([^\s}}]+)", window)
+    return found[1].split("x")[axis] if found else default
+
+
+@lru_cache
+def _meetings(*, out: int, source: int, kernel: int, stride: int, low: int, gap: int, spread: int) -> int:
+    """Pairs of an output and a kernel place of one axis that meet a number of the input."""
+    place = np.arange(out)[:, None] * stride + np.arange(kernel)[None] * spread - low
+    return int(((place >= 0) & (place <= (source - 1) * gap) & (place % gap == 0)).sum())
+
+
+def _numbers(braces: str | None) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", braces or "")]
+
+
+def custom_call_cost(item: Instruction, computation: Computation) -> Cost:
+    """What a kernel declares, else the bytes of all it is given and gives."""
+    declared = _DECLARED.search(item.attributes)
+    if declared is None:
+        return Cost(0.0, instruction_bytes(item, computation))
+    values = dict(re.findall(r'\\?"(\w+)\\?":\s*\\?"?(\d+)', declared[1]))
+    return Cost(float(values.get("flops", 0)), float(values.get("bytes_accessed", 0)))
+
+
+def instruction_bytes(item: Instruction, computation: Computation) -> float:
+    """HBM traffic of an instruction that runs by itself."""
+    if item.opcode in _FREE:
+        return 0.0
+    reads = [computation.instructions[name] for name in item.operands]
+    if item.opcode == "copy-start":  # the result lists the destination, the source and a flag
+        return _hbm(item.shapes[0]) + _hbm(item.shapes[1])
+    if item.opcode in ("dynamic-slice", "slice"):
+        return _hbm(item.shapes[0]) + (item.shapes[0].bytes if reads[0].shapes[0].in_hbm else 0)
+    if item.opcode == "gather":
+        return (
+            _hbm(item.shapes[0])
+            + (item.shapes[0].bytes if reads[0].shapes[0].in_hbm else 0)
+            + _hbm(reads[1].shapes[0])
+        )
+    if item.opcode == "dynamic-update-slice":
+        update = reads[1].shapes[0]
+        return _hbm(update) + (update.bytes if item.shapes[0].in_hbm else 0)
+    written = item.shapes
+    if item.opcode.endswith("-start"):  # the result lists what is sent, then what comes
+        written = item.shapes[len(computation.operand_shapes(item)) :]
+    return sum(map(_hbm, computation.operand_shapes(item))) + sum(map(_hbm, written))
+
+
+def fusion_bytes(
+    item: Instruction, computation: Computation, computations: Mapping[str, Computation]
+) -> float:
+    """HBM traffic of a fusion: what it takes of its operands, and its results."""
+    inner = computations[item.called["calls"]]
+    total = 0.0
+    for number, name in enumerate(item.operands):
+        given = computation.instructions[name].shapes
+        if len(given) == 1 and given[0].in_hbm:
+            total += taken(inner.parameters[number], inner, computations)
+        else:
+            total += sum(map(_hbm, given))
+    for shape, result in zip(item.shapes, _results(inner), strict=True):
+        if shape.in_hbm:
+            total += _update(result, inner, computations) or shape.bytes
+    return total
+
+
+def taken(array: Instruction, computation: Computation, computations: Mapping[str, Computation]) -> float:
+    """Bytes of an array that a fused computation reads: the slices if it is only sliced, else all."""
+    whole = array.shapes[0].bytes
+    total = 0.0
+    for user in computation.users[array.name]:
+        if user.opcode in ("dynamic-slice", "slice") or (
+            user.opcode == "gather" and user.operands[0] == array.name
+        ):
+            total += user.shapes[0].bytes
+        elif user.opcode == "bitcast":
+            total += taken(user, computation, computations)
+        elif user.opcode == "fusion":
+            inner = computations[user.called["calls"]]
+            places = [place for place, name in enumerate(user.operands) if name == array.name]
+            total += sum(taken(inner.parameters[place], inner, computations) for place in places)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == array.name:
+            continue  # written in place
+        else:
+            return whole
+    if computation.root.name == array.name:
+        return whole
+    return min(total, whole)
+
+
+def _results(computation: Computation) -> list[Instruction]:
+    """Where a fused computation's results come from, one an array."""
+    root = computation.root
+    if root.opcode != "tuple":
+        return [root] if len(root.shapes) == 1 else [root] * len(root.shapes)
+    return [computation.instructions[name] for name in root.operands]
+
+
+def _update(
+    result: Instruction, computation: Computation, computations: Mapping[str, Computation]
+) -> int | None:
+    """Bytes written by a result that updates an array in place, else None."""
+    while result.opcode in ("bitcast", "fusion"):
+        if result.opcode == "bitcast":
+            result = computation.instructions[result.operands[0]]
+        else:
+            computation = computations[result.called["calls"]]
+            result = computation.root
+    if result.opcode != "dynamic-update-slice":
+        return None
+    return computation.instructions[result.operands[1]].shapes[0].bytes
+
+
+def _hbm(shape: Shape) -> int:
+    return shape.bytes if shape.in_hbm else 0

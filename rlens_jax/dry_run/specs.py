@@ -1,0 +1,229 @@
+"""Abstract inputs of a run's programs: shapes, dtypes and places on the mesh, from a configuration and a config.json alone.
+
+Nothing is allocated and no weight is read, so a model folder with only a config.json is enough.
+Axis letters as in `rlens_jax.ranking.programs`; W work groups.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from rlens_jax.config import RunConfig
+from rlens_jax.dry_run.program import ProgramSpec
+from rlens_jax.errors import UserError
+from rlens_jax.layout import Bucket, TokenLayout
+from rlens_jax.models import ModelKind
+from rlens_jax.models.decoder import TracedPlan
+from rlens_jax.models.internvl import InternVLConfig
+from rlens_jax.models.llava_onevision import LlavaOnevisionConfig, most_tokens
+from rlens_jax.models.minicpm_v import VIEW_STEP, MiniCPMVConfig
+from rlens_jax.models.prompt import PromptBatch
+from rlens_jax.models.qwen2_vl import Qwen2VLConfig
+from rlens_jax.ops.splash import kernel_flops
+from rlens_jax.parallel.mesh import ParameterLayout, check_fits, make_mesh, rows_sharding
+from rlens_jax.parallel.model_axis import WORK
+from rlens_jax.ranking.programs import Programs
+from rlens_jax.weights.leaves import axes_of
+
+ANSWER_SLOTS = 16
+"""Answer tokens of a row (our assumption; a run takes the next power of two of its longest reference answer)."""
+MINICPM_SLICES = 9
+"""Most slices of an image (`max_slice_nums` of the published preprocessor_config.json), besides the whole image."""
+
+
+def program_specs(
+    config: RunConfig, kind: ModelKind, devices: Sequence[Any], *, all_buckets: bool
+) -> Iterator[ProgramSpec]:
+    """The programs that a run of this configuration executes on these devices.
+
+    Args:
+        config: of the run.
+        kind: the model.
+        devices: of the slice.
+        all_buckets: of every size, or only of the largest.
+
+    Raises:
+        UserError: the mesh does not divide the devices, or the model's heads and widths.
+    """
+    compute = config.compute
+    check_fits(kind.config.decoder.sizes, compute.model_shards)
+    mesh = make_mesh(devices, compute.model_shards)
+    model = abstract_model(kind, compute.dtype, mesh)
+    weights = device_bytes(nnx.state(model))
+    programs = Programs(
+        model,
+        mesh,
+        config.reduction,
+        seed=config.seed,
+        new_tokens=config.search.max_new_tokens,
+        stop_token=0,
+    )
+    rows = compute.batch_size * programs.groups
+    chosen = slice(None) if all_buckets else slice(-1, None)
+    for patches in compute.patch_slots[chosen]:
+        images = abstract_images(kind, patches, rows, mesh)
+        yield ProgramSpec(
+            "encode",
+            f"patches {patches}",
+            lambda images=images: programs.lower("encode", *images),  # type: ignore[misc]
+            vision_depth(kind),
+            rows,
+            weights + device_bytes(images),
+        )
+    for visual in compute.visual_slots[chosen]:
+        for text in compute.text_slots[chosen]:
+            yield from _decoder_specs(config, programs, Bucket(text, visual), rows, weights)
+
+
+def _decoder_specs(
+    config: RunConfig, programs: Programs, bucket: Bucket, rows: int, weights: int
+) -> Iterator[ProgramSpec]:
+    layers, place = programs.config.num_layers, Placed(programs.mesh)
+    batch = abstract_batch(bucket, rows, len(programs.config.rope_sections), place)
+    visual = place((rows, bucket.visual, programs.config.width), programs.dtype)
+    states = (place((rows, bucket.slots, programs.config.width), programs.dtype), place((rows,), jnp.bool_))
+    flags = place((programs.groups, layers), jnp.bool_)
+    bound = place((programs.groups,), jnp.int32)
+    plans = TracedPlan(flags, flags)
+    arguments = {
+        "embed": (batch.text_ids, visual),
+        "layers": (states, batch, plans, bound, bound),
+        "outcome": (states, batch),
+        "generate": (visual, batch, plans),
+    }
+    if config.search.objective == "teacher_forced":
+        del arguments["generate"]
+    else:
+        del arguments["layers"], arguments["outcome"], arguments["embed"]
+    kernels = _kernel_flops(config, programs, bucket)
+    for name, given in arguments.items():
+        yield ProgramSpec(
+            name,
+            f"text {bucket.text}, visual {bucket.visual}",
+            lambda name=name, given=given: programs.lower(name, *given),  # type: ignore[misc]
+            layers if name in ("layers", "generate") else 0,
+            rows,
+            weights + device_bytes(given),
+            steps=programs.new_tokens if name == "generate" else 1,
+            kernel_flops=kernels if name in ("layers", "generate") else (0, 0),
+            beside_states=True,
+        )
+
+
+def _kernel_flops(config: RunConfig, programs: Programs, bucket: Bucket) -> tuple[int, int]:
+    """Arithmetic of a device's attention kernels in one layer, dense and hollow."""
+    if programs.kernel != "splash":
+        return 0, 0
+    heads = programs.config.num_heads // config.compute.model_shards * config.compute.batch_size
+    dense, hollow = (
+        kernel_flops(bucket, reach, heads, programs.config.head_dim)
+        for reach in (None, config.reduction.attention_range)
+    )
+    return dense, hollow
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Makes abstract arrays whose leading axis is the batch, or the work groups."""
+
+    mesh: Mesh
+
+    def __call__(self, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows_sharding(self.mesh))
+
+
+def abstract_model(kind: ModelKind, dtype: DTypeLike, mesh: Mesh) -> nnx.Module:
+    """The model as `load_model` lays it out, with shapes, dtypes and shardings in place of arrays."""
+    graph, state = nnx.split(kind.abstract(dtype))
+    layout = ParameterLayout(mesh, axes_of(nnx.merge(graph, state)))
+
+    def placed(path: tuple[Any, ...], variable: Any) -> Any:
+        name, leaf = ".".join(map(str, path)), variable.get_value()
+        shape = layout.shape(name, leaf.shape)
+        return variable.replace(
+            jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=layout.sharding(name, shape))
+        )
+
+    flat = [(path, placed(path, variable)) for path, variable in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def device_bytes(arrays: Any) -> int:
+    """Bytes that a tree of abstract arrays takes on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(arrays)
+    )
+
+
+def abstract_batch(bucket: Bucket, rows: int, rope_axes: int, place: Placed) -> PromptBatch:
+    """A batch of prompts of one bucket, `rows` on all work groups together."""
+
+    def numbers(*shape: int) -> jax.ShapeDtypeStruct:
+        return place((rows, *shape), jnp.int32)
+
+    return PromptBatch(
+        text_ids=numbers(bucket.text),
+        layout=TokenLayout(numbers(bucket.text), numbers(bucket.visual), numbers(), numbers(), numbers()),
+        rope_positions=numbers(rope_axes, bucket.slots),
+        next_rope=numbers(),
+        answer_slots=numbers(ANSWER_SLOTS),
+        answer_targets=numbers(ANSWER_SLOTS),
+    )
+
+
+def abstract_images(kind: ModelKind, patches: int, rows: int, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The arrays of prepared images in a bucket of so many patches, as the family's `Preparer` pads and stacks them."""
+    place = Placed(mesh)
+    return tuple(place((rows, *shape), dtype) for shape, dtype in _image_arrays(kind.config, patches))
+
+
+def _image_arrays(config: Any, patches: int) -> list[tuple[tuple[int, ...], DTypeLike]]:
+    """Shapes without the axis of images, and dtypes."""
+    if isinstance(config, Qwen2VLConfig):
+        return [
+            ((patches, config.vision.sizes["C"]), jnp.float32),
+            ((patches, 2), jnp.int32),
+            ((), jnp.int32),
+        ]
+    if isinstance(config, InternVLConfig):
+        vision = config.vision
+        tiles = _whole(patches, vision.num_patches, "tile")
+        return [((tiles, vision.num_patches, vision.sizes["C"]), jnp.float32)]
+    if isinstance(config, LlavaOnevisionConfig):
+        views = _whole(patches, config.side**2, "view")
+        tokens = most_tokens(config, views)
+        values = (views, config.side**2, config.vision.sizes["C"])
+        return [(values, jnp.float32), ((tokens, 4), jnp.int32), ((tokens, 4), jnp.float32)]
+    if isinstance(config, MiniCPMVConfig):
+        views = 1 + math.ceil(MINICPM_SLICES / VIEW_STEP) * VIEW_STEP
+        return [
+            ((views, patches, config.vision.sizes["C"]), jnp.float32),
+            ((views, patches), jnp.int32),
+            ((views, patches, 2), jnp.int32),
+            ((views,), jnp.int32),
+        ]
+    raise TypeError(f"no image arrays are known for {type(config).__name__}")
+
+
+def _whole(patches: int, size: int, name: str) -> int:
+    if patches < size:
+        raise UserError(f"compute.patch_slots: {patches} patches hold no {name} of {size} patches")
+    return patches // size
+
+
+def vision_depth(kind: ModelKind) -> int:
+    """Layers of the vision tower."""
+    return int(kind.config.vision.depth)
+
+
+def mesh_shape(mesh: Mesh) -> tuple[int, int]:
+    """Devices along `work` and `model`."""
+    return mesh.shape[WORK], mesh.size // mesh.shape[WORK]

@@ -1,0 +1,147 @@
+import json
+from dataclasses import replace
+from importlib.resources import files
+from typing import Any
+
+import jsonschema
+import pytest
+
+from rlens_jax.config import ComputeConfig, RunConfig
+from rlens_jax.dry_run.analysis import DryRun
+from rlens_jax.dry_run.collectives import Collective
+from rlens_jax.dry_run.hlo import Shape
+from rlens_jax.dry_run.program import CompiledProgram, Memory, Program, refusal
+from rlens_jax.dry_run.report import WIDTH, document, terminal
+from rlens_jax.dry_run.roofline import ASSUMPTIONS, estimates
+from rlens_jax.dry_run.topology import find_slice
+from rlens_jax.dry_run.workload import Sizes, workload
+from rlens_jax.models import ModelKind
+from rlens_jax.resources import embedded_model
+from rlens_jax.weights.checkpoint import read_model_kind
+from tests.dry_run.programs import GIB, compiled, spec
+
+SCHEMA = json.loads(files("rlens_jax.dry_run").joinpath("dry_run.schema.json").read_text())
+CONFIG = RunConfig(compute=ComputeConfig(batch_size=4, model_shards=1))
+STATES = Shape("bf16", (4, 96, 64))
+REDUCE = Collective("all-reduce", (STATES,), (STATES,), "model", 4, True, "", 28)
+OOM = (
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+    "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.\n\nTotal hbm usage >= 20.75G:\n"
+)
+
+
+def found(*programs: Program) -> DryRun:
+    made = [program for program in programs if isinstance(program, CompiledProgram)]
+    where = find_slice("v5e:4x4")
+    work = workload(CONFIG, Sizes(12, 4, 10, 3))
+    known = estimates(made, work.phases, where) if len(made) == len(programs) else []
+    return DryRun(where, (4, 4), tuple(programs), work, tuple(known))
+
+
+def fitting() -> DryRun:
+    return found(
+        compiled("encode", "patches 512"),
+        compiled("embed"),
+        compiled("layers", layers=28, collectives=[REDUCE, replace(REDUCE, kind="all-gather", branch="1")]),
+        compiled("outcome"),
+    )
+
+
+@pytest.fixture(scope="module")
+def kind() -> ModelKind:
+    return read_model_kind(embedded_model())
+
+
+def read(run: DryRun, kind: ModelKind) -> dict[str, Any]:
+    return json.loads(document(run, CONFIG, kind))
+
+
+def test_the_json_follows_its_schema(kind: ModelKind) -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.validate(read(fitting(), kind), SCHEMA)
+    jsonschema.validate(read(found(refusal(spec("layers"), OOM, 1.0)), kind), SCHEMA)
+
+
+def test_the_schema_knows_every_field(kind: ModelKind) -> None:
+    whole = read(fitting(), kind)
+    for name in set(whole) - {"configuration"}:
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({key: value for key, value in whole.items() if key != name}, SCHEMA)
+    for place in (whole, whole["topology"], whole["programs"][0], whole["programs"][2]["collectives"][0]):
+        place["unknown"] = 1
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(whole, SCHEMA)
+        del place["unknown"]
+
+
+def test_what_fits(kind: ModelKind) -> None:
+    run, text = fitting(), terminal(fitting(), CONFIG, kind)
+    assert run.fits
+    assert read(run, kind)["advice"] == []
+    assert "What would help" not in text
+    for part in (
+        "16 chips of 4 hosts, mesh 4 x 4",
+        "a program can use 15.75:",
+        "7.50  fits",
+        "layers (text 32, visual 64), dense: 1 all-reduce of bf16[4,96,64] (0.05 MB) over model",
+        "reduced: 1 all-reduce of bf16[4,96,64] (0.05 MB) over model, 1 all-gather",
+        "ESTIMATE",
+        "chip-hours",
+    ):
+        assert part in text
+    assert max(map(len, text.splitlines())) <= WIDTH
+
+
+def test_assumptions_are_written_out(kind: ModelKind) -> None:
+    text = " ".join(terminal(fitting(), CONFIG, kind).split())
+    for line in ASSUMPTIONS:
+        assert line in text
+
+
+def test_a_program_that_compiles_but_does_not_fit(kind: ModelKind) -> None:
+    large = Memory(14 * GIB, GIB, 0, 2 * GIB, round(15.75 * GIB))
+    run = found(compiled("encode", "patches 512"), compiled("layers", layers=28, memory=large))
+    text = terminal(found(compiled("layers", memory=large), refusal(spec("embed"), OOM, 1.0)), CONFIG, kind)
+    assert not run.fits
+    assert "17.00  DOES NOT FIT" in text
+    assert "compute.state_memory_gb: lower it by 1.3 or more" in text
+
+
+def test_a_program_that_the_compiler_refuses(kind: ModelKind) -> None:
+    run = found(refusal(spec("layers"), OOM, 1.0))
+    text = terminal(run, CONFIG, kind)
+    assert "20.50  DOES NOT FIT" in text
+    assert "No estimate" in text
+    for field in ("compute.dtype: bfloat16", "compute.batch_size: below 4", "compute.visual_slots"):
+        assert field in text
+    assert read(run, kind)["programs"][0]["needed_bytes"] == round(20.5 * GIB)
+
+
+def test_images_that_do_not_fit(kind: ModelKind) -> None:
+    text = terminal(found(refusal(spec("encode"), OOM, 1.0)), CONFIG, kind)
+    assert "compute.patch_slots" in text
+    assert "compute.visual_slots" not in text
+
+
+def test_another_reason_than_memory(kind: ModelKind) -> None:
+    text = terminal(found(refusal(spec("layers"), "INTERNAL: Mosaic failed\nmore", 1.0)), CONFIG, kind)
+    assert "NOT COMPILED" in text
+    assert "INTERNAL: Mosaic failed" in text
+    assert "for another reason than memory" in text
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        (OOM, 20.5),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (1.50T) exceeds",
+            1536,
+        ),
+        ("RESOURCE_EXHAUSTED: something else", None),
+    ],
+)
+def test_what_the_compiler_says_it_needs(message: str, needed: float | None) -> None:
+    refused = refusal(spec("layers"), message, 1.0)
+    assert refused.out_of_memory
+    assert refused.needed == (None if needed is None else round(needed * GIB))

@@ -1,0 +1,111 @@
+"""Abstract inputs against what the families' own preparers and a run's own arrays look like."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlens_jax.config import ComputeConfig, RunConfig, SearchConfig
+from rlens_jax.dry_run.specs import Placed as Place
+from rlens_jax.dry_run.specs import (
+    abstract_batch,
+    abstract_images,
+    abstract_model,
+    device_bytes,
+    program_specs,
+)
+from rlens_jax.errors import UserError
+from rlens_jax.layout import Bucket
+from rlens_jax.models import ModelKind
+from rlens_jax.models.prompt import Prompt, collate
+from rlens_jax.parallel.mesh import make_mesh
+from rlens_jax.weights.checkpoint import read_model_kind
+
+MODELS = Path(__file__).with_name("models")
+LARGEST = {
+    "internvl2_8b": 13312,
+    "llava_onevision_qwen2_7b_ov_hf": 26973,
+    "minicpm_v_2_6": 1152,
+    "qwen2_vl_7b": 65536,
+}
+
+
+@pytest.fixture(params=LARGEST)
+def kind(request: pytest.FixtureRequest) -> ModelKind:
+    return read_model_kind(MODELS / request.param)
+
+
+def mesh() -> jax.sharding.Mesh:
+    return make_mesh(jax.devices()[:1], 1)
+
+
+def test_a_config_json_is_enough_and_weighs_what_the_model_does(kind: ModelKind) -> None:
+    model = abstract_model(kind, "bfloat16", mesh())
+    # 7 to 8 billion parameters and a tower, two bytes each
+    assert 15e9 < device_bytes(model) < 17e9
+
+
+def test_images_run_through_the_vision_tower_as_they_are(kind: ModelKind) -> None:
+    images = abstract_images(kind, LARGEST[kind_name(kind)], 2, mesh())
+    model: Any = abstract_model(kind, "bfloat16", mesh())
+    tokens = jax.eval_shape(lambda model, *arrays: model.vision(*arrays), model, *images)
+    visual = {"internvl2_8b": 3328, "minicpm_v_2_6": 640, "qwen2_vl_7b": 16384}.get(
+        kind_name(kind), tokens.shape[1]
+    )
+    assert tokens.shape == (2, visual, kind.config.decoder.width)
+
+
+def kind_name(kind: ModelKind) -> str:
+    return next(name for name in LARGEST if read_model_kind(MODELS / name) == kind)
+
+
+def test_a_batch_is_shaped_as_collate_makes_it() -> None:
+    bucket = Bucket(5, 7)
+    prompt = Prompt(np.zeros(3, np.int32), np.zeros(3, bool), np.zeros((3, 3), np.int32), 3, 1)
+    real = collate([prompt] * 4, [0] * 4, bucket, 16)
+    abstract = abstract_batch(bucket, 4, 3, Place(mesh()))
+    assert jax.tree.map(lambda x: (x.shape, jnp.dtype(x.dtype)), abstract) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), real
+    )
+
+
+def embedded_specs(all_buckets: bool = False, **changes: Any) -> list[Any]:
+    compute = ComputeConfig(batch_size=2, text_slots=(16, 32), visual_slots=(64, 128), patch_slots=(256, 512))
+    config = RunConfig(compute=compute, **changes)
+    return list(
+        program_specs(config, read_model_kind("embedded"), jax.devices()[:1], all_buckets=all_buckets)
+    )
+
+
+def test_the_largest_buckets_or_all() -> None:
+    assert [(spec.name, spec.bucket) for spec in embedded_specs()] == [
+        ("encode", "patches 512"),
+        ("embed", "text 32, visual 128"),
+        ("layers", "text 32, visual 128"),
+        ("outcome", "text 32, visual 128"),
+    ]
+    assert len(embedded_specs(all_buckets=True)) == 2 + 4 * 3
+
+
+def test_generation_has_one_program() -> None:
+    search = SearchConfig(objective="generation", max_new_tokens=7)
+    (_, generate) = embedded_specs(search=search)
+    assert (generate.name, generate.steps, generate.layers) == ("generate", 7, 12)
+
+
+@pytest.mark.parametrize("name", ["encode", "embed", "layers", "outcome"])
+def test_the_runs_own_programs_lower(name: str) -> None:
+    (spec,) = (spec for spec in embedded_specs() if spec.name == name)
+    lowered = spec.lower()
+    assert f"jit_{'program' if name == 'encode' else 'counted'}" in lowered.as_text()[:200]
+
+
+def test_a_folder_without_the_file(tmp_path: Path) -> None:
+    shutil.copy(MODELS / "minicpm_v_2_6" / "config.json", tmp_path)
+    assert read_model_kind(tmp_path).model_type == "minicpmv"
+    with pytest.raises(UserError, match="hold no tile"):
+        abstract_images(read_model_kind(MODELS / "internvl2_8b"), 1000, 1, mesh())

@@ -1,0 +1,160 @@
+"""The counts of a dry run against the evaluator itself, over programs that only count."""
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlens_jax.config import ComputeConfig, ReportConfig, RunConfig, SearchConfig
+from rlens_jax.dry_run.workload import Counter, Phase, Sizes, filled_blocks, workload
+from rlens_jax.plan import Plan
+
+LAYERS = 8
+SIZES = Sizes(num_layers=LAYERS, groups=1, block_bytes=10, visual_bytes=3)
+
+
+def run_config(**search: Any) -> RunConfig:
+    return RunConfig(
+        search=SearchConfig(**search),
+        compute=ComputeConfig(batch_size=10, state_memory_gb=1),
+        report=ReportConfig(random_rankings=1),
+    )
+
+
+def phases(config: RunConfig, sizes: Sizes = SIZES) -> dict[str, Phase]:
+    return {phase.name: phase for phase in workload(config, sizes).phases}
+
+
+def test_evaluations_are_those_of_the_algorithm() -> None:
+    found = phases(run_config())
+    searched = LAYERS - LAYERS // 4
+    assert found["ranking attention"].evaluations == 1 + LAYERS // 4 + searched * (searched + 1) // 2
+    # 360 samples in batches of 10
+    assert found["ranking ffn"].steps == 36 * found["ranking ffn"].evaluations
+    assert found["ranking ffn"].embeddings == 36
+
+
+def test_layers_of_a_search_by_hand() -> None:
+    config = run_config(position_layers=1, operators=("ffn",))
+    counted = Counter(
+        Phase("one batch"), rows=1, batch_size=1, groups=1, num_layers=3, forced=True, keeps_states=True
+    )
+    from rlens_jax.dry_run.workload import _rank
+
+    counted.ask(Plan(), [Plan()])
+    _rank(config, "ffn", 3, counted)
+    # dense: two states are made, one layer runs; the last layer alone; two rounds: from 0 and 1, then from 0
+    assert counted.phase.layer_steps == (2 + 1) + 1 + (3 + 2) + 3
+    assert (counted.phase.evaluations, counted.phase.states_made, counted.phase.embeddings) == (5, 2, 1)
+
+
+def test_states_that_do_not_fit_are_made_anew_for_every_question() -> None:
+    config = run_config(position_layers=1, operators=("ffn",))
+    small = replace(config, compute=replace(config.compute, state_memory_gb=0))
+    assert phases(small)["ranking ffn"].states_made > 3 * phases(config)["ranking ffn"].states_made
+
+
+def test_work_groups_share_the_batches() -> None:
+    alone, shared = (phases(run_config(), replace(SIZES, groups=n))["ranking ffn"] for n in (1, 36))
+    assert alone.steps == 36 * shared.steps
+    assert alone.layer_steps == 36 * shared.layer_steps
+
+
+def test_what_is_kept_in_memory() -> None:
+    # 36 validation batches and 45 test batches, whose visual tokens stay; base states of the larger split
+    assert workload(run_config(), SIZES).resident_bytes == 45 * 10 * LAYERS + (36 + 45) * 3
+    tight = replace(run_config(), compute=ComputeConfig(batch_size=10, state_memory_gb=1e-6))
+    assert workload(tight, SIZES).resident_bytes == 1000 + (36 + 45) * 3
+
+
+def test_generation_starts_from_the_prompt() -> None:
+    found = phases(run_config(objective="generation"))["ranking ffn"]
+    assert found.layer_steps == found.embeddings == 0
+    assert found.steps == 36 * found.evaluations
+
+
+def test_a_data_source_that_is_not_there_is_the_papers() -> None:
+    config = run_config()
+    missing = replace(config, data=replace(config.data, source="nowhere.jsonl"))
+    samples = workload(missing, SIZES).samples["validation"]
+    assert samples.samples == 2350
+    assert "nowhere.jsonl is not there" in samples.source
+
+
+def test_blocks() -> None:
+    assert list(filled_blocks(25, 4, 3)) == [[True] * 3, [True] * 3, [True, False, False]]
+    assert list(filled_blocks(12, 4, 3)) == [[True] * 3]
+
+
+@dataclass
+class CountingPrograms:
+    """Stands in for `Programs`: counts the layers that run, of the group that runs the most."""
+
+    groups: int
+    layer_steps: int = 0
+    embeddings: int = 0
+    outcomes: int = 0
+
+    config = SimpleNamespace(num_layers=LAYERS, width=4)
+    dtype = np.dtype(np.float32)
+
+    def embed(self, text_ids: Any, visual: Any) -> str:
+        self.embeddings += 1
+        return "states"
+
+    def layers(self, states: str, batch: Any, plans: Any, starts: Any, stop: int) -> str:
+        self.layer_steps += stop - min(starts)
+        return states
+
+    def outcome(self, states: str, batch: Any) -> None:
+        self.outcomes += 1
+
+    def route(self, arrays: Any, sources: Any) -> Any:
+        return arrays
+
+    def choose(self, first: Any, states: str, others: str) -> str:
+        return states
+
+
+@pytest.mark.parametrize(("groups", "rows"), [(1, 30), (3, 90), (4, 90), (4, 20)])
+def test_against_the_evaluators_own_steps(groups: int, rows: int) -> None:
+    from rlens_jax.dry_run.workload import _rank
+    from rlens_jax.ranking.schedule import schedule
+    from rlens_jax.ranking.scoring import TeacherForcing
+
+    counted = Counter(
+        Phase("counted"),
+        rows=rows,
+        batch_size=10,
+        groups=groups,
+        num_layers=LAYERS,
+        forced=True,
+        keeps_states=True,
+    )
+    programs = CountingPrograms(groups)
+    scoring = TeacherForcing(programs)  # type: ignore[arg-type]
+    filled = list(filled_blocks(rows, 10, groups))
+    batches = [SimpleNamespace(inputs=SimpleNamespace(text_ids=None), visual=None) for _ in filled]
+    known: set[Plan] = set()
+    ask = counted.ask
+
+    def both(base: Plan, plans: list[Plan]) -> None:
+        ask(base, plans)
+        todo = [plan for plan in plans if plan not in known]
+        known.update(todo)
+        for step in (
+            schedule(filled, [LAYERS - scoring.first_layer(base, plan) for plan in todo]) if todo else []
+        ):
+            items = [item or next(filter(None, step.items)) for item in step.items]
+            batch: Any = batches[step.batch]
+            scoring.start(batch, base, [todo[item.plan] for item in items], [item.block for item in items])
+
+    counted.ask = both  # type: ignore[method-assign]
+    both(Plan(), [Plan()])
+    _rank(run_config(), "attention", LAYERS, counted)
+    phase = counted.phase
+    assert (programs.layer_steps, programs.embeddings, programs.outcomes) == (
+        phase.layer_steps, phase.embeddings, phase.steps,
+    )  # fmt: skip

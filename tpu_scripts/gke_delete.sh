@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Delete a workload, or with --whole-cluster the cluster: only that ends its cost. The bucket and what is in it stay.
+# XPK asks before it does so, unless --yes.
+#   tpu_scripts/gke_delete.sh --project P --zone Z --cluster C --workload qwen
+#   tpu_scripts/gke_delete.sh --project P --zone Z --cluster C --whole-cluster
+
+# shellcheck source=tpu_scripts/lib/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+needs=(project zone cluster)
+takes=(workload)
+switches=(whole-cluster yes)
+parse_options "$@"
+
+if [[ -n ${opt[whole-cluster]} ]]; then
+    cluster cluster delete ${opt[yes]:+--force}
+else
+    require workload
+    cluster workload delete --workload="${opt[workload]}" ${opt[yes]:+--force}
+fi
