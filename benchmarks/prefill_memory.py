@@ -61,7 +61,9 @@ def main() -> None:
     chunk = automatic_chunk(1, TEXT + VISUAL, CONFIG.ffn_width, itemsize=4)
     for name, plan in (("dense", Plan()), ("reduced", Plan((0, 1, 2, 3), (0, 1, 2, 3)))):
         whole, parts = (temporary_bytes(plan, size) / 1e6 for size in (None, chunk))
-        print(f"{name:<8} in one piece {whole:8.0f} MB, in chunks of {chunk} tokens {parts:8.0f} MB", flush=True)
+        print(
+            f"{name:<8} in one piece {whole:8.0f} MB, in chunks of {chunk} tokens {parts:8.0f} MB", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -2,23 +2,20 @@
 
 MODEL is a folder or "embedded", of which only config.json is read, or one of the models of the paper by name: internvl2-8b,
 qwen2-vl-7b, minicpm-v-2.6, llava-onevision-7b, qwen2-vl-2b, llava-onevision-0.5b. PLAN is a plan file, or a ranking.json with
---first. Token pruning counts with --prune-after K --drop SHARE: so many of the visual tokens are missing from layer K on (FastV;
-with a share of 1, VTW). Multiply-adds of the decoder layers by the field's convention (rlens_jax/flops.py), without and with the
-probes.
+--first. Token pruning is counted if PLAN has any, or by --fastv, --vtw or --folder. Multiply-adds of the decoder layers by the
+field's convention (rlens_jax/flops.py), without and with the probes.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
-from fractions import Fraction
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rlens_jax.console import ArgumentParser, run_command
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.flops import LayerSizes, prefill_cost
-from rlens_jax.plan import Plan
+from rlens_jax.flops import LayerSizes, prefill_cost, visual_in_layer
+from rlens_jax.plan import VTW, FastV, Folder, Plan, Pruning
 from rlens_jax.plan_file import PlanFile, parse_first, read_plan
 
 
@@ -56,26 +53,30 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--first", metavar="LIST", help="of a ranking.json: how many layers, as attention=11,ffn=5"
     )
-    parser.add_argument("--prune-after", metavar="K", type=int, help="layers that see all visual tokens")
-    parser.add_argument(
-        "--drop", metavar="SHARE", help="share of the visual tokens missing from layer K on, as 0.3"
+    pruning = parser.add_mutually_exclusive_group()
+    pruning.add_argument(
+        "--fastv", metavar=("K", "SHARE"), nargs=2, help="drop SHARE of the visual tokens after K layers"
+    )
+    pruning.add_argument("--vtw", metavar="K", type=int, help="drop all visual tokens after K layers")
+    pruning.add_argument(
+        "--folder", metavar="SHARE", help="merge SHARE of the visual tokens away before the first layer"
     )
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args(arguments)
     if options.first is not None and options.plan is None:
         parser.error("--first needs a --plan that is a ranking.json")
-    if (options.prune_after is None) != (options.drop is None):
-        parser.error("--prune-after and --drop go together")
     if min(options.text, options.visual) < 0 or options.text + options.visual == 0:
         parser.error("--text and --visual must be numbers of tokens, not both 0")
     first = None if options.first is None else parse_first(options.first)
     plan = PlanFile() if options.plan is None else read_plan(options.plan, first)
+    pruning = _pruning(options.fastv, options.vtw, options.folder)
+    if pruning is not None:
+        if plan.pruning is not None:
+            parser.error(f"{options.plan} prunes already: {plan.pruning.label()}")
+        plan = replace(plan, pruning=pruning)
     stack = find_stack(options.model)
     plan.validate(stack.num_layers)
-    visual = [options.visual] * stack.num_layers
-    if options.drop is not None:
-        visual = pruned(visual, options.prune_after, options.drop)
-    counted = count(stack, options.text, visual, plan)
+    counted = count(stack, options.text, options.visual, plan)
     if options.json:
         try:
             options.json.write_text(json.dumps(counted, indent=1) + "\n", encoding="utf-8")
@@ -84,9 +85,7 @@ def main(arguments: Sequence[str]) -> None:
     print(
         f"{options.model}: {stack.num_layers} layers, {options.text} text and {options.visual} visual tokens"
     )
-    if options.drop is not None:
-        print(f"visual tokens from layer {options.prune_after} on: {visual[-1]}")
-    print(f"plan: {plan.plan.label()}")
+    print(f"plan: {plan.label()}")
     print(f"{'dense':<22}{counted['dense']:12.4g} multiply-adds")
     for name in ("without_probes", "with_probes"):
         part = counted[name]
@@ -109,40 +108,34 @@ def find_stack(model: str) -> Stack:
     return Stack(decoder.num_layers, sizes)
 
 
-def pruned(visual: Sequence[int], after: int, share: str) -> list[int]:
-    """Visual tokens in each layer when the exact decimal `share` of them, to the nearest whole number, is missing from layer
-    `after` on.
-
-    Raises:
-        UserError: no such layer, or no such share.
-    """
-    try:
-        dropped = Fraction(Decimal(share))
-    except (InvalidOperation, ValueError, OverflowError):
-        dropped = Fraction(-1)
-    if not 0 < dropped <= 1:
-        raise UserError(f"--drop must be a share above 0 and at most 1, such as 0.3, not {share}")
-    if not 0 <= after < len(visual):
-        raise UserError(f"--prune-after must be a layer of the model, 0-{len(visual) - 1}, not {after}")
-    kept = int(visual[0] * (1 - dropped) + Fraction(1, 2))
-    return [*visual[:after], *[kept] * (len(visual) - after)]
+def _pruning(fastv: Sequence[str] | None, vtw: int | None, folder: str | None) -> Pruning | None:
+    if fastv is not None:
+        layer, share = fastv
+        if not layer.isdecimal():
+            raise UserError(f"--fastv: K must be a number of layers, not {layer!r}")
+        return FastV(int(layer), share)
+    if vtw is not None:
+        return VTW(vtw)
+    return None if folder is None else Folder(folder)
 
 
-def count(stack: Stack, num_text: int, visual_in_layer: Sequence[int], plan: PlanFile) -> dict[str, Any]:
+def count(stack: Stack, num_text: int, num_visual: int, plan: PlanFile) -> dict[str, Any]:
     """Multiply-adds as the JSON file has them: of the dense prefill, and of the reduced one without and with probes."""
-    unpruned = [visual_in_layer[0]] * stack.num_layers
-    dense = prefill_cost(stack.sizes, num_text, unpruned, Plan(), plan.reduction, with_probes=False)
+    visual = visual_in_layer(plan.pruning, num_visual, stack.num_layers)
+
+    def cost(visual: Sequence[int], given: Plan, with_probes: bool) -> int:
+        return prefill_cost(stack.sizes, num_text, visual, given, plan.reduction, with_probes=with_probes)
+
+    dense = cost([num_visual] * stack.num_layers, Plan(), False)
     counted: dict[str, Any] = {
         "schema": "rlens-cost/1",
         "num_layers": stack.num_layers,
         "text_tokens": num_text,
-        "visual_tokens_in_layer": list(visual_in_layer),
+        "visual_tokens_in_layer": visual,
         "dense": dense,
     }
     for name, with_probes in (("without_probes", False), ("with_probes", True)):
-        reduced = prefill_cost(
-            stack.sizes, num_text, visual_in_layer, plan.plan, plan.reduction, with_probes=with_probes
-        )
+        reduced = cost(visual, plan.plan, with_probes)
         counted[name] = {"reduced": reduced, "share_of_dense": reduced / dense}
     return counted
 

@@ -8,11 +8,18 @@
      "active_fraction": 0.2,               share of the FFN units that visual tokens keep
      "probe_fraction": 0.1,                share of the visual tokens that are probes
      "probe": "strided",                   or "random"
-     "window": "ordinal"}                  or "position"
+     "window": "ordinal",                  or "position"
+     "pruning": null}                      tokens dropped besides, see below
 
 Only `format` must be there; without `attention` and `ffn` the plan is the dense model, and all else has the defaults of
 `Reduction`. The ranking.json of a run of rlens_jax.rank is a plan, too, together with how many of the first layers of each
 ranking are reduced.
+
+Pruning is one of (shares are exact decimals, and `layer` says how many layers see all visual tokens):
+
+    {"method": "fastv", "layer": 2, "share": 0.5}     FastV: that share of the visual tokens is dropped by attention
+    {"method": "vtw", "layer": 14}                    VTW: all of them are dropped
+    {"method": "folder", "share": 0.5}                FOLDER-style: so many are merged away before the first layer
 """
 
 import dataclasses
@@ -23,13 +30,14 @@ from pathlib import Path
 from typing import Any
 
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
+from rlens_jax.plan import OPERATORS, VTW, FastV, Folder, Operator, Plan, Pruning, Reduction
 
 FORMAT = "rlens-plan/1"
 RANKING_SCHEMA = "rlens-ranking/1"
 
 _REDUCTION_FIELDS = tuple(item.name for item in dataclasses.fields(Reduction))
-_FIELDS = ("format", "num_layers", *OPERATORS, *_REDUCTION_FIELDS)
+_FIELDS = ("format", "num_layers", *OPERATORS, *_REDUCTION_FIELDS, "pruning")
+_METHODS: Mapping[str, type[Any]] = {"fastv": FastV, "vtw": VTW, "folder": Folder}
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,8 @@ class PlanFile:
     reduction: Reduction = field(default_factory=Reduction)
     num_layers: int | None = None
     """Layers of the model that the plan was made for; None where the file does not say."""
+    pruning: Pruning | None = None
+    """How visual tokens are dropped or merged besides."""
 
     def validate(self, num_layers: int) -> None:
         """Raise UserError unless the plan is one for a model with `num_layers` layers."""
@@ -49,6 +59,22 @@ class PlanFile:
                 "name a plan that was made for it"
             )
         self.plan.validate(num_layers)
+        if self.pruning is not None:
+            self.pruning.validate(num_layers)
+
+    def label(self) -> str:
+        """A short text for tables and messages."""
+        pruned = [] if self.pruning is None else [self.pruning.label()]
+        return ", ".join([self.plan.label(), *pruned])
+
+    def fields(self) -> dict[str, Any]:
+        """All that decides what is computed, as JSON values with the names that a plan file has for them."""
+        pruning = None
+        if self.pruning is not None:
+            (method,) = (name for name, kind in _METHODS.items() if isinstance(self.pruning, kind))
+            pruning = {"method": method, **dataclasses.asdict(self.pruning)}
+        layers = {operator: list(self.plan.layers(operator)) for operator in OPERATORS}
+        return {**layers, **dataclasses.asdict(self.reduction), "pruning": pruning}
 
 
 def read_plan(path: str | Path, first: Mapping[Operator, int] | None = None) -> PlanFile:
@@ -128,7 +154,31 @@ def _from_plan(fields: Mapping[str, Any]) -> PlanFile:
     if num_layers is not None:
         plan.validate(num_layers)
     reduction = Reduction(**{name: fields[name] for name in _REDUCTION_FIELDS if name in fields})
-    return PlanFile(plan, reduction, num_layers)
+    return PlanFile(plan, reduction, num_layers, _pruning(fields.get("pruning")))
+
+
+def _pruning(fields: Any) -> Pruning | None:
+    if fields is None:
+        return None
+    if not isinstance(fields, dict) or not isinstance(fields.get("method"), str):
+        raise UserError(f"pruning must be null or an object with a method, not {fields!r}")
+    method = fields["method"]
+    if method not in _METHODS:
+        raise UserError(
+            f"pruning.method must be one of {', '.join(_METHODS)}, not {method!r}{suggest(method, _METHODS)}"
+        )
+    known = [item.name for item in dataclasses.fields(_METHODS[method])]
+    given = {name: value for name, value in fields.items() if name != "method"}
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"unknown field pruning.{name}{suggest(name, known)}; {method} knows {', '.join(known)}"
+            )
+    if method == "vtw" and "layer" not in given:
+        raise UserError(
+            "pruning.layer is missing: vtw must be told after how many layers it drops visual tokens"
+        )
+    return _METHODS[method](**given)
 
 
 def _from_ranking(fields: Mapping[str, Any], first: Mapping[Operator, int] | None) -> PlanFile:

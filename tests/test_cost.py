@@ -52,17 +52,14 @@ def test_published_savings(
 )
 def test_fastv_after_layer_two(tmp_path: Path, model: str, drop: str, percent: float) -> None:
     result = tmp_path / "cost.json"
-    assert run([model, "--prune-after=2", f"--drop={drop}", f"--json={result}"]) == 0
+    assert run([model, "--fastv", "2", drop, f"--json={result}"]) == 0
     assert abs(100 * json.loads(result.read_text())["without_probes"]["share_of_dense"] - percent) < 0.1
 
 
 def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["embedded", "--text=20", "--visual=32", "--prune-after=6", "--drop=1"]) == 0
+    assert run(["embedded", "--text=20", "--visual=32", "--vtw=6"]) == 0
     shown = capsys.readouterr().out
-    assert (
-        "embedded: 12 layers, 20 text and 32 visual tokens\nvisual tokens from layer 6 on: 0\nplan: dense"
-        in shown
-    )
+    assert "embedded: 12 layers, 20 text and 32 visual tokens\nplan: dense, VTW after layer 6\n" in shown
     assert shown.count("% of dense") == 2
 
 
@@ -71,10 +68,10 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     [
         (["qwen2-vl-7"], "neither a folder nor one of"),
         (["qwen2-vl-7"], "did you mean 'qwen2-vl-7b'"),
-        (["qwen2-vl-7b", "--prune-after=28", "--drop=0.3"], "must be a layer of the model, 0-27, not 28"),
-        (["qwen2-vl-7b", "--prune-after=2", "--drop=1.5"], "must be a share above 0 and at most 1"),
-        (["qwen2-vl-7b", "--prune-after=2", "--drop=some"], "not some"),
-        (["qwen2-vl-7b", "--drop=0.3"], "go together"),
+        (["qwen2-vl-7b", "--fastv", "28", "0.3"], "prunes after layer 28, but the model has 28 layers"),
+        (["qwen2-vl-7b", "--fastv", "2", "1.0"], "share must be a decimal number from 0 on and below 1"),
+        (["qwen2-vl-7b", "--fastv", "two", "0.5"], "must be a number of layers, not 'two'"),
+        (["qwen2-vl-7b", "--vtw=14", "--folder=0.5"], "not allowed with"),
         (["qwen2-vl-7b", "--visual=-1"], "must be numbers of tokens"),
         (["qwen2-vl-7b", "--vissual=1"], "did you mean '--visual'"),
     ],

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plan import FastV, Plan, Reduction
 from rlens_jax.plan_file import FORMAT, PlanFile, parse_first, read_plan
 
 
@@ -40,9 +40,19 @@ def test_every_field_arrives(tmp_path: Path) -> None:
         "probe_fraction": "0.05",
         "probe": "random",
         "window": "position",
+        "pruning": {"method": "fastv", "layer": 3, "share": 0.3},
     }
-    expected = PlanFile(Plan((3, 11), (4,)), Reduction(32, 0.25, 0.05, "random", "position"), 12)
-    assert read_plan(written(tmp_path, fields)) == expected
+    reduction = Reduction(32, 0.25, 0.05, "random", "position")
+    expected = PlanFile(Plan((3, 11), (4,)), reduction, 12, FastV(3, 0.3))
+    read = read_plan(written(tmp_path, fields))
+    assert read == expected
+    assert read.label() == "attention 3+11, ffn 4, FastV after layer 3 drops 30 %"
+    # What is recorded of a plan is a plan file again, but for the number of layers.
+    again = {"format": FORMAT, "num_layers": 12, **read.fields()}
+    assert read_plan(written(tmp_path, again)) == expected
+    for pruning in ({"method": "vtw", "layer": 5}, {"method": "folder", "share": 0.25}, None):
+        given = read_plan(written(tmp_path, {**again, "pruning": pruning}))
+        assert given.fields()["pruning"] == pruning
 
 
 def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
@@ -80,6 +90,11 @@ def test_what_was_reduced_during_the_search_is_part_of_the_plan(tmp_path: Path) 
         ({"format": FORMAT, "num_layers": 4, "ffn": [4]}, "ffn in layer 4, but the model has 4 layers"),
         ({"format": FORMAT, "active_fraction": 1.5}, "active_fraction must be a decimal number"),
         ({"format": FORMAT, "window": "ordnal"}, "did you mean 'ordinal'"),
+        ({"format": FORMAT, "pruning": "fastv"}, "pruning must be null or an object with a method"),
+        ({"format": FORMAT, "pruning": {"method": "fastvv"}}, "did you mean 'fastv'"),
+        ({"format": FORMAT, "pruning": {"method": "vtw", "layr": 2}}, "pruning.layr .did you mean 'layer'"),
+        ({"format": FORMAT, "pruning": {"method": "vtw"}}, "pruning.layer is missing"),
+        ({"format": FORMAT, "pruning": {"method": "fastv", "share": 1.0}}, "share must be a decimal number"),
         ('{"format": "rlens-plan/1", "ffn": [1], "ffn": [2]}', "field 'ffn' is given twice"),
         ('{"format": "rlens-plan/1",', "not readable as JSON"),
         ([1, 2], "must hold one JSON object"),
@@ -111,6 +126,8 @@ def test_a_plan_for_another_number_of_layers() -> None:
         PlanFile(Plan((3,)), num_layers=4).validate(28)
     with pytest.raises(UserError, match="attention in layer 3, but the model has 3 layers"):
         PlanFile(Plan((3,))).validate(3)
+    with pytest.raises(UserError, match="prunes after layer 4, but the model has 4 layers"):
+        PlanFile(pruning=FastV(4)).validate(4)
 
 
 def test_first_layers_as_text() -> None:

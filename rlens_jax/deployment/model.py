@@ -145,14 +145,12 @@ class DeployedModel:
         self, split: Split, batch: Batch, plan: PlanFile, max_new_tokens: int
     ) -> dict[int, Answer]:
         """The answers to a batch of `prepare`, by number of the sample."""
-        prefilled = self.programs.prefill(
-            batch.visual, batch.inputs, plan.plan, plan.reduction, max_new_tokens
-        )
+        prefilled = self.programs.prefill(batch.visual, batch.inputs, plan, max_new_tokens)
         tokens = np.asarray(self.programs.decode(prefilled, batch.inputs, max_new_tokens))
         scored, numbers = np.asarray(prefilled.scored), np.asarray(batch.inputs.layout.sample)
         for row in np.flatnonzero((numbers != FILLER) & ~scored):
             raise UserError(
-                f"{split.samples[numbers[row]].id}: probe scores are not numbers under the plan {plan.plan.label()}; check the "
+                f"{split.samples[numbers[row]].id}: probe scores are not numbers under the plan {plan.label()}; check the "
                 "weights, or compute in float32"
             )
         return {

@@ -15,7 +15,8 @@ from rlens_jax.models.decoder import KVCache
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.parallel.model_axis import MODEL, WORK
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plan import VTW, FastV, Plan, Pruning, Reduction
+from rlens_jax.plan_file import PlanFile
 from rlens_jax.ranking.programs import ROWS, ModelPrograms
 
 HIDDEN_BYTES = 64_000_000
@@ -34,15 +35,16 @@ class Prefilled:
 
     first: Int[Array, " B"]
     """The first new token of each row."""
-    cache: KVCache
+    caches: tuple[KVCache, ...]
+    """One of all layers, or two where tokens were pruned between layers."""
     scored: Bool[Array, " B"]
-    """Whether all probe scores of the row were numbers."""
+    """Whether all scores of probes, and those by which tokens were pruned, were numbers."""
 
 
 _HEADS = PartitionSpec(None, WORK, MODEL)
 _CACHE: Any = KVCache(_HEADS, _HEADS, ROWS)  # type: ignore[arg-type]  # partitions in place of arrays
-_PREFILLED: Any = Prefilled(ROWS, _CACHE, ROWS)  # type: ignore[arg-type]  # likewise
-"""How a prefilled batch lies on the mesh."""
+
+"""How a cache lies on the mesh."""
 
 
 def automatic_chunk(rows: int, slots: int, ffn_width: int, itemsize: int) -> int | None:
@@ -78,19 +80,19 @@ class DeployedPrograms(ModelPrograms):
         self._seed = seed
         self._stop_token = stop_token
         self._chunk = chunk
-        self._prefills: dict[tuple[Plan, Reduction, int], Callable[..., Prefilled]] = {}
-        self._decoders: dict[tuple[int, int], Callable[..., Array]] = {}
+        self._prefills: dict[tuple[Plan, Reduction, Pruning | None, int], Callable[..., Prefilled]] = {}
+        self._decoders: dict[tuple[int, int, int], Callable[..., Array]] = {}
 
     def prefill(
         self,
         visual: Float[Array, "B P D"],
         batch: PromptBatch,
-        plan: Plan,
-        reduction: Reduction,
+        deployed: PlanFile,
         new_tokens: int,
     ) -> Prefilled:
         """All prompts of a batch under a plan, in a program that knows this plan alone; room for `new_tokens` tokens."""
-        key = plan, reduction, new_tokens
+        plan, reduction, pruning = deployed.plan, deployed.reduction, deployed.pruning
+        key = plan, reduction, pruning, new_tokens
         if key not in self._prefills:
 
             def run(model: Any, visual: Array, batch: PromptBatch) -> Prefilled:
@@ -103,17 +105,22 @@ class DeployedPrograms(ModelPrograms):
                     new_tokens,
                     jax.random.key(self._seed),
                     self.kernel,
+                    pruning,
                     self._chunk_of(model, batch),
                 )
                 return Prefilled(*made)
 
-            self._prefills[key] = self._split("prefill", run, (ROWS, ROWS), _PREFILLED)
+            self._prefills[key] = self._split(
+                "prefill", run, (ROWS, ROWS), _lying(2 if isinstance(pruning, FastV | VTW) else 1)
+            )
         return self._prefills[key](visual, batch)
 
     def decode(
         self, prefilled: Prefilled, batch: PromptBatch, new_tokens: int, *, to_the_end: bool = False
     ) -> Int[Array, "B Y"]:
-        """The greedy answers, whatever plan the prompts were read under (paper: decoding is never reduced).
+        """The greedy answers, in one program whatever plan the prompts were read under (paper: decoding is never reduced).
+
+        Only pruning makes a difference, because it leaves smaller caches.
 
         Args:
             prefilled: the batch.
@@ -121,13 +128,14 @@ class DeployedPrograms(ModelPrograms):
             new_tokens: as in its `prefill`.
             to_the_end: make all new tokens even if all answers have ended, as a measurement wants it.
         """
-        key = new_tokens, _NO_TOKEN if to_the_end else self._stop_token
+        stop_token, parts = _NO_TOKEN if to_the_end else self._stop_token, len(prefilled.caches)
+        key = new_tokens, stop_token, parts
         if key not in self._decoders:
 
             def run(model: Any, prefilled: Prefilled, batch: PromptBatch) -> Array:
-                return decode(model.decoder, prefilled.first, prefilled.cache, batch, *key)
+                return decode(model.decoder, prefilled.first, prefilled.caches, batch, new_tokens, stop_token)
 
-            self._decoders[key] = self._split("decode", run, (_PREFILLED, ROWS), ROWS)
+            self._decoders[key] = self._split("decode", run, (_lying(parts), ROWS), ROWS)
         return self._decoders[key](prefilled, batch)
 
     def _chunk_of(self, model: Any, batch: PromptBatch) -> int | None:
@@ -135,3 +143,8 @@ class DeployedPrograms(ModelPrograms):
             return self._chunk
         rows, units = batch.text_ids.shape[0], model.decoder.layers.ffn.weights.gate.shape[1]
         return automatic_chunk(rows, batch.layout.bucket.slots, units, self.dtype.itemsize)
+
+
+def _lying(parts: int) -> Any:
+    """How a prefilled batch with so many caches lies on the mesh."""
+    return Prefilled(ROWS, (_CACHE,) * parts, ROWS)  # type: ignore[arg-type]  # partitions in place of arrays

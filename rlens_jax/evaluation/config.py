@@ -1,6 +1,5 @@
 """What an evaluation is."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +69,5 @@ class EvaluationConfig:
 
     def settings(self) -> dict[str, Any]:
         """What decides answers beside model and data, as JSON values. The mesh is left out: it changes rounding at most."""
-        plan = {**dataclasses.asdict(self.plan.plan), **dataclasses.asdict(self.plan.reduction)}
         names = ("max_new_tokens", "batch_size", "dtype", "chunk", "seed")
-        return {"plan": plan, **{name: getattr(self, name) for name in names}}
+        return {"plan": self.plan.fields(), **{name: getattr(self, name) for name in names}}

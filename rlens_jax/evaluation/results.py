@@ -95,7 +95,7 @@ def evaluation_json(result: Evaluation) -> str:
                 "model_type": result.model_type,
                 "num_layers": result.num_layers,
             },
-            "plan": {"label": config.plan.plan.label(), **config.settings()["plan"]},
+            "plan": {"label": config.plan.label(), **config.settings()["plan"]},
             "datasets": {name: _dataset(name, part) for name, part in result.datasets.items()},
             "configuration": {
                 **config.settings(),
@@ -124,7 +124,7 @@ def tokens_per_second(times: Times, variant: VariantTime) -> float:
 
 def summary(result: Evaluation) -> str:
     """What the command prints."""
-    lines = [f"{result.config.model}, plan: {result.config.plan.plan.label()}"]
+    lines = [f"{result.config.model}, plan: {result.config.plan.label()}"]
     for name, part in result.datasets.items():
         lines.append(
             f"{name}: {part.questions} questions, FLOPs saved {part.cost.saved:.1%} "

@@ -28,11 +28,11 @@ from rlens_jax.evaluation.results import (
     timing_json,
 )
 from rlens_jax.evaluation.timing import Times, time_variants
-from rlens_jax.flops import LayerSizes, prefill_cost
+from rlens_jax.flops import LayerSizes, prefill_cost, visual_in_layer
 from rlens_jax.metrics.bootstrap import Interval, bootstrap_interval, bootstrap_scores
 from rlens_jax.metrics.results import Score
 from rlens_jax.models.decoder import DecoderConfig
-from rlens_jax.plan import Plan
+from rlens_jax.plan_file import PlanFile
 from rlens_jax.ranking.inputs import FILLER
 from rlens_jax.report.files import replace_file
 from rlens_jax.resources import cache_folder
@@ -203,23 +203,22 @@ def _difference(config: EvaluationConfig, plan: Score, dense: Score) -> tuple[fl
 def _cost(config: EvaluationConfig, decoder: DecoderConfig, prompts: Sequence[tuple[int, int]]) -> Cost:
     """Means over the prompts; padding is not counted, and a share saved is the mean of the prompts' shares."""
     sizes = LayerSizes(decoder.width, decoder.num_kv_heads * decoder.head_dim, decoder.ffn_width)
-    reduction = config.plan.reduction
 
-    def cost(plan: Plan, with_probes: bool) -> np.ndarray:
-        layers = decoder.num_layers
-        return np.array(
-            [
-                prefill_cost(sizes, text, [visual] * layers, plan, reduction, with_probes=with_probes)
-                for text, visual in prompts
-            ],
-            float,
-        )
+    def cost(given: PlanFile, with_probes: bool) -> np.ndarray:
+        costs = [
+            prefill_cost(
+                sizes,
+                text,
+                visual_in_layer(given.pruning, visual, decoder.num_layers),
+                given.plan,
+                given.reduction,
+                with_probes=with_probes,
+            )
+            for text, visual in prompts
+        ]
+        return np.array(costs, float)
 
-    dense, reduced, with_probes = (
-        cost(Plan(), False),
-        cost(config.plan.plan, False),
-        cost(config.plan.plan, True),
-    )
+    dense, reduced, with_probes = cost(PlanFile(), False), cost(config.plan, False), cost(config.plan, True)
     return Cost(
         dense=float(dense.mean()),
         reduced=float(reduced.mean()),

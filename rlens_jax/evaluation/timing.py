@@ -60,12 +60,12 @@ def time_variants(model: DeployedModel, samples: Sequence[Sample], plan: PlanFil
     plans = (PlanFile(), plan)
 
     def prefill(given: PlanFile) -> Any:
-        return model.programs.prefill(batch.visual, batch.inputs, given.plan, given.reduction, TIMED_TOKENS)
+        return model.programs.prefill(batch.visual, batch.inputs, given, TIMED_TOKENS)
 
     def first_token(given: PlanFile) -> Any:
         prepared = model.prepare(own, TIMED_TOKENS)
         return [
-            model.programs.prefill(part.visual, part.inputs, given.plan, given.reduction, TIMED_TOKENS).first
+            model.programs.prefill(part.visual, part.inputs, given, TIMED_TOKENS).first
             for part in prepared.batches
         ]
 

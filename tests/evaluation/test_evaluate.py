@@ -134,7 +134,7 @@ def test_scores_costs_and_predictions(finished: Path, data: Path, plan_path: Pat
     assert own["difference"]["value"] == pytest.approx(values["plan"] - values["dense"])
     stack, plan = find_stack("embedded"), read_plan(plan_path)
     # Every question has as many tokens.
-    counted = count(stack, int(own["text_tokens"]), [int(own["visual_tokens"])] * 12, plan)
+    counted = count(stack, int(own["text_tokens"]), int(own["visual_tokens"]), plan)
     assert own["multiply_adds"]["saved"] == pytest.approx(1 - counted["without_probes"]["share_of_dense"])
     assert own["multiply_adds"]["saved_with_probes"] == pytest.approx(
         1 - counted["with_probes"]["share_of_dense"]
