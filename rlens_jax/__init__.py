@@ -5,6 +5,7 @@ plan = rlens_jax.read_plan("plan.json")
 text = model.generate(images=["page.png"], prompt="digit at row 1 column 2 ?", plan=plan)
 """
 
+import importlib
 from typing import Any
 
 from rlens_jax.plan_file import read_plan
@@ -14,9 +15,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    # Not imported above: the commands set up JAX's logs before it is imported, and answer bad input without it.
+    # Not imported above: it brings JAX, whose logs the commands set up before, and without which they answer bad input.
     if name != "load":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from rlens_jax.deployment.model import load
-
-    return load
+    return importlib.import_module("rlens_jax.deployment.model").load

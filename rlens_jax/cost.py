@@ -53,12 +53,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--first", metavar="LIST", help="of a ranking.json: how many layers, as attention=11,ffn=5"
     )
-    pruning = parser.add_mutually_exclusive_group()
-    pruning.add_argument(
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
         "--fastv", metavar=("K", "SHARE"), nargs=2, help="drop SHARE of the visual tokens after K layers"
     )
-    pruning.add_argument("--vtw", metavar="K", type=int, help="drop all visual tokens after K layers")
-    pruning.add_argument(
+    group.add_argument("--vtw", metavar="K", type=int, help="drop all visual tokens after K layers")
+    group.add_argument(
         "--folder", metavar="SHARE", help="merge SHARE of the visual tokens away before the first layer"
     )
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")

@@ -73,7 +73,7 @@ class PlanFile:
         if self.pruning is not None:
             (method,) = (name for name, kind in _METHODS.items() if isinstance(self.pruning, kind))
             pruning = {"method": method, **dataclasses.asdict(self.pruning)}
-        layers = {operator: list(self.plan.layers(operator)) for operator in OPERATORS}
+        layers: dict[str, Any] = {operator: list(self.plan.layers(operator)) for operator in OPERATORS}
         return {**layers, **dataclasses.asdict(self.reduction), "pruning": pruning}
 
 

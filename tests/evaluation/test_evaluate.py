@@ -195,13 +195,12 @@ def test_killed_and_resumed(finished: Path, data: Path, plan_path: Path, tmp_pat
     hidden = str(Path(__file__).parent.parent / "without_torchvision")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([hidden, os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "rlens_jax.evaluate", *arguments(data, plan_path, output)]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    log = output / FILE_NAME
-    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 1):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert log.exists()
+    log, errors = output / FILE_NAME, tmp_path / "errors"
+    with errors.open("wb") as file, subprocess.Popen(command, env=environment, stderr=file) as process:
+        while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 1):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert log.exists(), errors.read_text()
     assert evaluate(arguments(data, plan_path, output)) == 0
     assert results(output) == results(finished)
 
