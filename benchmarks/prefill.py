@@ -1,6 +1,6 @@
 """How much of the FLOPs that a plan saves is time: the prefill of a random model with the sizes of LLaVA-OneVision-0.5B.
 
-    python benchmarks/prefill.py [--repeats 5] [--json FILE]
+    python benchmarks/prefill.py [--repeats 5] [--layers 24] [--json FILE]
 
 24 layers, 1792 visual tokens between 64 and 64 text tokens, float32, batch 1; the plan reduces both operators in the last half
 of the layers. All layer stacks take turns, medians are compared. As in rlens_jax.bench, the dense time is that of the fastest of
@@ -30,10 +30,8 @@ from rlens_jax.ops.ffn import dense_ffn
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.ranking.timing import time_side_by_side
 
-NUM_LAYERS = 24
 WIDTHS = bench.LAYERS["llava-onevision-0.5b"]
 TEXT, LENGTH = bench.TEXT_BEFORE + bench.TEXT_AFTER, bench.TEXT_BEFORE + bench.VISUAL + bench.TEXT_AFTER
-HALF = Plan(tuple(range(NUM_LAYERS // 2, NUM_LAYERS)), tuple(range(NUM_LAYERS // 2, NUM_LAYERS)))
 OURS, REDUCED, TORCH = "ours (packed, causal blocks)", "last half reduced", "PyTorch SDPA"
 
 
@@ -42,18 +40,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=5, help="how often each stack is timed")
+    parser.add_argument("--layers", type=int, default=24, help="of the stack; fewer are measured faster")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
-    programs = stacks()
+    half = tuple(range(options.layers // 2, options.layers))
+    plan = Plan(half, half)
+    programs = stacks(options.layers, plan)
     layer = bench.torch_layer(WIDTHS)
     if layer is not None:
-        programs[TORCH] = lambda: [layer() for _ in range(NUM_LAYERS)][-1]
+        programs[TORCH] = lambda: [layer() for _ in range(options.layers)][-1]
     measured = dict(zip(programs, time_side_by_side(list(programs.values()), options.repeats), strict=True))
     seconds = {name: median(values) for name, values in measured.items()}
     dense = min(value for name, value in seconds.items() if name not in (REDUCED, TORCH))
     sizes = LayerSizes(WIDTHS.width, WIDTHS.num_kv_heads * WIDTHS.head_dim, WIDTHS.ffn_width)
-    visual = [bench.VISUAL] * NUM_LAYERS
-    flops_saved = saving(sizes, TEXT, visual, HALF, Reduction(), with_probes=True)
+    visual = [bench.VISUAL] * options.layers
+    flops_saved = saving(sizes, TEXT, visual, plan, Reduction(), with_probes=True)
     time_saved = 1 - seconds[REDUCED] / dense
     for name, value in seconds.items():
         print(f"{name:<34}{value * 1e3:9.1f} ms")
@@ -72,10 +73,10 @@ def main() -> None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def stacks() -> dict[str, Callable[[], Any]]:
+def stacks(num_layers: int, plan: Plan) -> dict[str, Callable[[], Any]]:
     """All layers with each kind of dense attention, and under the plan, each as a call without arguments."""
     config = DecoderConfig(
-        num_layers=NUM_LAYERS,
+        num_layers=num_layers,
         width=WIDTHS.width,
         num_heads=WIDTHS.num_heads,
         num_kv_heads=WIDTHS.num_kv_heads,
@@ -127,7 +128,7 @@ def stacks() -> dict[str, Callable[[], Any]]:
     return {
         OURS: ours(Plan()),
         **{name: other(attend) for name, attend in kinds.items()},
-        REDUCED: ours(HALF),
+        REDUCED: ours(plan),
     }
 
 

@@ -12,6 +12,7 @@ F FFN units, V vocabulary, L layers, U kept units.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar, no_type_check
 
 import jax
@@ -90,8 +91,8 @@ class Context:
     kernel: Kernel = field(default="packed", metadata={"static": True})
     """What computes the attention of a prefill."""
     chunk: int | None = field(default=None, metadata={"static": True})
-    """How many tokens of a sample are in an FFN at a time; None is all. A long prompt goes chunk by chunk *within* each layer,
-    because a reduced layer looks at all visual tokens.
+    """How many tokens of a sample are in an FFN at a time; None is all at once, and attention in whatever order. A long prompt
+    goes chunk by chunk *within* each layer, because a reduced layer looks at all visual tokens.
     """
 
 
@@ -190,12 +191,11 @@ class DecoderLayer(nnx.Module):
         """The first half: states with attention added, and the keys and values."""
         layout = context.layout
         q, k, v = self.attention.project(self.input_norm(x), context.turn)
+        compute = partial(attend, q, k, v, layout, kernel=context.kernel, in_turn=context.chunk is not None)
         attended = _choose(
             hollow,
-            lambda: attend(
-                q, k, v, layout, reduction.attention_range, reduction.window, kernel=context.kernel
-            ),
-            lambda: attend(q, k, v, layout, None, kernel=context.kernel),
+            lambda: compute(reduction.attention_range, reduction.window),
+            lambda: compute(None),
         )
         return x + sum_over_shards(self.attention.o_proj(attended)), k, v
 
