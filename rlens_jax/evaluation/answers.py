@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rlens_jax.durable_log import LogKind, open_log
+from rlens_jax.durable_log import LogKind, LogWriter, open_log
 
 Key = tuple[str, str, str]
 """Variant, dataset, index."""
@@ -49,7 +49,7 @@ class LoggedAnswer:
 class Answers:
     """An open, locked log of answers. Made by `Answers.open`; a context manager."""
 
-    def __init__(self, items: dict[Key, LoggedAnswer], writer: Any, repaired: str | None):
+    def __init__(self, items: dict[Key, LoggedAnswer], writer: LogWriter, repaired: str | None):
         self.repaired = repaired
         self._items, self._writer = items, writer
 

@@ -83,6 +83,18 @@ def test_batches_and_plans_share_the_decoding_program(
     assert model.generate(images=[], prompt=[]) == []
 
 
+def test_with_token_pruning(model: DeployedModel, page: Path, tmp_path: Path) -> None:
+    """FastV leaves later layers a smaller cache, so it decodes in a program of its own."""
+    path, answers = tmp_path / "plan.json", {}
+    for share in (0, 0.96):
+        pruning = {"method": "fastv", "layer": 2, "share": share}
+        path.write_text(json.dumps({"format": FORMAT, "pruning": pruning}))
+        plan = rlens_jax.read_plan(path)
+        answers[share] = model.generate([page], QUESTIONS[0], plan, max_new_tokens=TOKENS)
+    assert answers[0] == model.generate([page], QUESTIONS[0], max_new_tokens=TOKENS)
+    assert answers[0.96] != answers[0]
+
+
 def test_in_chunks_the_answers_are_the_same(model: DeployedModel, page: Path, plan_path: Path) -> None:
     plan = rlens_jax.read_plan(plan_path)
     chunked = rlens_jax.load("embedded", chunk=24)

@@ -64,8 +64,11 @@ def test_same_numbers(decoder: Decoder, plan: Plan) -> None:
         chunked, same = run(*nnx.split(decoder), x, layout, plan, chunk)
         for ours, plain in zip(unpack(chunked, layout), unpack(logits, layout), strict=True):
             assert_close(ours, plain, 1e-5)
-        assert_close(same.k, record.k, 1e-5)
-        assert_close(same.v, record.v, 1e-5)
+        # Empty slots see no key, so that what is in them is nobody's business.
+        for made, expected in ((same.k, record.k), (same.v, record.v)):
+            for ours, plain in zip(made.swapaxes(2, 3), expected.swapaxes(2, 3), strict=True):
+                for tokens in zip(unpack(ours, layout), unpack(plain, layout), strict=True):
+                    assert_close(*tokens, 1e-5)
         with_images = np.asarray(layout.num_visual) > 0
         np.testing.assert_array_equal(same.kept.units[:, with_images], record.kept.units[:, with_images])
         assert same.kept.scored.all()
