@@ -37,7 +37,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jaxtyping import Array, Float, Int
 
 from rlens_jax.layout import Bucket, TokenLayout, Window
-from rlens_jax.ops.attention import packed_attention
+from rlens_jax.ops.attention import attention_in_turn, packed_attention
 
 Kernel = Literal["packed", "splash"]
 """What computes the attention of a prefill: the path of plain XLA, or the TPU's Pallas kernel."""
@@ -61,12 +61,16 @@ def attend(
     window: Window = "ordinal",
     *,
     kernel: Kernel,
+    in_turn: bool = False,
 ) -> Float[Array, "B N T H"]:
     """Attention of a packed batch by the kernel that the caller names, for the platform its program is compiled for.
 
+    For long prompts plain XLA is told to compute blocks `in_turn`; the splash kernel has no scores in memory in any case.
+
     Same result either way; `splash` runs on a TPU (or, in tests, under `pltpu.force_tpu_interpret_mode`) and has no gradient.
     """
-    attention = packed_attention if kernel == "packed" else splash_attention
+    plain = attention_in_turn if in_turn else packed_attention
+    attention = plain if kernel == "packed" else splash_attention
     return attention(q, k, v, layout, attention_range, window)
 
 

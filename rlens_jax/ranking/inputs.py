@@ -26,7 +26,7 @@ from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate
 from rlens_jax.parallel.mesh import groups_of, own_rows, put_rows
 from rlens_jax.parallel.model_axis import WORK
 from rlens_jax.parallel.processes import Processes
-from rlens_jax.ranking.programs import Programs
+from rlens_jax.ranking.programs import ModelPrograms
 
 Gather = Callable[[Any], list[Any]]
 """Every process's value, in the order of the processes."""
@@ -131,7 +131,7 @@ class _Row:
 def build_split(
     samples: Sequence[Sample],
     preparer: Preparer,
-    programs: Programs,
+    programs: ModelPrograms,
     shapes: Shapes,
     with_answers: bool,
     advance: Callable[[], None],
@@ -234,7 +234,7 @@ def _arrays(
     visual: Mapping[int, np.ndarray],
     bucket: Bucket,
     answer_slots: int,
-    programs: Programs,
+    programs: ModelPrograms,
 ) -> tuple[PromptBatch, np.ndarray]:
     """This process's rows of a batch, filled up to `size` rows: the prompts, and the visual tokens [size, P, D]."""
     axes = len(programs.config.rope_sections)
@@ -254,7 +254,7 @@ class _Encoder:
     All processes encode together: each gives images to its own work groups, or empty ones when it has none of a shape left.
     """
 
-    def __init__(self, programs: Programs, batch_size: int, gather: Gather):
+    def __init__(self, programs: ModelPrograms, batch_size: int, gather: Gather):
         self._programs = programs
         self._gather = gather
         self._batch_size, self._groups = batch_size, len(_own_groups(programs.mesh))
