@@ -110,8 +110,8 @@ def splash_attention(
         attention_range = None
     text, visual = layout.text.position, layout.visual.position
     reach = _reach(visual, attention_range) if attention_range is not None and window == "position" else None
-    text_order = _Order(jnp.asarray(layout.num_text), _preceding(text), None)
-    visual_order = _Order(jnp.asarray(layout.num_visual), _preceding(visual), reach)
+    text_order = _Order(jnp.asarray(layout.num_text), _preceding(text, visual), None)
+    visual_order = _Order(jnp.asarray(layout.num_visual), _preceding(visual, text), reach)
 
     def attend_group(
         q: Float[Array, "G T H"],
@@ -167,12 +167,12 @@ class _Run(NamedTuple):
     block: int
 
 
-def _preceding(position: Int[Array, "B L"]) -> Int[Array, "B L"]:
-    """How many tokens of the other run come before each token of this one.
+def _preceding(position: Int[Array, "B L"], other: Int[Array, "B S"]) -> Int[Array, "B L"]:
+    """How many tokens of the other run come before each token of this one; empty slots say nothing.
 
-    A position is the number of all tokens before, a slot the number of those in the same run; empty slots say nothing.
+    Counted, not taken from the positions themselves: where tokens have been pruned, positions have gaps.
     """
-    return position - jax.lax.broadcasted_iota(jnp.int32, position.shape, 1)
+    return jax.vmap(jnp.searchsorted)(other, position).astype(jnp.int32)
 
 
 def _reach(position: Int[Array, "B P"], attention_range: int) -> Int[Array, "B P"]:
