@@ -1,3 +1,21 @@
-"""RedundancyLens (arXiv 2501.19036) for JAX and TPU: which layers of a multimodal LLM waste visual computation."""
+"""RedundancyLens (arXiv 2501.19036) for JAX and TPU: which layers of a multimodal LLM waste visual computation.
 
+model = rlens_jax.load("embedded")
+plan = rlens_jax.read_plan("plan.json")
+text = model.generate(images=["page.png"], prompt="digit at row 1 column 2 ?", plan=plan)
+"""
+
+import importlib
+from typing import Any
+
+from rlens_jax.plan_file import read_plan
+
+__all__ = ["load", "read_plan"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Not imported above: it brings JAX, whose logs the commands set up before, and without which they answer bad input.
+    if name != "load":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module("rlens_jax.deployment.model").load

@@ -92,9 +92,9 @@ def measure(layer: str, repeats: int) -> dict[str, Any]:
     say("compiling ...")
     widths = LAYERS[layer]
     programs = _programs(widths)
-    torch_layer = _torch_layer(widths)
-    if torch_layer is not None:
-        programs["PyTorch SDPA"] = torch_layer
+    other = torch_layer(widths)
+    if other is not None:
+        programs["PyTorch SDPA"] = other
     measured = dict(zip(programs, time_side_by_side(list(programs.values()), repeats), strict=True))
     seconds = {name: median(values) for name, values in measured.items()}
     without = seconds.pop(WITHOUT)
@@ -132,7 +132,6 @@ def _programs(widths: Widths) -> dict[str, Callable[[], Any]]:
 
     from rlens_jax.layout import Bucket, pack_layout, pack_rows
     from rlens_jax.models.decoder import Context, Decoder, DecoderConfig, DecoderLayer
-    from rlens_jax.ops.attention import masked_attention
     from rlens_jax.ops.ffn import dense_ffn
 
     length = TEXT_BEFORE + VISUAL + TEXT_AFTER
@@ -171,26 +170,11 @@ def _programs(widths: Widths) -> dict[str, Callable[[], Any]]:
         y = x + layer.attention.o_proj(attended)
         return y + dense_ffn(layer.ffn_norm(y), layer.ffn.weights)
 
-    def einsum(q: Any, k: Any, v: Any) -> Any:
-        return masked_attention(q, k, v, causal)
-
-    def dot_product(q: Any, k: Any, v: Any) -> Any:
-        heads_inside = [part.swapaxes(1, 2) for part in (q, k, v)]
-        return jax.nn.dot_product_attention(*heads_inside, is_causal=True).swapaxes(1, 2)
-
-    def blocked(q: Any, k: Any, v: Any) -> Any:
-        block = 256
-        spans = [(start, min(start + block, length)) for start in range(0, length, block)]
-        parts = [
-            masked_attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b], causal[:, a:b, :b]) for a, b in spans
-        ]
-        return jnp.concatenate(parts, axis=2)
-
     def nothing(q: Any, k: Any, v: Any) -> Any:
         # Every projection is used, or it would not be computed.
         return q + jnp.repeat(k + v, widths.num_heads // widths.num_kv_heads, axis=1)
 
-    dense = {"einsum": einsum, "jax.nn.dot_product_attention": dot_product, "causal blocks": blocked}
+    dense = dense_kinds(causal)
     packed_context = decoder.context(layout, jnp.asarray(packed), jax.random.key(0))
     ordered_context = decoder.context(layout, jnp.asarray(in_order.T[None]), jax.random.key(0))
 
@@ -206,7 +190,34 @@ def _programs(widths: Widths) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _torch_layer(widths: Widths) -> Callable[[], Any] | None:
+def dense_kinds(causal: Any) -> dict[str, Callable[[Any, Any, Any], Any]]:
+    """Ways to compute dense attention of tokens in sequence order, by name; `causal` is bool [1, T, T]."""
+    import jax
+    import jax.numpy as jnp
+
+    from rlens_jax.ops.attention import masked_attention
+
+    length = causal.shape[1]
+
+    def einsum(q: Any, k: Any, v: Any) -> Any:
+        return masked_attention(q, k, v, causal)
+
+    def dot_product(q: Any, k: Any, v: Any) -> Any:
+        heads_inside = [part.swapaxes(1, 2) for part in (q, k, v)]
+        return jax.nn.dot_product_attention(*heads_inside, is_causal=True).swapaxes(1, 2)
+
+    def blocked(q: Any, k: Any, v: Any) -> Any:
+        block = 256
+        spans = [(start, min(start + block, length)) for start in range(0, length, block)]
+        parts = [
+            masked_attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b], causal[:, a:b, :b]) for a, b in spans
+        ]
+        return jnp.concatenate(parts, axis=2)
+
+    return {"einsum": einsum, "jax.nn.dot_product_attention": dot_product, "causal blocks": blocked}
+
+
+def torch_layer(widths: Widths) -> Callable[[], Any] | None:
     """The same dense layer in PyTorch, if that is installed; nothing else of the project uses it."""
     if importlib.util.find_spec("torch") is None:
         return None

@@ -47,7 +47,7 @@ class Memory:
     outputs: int
     """Without those that are written over arguments."""
     resident: int
-    """What the run keeps beside the program: the model's other weights, batches, and base states of other batches."""
+    """What the run keeps beside the program: the model's other weights, and base states of other batches."""
     limit: int
 
     @property

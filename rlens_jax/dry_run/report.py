@@ -34,7 +34,6 @@ def terminal(found: DryRun, config: RunConfig, kind: ModelKind) -> str:
         *textwrap.wrap(_title(found, config), WIDTH),
         "",
         *_memory(found),
-        *_kept(found),
         "",
         *_work(found),
         "",
@@ -71,7 +70,6 @@ def document(found: DryRun, config: RunConfig, kind: ModelKind) -> str:
                     "samples": {name: asdict(split) for name, split in found.workload.samples.items()},
                     "phases": [asdict(phase) for phase in found.workload.phases],
                     "resident_bytes": found.workload.resident_bytes,
-                    "visual_bytes": found.workload.visual_bytes,
                 },
                 "estimates": [_estimated(estimate) for estimate in found.estimates],
                 "assumptions": list(ASSUMPTIONS),
@@ -95,7 +93,7 @@ def _title(found: DryRun, config: RunConfig) -> str:
 
 def _memory(found: DryRun) -> Iterator[str]:
     limit = found.where.memory_limit
-    yield f"Memory of one device in GiB, of which a program can use {_gib(limit)}:"
+    yield f"Memory of one device in GiB, of which a program can use {_gib(limit)}; kept aside are other weights and base states:"
     yield _LINE.format("program", "bucket", "arguments", "temporary", "output", "kept aside", "total", "")
     for program in found.programs:
         name, bucket = program.spec.name, program.spec.bucket
@@ -109,15 +107,6 @@ def _memory(found: DryRun) -> Iterator[str]:
             verdict = "DOES NOT FIT" if program.out_of_memory else "NOT COMPILED"
             yield _LINE.format(name, bucket, "", "", "", "", needed, verdict)
             yield from textwrap.wrap(program.reason, WIDTH, initial_indent="  ", subsequent_indent="  ")
-
-
-def _kept(found: DryRun) -> Iterator[str]:
-    work = found.workload
-    text = (
-        f"Kept aside are weights that a program does not read, and {_gib(work.resident_bytes)} of base states. Not counted: the "
-        f"visual tokens of all batches, {_gib(work.visual_bytes)} if every sample filled the largest bucket."
-    )
-    yield from textwrap.wrap(text, WIDTH)
 
 
 def _work(found: DryRun) -> Iterator[str]:
@@ -182,7 +171,7 @@ def _estimate(found: DryRun) -> Iterator[str]:
         slow = estimate.total / LIKELY_SHARE
         yield (
             f"  {estimate.bucket}: {_minutes(estimate.total)} to {_minutes(slow)} minutes, "
-            f"{estimate.chip_hours:,.3g} to {estimate.chip_hours / LIKELY_SHARE:,.3g} chip-hours"
+            f"{_short(estimate.chip_hours)} to {_short(estimate.chip_hours / LIKELY_SHARE)} chip-hours"
         )
         parts = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in estimate.seconds.items())
         yield f"    minutes at the roofline: {parts}"
@@ -208,8 +197,11 @@ def _gib(size: float) -> str:
 
 
 def _minutes(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{minutes:,.0f}" if minutes >= 100 else f"{minutes:.3g}"
+    return _short(seconds / 60)
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _program(program: Program, found: DryRun) -> dict[str, Any]:

@@ -89,21 +89,23 @@ def program_time(program: CompiledProgram, where: Slice) -> ProgramTime:
 def estimates(programs: Sequence[CompiledProgram], phases: Sequence[Phase], where: Slice) -> list[Estimate]:
     """The run's time for each bucket of the decoder; images in the largest bucket of patches that was compiled."""
     by_bucket: dict[str, dict[str, ProgramTime]] = defaultdict(dict)
-    encode = ProgramTime(0.0, 0.0, 0)
+    image_seconds = 0.0
     for program in programs:
         time = program_time(program, where)
         if program.spec.name == "encode":
-            encode = max(encode, time, key=lambda time: time.run)
+            image_seconds = max(image_seconds, time.run / program.spec.rows)
         else:
             by_bucket[program.spec.bucket][program.spec.name] = time
     return [
-        Estimate(bucket, {phase.name: _phase_seconds(phase, encode, times) for phase in phases}, where.chips)
+        Estimate(
+            bucket, {phase.name: _phase_seconds(phase, image_seconds, times) for phase in phases}, where.chips
+        )
         for bucket, times in by_bucket.items()
     ]
 
 
-def _phase_seconds(phase: Phase, encode: ProgramTime, times: Mapping[str, ProgramTime]) -> float:
-    total = phase.images * encode.run
+def _phase_seconds(phase: Phase, image_seconds: float, times: Mapping[str, ProgramTime]) -> float:
+    total = phase.images * image_seconds
     if "generate" in times:
         return total + phase.steps * times["generate"].run
     layers = times["layers"]

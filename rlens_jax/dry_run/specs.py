@@ -26,6 +26,7 @@ from rlens_jax.models.qwen2_vl import Qwen2VLConfig
 from rlens_jax.ops.splash import kernel_flops
 from rlens_jax.parallel.model_axis import WORK
 from rlens_jax.ranking.abstract import Placed, abstract_model, decoder_arguments, device_bytes
+from rlens_jax.ranking.inputs import images_together
 from rlens_jax.ranking.programs import Programs
 
 MINICPM_SLICES = 9
@@ -57,13 +58,15 @@ def program_specs(
     rows = compute.batch_size * programs.groups
     chosen = slice(None) if all_buckets else slice(-1, None)
     for patches in compute.patch_slots[chosen]:
-        images = abstract_images(kind, patches, rows, mesh)
+        (leading, *_), *_ = _image_arrays(kind.config, patches)
+        num_images = images_together(compute.batch_size, math.prod(leading[:-1])) * programs.groups
+        images = abstract_images(kind, patches, num_images, mesh)
         yield ProgramSpec(
             "encode",
             f"patches {patches}",
             lambda images=images: programs.lower("encode", *images),  # type: ignore[misc]
             vision_depth(kind),
-            rows,
+            num_images,
             weights + device_bytes(images),
         )
     for visual in compute.visual_slots[chosen]:

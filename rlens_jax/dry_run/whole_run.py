@@ -51,10 +51,5 @@ def _sizes(config: RunConfig, kind: ModelKind, groups: int) -> Sizes:
     """Of batches in the largest bucket."""
     compute, decoder = config.compute, kind.config.decoder
     slot_bytes = compute.batch_size * decoder.width * jnp.dtype(compute.dtype).itemsize
-    visual = compute.visual_slots[-1]
-    return Sizes(
-        num_layers=decoder.num_layers,
-        groups=groups,
-        block_bytes=(compute.text_slots[-1] + visual) * slot_bytes,
-        visual_bytes=visual * slot_bytes,
-    )
+    slots = compute.text_slots[-1] + compute.visual_slots[-1]
+    return Sizes(num_layers=decoder.num_layers, groups=groups, block_bytes=slots * slot_bytes)

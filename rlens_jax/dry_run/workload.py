@@ -54,7 +54,7 @@ class Phase:
     embeddings: int = 0
     """Runs of `embed`."""
     images: int = 0
-    """Runs of `encode`."""
+    """Images through `encode`, each once."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,6 @@ class Workload:
     """By split."""
     resident_bytes: int
     """On a device, beside the programs of the search: base states."""
-    visual_bytes: int
-    """Visual tokens of all batches on a device, if every sample fills the largest bucket; far from what a run really keeps when
-    images differ in size, so it is told and not counted as resident."""
 
 
 @dataclass
@@ -167,8 +164,6 @@ class Sizes:
     """Work groups of the mesh."""
     block_bytes: int
     """States of one work group's block of a batch."""
-    visual_bytes: int
-    """Visual tokens of such a block."""
 
 
 def workload(config: RunConfig, sizes: Sizes) -> Workload:
@@ -193,8 +188,7 @@ def workload(config: RunConfig, sizes: Sizes) -> Workload:
             keeps_states=batches[split] * state_bytes <= budget,
         )
 
-    block = config.compute.batch_size * sizes.groups
-    phases = [Phase("vision", images=sum(-(-split.images // block) for split in samples.values()))]
+    phases = [Phase("vision", images=sum(split.images for split in samples.values()))]
     rankings: list[tuple[Ranking, Ranking | None]] = []
     for operator in config.search.operators:
         counted = counter(f"ranking {operator}", "validation")
@@ -205,9 +199,8 @@ def workload(config: RunConfig, sizes: Sizes) -> Workload:
     curves.ask(Plan(), [Plan()])
     for ranking, complete in rankings:
         curves.ask(Plan(), held_out_plans(ranking, config.report.random_rankings, config.seed, complete))
-    held = min(budget, max(batches.values()) * state_bytes) if forced else 0
-    visual_bytes = sum(batches.values()) * sizes.visual_bytes
-    return Workload((*phases, curves.phase), samples, round(held), visual_bytes)
+    resident = round(min(budget, max(batches.values()) * state_bytes)) if forced else 0
+    return Workload((*phases, curves.phase), samples, resident)
 
 
 def _rank(

@@ -12,6 +12,7 @@ F FFN units, V vocabulary, L layers, U kept units.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar, no_type_check
 
 import jax
@@ -89,13 +90,20 @@ class Context:
     """Seeds random probes; each layer folds in its number."""
     kernel: Kernel = field(default="packed", metadata={"static": True})
     """What computes the attention of a prefill."""
+    chunk: int | None = field(default=None, metadata={"static": True})
+    """How many tokens of a sample are in an FFN at a time; None is all at once, and attention in whatever order. A long prompt
+    goes chunk by chunk *within* each layer, because a reduced layer looks at all visual tokens.
+    """
 
 
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys (already rotated) and values of all layers, and the sequence position of each cache slot."""
+    """Keys (already rotated) and values of consecutive layers that hold the same tokens, and the sequence position of each slot.
+
+    Slots of the prefill are followed by those of new tokens.
+    """
 
     k: Float[Array, "L B K S H"]
     v: Float[Array, "L B K S H"]
@@ -183,12 +191,11 @@ class DecoderLayer(nnx.Module):
         """The first half: states with attention added, and the keys and values."""
         layout = context.layout
         q, k, v = self.attention.project(self.input_norm(x), context.turn)
+        compute = partial(attend, q, k, v, layout, kernel=context.kernel, in_turn=context.chunk is not None)
         attended = _choose(
             hollow,
-            lambda: attend(
-                q, k, v, layout, reduction.attention_range, reduction.window, kernel=context.kernel
-            ),
-            lambda: attend(q, k, v, layout, None, kernel=context.kernel),
+            lambda: compute(reduction.attention_range, reduction.window),
+            lambda: compute(None),
         )
         return x + sum_over_shards(self.attention.o_proj(attended)), k, v
 
@@ -202,6 +209,7 @@ class DecoderLayer(nnx.Module):
         imposed: Int[Array, "B U"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Kept]:
         """The second half: states with the FFN added, and what the probes chose, even where other units are `imposed`."""
+        chunk = context.chunk
         y, weights = self.ffn_norm(x), self.ffn.weights
         key = jax.random.fold_in(context.random_key, layer)
         batch = x.shape[0]
@@ -211,8 +219,10 @@ class DecoderLayer(nnx.Module):
         )
         y, kept = _choose(
             dynamic,
-            lambda: dynamic_ffn(y, weights, context.layout, reduction, key, imposed, model_axes()),
-            lambda: (dense_ffn(y, weights), nothing),
+            lambda: dynamic_ffn(
+                y, weights, context.layout, reduction, key, imposed, model_axes(), chunk=chunk
+            ),
+            lambda: (dense_ffn(y, weights, chunk), nothing),
         )
         return x + sum_over_shards(y), kept
 
@@ -270,9 +280,10 @@ class Decoder(nnx.Module):
         rope_positions: Int[Array | np.ndarray, "B axes T"],
         random_key: Array,
         kernel: Kernel = "packed",
+        chunk: int | None = None,
     ) -> Context:
         """What all layers of one prefill share; `rope_positions` are packed like the states."""
-        return Context(layout, self._turn(rope_positions), random_key, kernel)
+        return Context(layout, self._turn(rope_positions), random_key, kernel, chunk)
 
     def _turn(
         self, rope_positions: Int[Array | np.ndarray, "B axes T"]
@@ -338,8 +349,13 @@ class Decoder(nnx.Module):
         logits = jnp.einsum("BTD,VD->BTV", self.norm(x), head[...], preferred_element_type=jnp.float32)
         return vocabulary.hide_padding(logits, self.config.vocabulary)
 
+    def layer(self, number: int) -> DecoderLayer:
+        """One layer by itself."""
+        graph, stack = nnx.split(self.layers)
+        return nnx.merge(graph, jax.tree.map(lambda p: p[number], stack))
+
     def make_cache(self, record: LayerRecord, layout: TokenLayout, new_tokens: int) -> KVCache:
-        """The cache after a prefill, with room for `new_tokens` more; nothing is dropped (paper)."""
+        """The cache of the layers of a prefill, with room for `new_tokens` more; plans drop nothing from it (paper)."""
         room = ((0, 0), (0, 0), (0, 0), (0, new_tokens), (0, 0))
         position = jnp.pad(layout.slots.position, ((0, 0), (0, new_tokens)), constant_values=PADDING_POSITION)
         return KVCache(jnp.pad(record.k, room), jnp.pad(record.v, room), position)
@@ -347,22 +363,40 @@ class Decoder(nnx.Module):
     def decode(
         self,
         token_ids: Int[Array, " B"],
-        cache: KVCache,
+        caches: tuple[KVCache, ...],
         position: Int[Array, " B"],
         rope_position: Int[Array, "B axes"],
-        slot: Int[Array, ""],
-    ) -> tuple[Float[Array, "B V"], KVCache]:
-        """One decoding step: logits of the next token and the cache with this one in `slot`.
+        room: Int[Array, ""],
+    ) -> tuple[Float[Array, "B V"], tuple[KVCache, ...]]:
+        """One decoding step: logits of the next token and the caches with this one.
 
         Args:
             token_ids: the newest token of each sample.
-            cache: keys and values of all earlier tokens.
-            position: sequence positions of the newest tokens.
+            caches: keys and values of all earlier tokens; one for all layers, unless tokens were pruned between layers.
+            position: sequence positions of the newest tokens, later than all others.
             rope_position: their rotary positions.
-            slot: the cache slot to write.
+            room: how many slots at the end of each cache are free; the token goes into the first of them.
         """
-        graph, stack = nnx.split(self.layers)
         turn = self._turn(rope_position[:, :, None])
+        x = vocabulary.embed(self.embedding[...], token_ids)[:, None]
+        first, advanced = 0, []
+        for cache in caches:
+            x, cache = self._decode_layers(x, first, cache, turn, position, cache.position.shape[1] - room)
+            first += cache.k.shape[0]
+            advanced.append(cache)
+        return self.logits(x)[:, 0], tuple(advanced)
+
+    def _decode_layers(
+        self,
+        x: Float[Array, "B 1 D"],
+        first: int,
+        cache: KVCache,
+        turn: tuple[Float[Array, "B 1 half"], Float[Array, "B 1 half"]],
+        position: Int[Array, " B"],
+        slot: Int[Array, ""],
+    ) -> tuple[Float[Array, "B 1 D"], KVCache]:
+        """The layers of one cache, from number `first` on."""
+        graph, stack = nnx.split(self.layers)
         positions = jax.lax.dynamic_update_slice_in_dim(cache.position, position[:, None], slot, axis=1)
         query, key = (Slots(p, jnp.full_like(p, -1)) for p in (position[:, None], positions))
         mask = visible(query, key, None)
@@ -372,9 +406,9 @@ class Decoder(nnx.Module):
             x, k, v = nnx.merge(graph, _at(stack, number)).decode(x, turn, k, v, mask, slot)
             return x, (k, v)
 
-        x = vocabulary.embed(self.embedding[...], token_ids)[:, None]
-        x, (k, v) = jax.lax.scan(body, x, (jnp.arange(self.config.num_layers), cache.k, cache.v))
-        return self.logits(x)[:, 0], KVCache(k, v, positions)
+        numbers = jnp.arange(first, first + cache.k.shape[0])
+        x, (k, v) = jax.lax.scan(body, x, (numbers, cache.k, cache.v))
+        return x, KVCache(k, v, positions)
 
 
 def _at(stack: PyTree, layer: Int[Array, ""]) -> PyTree:

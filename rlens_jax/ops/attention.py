@@ -8,11 +8,15 @@ Axis letters: B batch, N query heads, K kv heads, G = N / K, T query tokens, S k
 P visual slots.
 """
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from rlens_jax.layout import Slots, TokenLayout, Window, visible
+from rlens_jax.ops.chunks import parts_of
 
 MASKED = -1e30
 """Score of an invisible key: far below every real score, and finite, so that rows without keys stay numbers."""
@@ -20,6 +24,9 @@ MASKED = -1e30
 DENSE_BLOCK, HOLLOW_BLOCK = 128, 64
 """Visual queries computed together (our decision, measured by `rlens_jax.bench`): a block meets whole blocks of keys, so
 small ones waste fewer scores, and a narrow band affords smaller ones than the long rows of dense attention."""
+
+SPANS = 8
+"""Into how many parts the visual queries of dense attention are cut that is computed block by block, in turn."""
 
 MOST_BLOCKS = 64
 """Each block is compiled by itself, so long runs of visual tokens are cut into larger ones."""
@@ -96,3 +103,54 @@ def packed_attention(
         stop = min(start + block, total)
         outputs.append(attend(start, stop, [(0, num_text), (max(num_text, start - reach), stop)]))
     return jnp.concatenate(outputs, axis=2)
+
+
+def attention_in_turn(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    layout: TokenLayout,
+    attention_range: int | None,
+    window: Window = "ordinal",
+    block: int = DENSE_BLOCK,
+) -> Float[Array, "B N T H"]:
+    """For long prompts: same result as `packed_attention`, with the scores of one block of queries there at a time.
+
+    A compiler may well compute the blocks of `packed_attention` side by side, and then has all scores of a causal attention in
+    memory. Here blocks are steps of loops. Steps have equal shapes, so in dense attention those of a span meet the keys up to
+    the end of the span: with `SPANS` of them, a sixteenth more scores than needed.
+    """
+    num_text, num_visual = layout.bucket.text, layout.bucket.visual
+    slots, total = layout.slots, num_text + num_visual
+    if attention_range is None:
+        edges = [num_text + num_visual * i // SPANS for i in range(SPANS + 1)]
+        groups = [(start, stop, stop - num_text) for start, stop in pairwise(edges)]
+        reach = num_visual
+    else:
+        reach = attention_range - 1
+        groups = [(num_text, total, min(num_visual, block + reach))]
+    output = jnp.zeros_like(q)
+    for start, stop, width in ((0, num_text, num_visual), *groups):
+        if start == stop:
+            continue
+        starts, size = parts_of(stop - start, block)
+
+        def attend(
+            output: Array, start: Array, size: int = size, stop: int = stop, width: int = width
+        ) -> tuple[Array, None]:
+            first = jnp.clip(start - reach, num_text, max(stop, num_text + width) - width)
+
+            def queries(x: Array, axis: int) -> Array:
+                return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+            def keys(x: Array, axis: int) -> Array:
+                text = jax.lax.slice_in_dim(x, 0, num_text, axis=axis)
+                return jnp.concatenate([text, jax.lax.dynamic_slice_in_dim(x, first, width, axis)], axis=axis)
+
+            query, key = (Slots(of(slots.position, 1), of(slots.ordinal, 1)) for of in (queries, keys))
+            mask = visible(query, key, attention_range, window)
+            part = masked_attention(queries(q, 2), keys(k, 2), keys(v, 2), mask)
+            return jax.lax.dynamic_update_slice_in_dim(output, part, start, axis=2), None
+
+        output, _ = jax.lax.scan(attend, output, jnp.asarray(starts + np.int32(start)))
+    return output

@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.layout import TokenLayout
+from rlens_jax.ops.chunks import over_tokens, parts_of
 from rlens_jax.ops.row_gather import fetched_ffn
 from rlens_jax.plan import Reduction
 
@@ -91,9 +92,11 @@ def down_units(hidden: Float[Array, "*T F"], weights: FfnWeights) -> Float[Array
     return y.reshape(*hidden.shape[:-1], math.prod(weights.down.shape[1:]))
 
 
-def dense_ffn(x: Float[Array, "B T D"], weights: FfnWeights) -> Float[Array, "B T D"]:
-    """Every token through every unit."""
-    return down_units(hidden_units(x, weights), weights)
+def dense_ffn(
+    x: Float[Array, "B T D"], weights: FfnWeights, chunk: int | None = None
+) -> Float[Array, "B T D"]:
+    """Every token through every unit, `chunk` tokens at a time or all at once."""
+    return over_tokens(lambda part: down_units(hidden_units(part, weights), weights), x, chunk)
 
 
 def probe_slots(
@@ -132,9 +135,37 @@ def choose_units(
 
     Units of all shards compete, and are numbered through; every shard returns the same.
     """
+    return best_units(unit_scores(hidden, is_probe), num_units, axis)
+
+
+def unit_scores(hidden: Float[Array, "B M F"], is_probe: Bool[Array, "B M"]) -> Float[Array, "B F"]:
+    """Mean |H| over the probes of each sample, in float32."""
     magnitude = jnp.where(is_probe[:, :, None], jnp.abs(hidden.astype(jnp.float32)), 0.0)
     count = jnp.maximum(1, is_probe.sum(axis=1)).astype(jnp.float32)
-    scores = magnitude.sum(axis=1) / count[:, None]
+    return magnitude.sum(axis=1) / count[:, None]
+
+
+def unit_scores_in_parts(
+    probes: Float[Array, "B M D"], is_probe: Bool[Array, "B M"], weights: FfnWeights, chunk: int
+) -> Float[Array, "B F"]:
+    """`unit_scores`, some units at a time: no more numbers at once than `chunk` tokens have in all units.
+
+    Units, and not probes, because the sum over the probes then has the order that it has in one piece.
+    """
+    num_units = weights.gate.shape[0]
+    starts, size = parts_of(num_units, max(1, num_units * chunk // max(chunk, probes.shape[1])))
+
+    def step(scores: Array, start: Array) -> tuple[Array, None]:
+        part = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, start, size), weights)
+        some = unit_scores(hidden_units(probes, part), is_probe)
+        return jax.lax.dynamic_update_slice_in_dim(scores, some, start, axis=1), None
+
+    nothing = jnp.zeros((probes.shape[0], num_units), jnp.float32)
+    return jax.lax.scan(step, nothing, jnp.asarray(starts))[0]
+
+
+def best_units(scores: Float[Array, "B F"], num_units: int, axis: Axis = ()) -> Kept:
+    """The `num_units` units with the largest scores of all shards; ties go to the lower unit."""
     if axis:
         scores = jax.lax.all_gather(scores, axis, axis=1, tiled=True)
     _, units = jax.lax.top_k(scores, num_units)
@@ -169,28 +200,33 @@ def dynamic_ffn(
     imposed: Int[Array, "B U"] | None = None,
     axis: Axis = (),
     store: RowStore | None = None,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "B T D"], Kept]:
     """The measured path; same result as `simulated_dynamic_ffn`.
 
     Units that are `imposed` are used instead of what the probes choose, which is returned all the same. With an `axis`
     the states are this shard's part of a sum that is left to the caller (`jax.lax.psum` over `axis`, for text and visual
     tokens at once), and `Kept` is the same on all shards, in unit numbers of the whole FFN. With a `store` the visual
-    tokens' rows are fetched by a TPU kernel, in bfloat16.
+    tokens' rows are fetched by a TPU kernel, in bfloat16. With a `chunk`, hidden units of no more tokens than that are there at a
+    time.
     """
     num_text = layout.bucket.text
     text, visual = x[:, :num_text], x[:, num_text:]
     slots, is_probe = probe_slots(layout, reduction, random_key)
     probes = jnp.take_along_axis(visual, slots[:, :, None], axis=1)
-    hidden = hidden_units(jnp.concatenate([text, probes], axis=1), weights)
     num_units = reduction.kept_units(weights.gate.shape[0] * num_shards(axis))
-    kept = choose_units(hidden[:, num_text:], is_probe, num_units, axis)
-    text = down_units(hidden[:, :num_text], weights)
-    rows = own_rows(kept.units if imposed is None else imposed, weights.gate.shape[0], axis)
-    through = (
-        partial(_gathered, weights) if store is None else partial(_fetched, store, weights.gate.shape[0])
-    )
+    if chunk is None or num_text + probes.shape[1] <= chunk:
+        hidden = hidden_units(jnp.concatenate([text, probes], axis=1), weights)
+        kept = choose_units(hidden[:, num_text:], is_probe, num_units, axis)
+        text = down_units(hidden[:, :num_text], weights)
+    else:
+        kept = best_units(unit_scores_in_parts(probes, is_probe, weights, chunk), num_units, axis)
+        text = dense_ffn(text, weights, chunk)
+    num_rows = weights.gate.shape[0]
+    rows = own_rows(kept.units if imposed is None else imposed, num_rows, axis)
+    through = partial(_gathered, weights) if store is None else partial(_fetched, store, num_rows)
     capacity = shard_capacity(num_units, num_shards(axis))
-    visual = through_rows(visual, rows, weights.gate.shape[0], capacity, through)
+    visual = over_tokens(lambda part: through_rows(part, rows, num_rows, capacity, through), visual, chunk)
     return jnp.concatenate([text, visual], axis=1), kept
 
 

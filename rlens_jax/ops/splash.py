@@ -37,7 +37,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jaxtyping import Array, Float, Int
 
 from rlens_jax.layout import Bucket, TokenLayout, Window
-from rlens_jax.ops.attention import packed_attention
+from rlens_jax.ops.attention import attention_in_turn, packed_attention
 
 Kernel = Literal["packed", "splash"]
 """What computes the attention of a prefill: the path of plain XLA, or the TPU's Pallas kernel."""
@@ -61,12 +61,16 @@ def attend(
     window: Window = "ordinal",
     *,
     kernel: Kernel,
+    in_turn: bool = False,
 ) -> Float[Array, "B N T H"]:
     """Attention of a packed batch by the kernel that the caller names, for the platform its program is compiled for.
 
+    For long prompts plain XLA is told to compute blocks `in_turn`; the splash kernel has no scores in memory in any case.
+
     Same result either way; `splash` runs on a TPU (or, in tests, under `pltpu.force_tpu_interpret_mode`) and has no gradient.
     """
-    attention = packed_attention if kernel == "packed" else splash_attention
+    plain = attention_in_turn if in_turn else packed_attention
+    attention = plain if kernel == "packed" else splash_attention
     return attention(q, k, v, layout, attention_range, window)
 
 
@@ -106,8 +110,8 @@ def splash_attention(
         attention_range = None
     text, visual = layout.text.position, layout.visual.position
     reach = _reach(visual, attention_range) if attention_range is not None and window == "position" else None
-    text_order = _Order(jnp.asarray(layout.num_text), _preceding(text), None)
-    visual_order = _Order(jnp.asarray(layout.num_visual), _preceding(visual), reach)
+    text_order = _Order(jnp.asarray(layout.num_text), _preceding(text, visual), None)
+    visual_order = _Order(jnp.asarray(layout.num_visual), _preceding(visual, text), reach)
 
     def attend_group(
         q: Float[Array, "G T H"],
@@ -163,12 +167,12 @@ class _Run(NamedTuple):
     block: int
 
 
-def _preceding(position: Int[Array, "B L"]) -> Int[Array, "B L"]:
-    """How many tokens of the other run come before each token of this one.
+def _preceding(position: Int[Array, "B L"], other: Int[Array, "B S"]) -> Int[Array, "B L"]:
+    """How many tokens of the other run come before each token of this one; empty slots say nothing.
 
-    A position is the number of all tokens before, a slot the number of those in the same run; empty slots say nothing.
+    Counted, not taken from the positions themselves: where tokens have been pruned, positions have gaps.
     """
-    return position - jax.lax.broadcasted_iota(jnp.int32, position.shape, 1)
+    return jax.vmap(jnp.searchsorted)(other, position).astype(jnp.int32)
 
 
 def _reach(position: Int[Array, "B P"], attention_range: int) -> Int[Array, "B P"]:

@@ -7,6 +7,7 @@ Axis letters: B batch (rows of all work groups), P visual slots, W work groups, 
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from PIL.Image import Image
 
 from rlens_jax.data.samples import Sample, load_image
@@ -25,10 +26,14 @@ from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate
 from rlens_jax.parallel.mesh import groups_of, own_rows, put_rows
 from rlens_jax.parallel.model_axis import WORK
 from rlens_jax.parallel.processes import Processes
-from rlens_jax.ranking.programs import Programs
+from rlens_jax.ranking.programs import ModelPrograms
 
 Gather = Callable[[Any], list[Any]]
 """Every process's value, in the order of the processes."""
+
+ENCODED_PATCHES = 16384
+"""Patches that a work group encodes together (our decision): more bring no more speed, and attention among the patches of an
+image takes memory."""
 
 FILLER = -1
 """The sample number of rows that only fill a batch."""
@@ -58,7 +63,8 @@ class Batch:
     """
 
     inputs: PromptBatch
-    visual: Float[Array, "B P D"]
+    visual: Float[np.ndarray, "rows P D"]
+    """Of this process's groups, and on the host: a split's visual tokens may be more than devices hold."""
     filled: tuple[bool, ...]
     """Of each work group, whether its block has any row that is not filler."""
 
@@ -125,7 +131,7 @@ class _Row:
 def build_split(
     samples: Sequence[Sample],
     preparer: Preparer,
-    programs: Programs,
+    programs: ModelPrograms,
     shapes: Shapes,
     with_answers: bool,
     advance: Callable[[], None],
@@ -174,8 +180,13 @@ def build_split(
     for bucket, filled in _batches_of_all(by_bucket, shapes.batch_size, programs.mesh, gather):
         chunk, by_bucket[bucket] = by_bucket[bucket][:size], by_bucket[bucket][size:]
         inputs, packed = _arrays(chunk, size, visual, bucket, answer_slots, programs)
-        batches.append(Batch(put_rows(inputs, programs.mesh), put_rows(packed, programs.mesh), filled))
+        batches.append(Batch(put_rows(inputs, programs.mesh), packed, filled))
     return Split(tuple(samples), num_text, num_visual, tuple(batches))
+
+
+def images_together(batch_size: int, patches: int) -> int:
+    """How many images of so many patches each a work group encodes at once."""
+    return max(1, min(batch_size, ENCODED_PATCHES // patches))
 
 
 def _own_groups(mesh: Mesh) -> list[int]:
@@ -223,7 +234,7 @@ def _arrays(
     visual: Mapping[int, np.ndarray],
     bucket: Bucket,
     answer_slots: int,
-    programs: Programs,
+    programs: ModelPrograms,
 ) -> tuple[PromptBatch, np.ndarray]:
     """This process's rows of a batch, filled up to `size` rows: the prompts, and the visual tokens [size, P, D]."""
     axes = len(programs.config.rope_sections)
@@ -243,10 +254,10 @@ class _Encoder:
     All processes encode together: each gives images to its own work groups, or empty ones when it has none of a shape left.
     """
 
-    def __init__(self, programs: Programs, batch_size: int, gather: Gather):
+    def __init__(self, programs: ModelPrograms, batch_size: int, gather: Gather):
         self._programs = programs
         self._gather = gather
-        self._size = batch_size * len(_own_groups(programs.mesh))
+        self._batch_size, self._groups = batch_size, len(_own_groups(programs.mesh))
         self._waiting: dict[str, list[tuple[int, int, PreparedImage]]] = defaultdict(list)
         """By shapes and types of the arrays."""
         self._encoded: dict[int, list[Any]] = {}
@@ -260,25 +271,27 @@ class _Encoder:
 
     def encode_full(self) -> None:
         """Encode all full batches that some process has."""
-        self._encode(lambda count: count // self._size)
+        self._encode(lambda count, size: count // size)
 
     def finish(self) -> dict[int, np.ndarray]:
         """For each sample, [P_i, D]: the tokens of all its images in order."""
-        self._encode(lambda count: -(-count // self._size))
+        self._encode(lambda count, size: -(-count // size))
         nothing = np.zeros((0, self._programs.config.width), self._programs.dtype)
         return {sample: np.concatenate([nothing, *images]) for sample, images in self._encoded.items()}
 
-    def _encode(self, batches: Callable[[int], int]) -> None:
+    def _encode(self, batches: Callable[[int, int], int]) -> None:
         told = self._gather({kind: len(images) for kind, images in self._waiting.items()})
         for kind in sorted({kind for process in told for kind in process}):
-            for _ in range(max(batches(process.get(kind, 0)) for process in told)):
-                self._encode_batch(kind)
+            (*leading, _), _ = json.loads(kind)[0]
+            size = images_together(self._batch_size, math.prod(leading)) * self._groups
+            for _ in range(max(batches(process.get(kind, 0), size) for process in told)):
+                self._encode_batch(kind, size)
 
-    def _encode_batch(self, kind: str) -> None:
-        images, self._waiting[kind] = self._waiting[kind][: self._size], self._waiting[kind][self._size :]
+    def _encode_batch(self, kind: str, size: int) -> None:
+        images, self._waiting[kind] = self._waiting[kind][:size], self._waiting[kind][size:]
         stacked = []
         for number, (shape, dtype) in enumerate(json.loads(kind)):
-            array = np.zeros((self._size, *shape), dtype)
+            array = np.zeros((size, *shape), dtype)
             for place, (_, _, image) in enumerate(images):
                 array[place] = image.arrays[number]
             stacked.append(array)

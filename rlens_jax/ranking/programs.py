@@ -39,8 +39,80 @@ States = tuple[Float[Array, "B T D"], Bool[Array, " B"]]
 ROWS, EVERYWHERE = PartitionSpec(WORK), PartitionSpec()
 
 
-class Programs:
-    """Jitted functions over one model; its parameters are flattened once and passed as plain arrays.
+class ModelPrograms:
+    """A model on a mesh as jitted functions; its parameters are flattened once and passed as plain arrays.
+
+    Args:
+        model: a family's module with `vision` and `decoder`, laid out on `mesh` (or abstract, to be lowered only).
+        mesh: the devices.
+    """
+
+    def __init__(self, model: Any, mesh: Mesh):
+        graph, state = nnx.split(model)
+        self._graph = graph
+        self._variables = nnx.to_flat_state(state)
+        layout = ParameterLayout(mesh, axes_of(model))
+        self._leaves = [variable.get_value() for _, variable in self._variables]
+        self._specs = [
+            layout.spec(".".join(map(str, path)), leaf.shape)
+            for (path, _), leaf in zip(self._variables, self._leaves, strict=True)
+        ]
+        self.config = model.decoder.config
+        self.dtype = model.decoder.embedding.get_value().dtype
+        self.mesh = mesh
+        self.kernel: Kernel = "splash" if mesh.devices.flat[0].platform == "tpu" else "packed"
+        """What computes the attention of a prefill."""
+        self.traces: Counter[str] = Counter()
+        """How often each program was traced: once per bucket, or something is wrong."""
+        self._encode = self._jitted("encode", self._encode_impl)
+
+    @property
+    def groups(self) -> int:
+        """Work groups, W."""
+        return self.mesh.shape[WORK]
+
+    def encode(self, *arrays: np.ndarray) -> Float[Array, "I j D"]:
+        """Visual tokens of a batch of prepared images of one bucket; each process gives those of its own groups."""
+        return self._encode(*put_rows(arrays, self.mesh))
+
+    def put(self, rows: Float[np.ndarray, "rows P D"]) -> Float[Array, "B P D"]:
+        """Rows of this process's groups, on their devices."""
+        return put_rows(rows, self.mesh)
+
+    def _model(self, leaves: list[Array]) -> Any:
+        filled = [
+            (path, variable.replace(leaf))
+            for (path, variable), leaf in zip(self._variables, leaves, strict=True)
+        ]
+        return nnx.merge(self._graph, nnx.from_flat_state(filled))
+
+    def _jitted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @jax.jit
+        def program(leaves: list[Array], *arguments: Any) -> Any:
+            self.traces[name] += 1
+            return function(self._model(leaves), *arguments)
+
+        return partial(program, self._leaves)
+
+    def _split(
+        self, name: str, function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any
+    ) -> Callable[..., Any]:
+        """`function` on shards; its arguments after the model lie as `in_specs` say."""
+
+        def counted(leaves: list[Array], *arguments: Any) -> Any:
+            self.traces[name] += 1
+            return function(self._model(leaves), *arguments)
+
+        program = jax.jit(split_over(counted, self.mesh, (self._specs, *in_specs), out_specs))
+        return partial(program, self._leaves)
+
+    def _encode_impl(self, model: Any, *arrays: Array) -> Array:
+        tokens = model.vision(*arrays)
+        return jax.lax.with_sharding_constraint(tokens, NamedSharding(self.mesh, ROWS))
+
+
+class Programs(ModelPrograms):
+    """The functions of a search, jitted over one model.
 
     Args:
         model: a family's module with `vision` and `decoder`, laid out on `mesh` (or abstract, to be lowered only).
@@ -61,27 +133,11 @@ class Programs:
         new_tokens: int,
         stop_token: int,
     ):
-        graph, state = nnx.split(model)
-        self._graph = graph
-        self._variables = nnx.to_flat_state(state)
-        layout = ParameterLayout(mesh, axes_of(model))
-        self._leaves = [variable.get_value() for _, variable in self._variables]
-        self._specs = [
-            layout.spec(".".join(map(str, path)), leaf.shape)
-            for (path, _), leaf in zip(self._variables, self._leaves, strict=True)
-        ]
-        self.config = model.decoder.config
-        self.dtype = model.decoder.embedding.get_value().dtype
-        self.mesh = mesh
-        self.kernel: Kernel = "splash" if mesh.devices.flat[0].platform == "tpu" else "packed"
-        """What computes the attention of a prefill."""
+        super().__init__(model, mesh)
         self.reduction = reduction
         self.seed = seed
         self.new_tokens = new_tokens
         self.stop_token = stop_token
-        self.traces: Counter[str] = Counter()
-        """How often each program was traced: once per bucket, or something is wrong."""
-        self._encode = self._jitted("encode", self._encode_impl)
         self._embed = self._split("embed", self._embed_impl, (ROWS,) * 2, ROWS)
         self._layers = self._split("layers", self._layers_impl, (ROWS,) * 5, ROWS)
         self._outcome = self._split("outcome", self._outcome_impl, (ROWS,) * 2, EVERYWHERE)
@@ -89,18 +145,11 @@ class Programs:
         self._route = self._split("route", self._route_impl, (ROWS,) * 2, ROWS)
         self._choose = self._split("choose", self._choose_impl, (ROWS,) * 3, ROWS)
 
-    @property
-    def groups(self) -> int:
-        """Work groups, W."""
-        return self.mesh.shape[WORK]
-
-    def encode(self, *arrays: np.ndarray) -> Float[Array, "I j D"]:
-        """Visual tokens of a batch of prepared images of one bucket; each process gives those of its own groups."""
-        return self._encode(*put_rows(arrays, self.mesh))
-
-    def embed(self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[Array, "B P D"]) -> States:
-        """Packed embeddings, the states before the first layer."""
-        return self._embed(text_ids, visual)
+    def embed(
+        self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[np.ndarray, "rows P D"]
+    ) -> States:
+        """Packed embeddings, the states before the first layer; the visual tokens come from the host."""
+        return self._embed(text_ids, self.put(visual))
 
     def layers(
         self, states: States, batch: PromptBatch, plans: Sequence[Plan], starts: Sequence[int], stop: int
@@ -159,39 +208,8 @@ class Programs:
         sharding = NamedSharding(self.mesh, ROWS)
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
-    def _model(self, leaves: list[Array]) -> Any:
-        filled = [
-            (path, variable.replace(leaf))
-            for (path, variable), leaf in zip(self._variables, leaves, strict=True)
-        ]
-        return nnx.merge(self._graph, nnx.from_flat_state(filled))
-
-    def _jitted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @jax.jit
-        def program(leaves: list[Array], *arguments: Any) -> Any:
-            self.traces[name] += 1
-            return function(self._model(leaves), *arguments)
-
-        return partial(program, self._leaves)
-
-    def _split(
-        self, name: str, function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any
-    ) -> Callable[..., Any]:
-        """`function` on shards; its arguments after the model lie as `in_specs` say."""
-
-        def counted(leaves: list[Array], *arguments: Any) -> Any:
-            self.traces[name] += 1
-            return function(self._model(leaves), *arguments)
-
-        program = jax.jit(split_over(counted, self.mesh, (self._specs, *in_specs), out_specs))
-        return partial(program, self._leaves)
-
     def _random_key(self) -> Array:
         return jax.random.key(self.seed)
-
-    def _encode_impl(self, model: Any, *arrays: Array) -> Array:
-        tokens = model.vision(*arrays)
-        return jax.lax.with_sharding_constraint(tokens, NamedSharding(self.mesh, ROWS))
 
     def _embed_impl(self, model: Any, text_ids: Array, visual: Array) -> States:
         return model.decoder.embed(text_ids, visual), jnp.ones(text_ids.shape[0], bool)

@@ -91,7 +91,7 @@ class Generating:
         return 0  # every plan is generated from its prompt
 
     def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
-        inputs, visual = batch.inputs, batch.visual
+        inputs, visual = batch.inputs, self._programs.put(batch.visual)
         if list(blocks) != list(range(self._programs.groups)):
             inputs, visual = self._programs.route((inputs, visual), blocks)
         return self._programs.generate(visual, inputs, plans)

@@ -33,7 +33,7 @@ OOM = (
 def found(*programs: Program) -> DryRun:
     made = [program for program in programs if isinstance(program, CompiledProgram)]
     where = find_slice("v5e:4x4")
-    work = workload(CONFIG, Sizes(12, 4, 10, 3))
+    work = workload(CONFIG, Sizes(12, 4, 10))
     known = estimates(made, work.phases, where) if len(made) == len(programs) else []
     return DryRun(where, (4, 4), tuple(programs), work, tuple(known))
 
@@ -81,7 +81,7 @@ def test_what_fits(kind: ModelKind) -> None:
     assert "What would help" not in text
     for part in (
         "chips: 16, hosts: 4, mesh: 4 x 4",
-        "a program can use 15.75:",
+        "a program can use 15.75;",
         "7.50  fits",
         "layers (text 32, visual 64), dense: 1 all-reduce of bf16[4,96,64] (0.05 MB) over model",
         "reduced: 1 all-reduce of bf16[4,96,64] (0.05 MB) over model, 1 all-gather",

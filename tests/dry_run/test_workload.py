@@ -4,16 +4,18 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlens_jax.config import ComputeConfig, ReportConfig, RunConfig, SearchConfig
 from rlens_jax.dry_run.workload import Counter, Phase, Sizes, filled_blocks, workload
 from rlens_jax.plan import Plan
-from rlens_jax.ranking.programs import Programs
+from rlens_jax.ranking.inputs import Batch
+from rlens_jax.ranking.programs import Programs, States
 
 LAYERS = 8
-SIZES = Sizes(num_layers=LAYERS, groups=1, block_bytes=10, visual_bytes=3)
+SIZES = Sizes(num_layers=LAYERS, groups=1, block_bytes=10)
 
 
 def run_config(**search: Any) -> RunConfig:
@@ -65,8 +67,7 @@ def test_work_groups_share_the_batches() -> None:
 
 def test_what_is_kept_in_memory() -> None:
     # 36 validation batches and 45 test batches, whose visual tokens stay; base states of the larger split
-    found = workload(run_config(), SIZES)
-    assert (found.resident_bytes, found.visual_bytes) == (45 * 10 * LAYERS, (36 + 45) * 3)
+    assert workload(run_config(), SIZES).resident_bytes == 45 * 10 * LAYERS
     tight = replace(run_config(), compute=ComputeConfig(batch_size=10, state_memory_gb=1e-6))
     assert workload(tight, SIZES).resident_bytes == 1000
 
@@ -102,22 +103,30 @@ class CountingPrograms(Programs):
     config = SimpleNamespace(num_layers=LAYERS, width=4)
     dtype = np.dtype(np.float32)
 
-    def embed(self, text_ids: Any, visual: Any) -> str:
+    def embed(self, text_ids: Any, visual: Any) -> States:
         self.embeddings += 1
-        return "states"
+        return jnp.zeros((1, 1, 4)), jnp.ones(1, bool)
 
-    def layers(self, states: str, batch: Any, plans: Any, starts: Any, stop: int) -> str:
+    def layers(self, states: States, batch: Any, plans: Any, starts: Any, stop: int) -> States:
         self.layer_steps += stop - min(starts)
         return states
 
-    def outcome(self, states: str, batch: Any) -> None:
+    def outcome(self, states: States, batch: Any) -> None:
         self.outcomes += 1
 
     def route(self, arrays: Any, sources: Any) -> Any:
         return arrays
 
-    def choose(self, first: Any, states: str, others: str) -> str:
+    def choose(self, first: Any, states: States, others: States) -> States:
         return states
+
+
+def empty_batch() -> Batch:
+    """A batch of which nothing is looked at."""
+    batch = object.__new__(Batch)
+    for name, value in {"inputs": SimpleNamespace(text_ids=None), "visual": None}.items():
+        object.__setattr__(batch, name, value)
+    return batch
 
 
 @pytest.mark.parametrize(("groups", "rows"), [(1, 30), (3, 90), (4, 90), (4, 20)])
@@ -136,9 +145,9 @@ def test_against_the_evaluators_own_steps(groups: int, rows: int) -> None:
         keeps_states=True,
     )
     programs = CountingPrograms(groups)
-    scoring = TeacherForcing(programs)  # type: ignore[arg-type]
+    scoring = TeacherForcing(programs)
     filled = list(filled_blocks(rows, 10, groups))
-    batches = [SimpleNamespace(inputs=SimpleNamespace(text_ids=None), visual=None) for _ in filled]
+    batches = [empty_batch() for _ in filled]
     known: set[Plan] = set()
     ask = counted.ask
 
@@ -150,7 +159,7 @@ def test_against_the_evaluators_own_steps(groups: int, rows: int) -> None:
             schedule(filled, [LAYERS - scoring.first_layer(base, plan) for plan in todo]) if todo else []
         ):
             items = [item or next(filter(None, step.items)) for item in step.items]
-            batch: Any = batches[step.batch]
+            batch = batches[step.batch]
             scoring.start(batch, base, [todo[item.plan] for item in items], [item.block for item in items])
 
     counted.ask = both  # type: ignore[method-assign]

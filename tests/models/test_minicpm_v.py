@@ -355,7 +355,7 @@ def test_greedy_tokens(pair, plan, tmp_path):
     grids = [pair.preparer.slicing.grid(size) for size in sizes]
     for row, (asked, used) in enumerate([(sample, slice(0, 2)), (other, slice(1, 2))]):
         (batch,) = [b for b in split.batches if row in b.inputs.layout.sample.tolist()]
-        numbers, tokens, scored = programs.generate(batch.visual, batch.inputs, [plan])
+        numbers, tokens, scored = programs.generate(programs.put(batch.visual), batch.inputs, [plan])
         assert scored.all()
         prompt = pair.preparer.prompt(asked, grids[used], None)
         views = [cut_views(picture(20 + i, size))[0] for i, size in enumerate(sizes)][used]

@@ -1,6 +1,7 @@
 """The TPU's attention, run by Pallas' interpreters on the CPU."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import jaxprs_in_params
 
-from rlens_jax.layout import Bucket, Slots, visible
+from rlens_jax.layout import PADDING_POSITION, Bucket, Slots, visible
 from rlens_jax.ops.attention import reference_attention
 from rlens_jax.ops.splash import attend, block_size, kernel_flops, splash_attention, visited_blocks
 from tests.numerics import assert_close
@@ -106,6 +107,25 @@ def test_text_blocks_after_the_image_are_not_touched():
     run = compiled(131, "ordinal", 128)
     visual = slice(layout.bucket.text, None)
     np.testing.assert_array_equal(run(q, k, unseen, layout)[:, :, visual], run(q, k, v, layout)[:, :, visual])
+
+
+@pytest.mark.parametrize("attention_range", [None, 131])
+def test_positions_with_gaps_as_pruning_leaves_them(attention_range):
+    """Every third position is gone."""
+    layout = make_layout(RAGGED, spare=(2, 3))
+
+    def thinned(position):
+        return np.where(position < PADDING_POSITION, position + position // 2, position)
+
+    layout = replace(
+        layout,
+        text_position=thinned(layout.text_position),
+        visual_position=thinned(layout.visual_position),
+    )
+    q, k, v = packed_qkv(5, RAGGED, make_layout(RAGGED, spare=(2, 3)))
+    expected = reference_attention(q, k, v, layout, attention_range)
+    actual = compiled(attention_range, "ordinal", 128)(q, k, v, layout)
+    assert_rows_close(actual, expected, layout, 1e-5)
 
 
 def test_a_bucket_without_visual_slots_is_causal_attention():

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
+from rlens_jax import durable_log
 from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
-from rlens_jax.ranking import journal as journal_module
 from rlens_jax.ranking.journal import JOURNAL_NAME, Journal, Record
 
 CONFIG = {"model": "toy", "seed": 0, "reduction": {"attention_range": 256, "active_fraction": 0.2}}
@@ -285,7 +285,7 @@ def test_a_failing_header_leaves_nothing_behind(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal_module.os, "fsync", full_disk)
+        patch.setattr(durable_log.os, "fsync", full_disk)
         with pytest.raises(UserError, match="No space left"):
             Journal.open(tmp_path, CONFIG)
     assert os.listdir(tmp_path) == ["journal.lock"]
@@ -307,7 +307,7 @@ def test_a_failing_append_leaves_the_journal_as_it_was(tmp_path, monkeypatch, fu
 
     with Journal.open(tmp_path, CONFIG) as journal:
         with monkeypatch.context() as patch:
-            patch.setattr(journal_module.os, function, half_write if function == "write" else full_disk)
+            patch.setattr(durable_log.os, function, half_write if function == "write" else full_disk)
             with pytest.raises(UserError, match=r"cannot write to the journal .*o space left"):
                 journal.append(RECORDS[-1])
         assert path.read_bytes() == before
@@ -321,9 +321,9 @@ def test_every_append_is_synced(tmp_path, monkeypatch):
     with Journal.open(tmp_path, CONFIG) as journal:
         real_write, real_sync = os.write, os.fsync
         monkeypatch.setattr(
-            journal_module.os, "write", lambda fd, data: (events.append("write"), real_write(fd, data))[1]
+            durable_log.os, "write", lambda fd, data: (events.append("write"), real_write(fd, data))[1]
         )
-        monkeypatch.setattr(journal_module.os, "fsync", lambda fd: (events.append("sync"), real_sync(fd))[1])
+        monkeypatch.setattr(durable_log.os, "fsync", lambda fd: (events.append("sync"), real_sync(fd))[1])
         for record in RECORDS[:2]:
             journal.append(record)
     assert events == ["write", "sync", "write", "sync"]

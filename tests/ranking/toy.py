@@ -123,7 +123,7 @@ def answered(samples: list[Sample], programs: Programs) -> list[Sample]:
     texts: dict[str, str] = {}
     for batch in split.batches:
         plans = [Plan()] * programs.groups
-        numbers, tokens, _ = programs.generate(batch.visual, batch.inputs, plans)
+        numbers, tokens, _ = programs.generate(programs.put(batch.visual), batch.inputs, plans)
         for number, row in zip(np.asarray(numbers), np.asarray(tokens).tolist(), strict=True):
             if number != FILLER:
                 texts[split.samples[number].id] = words(row)

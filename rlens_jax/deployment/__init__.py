@@ -1,0 +1,1 @@
+"""Reduced models in use: loaded once, compiled for their plan alone, answering prompts."""

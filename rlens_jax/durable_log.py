@@ -1,0 +1,233 @@
+"""Files of finished work: a header that says what decides it, then one JSON object a line, each on disk before work goes on.
+
+    {"schema": "rlens-journal", "version": 1, "fingerprint": {...}}
+
+A line reaches the disk (one write, one fsync) before `LogWriter.write` returns. A crash can tear the last line only, which is cut
+off when the log is opened again. The folder's lock is held while a log is open for writing; it goes with the process, however
+that ends.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from rlens_jax.config import flat
+from rlens_jax.errors import UserError
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class LogKind(Generic[Item]):
+    """What the lines of a log are.
+
+    Attributes:
+        schema: names the kind in its header.
+        version: of the kind.
+        noun: what a log of this kind is called in complaints; its file is `noun`.jsonl, its lock `noun`.lock.
+        item: what a line is called.
+        decode: the key of a line, which no two lines share, and its item; ValueError, saying what is wrong, for any other line.
+    """
+
+    schema: str
+    version: int
+    noun: str
+    item: str
+    decode: Callable[[bytes], tuple[Hashable, Item]]
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.noun}.jsonl"
+
+    @property
+    def lock_name(self) -> str:
+        return f"{self.noun}.lock"
+
+    @property
+    def remedy(self) -> str:
+        return f"restore the file, or delete the line to have its {self.item} made again"
+
+
+class LogWriter:
+    """A log's file, open for appending, and the folder's lock."""
+
+    def __init__(self, path: Path, noun: str, file: int, lock: int):
+        self._path, self._noun, self._file, self._lock = path, noun, file, lock
+
+    def write(self, lines: bytes) -> None:
+        """Whole lines to the disk; UserError, and the file as before, when the disk does not take them."""
+        length = os.fstat(self._file).st_size
+        try:
+            if os.write(self._file, lines) != len(lines):
+                raise OSError(0, "no space left for a whole line")
+            os.fsync(self._file)
+        except OSError as error:
+            os.ftruncate(self._file, length)
+            raise UserError(f"cannot write to the {self._noun} {self._path}: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Close the file and let go of the folder."""
+        os.close(self._file)
+        os.close(self._lock)
+
+
+def open_log(
+    folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]
+) -> tuple[dict[Any, Item], LogWriter, str | None]:
+    """Open the log in a folder, both made when missing: its items by key, its writer, and what was cut off of a torn last line.
+
+    Args:
+        folder: of the log.
+        kind: of the log.
+        fingerprint: what decides the items; nested, of JSON values.
+
+    Raises:
+        UserError: the folder cannot be written, another run holds it, the log's fingerprint is another one, or a line other than
+            a torn last one cannot be read.
+    """
+    path = folder / kind.file_name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _locked(folder, kind.lock_name)
+    except OSError as error:
+        raise UserError(f"cannot write to the run folder {folder}: {error.strerror}") from error
+    try:
+        if not path.exists():
+            _write_header(path, kind, fingerprint)
+        items, length = _read(path, kind, fingerprint)
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        torn = os.fstat(file).st_size - length
+        repaired = None
+        if torn:
+            os.ftruncate(file, length)
+            os.fsync(file)
+            repaired = (
+                f"{path}: cut off an unfinished last line of {torn} bytes; "
+                f"{len(items)} finished {kind.item}s are kept"
+            )
+    except OSError as error:
+        os.close(lock)
+        raise UserError(f"cannot use the {kind.noun} {path}: {error.strerror}") from error
+    except BaseException:
+        os.close(lock)
+        raise
+    return items, LogWriter(path, kind.noun, file, lock), repaired
+
+
+def read_log(folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> dict[Any, Item]:
+    """The items of a log by key, without a lock; UserError as `open_log`, or when there is no log."""
+    path = folder / kind.file_name
+    try:
+        return _read(path, kind, fingerprint)[0]
+    except OSError as error:
+        raise UserError(f"cannot read the {kind.noun} {path}: {error.strerror}") from error
+
+
+def _locked(folder: Path, name: str) -> int:
+    """A descriptor that holds the folder's lock; UserError when another one does."""
+    lock = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(lock, 32).decode(errors="replace").strip()
+        os.close(lock)
+        raise UserError(
+            f"another run is using {folder} (process {holder}); wait for it to end, or choose another folder"
+        ) from None
+    except OSError:
+        os.close(lock)
+        raise
+    os.ftruncate(lock, 0)
+    os.write(lock, f"{os.getpid()}\n".encode())
+    return lock
+
+
+def _write_header(path: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> None:
+    """Create the log with its header, whole or not at all."""
+    header = {"schema": kind.schema, "version": kind.version, "fingerprint": fingerprint}
+    unfinished = path.with_suffix(".new")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(json.dumps(header, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.rename(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    # The new name is on disk only when the folder is.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _read(path: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> tuple[dict[Any, Item], int]:
+    """The items by key, and the length in bytes of the finished lines."""
+    with path.open("rb") as file:
+        header, *lines = list(file) or [b""]
+    _check_header(path, kind, header, fingerprint)
+    items: dict[Any, Item] = {}
+    length = len(header)
+    for number, line in enumerate(lines, start=2):
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("the line has no end")
+            key, item = kind.decode(line)
+        except ValueError as error:
+            # A crash tears the last line only, and its item is made again.
+            if number == len(lines) + 1 and not _is_object(line):
+                break
+            raise UserError(f"{path}, line {number} cannot be read ({error}); {kind.remedy}") from error
+        if key in items:
+            raise UserError(
+                f"{path}, line {number} repeats the {kind.item} of an earlier line; {kind.remedy}"
+            )
+        items[key] = item
+        length += len(line)
+    return items, length
+
+
+def _is_object(line: bytes) -> bool:
+    """Whether a line is finished and some JSON object, so that no crash can have torn it."""
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _check_header(path: Path, kind: LogKind[Item], line: bytes, fingerprint: Mapping[str, Any]) -> None:
+    try:
+        header = json.loads(line)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or header.get("schema") != kind.schema or not line.endswith(b"\n"):
+        raise UserError(
+            f"{path}, line 1 is not the header of {_with_article(kind.noun)}; choose another folder"
+        )
+    if header.get("version") != kind.version:
+        raise UserError(
+            f"{path} has version {header.get('version')}, this program reads {kind.version}; choose another folder"
+        )
+    # What JSON makes of it (lists for tuples) is what a stored one is compared with.
+    stored, now = flat(header.get("fingerprint")), flat(json.loads(json.dumps(fingerprint)))
+    names = [*stored, *(name for name in now if name not in stored)]
+    differences = [
+        f"{name} was {stored.get(name, 'not set')}, is {now.get(name, 'not set')}"
+        for name in names
+        if stored.get(name) != now.get(name)
+    ]
+    if differences:
+        raise UserError(
+            f"{path} belongs to a run of another configuration: {'; '.join(differences)}. "
+            "Choose another folder, or set these fields back to resume that run"
+        )
+
+
+def _with_article(noun: str) -> str:
+    return f"a log of {noun}" if noun.endswith("s") else f"a {noun}"

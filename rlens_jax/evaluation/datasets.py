@@ -1,0 +1,181 @@
+"""What a model is evaluated on: questions in a fixed order, what a file of predictions says about each, and a score."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, L2_CATEGORIES, find_benchmark
+from rlens_jax.data.benchmarks.prompts import prompt
+from rlens_jax.data.benchmarks.tfds_builder import BenchmarkSource, read_benchmark
+from rlens_jax.data.jsonl import read_jsonl
+from rlens_jax.data.pages import DATASETS
+from rlens_jax.data.pages_tfds import read_pages
+from rlens_jax.data.samples import Sample
+from rlens_jax.data.splits import PAGES, samples_hash
+from rlens_jax.errors import UserError
+from rlens_jax.metrics.results import Row, Score, mean_ratio
+from rlens_jax.metrics.scorers import score
+
+EXACT_MATCH = "exact match with any reference answer, rlens_jax"
+"""The rule for data without a rule of their own; whitespace at the ends does not count."""
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """Questions of one dataset.
+
+    Attributes:
+        name: of the dataset, and of its file of predictions.
+        digest: tells the questions, their images and their order from others.
+        indices: of the questions, as the files of predictions have them.
+        scored: whether there are answers to score by.
+    """
+
+    name: str
+    digest: str
+    indices: Sequence[str]
+    scored: bool
+
+    def sample(self, place: int) -> Sample:
+        """A question with its images."""
+
+    def columns(self, place: int) -> Mapping[str, str]:
+        """What a file of predictions says of a question, `index` first; the same columns for each."""
+
+    def score(self, predictions: Sequence[str]) -> Score:
+        """The score of a prediction for each question; UserError when these questions have no score."""
+
+
+class Benchmark:
+    """A benchmark of VLMEvalKit's, scored by its rules.
+
+    Args:
+        source: its prepared instances.
+        md5: of its TSV file.
+        family: `model_type` of the model, which decides the prompts.
+        limit: use the first so many questions only.
+    """
+
+    def __init__(self, source: BenchmarkSource, md5: str, family: str, limit: int | None):
+        self.name = source.dataset
+        self.digest = f"md5 {md5}, prompts for {family}"
+        self.indices: Sequence[str] = list(source.indices)[:limit]
+        self._benchmark = BENCHMARKS[self.name]
+        self.scored = self._benchmark.answers != "none"
+        self._source, self._family = source, family
+
+    def sample(self, place: int) -> Sample:
+        item = self._source[place]
+        return Sample(item.id, self.name, item.images, prompt(self._family, item), item.answers)
+
+    def columns(self, place: int) -> Mapping[str, str]:
+        item, benchmark = self._source[place], self._benchmark
+        answer = {}
+        if benchmark.answers == "list":
+            answer = {"answer": str(list(item.answers))}
+        elif benchmark.answers == "single":
+            answer = {"answer": item.answers[0]}
+        others = {
+            name: item.options.get(name, item.fields.get(name, ""))
+            for name in (*benchmark.columns, *benchmark.optional)
+        }
+        return {"index": item.index, "question": item.question, **answer, **others}
+
+    def score(self, predictions: Sequence[str]) -> Score:
+        return score(self.name, [self._row(place, text) for place, text in enumerate(predictions)])
+
+    def _row(self, place: int, prediction: str) -> Row:
+        item = self._source[place]
+        l2_category = next((item.fields[name] for name in L2_CATEGORIES if name in item.fields), None)
+        return Row(
+            index=item.index,
+            prediction=prediction,
+            answers=item.answers,
+            category=item.fields.get("category"),
+            l2_category=l2_category,
+            split=item.fields.get("split"),
+            image=item.fields.get("image_path"),
+            options=item.options,
+        )
+
+
+class ExactMatch:
+    """Samples whose answers are right or wrong as they are."""
+
+    def __init__(self, name: str, samples: Sequence[Sample]):
+        self.name = name
+        self.digest = samples_hash({"test": samples})
+        self.indices: Sequence[str] = [sample.id for sample in samples]
+        self.scored = True
+        self._samples = samples
+
+    def sample(self, place: int) -> Sample:
+        return self._samples[place]
+
+    def columns(self, place: int) -> Mapping[str, str]:
+        sample = self._samples[place]
+        return {"index": sample.id, "question": sample.question, "answer": str(list(sample.answers))}
+
+    def score(self, predictions: Sequence[str]) -> Score:
+        pairs = zip(predictions, self._samples, strict=True)
+        right = [float(text.strip() in {a.strip() for a in sample.answers}) for text, sample in pairs]
+        return Score(
+            ratios=(mean_ratio(100, self.indices, right),),
+            breakdown={},
+            groups=tuple(self.indices),
+            strata=("",) * len(right),
+            dataset=self.name,
+            value=mean_ratio(100, self.indices, right).value,
+            unit="%",
+            per_sample=tuple(right),
+            harness=EXACT_MATCH,
+        )
+
+
+def load_datasets(
+    sources: Sequence[str], cache: Path, *, family: str, limit: int | None, md5: Mapping[str, str]
+) -> list[Dataset]:
+    """The datasets of all sources, in order.
+
+    Args:
+        sources: each `pages`, the embedded model's data; the path of a TSV file of VLMEvalKit's; or that of a JSONL file.
+        cache: folder of prepared datasets.
+        family: `model_type` of the model, which decides the prompts of benchmarks.
+        limit: use the first so many questions of each dataset only.
+        md5: sums of TSV files that are not the published ones, by dataset.
+
+    Raises:
+        UserError: a source cannot be read, two have a dataset of the same name, or a sum is of no source.
+    """
+    datasets = list(itertools.chain(*(_load(source, cache, family, limit, md5) for source in sources)))
+    names = [dataset.name for dataset in datasets]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--data names the dataset {name!r} twice")
+        if "/" in name or name.startswith("."):
+            raise UserError(
+                f"dataset {name!r}: names a file of predictions, so it must not hold a / or begin with a dot"
+            )
+    for name in md5:
+        if name not in names:
+            raise UserError(f"--md5 is for {name!r}, which is not among the data: {', '.join(names)}")
+    return datasets
+
+
+def _load(source: str, cache: Path, family: str, limit: int | None, md5: Mapping[str, str]) -> list[Dataset]:
+    if source == PAGES:
+        return [ExactMatch(name, read_pages(name, "test", cache / "pages", limit)) for name in DATASETS]
+    path = Path(source)
+    if path.suffix == ".tsv":
+        benchmark = find_benchmark(path.stem)
+        known = md5.get(benchmark.name)
+        read = read_benchmark(benchmark.name, path.parent, cache / "benchmarks", known)
+        return [Benchmark(read, known or benchmark.md5, family, limit)]
+    if path.suffix == ".jsonl":
+        by_dataset: dict[str, list[Sample]] = defaultdict(list)
+        for sample in read_jsonl(path):
+            by_dataset[sample.dataset].append(sample)
+        return [ExactMatch(name, samples[:limit]) for name, samples in by_dataset.items()]
+    raise UserError(f"--data {source}: is neither {PAGES!r} nor a .tsv or .jsonl file")

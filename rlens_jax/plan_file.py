@@ -1,0 +1,207 @@
+"""Plan files: which layers of a model are reduced, and how, as JSON that a person can write by hand.
+
+    {"format": "rlens-plan/1",
+     "num_layers": 28,                     of the model; optional, and checked against the model if given
+     "attention": [14, 15, 16, 27],        layers with Hollow Attention, from 0 on
+     "ffn": [20, 21, 27],                  layers with the Probe-Activated Dynamic FFN
+     "attention_range": 256,               R, in visual tokens
+     "active_fraction": 0.2,               share of the FFN units that visual tokens keep
+     "probe_fraction": 0.1,                share of the visual tokens that are probes
+     "probe": "strided",                   or "random"
+     "window": "ordinal",                  or "position"
+     "pruning": null}                      tokens dropped besides, see below
+
+Only `format` must be there; without `attention` and `ffn` the plan is the dense model, and all else has the defaults of
+`Reduction`. The ranking.json of a run of rlens_jax.rank is a plan, too, together with how many of the first layers of each
+ranking are reduced.
+
+Pruning is one of (shares are exact decimals, and `layer` says how many layers see all visual tokens):
+
+    {"method": "fastv", "layer": 2, "share": 0.5}     FastV: that share of the visual tokens is dropped by attention
+    {"method": "vtw", "layer": 14}                    VTW: all of them are dropped
+    {"method": "folder", "share": 0.5}                FOLDER-style: so many are merged away before the first layer
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlens_jax.errors import UserError, suggest
+from rlens_jax.plan import OPERATORS, VTW, FastV, Folder, Operator, Plan, Pruning, Reduction
+
+FORMAT = "rlens-plan/1"
+RANKING_SCHEMA = "rlens-ranking/1"
+
+_REDUCTION_FIELDS = tuple(item.name for item in dataclasses.fields(Reduction))
+_FIELDS = ("format", "num_layers", *OPERATORS, *_REDUCTION_FIELDS, "pruning")
+_METHODS: Mapping[str, type[Any]] = {"fastv": FastV, "vtw": VTW, "folder": Folder}
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """What a deployed model is, beside its weights: static and hashable. `PlanFile()` is the dense model."""
+
+    plan: Plan = field(default_factory=Plan)
+    reduction: Reduction = field(default_factory=Reduction)
+    num_layers: int | None = None
+    """Layers of the model that the plan was made for; None where the file does not say."""
+    pruning: Pruning | None = None
+    """How visual tokens are dropped or merged besides."""
+
+    def validate(self, num_layers: int) -> None:
+        """Raise UserError unless the plan is one for a model with `num_layers` layers."""
+        if self.num_layers not in (None, num_layers):
+            raise UserError(
+                f"the plan is for a model with {self.num_layers} layers, but this one has {num_layers}; "
+                "name a plan that was made for it"
+            )
+        self.plan.validate(num_layers)
+        if self.pruning is not None:
+            self.pruning.validate(num_layers)
+
+    def label(self) -> str:
+        """A short text for tables and messages."""
+        pruned = [] if self.pruning is None else [self.pruning.label()]
+        return ", ".join([self.plan.label(), *pruned])
+
+    def fields(self) -> dict[str, Any]:
+        """All that decides what is computed, as JSON values with the names that a plan file has for them."""
+        pruning = None
+        if self.pruning is not None:
+            (method,) = (name for name, kind in _METHODS.items() if isinstance(self.pruning, kind))
+            pruning = {"method": method, **dataclasses.asdict(self.pruning)}
+        layers: dict[str, Any] = {operator: list(self.plan.layers(operator)) for operator in OPERATORS}
+        return {**layers, **dataclasses.asdict(self.reduction), "pruning": pruning}
+
+
+def read_plan(path: str | Path, first: Mapping[Operator, int] | None = None) -> PlanFile:
+    """Read a plan file, or a ranking.json with the number of layers to reduce.
+
+    Args:
+        path: of the file.
+        first: of a ranking.json only: how many layers of each operator's ranking are reduced, from its first on.
+
+    Raises:
+        UserError: naming file and field: unreadable, an unknown or wrong field, or `first` that does not suit the file.
+    """
+    path = Path(path)
+    fields = _read_object(path)
+    try:
+        if fields.get("schema") == RANKING_SCHEMA:
+            return _from_ranking(fields, first)
+        if first is not None:
+            raise UserError("first layers can be chosen of a ranking.json only; this file is none")
+        return _from_plan(fields)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def parse_first(text: str) -> dict[Operator, int]:
+    """`attention=11,ffn=5` as a mapping. UserError for anything else."""
+    counts: dict[Operator, int] = {}
+    for part in text.split(","):
+        name, _, count = (piece.strip() for piece in part.partition("="))
+        operator = next((known for known in OPERATORS if known == name), None)
+        if operator is None or not count.isdecimal():
+            raise UserError(
+                f"the first layers must be given as attention=11,ffn=5, not {text!r}{suggest(name, OPERATORS)}"
+            )
+        if operator in counts:
+            raise UserError(f"the first layers of {operator} are given twice in {text!r}")
+        counts[operator] = int(count)
+    return counts
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"{path}: field {name!r} is given twice")
+        return dict(pairs)
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such plan file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a plan file must hold one JSON object")
+    return value
+
+
+def _from_plan(fields: Mapping[str, Any]) -> PlanFile:
+    for name in fields:
+        if name not in _FIELDS:
+            raise UserError(f"unknown field {name!r}{suggest(name, _FIELDS)}; known: {', '.join(_FIELDS)}")
+    if fields.get("format") != FORMAT:
+        raise UserError(
+            f"field 'format' must be {FORMAT!r}, not {fields.get('format')!r}; is this a plan, or a ranking.json?"
+        )
+    num_layers = fields.get("num_layers")
+    if num_layers is not None and (type(num_layers) is not int or num_layers < 1):
+        raise UserError(f"num_layers must be a whole number from 1 on, not {num_layers!r}")
+    for name in OPERATORS:
+        if not isinstance(fields.get(name, []), list):
+            raise UserError(f"{name} must be a list of layers, such as [20, 21], not {fields[name]!r}")
+    plan = Plan(fields.get("attention", ()), fields.get("ffn", ()))
+    if num_layers is not None:
+        plan.validate(num_layers)
+    reduction = Reduction(**{name: fields[name] for name in _REDUCTION_FIELDS if name in fields})
+    return PlanFile(plan, reduction, num_layers, _pruning(fields.get("pruning")))
+
+
+def _pruning(fields: Any) -> Pruning | None:
+    if fields is None:
+        return None
+    if not isinstance(fields, dict) or not isinstance(fields.get("method"), str):
+        raise UserError(f"pruning must be null or an object with a method, not {fields!r}")
+    method = fields["method"]
+    if method not in _METHODS:
+        raise UserError(
+            f"pruning.method must be one of {', '.join(_METHODS)}, not {method!r}{suggest(method, _METHODS)}"
+        )
+    known = [item.name for item in dataclasses.fields(_METHODS[method])]
+    given = {name: value for name, value in fields.items() if name != "method"}
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"unknown field pruning.{name}{suggest(name, known)}; {method} knows {', '.join(known)}"
+            )
+    if method == "vtw" and "layer" not in given:
+        raise UserError(
+            "pruning.layer is missing: vtw must be told after how many layers it drops visual tokens"
+        )
+    return _METHODS[method](**given)
+
+
+def _from_ranking(fields: Mapping[str, Any], first: Mapping[Operator, int] | None) -> PlanFile:
+    try:
+        rankings, num_layers = fields["rankings"], fields["model"]["num_layers"]
+        searches, settings = fields["search"], fields["configuration"]["reduction"]
+        # Operators that were not ranked may have been reduced all the while.
+        bases = [searches[operator]["base"] for operator in rankings]
+        layers = {name: {layer for base in bases for layer in base[name]} for name in OPERATORS}
+        reduction = Reduction(**settings)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"not a whole ranking.json of rlens_jax.rank ({type(error).__name__}: {error})"
+        ) from None
+    if first is None:
+        known = ",".join(f"{operator}=K" for operator in rankings)
+        raise UserError(f"is a ranking: say how many of its first layers to reduce, as in --first {known}")
+    for operator, count in first.items():
+        if operator not in rankings:
+            raise UserError(f"ranks {' and '.join(rankings)}, so there are no first layers of {operator}")
+        if not 0 <= count <= len(rankings[operator]):
+            raise UserError(
+                f"ranks {len(rankings[operator])} layers of {operator}; {count} cannot be reduced"
+            )
+        layers[operator] |= set(rankings[operator][:count])
+    return PlanFile(Plan(tuple(layers["attention"]), tuple(layers["ffn"])), reduction, num_layers)

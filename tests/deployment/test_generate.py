@@ -1,0 +1,195 @@
+"""Load, read a plan, generate: from Python and from the command line, with all that can be wrong."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import rlens_jax
+from rlens_jax.console import run_command
+from rlens_jax.data.pages import make_page
+from rlens_jax.deployment.model import DeployedModel, slot_sizes
+from rlens_jax.deployment.programs import automatic_chunk
+from rlens_jax.errors import UserError
+from rlens_jax.generate import main
+from rlens_jax.plan_file import FORMAT
+from tests.torch_support import allow_transformers_models
+
+allow_transformers_models()
+
+QUESTIONS = ("digit at row 1 column 2 ?", "largest digit of row 2 ?", "ink at row 2 column 1 ?")
+"""Answers of one word."""
+TOKENS = 4
+
+
+def png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(make_page(np.random.default_rng(seed), "test", augment=False).pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "page.png"
+    path.write_bytes(png(0))
+    return path
+
+
+@pytest.fixture(scope="module")
+def plan_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plan that hurts: its answers differ from the dense ones."""
+    fields = {
+        "format": FORMAT,
+        "num_layers": 12,
+        "attention": list(range(12)),
+        "ffn": list(range(12)),
+        "attention_range": 1,
+        "active_fraction": 0.01,
+    }
+    path = tmp_path_factory.mktemp("plans") / "plan.json"
+    path.write_text(json.dumps(fields))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model() -> DeployedModel:
+    return rlens_jax.load("embedded", batch_size=4)
+
+
+def test_batches_and_plans_share_the_decoding_program(
+    model: DeployedModel, page: Path, plan_path: Path
+) -> None:
+    plan = rlens_jax.read_plan(plan_path)
+    images = [[page], [png(1)], [png(2)]]
+    dense = model.generate(images=images, prompt=QUESTIONS, max_new_tokens=TOKENS)
+    assert len(dense) == 3
+    assert dense[0].strip().isdigit() and dense[1].strip().isdigit()
+    assert model.programs.traces == {"encode": 1, "prefill": 1, "decode": 1}
+    reduced = model.generate(images=images, prompt=QUESTIONS, plan=plan, max_new_tokens=TOKENS)
+    assert reduced != dense
+    # The plan has a prefill of its own, and decodes in the program that was there.
+    assert model.programs.traces == {"encode": 1, "prefill": 2, "decode": 1}
+    for given, asked, answer in zip(images, QUESTIONS, reduced, strict=True):
+        assert model.generate(given, asked, plan, max_new_tokens=TOKENS) == answer
+    assert model.programs.traces == {
+        "encode": 2,
+        "prefill": 3,
+        "decode": 2,
+    }  # for batches of one, whatever is asked
+    assert model.generate(images=[], prompt=[]) == []
+
+
+def test_with_token_pruning(model: DeployedModel, page: Path, tmp_path: Path) -> None:
+    """FastV leaves later layers a smaller cache, so it decodes in a program of its own."""
+    path, answers = tmp_path / "plan.json", {}
+    for share in (0, 0.96):
+        pruning = {"method": "fastv", "layer": 2, "share": share}
+        path.write_text(json.dumps({"format": FORMAT, "pruning": pruning}))
+        plan = rlens_jax.read_plan(path)
+        answers[share] = model.generate([page], QUESTIONS[0], plan, max_new_tokens=TOKENS)
+    assert answers[0] == model.generate([page], QUESTIONS[0], max_new_tokens=TOKENS)
+    assert answers[0.96] != answers[0]
+
+
+def test_in_chunks_the_answers_are_the_same(model: DeployedModel, page: Path, plan_path: Path) -> None:
+    plan = rlens_jax.read_plan(plan_path)
+    chunked = rlens_jax.load("embedded", chunk=24)
+    for given in (None, plan):
+        plain = model.generate([page], QUESTIONS[0], given, max_new_tokens=TOKENS)
+        assert chunked.generate([page], QUESTIONS[0], given, max_new_tokens=TOKENS) == plain
+
+
+def test_the_command_prints_what_the_model_says(
+    model: DeployedModel, page: Path, plan_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        f"--image={page}",
+        f"--prompt={QUESTIONS[0]}",
+        f"--plan={plan_path}",
+        f"--max-new-tokens={TOKENS}",
+    ]
+    assert run(["embedded", *options]) == 0
+    plan = rlens_jax.read_plan(plan_path)
+    expected = model.generate([page], QUESTIONS[0], plan, max_new_tokens=TOKENS)
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def run(arguments: Sequence[str]) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        run_command(main, argv=arguments)
+    return int(stopped.value.code or 0)
+
+
+def test_bad_input(model: DeployedModel, page: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(page.read_bytes()[:60])
+    for prompt in ("", " \n"):
+        with pytest.raises(UserError, match="the prompt: is empty"):
+            model.generate([page], prompt)
+    with pytest.raises(UserError, match=r"prompt 2: image .*broken.png cannot be"):
+        model.generate([[page], [broken]], [QUESTIONS[0]] * 2)
+    with pytest.raises(UserError, match=r"none.png does not exist"):
+        model.generate([tmp_path / "none.png"], QUESTIONS[0])
+    with pytest.raises(UserError, match="2 prompts, but images for 1"):
+        model.generate([[page]], [QUESTIONS[0]] * 2)
+    with pytest.raises(UserError, match="must be a list of files"):
+        model.generate(str(page), QUESTIONS[0])
+    with pytest.raises(UserError, match=r"2 <image> mark\(s\) for 1 image"):
+        model.generate([page], "<image> <image> ?")
+    with pytest.raises(UserError, match="max_new_tokens must be at least 1"):
+        model.generate([page], QUESTIONS[0], max_new_tokens=0)
+    with pytest.raises(UserError, match="5000 new ones are more than the model's context of 2048"):
+        model.generate([page], QUESTIONS[0], max_new_tokens=5000)
+    with pytest.raises(UserError, match="batch_size must be at least 1"):
+        rlens_jax.load("embedded", batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"num_layers": 28, "ffn": [27]}, "the plan is for a model with 28 layers, but this one has 12"),
+        ({"ffn": [12]}, "reduces ffn in layer 12, but the model has 12 layers"),
+    ],
+)
+def test_a_plan_for_another_model(
+    model: DeployedModel, page: Path, tmp_path: Path, fields, complaint: str
+) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"format": FORMAT, **fields}))
+    with pytest.raises(UserError, match=complaint):
+        model.generate([page], QUESTIONS[0], rlens_jax.read_plan(path))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--promt=x"], "did you mean '--prompt'"),
+        (["--prompt=x", "--plam=y"], "unknown argument --plam=y (did you mean '--plan'?)"),
+        (["--prompt=x", "--first=ffn=3"], "--first needs a --plan"),
+        (["--prompt=x", "--plan=none.json"], "none.json: no such plan file"),
+        ([], "--prompt TEXT is missing"),
+    ],
+)
+def test_bad_options(options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["embedded", *options]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_bucket_sizes() -> None:
+    assert slot_sizes(32, 200) == (32, 48, 64, 96, 128, 192, 200)
+    assert slot_sizes(64, 64) == (64,)
+
+
+def test_chunks_are_for_long_prompts_only() -> None:
+    assert automatic_chunk(rows=1, slots=1920, ffn_width=4864, itemsize=4) is None
+    assert automatic_chunk(rows=1, slots=8192, ffn_width=18944, itemsize=2) == 1024
+    assert automatic_chunk(rows=8, slots=8192, ffn_width=18944, itemsize=2) == 128
+    # The hidden units of a chunk stay within the bound wherever the least number of tokens allows it.
+    assert 1 * 4096 * 4864 * 4 > 64e6 > 1 * 2048 * 4864 * 4
+    assert automatic_chunk(rows=1, slots=8192, ffn_width=4864, itemsize=4) == 2048

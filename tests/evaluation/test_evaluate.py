@@ -1,0 +1,253 @@
+"""The evaluation as a person runs it: scores, files for another harness, kills and restarts, folders of other runs."""
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+from PIL import Image
+
+from rlens_jax.console import run_command
+from rlens_jax.cost import count, find_stack
+from rlens_jax.data.pages import make_page
+from rlens_jax.evaluate import main
+from rlens_jax.evaluation import answers as answers_module
+from rlens_jax.evaluation.answers import FILE_NAME, Answers
+from rlens_jax.plan_file import FORMAT, read_plan
+from tests.torch_support import allow_transformers_models
+
+allow_transformers_models()
+
+SCHEMA = json.loads((Path(answers_module.__file__).parent / "evaluation.schema.json").read_text())
+PAGES = 9
+
+
+def png(rng: np.random.Generator) -> tuple[bytes, int]:
+    """A page, and the digit at its top left."""
+    page, buffer = make_page(rng, "test", augment=False), io.BytesIO()
+    Image.fromarray(page.pixels).save(buffer, "PNG")
+    return buffer.getvalue(), int(page.digits[0, 0])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine questions the model was trained for as JSONL, and three rows of a benchmark as TSV."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(5)
+    rows, cells = [], []
+    for number in range(PAGES):
+        image, digit = png(rng)
+        (folder / f"{number}.png").write_bytes(image)
+        question = "digit at row 1 column 1 ?"
+        # The fourth has a reference answer that the model will not give.
+        answer = "red" if number == 3 else str(digit)
+        rows.append({"image": f"{number}.png", "question": question, "answer": answer, "dataset": "top_left"})
+        code = base64.b64encode(image).decode()
+        options = ["red", "green", "blue", 'the "black" ink']
+        cells.append([str(7 * number), question, *options, "A", "coarse", "fine", code])
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with (folder / "MMStar.tsv").open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(["index", "question", *"ABCD", "answer", "category", "l2_category", "image"])
+        writer.writerows(cells[:3])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plan_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    fields = {"format": FORMAT, "attention": [9, 10, 11], "ffn": list(range(12)), "active_fraction": 0.02}
+    path = tmp_path_factory.mktemp("plans") / "plan.json"
+    path.write_text(json.dumps(fields))
+    return path
+
+
+def arguments(data: Path, plan: Path, output: Path, *more: str) -> list[str]:
+    md5 = hashlib.md5((data / "MMStar.tsv").read_bytes()).hexdigest()
+    sources = [str(data / "own.jsonl"), str(data / "MMStar.tsv")]
+    settings = (
+        "--batch-size=2",
+        "--max-new-tokens=3",
+        "--bootstrap-samples=50",
+        "--timing-repeats=0",
+        "--baseline",
+    )
+    return [
+        "embedded", f"--plan={plan}", f"--output={output}", f"--md5=MMStar={md5}", *settings, *more, "--data", *sources
+    ]  # fmt: skip
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Run the command in this process; its exit code."""
+    with pytest.raises(SystemExit) as stopped:
+        run_command(main, argv=arguments)
+    return int(stopped.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, plan_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an evaluation that nothing disturbed."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    assert evaluate(arguments(data, plan_path, output, "--timing-repeats=1")) == 0
+    return output
+
+
+def predictions(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """All that an evaluation decides: predictions and evaluation.json."""
+    files = [folder / "evaluation.json", *sorted(folder.glob("*/*.tsv"))]
+    assert len(files) == 5
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_scores_costs_and_predictions(finished: Path, data: Path, plan_path: Path) -> None:
+    result = json.loads((finished / "evaluation.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.validate(result, SCHEMA)
+    own = result["datasets"]["top_left"]
+    references = [json.loads(line)["answer"] for line in (data / "own.jsonl").read_text().splitlines()]
+    values = {}
+    for variant, part in own["variants"].items():
+        rows = predictions(finished / part["predictions"])
+        assert [row["index"] for row in rows] == [f"own.jsonl:{number}" for number in range(1, PAGES + 1)]
+        right = [row["prediction"] == reference for row, reference in zip(rows, references, strict=True)]
+        values[variant] = part["score"]["value"]
+        assert values[variant] == pytest.approx(100 * sum(right) / PAGES)
+        assert part["score"]["low"] <= values[variant] <= part["score"]["high"]
+        assert part["unended"] == 0
+    assert values["dense"] >= 60  # it can read, but is never right at the fourth question
+    assert values["plan"] < values["dense"] < 100
+    assert own["difference"]["value"] == pytest.approx(values["plan"] - values["dense"])
+    stack, plan = find_stack("embedded"), read_plan(plan_path)
+    # Every question has as many tokens.
+    counted = count(stack, int(own["text_tokens"]), int(own["visual_tokens"]), plan)
+    assert own["multiply_adds"]["saved"] == pytest.approx(1 - counted["without_probes"]["share_of_dense"])
+    assert own["multiply_adds"]["saved_with_probes"] == pytest.approx(
+        1 - counted["with_probes"]["share_of_dense"]
+    )
+
+
+def test_a_benchmark_has_the_columns_of_its_file(finished: Path) -> None:
+    rows = predictions(finished / "plan" / "MMStar.tsv")
+    assert [row["index"] for row in rows] == ["0", "7", "14"]
+    assert rows[0]["D"] == 'the "black" ink'
+    assert {"question", "answer", "category", "prediction"} < rows[0].keys()
+    assert "image" not in rows[0]
+    score = json.loads((finished / "evaluation.json").read_text())["datasets"]["MMStar"]["variants"]["plan"][
+        "score"
+    ]
+    assert score["harness"].startswith("VLMEvalKit rules")
+
+
+def test_times_have_their_baseline(finished: Path) -> None:
+    times = json.loads((finished / "timing.json").read_text())
+    for variant in ("dense", "plan"):
+        for name in ("prefill", "first_token", "decode"):
+            assert len(times[variant][name]) == 1
+            assert times[variant][name][0] > 0
+        assert times[variant]["tokens_per_second"] == times["rows"] * 31 / times[variant]["decode"][0]
+
+
+def test_interrupted_anywhere_and_resumed(
+    finished: Path, data: Path, plan_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, append = tmp_path / "run", Answers.append
+    stops = [0, 1, 1, 3]
+
+    def stop_later(self, answers):
+        if stops[0] == 0:
+            raise KeyboardInterrupt
+        stops[0] -= 1
+        append(self, answers)
+
+    monkeypatch.setattr(Answers, "append", stop_later)
+    while len(stops) > 1:
+        assert evaluate(arguments(data, plan_path, output)) == 130
+        with (output / FILE_NAME).open("ab") as file:
+            file.write(b'{"variant": "pl')  # what a power cut leaves
+        del stops[0]
+    monkeypatch.undo()
+    assert not (output / "evaluation.json").exists()
+    assert evaluate(arguments(data, plan_path, output)) == 0
+    assert results(output) == results(finished)
+    # Once more, nothing is left to answer.
+    log = (output / FILE_NAME).read_bytes()
+    assert evaluate(arguments(data, plan_path, output)) == 0
+    assert (output / FILE_NAME).read_bytes() == log
+
+
+def test_killed_and_resumed(finished: Path, data: Path, plan_path: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    hidden = str(Path(__file__).parent.parent / "without_torchvision")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([hidden, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "rlens_jax.evaluate", *arguments(data, plan_path, output)]
+    log, errors = output / FILE_NAME, tmp_path / "errors"
+    with errors.open("wb") as file, subprocess.Popen(command, env=environment, stderr=file) as process:
+        while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 1):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert log.exists(), errors.read_text()
+    assert evaluate(arguments(data, plan_path, output)) == 0
+    assert results(output) == results(finished)
+
+
+@pytest.mark.parametrize("changed", ["model_hash", "plan.ffn", "data.top_left"])
+def test_the_folder_of_another_evaluation(
+    finished: Path,
+    data: Path,
+    plan_path: Path,
+    tmp_path: Path,
+    changed: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    given = arguments(data, plan_path, output)
+    if changed == "model_hash":
+        header, rest = (output / FILE_NAME).read_bytes().split(b"\n", 1)
+        fields = json.loads(header)
+        fields["fingerprint"]["model_hash"] = "0" * 64
+        (output / FILE_NAME).write_bytes(json.dumps(fields).encode() + b"\n" + rest)
+    elif changed == "plan.ffn":
+        other = tmp_path / "other.json"
+        other.write_text(json.dumps({**json.loads(plan_path.read_text()), "ffn": [4]}))
+        given = arguments(data, other, output)
+    else:
+        given = [*given, "--limit=8"]
+    assert evaluate(given) == 2
+    assert f"belongs to a run of another configuration: {changed} was" in capsys.readouterr().err
+    assert results(output) == results(finished)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--bseline"], "did you mean '--baseline'"),
+        (["--data", "pagess"], "--data pagess: is neither 'pages' nor a .tsv or .jsonl file"),
+        (["--data", "MMSta.tsv"], "did you mean 'MMStar'"),
+        (["--data", "none/MMStar.tsv"], "no such file"),
+        (["--batch-size=0"], "--batch-size must be at least 1, not 0"),
+        (["--md5=MMStar=1"], "must be NAME=SUM"),
+        (["--first=ffn=2"], "--first needs a --plan"),
+    ],
+)
+def test_bad_options(
+    options: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(["embedded", f"--output={tmp_path / 'run'}", *options]) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,86 @@
+"""The command reproduces the check values of the method's description, and says what is wrong with what it is asked."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from rlens_jax.console import run_command
+from rlens_jax.cost import main
+from rlens_jax.plan_file import FORMAT
+
+
+def run(arguments: Sequence[str]) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        run_command(main, argv=arguments)
+    return int(stopped.value.code or 0)
+
+
+def last_layers(folder: Path, num_layers: int, count: int) -> Path:
+    layers = list(range(num_layers - count, num_layers))
+    path = folder / "plan.json"
+    path.write_text(
+        json.dumps({"format": FORMAT, "num_layers": num_layers, "attention": layers, "ffn": layers})
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("model", "num_layers", "reduced", "without_probes", "with_probes"),
+    [("internvl2-8b", 32, 14, 72.2, 74.3), ("qwen2-vl-7b", 28, 12, 70.8, 73.1)],
+)
+def test_published_savings(
+    tmp_path: Path, model: str, num_layers: int, reduced: int, without_probes: float, with_probes: float
+) -> None:
+    plan, result = last_layers(tmp_path, num_layers, reduced), tmp_path / "cost.json"
+    assert run([model, f"--plan={plan}", f"--json={result}"]) == 0
+    counted = json.loads(result.read_text())
+    assert counted["num_layers"] == num_layers
+    assert abs(100 * counted["without_probes"]["share_of_dense"] - without_probes) < 0.1
+    assert abs(100 * counted["with_probes"]["share_of_dense"] - with_probes) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("model", "drop", "percent"),
+    [
+        ("internvl2-8b", "0.3", 71.6),
+        ("qwen2-vl-7b", "0.3", 72.1),
+        ("internvl2-8b", "0.5", 53.2),
+        ("qwen2-vl-7b", "0.5", 53.9),
+    ],
+)
+def test_fastv_after_layer_two(tmp_path: Path, model: str, drop: str, percent: float) -> None:
+    result = tmp_path / "cost.json"
+    assert run([model, "--fastv", "2", drop, f"--json={result}"]) == 0
+    assert abs(100 * json.loads(result.read_text())["without_probes"]["share_of_dense"] - percent) < 0.1
+
+
+def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["embedded", "--text=20", "--visual=32", "--vtw=6"]) == 0
+    shown = capsys.readouterr().out
+    assert "embedded: 12 layers, 20 text and 32 visual tokens\nplan: dense, VTW after layer 6\n" in shown
+    assert shown.count("% of dense") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["qwen2-vl-7"], "neither a folder nor one of"),
+        (["qwen2-vl-7"], "did you mean 'qwen2-vl-7b'"),
+        (["qwen2-vl-7b", "--fastv", "28", "0.3"], "prunes after layer 28, but the model has 28 layers"),
+        (["qwen2-vl-7b", "--fastv", "2", "1.0"], "share must be a decimal number from 0 on and below 1"),
+        (["qwen2-vl-7b", "--fastv", "two", "0.5"], "must be a number of layers, not 'two'"),
+        (["qwen2-vl-7b", "--vtw=14", "--folder=0.5"], "not allowed with"),
+        (["qwen2-vl-7b", "--visual=-1"], "must be numbers of tokens"),
+        (["qwen2-vl-7b", "--vissual=1"], "did you mean '--visual'"),
+    ],
+)
+def test_bad_input(options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(options) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_plan_for_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["internvl2-8b", f"--plan={last_layers(tmp_path, 28, 3)}"]) == 2
+    assert "for a model with 28 layers, but this one has 32" in capsys.readouterr().err

@@ -1,0 +1,140 @@
+"""Plans written by hand and taken from rankings; everything that can be wrong with either is one clear line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlens_jax.errors import UserError
+from rlens_jax.plan import FastV, Plan, Reduction
+from rlens_jax.plan_file import FORMAT, PlanFile, parse_first, read_plan
+
+
+def written(folder: Path, value: object) -> Path:
+    path = folder / "plan.json"
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def ranking(**changed: object) -> dict[str, object]:
+    """What read_plan looks at of a ranking.json."""
+    dense = {"attention": [], "ffn": []}
+    return {
+        "schema": "rlens-ranking/1",
+        "rankings": {"attention": [3, 1, 0, 2], "ffn": [2, 3, 1, 0]},
+        "model": {"path": "m", "hash": "0", "num_layers": 4},
+        "search": {"attention": {"base": dense}, "ffn": {"base": dense}},
+        "configuration": {"reduction": {"attention_range": 64, "active_fraction": 0.3}},
+        **changed,
+    }
+
+
+def test_every_field_arrives(tmp_path: Path) -> None:
+    fields = {
+        "format": FORMAT,
+        "num_layers": 12,
+        "attention": [11, 3],
+        "ffn": [4],
+        "attention_range": 32,
+        "active_fraction": 0.25,
+        "probe_fraction": "0.05",
+        "probe": "random",
+        "window": "position",
+        "pruning": {"method": "fastv", "layer": 3, "share": 0.3},
+    }
+    reduction = Reduction(32, 0.25, 0.05, "random", "position")
+    expected = PlanFile(Plan((3, 11), (4,)), reduction, 12, FastV(3, 0.3))
+    read = read_plan(written(tmp_path, fields))
+    assert read == expected
+    assert read.label() == "attention 3+11, ffn 4, FastV after layer 3 drops 30 %"
+    # What is recorded of a plan is a plan file again, but for the number of layers.
+    again = {"format": FORMAT, "num_layers": 12, **read.fields()}
+    assert read_plan(written(tmp_path, again)) == expected
+    for pruning in ({"method": "vtw", "layer": 5}, {"method": "folder", "share": 0.25}, None):
+        given = read_plan(written(tmp_path, {**again, "pruning": pruning}))
+        assert given.fields()["pruning"] == pruning
+
+
+def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
+    assert (
+        read_plan(written(tmp_path, {"format": FORMAT})) == PlanFile() == PlanFile(Plan(), Reduction(), None)
+    )
+    assert read_plan(written(tmp_path, {"format": FORMAT, "ffn": [2]})).plan == Plan(ffn=(2,))
+
+
+def test_a_ranking_and_its_first_layers(tmp_path: Path) -> None:
+    path = written(tmp_path, ranking())
+    expected = PlanFile(Plan((1, 3), (2,)), Reduction(64, 0.3), 4)
+    assert read_plan(path, {"attention": 2, "ffn": 1}) == expected
+    assert read_plan(path, {"ffn": 4}).plan == Plan(ffn=(0, 1, 2, 3))
+
+
+def test_what_was_reduced_during_the_search_is_part_of_the_plan(tmp_path: Path) -> None:
+    only = ranking(rankings={"ffn": [2, 3, 1, 0]}, search={"ffn": {"base": {"attention": [0], "ffn": []}}})
+    path = written(tmp_path, only)
+    assert read_plan(path, {"ffn": 2}).plan == Plan((0,), (2, 3))
+    with pytest.raises(UserError, match="no first layers of attention"):
+        read_plan(path, {"attention": 2})
+
+
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [
+        ({"format": FORMAT, "atention": [1]}, "unknown field 'atention' \\(did you mean 'attention'\\?\\)"),
+        ({"attention": [1]}, "field 'format' must be"),
+        ({"format": "rlens-plan/2"}, "not 'rlens-plan/2'"),
+        ({"format": FORMAT, "attention": "1,2"}, "attention must be a list of layers"),
+        ({"format": FORMAT, "ffn": [1, 1]}, "plan.ffn names layer 1 twice"),
+        ({"format": FORMAT, "ffn": [0.5]}, "plan.ffn: a layer is a whole number"),
+        ({"format": FORMAT, "num_layers": True}, "num_layers must be a whole number"),
+        ({"format": FORMAT, "num_layers": 4, "ffn": [4]}, "ffn in layer 4, but the model has 4 layers"),
+        ({"format": FORMAT, "active_fraction": 1.5}, "active_fraction must be a decimal number"),
+        ({"format": FORMAT, "window": "ordnal"}, "did you mean 'ordinal'"),
+        ({"format": FORMAT, "pruning": "fastv"}, "pruning must be null or an object with a method"),
+        ({"format": FORMAT, "pruning": {"method": "fastvv"}}, "did you mean 'fastv'"),
+        ({"format": FORMAT, "pruning": {"method": "vtw", "layr": 2}}, "pruning.layr .did you mean 'layer'"),
+        ({"format": FORMAT, "pruning": {"method": "vtw"}}, "pruning.layer is missing"),
+        ({"format": FORMAT, "pruning": {"method": "fastv", "share": 1.0}}, "share must be a decimal number"),
+        ('{"format": "rlens-plan/1", "ffn": [1], "ffn": [2]}', "field 'ffn' is given twice"),
+        ('{"format": "rlens-plan/1",', "not readable as JSON"),
+        ([1, 2], "must hold one JSON object"),
+        (ranking(), "say how many of its first layers to reduce, as in --first attention=K,ffn=K"),
+        ({"schema": "rlens-ranking/1"}, "not a whole ranking.json"),
+    ],
+)
+def test_bad_files(tmp_path: Path, value: object, complaint: str) -> None:
+    path = written(tmp_path, value)
+    with pytest.raises(UserError, match=complaint) as raised:
+        read_plan(path)
+    assert str(raised.value).startswith(str(path))
+
+
+def test_bad_choices(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such plan file"):
+        read_plan(tmp_path / "none.json")
+    path = written(tmp_path, ranking())
+    with pytest.raises(UserError, match="ranks 4 layers of ffn; 5 cannot be reduced"):
+        read_plan(path, {"ffn": 5})
+    with pytest.raises(UserError, match="can be chosen of a ranking"):
+        read_plan(written(tmp_path, {"format": FORMAT}), {"ffn": 1})
+
+
+def test_a_plan_for_another_number_of_layers() -> None:
+    PlanFile(Plan((3,)), num_layers=4).validate(4)
+    PlanFile(Plan((3,))).validate(28)
+    with pytest.raises(UserError, match="for a model with 4 layers, but this one has 28"):
+        PlanFile(Plan((3,)), num_layers=4).validate(28)
+    with pytest.raises(UserError, match="attention in layer 3, but the model has 3 layers"):
+        PlanFile(Plan((3,))).validate(3)
+    with pytest.raises(UserError, match="prunes after layer 4, but the model has 4 layers"):
+        PlanFile(pruning=FastV(4)).validate(4)
+
+
+def test_first_layers_as_text() -> None:
+    assert parse_first("attention=11,ffn=5") == {"attention": 11, "ffn": 5}
+    assert parse_first(" ffn = 0 ") == {"ffn": 0}
+    for text in ("11", "attention", "attention=-1", "ffn=1,ffn=2", "", "ffn=x"):
+        with pytest.raises(UserError, match="first layers"):
+            parse_first(text)
+    with pytest.raises(UserError, match="did you mean 'attention'"):
+        parse_first("atention=3")
