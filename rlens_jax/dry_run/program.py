@@ -1,6 +1,5 @@
 """Compiles one program for a slice and reads off what a device needs: memory, arithmetic, traffic and collectives."""
 
-import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,9 +11,7 @@ from rlens_jax.dry_run.collectives import Collective, find_collectives
 from rlens_jax.dry_run.costs import Cost, ProgramCost, program_cost, reduced, unreduced
 from rlens_jax.dry_run.hlo import parse_module
 from rlens_jax.dry_run.loops import LoopCounts, Loops
-
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_NEEDED = re.compile(r"(?:[Uu]sed |required for HLO temporaries \()([\d.]+)([KMGT])")
+from rlens_jax.parallel.memory import bytes_refused, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Memory:
     outputs: int
     """Without those that are written over arguments."""
     resident: int
-    """What the run keeps beside the program: the model's other weights, batches, and base states of other batches."""
+    """What the run keeps beside the program: the model's other weights, and base states of other batches."""
     limit: int
 
     @property
@@ -158,10 +155,8 @@ def with_kernels(cost: ProgramCost, layers: int, flops: int) -> ProgramCost:
 def refusal(spec: ProgramSpec, message: str, seconds: float) -> Refused:
     """What the compiler's message says, in one line."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    found = _NEEDED.search(message)
-    needed = round(float(found[1]) * _UNITS[found[2]]) if found else None
     reason = lines[0] if lines else "no reason given"
-    return Refused(spec, reason, needed, "RESOURCE_EXHAUSTED" in message, seconds)
+    return Refused(spec, reason, bytes_refused(message), is_out_of_memory(message), seconds)
 
 
 def of_one_layer(collectives: Iterable[Collective], *, dense: bool) -> list[Collective]:

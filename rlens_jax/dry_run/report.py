@@ -93,7 +93,7 @@ def _title(found: DryRun, config: RunConfig) -> str:
 
 def _memory(found: DryRun) -> Iterator[str]:
     limit = found.where.memory_limit
-    yield f"Memory of one device in GiB, of which a program can use {_gib(limit)}:"
+    yield f"Memory of one device in GiB, of which a program can use {_gib(limit)}; kept aside are other weights and base states:"
     yield _LINE.format("program", "bucket", "arguments", "temporary", "output", "kept aside", "total", "")
     for program in found.programs:
         name, bucket = program.spec.name, program.spec.bucket
@@ -171,7 +171,7 @@ def _estimate(found: DryRun) -> Iterator[str]:
         slow = estimate.total / LIKELY_SHARE
         yield (
             f"  {estimate.bucket}: {_minutes(estimate.total)} to {_minutes(slow)} minutes, "
-            f"{estimate.chip_hours:,.3g} to {estimate.chip_hours / LIKELY_SHARE:,.3g} chip-hours"
+            f"{_short(estimate.chip_hours)} to {_short(estimate.chip_hours / LIKELY_SHARE)} chip-hours"
         )
         parts = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in estimate.seconds.items())
         yield f"    minutes at the roofline: {parts}"
@@ -197,8 +197,11 @@ def _gib(size: float) -> str:
 
 
 def _minutes(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{minutes:,.0f}" if minutes >= 100 else f"{minutes:.3g}"
+    return _short(seconds / 60)
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _program(program: Program, found: DryRun) -> dict[str, Any]:

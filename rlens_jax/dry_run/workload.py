@@ -65,7 +65,7 @@ class Workload:
     samples: Mapping[str, Samples]
     """By split."""
     resident_bytes: int
-    """On a device, beside the programs of the search: batches and base states."""
+    """On a device, beside the programs of the search: base states."""
 
 
 @dataclass

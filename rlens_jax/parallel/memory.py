@@ -1,6 +1,7 @@
 """Memory of the devices: how much there is, how many rows fit, and what to say when they did not."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,8 @@ from rlens_jax.errors import UserError
 MOST_ROWS = 16
 """Rows that a batch of a work group has at most (our decision): of long prompts more bring no more speed, and fill up worse."""
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_NEEDED = re.compile(r"(?:[Uu]sed |required for HLO temporaries \()([\d.]+)([KMGT])")
 
 
 def device_bytes(mesh: Mesh) -> int:
@@ -22,6 +25,17 @@ def device_bytes(mesh: Mesh) -> int:
     if known:
         return min(known)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(local)
+
+
+def is_out_of_memory(message: str) -> bool:
+    """Whether that is what an error of JAX says."""
+    return _EXHAUSTED in message
+
+
+def bytes_refused(message: str) -> int | None:
+    """How much memory a program would need that the compiler for TPUs refused, where its message says it."""
+    found = _NEEDED.search(message)
+    return round(float(found[1]) * _UNITS[found[2]]) if found else None
 
 
 def most_rows(needed: Callable[[int], int], available: int) -> int:
@@ -59,7 +73,7 @@ def memory_explained(batch_size: int, model_shards: int) -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and _EXHAUSTED not in str(error):
+        if isinstance(error, jax.errors.JaxRuntimeError) and not is_out_of_memory(str(error)):
             raise
         raise UserError(
             f"out of memory with compute.batch_size = {batch_size} and compute.model_shards = {model_shards}; "

@@ -3,13 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
+import jax
 from flax import nnx
 from jax.sharding import Mesh
 
 from rlens_jax.config import RunConfig
 from rlens_jax.layout import Bucket
 from rlens_jax.models import ModelKind
-from rlens_jax.parallel.memory import most_rows
+from rlens_jax.parallel.memory import bytes_refused, is_out_of_memory, most_rows
 from rlens_jax.ranking.abstract import abstract_model, decoder_arguments, device_bytes
 from rlens_jax.ranking.programs import Programs
 
@@ -42,8 +43,15 @@ def with_batch_size(config: RunConfig, kind: ModelKind, mesh: Mesh, available: i
 
     def needed(rows: int) -> int:
         arguments: Any = decoder_arguments(programs, bucket, rows * programs.groups)[name]
-        sizes: Any = programs.lower(name, *arguments).compile().memory_analysis()
         held = weights + device_bytes(arguments)
+        lowered = programs.lower(name, *arguments)
+        try:
+            sizes: Any = lowered.compile().memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            # The compiler for TPUs refuses what cannot fit, and mostly says how much it would need.
+            if not is_out_of_memory(str(error)):
+                raise
+            return held + (bytes_refused(str(error)) or available)
         return (
             held + sizes.temp_size_in_bytes + sizes.output_size_in_bytes + int(compute.state_memory_gb * 1e9)
         )

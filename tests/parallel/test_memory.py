@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.parallel.memory import device_bytes, memory_explained, most_rows
+from rlens_jax.parallel.memory import bytes_refused, device_bytes, memory_explained, most_rows
 from rlens_jax.parallel.mesh import make_mesh
 
 
@@ -46,3 +46,21 @@ def test_running_out_is_one_line() -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory_explained(8, 4):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G.",
+            20.5,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (1.50T) exceeds available HBM (7.48G).",
+            1536,
+        ),
+        ("RESOURCE_EXHAUSTED: something else", None),
+    ],
+)
+def test_what_the_compiler_says_it_needs(message: str, needed: float | None) -> None:
+    assert bytes_refused(message) == (None if needed is None else round(needed * 2**30))
