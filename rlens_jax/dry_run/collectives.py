@@ -25,6 +25,10 @@ Axis = Literal["work", "model", "work and model"]
 _SPLIT, _START = '"async_collective_fusion_config"', "AsyncCollectiveStart"
 """On TPU a collective that overlaps with arithmetic is spread over several fusions, each of which names it."""
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_NAMED = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
+"""A mesh of named axes, which devices lie on it in which order, and the axes along which they exchange."""
 _PAIR = re.compile(r"\{(\d+),(\d+)\}")
 
 
@@ -159,9 +163,25 @@ def device_groups(item: Instruction, num_devices: int) -> list[tuple[int, ...]]:
             tuple(group)
             for group in np.arange(prod(dims)).reshape(dims).transpose(order).reshape(shape).tolist()
         ]
+    named = _NAMED.search(item.attributes)
+    if named:
+        return _named_groups(named)
     if not listed.startswith("{{"):
         raise ValueError(f"replica_groups in an unknown notation: {listed}")
     return [tuple(int(n) for n in group.split(",") if n) for group in re.findall(r"\{([\d,]*)\}", listed)]
+
+
+def _named_groups(named: re.Match[str]) -> list[tuple[int, ...]]:
+    axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+    count = prod(axes.values())
+    dims = [int(n) for n in named[2].split(",")] if named[2] else [count]
+    order = [int(n) for n in named[3].split(",")] if named[3] else range(len(dims))
+    devices = np.arange(count).reshape(dims).transpose(order).reshape(tuple(axes.values()))
+    names = list(axes)
+    along = [names.index(name) for name in re.findall(r"'(\w+)'", named[4])]
+    others = [axis for axis in range(len(names)) if axis not in along]
+    size = prod(axes[names[axis]] for axis in along)
+    return [tuple(group) for group in devices.transpose([*others, *along]).reshape(-1, size).tolist()]
 
 
 def mesh_axis(groups: list[tuple[int, ...]], mesh_shape: tuple[int, int]) -> Axis | None:

@@ -54,6 +54,12 @@ def test_bytes_around_a_ring() -> None:
         ("replica_groups=[2,4]<=[8], to_apply=%r", [(0, 1, 2, 3), (4, 5, 6, 7)]),
         ("replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%r", [(0, 4), (1, 5), (2, 6), (3, 7)]),
         ("replica_groups={}, to_apply=%r", [tuple(range(8))]),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=2] {'a'}, to_apply=%r", [(0, 2, 4, 6), (1, 3, 5, 7)]),
+        ("replica_groups=mesh['a'=4,'c'=2] {'c'}, dimensions={0}", [(0, 1), (2, 3), (4, 5), (6, 7)]),
+        (
+            "replica_groups=mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'b','a'}, to_apply=%r",
+            [(0, 1), (2, 3), (4, 5), (6, 7)],
+        ),
         ("to_apply=%r", [tuple(range(8))]),
         ("source_target_pairs={{0,1},{1,0}}", [(0, 1), (1, 0)]),
     ],
