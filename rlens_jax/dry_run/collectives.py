@@ -25,9 +25,10 @@ Axis = Literal["work", "model", "work and model"]
 _SPLIT, _START = '"async_collective_fusion_config"', "AsyncCollectiveStart"
 """On TPU a collective that overlaps with arithmetic is spread over several fusions, each of which names it."""
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
-_MESH_AXIS = re.compile(r"'([^']+)'=(\d+)")
-_GROUPED_AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
+_NAMED = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
+"""A mesh of named axes, which devices lie on it in which order, and the axes along which they exchange."""
 _PAIR = re.compile(r"\{(\d+),(\d+)\}")
 
 
@@ -151,9 +152,6 @@ def device_groups(item: Instruction, num_devices: int) -> list[tuple[int, ...]]:
     pairs = item.attribute("source_target_pairs")
     if pairs is not None:
         return [(int(source), int(target)) for source, target in _PAIR.findall(pairs)]
-    named = _MESH.search(item.attributes)
-    if named is not None:
-        return _groups_of_named_axes(named[1], named[2])
     listed = item.attribute("replica_groups")
     if listed is None or listed == "{}":
         return [tuple(range(num_devices))]
@@ -165,27 +163,31 @@ def device_groups(item: Instruction, num_devices: int) -> list[tuple[int, ...]]:
             tuple(group)
             for group in np.arange(prod(dims)).reshape(dims).transpose(order).reshape(shape).tolist()
         ]
+    named = _NAMED.search(item.attributes)
+    if named:
+        return _named_groups(named)
     if not listed.startswith("{{"):
         raise ValueError(f"replica_groups in an unknown notation: {listed}")
     return [tuple(int(n) for n in group.split(",") if n) for group in re.findall(r"\{([\d,]*)\}", listed)]
 
 
-def _groups_of_named_axes(mesh: str, grouped: str) -> list[tuple[int, ...]]:
-    """Groups along some axes of a mesh that XLA names itself, such as `'a'=8,'b'=4` along `'a':(2)4,'b'`.
-
-    `'a':(2)4` is a part of an axis: of the 8 places cut into 2 x 4, those along the 4.
-    """
-    sizes = {name: int(size) for name, size in _MESH_AXIS.findall(mesh)}
+def _named_groups(named: re.Match[str]) -> list[tuple[int, ...]]:
+    """Groups along axes that XLA names itself; `'a':(2)4` is a part of one: of its 2 x 4 x ... places those along the 4."""
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+    count = prod(sizes.values())
+    dims = [int(n) for n in named[2].split(",")] if named[2] else [count]
+    order = [int(n) for n in named[3].split(",")] if named[3] else range(len(dims))
     parts = {name: (1, size, 1) for name, size in sizes.items()}
-    for name, before, size in _GROUPED_AXIS.findall(grouped):
+    along = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[4])
+    for name, before, size in along:
         if size:
             parts[name] = (int(before), int(size), sizes[name] // (int(before) * int(size)))
-    together = {name for name, *_ in _GROUPED_AXIS.findall(grouped)}
-    numbers = np.arange(prod(sizes.values())).reshape([n for part in parts.values() for n in part])
-    inner = [3 * place + 1 for place, name in enumerate(parts) if name in together]
-    outer = [axis for axis in range(numbers.ndim) if axis not in inner]
-    rows = numbers.transpose(outer + inner).reshape(-1, prod(numbers.shape[axis] for axis in inner))
-    return [tuple(row) for row in rows.tolist()]
+    devices = np.arange(count).reshape(dims).transpose(order)
+    devices = devices.reshape([n for part in parts.values() for n in part])
+    inner = [3 * list(parts).index(name) + 1 for name, *_ in along]
+    outer = [axis for axis in range(devices.ndim) if axis not in inner]
+    size = prod(devices.shape[axis] for axis in inner)
+    return [tuple(group) for group in devices.transpose([*outer, *inner]).reshape(-1, size).tolist()]
 
 
 def mesh_axis(groups: list[tuple[int, ...]], mesh_shape: tuple[int, int]) -> Axis | None:

@@ -64,7 +64,7 @@ def program_specs(
         yield ProgramSpec(
             "encode",
             f"patches {patches}",
-            lambda images=images: programs.lower("encode", *images),  # type: ignore[misc]
+            lambda images=images: programs.lower("encode", images),  # type: ignore[misc]
             vision_depth(kind),
             num_images,
             weights + device_bytes(images),

@@ -5,7 +5,9 @@ a DMA of its own into VMEM and used there; a gathered matrix never exists in HBM
 
 A TPU keeps two bfloat16 numbers in a word, of neighbouring *rows*, so one row of a [R, D] matrix cannot be fetched without the
 other. The weights are therefore kept as [R, 2, D / 2]: the two halves of a unit share the words and a unit is one contiguous
-piece of memory. XLA multiplies with that form at the same price (our decision; benchmarks/weight_traffic.py shows the reads).
+piece of memory (our decision). XLA's own products read that form once too, as long as a layer's matrix fits VMEM; where it does
+not (7B on a model axis of 1), XLA copies it in HBM first, and [F, D] without the kernel is better for dense layers.
+benchmarks/weight_traffic.py shows both.
 
 Rows are fetched for the first block of tokens, tile by tile, the next tile on its way while one is multiplied, and stay in VMEM
 for the other blocks.

@@ -6,7 +6,7 @@ units and vocabulary are cut, all else is whole on every device. One CPU is the 
 Axis letters as in `rlens_jax.models.decoder`; towers use the same letters for heads (N) and FFN units (F).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,7 +149,16 @@ def own_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(blocks[start]) for start in sorted(blocks)])
 
 
-def split_over(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`function` on every device's shards (`jax.shard_map` over both axes)."""
+def split_over(
+    function: Callable[..., Any], mesh: Mesh, axes: Collection[str], in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """`function` on shards along `axes` (`jax.shard_map`); XLA partitions it along the others."""
     # Replication is ours to know: its check does not follow branches that differ in their collectives.
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        axis_names=set(axes),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        check_vma=False,
+    )

@@ -28,7 +28,7 @@ from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import IGNORE, PromptBatch
 from rlens_jax.ops.splash import Kernel
 from rlens_jax.parallel.mesh import ParameterLayout, put_rows, split_over
-from rlens_jax.parallel.model_axis import WORK
+from rlens_jax.parallel.model_axis import MODEL, WORK
 from rlens_jax.parallel.routing import fetch_blocks
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.weights.leaves import axes_of
@@ -64,7 +64,8 @@ class ModelPrograms:
         """What computes the attention of a prefill."""
         self.traces: Counter[str] = Counter()
         """How often each program was traced: once per bucket, or something is wrong."""
-        self._encode = self._jitted("encode", self._encode_impl)
+        # A tower may go image by image: each group's own ones. Along `model`, XLA cuts it as its weights lie.
+        self._encode = self._split("encode", self._encode_impl, (ROWS,), ROWS, cut=False)
 
     @property
     def groups(self) -> int:
@@ -73,7 +74,7 @@ class ModelPrograms:
 
     def encode(self, *arrays: np.ndarray) -> Float[Array, "I j D"]:
         """Visual tokens of a batch of prepared images of one bucket; each process gives those of its own groups."""
-        return self._encode(*put_rows(arrays, self.mesh))
+        return self._encode(put_rows(arrays, self.mesh))
 
     def put(self, rows: Float[np.ndarray, "rows P D"]) -> Float[Array, "B P D"]:
         """Rows of this process's groups, on their devices."""
@@ -86,29 +87,31 @@ class ModelPrograms:
         ]
         return nnx.merge(self._graph, nnx.from_flat_state(filled))
 
-    def _jitted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @jax.jit
-        def program(leaves: list[Array], *arguments: Any) -> Any:
-            self.traces[name] += 1
-            return function(self._model(leaves), *arguments)
-
-        return partial(program, self._leaves)
-
     def _split(
-        self, name: str, function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any
+        self,
+        name: str,
+        function: Callable[..., Any],
+        in_specs: tuple[Any, ...],
+        out_specs: Any,
+        *,
+        cut: bool = True,
     ) -> Callable[..., Any]:
-        """`function` on shards; its arguments after the model lie as `in_specs` say."""
+        """`function` on each group's rows; its arguments after the model lie as `in_specs` say.
+
+        With `cut` it sees shards of the model too, else all of it, and XLA cuts it.
+        """
 
         def counted(leaves: list[Array], *arguments: Any) -> Any:
             self.traces[name] += 1
             return function(self._model(leaves), *arguments)
 
-        program = jax.jit(split_over(counted, self.mesh, (self._specs, *in_specs), out_specs))
+        model_specs = self._specs if cut else EVERYWHERE
+        axes = (WORK, MODEL) if cut else (WORK,)
+        program = jax.jit(split_over(counted, self.mesh, axes, (model_specs, *in_specs), out_specs))
         return partial(program, self._leaves)
 
-    def _encode_impl(self, model: Any, *arrays: Array) -> Array:
-        tokens = model.vision(*arrays)
-        return jax.lax.with_sharding_constraint(tokens, NamedSharding(self.mesh, ROWS))
+    def _encode_impl(self, model: Any, arrays: tuple[Array, ...]) -> Array:
+        return model.vision(*arrays)
 
 
 class Programs(ModelPrograms):

@@ -54,9 +54,13 @@ def test_bytes_around_a_ring() -> None:
         ("replica_groups=[2,4]<=[8], to_apply=%r", [(0, 1, 2, 3), (4, 5, 6, 7)]),
         ("replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%r", [(0, 4), (1, 5), (2, 6), (3, 7)]),
         ("replica_groups={}, to_apply=%r", [tuple(range(8))]),
-        ("replica_groups=mesh['a'=2,'b'=1,'c'=4] {'c'}, to_apply=%r", [(0, 1, 2, 3), (4, 5, 6, 7)]),
-        ("replica_groups=mesh['a'=2,'b'=1,'c'=4] {'a','b'}, to_apply=%r", [(0, 4), (1, 5), (2, 6), (3, 7)]),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=2] {'a'}, to_apply=%r", [(0, 2, 4, 6), (1, 3, 5, 7)]),
         ("replica_groups=mesh['a'=8] {'a':(2)2}, to_apply=%r", [(0, 2), (1, 3), (4, 6), (5, 7)]),
+        ("replica_groups=mesh['a'=4,'c'=2] {'c'}, dimensions={0}", [(0, 1), (2, 3), (4, 5), (6, 7)]),
+        (
+            "replica_groups=mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'b','a'}, to_apply=%r",
+            [(0, 1), (2, 3), (4, 5), (6, 7)],
+        ),
         ("to_apply=%r", [tuple(range(8))]),
         ("source_target_pairs={{0,1},{1,0}}", [(0, 1), (1, 0)]),
     ],
@@ -67,7 +71,7 @@ def test_notations_of_groups(attributes: str, expected: list[tuple[int, ...]]) -
 
 def test_an_unknown_notation_is_no_guess() -> None:
     with pytest.raises(ValueError, match="unknown notation"):
-        groups("replica_groups=@mesh, to_apply=%r")
+        groups("replica_groups=@mesh{axis}, to_apply=%r")
 
 
 @pytest.mark.parametrize(
