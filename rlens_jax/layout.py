@@ -134,7 +134,9 @@ def keep_visual(
     slot = jax.lax.broadcasted_iota(jnp.int32, ordinals.shape, 1)
     survives = slot < jnp.asarray(num_kept)[:, None]
     # A position counts all tokens before it, an ordinal the visual ones.
-    before = jnp.take_along_axis(jnp.asarray(layout.visual_position), ordinals, axis=1, mode="clip") - ordinals
+    before = (
+        jnp.take_along_axis(jnp.asarray(layout.visual_position), ordinals, axis=1, mode="clip") - ordinals
+    )
     visual = jnp.where(survives, slot + before, PADDING_POSITION)
     text_slot = jax.lax.broadcasted_iota(jnp.int32, layout.text_position.shape, 1)
     visual_before = jnp.asarray(layout.text_position) - text_slot

@@ -273,11 +273,13 @@ def _checked_share(method: str, value: Any) -> float:
             f"{method}: share must be a decimal number from 0 on and below 1, not {value!r}; VTW drops all visual tokens"
         )
     if _exact(float(decimal)) != Fraction(decimal):
-        raise UserError(f"{method}: share has more digits than a float keeps: {value!r}; write at most 15 digits")
+        raise UserError(
+            f"{method}: share has more digits than a float keeps: {value!r}; write at most 15 digits"
+        )
     return float(decimal)
 
 
-def _kept(num_visual: int, share: float) -> int:
+def _kept(num_visual: int, share: float | str) -> int:
     # Rounded down as in FastV's code; that a sample keeps one in any case is our decision.
     return min(num_visual, max(1, num_visual * (1 - _exact(share)) // 1))
 

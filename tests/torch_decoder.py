@@ -57,7 +57,7 @@ class TorchDecoder:
         self, x: Tensor, is_visual: Tensor, rope: Tensor, last_prompt_token: int, settings: Settings
     ) -> Pass:
         """x [T, D] embeddings, rope [T, axes] rotary positions."""
-        positions, gap = torch.arange(len(x)), float("inf")
+        positions, gap, weights = torch.arange(len(x)), float("inf"), torch.empty(0)
         for layer in range(self.config.num_layers):
             if layer == settings.after:
                 query = positions.tolist().index(last_prompt_token)
@@ -79,7 +79,8 @@ class TorchDecoder:
         }
         y = self.rms_norm(x, w["input_norm.scale"])
         q, k, v = (
-            torch.einsum("td,dnh->nth", y, w[f"attention.{name}.kernel"]) + w[f"attention.{name}.bias"][:, None]
+            torch.einsum("td,dnh->nth", y, w[f"attention.{name}.kernel"])
+            + w[f"attention.{name}.bias"][:, None]
             for name in ("q_proj", "k_proj", "v_proj")
         )
         q, k = self.turn(q, rope), self.turn(k, rope)
@@ -125,9 +126,7 @@ class TorchDecoder:
         return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
-def survivors(
-    weights: Tensor, is_visual: Tensor, query: int, drop: str | None
-) -> tuple[list[int], float]:
+def survivors(weights: Tensor, is_visual: Tensor, query: int, drop: str | None) -> tuple[list[int], float]:
     """Tokens that are left when visual tokens are dropped by the attention [N, T, T] that `query` pays them."""
     text, visual = (torch.nonzero(mask)[:, 0].tolist() for mask in (~is_visual, is_visual))
     if drop is None or not visual:

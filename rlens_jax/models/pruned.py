@@ -56,7 +56,7 @@ def run_prompt(
         UserError: the pruning is for a deeper model.
     """
     layout, rope = batch.layout, jnp.asarray(batch.rope_positions)
-    if isinstance(pruning, Folder):
+    if isinstance(pruning, Folder) and layout.bucket.visual:
         visual, ordinals = merge_similar(visual, layout, pruning)
         rope = jnp.take_along_axis(rope, _slots(layout, ordinals)[:, None], axis=2, mode="clip")
         layout = keep_visual(layout, ordinals, num_survivors(layout, pruning))

@@ -44,12 +44,12 @@ def withdrawal_divergences(
     def after(x: Array, layer: Array) -> tuple[Array, Array]:
         x, _ = decoder.run_layers(x, context, plan, reduction, layer, layer + 1)
         text = x[:, :num_text]
-        text, _ = decoder.run_layers(
-            text, text_context, nothing, reduction, layer + 1, jnp.int32(num_layers)
-        )
+        text, _ = decoder.run_layers(text, text_context, nothing, reduction, layer + 1, jnp.int32(num_layers))
         return x, decoder.logits(jnp.take_along_axis(text, last, axis=1))[:, 0]
 
-    _, logits = jax.lax.scan(after, decoder.embed(batch.text_ids, visual), jnp.arange(num_layers, dtype=jnp.int32))
+    _, logits = jax.lax.scan(
+        after, decoder.embed(batch.text_ids, visual), jnp.arange(num_layers, dtype=jnp.int32)
+    )
     return vocabulary.divergence(logits, logits[-1:])
 
 
