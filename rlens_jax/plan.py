@@ -279,7 +279,7 @@ def _checked_share(method: str, value: Any) -> float:
     return float(decimal)
 
 
-def _kept(num_visual: int, share: float) -> int:
+def _kept(num_visual: int, share: float | str) -> int:
     # Rounded down as in FastV's code; that a sample keeps one in any case is our decision.
     return min(num_visual, max(1, num_visual * (1 - _exact(share)) // 1))
 

@@ -57,7 +57,7 @@ class TorchDecoder:
         self, x: Tensor, is_visual: Tensor, rope: Tensor, last_prompt_token: int, settings: Settings
     ) -> Pass:
         """x [T, D] embeddings, rope [T, axes] rotary positions."""
-        positions, gap = torch.arange(len(x)), float("inf")
+        positions, gap, weights = torch.arange(len(x)), float("inf"), torch.empty(0)
         for layer in range(self.config.num_layers):
             if layer == settings.after:
                 query = positions.tolist().index(last_prompt_token)

@@ -58,7 +58,7 @@ def run_prompt(
         UserError: the pruning is for a deeper model.
     """
     layout, rope = batch.layout, jnp.asarray(batch.rope_positions)
-    if isinstance(pruning, Folder):
+    if isinstance(pruning, Folder) and layout.bucket.visual:
         visual, ordinals = merge_similar(visual, layout, pruning)
         rope = jnp.take_along_axis(rope, _slots(layout, ordinals)[:, None], axis=2, mode="clip")
         layout = keep_visual(layout, ordinals, num_survivors(layout, pruning))
@@ -81,26 +81,17 @@ def _prefill_pruned(
     query_slot: Int[Array, " B"],
 ) -> PromptStates:
     """All layers, with visual tokens dropped after `pruning.layer` of them, by the query in text slot `query_slot`."""
-    layout, last = context.layout, pruning.layer - 1
-    records = []
-    if isinstance(pruning, VTW):
-        x, record = decoder.prefill(x, context, plan, reduction, range(pruning.layer))
-        records = [record]
+    layout = context.layout
+    if isinstance(pruning, FastV):
+        x, early, received = _scored_layers(decoder, x, context, plan, reduction, pruning.layer, query_slot)
+        capacity = pruning.kept(layout.bucket.visual)
+        num_kept = num_survivors(layout, pruning)
+        ordinals = most_attended(received[:, layout.bucket.text :], layout, num_kept, capacity)
+        scored = jnp.isfinite(received).all(axis=1)
+    else:
+        x, early = decoder.prefill(x, context, plan, reduction, range(pruning.layer))
         ordinals = jnp.zeros((x.shape[0], 0), jnp.int32)
         scored = jnp.ones(x.shape[0], bool)
-    else:
-        if last:
-            x, record = decoder.prefill(x, context, plan, reduction, range(last))
-            records = [record]
-        entering = x
-        x, record = decoder.prefill(x, context, plan, reduction, range(last, pruning.layer))
-        records.append(record)
-        received = _received(decoder, entering, record, context, last, query_slot)
-        scores = received[:, layout.bucket.text :]
-        scored = jnp.isfinite(received).all(axis=1)
-        kept = num_survivors(layout, pruning)
-        ordinals = most_attended(scores, layout, kept, pruning.kept(layout.bucket.visual))
-    early = jax.tree.map(lambda *parts: jnp.concatenate(parts), *records)
     slots = _slots(layout, ordinals)
     x = _take(x, slots)
     cos, sin = (_take(part, slots) for part in context.turn)
@@ -113,25 +104,34 @@ def _prefill_pruned(
     return PromptStates(x, (Part(early, layout), Part(late, survivors)), scored)
 
 
-def _received(
+def _scored_layers(
     decoder: Decoder,
     x: Float[Array, "B T D"],
-    record: LayerRecord,
     context: Context,
-    layer: int,
+    plan: Plan | TracedPlan,
+    reduction: Reduction,
+    num_layers: int,
     query_slot: Int[Array, " B"],
-) -> Float[Array, "B T"]:
-    """The attention that all tokens receive from one text token in a layer of which `x` are the states that enter.
+) -> tuple[Float[Array, "B T D"], LayerRecord, Float[Array, "B T"]]:
+    """The first layers: states, records, and the attention that all tokens receive from one text token in the last of them.
 
-    Text sees everything before it in a hollow layer too. The layer has computed this row, but among others and inside of its
-    kernel; one row is made again.
+    Text sees everything before it in a hollow layer too. The layer computes this row of weights, but among others and inside
+    of its kernel; one row is made again.
     """
-    module, row = decoder.layer(layer), query_slot[:, None]
+    last, records = num_layers - 1, []
+    if last:
+        x, record = decoder.prefill(x, context, plan, reduction, range(last))
+        records.append(record)
+    row = query_slot[:, None]
     cos, sin = (_take(part, row) for part in context.turn)
+    module = decoder.layer(last)
     q, _, _ = module.attention.project(module.input_norm(_take(x, row)), (cos, sin))
+    x, record = decoder.prefill(x, context, plan, reduction, range(last, num_layers))
+    records.append(record)
     key = context.layout.slots
     query = Slots(jnp.take_along_axis(key.position, row, axis=1), jnp.full_like(row, -1))
-    return attention_received(q[:, :, 0], record.k[-1], visible(query, key, None)[:, 0])
+    received = attention_received(q[:, :, 0], record.k[-1], visible(query, key, None)[:, 0])
+    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *records), received
 
 
 def _slots(layout: TokenLayout, ordinals: Int[Array, "B C"]) -> Int[Array, "B slots"]:

@@ -64,8 +64,8 @@ def merge_similar(
     """Visual tokens, of which the most similar ones are merged by bipartite matching, in the manner of FOLDER's published code.
 
     Image by image and in rounds, the tokens that are left are dealt into two sets in turns. Each token of the first finds the
-    most similar one (by cosine) of the second; the pairs that are most similar are merged, at most half of the tokens in a round,
-    until the image has as few as it should. A merged token is the average of all tokens in it and stays in the place of the one
+    most similar one (by cosine) of the second; the pairs that are most similar are merged, at most half of the tokens in a
+    round, until the image has as few as it should. A merged token is the average of all tokens in it, in the place of the one
     of the second set. Unlike the code we do not scale merged tokens by 1 + log of how many they are, and spare no class token.
 
     An *image* is a run of visual tokens without text between (our decision: slices or tiles with text between them count one by
