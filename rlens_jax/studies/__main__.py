@@ -1,4 +1,4 @@
-"""The paper's studies: `python -m rlens_jax.studies NAME [--output DIR] [--ranking FILE] [--model FOLDER] [--GROUP.FIELD VALUE ...]`.
+"""The paper's studies: `python -m rlens_jax.studies NAME [--output DIR] [--ranking FILE] [--model FOLDER] [--GROUP.FIELD VALUE]`.
 
 NAME is one of
   layers      score against the number of reduced layers: attention, FFN, both; the last layer's free part shown apart

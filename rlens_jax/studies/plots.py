@@ -40,7 +40,9 @@ def _figure(study: Study, facts: Facts) -> Figure:
     }
     figure.legend(legend.values(), legend, loc="outside lower center", ncols=3, frameon=False)
     samples = sum(facts.samples.values())
-    figure.suptitle(f"{study.question}\n{samples} held-out samples; bands: 95 % bootstrap interval", fontsize=10)
+    figure.suptitle(
+        f"{study.question}\n{samples} held-out samples; bands: 95 % bootstrap interval", fontsize=10
+    )
     return figure
 
 

@@ -27,14 +27,17 @@ def read_orders(path: Path, model_hash: str, num_layers: int) -> dict[Operator, 
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise UserError(f"{path} is no {SCHEMA}; name the ranking.json of a run of rlens_jax.rank")
-    if found.get("model", {}).get("hash") != model_hash:
+    model, rankings = found.get("model"), found.get("rankings")
+    if not isinstance(model, dict) or model.get("hash") != model_hash:
         raise UserError(f"{path} ranks the layers of another model; name one of this model")
+    if not isinstance(rankings, dict):
+        raise UserError(f"{path} has no rankings; name the ranking.json of a finished run")
     orders: dict[Operator, tuple[int, ...]] = {}
     for operator in OPERATORS:
-        order = found.get("rankings", {}).get(operator)
+        order = rankings.get(operator)
         if order is None:
             continue  # was not ranked there, and is searched
-        if sorted(order) != list(range(num_layers)):
+        if not isinstance(order, list) or set(order) != set(range(num_layers)) or len(order) != num_layers:
             raise UserError(f"{path}: rankings.{operator} must name each of the {num_layers} layers once")
         orders[operator] = tuple(order)
     return orders

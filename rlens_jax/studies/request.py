@@ -70,7 +70,9 @@ def _check(config: RunConfig, name: str) -> None:
     if config.search.objective != "teacher_forced":
         raise UserError("search.objective must be teacher_forced: studies score by teacher forcing only")
     if config.search.base_attention or config.search.base_ffn:
-        raise UserError("search.base_attention and search.base_ffn must be empty: studies rank from the dense model")
+        raise UserError(
+            "search.base_attention and search.base_ffn must be empty: studies rank from the dense model"
+        )
     if config.compute.model_shards > 1 and name in ("text", ALL):
         raise UserError(
             "compute.model_shards must be 1 for the study text: its control is simulated on whole weights"

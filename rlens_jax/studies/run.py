@@ -99,9 +99,7 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
         def scoring_of(variant: Variant) -> TeacherForcing:
             programs = TextControlPrograms if variant.tokens == "text" else Programs
             return TeacherForcing(
-                programs(
-                    model, mesh, variant.reduction, seed=config.seed, new_tokens=1, stop_token=stop
-                )
+                programs(model, mesh, variant.reduction, seed=config.seed, new_tokens=1, stop_token=stop)
             )
 
         shapes = Shapes(compute.text_slots, compute.visual_slots, compute.batch_size, decoder.context)

@@ -26,9 +26,7 @@ def strategies_study(bench: Bench) -> Study:
         operator: {name: _cases(bench, operator, group, counts) for name, group in strategies.items()}
         for operator, strategies in orders.items()
     }
-    flat = [
-        case for lines in cases.values() for line in lines.values() for group in line for case in group
-    ]
+    flat = [case for lines in cases.values() for line in lines.values() for group in line for case in group]
     measured = bench.measure("strategies", flat)
     panels, findings = [], []
     for operator, lines in cases.items():

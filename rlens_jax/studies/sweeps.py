@@ -16,6 +16,9 @@ from rlens_jax.studies.results import Panel, Series, Study
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 """Kept shares of the FFN units (issue: 5 to 50 %); the configured one is added."""
 
+RANGE_PARTS = (64, 32, 16, 8, 4, 2, 1)
+"""The attention range is P divided by these."""
+
 PROBE_FRACTIONS = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Shares of the visual tokens that are probes; 1.0 is all of them."""
 
@@ -39,7 +42,7 @@ def fraction_study(bench: Bench) -> Study:
 def range_study(bench: Bench) -> Study:
     """The study `range`: how far back visual tokens must see, from P / 64 to P."""
     reduction, longest = bench.config.reduction, bench.most_visual
-    values = sorted({max(1, longest // part) for part in (64, 32, 16, 8, 4, 2, 1)})
+    values = sorted({max(1, longest // part) for part in RANGE_PARTS})
     return _sweep(
         bench,
         "range",
