@@ -8,7 +8,7 @@ says nothing about time.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plan import Folder, Plan, Pruning, Reduction
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,15 @@ def layer_cost(
     return projections + attention + ffn + 2 * sizes.width * sizes.ffn_width * probes
 
 
+def visual_in_layer(pruning: Pruning | None, num_visual: int, num_layers: int) -> list[int]:
+    """How many of a sample's `num_visual` visual tokens reach each layer. UserError when there is no such layer."""
+    if pruning is None:
+        return [num_visual] * num_layers
+    pruning.validate(num_layers)
+    first = 0 if isinstance(pruning, Folder) else pruning.layer
+    return [num_visual] * first + [pruning.kept(num_visual)] * (num_layers - first)
+
+
 def prefill_cost(
     sizes: LayerSizes,
     num_text: int,
@@ -69,7 +78,7 @@ def prefill_cost(
     """Multiply-adds of all decoder layers in the prefill of one sample.
 
     `visual_in_layer` holds the number of visual tokens that reach each of the L layers: the same number
-    everywhere, unless tokens are pruned on the way (FastV, VTW). Other arguments as in `layer_cost`.
+    everywhere, unless tokens are pruned (function `visual_in_layer`). Other arguments as in `layer_cost`.
     """
     hollow, dynamic = plan.flags(len(visual_in_layer))
     return sum(
@@ -94,13 +103,14 @@ def saving(
     reduction: Reduction,
     *,
     with_probes: bool,
+    num_visual: int | None = None,
 ) -> float:
     """The share of the dense prefill's multiply-adds that is saved, 0 for nothing.
 
-    The dense model carries the visual tokens of the first layer through all layers, so what pruning saves is
-    part of the saving. Arguments as in `prefill_cost`.
+    The dense model carries `num_visual` visual tokens through all layers (those of the first layer if not given: all,
+    unless some are merged before it), so what pruning saves is part of the saving. Arguments as in `prefill_cost`.
     """
-    unpruned = [visual_in_layer[0]] * len(visual_in_layer)
+    unpruned = [visual_in_layer[0] if num_visual is None else num_visual] * len(visual_in_layer)
     dense = prefill_cost(sizes, num_text, unpruned, Plan(), reduction, with_probes=with_probes)
     reduced = prefill_cost(sizes, num_text, visual_in_layer, plan, reduction, with_probes=with_probes)
     return (dense - reduced) / dense

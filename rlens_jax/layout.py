@@ -119,6 +119,33 @@ def visible(
     return causal & (~both_visual | (distance < attention_range))
 
 
+def keep_visual(
+    layout: TokenLayout, ordinals: Int[Array, "B kept"], num_kept: Int[Array, " B"]
+) -> TokenLayout:
+    """The layout of what is left when only some visual tokens are.
+
+    It is packed like any other: survivors are numbered anew, and positions count the tokens that are left, text too.
+
+    Args:
+        layout: the layout before.
+        ordinals: the survivors of each sample, ascending; entries from `num_kept` on mean nothing.
+        num_kept: how many survive.
+    """
+    slot = jax.lax.broadcasted_iota(jnp.int32, ordinals.shape, 1)
+    survives = slot < jnp.asarray(num_kept)[:, None]
+    # A position counts all tokens before it, an ordinal the visual ones.
+    before = (
+        jnp.take_along_axis(jnp.asarray(layout.visual_position), ordinals, axis=1, mode="clip") - ordinals
+    )
+    visual = jnp.where(survives, slot + before, PADDING_POSITION)
+    text_slot = jax.lax.broadcasted_iota(jnp.int32, layout.text_position.shape, 1)
+    visual_before = jnp.asarray(layout.text_position) - text_slot
+    earlier = survives[:, None, :] & (ordinals[:, None, :] < visual_before[:, :, None])
+    text = text_slot + earlier.sum(axis=2, dtype=jnp.int32)
+    text = jnp.where(text_slot < jnp.asarray(layout.num_text)[:, None], text, PADDING_POSITION)
+    return TokenLayout(text, visual, layout.num_text, num_kept, layout.sample)
+
+
 def pack_layout(is_visual: Sequence[np.ndarray], bucket: Bucket, samples: Sequence[int]) -> TokenLayout:
     """The layout of a batch, as NumPy arrays.
 

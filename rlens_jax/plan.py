@@ -1,6 +1,6 @@
-"""Which layers are reduced (`Plan`) and how (`Reduction`): two values every part of the package shares.
+"""Which layers are reduced (`Plan`), how (`Reduction`), and which tokens are pruned (`Pruning`): values that all parts share.
 
-Both are immutable and hashable: static arguments of a compiled program, and keys of a table.
+All are immutable and hashable: static arguments of a compiled program, and keys of a table.
 Axis letters: L decoder layers, P visual tokens of a sample, M probes, F FFN width, U FFN units kept.
 """
 
@@ -140,6 +140,110 @@ class Plan:
         return ", ".join(parts) or "dense"
 
 
+@no_type_check
+@dataclass(frozen=True)
+class FastV:
+    """After layer `layer` a share of each sample's visual tokens is dropped (FastV, Chen et al., arXiv 2403.06764).
+
+    The first `layer` layers see all tokens. Those with the lowest attention from the prompt's last token are dropped: its
+    row of attention weights in the last of these layers, `layer - 1` counted from 0, averaged over the heads, as in
+    the authors' code.
+
+    Args:
+      layer: how many layers see all visual tokens, from 1 on (the paper's default: 2).
+      share: which part is dropped, an exact decimal, 0 <= share < 1.
+
+    Raises:
+      UserError: for a value out of range.
+    """
+
+    layer: int = 2
+    share: float | str = 0.5
+
+    def __post_init__(self) -> None:
+        _check_pruned_layer("FastV", self.layer)
+        object.__setattr__(self, "share", _checked_share("FastV", self.share))
+
+    def kept(self, num_visual: int) -> int:
+        """How many of a sample's `num_visual` visual tokens are left; never falls as they grow in number."""
+        return _kept(num_visual, self.share)
+
+    def validate(self, num_layers: int) -> None:
+        """Raise UserError unless a layer follows the pruning in a model of `num_layers`."""
+        _check_layer_follows("FastV", self.layer, num_layers)
+
+    def label(self) -> str:
+        """A short text for tables and messages."""
+        return f"FastV after layer {self.layer} drops {100 * self.share:g} %"
+
+
+@no_type_check
+@dataclass(frozen=True)
+class VTW:
+    """After layer `layer` all visual tokens are dropped (Visual Tokens Withdrawal, Lin et al., arXiv 2405.05803).
+
+    Args:
+      layer: how many layers see the visual tokens, from 1 on; `rlens_jax.models.vtw` chooses it.
+
+    Raises:
+      UserError: for a value out of range.
+    """
+
+    layer: int
+
+    def __post_init__(self) -> None:
+        _check_pruned_layer("VTW", self.layer)
+
+    def kept(self, num_visual: int) -> int:
+        """No visual token is left."""
+        return 0
+
+    def validate(self, num_layers: int) -> None:
+        """Raise UserError unless a layer follows the pruning in a model of `num_layers`."""
+        _check_layer_follows("VTW", self.layer, num_layers)
+
+    def label(self) -> str:
+        """A short text for tables and messages."""
+        return f"VTW after layer {self.layer}"
+
+
+@no_type_check
+@dataclass(frozen=True)
+class Folder:
+    """Before the first layer similar visual tokens are merged (after FOLDER, Wang et al., arXiv 2501.02430).
+
+    FOLDER merges inside of the vision tower's last blocks; here the connector's outputs are merged, so that one program
+    serves all families (our decision; `rlens_jax.ops.pruning.merge_similar`).
+
+    Args:
+      share: which part is merged away, an exact decimal, 0 <= share < 1.
+
+    Raises:
+      UserError: for a value out of range.
+    """
+
+    share: float | str = 0.5
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "share", _checked_share("Folder", self.share))
+
+    def kept(self, num_visual: int) -> int:
+        """How many of a sample's `num_visual` visual tokens are left; never falls as they grow in number."""
+        return _kept(num_visual, self.share)
+
+    def validate(self, num_layers: int) -> None:
+        """Any model will do."""
+
+    def label(self) -> str:
+        """A short text for tables and messages."""
+        return f"FOLDER-style merging of {100 * self.share:g} %"
+
+
+Pruning = FastV | VTW | Folder
+"""A way to be rid of visual tokens, alone or on top of a plan. Survivors keep their order and their rotary positions and are
+numbered anew, so reduced layers see a packed sample like any other."""
+
+
 def _exact(fraction: float | str) -> Fraction:
     # The shortest text that reads back as this float is the decimal the user wrote.
     return Fraction(str(fraction))
@@ -156,6 +260,41 @@ def _checked_fraction(field: str, value: Any) -> float:
     if _exact(float(decimal)) != Fraction(decimal):
         raise UserError(f"{field} has more digits than a float keeps: {value!r}; write at most 15 digits")
     return float(decimal)
+
+
+def _checked_share(method: str, value: Any) -> float:
+    """The float that prints as the decimal `value`; UserError when there is none, or it is not in [0, 1)."""
+    try:
+        decimal = Decimal("nan") if isinstance(value, bool) else Decimal(str(value))
+    except InvalidOperation:
+        decimal = Decimal("nan")
+    if not (decimal.is_finite() and 0 <= decimal < 1):
+        raise UserError(
+            f"{method}: share must be a decimal number from 0 on and below 1, not {value!r}; VTW drops all visual tokens"
+        )
+    if _exact(float(decimal)) != Fraction(decimal):
+        raise UserError(
+            f"{method}: share has more digits than a float keeps: {value!r}; write at most 15 digits"
+        )
+    return float(decimal)
+
+
+def _kept(num_visual: int, share: float | str) -> int:
+    # Rounded down as in FastV's code; that a sample keeps one in any case is our decision.
+    return min(num_visual, max(1, num_visual * (1 - _exact(share)) // 1))
+
+
+def _check_pruned_layer(method: str, layer: Any) -> None:
+    if type(layer) is not int or layer < 1:
+        raise UserError(f"{method}: layer must be a whole number from 1 on, not {layer!r}")
+
+
+def _check_layer_follows(method: str, layer: int, num_layers: int) -> None:
+    if layer >= num_layers:
+        raise UserError(
+            f"{method} prunes after layer {layer}, but the model has {num_layers} layers; "
+            f"choose 1 to {num_layers - 1}"
+        )
 
 
 def _check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -3,8 +3,8 @@
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.flops import LayerSizes, layer_cost, prefill_cost, saving
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.flops import LayerSizes, layer_cost, prefill_cost, saving, visual_in_layer
+from rlens_jax.plan import VTW, FastV, Folder, Plan, Reduction
 
 INTERNVL2_8B = LayerSizes(width=4096, kv_width=1024, ffn_width=14336)  # 32 layers
 QWEN2_VL_7B = LayerSizes(width=3584, kv_width=512, ffn_width=18944)  # 28 layers
@@ -73,9 +73,27 @@ def test_the_published_savings_are_about_half_the_layers(
     ],
 )
 def test_token_pruning_after_layer_two(sizes, num_layers, dropped, percent):
-    kept = round(NUM_VISUAL * (1 - dropped))
-    visual = [NUM_VISUAL] * 2 + [kept] * (num_layers - 2)
+    visual = visual_in_layer(FastV(2, dropped), NUM_VISUAL, num_layers)
     assert round(100 - percent_saved(sizes, visual, Plan()), 1) == percent
+
+
+def test_which_layers_see_how_many_visual_tokens():
+    assert visual_in_layer(None, 10, 4) == [10] * 4
+    assert visual_in_layer(FastV(1, 0.3), 10, 4) == [10, 7, 7, 7]
+    assert visual_in_layer(VTW(3), 10, 4) == [10, 10, 10, 0]
+    assert visual_in_layer(Folder(0.3), 10, 4) == [7] * 4
+    with pytest.raises(UserError, match="after layer 4, but the model has 4 layers"):
+        visual_in_layer(VTW(4), 10, 4)
+
+
+def test_tokens_merged_before_the_first_layer_are_saved_too():
+    visual = visual_in_layer(Folder(0.5), NUM_VISUAL, 32)
+
+    def share(**options):
+        return saving(INTERNVL2_8B, NUM_TEXT, visual, Plan(), Reduction(), with_probes=False, **options)
+
+    assert share() == 0
+    assert share(num_visual=NUM_VISUAL) == pytest.approx(0.5, abs=0.02)
 
 
 def test_without_visual_tokens_nothing_is_saved():

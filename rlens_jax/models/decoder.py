@@ -95,7 +95,10 @@ class Context:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys (already rotated) and values of all layers, and the sequence position of each cache slot."""
+    """Keys (already rotated) and values of consecutive layers that hold the same tokens, and the sequence position of each slot.
+
+    Slots of the prefill are followed by those of new tokens.
+    """
 
     k: Float[Array, "L B K S H"]
     v: Float[Array, "L B K S H"]
@@ -338,8 +341,13 @@ class Decoder(nnx.Module):
         logits = jnp.einsum("BTD,VD->BTV", self.norm(x), head[...], preferred_element_type=jnp.float32)
         return vocabulary.hide_padding(logits, self.config.vocabulary)
 
+    def layer(self, number: int) -> DecoderLayer:
+        """One layer by itself."""
+        graph, stack = nnx.split(self.layers)
+        return nnx.merge(graph, jax.tree.map(lambda p: p[number], stack))
+
     def make_cache(self, record: LayerRecord, layout: TokenLayout, new_tokens: int) -> KVCache:
-        """The cache after a prefill, with room for `new_tokens` more; nothing is dropped (paper)."""
+        """The cache of the layers of a prefill, with room for `new_tokens` more; plans drop nothing from it (paper)."""
         room = ((0, 0), (0, 0), (0, 0), (0, new_tokens), (0, 0))
         position = jnp.pad(layout.slots.position, ((0, 0), (0, new_tokens)), constant_values=PADDING_POSITION)
         return KVCache(jnp.pad(record.k, room), jnp.pad(record.v, room), position)
@@ -347,22 +355,40 @@ class Decoder(nnx.Module):
     def decode(
         self,
         token_ids: Int[Array, " B"],
-        cache: KVCache,
+        caches: tuple[KVCache, ...],
         position: Int[Array, " B"],
         rope_position: Int[Array, "B axes"],
-        slot: Int[Array, ""],
-    ) -> tuple[Float[Array, "B V"], KVCache]:
-        """One decoding step: logits of the next token and the cache with this one in `slot`.
+        room: Int[Array, ""],
+    ) -> tuple[Float[Array, "B V"], tuple[KVCache, ...]]:
+        """One decoding step: logits of the next token and the caches with this one.
 
         Args:
             token_ids: the newest token of each sample.
-            cache: keys and values of all earlier tokens.
-            position: sequence positions of the newest tokens.
+            caches: keys and values of all earlier tokens; one for all layers, unless tokens were pruned between layers.
+            position: sequence positions of the newest tokens, later than all others.
             rope_position: their rotary positions.
-            slot: the cache slot to write.
+            room: how many slots at the end of each cache are free; the token goes into the first of them.
         """
-        graph, stack = nnx.split(self.layers)
         turn = self._turn(rope_position[:, :, None])
+        x = vocabulary.embed(self.embedding[...], token_ids)[:, None]
+        first, advanced = 0, []
+        for cache in caches:
+            x, cache = self._decode_layers(x, first, cache, turn, position, cache.position.shape[1] - room)
+            first += cache.k.shape[0]
+            advanced.append(cache)
+        return self.logits(x)[:, 0], tuple(advanced)
+
+    def _decode_layers(
+        self,
+        x: Float[Array, "B 1 D"],
+        first: int,
+        cache: KVCache,
+        turn: tuple[Float[Array, "B 1 half"], Float[Array, "B 1 half"]],
+        position: Int[Array, " B"],
+        slot: Int[Array, ""],
+    ) -> tuple[Float[Array, "B 1 D"], KVCache]:
+        """The layers of one cache, from number `first` on."""
+        graph, stack = nnx.split(self.layers)
         positions = jax.lax.dynamic_update_slice_in_dim(cache.position, position[:, None], slot, axis=1)
         query, key = (Slots(p, jnp.full_like(p, -1)) for p in (position[:, None], positions))
         mask = visible(query, key, None)
@@ -372,9 +398,9 @@ class Decoder(nnx.Module):
             x, k, v = nnx.merge(graph, _at(stack, number)).decode(x, turn, k, v, mask, slot)
             return x, (k, v)
 
-        x = vocabulary.embed(self.embedding[...], token_ids)[:, None]
-        x, (k, v) = jax.lax.scan(body, x, (jnp.arange(self.config.num_layers), cache.k, cache.v))
-        return self.logits(x)[:, 0], KVCache(k, v, positions)
+        numbers = jnp.arange(first, first + cache.k.shape[0])
+        x, (k, v) = jax.lax.scan(body, x, (numbers, cache.k, cache.v))
+        return x, KVCache(k, v, positions)
 
 
 def _at(stack: PyTree, layer: Int[Array, ""]) -> PyTree:

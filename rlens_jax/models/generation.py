@@ -1,4 +1,6 @@
-"""Greedy generation with a KV cache: one prefill under a plan, then plain decoding steps (paper: nothing is dropped).
+"""Greedy generation with a KV cache: one prefill under a plan, then plain decoding steps (paper: a plan drops nothing).
+
+Token pruning leaves later layers fewer tokens, so these have a cache of their own.
 
 Axis letters: B batch, X text slots, P visual slots, D width, Y new tokens.
 """
@@ -12,9 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 from rlens_jax.models import vocabulary
 from rlens_jax.models.decoder import Decoder, KVCache, TracedPlan
 from rlens_jax.models.prompt import PromptBatch
+from rlens_jax.models.pruned import run_prompt
 from rlens_jax.ops.splash import Kernel
 from rlens_jax.parallel.model_axis import on_any_shard
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plan import Plan, Pruning, Reduction
 
 
 def prefill(
@@ -26,19 +29,20 @@ def prefill(
     new_tokens: int,
     random_key: Array,
     kernel: Kernel = "packed",
-) -> tuple[Int[Array, " B"], KVCache, Bool[Array, " B"]]:
-    """First new token of each prompt, cache with room for `new_tokens` more, and whether probe scores were numbers."""
-    context = decoder.context(batch.layout, batch.rope_positions, random_key, kernel)
-    x, record = decoder.prefill(decoder.embed(batch.text_ids, visual), context, plan, reduction)
-    last_text = jnp.take_along_axis(x, (batch.layout.num_text - 1)[:, None, None], axis=1)
+    pruning: Pruning | None = None,
+) -> tuple[Int[Array, " B"], tuple[KVCache, ...], Bool[Array, " B"]]:
+    """First new token of each prompt, caches with room for `new_tokens` more, and whether all scores were numbers."""
+    states = run_prompt(decoder, visual, batch, plan, reduction, random_key, kernel, pruning)
+    last_text = jnp.take_along_axis(states.x, (batch.layout.num_text - 1)[:, None, None], axis=1)
     first = vocabulary.argmax(decoder.logits(last_text)[:, 0])
-    return first, decoder.make_cache(record, batch.layout, new_tokens), record.kept.scored.all(axis=0)
+    caches = tuple(decoder.make_cache(part.record, part.layout, new_tokens) for part in states.parts)
+    return first, caches, states.scored
 
 
 def decode(
     decoder: Decoder,
     first: Int[Array, " B"],
-    cache: KVCache,
+    caches: tuple[KVCache, ...],
     batch: PromptBatch,
     new_tokens: int,
     stop_token: int,
@@ -48,7 +52,6 @@ def decode(
     The loop ends as soon as all samples have stopped.
     """
     batch_size = first.shape[0]
-    prefill_slots = cache.position.shape[1] - new_tokens
     axes = batch.rope_positions.shape[1]
     tokens = jnp.full((batch_size, new_tokens), stop_token, jnp.int32).at[:, 0].set(first)
 
@@ -57,15 +60,15 @@ def decode(
         return (step < new_tokens) & going_on
 
     def advance(carry: Any) -> Any:
-        step, _, token, tokens, cache = carry
+        step, _, token, tokens, caches = carry
         position = batch.layout.num_tokens + step - 1
         rope = jnp.broadcast_to((batch.next_rope + step - 1)[:, None], (batch_size, axes))
-        logits, cache = decoder.decode(token, cache, position, rope, prefill_slots + step - 1)
+        logits, caches = decoder.decode(token, caches, position, rope, new_tokens + 1 - step)
         following = jnp.where(token == stop_token, stop_token, vocabulary.argmax(logits))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, following[:, None], step, axis=1)
-        return step + 1, unfinished(following), following, tokens, cache
+        return step + 1, unfinished(following), following, tokens, caches
 
     def unfinished(token: Array) -> Array:
         return on_any_shard((token != stop_token).any())
 
-    return jax.lax.while_loop(running, advance, (jnp.int32(1), unfinished(first), first, tokens, cache))[3]
+    return jax.lax.while_loop(running, advance, (jnp.int32(1), unfinished(first), first, tokens, caches))[3]

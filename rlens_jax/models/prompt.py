@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import no_type_check
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
@@ -64,6 +65,15 @@ class PromptBatch:
     """Text slots whose next token belongs to the answer; 0 where `answer_targets` is `IGNORE`."""
     answer_targets: Int[Array | np.ndarray, "B A"]
     """The next tokens."""
+
+    @property
+    def last_prompt_slot(self) -> Int[Array, " B"]:
+        """Text slots of each prompt's last token, whether an answer follows or not."""
+        last = jnp.asarray(self.layout.num_text) - 1
+        if not self.answer_slots.shape[1]:
+            return last
+        answered = jnp.asarray(self.answer_targets[:, 0]) != IGNORE
+        return jnp.where(answered, jnp.asarray(self.answer_slots[:, 0]), last)
 
 
 def collate(

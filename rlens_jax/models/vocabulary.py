@@ -60,3 +60,14 @@ def log_probability(logits: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Floa
     chosen = jnp.take_along_axis(logits, jnp.where(held, place, 0)[..., None], axis=-1)[..., 0]
     chosen = sum_over_shards(jnp.where(held, chosen, jnp.float32(0)))
     return chosen - highest - jnp.log(total)
+
+
+def divergence(logits: Float[Array, "*B V"], reference: Float[Array, "*A V"]) -> Float[Array, "*B"]:
+    """KL(softmax(logits) || softmax(reference)) in nats, in float32; leading axes of the reference may be 1."""
+    log_p, log_q = _log_softmax(logits), _log_softmax(reference)
+    return sum_over_shards((jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1))
+
+
+def _log_softmax(logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    shifted = logits - max_over_shards(logits.max(axis=-1))[..., None]
+    return shifted - jnp.log(sum_over_shards(jnp.exp(shifted).sum(axis=-1)))[..., None]

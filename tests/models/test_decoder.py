@@ -261,7 +261,7 @@ def test_decoding_equals_the_prefill_of_the_whole(decoder, plan):
         x, record = decoder.prefill(
             decoder.embed(text_ids, visual), make_context(decoder, layout), plan, REDUCTION
         )
-        return decoder.logits(x), decoder.make_cache(record, layout, steps)
+        return decoder.logits(x), (decoder.make_cache(record, layout, steps),)
 
     def prefill_all(cut):
         layout = make_layout([mask[: len(mask) - cut] for mask in masks], spare=(2, 3))
@@ -278,9 +278,7 @@ def test_decoding_equals_the_prefill_of_the_whole(decoder, plan):
     for step in range(steps):
         position = layout.num_tokens + step
         newest = jnp.asarray([row[len(row) - steps + step] for row in ids])
-        logits, cache = decode(
-            newest, cache, position, position[:, None], jnp.int32(layout.bucket.slots + step)
-        )
+        logits, cache = decode(newest, cache, position, position[:, None], jnp.int32(steps - step))
         for ours, theirs in zip(logits, expected, strict=True):
             assert_close(ours, theirs[len(theirs) - steps + step], 1e-4)
     assert decode._cache_size() == 1

@@ -97,7 +97,7 @@ def run_prefill(graph, state, batch, arrays, source, plan: Plan, reduction: Redu
     x = model.decoder.embed(batch.text_ids, tokens.reshape(-1, tokens.shape[-1])[source])
     context = model.decoder.context(batch.layout, batch.rope_positions, KEY)
     x, record = model.decoder.prefill(x, context, plan, reduction)
-    cache = model.decoder.make_cache(record, batch.layout, new_tokens)
+    cache = (model.decoder.make_cache(record, batch.layout, new_tokens),)
     return model.decoder.logits(x), record.kept.scored.all(), cache
 
 
@@ -302,10 +302,10 @@ def test_grids_of_every_size():
     assert 30 < scaled < 270
 
 
-def step_inputs(batch, step: int):
-    """Position, rotary position and cache slot of the token number `step` after the prompts."""
+def step_inputs(batch, step: int, new_tokens: int):
+    """Position and rotary position of the token number `step` after the prompts, and the room in the cache."""
     rope = batch.next_rope + step
-    return batch.layout.num_tokens + step, rope[:, None], jnp.int32(batch.layout.bucket.slots + step)
+    return batch.layout.num_tokens + step, rope[:, None], jnp.int32(new_tokens - step)
 
 
 @pytest.mark.parametrize("plan", [PLAIN, PLAN], ids=Plan.label)
@@ -323,6 +323,6 @@ def test_greedy_tokens_with_two_images(pair, plan):
     tokens = [int(logits[-1].argmax())]
     decode = jax.jit(pair.ours.decoder.decode)
     for step in range(new_tokens - 1):
-        row, cache = decode(jnp.asarray(tokens[-1:], jnp.int32), cache, *step_inputs(batch, step))
+        row, cache = decode(jnp.asarray(tokens[-1:], jnp.int32), cache, *step_inputs(batch, step, new_tokens))
         tokens.append(int(row[0].argmax()))
     assert tokens == expected

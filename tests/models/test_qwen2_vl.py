@@ -93,7 +93,7 @@ def run_prefill(
     model = nnx.merge(graph, state)
     context = model.decoder.context(batch.layout, batch.rope_positions, KEY)
     x, record = model.decoder.prefill(embed(model, batch, tower_inputs, source), context, plan, reduction)
-    cache = model.decoder.make_cache(record, batch.layout, new_tokens)
+    cache = (model.decoder.make_cache(record, batch.layout, new_tokens),)
     return model.decoder.logits(x), record.kept.scored.all(), cache
 
 
@@ -332,13 +332,13 @@ def test_rows_and_columns_exchanged_miss_by_a_hundred_tolerances(pair):
     assert error(ours, theirs) > 100 * WHOLE
 
 
-def step_inputs(batch, step: int):
-    """Position, rotary position and cache slot of the token number `step` after the prompts."""
+def step_inputs(batch, step: int, new_tokens: int):
+    """Position and rotary position of the token number `step` after the prompts, and the room in the cache."""
     rope = batch.next_rope + step
     return (
         batch.layout.num_tokens + step,
         jnp.stack([rope] * batch.rope_positions.shape[1], axis=1),
-        jnp.int32(batch.layout.bucket.slots + step),
+        jnp.int32(new_tokens - step),
     )
 
 
@@ -357,8 +357,7 @@ def test_decoding_step_by_step(pair, plan):
     decode = jax.jit(pair.ours.decoder.decode)
     for step in range(steps):
         newest = jnp.asarray([example.token_ids[step - steps] for example in whole])
-        position, rope, slot = step_inputs(batch, step)
-        logits, cache = decode(newest, cache, position, rope, slot)
+        logits, cache = decode(newest, cache, *step_inputs(batch, step, steps))
         for row, expected in zip(logits, theirs, strict=True):
             assert_close(row, expected[step - steps], WHOLE)
 
@@ -378,6 +377,6 @@ def test_greedy_tokens(pair, plan):
     tokens = [int(logits[-1].argmax())]
     decode = jax.jit(pair.ours.decoder.decode)
     for step in range(new_tokens - 1):
-        row, cache = decode(jnp.asarray(tokens[-1:], jnp.int32), cache, *step_inputs(batch, step))
+        row, cache = decode(jnp.asarray(tokens[-1:], jnp.int32), cache, *step_inputs(batch, step, new_tokens))
         tokens.append(int(row[0].argmax()))
     assert tokens == expected

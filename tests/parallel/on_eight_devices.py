@@ -3,14 +3,18 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlens_jax.plan import OPERATORS, Plan
+from rlens_jax.models import vocabulary
+from rlens_jax.models.prompt import IGNORE
+from rlens_jax.models.pruned import run_prompt
+from rlens_jax.plan import OPERATORS, FastV, Folder, Plan, Pruning
 from rlens_jax.ranking.evaluator import Evaluator
 from rlens_jax.ranking.inputs import FILLER, Split
 from rlens_jax.ranking.journal import Journal, Key
-from rlens_jax.ranking.programs import Programs
+from rlens_jax.ranking.programs import ROWS, Programs
 from rlens_jax.ranking.scoring import Generating, TeacherForcing
 from rlens_jax.ranking.search import Ranking, rank_layers
 from tests.ranking.toy import LAYERS, score, toy_programs, toy_split, words
@@ -106,6 +110,38 @@ def test_generation(one: Programs, many: Programs) -> None:
         texts.append(generated)
     assert texts[0] == texts[1]
     assert len(texts[0]) == len(split.samples)
+
+
+def pruned_log_probabilities(programs: Programs, split: Split, pruning: Pruning) -> np.ndarray:
+    """By sample: the sum over its answer, in a program of its own."""
+
+    def run(model, visual, batch):
+        key = jax.random.key(0)
+        states = run_prompt(model.decoder, visual, batch, PLAN, programs.reduction, key, pruning=pruning)
+        answers = jnp.take_along_axis(states.x, batch.answer_slots[:, :, None], axis=1)
+        counts = batch.answer_targets != IGNORE
+        targets = jnp.where(counts, batch.answer_targets, 0)
+        values = vocabulary.log_probability(model.decoder.logits(answers), targets)
+        return jnp.where(counts, values, 0.0).sum(axis=1)
+
+    program = programs._split("pruned", run, (ROWS, ROWS), ROWS)
+    found = np.full(len(split.samples), np.nan)
+    for batch in split.batches:
+        numbers = np.asarray(batch.inputs.layout.sample)
+        real = numbers != FILLER
+        found[numbers[real]] = np.asarray(program(batch.visual, batch.inputs))[real]
+    return found
+
+
+@pytest.mark.parametrize("pruning", [FastV(2, 0.4), Folder(0.4)], ids=lambda p: p.label())
+def test_pruning(one: Programs, pruning: Pruning) -> None:
+    """Scores are averaged over the heads of all shards; every shard drops the same tokens."""
+    expected = pruned_log_probabilities(one, toy_split(one), pruning)
+    programs = toy_programs(devices=8, model_shards=4)
+    found = pruned_log_probabilities(programs, toy_split(programs), pruning)
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    plain = pruned_log_probabilities(one, toy_split(one), FastV(2, 0))
+    assert np.abs(plain - expected).max() > 1e-2
 
 
 def test_the_vocabulary_is_padded_and_cut(many: Programs) -> None:

@@ -1,0 +1,143 @@
+"""A prefill that is rid of visual tokens on its way: merged before the first layer, or dropped between two layers.
+
+Layers run over packed states as always. Where tokens are dropped, the survivors are gathered into the smaller bucket that holds
+any sample's, and later layers, reduced or not, run there: nothing of the dropped tokens is computed or cached any more.
+Text slots stay where they are.
+
+Axis letters: B batch, T packed slots (X text, P visual), C slots for survivors, D width.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rlens_jax.layout import Slots, TokenLayout, keep_visual, visible
+from rlens_jax.models.decoder import Context, Decoder, LayerRecord, TracedPlan
+from rlens_jax.models.prompt import PromptBatch
+from rlens_jax.ops.pruning import attention_received, merge_similar, most_attended, num_survivors
+from rlens_jax.ops.splash import Kernel
+from rlens_jax.plan import VTW, FastV, Folder, Plan, Pruning, Reduction
+
+
+class Part(NamedTuple):
+    """Consecutive layers of a prefill that saw the same tokens."""
+
+    record: LayerRecord
+    layout: TokenLayout
+
+
+class PromptStates(NamedTuple):
+    """What a prefill leaves."""
+
+    x: Float[Array, "B T D"]
+    """The last states, packed as the last part's layout says; text slots are those of the batch."""
+    parts: tuple[Part, ...]
+    scored: Bool[Array, " B"]
+    """Whether all scores of probes, and those by which tokens were dropped, were numbers."""
+
+
+def run_prompt(
+    decoder: Decoder,
+    visual: Float[Array, "B P D"],
+    batch: PromptBatch,
+    plan: Plan | TracedPlan,
+    reduction: Reduction,
+    random_key: Array,
+    kernel: Kernel = "packed",
+    pruning: Pruning | None = None,
+) -> PromptStates:
+    """All layers over prompts, with answers behind them or without.
+
+    Tokens are chosen by the last token of the *prompt* in either case, so an answer is judged by what generation would see.
+
+    Raises:
+        UserError: the pruning is for a deeper model.
+    """
+    layout, rope = batch.layout, jnp.asarray(batch.rope_positions)
+    if isinstance(pruning, Folder) and layout.bucket.visual:
+        visual, ordinals = merge_similar(visual, layout, pruning)
+        rope = jnp.take_along_axis(rope, _slots(layout, ordinals)[:, None], axis=2, mode="clip")
+        layout = keep_visual(layout, ordinals, num_survivors(layout, pruning))
+    context = decoder.context(layout, rope, random_key, kernel)
+    x = decoder.embed(batch.text_ids, visual)
+    if isinstance(pruning, FastV | VTW):
+        pruning.validate(decoder.config.num_layers)
+        return _prefill_pruned(decoder, x, context, plan, reduction, pruning, batch.last_prompt_slot)
+    x, record = decoder.prefill(x, context, plan, reduction)
+    return PromptStates(x, (Part(record, layout),), record.kept.scored.all(axis=0))
+
+
+def _prefill_pruned(
+    decoder: Decoder,
+    x: Float[Array, "B T D"],
+    context: Context,
+    plan: Plan | TracedPlan,
+    reduction: Reduction,
+    pruning: FastV | VTW,
+    query_slot: Int[Array, " B"],
+) -> PromptStates:
+    """All layers, with visual tokens dropped after `pruning.layer` of them, by the query in text slot `query_slot`."""
+    layout, last = context.layout, pruning.layer - 1
+    records = []
+    if isinstance(pruning, VTW):
+        x, record = decoder.prefill(x, context, plan, reduction, range(pruning.layer))
+        records = [record]
+        ordinals = jnp.zeros((x.shape[0], 0), jnp.int32)
+        scored = jnp.ones(x.shape[0], bool)
+    else:
+        if last:
+            x, record = decoder.prefill(x, context, plan, reduction, range(last))
+            records = [record]
+        entering = x
+        x, record = decoder.prefill(x, context, plan, reduction, range(last, pruning.layer))
+        records.append(record)
+        received = _received(decoder, entering, record, context, last, query_slot)
+        scores = received[:, layout.bucket.text :]
+        scored = jnp.isfinite(received).all(axis=1)
+        kept = num_survivors(layout, pruning)
+        ordinals = most_attended(scores, layout, kept, pruning.kept(layout.bucket.visual))
+    early = jax.tree.map(lambda *parts: jnp.concatenate(parts), *records)
+    slots = _slots(layout, ordinals)
+    x = _take(x, slots)
+    cos, sin = (_take(part, slots) for part in context.turn)
+    survivors = keep_visual(layout, ordinals, num_survivors(layout, pruning))
+    context = Context(survivors, (cos, sin), context.random_key, context.kernel)
+    # Both reductions are the identity without visual tokens.
+    rest = plan if survivors.bucket.visual else Plan()
+    x, late = decoder.prefill(x, context, rest, reduction, range(pruning.layer, decoder.config.num_layers))
+    scored &= early.kept.scored.all(axis=0) & late.kept.scored.all(axis=0)
+    return PromptStates(x, (Part(early, layout), Part(late, survivors)), scored)
+
+
+def _received(
+    decoder: Decoder,
+    x: Float[Array, "B T D"],
+    record: LayerRecord,
+    context: Context,
+    layer: int,
+    query_slot: Int[Array, " B"],
+) -> Float[Array, "B T"]:
+    """The attention that all tokens receive from one text token in a layer of which `x` are the states that enter.
+
+    Text sees everything before it in a hollow layer too. The layer has computed this row, but among others and inside of its
+    kernel; one row is made again.
+    """
+    module, row = decoder.layer(layer), query_slot[:, None]
+    cos, sin = (_take(part, row) for part in context.turn)
+    q, _, _ = module.attention.project(module.input_norm(_take(x, row)), (cos, sin))
+    key = context.layout.slots
+    query = Slots(jnp.take_along_axis(key.position, row, axis=1), jnp.full_like(row, -1))
+    return attention_received(q[:, :, 0], record.k[-1], visible(query, key, None)[:, 0])
+
+
+def _slots(layout: TokenLayout, ordinals: Int[Array, "B C"]) -> Int[Array, "B slots"]:
+    """The packed slots of all text and of the visual tokens of these ordinals."""
+    text = jax.lax.broadcasted_iota(jnp.int32, layout.text_position.shape, 1)
+    return jnp.concatenate([text, layout.bucket.text + ordinals], axis=1)
+
+
+def _take(x: Float[Array, "B T width"], slots: Int[Array, "B slots"]) -> Float[Array, "B slots width"]:
+    """Rows of packed states; a slot past the last is some row, for padding."""
+    return jnp.take_along_axis(x, slots[:, :, None], axis=1, mode="clip")

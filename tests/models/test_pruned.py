@@ -1,0 +1,252 @@
+"""Token pruning in the decoder against an independent PyTorch version, plain and on top of a plan."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from rlens_jax.errors import UserError
+from rlens_jax.models.decoder import Decoder, DecoderConfig, TracedPlan
+from rlens_jax.models.generation import decode, prefill
+from rlens_jax.models.prompt import Prompt, PromptBatch, collate
+from rlens_jax.models.pruned import run_prompt
+from rlens_jax.models.vtw import choose_vtw_layer, withdrawal_divergences
+from rlens_jax.plan import VTW, FastV, Folder, Plan, Reduction
+from tests.numerics import assert_close, error
+from tests.ops.test_pruning import merged_slowly
+from tests.sequences import bucket_for, pack, run_length, unpack
+from tests.torch_decoder import Settings, TorchDecoder
+
+CONFIG = DecoderConfig(
+    num_layers=4,
+    width=24,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=4,
+    ffn_width=53,
+    vocabulary=37,
+    context=512,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+    rope_sections=(1, 1),
+    qkv_bias=True,
+    tied_head=False,
+)
+REDUCTION = Reduction(attention_range=3, active_fraction=0.3)
+MASKS = [run_length(3, 31, 5), run_length(2, 7, 4, 11, 6), run_length(7), run_length(1, 1, 3)]
+"""Ragged: long, two images with text between, none, one with a single visual token."""
+ANSWERS = [2, 3, 1, 0]
+PLAN = Plan(attention=(0, 2, 3), ffn=(1, 3))
+"""Reduced layers on both sides of the pruning."""
+NEW_TOKENS = 5
+KEY = jax.random.key(7)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    """Every parameter drawn at random, so that logits are of order 1 and attention is not flat."""
+    decoder = Decoder(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    leaves, tree = jax.tree.flatten(nnx.state(decoder))
+    rng = np.random.default_rng(1)
+    drawn = [leaf + jnp.asarray(rng.standard_normal(leaf.shape) * 0.3, leaf.dtype) for leaf in leaves]
+    nnx.update(decoder, jax.tree.unflatten(tree, drawn))
+    return decoder
+
+
+@pytest.fixture(scope="module")
+def reference(decoder) -> TorchDecoder:
+    weights = {
+        ".".join(map(str, path)): np.asarray(variable.get_value())
+        for path, variable in nnx.to_flat_state(nnx.state(decoder))
+    }
+    return TorchDecoder(weights, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    """Rotary positions of two axes, unlike the sequence's, as in Qwen2-VL."""
+    rng = np.random.default_rng(2)
+    made = []
+    for mask, answer in zip(MASKS, ANSWERS, strict=True):
+        ids = rng.integers(0, CONFIG.vocabulary, len(mask)).astype(np.int32)
+        steps = rng.integers(0, 2, (2, len(mask)))
+        rope = np.cumsum(steps, axis=1).astype(np.int32)
+        made.append(Prompt(ids, mask, rope, int(rope.max()) + 1, answer))
+    return made
+
+
+@pytest.fixture(scope="module")
+def vectors() -> list[np.ndarray]:
+    rng = np.random.default_rng(3)
+    return [rng.standard_normal((len(mask), CONFIG.width)).astype(np.float32) for mask in MASKS]
+
+
+def bare(prompts: list[Prompt]) -> list[Prompt]:
+    """Without the answers."""
+    cut = [len(p.token_ids) - p.answer_length for p in prompts]
+    return [
+        Prompt(p.token_ids[:n], p.is_visual[:n], p.rope_positions[:, :n], p.next_rope, 0)
+        for p, n in zip(prompts, cut, strict=True)
+    ]
+
+
+def batch_of(prompts: list[Prompt], vectors: list[np.ndarray]) -> tuple[PromptBatch, jax.Array]:
+    """The batch in a bucket with room to spare, and the visual tokens, with noise in empty slots."""
+    bucket = bucket_for([p.is_visual for p in prompts], spare=(2, 3))
+    batch = jax.tree.map(jnp.asarray, collate(prompts, range(len(prompts)), bucket, max(ANSWERS)))
+    rows = [row[: len(p.is_visual)] for row, p in zip(vectors, prompts, strict=True)]
+    noise = np.random.default_rng(4)
+    packed = pack(rows, batch.layout, lambda shape: noise.standard_normal(shape).astype(np.float32))
+    return batch, jnp.asarray(packed[:, bucket.text :])
+
+
+@partial(jax.jit, static_argnames=("graph", "plan", "pruning"))
+def run(graph, state, visual, batch, plan, pruning):
+    """Logits of all slots of the last part, its layout, and were the scores numbers."""
+    decoder = nnx.merge(graph, state)
+    states = run_prompt(decoder, visual, batch, plan, REDUCTION, KEY, pruning=pruning)
+    return decoder.logits(states.x), states.parts[-1].layout, states.scored
+
+
+@partial(jax.jit, static_argnames=("graph", "plan", "pruning"))
+def run_greedy(graph, state, visual, batch, plan, pruning):
+    decoder = nnx.merge(graph, state)
+    first, caches, _ = prefill(decoder, visual, batch, plan, REDUCTION, NEW_TOKENS, KEY, pruning=pruning)
+    return decode(decoder, first, caches, batch, NEW_TOKENS, CONFIG.vocabulary), caches
+
+
+def settings_for(plan: Plan, pruning: FastV | VTW | Folder | None) -> Settings:
+    return Settings(
+        attention_layers=plan.attention,
+        ffn_layers=plan.ffn,
+        attention_range=REDUCTION.attention_range,
+        active_fraction=str(REDUCTION.active_fraction),
+        after=getattr(pruning, "layer", None),
+        drop=str(pruning.share) if isinstance(pruning, FastV) else None,
+    )
+
+
+def torch_inputs(reference: TorchDecoder, prompt: Prompt, vectors: np.ndarray):
+    is_visual = torch.from_numpy(prompt.is_visual)
+    text = reference.embed(torch.from_numpy(prompt.token_ids).long())
+    x = torch.where(is_visual[:, None], torch.from_numpy(vectors[: len(is_visual)]), text)
+    return x, is_visual, torch.from_numpy(prompt.rope_positions.T.copy()).float()
+
+
+CASES = [(Plan(), FastV(1, 0.7)), (PLAN, FastV(2, 0.5)), (Plan(), VTW(3)), (PLAN, VTW(2))]
+
+
+@pytest.mark.parametrize(("plan", "pruning"), CASES, ids=lambda value: value.label())
+def test_answers_are_judged_as_in_pytorch(decoder, reference, prompts, vectors, plan, pruning):
+    """Logits of everything that is left, the answers included, which are not what tokens are chosen by."""
+    batch, visual = batch_of(prompts, vectors)
+    logits, layout, scored = run(*nnx.split(decoder), visual, batch, plan, pruning)
+    assert scored.all()
+    for i, (prompt, ours) in enumerate(zip(prompts, unpack(logits, layout), strict=True)):
+        last = len(prompt.token_ids) - 1 - prompt.answer_length
+        expected = reference(*torch_inputs(reference, prompt, vectors[i]), last, settings_for(plan, pruning))
+        assert expected.gap > 1e-4
+        assert len(expected.positions) == prompt.num_text + pruning.kept(prompt.num_visual)
+        assert expected.logits.std() > 1
+        assert_close(ours, expected.logits, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("plan", "pruning"), [(PLAN, FastV(2, 0.5)), (Plan(), VTW(2))], ids=lambda value: value.label()
+)
+def test_greedy_tokens_with_caches_are_those_of_pytorch(decoder, reference, prompts, vectors, plan, pruning):
+    prompts = bare(prompts)
+    batch, visual = batch_of(prompts, vectors)
+    tokens, caches = run_greedy(*nnx.split(decoder), visual, batch, plan, pruning)
+    for i, (prompt, ours) in enumerate(zip(prompts, tokens, strict=True)):
+        x, is_visual, rope = torch_inputs(reference, prompt, vectors[i])
+        expected = reference.greedy(
+            x, is_visual, rope, prompt.next_rope, NEW_TOKENS, settings_for(plan, pruning)
+        )
+        assert ours.tolist() == expected
+    bucket = batch.layout.bucket
+    assert [cache.k.shape[0] for cache in caches] == [pruning.layer, CONFIG.num_layers - pruning.layer]
+    assert [cache.k.shape[3] - NEW_TOKENS for cache in caches] == [
+        bucket.slots,
+        bucket.text + pruning.kept(bucket.visual),
+    ]
+
+
+@pytest.mark.parametrize("pruning", [FastV(2, 0), Folder(0)], ids=lambda pruning: pruning.label())
+def test_dropping_nothing_is_no_pruning_bit_for_bit(decoder, prompts, vectors, pruning):
+    batch, visual = batch_of(prompts, vectors)
+    state = nnx.split(decoder)
+    (ours, layout, _), (plain, same, _) = (run(*state, visual, batch, PLAN, p) for p in (pruning, None))
+    np.testing.assert_array_equal(layout.slots.position, same.slots.position)
+    for i, expected in enumerate(unpack(plain, same)):
+        np.testing.assert_array_equal(unpack(ours, layout)[i], expected)
+    dropping, other, _ = run(*state, visual, batch, PLAN, FastV(2, 0.5))
+    assert error(unpack(dropping, other)[0][-1], unpack(plain, same)[0][-1]) > 1e-2
+
+
+@pytest.mark.parametrize("pruning", [FastV(3, 0.5), Folder(0.5)], ids=lambda pruning: pruning.label())
+def test_text_alone_is_left_as_it_is(decoder, reference, prompts, vectors, pruning):
+    """A bucket without visual slots."""
+    batch = collate(prompts[2:3], [0], bucket_for([prompts[2].is_visual]), max(ANSWERS))
+    none = jnp.zeros((1, 0, CONFIG.width))
+    logits, layout, scored = run(*nnx.split(decoder), none, jax.tree.map(jnp.asarray, batch), PLAN, pruning)
+    expected = reference(*torch_inputs(reference, prompts[2], vectors[2]), 0, Settings())
+    assert_close(unpack(logits, layout)[0], expected.logits, 1e-4)
+    assert scored.all()
+
+
+def test_merged_tokens_run_like_any_others(decoder, reference, prompts, vectors):
+    batch, visual = batch_of(prompts, vectors)
+    pruning = Folder(0.6)
+    logits, layout, _ = run(*nnx.split(decoder), visual, batch, PLAN, pruning)
+    for i, (prompt, ours) in enumerate(zip(prompts, unpack(logits, layout), strict=True)):
+        x, is_visual, rope = torch_inputs(reference, prompt, vectors[i])
+        merged, kept = merged_slowly(vectors[i], prompt.is_visual, "0.6")
+        left = [t for t in range(len(x)) if not prompt.is_visual[t] or t in kept]
+        x[kept] = torch.from_numpy(merged)
+        expected = reference(x[left], is_visual[left], rope[left], 0, settings_for(PLAN, None))
+        assert_close(ours, expected.logits, 1e-4)
+
+
+def test_vtw_takes_the_first_layer_that_hardly_matters(decoder, reference, prompts, vectors):
+    batch, visual = batch_of(prompts, vectors)
+    traced = TracedPlan(*map(jnp.asarray, PLAN.flags(CONFIG.num_layers)))
+
+    @jax.jit
+    def measure(visual, batch):
+        return withdrawal_divergences(decoder, visual, batch, traced, REDUCTION, KEY)
+
+    ours = np.asarray(measure(visual, batch))
+    assert ours.shape == (CONFIG.num_layers, len(prompts))
+    expected = np.zeros_like(ours)
+    for i, prompt in enumerate(prompts):
+        last = len(prompt.token_ids) - 1 - prompt.answer_length
+        inputs = torch_inputs(reference, prompt, vectors[i])
+
+        def answer(pruning, inputs=inputs, last=last):
+            done = reference(*inputs, last, settings_for(PLAN, pruning))
+            return done.logits[done.positions.index(last)].double().log_softmax(dim=0)
+
+        dense = answer(None)
+        for layer in range(1, CONFIG.num_layers):
+            withdrawn = answer(VTW(layer))
+            expected[layer - 1, i] = float((withdrawn.exp() * (withdrawn - dense)).sum())
+    assert_close(ours, expected, 1e-4)
+    assert (expected[:-1, 0] > 1e-2).all()
+    means = expected[:-1].mean(axis=1)
+    for threshold in (np.unique(means) + 1e-3).tolist():
+        first = next(layer for layer, mean in enumerate(means, 1) if mean < threshold)
+        assert choose_vtw_layer(ours, threshold) == VTW(first)
+    with pytest.raises(UserError, match=r"after no layer does VTW .* than 1e-05 nats"):
+        choose_vtw_layer(ours, 1e-5)
+
+
+@pytest.mark.parametrize("pruning", [FastV(4, 0.5), VTW(9)])
+def test_a_layer_beyond_the_model_is_refused(decoder, prompts, vectors, pruning):
+    batch, visual = batch_of(prompts, vectors)
+    with pytest.raises(UserError, match=rf"after layer {pruning.layer}, but the model has 4 layers"):
+        run(*nnx.split(decoder), visual, batch, Plan(), pruning)
