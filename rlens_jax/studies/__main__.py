@@ -7,6 +7,7 @@ NAME is one of
   range       attention range, from P / 64 to P visual tokens
   strategies  orders of layers: searched, by position, hybrid, random
   probes      how many probes, strided or random
+  pruning     alone, FastV, VTW and combinations: score against FLOPs
   all         all of them; on the embedded model less than 20 minutes on two CPU cores
 
 Each writes NAME.json (schema in rlens_jax/studies/study.schema.json) and NAME.png and .svg into DIR, runs/studies by default. All

@@ -11,9 +11,9 @@ import numpy as np
 
 from rlens_jax.config import RunConfig
 from rlens_jax.console import Progress
-from rlens_jax.flops import LayerSizes, saving
+from rlens_jax.flops import LayerSizes, layer_cost, prefill_cost, visual_in_layer
 from rlens_jax.models.decoder import DecoderConfig
-from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
+from rlens_jax.plan import Operator, Plan
 from rlens_jax.ranking.bootstrap import Interval, Statistic, bootstrap_interval, mean_over_datasets
 from rlens_jax.ranking.evaluator import Evaluator, Outcomes
 from rlens_jax.ranking.inputs import Split
@@ -163,24 +163,30 @@ class Bench:
 
     def flops(self, case: Case) -> Flops:
         """What a case saves."""
-        last, reduction = self.num_layers - 1, case.variant.reduction
-        before = Plan(*(tuple(n for n in case.plan.layers(name) if n != last) for name in OPERATORS))
-        saved = self._saved(case.plan, reduction, with_probes=False)
-        return Flops(
-            saved=saved,
-            with_probes=self._saved(case.plan, reduction, with_probes=True),
-            last_layer=saved - self._saved(before, reduction, with_probes=False),
-        )
-
-    def _saved(self, plan: Plan, reduction: Reduction, *, with_probes: bool) -> float:
-        decoder, split = self._decoder, self._splits[TEST]
+        decoder, split, length = self._decoder, self._splits[TEST], self.num_layers
         sizes = LayerSizes(decoder.width, decoder.num_kv_heads * decoder.head_dim, decoder.ffn_width)
-        counts = zip(split.num_text.tolist(), split.num_visual.tolist(), strict=True)
-        shares = [
-            saving(sizes, text, [visual] * self.num_layers, plan, reduction, with_probes=with_probes)
-            for text, visual in counts
-        ]
-        return sum(shares) / len(shares)
+        plan, reduction = case.plan, case.variant.reduction
+        hollow, dynamic = (bool(flags[-1]) for flags in plan.flags(length))
+        shares = []
+        for text, visual in zip(split.num_text.tolist(), split.num_visual.tolist(), strict=True):
+            reaching = visual_in_layer(case.variant.pruning, visual, length)
+
+            def whole(plan: Plan, reaching: Sequence[int], probes: bool, text: int = text) -> int:
+                return prefill_cost(sizes, text, reaching, plan, reduction, with_probes=probes)
+
+            def last(visual: int, hollow: bool, dynamic: bool, text: int = text) -> int:
+                return layer_cost(
+                    sizes, text, visual, reduction, hollow=hollow, dynamic=dynamic, with_probes=False
+                )
+
+            dense = whole(Plan(), [visual] * length, False)
+            left = (
+                whole(plan, reaching, False),
+                whole(plan, reaching, True),
+                dense - last(visual, False, False) + last(reaching[-1], hollow, dynamic),
+            )
+            shares.append([1 - cost / dense for cost in left])
+        return Flops(*(sum(column) / len(shares) for column in zip(*shares, strict=True)))
 
     @property
     def _relative(self) -> bool:
@@ -188,7 +194,8 @@ class Bench:
 
     def _canonical(self, case: Case) -> Case:
         """The same computation under the name that all studies have for it: what reduces nothing is the dense model."""
-        return replace(case, variant=self.plain) if case.plan == Plan() else case
+        dense = case.plan == Plan() and case.variant.pruning is None
+        return replace(case, variant=self.plain) if dense else case
 
     def _split_name(self, split: str, variant: Variant) -> str:
         """How the journal tells variants apart."""

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plan import Plan, Pruning, Reduction
 
 Tokens = Literal["visual", "text"]
 
@@ -16,14 +16,17 @@ class Variant:
     Attributes:
       reduction: range, fractions and probes.
       tokens: which tokens are reduced. "text" is the simulated control (`rlens_jax.studies.text_control`).
+      pruning: how visual tokens are dropped besides; None keeps all.
     """
 
     reduction: Reduction
     tokens: Tokens = "visual"
+    pruning: Pruning | None = None
 
     def key(self) -> str:
         """A text that no other variant has, as the journal names it."""
-        return json.dumps(asdict(self), sort_keys=True)
+        pruning = None if self.pruning is None else self.pruning.label()
+        return json.dumps({**asdict(self), "pruning": pruning}, sort_keys=True)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from rlens_jax.config import RunConfig, load_config
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.parallel.cluster import several
 
-StudyName = Literal["layers", "text", "fraction", "range", "strategies", "probes"]
+StudyName = Literal["layers", "text", "fraction", "range", "strategies", "probes", "pruning"]
 STUDY_NAMES: tuple[StudyName, ...] = get_args(StudyName)
 ALL = "all"
 PRESET, OUTPUT = "studies", "runs/studies"

@@ -4,9 +4,11 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from rlens_jax import __version__
 from rlens_jax.config import RunConfig, fingerprint, portable
@@ -21,7 +23,7 @@ from rlens_jax.ranking.inputs import Shapes, build_split
 from rlens_jax.ranking.journal import Journal
 from rlens_jax.ranking.programs import Programs
 from rlens_jax.ranking.rounds import metrics_of
-from rlens_jax.ranking.scoring import TeacherForcing
+from rlens_jax.ranking.scoring import Scoring, TeacherForcing
 from rlens_jax.report.files import replace_file
 from rlens_jax.resources import cache_folder
 from rlens_jax.run import PACKAGES
@@ -29,6 +31,8 @@ from rlens_jax.studies.bench import Bench
 from rlens_jax.studies.cases import Case, Variant
 from rlens_jax.studies.layers import layers_study
 from rlens_jax.studies.plots import plot_study
+from rlens_jax.studies.pruned import PrunedForcing, PrunedPrograms
+from rlens_jax.studies.pruning import pruning_study
 from rlens_jax.studies.ranking_file import read_orders
 from rlens_jax.studies.request import StudyName
 from rlens_jax.studies.results import Facts, Study
@@ -46,6 +50,7 @@ STUDIES: Mapping[StudyName, Callable[[Bench], Study]] = {
     "range": range_study,
     "strategies": strategies_study,
     "probes": probes_study,
+    "pruning": pruning_study,
 }
 
 
@@ -96,11 +101,8 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
         preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, compute.patch_slots)
         stop = preparer.chat.stop_token
 
-        def scoring_of(variant: Variant) -> TeacherForcing:
-            programs = TextControlPrograms if variant.tokens == "text" else Programs
-            return TeacherForcing(
-                programs(model, mesh, variant.reduction, seed=config.seed, new_tokens=1, stop_token=stop)
-            )
+        def scoring_of(variant: Variant) -> Scoring:
+            return make_scoring(model, mesh, variant, config.seed, stop)
 
         shapes = Shapes(compute.text_slots, compute.visual_slots, compute.batch_size, decoder.context)
         encoder = Programs(model, mesh, config.reduction, seed=config.seed, new_tokens=1, stop_token=stop)
@@ -129,6 +131,17 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
             studies.append(STUDIES[name](bench))
             write_study(studies[-1], facts, output)
     return studies
+
+
+def make_scoring(model: Any, mesh: Mesh, variant: Variant, seed: int, stop_token: int) -> Scoring:
+    """What evaluates plans under a variant."""
+    reduction, pruning = variant.reduction, variant.pruning
+    if pruning is not None:
+        return PrunedForcing(
+            PrunedPrograms(model, mesh, reduction, pruning, seed=seed, stop_token=stop_token)
+        )
+    programs = TextControlPrograms if variant.tokens == "text" else Programs
+    return TeacherForcing(programs(model, mesh, reduction, seed=seed, new_tokens=1, stop_token=stop_token))
 
 
 def write_study(study: Study, facts: Facts, folder: Path) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
+from rlens_jax.plan import Pruning
 from rlens_jax.studies.results import Facts, Panel, Point, Series, Study
 
 SCHEMA = "rlens-study/1"
@@ -56,14 +57,20 @@ def _series(series: Series) -> dict[str, Any]:
     }
 
 
+def _pruning(pruning: Pruning) -> dict[str, Any]:
+    return {"method": type(pruning).__name__.lower(), **dataclasses.asdict(pruning)}
+
+
 def _point(point: Point) -> dict[str, Any]:
     case = None
     if point.case is not None:
-        plan = point.case.plan
+        plan, variant = point.case.plan, point.case.variant
         case = {
             "attention": list(plan.attention),
             "ffn": list(plan.ffn),
-            **dataclasses.asdict(point.case.variant),
+            "reduction": dataclasses.asdict(variant.reduction),
+            "tokens": variant.tokens,
+            "pruning": None if variant.pruning is None else _pruning(variant.pruning),
         }
     return {
         "x": point.x,

@@ -5,13 +5,16 @@ from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
+import jax
 import jsonschema
 import numpy as np
 import pytest
 
-from rlens_jax.plan import OPERATORS, Plan
+from rlens_jax.flops import LayerSizes, saving, visual_in_layer
+from rlens_jax.models.pruned import run_prompt
+from rlens_jax.plan import OPERATORS, VTW, FastV, Plan
 from rlens_jax.ranking.objective import dataset_metric
-from rlens_jax.studies import sweeps
+from rlens_jax.studies import pruning, sweeps
 from rlens_jax.studies.bench import Bench
 from rlens_jax.studies.cases import Case, Variant, chained
 from rlens_jax.studies.request import STUDY_NAMES
@@ -24,7 +27,13 @@ from tests.studies.toy_bench import ToyRun
 
 SCHEMA = json.loads(files("rlens_jax.studies").joinpath("study.schema.json").read_text())
 
-FEW = {"FRACTIONS": (0.5,), "RANGE_PARTS": (8, 1), "PROBE_FRACTIONS": (0.01, 1.0)}
+FEW = {
+    (sweeps, "FRACTIONS"): (0.5,),
+    (sweeps, "RANGE_PARTS"): (8, 1),
+    (sweeps, "PROBE_FRACTIONS"): (0.01, 1.0),
+    (pruning, "SHARES"): (0.5,),
+    (pruning, "VTW_QUARTERS"): (2,),
+}
 """Every value is compiled."""
 
 
@@ -55,8 +64,8 @@ def facts_of(bench: Bench) -> Facts:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     with pytest.MonkeyPatch.context() as patch:
-        for name, values in FEW.items():
-            patch.setattr(sweeps, name, values)
+        for (module, name), values in FEW.items():
+            patch.setattr(module, name, values)
         yield Finished(tmp_path_factory.mktemp("studies"))
 
 
@@ -213,6 +222,65 @@ def test_strategies(finished: Finished) -> None:
             if name != "searched":
                 own = found[f"{operator}_area {name}"]
                 assert found[f"{operator}_margin {name}"] == pytest.approx(searched - own)
+
+
+def test_pruning_alone_and_on_top_of_a_plan(finished: Finished) -> None:
+    study, toy = finished.studies["pruning"], finished.toy
+    lines = {series.name: series.points for series in study.panels[0].series}
+    both = finished.studies["layers"].panels[2].series[0].points
+    assert sorted(point.mean for point in lines.pop("both reductions, first k layers")) == sorted(
+        point.mean for point in both
+    )
+    split = toy.splits["test"]
+    assert [len(points) for points in lines.values()] == [1, 1, 1, 1]
+    for name, (point,) in lines.items():
+        assert point.case is not None
+        assert point.flops is not None
+        assert (point.case.plan == Plan()) is (not name.startswith("both"))
+        dropped = point.case.variant.pruning
+        assert isinstance(dropped, FastV if "FastV" in name else VTW)
+        assert point.x == pytest.approx(1 - point.flops.saved)
+        shares = [
+            saving(
+                LayerSizes(24, 24, 40),
+                text,
+                visual_in_layer(dropped, visual, LAYERS),
+                point.case.plan,
+                REDUCTION,
+                with_probes=True,
+            )
+            for text, visual in zip(split.num_text.tolist(), split.num_visual.tolist(), strict=True)
+        ]
+        assert point.flops.with_probes == pytest.approx(np.mean(shares))
+        assert 0 < point.flops.last_layer < point.flops.saved
+
+
+def test_pruned_outcomes_are_those_of_the_model(finished: Finished) -> None:
+    toy = finished.toy
+    split = toy.splits["test"]
+    for series in finished.studies["pruning"].panels[0].series[1:]:
+        (point,) = series.points
+        assert point.case is not None
+        right = {}
+        for batch in split.batches:
+            states = run_prompt(
+                toy.model.decoder,
+                batch.visual,
+                batch.inputs,
+                point.case.plan,  # static, and not as data
+                REDUCTION,
+                jax.random.key(0),
+                pruning=point.case.variant.pruning,
+            )
+            logits = np.asarray(toy.model.decoder.logits(states.x))
+            for row, sample in enumerate(np.asarray(batch.inputs.layout.sample).tolist()):
+                slots, targets = (
+                    np.asarray(x)[row] for x in (batch.inputs.answer_slots, batch.inputs.answer_targets)
+                )
+                said = logits[row, slots].argmax(axis=-1)
+                right[sample] = bool((said == targets)[targets >= 0].all())
+        for dataset, members in split.datasets.items():
+            assert point.metrics[dataset] == dataset_metric([float(right[i]) for i in members.tolist()])
 
 
 def test_resuming_does_nothing_twice(finished: Finished) -> None:

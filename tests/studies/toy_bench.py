@@ -14,7 +14,7 @@ from rlens_jax.ranking.programs import Programs
 from rlens_jax.ranking.scoring import Scoring, TeacherForcing
 from rlens_jax.studies.bench import Bench
 from rlens_jax.studies.cases import Variant
-from rlens_jax.studies.text_control import TextControlPrograms
+from rlens_jax.studies.run import make_scoring
 from rlens_jax.weights.leaves import place
 from tests.ranking.toy import (
     CONFIG,
@@ -50,20 +50,20 @@ class ToyRun:
         right = [sample for sample in known if len(sample.answers[0].split()) < programs.new_tokens]
         split = build_split(right, ToyPreparer(), programs, ONE_BUCKET, True, lambda: None)
         self.splits: dict[str, Split] = {"validation": split, "test": split}
-        self._programs: dict[Variant, Programs] = {}
+        self._scorings: dict[Variant, Scoring] = {}
+
+    def scoring(self, variant: Variant) -> Scoring:
+        if variant not in self._scorings:
+            self._scorings[variant] = make_scoring(self.model, self.mesh, variant, 0, STOP)
+        return self._scorings[variant]
 
     def programs(self, variant: Variant) -> Programs:
-        if variant not in self._programs:
-            kind = TextControlPrograms if variant.tokens == "text" else Programs
-            self._programs[variant] = kind(
-                self.model, self.mesh, variant.reduction, seed=0, new_tokens=1, stop_token=STOP
-            )
-        return self._programs[variant]
+        """What is behind the scoring of a variant without pruning."""
+        scoring = self.scoring(variant)
+        assert isinstance(scoring, TeacherForcing)
+        return scoring._programs
 
     @contextmanager
     def bench(self, folder: Path, scoring_of: Callable[[Variant], Scoring] | None = None) -> Iterator[Bench]:
-        def own(variant: Variant) -> Scoring:
-            return TeacherForcing(self.programs(variant))
-
         with Journal.open(folder, {"test": "1"}) as journal:
-            yield Bench(TOY_CONFIG, CONFIG.decoder, self.splits, journal, scoring_of or own, {})
+            yield Bench(TOY_CONFIG, CONFIG.decoder, self.splits, journal, scoring_of or self.scoring, {})
