@@ -156,7 +156,7 @@ class Bench:
         draws = self.config.report.bootstrap_samples
         return bootstrap_interval(table, statistic, samples=draws, seed=self.config.seed)
 
-    def changes(self, metrics: np.ndarray, dense: np.ndarray) -> np.ndarray:
+    def losses(self, metrics: np.ndarray, dense: np.ndarray) -> np.ndarray:
         """Losses [draws, points] of metrics [draws, points, datasets] against the dense ones [draws, 1, datasets]."""
         lost = dense - metrics
         return (lost / dense if self._relative else lost).mean(axis=-1)

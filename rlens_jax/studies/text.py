@@ -56,7 +56,7 @@ def _findings(
     table = bench.table(measured, cases)
 
     def losses(metrics: np.ndarray) -> np.ndarray:
-        return bench.changes(metrics[:, 1:], metrics[:, :1])
+        return bench.losses(metrics[:, 1:], metrics[:, :1])
 
     lost = bench.interval(table, losses)
     angle = bench.interval(table, lambda metrics: ratio_angle(*losses(metrics).T))
