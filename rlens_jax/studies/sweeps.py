@@ -42,7 +42,7 @@ def fraction_study(bench: Bench) -> Study:
 def range_study(bench: Bench) -> Study:
     """The study `range`: how far back visual tokens must see, from P / 64 to P."""
     reduction, longest = bench.config.reduction, bench.most_visual
-    values = sorted({max(1, longest // part) for part in RANGE_PARTS})
+    values = range_values(longest)
     return _sweep(
         bench,
         "range",
@@ -53,6 +53,11 @@ def range_study(bench: Bench) -> Study:
         x_label="attention range R (visual tokens)",
         x_scale="log",
     )
+
+
+def range_values(longest: int) -> list[int]:
+    """The ranges to try for samples of up to `longest` visual tokens, ascending."""
+    return sorted({max(1, longest // part) for part in RANGE_PARTS})
 
 
 def probes_study(bench: Bench) -> Study:

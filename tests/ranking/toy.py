@@ -123,9 +123,9 @@ def toy_samples() -> list[Sample]:
     return samples
 
 
-def answered(samples: list[Sample], programs: Programs) -> list[Sample]:
+def answered(samples: list[Sample], programs: Programs, shapes: Shapes = SHAPES) -> list[Sample]:
     """The samples with what the dense model generates as their answer, without the stop token."""
-    split = build_split(samples, ToyPreparer(), programs, SHAPES, False, lambda: None)
+    split = build_split(samples, ToyPreparer(), programs, shapes, False, lambda: None)
     texts: dict[str, str] = {}
     for batch in split.batches:
         plans = [Plan()] * programs.groups

@@ -27,10 +27,11 @@ from tests.studies.toy_bench import ToyRun
 
 SCHEMA = json.loads(files("rlens_jax.studies").joinpath("study.schema.json").read_text())
 
+ALL_PARTS = sweeps.RANGE_PARTS
 FEW = {
     (sweeps, "FRACTIONS"): (0.5,),
-    (sweeps, "RANGE_PARTS"): (8, 1),
-    (sweeps, "PROBE_FRACTIONS"): (0.01, 1.0),
+    (sweeps, "RANGE_PARTS"): (1,),
+    (sweeps, "PROBE_FRACTIONS"): (1.0,),
     (pruning, "SHARES"): (0.5,),
     (pruning, "VTW_QUARTERS"): (2,),
 }
@@ -201,6 +202,13 @@ def test_sweeps_vary_one_value(finished: Finished) -> None:
             assert reduction.probe_count(longest) == point.x
     everything = [series.points[-1] for series in probes.series]
     assert everything[0].metrics == everything[1].metrics  # all tokens are probes, in whatever order
+
+
+def test_the_ranges_reach_from_a_64th_of_the_visual_tokens_to_all() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweeps, "RANGE_PARTS", ALL_PARTS)
+        assert sweeps.range_values(128) == [2, 4, 8, 16, 32, 64, 128]
+        assert sweeps.range_values(10) == [1, 2, 5, 10]
 
 
 def test_strategies(finished: Finished) -> None:

@@ -45,7 +45,7 @@ class ToyRun:
         self.mesh = make_mesh(jax.devices()[:1], 1)
         self.model = place(toy_model(), self.mesh)
         programs = toy_programs()
-        known = answered(toy_samples(), programs)
+        known = answered(toy_samples(), programs, ONE_BUCKET)
         # An answer as long as the limit has no end that teacher forcing could confirm.
         right = [sample for sample in known if len(sample.answers[0].split()) < programs.new_tokens]
         split = build_split(right, ToyPreparer(), programs, ONE_BUCKET, True, lambda: None)
