@@ -33,8 +33,8 @@ from rlens_jax.ranking.batch_size import with_batch_size
 from rlens_jax.ranking.evaluator import Evaluator
 from rlens_jax.ranking.inputs import Shapes, Split, build_split, own_samples
 from rlens_jax.ranking.journal import Journal
-from rlens_jax.ranking.objective import PlanScore, dataset_metric, score_plan
 from rlens_jax.ranking.programs import Programs
+from rlens_jax.ranking.rounds import metrics_of, num_evaluations, round_scorer
 from rlens_jax.ranking.scoring import Generating, Scoring, TeacherForcing
 from rlens_jax.ranking.search import Ranking, rank_layers
 from rlens_jax.ranking.timing import time_plan
@@ -249,30 +249,23 @@ class _Search:
     def metrics(self, split: str, plan: Plan) -> dict[str, float]:
         """Each dataset's metric under a plan."""
         (outcomes,) = self._evaluator.outcomes(split, Plan(), [plan])
-        return {name: dataset_metric(values.tolist()) for name, values in outcomes.items()}
+        return metrics_of(outcomes)
 
     def rank(self, operator: Operator, position_layers: int | None) -> Ranking:
         """One search on the validation samples."""
         length = self._num_layers
         prior = length // 4 if position_layers is None else position_layers
-        searched = length - prior
-        evaluations = searched * (searched + 1) // 2 + prior + 2  # the dense plan is asked for twice
+        evaluations = num_evaluations(length, prior) + 1  # the dense plan is asked for twice
         label = f"ranking {operator}" if position_layers != 0 else f"ranking {operator}, L_p = 0"
         with self._bar.show(label, evaluations * self._datasets[VALIDATION]):
             dense = self.metrics(VALIDATION, Plan())
-
-            def score_round(base: Plan, candidates: list[Plan]) -> list[PlanScore]:
-                scored = self._evaluator.outcomes(VALIDATION, base, candidates)
-                return [
-                    score_plan(
-                        {name: dataset_metric(values.tolist()) for name, values in outcomes.items()},
-                        dense,
-                        alpha=self._config.search.penalty,
-                        relative=self._relative,
-                    )
-                    for outcomes in scored
-                ]
-
+            score_round = round_scorer(
+                self._evaluator,
+                VALIDATION,
+                dense,
+                alpha=self._config.search.penalty,
+                relative=self._relative,
+            )
             return rank_layers(length, position_layers, operator, score_round, self._config.search.base())
 
     def compare(

@@ -37,15 +37,16 @@ _RANKED_GREY = "#DCDCDC"
 
 def plot_curves(results: Results, kind: Format) -> bytes:
     """Held-out score against the number of reduced layers, one panel an operator."""
-    return _drawn(lambda: _curves(results), kind)
+    return drawn(lambda: _curves(results), kind)
 
 
 def plot_candidates(results: Results, kind: Format) -> bytes:
     """The score of every candidate of every round of the search, one heat map an operator."""
-    return _drawn(lambda: _candidates(results), kind)
+    return drawn(lambda: _candidates(results), kind)
 
 
-def _drawn(draw: Callable[[], Figure], kind: Format) -> bytes:
+def drawn(draw: Callable[[], Figure], kind: Format) -> bytes:
+    """A figure as bytes, the same every time."""
     # Salt and missing date make an SVG the same every time; text stays text, so that it can be searched.
     with mpl.rc_context({"svg.hashsalt": "rlens_jax", "svg.fonttype": "none", "font.size": 10}):
         figure, buffer = draw(), io.BytesIO()

@@ -94,13 +94,19 @@ def png(rows: int, columns: int) -> bytes:
     return buffer.getvalue()
 
 
-def toy_programs(seed: int = 0, new_tokens: int = 3, devices: int = 1, model_shards: int = 1) -> Programs:
-    """Programs over the random model; embeddings and head are large enough for clear argmaxes."""
-    mesh = make_mesh(jax.devices()[:devices], model_shards)
+def toy_model(seed: int = 0) -> Qwen2VL:
+    """The random model; embeddings and head are large enough for clear argmaxes."""
     model = Qwen2VL(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(seed))
     model.decoder.embedding[...] = model.decoder.embedding[...] * 30
     model.decoder.head[...] = model.decoder.head[...] * 30
-    return Programs(place(model, mesh), mesh, REDUCTION, seed=0, new_tokens=new_tokens, stop_token=STOP)
+    return model
+
+
+def toy_programs(seed: int = 0, new_tokens: int = 3, devices: int = 1, model_shards: int = 1) -> Programs:
+    """Programs over the random model."""
+    mesh = make_mesh(jax.devices()[:devices], model_shards)
+    model = place(toy_model(seed), mesh)
+    return Programs(model, mesh, REDUCTION, seed=0, new_tokens=new_tokens, stop_token=STOP)
 
 
 def toy_samples() -> list[Sample]:
@@ -117,9 +123,9 @@ def toy_samples() -> list[Sample]:
     return samples
 
 
-def answered(samples: list[Sample], programs: Programs) -> list[Sample]:
+def answered(samples: list[Sample], programs: Programs, shapes: Shapes = SHAPES) -> list[Sample]:
     """The samples with what the dense model generates as their answer, without the stop token."""
-    split = build_split(samples, ToyPreparer(), programs, SHAPES, False, lambda: None)
+    split = build_split(samples, ToyPreparer(), programs, shapes, False, lambda: None)
     texts: dict[str, str] = {}
     for batch in split.batches:
         plans = [Plan()] * programs.groups

@@ -1,0 +1,151 @@
+"""From a configuration to finished studies: the model and its samples once, then study by study."""
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rlens_jax import __version__
+from rlens_jax.config import RunConfig, fingerprint, portable
+from rlens_jax.console import Progress, say
+from rlens_jax.data.splits import load_splits, samples_hash
+from rlens_jax.models import FAMILIES
+from rlens_jax.parallel.memory import memory_explained
+from rlens_jax.parallel.mesh import check_fits, make_mesh
+from rlens_jax.parallel.startup import start_jax
+from rlens_jax.plan import Operator, Plan
+from rlens_jax.ranking.inputs import Shapes, build_split
+from rlens_jax.ranking.journal import Journal
+from rlens_jax.ranking.programs import Programs
+from rlens_jax.ranking.rounds import metrics_of
+from rlens_jax.ranking.scoring import Scoring, TeacherForcing
+from rlens_jax.report.files import replace_file
+from rlens_jax.resources import cache_folder
+from rlens_jax.run import PACKAGES
+from rlens_jax.studies.bench import Bench
+from rlens_jax.studies.cases import Case, Variant
+from rlens_jax.studies.layers import layers_study
+from rlens_jax.studies.plots import plot_study
+from rlens_jax.studies.pruned import PrunedForcing, PrunedPrograms
+from rlens_jax.studies.pruning import pruning_study
+from rlens_jax.studies.ranking_file import read_orders
+from rlens_jax.studies.request import StudyName
+from rlens_jax.studies.results import Facts, Study
+from rlens_jax.studies.strategies import strategies_study
+from rlens_jax.studies.study_json import study_json
+from rlens_jax.studies.sweeps import fraction_study, probes_study, range_study
+from rlens_jax.studies.text import text_study
+from rlens_jax.studies.text_control import TextControlPrograms
+from rlens_jax.weights.checkpoint import find_model, load_model, model_hash, read_model_kind
+
+STUDIES: Mapping[StudyName, Callable[[Bench], Study]] = {
+    "layers": layers_study,
+    "text": text_study,
+    "fraction": fraction_study,
+    "range": range_study,
+    "strategies": strategies_study,
+    "probes": probes_study,
+    "pruning": pruning_study,
+}
+
+
+def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | None) -> list[Study]:
+    """Measure the studies one after another, and write each one's JSON and plots as soon as it is finished.
+
+    Everything that an earlier command of the same configuration measured in that folder is taken from its journal, for
+    whatever study it was.
+
+    Args:
+        names: of the studies.
+        config: as of a ranking run.
+        ranking: ranking.json of a finished run, with the orders of layers; without one they are searched.
+
+    Raises:
+        UserError: bad input of any kind.
+    """
+    cache, compute, output = cache_folder(), config.compute, Path(config.output)
+    start_jax(compute.matmul_precision, Path(compute.compilation_cache or cache / "compiled"))
+    folder = find_model(config.model)
+    weights, kind = model_hash(folder), read_model_kind(folder)
+    decoder = kind.config.decoder
+    orders: Mapping[Operator, tuple[int, ...]] = (
+        {} if ranking is None else read_orders(ranking, weights, decoder.num_layers)
+    )
+    samples = load_splits(
+        config.data.source,
+        Path(config.data.cache or cache / "data"),
+        validation_samples=config.data.validation_samples,
+        test_samples=config.data.test_samples,
+        held_out_share=config.data.held_out_share,
+        seed=config.seed,
+        benchmarks=config.data.benchmarks,
+        family=kind.model_type,
+        step_by_step=False,
+    )
+    data, device = samples_hash(samples), jax.devices()[0].device_kind
+    identity = fingerprint(config, model_hash=weights, data_hash=data, device=device, jax=version("jax"))
+    with (
+        Journal.open(output, identity) as journal,
+        memory_explained(compute.batch_size, compute.model_shards),
+    ):
+        if journal.repaired:
+            say(journal.repaired)
+        check_fits(decoder.sizes, compute.model_shards)
+        mesh = make_mesh(jax.devices(), compute.model_shards)
+        _, model = load_model(folder, jnp.dtype(compute.dtype), mesh=mesh)
+        preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, compute.patch_slots)
+        stop = preparer.chat.stop_token
+
+        def scoring_of(variant: Variant) -> Scoring:
+            return make_scoring(model, mesh, variant, config.seed, stop)
+
+        shapes = Shapes(compute.text_slots, compute.visual_slots, compute.batch_size, decoder.context)
+        encoder = Programs(model, mesh, config.reduction, seed=config.seed, new_tokens=1, stop_token=stop)
+        splits = {}
+        for name, members in samples.items():
+            with Progress(f"preparing {name}", len(members), "samples") as shown:
+                splits[name] = build_split(members, preparer, encoder, shapes, True, shown.advance)
+        bench = Bench(config, decoder, splits, journal, scoring_of, orders)
+        dense = bench.measure("dense model", [])[Case(Plan(), bench.plain)]
+        facts = Facts(
+            model=config.model,
+            model_hash=weights,
+            num_layers=decoder.num_layers,
+            data_hash=data,
+            samples=bench.samples,
+            dense=metrics_of(dense),
+            configuration=portable(config),
+            versions={
+                "python": platform.python_version(),
+                "rlens_jax": __version__,
+                **{package: version(package) for package in PACKAGES},
+            },
+        )
+        studies = []
+        for name in names:
+            studies.append(STUDIES[name](bench))
+            write_study(studies[-1], facts, output)
+    return studies
+
+
+def make_scoring(model: Any, mesh: Mesh, variant: Variant, seed: int, stop_token: int) -> Scoring:
+    """What evaluates plans under a variant."""
+    reduction, pruning = variant.reduction, variant.pruning
+    if pruning is not None:
+        return PrunedForcing(
+            PrunedPrograms(model, mesh, reduction, pruning, seed=seed, stop_token=stop_token)
+        )
+    programs = TextControlPrograms if variant.tokens == "text" else Programs
+    return TeacherForcing(programs(model, mesh, reduction, seed=seed, new_tokens=1, stop_token=stop_token))
+
+
+def write_study(study: Study, facts: Facts, folder: Path) -> None:
+    """The study's plots and, last, its JSON file: when that is there, the study is done."""
+    for kind in ("png", "svg"):
+        replace_file(folder / f"{study.name}.{kind}", plot_study(study, facts, kind))
+    replace_file(folder / f"{study.name}.json", study_json(study, facts).encode())
