@@ -10,7 +10,7 @@ from math import ceil, floor, log10
 WIDTH, HEIGHT = 440, 300
 LEFT, RIGHT, TOP, BOTTOM = 40, 428, 14, 258
 """Of the plotting area; SVG units, y downwards."""
-_LETTER, _LINE = 6.4, 15
+_LETTER, _LINE = 7.6, 15
 """Size of a letter of a label; enough to keep labels off each other."""
 _Scale = Callable[[float], float]
 """Maps a value to SVG units."""

@@ -82,7 +82,7 @@ def shade(score: float, worst: float) -> int:
 def shade_legend(worst: float) -> tuple[str, ...]:
     """The lowest score of each shade."""
     bounds = (worst * (number / SHADES) ** 2 for number in range(1, SHADES + 1))
-    return ("0 or more", *(f"{bound:.2g}".replace("-", MINUS) for bound in bounds))
+    return ("≥ 0", *(f"{bound:.2g}".replace("-", MINUS) for bound in bounds))
 
 
 def layer_row(order: Sequence[int], lost: Sequence[int]) -> tuple[LayerCell, ...]:

@@ -26,14 +26,14 @@ MAX_RUNS = 8
 """As many colours as can be told apart."""
 
 _OPERATORS = {"attention": "Hollow Attention", "ffn": "Probe-Activated Dynamic FFN"}
-_PLANS = {**_OPERATORS, "both": "both at once"}
+_PLANS = {**_OPERATORS, "both": "Both at once"}
 _STRATEGIES = {
     "searched": ("searched", "searched"),
-    "search_all": ("searched, no layer by position", "searched, no prior"),
+    "search_all": ("searched, no layer by position", "no prior"),
     "position": ("by position, last layer first", "by position"),
-    "random": ("random rankings: mean, lowest and highest", "random"),
+    "random": ("random, mean of the rankings", "random"),
 }
-"""Strategy -> (in full, beside its curve); the first is drawn in front."""
+"""Strategy -> (in the table of areas, in the chart)."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,7 @@ def _environment() -> Environment:
         "as_dict": asdict,
         "percent": _percent,
         "gain": partial(_percent, sign="+"),
+        "threshold": lambda share: f"{100 * share:g} %",
         "points": _points,
         "interval": lambda interval: f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f}",
         "ms": lambda seconds: f"{1000 * seconds:.1f}" if seconds < 1 else f"{1000 * seconds:.0f}",
@@ -231,7 +232,8 @@ def _run_chart(run: RunFiles, operator: str) -> Chart:
     means = list(zip(*(ranking["means"] for ranking in random["rankings"]), strict=True))
     series = [
         Series(
-            *_STRATEGIES["random"],
+            name=_STRATEGIES["random"][1],
+            label=_STRATEGIES["random"][1],
             style="random",
             x=tuple(map(float, random["num_reduced"])),
             y=tuple(sum(values) / len(values) for values in means),
@@ -260,9 +262,10 @@ def _run_chart(run: RunFiles, operator: str) -> Chart:
 
 def _curve_series(curve: Mapping[str, Any], strategy: str) -> Series:
     points, order = curve["points"], curve["order"]
-    added = ["", *(f"last one: layer {layer}" for layer in order)]
+    added = ["", *(f"layer {layer} last" for layer in order)]
     return Series(
-        *_STRATEGIES[strategy],
+        name=_STRATEGIES[strategy][1],
+        label=_STRATEGIES[strategy][1],
         style=strategy.replace("_", "-"),
         x=tuple(float(point["num_reduced"]) for point in points),
         **_band(points, 1.0),

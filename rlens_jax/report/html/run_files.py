@@ -58,9 +58,9 @@ def read_run(folder: Path) -> RunFiles:
         raise UserError(f"{folder} is not a folder; name the output folder of a ranking run")
     if not (folder / RANKING).is_file():
         raise UserError(f"{folder} has no {RANKING}: no ranking run was finished there")
-    texts = {name: _text(folder / name) for name in (RANKING, TIMING)}
+    texts = {name: read_text(folder / name) for name in (RANKING, TIMING)}
     if (folder / EXAMPLES).exists():
-        texts[EXAMPLES] = _text(folder / EXAMPLES)
+        texts[EXAMPLES] = read_text(folder / EXAMPLES)
     return parse_run(folder.resolve().name, folder, texts)
 
 
@@ -75,7 +75,8 @@ def parse_run(name: str, folder: Path, texts: Mapping[str, str]) -> RunFiles:
     return run
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A UTF-8 text file; UserError when it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
