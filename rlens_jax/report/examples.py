@@ -17,10 +17,10 @@ from rlens_jax.report.files import replace_file
 from rlens_jax.report.html.run_files import EXAMPLES
 
 SCHEMA = "rlens-examples/1"
-MAX_EXAMPLES, MAX_IMAGES = 12, 4
-"""Most examples of a file, and most thumbnails of an example; with `_BYTES` they bound the file to 2 MB."""
+MAX_EXAMPLES, MAX_IMAGES = 8, 2
+"""Most examples of a file, and most thumbnails of an example; with `_BYTES` they bound the file to about 0.5 MB."""
 _SIDE = 448
-_BYTES = 30_000
+_BYTES = 24_000
 _QUALITIES = (85, 70, 55, 40, 25)
 
 

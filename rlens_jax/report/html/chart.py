@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import ceil, floor, log10
 
 WIDTH, HEIGHT = 440, 300
-LEFT, RIGHT, TOP, BOTTOM = 40, 428, 14, 258
+LEFT, RIGHT, TOP, BOTTOM = 40, 428, 28, 262
 """Of the plotting area; SVG units, y downwards."""
 _LETTER, _LINE = 7.6, 15
 """Size of a letter of a label; enough to keep labels off each other."""

@@ -4,19 +4,18 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.resources import files
 from statistics import median
 from typing import Any
 
 import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
-from markupsafe import Markup
 
 from rlens_jax.config import flat
 from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
-from rlens_jax.report.html.chart import HEIGHT, WIDTH, Chart, Mark, Series, curve_chart
+from rlens_jax.report.html import chart as area
+from rlens_jax.report.html.chart import Chart, Mark, Series, curve_chart
 from rlens_jax.report.html.heat import MINUS, HeatMap, LayerCell, heat_map, layer_row, worst_score
 from rlens_jax.report.html.run_files import RunFiles
 from rlens_jax.report.results import ALLOWED_LOSS
@@ -92,12 +91,12 @@ def report_html(runs: Sequence[RunFiles]) -> str:
     """The whole page.
 
     Raises:
-      UserError: for more than `MAX_RUNS` runs, or when they make more than `MAX_BYTES`.
+      UserError: for more than `MAX_RUNS` runs, or when several make more than `MAX_BYTES`.
     """
     if len(runs) > MAX_RUNS:
         raise UserError(f"a report shows at most {MAX_RUNS} runs side by side, not {len(runs)}")
     views = [_run_view(run, letter) for run, letter in zip(runs, "ABCDEFGH", strict=False)]
-    style, script = (Markup(_asset(name)) for name in ("report.css", "report.js"))
+    style, script = _asset("report.css"), _asset("report.js")
     page = _environment().get_template("report.html.jinja").render(
         runs=views,
         comparison=_comparison(views) if len(views) > 1 else None,
@@ -105,12 +104,11 @@ def report_html(runs: Sequence[RunFiles]) -> str:
         script=script,
         style_hash=_hash(style),
         script_hash=_hash(script),
-        width=WIDTH,
-        height=HEIGHT,
+        area=area,
         allowed_loss=ALLOWED_LOSS,
     )
     size = len(page.encode())
-    if size > MAX_BYTES:
+    if size > MAX_BYTES and len(runs) > 1:  # what one run writes is bounded where it is made
         raise UserError(
             f"the report would have {size / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:g}; name fewer runs"
         )
@@ -137,7 +135,6 @@ def _environment() -> Environment:
     environment.filters |= {
         "as_dict": asdict,
         "percent": _percent,
-        "gain": partial(_percent, sign="+"),
         "threshold": lambda share: f"{100 * share:g} %",
         "points": _points,
         "interval": lambda interval: f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f}",
@@ -146,8 +143,8 @@ def _environment() -> Environment:
     return environment
 
 
-def _percent(share: float, sign: str = "") -> str:
-    return f"{100 * share:{sign}.1f} %".replace("-", MINUS)
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%".replace("-", MINUS)
 
 
 def _points(margin: Mapping[str, float]) -> str:
@@ -316,7 +313,9 @@ def _comparison_chart(runs: Sequence[RunView], operator: str) -> Chart:
                 x=tuple(point["num_reduced"] * scale for point in points),
                 **_band(points, unit),
                 notes=tuple(
-                    f"{point['num_reduced']} of {num_layers} layers, loss {100 * point['loss']:.1f} %"
+                    f"{point['num_reduced']} of {num_layers} layers, loss {100 * point['loss']:.1f} %".replace(
+                        "-", MINUS
+                    )
                     for point in points
                 ),
             )

@@ -44,7 +44,7 @@ function chart(figure) {
     at = Math.max(0, Math.min(number, steps.length - 1));
     const step = steps[at];
     const line = document.createElementNS(SVG, "path");
-    line.setAttribute("d", `M${step.left} 14V258`);
+    line.setAttribute("d", `M${step.left} ${svg.dataset.top}V${svg.dataset.bottom}`);
     const dots = step.readings.map((reading) => {
       const dot = document.createElementNS(SVG, "circle");
       dot.setAttribute("class", reading.style);
@@ -66,7 +66,7 @@ function chart(figure) {
     const scale = svg.clientWidth / box.width;
     place(tip, plot, step.left * scale, 0);
     // Curves fall from the upper left: the lower end of the plot is where least is covered.
-    tip.style.top = Math.max(0, 252 * scale - tip.offsetHeight) + "px";
+    tip.style.top = Math.max(0, (svg.dataset.bottom - 6) * scale - tip.offsetHeight) + "px";
     plot.setAttribute("aria-valuenow", at);
     plot.setAttribute("aria-valuetext", [...tip.children].map((row) => row.textContent).join("; "));
   }
