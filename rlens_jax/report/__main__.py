@@ -17,7 +17,9 @@ from rlens_jax.report.html.run_files import read_run
 def main(arguments: Sequence[str]) -> None:
     """Read, write, say where."""
     parser = ArgumentParser("python -m rlens_jax.report", __doc__)
-    parser.add_argument("folders", metavar="DIR", nargs="+", help="output folder of a finished run of rlens_jax.rank")
+    parser.add_argument(
+        "folders", metavar="DIR", nargs="+", help="output folder of a finished run of rlens_jax.rank"
+    )
     parser.add_argument("--output", metavar="FILE", help="the report")
     options = parser.parse_args(arguments)
     folders = [Path(name) for name in options.folders]

@@ -210,9 +210,7 @@ def _reading(series: Series, x: float, up: _Scale) -> Reading:
     )
 
 
-def _place_labels(
-    series: Sequence[Series], drawn: Sequence[Drawn], reference: float
-) -> tuple[Label, ...]:
+def _place_labels(series: Sequence[Series], drawn: Sequence[Drawn], reference: float) -> tuple[Label, ...]:
     """A label beside each curve, where it is nearest to its own and far from all that is drawn.
 
     Tries the places above and below every point and takes the one with the least trouble, the front series first.
@@ -230,7 +228,9 @@ def _place_labels(
                 inside = TOP + 0.5 * _LINE < y < BOTTOM - 0.5 * _LINE
                 trouble = 0.0 if inside else 1000.0
                 for other in labels:
-                    apart = abs(other.x - x) > half + _LETTER * len(other.text) / 2 or abs(other.y - y) > _LINE
+                    apart = (
+                        abs(other.x - x) > half + _LETTER * len(other.text) / 2 or abs(other.y - y) > _LINE
+                    )
                     trouble += 0 if apart else 300
                 for owner, dots in ink.items():
                     weight = 3 if owner == number else 10

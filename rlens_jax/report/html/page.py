@@ -24,6 +24,8 @@ MAX_BYTES = 3_000_000
 MAX_RUNS = 8
 """As many colours as can be told apart."""
 
+_DEEP = 32
+"""Heat maps of more layers take the whole width, and small cells."""
 _OPERATORS = {"attention": "Hollow Attention", "ffn": "Probe-Activated Dynamic FFN"}
 _PLANS = {**_OPERATORS, "both": "Both at once"}
 _STRATEGIES = {
@@ -96,16 +98,23 @@ def report_html(runs: Sequence[RunFiles]) -> str:
     if len(runs) > MAX_RUNS:
         raise UserError(f"a report shows at most {MAX_RUNS} runs side by side, not {len(runs)}")
     views = [_run_view(run, letter) for run, letter in zip(runs, "ABCDEFGH", strict=False)]
-    style, script = _asset("report.css"), _asset("report.js")
-    page = _environment().get_template("report.html.jinja").render(
-        runs=views,
-        comparison=_comparison(views) if len(views) > 1 else None,
-        style=style,
-        script=script,
-        style_hash=_hash(style),
-        script_hash=_hash(script),
-        area=area,
-        allowed_loss=ALLOWED_LOSS,
+    depths = sorted({run.num_layers for run in runs})
+    style = _asset("report.css") + "".join(map(_heat_width, depths))
+    script = _asset("report.js")
+    page = (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            runs=views,
+            comparison=_comparison(views) if len(views) > 1 else None,
+            style=style,
+            script=script,
+            style_hash=_hash(style),
+            script_hash=_hash(script),
+            area=area,
+            deep_from=_DEEP,
+            allowed_loss=ALLOWED_LOSS,
+        )
     )
     size = len(page.encode())
     if size > MAX_BYTES and len(runs) > 1:  # what one run writes is bounded where it is made
@@ -113,6 +122,12 @@ def report_html(runs: Sequence[RunFiles]) -> str:
             f"the report would have {size / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:g}; name fewer runs"
         )
     return page
+
+
+def _heat_width(num_layers: int) -> str:
+    """A rule that keeps the columns of a heat map apart; narrower windows scroll it. Style attributes are forbidden."""
+    column = 0.75 if num_layers > _DEEP else 1.25
+    return f".depth-{num_layers} {{ min-width: {3 + column * num_layers:g}rem; }}\n"
 
 
 def _asset(name: str) -> str:
@@ -240,9 +255,9 @@ def _run_chart(run: RunFiles, operator: str) -> Chart:
             joined=False,
         )
     ]
-    for strategy in ("position", "search_all", "searched"):
-        if strategy in curves:
-            series.append(_curve_series(curves[strategy], strategy))
+    series += [
+        _curve_series(curves[name], name) for name in ("position", "search_all", "searched") if name in curves
+    ]
     searched = curves["searched"]["points"]
     allowed = _allowed(curves["searched"])
     return curve_chart(
@@ -266,11 +281,13 @@ def _curve_series(curve: Mapping[str, Any], strategy: str) -> Series:
         style=strategy.replace("_", "-"),
         x=tuple(float(point["num_reduced"]) for point in points),
         **_band(points, 1.0),
-        notes=tuple(
-            f"loss {100 * point['loss']:.1f} %".replace("-", MINUS) + (f", {text}" if text else "")
-            for point, text in zip(points, added, strict=True)
-        ),
+        notes=tuple(_note(point, text) for point, text in zip(points, added, strict=True)),
     )
+
+
+def _note(point: Mapping[str, float], more: str) -> str:
+    loss = f"loss {_percent(point['loss'])}"
+    return f"{loss}, {more}" if more else loss
 
 
 def _band(points: Sequence[Mapping[str, float]], unit: float) -> dict[str, tuple[float, ...]]:
@@ -313,10 +330,7 @@ def _comparison_chart(runs: Sequence[RunView], operator: str) -> Chart:
                 x=tuple(point["num_reduced"] * scale for point in points),
                 **_band(points, unit),
                 notes=tuple(
-                    f"{point['num_reduced']} of {num_layers} layers, loss {100 * point['loss']:.1f} %".replace(
-                        "-", MINUS
-                    )
-                    for point in points
+                    _note(point, "" if same else f"{point['num_reduced']} layers") for point in points
                 ),
             )
         )

@@ -154,7 +154,9 @@ def _check_ranking(path: Path, ranking: Mapping[str, Any]) -> None:
                 field = f"held_out.{operator}.random.rankings[{number}].means"
                 raise _wrong(path, field, f"must be {len(points)} numbers, not {len(random['means'])}")
         if any(point > num_layers for point in points):
-            raise _wrong(path, f"held_out.{operator}.random.num_reduced", f"the model has {num_layers} layers")
+            raise _wrong(
+                path, f"held_out.{operator}.random.num_reduced", f"the model has {num_layers} layers"
+            )
     for name, saving in ranking["savings"].items():
         for operator, layers in saving["plan"].items():
             _check_layers(path, f"savings.{name}.plan.{operator}", layers, num_layers)

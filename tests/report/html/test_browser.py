@@ -37,7 +37,11 @@ def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     results = synthetic_results(samples=20)
     first = read_run(write_run(folder / "first", results, kept=examples()))
-    second = read_run(write_run(folder / "a-second-run-with-quite-a-long-name", synthetic_results(28, 20, operators=("ffn",))))
+    second = read_run(
+        write_run(
+            folder / "a-second-run-with-quite-a-long-name", synthetic_results(28, 20, operators=("ffn",))
+        )
+    )
     paths = {}
     for name, runs in (("one", [first]), ("two", [first, second])):
         paths[name] = folder / f"{name}.html"
@@ -101,7 +105,9 @@ def shown_tip(holder):
 @pytest.mark.parametrize("name", ["one", "two"])
 def test_nothing_is_wider_than_the_window(show, size, name):
     driver = show(name, size)
-    driver.execute_script("document.querySelectorAll('details').forEach((details) => { details.open = true })")
+    driver.execute_script(
+        "document.querySelectorAll('details').forEach((details) => { details.open = true })"
+    )
     assert driver.execute_script("return innerWidth") == size[0]
     assert driver.execute_script("return document.documentElement.scrollWidth") <= size[0]
     beyond = """
