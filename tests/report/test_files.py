@@ -17,7 +17,7 @@ def test_all_files_are_written_and_ranking_json_last(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
     assert {path.name for path in paths} == {
         *("curves.png", "curves.svg", "candidates.png", "candidates.svg"),
-        *("config.yaml", "report.md", "timing.json", "ranking.json"),
+        *("config.yaml", "report.md", "report.html", "timing.json", "ranking.json"),
     }
     assert paths[-1].read_text() == ranking_json(results)
     again = load_config(["--config", str(tmp_path / "config.yaml"), "--output", results.config.output])
