@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from rlens_jax import __version__
 from rlens_jax.config import RunConfig, fingerprint, portable
 from rlens_jax.console import Progress, say
+from rlens_jax.data.samples import load_image
 from rlens_jax.data.splits import Splits, load_splits, samples_hash
 from rlens_jax.flops import LayerSizes, saving
 from rlens_jax.models import FAMILIES
@@ -29,6 +30,7 @@ from rlens_jax.parallel.mesh import check_fits, make_mesh
 from rlens_jax.parallel.processes import Processes, Stopper
 from rlens_jax.parallel.startup import start_jax
 from rlens_jax.plan import Operator, Plan
+from rlens_jax.ranking.answers import examples_of, generated_answers
 from rlens_jax.ranking.batch_size import with_batch_size
 from rlens_jax.ranking.evaluator import Evaluator
 from rlens_jax.ranking.inputs import Shapes, Split, build_split, own_samples
@@ -39,6 +41,7 @@ from rlens_jax.ranking.scoring import Generating, Scoring, TeacherForcing
 from rlens_jax.ranking.search import Ranking, rank_layers
 from rlens_jax.ranking.timing import time_plan
 from rlens_jax.report.curves import held_out_plans, operator_result, plan_saving
+from rlens_jax.report.examples import MAX_IMAGES, Answer, Example, write_examples
 from rlens_jax.report.files import write_report
 from rlens_jax.report.results import OperatorResult, PrefillTime, Results, Saving, Timing
 from rlens_jax.resources import cache_folder
@@ -194,6 +197,14 @@ def run(config: RunConfig, processes: Processes) -> Results:
             results, combined = search.compare(rankings, complete, flops_saved)
         with clock.phase("timing"):
             prefill = _timed(config, programs, results, combined, built[TEST])
+        recommended = _recommended(results, combined)["both" if combined else config.search.operators[0]]
+        with clock.phase("examples"):
+            chosen = examples_of(splits[TEST])
+            asked = build_split(chosen, preparer, programs, shapes, False, _ignore, processes)
+            answers = [
+                generated_answers(programs, asked, plan, preparer.chat.decode)
+                for plan in (Plan(), recommended)
+            ]
         timing = Timing(
             started=started,
             device=device,
@@ -224,6 +235,18 @@ def run(config: RunConfig, processes: Processes) -> Results:
             timing=timing,
         )
         if processes.leads:
+            examples = [
+                Example(
+                    sample.id,
+                    sample.dataset,
+                    sample.question,
+                    sample.answers,
+                    tuple(load_image(image, sample.id) for image in sample.images[:MAX_IMAGES]),
+                    *(Answer(text, float(text in sample.answers)) for text in pair),
+                )
+                for sample, *pair in zip(chosen, *answers, strict=True)
+            ]
+            write_examples(output, examples, plan=recommended, model_hash=weights, data_hash=data)
             write_report(finished, output)
     return finished
 
@@ -317,6 +340,16 @@ def _flops_saved(
     return sum(shares) / len(shares)
 
 
+def _recommended(results: dict[Operator, OperatorResult], combined: Saving | None) -> dict[str, Plan]:
+    """The plans that the report recommends, by operator, and for "both"."""
+    named: dict[str, Plan] = {operator: result.saving.plan for operator, result in results.items()}
+    return named if combined is None else named | {"both": combined.plan}
+
+
+def _ignore() -> None:
+    """Progress of what takes no time."""
+
+
 def _timed(
     config: RunConfig,
     programs: Programs,
@@ -325,13 +358,10 @@ def _timed(
     split: Split,
 ) -> dict[str, PrefillTime]:
     """Measured prefill times of the plans that the report recommends."""
-    named: dict[str, Plan] = {operator: result.saving.plan for operator, result in results.items()}
-    if combined is not None:
-        named["both"] = combined.plan
     batch = split.batches[0]
     bucket = batch.inputs.layout.bucket
     times = {}
-    for name, plan in named.items():
+    for name, plan in _recommended(results, combined).items():
         dense, reduced = time_plan(programs, batch, plan, repeats=config.report.timing_repeats)
         rows = len(batch.inputs.layout.sample)
         times[name] = PrefillTime(dense, reduced, rows, bucket.text, bucket.visual)

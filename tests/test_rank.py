@@ -80,6 +80,8 @@ def test_results(finished: Path) -> None:
         assert result["rankings"][operator][:9] == [11, 10, 9, 8, 7, 6, 5, 4, 3]
     for name in (
         "report.md",
+        "report.html",
+        "examples.json",
         "timing.json",
         "config.yaml",
         "curves.png",
@@ -98,6 +100,15 @@ def test_generated_answers_score_as_forced_ones(finished: Path, cache: Path, tmp
     assert generated["dense"] == forced["dense"]
     assert generated["rankings"]["ffn"] == forced["rankings"]["ffn"]
     assert generated["held_out"]["ffn"]["curves"] == forced["held_out"]["ffn"]["curves"]
+
+
+def test_examples_are_answered_twice(finished: Path) -> None:
+    examples = json.loads((finished / "examples.json").read_text())["examples"]
+    assert len(examples) == 6
+    assert len({example["dataset"] for example in examples}) == 3
+    assert all(example["dense"]["text"] and example["images"] for example in examples)
+    # The embedded model is right nearly always.
+    assert sum(example["dense"]["score"] for example in examples) >= 4
 
 
 def test_prefill_times_have_their_baseline(finished: Path) -> None:

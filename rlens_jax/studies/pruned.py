@@ -66,7 +66,7 @@ class PrunedForcing:
         return 0
 
     def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
-        inputs, visual = batch.inputs, batch.visual
+        inputs, visual = batch.inputs, self._programs.put(batch.visual)
         if list(blocks) != list(range(self._programs.groups)):
             inputs, visual = self._programs.route((inputs, visual), blocks)
         return self._programs.outcome(self._programs.pruned(visual, inputs, plans), inputs)

@@ -273,7 +273,7 @@ def test_pruned_outcomes_are_those_of_the_model(finished: Finished) -> None:
         for batch in split.batches:
             states = run_prompt(
                 toy.model.decoder,
-                batch.visual,
+                jnp.asarray(batch.visual),
                 batch.inputs,
                 point.case.plan,  # static, and not as data
                 REDUCTION,

@@ -290,7 +290,7 @@ def _note(point: Mapping[str, float], more: str) -> str:
     return f"{loss}, {more}" if more else loss
 
 
-def _band(points: Sequence[Mapping[str, float]], unit: float) -> dict[str, tuple[float, ...]]:
+def _band(points: Sequence[Mapping[str, float]], unit: float) -> dict[str, Any]:
     names = {"y": "mean", "low": "low", "high": "high"}
     return {key: tuple(point[name] / unit for point in points) for key, name in names.items()}
 
