@@ -1,0 +1,80 @@
+"""Run by test_for_tpu.py in a process of its own: compiles the decoder's layers of the paper's models for a v5e:16x16 slice.
+
+Prints a JSON line a model: every collective of the program, and whether it is in the loop over layers. Models have two layers,
+since the loop's body is the same whatever their number.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from rlens_jax.config import ComputeConfig, RunConfig
+from rlens_jax.dry_run.program import CompiledProgram, compile_program
+from rlens_jax.dry_run.specs import program_specs
+from rlens_jax.dry_run.topology import find_slice, slice_devices
+from rlens_jax.models import read_kind
+from rlens_jax.parallel.mesh import make_mesh
+
+MODELS = Path(__file__).parent / "models"
+CASES = (
+    ("qwen2_vl_7b", 4),
+    ("llava_onevision_qwen2_7b_ov_hf", 4),
+    ("minicpm_v_2_6", 4),
+    ("internvl2_8b", 4),
+    ("internvl2_8b", 8),
+)
+
+
+def short(fields: dict) -> dict:
+    """A config.json with two layers in its text model."""
+    for holder in (fields, fields.get("text_config"), fields.get("llm_config")):
+        if isinstance(holder, dict) and "num_hidden_layers" in holder:
+            holder["num_hidden_layers"] = 2
+    return fields
+
+
+def main() -> None:
+    """Compile and print."""
+    where = find_slice("v5e:16x16")
+    devices = slice_devices(where)
+    for name, shards in CASES:
+        kind = read_kind(short(json.loads((MODELS / name / "config.json").read_text())), name)
+        compute = ComputeConfig(
+            dtype="bfloat16", batch_size=2, model_shards=shards, text_slots=(128,), visual_slots=(512,)
+        )
+        specs = program_specs(RunConfig(compute=compute), kind, make_mesh(devices, shards), all_buckets=False)
+        (layers,) = (spec for spec in specs if spec.name == "layers")
+        found = compile_program(
+            replace(layers, layers=2),
+            (256 // shards, shards),
+            resident_bytes=0,
+            memory_limit=where.memory_limit,
+        )
+        assert isinstance(found, CompiledProgram), found
+        decoder = kind.config.decoder
+        print(
+            json.dumps(
+                {
+                    "model": name,
+                    "shards": shards,
+                    "states": 2 * (128 + 512) * decoder.width * 2,
+                    "scores": 2 * decoder.ffn_width * 4,
+                    "collectives": [
+                        {
+                            "kind": item.kind,
+                            "axis": item.axis,
+                            "bytes": item.bytes,
+                            "branch": item.branch,
+                            "in_layer_loop": item.in_layer_loop,
+                        }
+                        for item in found.collectives
+                    ],
+                }
+            ),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

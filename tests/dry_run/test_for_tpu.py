@@ -1,0 +1,49 @@
+"""What devices of a real TPU slice exchange, read off the programs that libtpu compiles for it; needs no TPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dry_run.for_tpu import CASES
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, int], dict[str, Any]]:
+    """By model and size of the `model` axis."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("for_tpu.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {(item["model"], item["shards"]): item for item in found}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_layers_exchange_activations_and_scores_only(
+    compiled: dict[tuple[str, int], dict[str, Any]], case: tuple[str, int]
+) -> None:
+    found = compiled[case]
+    inside = [item for item in found["collectives"] if item["in_layer_loop"]]
+    assert {item["axis"] for item in inside} == {"model"}
+    sums = [item for item in inside if item["kind"] == "all-reduce"]
+    scores = [item for item in inside if item["kind"] == "all-gather"]
+    assert len(sums) + len(scores) == len(inside)
+    assert [item["bytes"] for item in sums] == [found["states"]] * 2
+    assert [item["bytes"] for item in scores] == [found["scores"]]
+    assert all(item["branch"] for item in scores)  # of reduced layers only
