@@ -1,6 +1,9 @@
 """Is it visual tokens that are redundant? The same reductions, applied to the text of the prompt instead (simulated).
 
 At half of the layers the relative score lost is compared: text over visual. Both losses are drawn on the same samples.
+
+Two things favour visual tokens beside what they are: the order of layers was searched for them, and the last layer is free for
+them (`results.Flops.last_layer`), but not for text, whose last token says the answer.
 """
 
 import math
@@ -67,7 +70,13 @@ def _findings(
             Finding(f"{which}_{name}_loss", f"{title}: score lost, {name} reduced", *map(float, numbers))
             for name, *numbers in named
         ),
-        Finding(f"{which}_ratio", f"{title}: score lost, text over visual", value, low, high),
+        Finding(
+            f"{which}_ratio",
+            f"{title} of the order searched for visual tokens: score lost, text over visual",
+            value,
+            low,
+            high,
+        ),
     ]
 
 

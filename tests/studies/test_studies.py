@@ -9,6 +9,7 @@ import jax
 import jsonschema
 import numpy as np
 import pytest
+from flax import nnx
 
 from rlens_jax.flops import LayerSizes, saving, visual_in_layer
 from rlens_jax.models.pruned import run_prompt
@@ -17,6 +18,7 @@ from rlens_jax.ranking.objective import dataset_metric
 from rlens_jax.studies import pruning, sweeps
 from rlens_jax.studies.bench import Bench
 from rlens_jax.studies.cases import Case, Variant, chained
+from rlens_jax.studies.plots import plot_study
 from rlens_jax.studies.request import STUDY_NAMES
 from rlens_jax.studies.results import Facts
 from rlens_jax.studies.run import STUDIES, write_study
@@ -76,17 +78,30 @@ def test_there_is_a_study_for_every_name() -> None:
 
 
 @pytest.mark.parametrize("name", STUDY_NAMES)
-def test_the_files(finished: Finished, name: str, tmp_path: Path) -> None:
-    write_study(finished.studies[name], finished.facts, tmp_path)
-    found = json.loads((tmp_path / f"{name}.json").read_text())
-    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+def test_what_is_said_of_a_study(finished: Finished, name: str) -> None:
+    study = finished.studies[name]
+    found = json.loads(study_json(study, finished.facts))
     jsonschema.validate(found, SCHEMA)
     assert found["study"] == name
-    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    svg = (tmp_path / f"{name}.svg").read_text()
-    for panel in found["panels"]:
-        assert panel["title"] in svg
-    assert name in summary([finished.studies[name]], tmp_path)
+    svg = plot_study(study, finished.facts, "svg").decode()
+    printed = summary([study], Path("runs"))
+    assert f"runs/{name}.json" in printed
+    for panel in study.panels:
+        assert panel.title in svg
+        for series in panel.series:
+            assert series.name in svg
+            assert study.findings or series.name in printed
+    for finding in study.findings:
+        assert finding.statement in printed
+
+
+def test_the_files(finished: Finished, tmp_path: Path) -> None:
+    study = finished.studies["layers"]
+    write_study(study, finished.facts, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["layers.json", "layers.png", "layers.svg"]
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "layers.svg").read_bytes() == plot_study(study, finished.facts, "svg")
+    assert (tmp_path / "layers.json").read_text() == study_json(study, finished.facts)
 
 
 def test_the_schema_knows_every_field(finished: Finished) -> None:
@@ -103,6 +118,7 @@ def test_the_schema_knows_every_field(finished: Finished) -> None:
             jsonschema.validate(found, SCHEMA)
         place[name] = value
     jsonschema.validate(found, SCHEMA)
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
 
 
 def test_points_are_what_the_model_does(finished: Finished) -> None:
@@ -266,21 +282,19 @@ def test_pruning_alone_and_on_top_of_a_plan(finished: Finished) -> None:
 def test_pruned_outcomes_are_those_of_the_model(finished: Finished) -> None:
     toy = finished.toy
     split = toy.splits["test"]
-    for series in finished.studies["pruning"].panels[0].series[1:]:
+    for series in finished.studies["pruning"].panels[0].series[-2:]:
         (point,) = series.points
         assert point.case is not None
-        right = {}
+        plan, dropped, right = point.case.plan, point.case.variant.pruning, {}
+
+        @nnx.jit
+        def run(decoder, visual, inputs, plan=plan, dropped=dropped):
+            """The plan is static, and not data."""
+            states = run_prompt(decoder, visual, inputs, plan, REDUCTION, jax.random.key(0), pruning=dropped)
+            return decoder.logits(states.x)
+
         for batch in split.batches:
-            states = run_prompt(
-                toy.model.decoder,
-                jnp.asarray(batch.visual),
-                batch.inputs,
-                point.case.plan,  # static, and not as data
-                REDUCTION,
-                jax.random.key(0),
-                pruning=point.case.variant.pruning,
-            )
-            logits = np.asarray(toy.model.decoder.logits(states.x))
+            logits = np.asarray(run(toy.model.decoder, batch.visual, batch.inputs))
             for row, sample in enumerate(np.asarray(batch.inputs.layout.sample).tolist()):
                 slots, targets = (
                     np.asarray(x)[row] for x in (batch.inputs.answer_slots, batch.inputs.answer_targets)
@@ -303,12 +317,12 @@ def test_resuming_does_nothing_twice(finished: Finished) -> None:
 def test_the_journal_keeps_variants_apart(finished: Finished) -> None:
     lines = (finished.folder / "journal.jsonl").read_text().splitlines()[1:]
     splits = [json.loads(line)["split"] for line in lines]
-    variants = {json.loads(split.split(" ", 1)[1])["tokens"] for split in splits if " " in split}
-    assert variants == {"visual", "text"}
+    variants = [json.loads(split.split(" ", 1)[1]) if " " in split else {} for split in splits]
+    assert {variant["tokens"] for variant in variants if variant} == {"visual", "text"}
     dense = [
         split
-        for split, line in zip(splits, lines, strict=True)
-        if not (json.loads(line)["attention"] or json.loads(line)["ffn"])
+        for split, variant, line in zip(splits, variants, lines, strict=True)
+        if not (json.loads(line)["attention"] or json.loads(line)["ffn"] or variant.get("pruning"))
     ]
     assert set(dense) == {"validation", "test"}  # once, whatever the variant would have done
 
