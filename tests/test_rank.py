@@ -178,7 +178,7 @@ def test_ctrl_c_ends_with_130_and_a_resumable_folder(finished: Path, cache: Path
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, message = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 130, message
     assert "Traceback" not in message
     assert rank(options(cache, output)) == 0
     assert (output / "ranking.json").read_bytes() == (finished / "ranking.json").read_bytes()

@@ -57,13 +57,14 @@ class TorchDecoder:
         self, x: Tensor, is_visual: Tensor, rope: Tensor, last_prompt_token: int, settings: Settings
     ) -> Pass:
         """x [T, D] embeddings, rope [T, axes] rotary positions."""
-        positions, gap, weights = torch.arange(len(x)), float("inf"), torch.empty(0)
+        positions, gap, attended = torch.arange(len(x)), float("inf"), [torch.empty(0)]
         for layer in range(self.config.num_layers):
             if layer == settings.after:
                 query = positions.tolist().index(last_prompt_token)
-                kept, gap = survivors(weights, is_visual, query, settings.drop)
+                kept, gap = survivors(attended[-1], is_visual, query, settings.drop)
                 x, is_visual, rope, positions = x[kept], is_visual[kept], rope[kept], positions[kept]
-            x, _ = self.layer(x, layer, is_visual, rope, settings)
+            x, weights = self.layer(x, layer, is_visual, rope, settings)
+            attended.append(weights)
         head = "embedding" if self.config.tied_head else "head"
         logits = self.rms_norm(x, self.weights["norm.scale"]) @ self.weights[head].T
         return Pass(logits, positions.tolist(), gap)
