@@ -319,12 +319,15 @@ def test_the_journal_keeps_variants_apart(finished: Finished) -> None:
     splits = [json.loads(line)["split"] for line in lines]
     variants = [json.loads(split.split(" ", 1)[1]) if " " in split else {} for split in splits]
     assert {variant["tokens"] for variant in variants if variant} == {"visual", "text"}
+    empty = [not (json.loads(line)["attention"] or json.loads(line)["ffn"]) for line in lines]
+    alone = [variant.get("pruning") for variant, dense in zip(variants, empty, strict=True) if dense]
+    assert {"FastV after layer 2 drops 50 %", "VTW after layer 2"} < set(alone)
     dense = [
-        split
-        for split, variant, line in zip(splits, variants, lines, strict=True)
-        if not (json.loads(line)["attention"] or json.loads(line)["ffn"] or variant.get("pruning"))
+        split for split, variant, none in zip(splits, variants, empty, strict=True) if none and not variant
     ]
-    assert set(dense) == {"validation", "test"}  # once, whatever the variant would have done
+    others = [v for v, none in zip(variants, empty, strict=True) if v and none and not v["pruning"]]
+    assert set(dense) == {"validation", "test"}
+    assert not others  # the dense model is measured once, whatever the variant would have done
 
 
 def test_a_case_starts_from_the_nearer_of_its_predecessor_and_the_dense_model() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -48,6 +49,7 @@ class ToyRun:
         known = answered(toy_samples(), programs, ONE_BUCKET)
         # An answer as long as the limit has no end that teacher forcing could confirm.
         right = [sample for sample in known if len(sample.answers[0].split()) < programs.new_tokens]
+        right = [replace(sample, dataset=f"half {i % 2}") for i, sample in enumerate(right)]
         split = build_split(right, ToyPreparer(), programs, ONE_BUCKET, True, lambda: None)
         self.splits: dict[str, Split] = {"validation": split, "test": split}
         self._scorings: dict[Variant, Scoring] = {}
