@@ -58,7 +58,8 @@ def started(arguments: Sequence[str]) -> subprocess.Popen[str]:
     """The command in a process of its own."""
     hidden = str(Path(__file__).parent / "without_torchvision")
     path = os.pathsep.join([hidden, os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "rlens_jax.rank", *arguments]
+    # A shell's background jobs ignore Ctrl-C, and pass that on.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "rlens_jax.rank", *arguments]
     environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
