@@ -16,7 +16,7 @@ from rlens_jax.console import ArgumentParser, run_command
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.flops import LayerSizes, prefill_cost, visual_in_layer
 from rlens_jax.plan import VTW, FastV, Folder, Plan, Pruning
-from rlens_jax.plan_file import PlanFile, parse_first, read_plan
+from rlens_jax.plan_file import PlanFile, plan_of
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,9 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args(arguments)
-    if options.first is not None and options.plan is None:
-        parser.error("--first needs a --plan that is a ranking.json")
     if min(options.text, options.visual) < 0 or options.text + options.visual == 0:
         parser.error("--text and --visual must be numbers of tokens, not both 0")
-    first = None if options.first is None else parse_first(options.first)
-    plan = PlanFile() if options.plan is None else read_plan(options.plan, first)
+    plan = plan_of(options.plan, options.first, parser.error)
     pruning = _pruning(options.fastv, options.vtw, options.folder)
     if pruning is not None:
         if plan.pruning is not None:

@@ -11,12 +11,11 @@ as VLMEvalKit has them. What is answered is kept: the same command goes on from 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rlens_jax.console import ArgumentParser, run_command
-from rlens_jax.plan_file import PlanFile, parse_first, read_plan
+from rlens_jax.plan_file import plan_of
 from rlens_jax.resources import cache_folder
 
 DTYPES = ("float32", "bfloat16")
@@ -62,11 +61,9 @@ def main(arguments: Sequence[str]) -> None:
         "--timing-repeats", metavar="N", type=int, default=5, help="of each measurement; 0 measures nothing"
     )
     options = parser.parse_args(arguments)
-    if options.first is not None and options.plan is None:
-        parser.error("--first needs a --plan that is a ranking.json")
-    first = None if options.first is None else parse_first(options.first)
-    plan = PlanFile() if options.plan is None else read_plan(options.plan, first)
+    plan = plan_of(options.plan, options.first, parser.error)
 
+    from rlens_jax.data.benchmarks.catalogue import named_sum
     from rlens_jax.evaluation.config import EvaluationConfig
     from rlens_jax.evaluation.results import summary
     from rlens_jax.evaluation.run import evaluate
@@ -76,18 +73,11 @@ def main(arguments: Sequence[str]) -> None:
     config = EvaluationConfig(
         plan=plan,
         data=tuple(options.data),
-        md5=dict(_named_sum(text, parser.error) for text in options.md5),
+        md5=dict(named_sum(text, parser.error) for text in options.md5),
         **{name: getattr(options, name) for name in names},
     )
     start_jax("highest", cache_folder() / "compiled")
     print(summary(evaluate(config)))
-
-
-def _named_sum(text: str, error: Callable[[str], Any]) -> tuple[str, str]:
-    name, equals, md5 = text.partition("=")
-    if not equals or len(md5) != 32:
-        error(f"--md5 {text} must be NAME=SUM with 32 hexadecimal digits")
-    return name, md5
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlens_jax.console import ArgumentParser, run_command
-from rlens_jax.plan_file import PlanFile, parse_first, read_plan
+from rlens_jax.plan_file import plan_of
 from rlens_jax.resources import cache_folder
 
 DTYPES = ("float32", "bfloat16")
@@ -45,10 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.prompt is None:
         parser.error("--prompt TEXT is missing")
-    if options.first is not None and options.plan is None:
-        parser.error("--first needs a --plan that is a ranking.json")
-    first = None if options.first is None else parse_first(options.first)
-    plan = PlanFile() if options.plan is None else read_plan(options.plan, first)
+    plan = plan_of(options.plan, options.first, parser.error)
 
     from rlens_jax.deployment.model import load
     from rlens_jax.parallel.startup import start_jax

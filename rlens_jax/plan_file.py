@@ -24,7 +24,7 @@ Pruning is one of (shares are exact decimals, and `layer` says how many layers s
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,24 @@ def _from_plan(fields: Mapping[str, Any]) -> PlanFile:
         plan.validate(num_layers)
     reduction = Reduction(**{name: fields[name] for name in _REDUCTION_FIELDS if name in fields})
     return PlanFile(plan, reduction, num_layers, _pruning(fields.get("pruning")))
+
+
+def plan_of(path: Path | None, first: str | None, error: Callable[[str], Any]) -> PlanFile:
+    """What a command's options --plan and --first say; without them the dense model.
+
+    Args:
+        path: of the plan file.
+        first: as `parse_first` takes it.
+        error: complains of the options.
+
+    Raises:
+        UserError: as `read_plan` and `parse_first`.
+    """
+    if path is None:
+        if first is not None:
+            error("--first needs a --plan that is a ranking.json")
+        return PlanFile()
+    return read_plan(path, None if first is None else parse_first(first))
 
 
 def _pruning(fields: Any) -> Pruning | None:

@@ -4,7 +4,6 @@ config -> weights -> model; data -> samples -> embeddings -> work items (plan, b
 """
 
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,25 +14,21 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
-from rlens_jax import __version__
 from rlens_jax.config import RunConfig, fingerprint, portable
 from rlens_jax.console import Progress, say
 from rlens_jax.data.samples import load_image
-from rlens_jax.data.splits import Splits, load_splits, samples_hash
+from rlens_jax.data.splits import samples_hash
 from rlens_jax.flops import LayerSizes, saving
-from rlens_jax.models import FAMILIES
+from rlens_jax.loading import load, read_splits
 from rlens_jax.models.decoder import DecoderConfig
-from rlens_jax.parallel.memory import device_bytes, memory_explained
-from rlens_jax.parallel.mesh import check_fits, make_mesh
+from rlens_jax.parallel.memory import memory_explained
 from rlens_jax.parallel.processes import Processes, Stopper
 from rlens_jax.parallel.startup import start_jax
 from rlens_jax.plan import Operator, Plan
 from rlens_jax.ranking.answers import examples_of, generated_answers
-from rlens_jax.ranking.batch_size import with_batch_size
 from rlens_jax.ranking.evaluator import Evaluator
-from rlens_jax.ranking.inputs import Shapes, Split, build_split, own_samples
+from rlens_jax.ranking.inputs import Split, build_split, own_samples
 from rlens_jax.ranking.journal import Journal
 from rlens_jax.ranking.programs import Programs
 from rlens_jax.ranking.rounds import metrics_of, num_evaluations, round_scorer
@@ -45,7 +40,8 @@ from rlens_jax.report.examples import MAX_IMAGES, Answer, Example, write_example
 from rlens_jax.report.files import write_report
 from rlens_jax.report.results import OperatorResult, PrefillTime, Results, Saving, Timing
 from rlens_jax.resources import cache_folder
-from rlens_jax.weights.checkpoint import find_model, load_model, model_hash, read_model_kind
+from rlens_jax.versions import versions
+from rlens_jax.weights.checkpoint import find_model, model_hash, read_model_kind
 
 PACKAGES = (
     "jax",
@@ -106,31 +102,20 @@ def run(config: RunConfig, processes: Processes) -> Results:
         UserError: bad input of any kind.
     """
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), _Clock()
-    cache, output, compute = cache_folder(), Path(config.output), config.compute
+    output, compute = Path(config.output), config.compute
     # JAX lets only the first process write compiled programs; the others find them where all see them.
-    compiled = (cache if processes.count == 1 else output) / "compiled"
+    compiled = (cache_folder() if processes.count == 1 else output) / "compiled"
     compilations = start_jax(compute.matmul_precision, Path(compute.compilation_cache or compiled))
     processes.check_same(portable(config) | {"output": config.output})
     processes.check_shared(output)
     with clock.phase("data"):
         folder = processes.agreed(lambda: find_model(config.model))
         weights = processes.agreed(lambda: model_hash(folder))
-
-        def load() -> Splits:
-            return load_splits(
-                config.data.source,
-                Path(config.data.cache or cache / "data"),
-                validation_samples=config.data.validation_samples,
-                test_samples=config.data.test_samples,
-                held_out_share=config.data.held_out_share,
-                seed=config.seed,
-                benchmarks=config.data.benchmarks,
-                family=read_model_kind(folder).model_type,
-                step_by_step=config.search.objective == "generation",
-            )
-
+        kind = processes.agreed(lambda: read_model_kind(folder))
+        forced = config.search.objective == "teacher_forced"
+        read = partial(read_splits, config, kind.model_type, step_by_step=not forced)
         # The first that needs a dataset prepares it in the cache, which processes may share.
-        splits = processes.in_order(load, load)
+        splits = processes.in_order(read, read)
         data = samples_hash(splits)
     device = jax.devices()[0].device_kind
     identity = fingerprint(config, model_hash=weights, data_hash=data, device=device, jax=version("jax"))
@@ -146,34 +131,27 @@ def run(config: RunConfig, processes: Processes) -> Results:
         resumed = len(journal.records())
         processes.check_same({"finished evaluations": resumed})
         with clock.phase("load"):
-            kind = read_model_kind(folder)
-            check_fits(kind.config.decoder.sizes, compute.model_shards)
-            mesh = make_mesh(jax.devices(), compute.model_shards)
-            batch_size = with_batch_size(config, kind, mesh, device_bytes(mesh)).compute.batch_size
-            _, model = load_model(folder, jnp.dtype(compute.dtype), mesh=mesh)
-            preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, compute.patch_slots)
+            loaded = load(config, folder, kind)
             programs = Programs(
-                model,
-                mesh,
+                loaded.model,
+                loaded.mesh,
                 config.reduction,
                 seed=config.seed,
                 new_tokens=config.search.max_new_tokens,
-                stop_token=preparer.chat.stop_token,
+                stop_token=loaded.chat.stop_token,
             )
-        decoder = kind.config.decoder
-        shapes = Shapes(compute.text_slots, compute.visual_slots, batch_size, decoder.context)
-        forced = config.search.objective == "teacher_forced"
+        decode_text = loaded.chat.decode
         built: dict[str, Split] = {}
         with clock.phase("encode"):
             for name, samples in splits.items():
-                own = len(own_samples(len(samples), mesh))
+                own = len(own_samples(len(samples), loaded.mesh))
                 with Progress(f"preparing {name}", own, "samples") as shown:
                     built[name] = build_split(
-                        samples, preparer, programs, shapes, forced, shown.advance, processes
+                        samples, loaded.preparer, programs, loaded.shapes, forced, shown.advance, processes
                     )
-        scoring: Scoring = TeacherForcing(programs) if forced else Generating(programs, preparer.chat.decode)
+        scoring: Scoring = TeacherForcing(programs) if forced else Generating(programs, decode_text)
         bar = _Bar(Stopper())
-        num_layers = decoder.num_layers
+        num_layers = kind.config.decoder.num_layers
         evaluator = Evaluator(
             scoring,
             built,
@@ -192,18 +170,20 @@ def run(config: RunConfig, processes: Processes) -> Results:
             compared = operators if config.report.full_search else ()
             complete = {operator: search.rank(operator, 0) for operator in compared}
         scoring.release()
-        flops_saved = partial(_flops_saved, config, decoder, built[TEST])
+        flops_saved = partial(_flops_saved, config, kind.config.decoder, built[TEST])
         with clock.phase("held-out curves"):
             results, combined = search.compare(rankings, complete, flops_saved)
+        named = _recommended(results, combined)
         with clock.phase("timing"):
-            prefill = _timed(config, programs, results, combined, built[TEST])
-        recommended = _recommended(results, combined)["both" if combined else config.search.operators[0]]
+            prefill = _timed(config, programs, named, built[TEST])
+        recommended = named["both" if combined else operators[0]]
         with clock.phase("examples"):
             chosen = examples_of(splits[TEST])
-            asked = build_split(chosen, preparer, programs, shapes, False, _ignore, processes)
+            asked = build_split(
+                chosen, loaded.preparer, programs, loaded.shapes, False, lambda: None, processes
+            )
             answers = [
-                generated_answers(programs, asked, plan, preparer.chat.decode)
-                for plan in (Plan(), recommended)
+                generated_answers(programs, asked, plan, decode_text) for plan in (Plan(), recommended)
             ]
         timing = Timing(
             started=started,
@@ -221,11 +201,7 @@ def run(config: RunConfig, processes: Processes) -> Results:
             model_hash=weights,
             data_hash=data,
             num_layers=num_layers,
-            versions={
-                "python": platform.python_version(),
-                "rlens_jax": __version__,
-                **{package: version(package) for package in PACKAGES},
-            },
+            versions=versions(PACKAGES),
             validation_samples=_sizes(built[VALIDATION]),
             test_samples=_sizes(built[TEST]),
             dense_validation=search.metrics(VALIDATION, Plan()),
@@ -346,22 +322,17 @@ def _recommended(results: dict[Operator, OperatorResult], combined: Saving | Non
     return named if combined is None else named | {"both": combined.plan}
 
 
-def _ignore() -> None:
-    """Progress of what takes no time."""
-
-
 def _timed(
     config: RunConfig,
     programs: Programs,
-    results: dict[Operator, OperatorResult],
-    combined: Saving | None,
+    named: dict[str, Plan],
     split: Split,
 ) -> dict[str, PrefillTime]:
-    """Measured prefill times of the plans that the report recommends."""
+    """Measured prefill times of named plans."""
     batch = split.batches[0]
     bucket = batch.inputs.layout.bucket
     times = {}
-    for name, plan in _recommended(results, combined).items():
+    for name, plan in named.items():
         dense, reduced = time_plan(programs, batch, plan, repeats=config.report.timing_repeats)
         rows = len(batch.inputs.layout.sample)
         times[name] = PrefillTime(dense, reduced, rows, bucket.text, bucket.visual)

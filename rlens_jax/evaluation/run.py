@@ -5,14 +5,12 @@ depend on its questions alone, and a batch is computed whole or not at all: an e
 what one that was not would have, in the same shapes.
 """
 
-import platform
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
 import jax
 import numpy as np
 
-from rlens_jax import __version__
 from rlens_jax.console import Progress, say
 from rlens_jax.deployment.model import DeployedModel, load
 from rlens_jax.evaluation.answers import Answers, LoggedAnswer
@@ -36,6 +34,7 @@ from rlens_jax.plan_file import PlanFile
 from rlens_jax.ranking.inputs import FILLER
 from rlens_jax.report.files import replace_file
 from rlens_jax.resources import cache_folder
+from rlens_jax.versions import versions
 from rlens_jax.weights.checkpoint import find_model, model_hash, read_model_kind
 
 WINDOW_BATCHES = 8
@@ -100,11 +99,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
             model_type=kind.model_type,
             num_layers=decoder.num_layers,
             device=device,
-            versions={
-                "python": platform.python_version(),
-                "rlens_jax": __version__,
-                **{package: version(package) for package in PACKAGES},
-            },
+            versions=versions(PACKAGES),
             datasets=found,
             times=times,
         )

@@ -316,7 +316,7 @@ class Decoder(nnx.Module):
         for run, flags in runs:
 
             def body(x: Array, layer: Array, flags: Flags = flags) -> tuple[Array, LayerRecord]:
-                module = nnx.merge(graph, _at(stack, layer))
+                module = nnx.merge(graph, layer_at(stack, layer))
                 return module(x, context, reduction, *flags(layer), layer)
 
             x, record = jax.lax.scan(body, x, jnp.arange(run.start, run.stop, dtype=jnp.int32))
@@ -337,7 +337,7 @@ class Decoder(nnx.Module):
 
         def body(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             x, scored = carry
-            module = nnx.merge(graph, _at(stack, layer))
+            module = nnx.merge(graph, layer_at(stack, layer))
             x, record = module(x, context, reduction, plan.hollow[layer], plan.dynamic[layer], layer)
             return x, scored & record.kept.scored
 
@@ -403,7 +403,7 @@ class Decoder(nnx.Module):
 
         def body(x: Array, layer: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
             number, k, v = layer
-            x, k, v = nnx.merge(graph, _at(stack, number)).decode(x, turn, k, v, mask, slot)
+            x, k, v = nnx.merge(graph, layer_at(stack, number)).decode(x, turn, k, v, mask, slot)
             return x, (k, v)
 
         numbers = jnp.arange(first, first + cache.k.shape[0])
@@ -411,6 +411,6 @@ class Decoder(nnx.Module):
         return x, KVCache(k, v, positions)
 
 
-def _at(stack: PyTree, layer: Int[Array, ""]) -> PyTree:
+def layer_at(stack: PyTree, layer: Int[Array, ""]) -> PyTree:
     """One layer's parameters out of the stack."""
     return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, layer, keepdims=False), stack)

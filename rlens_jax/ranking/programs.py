@@ -178,7 +178,9 @@ class Programs(ModelPrograms):
         return self._generate(visual, batch, self.traced(plans))
 
     def route(self, arrays: Any, sources: Sequence[int]) -> Any:
-        """Arrays with leading axis B as if group g had the rows of group `sources[g]`."""
+        """Arrays with leading axis B as if group g had the rows of group `sources[g]`; nothing moves where all have their own."""
+        if list(sources) == list(range(self.groups)):
+            return arrays
         return self._route(arrays, self._per_group(np.array(sources, np.int32)))
 
     def choose(self, first: Sequence[bool], states: States, others: States) -> States:
@@ -223,7 +225,7 @@ class Programs(ModelPrograms):
         x, scored = states
         decoder, key = model.decoder, self._random_key()
         context = decoder.context(batch.layout, batch.rope_positions, key, self.kernel)
-        x, now = decoder.run_layers(x, context, _own(plans), self.reduction, start[0], stop[0])
+        x, now = decoder.run_layers(x, context, own_plan(plans), self.reduction, start[0], stop[0])
         return x, scored & now
 
     def _outcome_impl(self, model: Any, states: States, batch: PromptBatch) -> tuple[Array, ...]:
@@ -245,7 +247,7 @@ class Programs(ModelPrograms):
             model.decoder,
             visual,
             batch,
-            _own(plans),
+            own_plan(plans),
             self.reduction,
             self.new_tokens,
             self._random_key(),
@@ -261,8 +263,8 @@ class Programs(ModelPrograms):
         return jax.tree.map(lambda x, other: jnp.where(first[0], x, other), states, others)
 
 
-def _own(plans: TracedPlan) -> TracedPlan:
-    """This group's plan."""
+def own_plan(plans: TracedPlan) -> TracedPlan:
+    """Inside of a `shard_map`: this group's plan."""
     return TracedPlan(plans.hollow[0], plans.dynamic[0])
 
 

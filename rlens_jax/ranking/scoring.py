@@ -56,20 +56,17 @@ class TeacherForcing:
         if id(batch) not in self._states:
             self._states[id(batch)] = _BaseStates(programs, batch)
         base_states = self._states[id(batch)]
-        moved = list(blocks) != list(range(programs.groups))
-        inputs = programs.route(batch.inputs, blocks) if moved else batch.inputs
+        inputs = programs.route(batch.inputs, blocks)
         entering: States | None = None
         for first in sorted(set(firsts)):
-            states = base_states.at(base, first)
-            states = programs.route(states, blocks) if moved else states
+            states = programs.route(base_states.at(base, first), blocks)
             own = [first == layer for layer in firsts]
             entering = states if entering is None else programs.choose(own, states, entering)
         assert entering is not None
         return programs.outcome(programs.layers(entering, inputs, plans, firsts, last), inputs)
 
     def finish(self, run: Any, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        sample, right, _, scored = (np.asarray(part) for part in run)
-        return sample, right, scored
+        return read_outcome(run)
 
     def state_bytes(self, batch: Batch) -> int:
         slots = batch.inputs.layout.bucket.slots * len(batch.inputs.layout.sample) // self._programs.groups
@@ -78,6 +75,12 @@ class TeacherForcing:
 
     def release(self) -> None:
         self._states.clear()
+
+
+def read_outcome(run: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `Programs.outcome` returned, on the host and as `Scoring.finish` tells it."""
+    sample, right, _, scored = (np.asarray(part) for part in run)
+    return sample, right, scored
 
 
 class Generating:
@@ -91,9 +94,7 @@ class Generating:
         return 0  # every plan is generated from its prompt
 
     def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
-        inputs, visual = batch.inputs, self._programs.put(batch.visual)
-        if list(blocks) != list(range(self._programs.groups)):
-            inputs, visual = self._programs.route((inputs, visual), blocks)
+        inputs, visual = self._programs.route((batch.inputs, self._programs.put(batch.visual)), blocks)
         return self._programs.generate(visual, inputs, plans)
 
     def finish(self, run: Any, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

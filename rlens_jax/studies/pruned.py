@@ -17,7 +17,8 @@ from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.models.pruned import run_prompt
 from rlens_jax.plan import Plan, Pruning, Reduction
 from rlens_jax.ranking.inputs import Batch
-from rlens_jax.ranking.programs import ROWS, Programs, States
+from rlens_jax.ranking.programs import ROWS, Programs, States, own_plan
+from rlens_jax.ranking.scoring import read_outcome
 
 
 class PrunedPrograms(Programs):
@@ -42,12 +43,11 @@ class PrunedPrograms(Programs):
         return self._pruned(visual, batch, self.traced(plans))
 
     def _pruned_impl(self, model: Any, visual: Array, batch: PromptBatch, plans: TracedPlan) -> States:
-        plan = TracedPlan(plans.hollow[0], plans.dynamic[0])
         states = run_prompt(
             model.decoder,
             visual,
             batch,
-            plan,
+            own_plan(plans),
             self.reduction,
             self._random_key(),
             self.kernel,
@@ -66,14 +66,11 @@ class PrunedForcing:
         return 0
 
     def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
-        inputs, visual = batch.inputs, self._programs.put(batch.visual)
-        if list(blocks) != list(range(self._programs.groups)):
-            inputs, visual = self._programs.route((inputs, visual), blocks)
+        inputs, visual = self._programs.route((batch.inputs, self._programs.put(batch.visual)), blocks)
         return self._programs.outcome(self._programs.pruned(visual, inputs, plans), inputs)
 
     def finish(self, run: Any, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        sample, right, _, scored = (np.asarray(part) for part in run)
-        return sample, right, scored
+        return read_outcome(run)
 
     def state_bytes(self, batch: Batch) -> int:
         return 0  # nothing is kept

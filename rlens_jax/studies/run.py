@@ -1,25 +1,21 @@
 """From a configuration to finished studies: the model and its samples once, then study by study."""
 
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlens_jax import __version__
 from rlens_jax.config import RunConfig, fingerprint, portable
 from rlens_jax.console import Progress, say
-from rlens_jax.data.splits import load_splits, samples_hash
-from rlens_jax.models import FAMILIES
+from rlens_jax.data.splits import samples_hash
+from rlens_jax.loading import load, read_splits
 from rlens_jax.parallel.memory import memory_explained
-from rlens_jax.parallel.mesh import check_fits, make_mesh
 from rlens_jax.parallel.startup import start_jax
 from rlens_jax.plan import Operator, Plan
-from rlens_jax.ranking.inputs import Shapes, build_split
+from rlens_jax.ranking.inputs import build_split
 from rlens_jax.ranking.journal import Journal
 from rlens_jax.ranking.programs import Programs
 from rlens_jax.ranking.rounds import metrics_of
@@ -41,7 +37,8 @@ from rlens_jax.studies.study_json import study_json
 from rlens_jax.studies.sweeps import fraction_study, probes_study, range_study
 from rlens_jax.studies.text import text_study
 from rlens_jax.studies.text_control import TextControlPrograms
-from rlens_jax.weights.checkpoint import find_model, load_model, model_hash, read_model_kind
+from rlens_jax.versions import versions
+from rlens_jax.weights.checkpoint import find_model, model_hash, read_model_kind
 
 STUDIES: Mapping[StudyName, Callable[[Bench], Study]] = {
     "layers": layers_study,
@@ -68,25 +65,15 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
     Raises:
         UserError: bad input of any kind.
     """
-    cache, compute, output = cache_folder(), config.compute, Path(config.output)
-    start_jax(compute.matmul_precision, Path(compute.compilation_cache or cache / "compiled"))
+    compute, output = config.compute, Path(config.output)
+    start_jax(compute.matmul_precision, Path(compute.compilation_cache or cache_folder() / "compiled"))
     folder = find_model(config.model)
     weights, kind = model_hash(folder), read_model_kind(folder)
     decoder = kind.config.decoder
     orders: Mapping[Operator, tuple[int, ...]] = (
         {} if ranking is None else read_orders(ranking, weights, decoder.num_layers)
     )
-    samples = load_splits(
-        config.data.source,
-        Path(config.data.cache or cache / "data"),
-        validation_samples=config.data.validation_samples,
-        test_samples=config.data.test_samples,
-        held_out_share=config.data.held_out_share,
-        seed=config.seed,
-        benchmarks=config.data.benchmarks,
-        family=kind.model_type,
-        step_by_step=False,
-    )
+    samples = read_splits(config, kind.model_type, step_by_step=False)
     data, device = samples_hash(samples), jax.devices()[0].device_kind
     identity = fingerprint(config, model_hash=weights, data_hash=data, device=device, jax=version("jax"))
     with (
@@ -95,21 +82,19 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
     ):
         if journal.repaired:
             say(journal.repaired)
-        check_fits(decoder.sizes, compute.model_shards)
-        mesh = make_mesh(jax.devices(), compute.model_shards)
-        _, model = load_model(folder, jnp.dtype(compute.dtype), mesh=mesh)
-        preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, compute.patch_slots)
-        stop = preparer.chat.stop_token
+        loaded = load(config, folder, kind)
+        model, mesh, stop = loaded.model, loaded.mesh, loaded.chat.stop_token
 
         def scoring_of(variant: Variant) -> Scoring:
             return make_scoring(model, mesh, variant, config.seed, stop)
 
-        shapes = Shapes(compute.text_slots, compute.visual_slots, compute.batch_size, decoder.context)
         encoder = Programs(model, mesh, config.reduction, seed=config.seed, new_tokens=1, stop_token=stop)
         splits = {}
         for name, members in samples.items():
             with Progress(f"preparing {name}", len(members), "samples") as shown:
-                splits[name] = build_split(members, preparer, encoder, shapes, True, shown.advance)
+                splits[name] = build_split(
+                    members, loaded.preparer, encoder, loaded.shapes, True, shown.advance
+                )
         bench = Bench(config, decoder, splits, journal, scoring_of, orders)
         dense = bench.measure("dense model", [])[Case(Plan(), bench.plain)]
         facts = Facts(
@@ -120,11 +105,7 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
             samples=bench.samples,
             dense=metrics_of(dense),
             configuration=portable(config),
-            versions={
-                "python": platform.python_version(),
-                "rlens_jax": __version__,
-                **{package: version(package) for package in PACKAGES},
-            },
+            versions=versions(PACKAGES),
         )
         studies = []
         for name in names:

@@ -19,13 +19,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.layout import Slots, TokenLayout, visible
-from rlens_jax.models.decoder import Context, Decoder, DecoderLayer, TracedPlan
+from rlens_jax.models.decoder import Context, Decoder, DecoderLayer, TracedPlan, layer_at
 from rlens_jax.models.prompt import IGNORE, PromptBatch
 from rlens_jax.ops.attention import masked_attention
 from rlens_jax.ops.ffn import dense_ffn, simulated_dynamic_ffn
 from rlens_jax.parallel.model_axis import sum_over_shards
 from rlens_jax.plan import Reduction
-from rlens_jax.ranking.programs import Programs, States
+from rlens_jax.ranking.programs import Programs, States, own_plan
 
 TEXT_RANGE = 8
 """R is the number of prompt text tokens divided by this."""
@@ -39,7 +39,7 @@ class TextControlPrograms(Programs):
     ) -> States:
         (x, scored), decoder = states, model.decoder
         context = decoder.context(batch.layout, batch.rope_positions, self._random_key(), self.kernel)
-        plan = TracedPlan(plans.hollow[0], plans.dynamic[0])
+        plan = own_plan(plans)
         prompt = num_prompt_text(batch)
         x, now = run_text_layers(decoder, x, context, plan, self.reduction, prompt, start[0], stop[0])
         return x, scored & now
@@ -67,8 +67,7 @@ def run_text_layers(
 
     def body(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         x, scored = carry
-        parameters = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, layer, keepdims=False), stack)
-        module = nnx.merge(graph, parameters)
+        module = nnx.merge(graph, layer_at(stack, layer))
         x = jax.lax.cond(
             plan.hollow[layer],
             lambda: attend_text(module, x, context, num_prompt),

@@ -1,12 +1,9 @@
 """A model folder against a bundle, from start to finish."""
 
-import platform
-from importlib.metadata import version
 from pathlib import Path
 
 import jax.numpy as jnp
 
-from rlens_jax import __version__
 from rlens_jax.console import Progress
 from rlens_jax.errors import UserError
 from rlens_jax.parallel.startup import start_jax
@@ -14,6 +11,7 @@ from rlens_jax.resources import cache_folder
 from rlens_jax.validation.bundle import read_manifest
 from rlens_jax.validation.compare import compare
 from rlens_jax.validation.report import Validation
+from rlens_jax.versions import versions
 from rlens_jax.weights.checkpoint import load_model
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
@@ -38,9 +36,5 @@ def validate(model: str, bundle: Path, dtype: str, tolerance: float) -> Validati
     kind, loaded = load_model(model, jnp.dtype(dtype))
     with Progress("comparing", len(manifest.cases), "cases") as shown:
         results = compare(manifest, kind, loaded, tolerance, shown.advance)
-    versions = {
-        "python": platform.python_version(),
-        "rlens_jax": __version__,
-        **{package: version(package) for package in PACKAGES},
-    }
-    return Validation(model, dtype, kind.config.decoder.num_layers, manifest, tolerance, results, versions)
+    num_layers = kind.config.decoder.num_layers
+    return Validation(model, dtype, num_layers, manifest, tolerance, results, versions(PACKAGES))

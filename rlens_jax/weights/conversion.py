@@ -14,14 +14,12 @@ A converted folder holds `orbax` (see orbax_store), the source's small files (co
 """
 
 import json
-import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib.metadata import version
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -30,10 +28,10 @@ from typing import Any
 
 import numpy as np
 
-from rlens_jax import __version__
 from rlens_jax.errors import UserError
 from rlens_jax.models import ModelKind
 from rlens_jax.models.hf_config import read_json
+from rlens_jax.versions import versions
 from rlens_jax.weights import orbax_store
 from rlens_jax.weights.atomic import new_folder
 from rlens_jax.weights.checkpoint import CONFIG, read_model_kind
@@ -294,11 +292,7 @@ def _record(
         "source": {"name": name, "revision": revision},
         "model_type": kind.model_type,
         "dtype": None if dtype is None else str(dtype),
-        "versions": {
-            "python": platform.python_version(),
-            "rlens_jax": __version__,
-            **{package: version(package) for package in PACKAGES},
-        },
+        "versions": versions(PACKAGES),
         "files": [],
         "tensors": tensors,
         "carried": [{"name": name, "reason": ignored.reason} for name, ignored in published.ignored.items()],

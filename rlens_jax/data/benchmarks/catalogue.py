@@ -1,10 +1,10 @@
 """What the eight benchmarks are: columns, published sums, what belongs together, and a row as an instance."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from rlens_jax.data.benchmarks.tsv import TsvRow, TsvTable, parse_list
 from rlens_jax.errors import UserError, suggest
@@ -204,3 +204,11 @@ def _answers(benchmark: Benchmark, table: TsvTable, row: TsvRow) -> tuple[str, .
     if not answers:
         raise UserError(f"{where}: an empty list of answers")
     return tuple(answers)
+
+
+def named_sum(text: str, error: Callable[[str], Any]) -> tuple[str, str]:
+    """A command's option --md5 NAME=SUM in its two parts; `error` complains of it."""
+    name, equals, md5 = text.partition("=")
+    if not equals or len(md5) != 32:
+        error(f"--md5 {text} must be NAME=SUM with 32 hexadecimal digits")
+    return name, md5

@@ -23,7 +23,7 @@ In PyTorch, with VLMEvalKit:
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from rlens_jax.console import ArgumentParser, run_command, say
-from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Instance, find_benchmark, instance
+from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Instance, find_benchmark, instance, named_sum
 from rlens_jax.data.benchmarks.prompts import prompt
 from rlens_jax.data.benchmarks.tfds_builder import read_benchmark, read_table
 from rlens_jax.data.benchmarks.tsv import TsvTable
@@ -263,7 +263,7 @@ def main(arguments: Sequence[str]) -> None:
         parser.error(f"--seed {options.seed} must be at least 0")
     if options.output.exists():
         parser.error(f"{options.output} exists already")
-    sums = dict(_named_sum(text, parser.error) for text in options.md5)
+    sums = dict(named_sum(text, parser.error) for text in options.md5)
     for name in (*options.datasets, *sums):
         if name not in DATASETS:
             find_benchmark(name)
@@ -278,13 +278,6 @@ def main(arguments: Sequence[str]) -> None:
         say(f"{name}: {len(mixture.validation[name])} for the search, {len(mixture.test[name])} held out")
     numbers = [sum(map(len, getattr(mixture, split).values())) for split in SPLITS]
     print(f"{options.output}: {numbers[0]} instances for the search, {numbers[1]} held out")
-
-
-def _named_sum(text: str, error: Callable[[str], Any]) -> tuple[str, str]:
-    name, equals, md5 = text.partition("=")
-    if not equals or len(md5) != 32:
-        error(f"--md5 {text} must be NAME=SUM with 32 hexadecimal digits")
-    return name, md5
 
 
 if __name__ == "__main__":
