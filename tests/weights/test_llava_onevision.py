@@ -39,6 +39,7 @@ def published_config(**overrides) -> dict:
             "num_attention_heads": 28,
             "num_hidden_layers": 28,
             "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
             "rope_theta": 1000000.0,
             "vocab_size": 152128,
         },

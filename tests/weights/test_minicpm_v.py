@@ -31,6 +31,7 @@ PUBLISHED = {
     "num_key_value_heads": 4,
     "vocab_size": 151666,
     "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
     "rope_theta": 1000000.0,
     "hidden_act": "silu",
     "use_sliding_window": False,
