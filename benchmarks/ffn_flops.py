@@ -57,7 +57,7 @@ def compiled_flops(mesh: Mesh) -> float:
     """What XLA counts for one chip."""
 
     def local(x: jax.Array, layout: TokenLayout, weights: FfnWeights) -> jax.Array:
-        y, _ = dynamic_ffn(x, weights, layout, REDUCTION, jax.random.key(0), axis="model")
+        y, _ = dynamic_ffn(x, weights, layout, REDUCTION, jax.random.key(0))
         return jax.lax.psum(y, "model")
 
     def array(shape: tuple[int, ...], dtype: type, *spec: str | None) -> jax.ShapeDtypeStruct:

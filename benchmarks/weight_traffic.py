@@ -85,7 +85,7 @@ def compile_layer(mesh: Mesh, batch: int, kind: str) -> jax.stages.Compiled:
         if kind == "reduced, kernel":
             rows = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), stack["ffn"])
             store = RowStore(rows, layer * weights.gate.shape[0])
-        y, _ = dynamic_ffn(x, weights, layout, REDUCTION, jax.random.key(0), axis="model", store=store)
+        y, _ = dynamic_ffn(x, weights, layout, REDUCTION, jax.random.key(0), store=store)
         return x + jax.lax.psum(y, "model")
 
     def array(shape: tuple[int, ...], dtype: type, *spec: str | None) -> jax.ShapeDtypeStruct:

@@ -28,7 +28,7 @@ from rlens_jax.models.layers import Linear, RMSNorm, rope_angles, rotate, rotati
 from rlens_jax.ops.attention import masked_attention
 from rlens_jax.ops.ffn import FfnWeights, Kept, dense_ffn, dynamic_ffn
 from rlens_jax.ops.splash import Kernel, attend
-from rlens_jax.parallel.model_axis import model_axes, num_shards, shard_index, sum_over_shards
+from rlens_jax.parallel.model_axis import num_shards, shard_index, sum_over_shards
 from rlens_jax.plan import Plan, Reduction
 
 Out = TypeVar("Out")
@@ -219,9 +219,7 @@ class DecoderLayer(nnx.Module):
         )
         y, kept = _choose(
             dynamic,
-            lambda: dynamic_ffn(
-                y, weights, context.layout, reduction, key, imposed, model_axes(), chunk=chunk
-            ),
+            lambda: dynamic_ffn(y, weights, context.layout, reduction, key, imposed, chunk=chunk),
             lambda: (dense_ffn(y, weights, chunk), nothing),
         )
         return x + sum_over_shards(y), kept

@@ -5,10 +5,10 @@ All weights are stored [F, D], one row a unit, so that choosing units is a gathe
 `simulated_dynamic_ffn` computes every unit and masks; `dynamic_ffn` is the measured path: gate, up and down of the visual
 tokens are computed on the kept units only, and the probes share one pass over the full weights with the text tokens.
 
-Inside a `jax.shard_map` whose mesh axis `axis` splits the units, the same functions work on a shard's rows of the weights and
-return a partial sum. Units are chosen globally: the [B, F] scores are gathered, never weights, and every shard runs the same
-top-U. How many of them a shard owns is data; a static capacity takes the usual share and a loop of tiles the rest, so any
-distribution is exact (our decision). `axis` () is the unsharded case, with nothing gathered and no loop.
+Inside a `jax.shard_map` (parallel/model_axis.py) the same functions work on a shard's rows of the weights and return a partial
+sum. Units are chosen globally: the [B, F] scores are gathered, never weights, and every shard runs the same top-U. How many of
+them a shard owns is data; a static capacity takes the usual share and a loop of tiles the rest, so any distribution is exact
+(our decision). With one shard nothing is gathered and there is no loop.
 
 Axis letters: B batch, T packed slots (X text, P visual), D width, F units (of the shard), M probes, U kept units (of all shards),
 C units that are computed at a time.
@@ -28,10 +28,8 @@ from jaxtyping import Array, Bool, Float, Int
 from rlens_jax.layout import TokenLayout
 from rlens_jax.ops.chunks import over_tokens, parts_of
 from rlens_jax.ops.row_gather import fetched_ffn
+from rlens_jax.parallel.model_axis import join_shards, num_shards, shard_index
 from rlens_jax.plan import Reduction
-
-Axis = str | tuple[()]
-"""The mesh axis that splits the units, or () where they are whole."""
 
 HEADROOM = 1.05
 """Units that a shard takes without the loop, over its even share. Of randomly spread units a shard of a published model has more
@@ -123,19 +121,12 @@ def probe_slots(
     return jnp.minimum(slots, visual_slots - 1), index < count
 
 
-def num_shards(axis: Axis) -> int:
-    """Into how many parts the units are split."""
-    return jax.lax.axis_size(axis) if axis else 1
-
-
-def choose_units(
-    hidden: Float[Array, "B M F"], is_probe: Bool[Array, "B M"], num_units: int, axis: Axis = ()
-) -> Kept:
+def choose_units(hidden: Float[Array, "B M F"], is_probe: Bool[Array, "B M"], num_units: int) -> Kept:
     """The `num_units` units with the largest mean |H| over the probes, in float32; ties go to the lower unit.
 
     Units of all shards compete, and are numbered through; every shard returns the same.
     """
-    return best_units(unit_scores(hidden, is_probe), num_units, axis)
+    return best_units(unit_scores(hidden, is_probe), num_units)
 
 
 def unit_scores(hidden: Float[Array, "B M F"], is_probe: Bool[Array, "B M"]) -> Float[Array, "B F"]:
@@ -164,10 +155,9 @@ def unit_scores_in_parts(
     return jax.lax.scan(step, nothing, jnp.asarray(starts))[0]
 
 
-def best_units(scores: Float[Array, "B F"], num_units: int, axis: Axis = ()) -> Kept:
+def best_units(scores: Float[Array, "B F"], num_units: int) -> Kept:
     """The `num_units` units with the largest scores of all shards; ties go to the lower unit."""
-    if axis:
-        scores = jax.lax.all_gather(scores, axis, axis=1, tiled=True)
+    scores = join_shards(scores, axis=1)
     _, units = jax.lax.top_k(scores, num_units)
     return Kept(units, jnp.isfinite(scores).all(axis=1))
 
@@ -198,34 +188,32 @@ def dynamic_ffn(
     reduction: Reduction,
     random_key: Array,
     imposed: Int[Array, "B U"] | None = None,
-    axis: Axis = (),
     store: RowStore | None = None,
     chunk: int | None = None,
 ) -> tuple[Float[Array, "B T D"], Kept]:
     """The measured path; same result as `simulated_dynamic_ffn`.
 
-    Units that are `imposed` are used instead of what the probes choose, which is returned all the same. With an `axis`
-    the states are this shard's part of a sum that is left to the caller (`jax.lax.psum` over `axis`, for text and visual
-    tokens at once), and `Kept` is the same on all shards, in unit numbers of the whole FFN. With a `store` the visual
-    tokens' rows are fetched by a TPU kernel, in bfloat16. With a `chunk`, hidden units of no more tokens than that are there at a
-    time.
+    Units that are `imposed` are used instead of what the probes choose, which is returned all the same. With several shards
+    the states are this shard's part of a sum that is left to the caller (for text and visual tokens at once), and `Kept` is the
+    same on all shards, in unit numbers of the whole FFN. With a `store` the visual tokens' rows are fetched by a TPU kernel, in
+    bfloat16. With a `chunk`, hidden units of no more tokens than that are there at a time.
     """
     num_text = layout.bucket.text
     text, visual = x[:, :num_text], x[:, num_text:]
     slots, is_probe = probe_slots(layout, reduction, random_key)
     probes = jnp.take_along_axis(visual, slots[:, :, None], axis=1)
-    num_units = reduction.kept_units(weights.gate.shape[0] * num_shards(axis))
+    num_units = reduction.kept_units(weights.gate.shape[0] * num_shards())
     if chunk is None or num_text + probes.shape[1] <= chunk:
         hidden = hidden_units(jnp.concatenate([text, probes], axis=1), weights)
-        kept = choose_units(hidden[:, num_text:], is_probe, num_units, axis)
+        kept = choose_units(hidden[:, num_text:], is_probe, num_units)
         text = down_units(hidden[:, :num_text], weights)
     else:
-        kept = best_units(unit_scores_in_parts(probes, is_probe, weights, chunk), num_units, axis)
+        kept = best_units(unit_scores_in_parts(probes, is_probe, weights, chunk), num_units)
         text = dense_ffn(text, weights, chunk)
     num_rows = weights.gate.shape[0]
-    rows = own_rows(kept.units if imposed is None else imposed, num_rows, axis)
+    rows = own_rows(kept.units if imposed is None else imposed, num_rows)
     through = partial(_gathered, weights) if store is None else partial(_fetched, store, num_rows)
-    capacity = shard_capacity(num_units, num_shards(axis))
+    capacity = shard_capacity(num_units, num_shards())
     visual = over_tokens(lambda part: through_rows(part, rows, num_rows, capacity, through), visual, chunk)
     return jnp.concatenate([text, visual], axis=1), kept
 
@@ -238,12 +226,12 @@ def shard_capacity(num_units: int, shards: int) -> int:
     return share if share < TILE else math.ceil(share / TILE) * TILE
 
 
-def own_rows(units: Int[Array, "B U"], num_rows: int, axis: Axis) -> Int[Array, "B own"]:
+def own_rows(units: Int[Array, "B U"], num_rows: int) -> Int[Array, "B own"]:
     """The units that this shard owns, as ascending rows of its weights; `num_rows` itself fills up the rest.
 
     There is room for as many as a shard can own at all.
     """
-    rows = units - (jax.lax.axis_index(axis) * num_rows if axis else 0)
+    rows = units - shard_index() * num_rows
     rows = jnp.where((rows >= 0) & (rows < num_rows), rows, num_rows)
     return jnp.sort(rows, axis=1)[:, :num_rows]
 

@@ -37,6 +37,11 @@ def max_over_shards(x: Array) -> Array:
     return jax.lax.pmax(x, model_axes()) if model_axes() else x
 
 
+def join_shards(x: Array, axis: int) -> Array:
+    """All shards' `x` joined along one of its axes, in their order."""
+    return jax.lax.all_gather(x, MODEL, axis=axis, tiled=True) if model_axes() else x
+
+
 def stack_shards(x: Array) -> Array:
     """All shards' `x` along a new leading axis."""
     return jax.lax.all_gather(x, MODEL) if model_axes() else x[None]

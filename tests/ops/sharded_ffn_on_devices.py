@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from rlens_jax.layout import TokenLayout
 from rlens_jax.ops.ffn import FfnWeights, Kept, dense_ffn, dynamic_ffn
+from rlens_jax.parallel.model_axis import sum_over_shards
 from rlens_jax.plan import Reduction
 from tests.numerics import assert_close
 from tests.sequences import make_layout, pack, random_rows, run_length
@@ -45,7 +46,7 @@ def over_shards(shards: int, reduction: Reduction):
     """The sharded FFN as one compiled function; what each shard says it kept comes back one row of shards."""
 
     def local(x: jax.Array, weights: FfnWeights, layout: TokenLayout, imposed: jax.Array | None):
-        y, kept = dynamic_ffn(x, weights, layout, reduction, KEY, imposed, axis="model")
+        y, kept = dynamic_ffn(x, weights, layout, reduction, KEY, imposed)
         return jax.lax.psum(y, "model"), jax.tree.map(lambda a: a[None], kept)
 
     return jax.jit(
@@ -139,16 +140,15 @@ def no_number() -> None:
     print("ok no number")
 
 
-def layer_loop(reduction: Reduction, axis: str | tuple[()]):
+def layer_loop(reduction: Reduction):
     """Two layers, the first dense and the second dynamic, by a flag that is data."""
 
     def run(x, stack, layout, flags):
         def body(x, layer):
             flag, weights = layer
-            total = partial(jax.lax.psum, axis_name=axis)
-            dynamic = lambda: total(dynamic_ffn(x, weights, layout, reduction, KEY, axis=axis)[0])  # noqa: E731
-            dense = lambda: total(dense_ffn(x, weights))  # noqa: E731
-            return x + jax.lax.cond(flag, dynamic, dense), None
+            dynamic = lambda: dynamic_ffn(x, weights, layout, reduction, KEY)[0]  # noqa: E731
+            dense = lambda: dense_ffn(x, weights)  # noqa: E731
+            return x + sum_over_shards(jax.lax.cond(flag, dynamic, dense)), None
 
         return jax.lax.scan(body, x, (flags, stack))[0]
 
@@ -160,14 +160,14 @@ def in_a_cond_in_a_scan() -> None:
     x, specs = make_states(12), FfnWeights(*[Spec(None, "model")] * 3)
     sharded = jax.jit(
         jax.shard_map(
-            layer_loop(REDUCTION, "model"),
+            layer_loop(REDUCTION),
             mesh=mesh_of(4),
             in_specs=(Spec(), specs, Spec(), Spec()),
             out_specs=Spec(),
             check_vma=False,
         )
     )
-    plain = jax.jit(layer_loop(REDUCTION, ()))
+    plain = jax.jit(layer_loop(REDUCTION))
     results = []
     for flags in ([False, True], [True, True], [False, False]):
         expected = plain(x, stack, LAYOUT, jnp.array(flags))
