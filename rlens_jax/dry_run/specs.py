@@ -6,31 +6,20 @@ Axis letters as in `rlens_jax.ranking.programs`; W work groups.
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from rlens_jax.config import RunConfig
 from rlens_jax.dry_run.program import ProgramSpec
-from rlens_jax.errors import UserError
 from rlens_jax.layout import Bucket
 from rlens_jax.models import ModelKind
-from rlens_jax.models.internvl import InternVLConfig
-from rlens_jax.models.llava_onevision import LlavaOnevisionConfig, most_tokens
-from rlens_jax.models.minicpm_v import VIEW_STEP, MiniCPMVConfig
-from rlens_jax.models.qwen2_vl import Qwen2VLConfig
 from rlens_jax.ops.splash import kernel_flops
 from rlens_jax.parallel.model_axis import WORK
 from rlens_jax.ranking.abstract import Placed, abstract_model, decoder_arguments, device_bytes
 from rlens_jax.ranking.inputs import images_together
 from rlens_jax.ranking.programs import Programs
-
-MINICPM_SLICES = 9
-"""Most slices of an image (`max_slice_nums` of the published preprocessor_config.json), besides the whole image."""
 
 
 def program_specs(
@@ -58,7 +47,7 @@ def program_specs(
     rows = compute.batch_size * programs.groups
     chosen = slice(None) if all_buckets else slice(-1, None)
     for patches in compute.patch_slots[chosen]:
-        (leading, *_), *_ = _image_arrays(kind.config, patches)
+        (leading, *_), *_ = kind.image_arrays(patches)
         num_images = images_together(compute.batch_size, math.prod(leading[:-1])) * programs.groups
         images = abstract_images(kind, patches, num_images, mesh)
         yield ProgramSpec(
@@ -113,41 +102,7 @@ def _kernel_flops(config: RunConfig, programs: Programs, bucket: Bucket) -> tupl
 def abstract_images(kind: ModelKind, patches: int, rows: int, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
     """The arrays of prepared images in a bucket of so many patches, as the family's `Preparer` pads and stacks them."""
     place = Placed(mesh)
-    return tuple(place((rows, *shape), dtype) for shape, dtype in _image_arrays(kind.config, patches))
-
-
-def _image_arrays(config: Any, patches: int) -> list[tuple[tuple[int, ...], DTypeLike]]:
-    """Shapes without the axis of images, and dtypes."""
-    if isinstance(config, Qwen2VLConfig):
-        return [
-            ((patches, config.vision.sizes["C"]), jnp.float32),
-            ((patches, 2), jnp.int32),
-            ((), jnp.int32),
-        ]
-    if isinstance(config, InternVLConfig):
-        vision = config.vision
-        tiles = _whole(patches, vision.num_patches, "tile")
-        return [((tiles, vision.num_patches, vision.sizes["C"]), jnp.float32)]
-    if isinstance(config, LlavaOnevisionConfig):
-        views = _whole(patches, config.side**2, "view")
-        tokens = most_tokens(config, views)
-        values = (views, config.side**2, config.vision.sizes["C"])
-        return [(values, jnp.float32), ((tokens, 4), jnp.int32), ((tokens, 4), jnp.float32)]
-    if isinstance(config, MiniCPMVConfig):
-        views = 1 + math.ceil(MINICPM_SLICES / VIEW_STEP) * VIEW_STEP
-        return [
-            ((views, patches, config.vision.sizes["C"]), jnp.float32),
-            ((views, patches), jnp.int32),
-            ((views, patches, 2), jnp.int32),
-            ((views,), jnp.int32),
-        ]
-    raise TypeError(f"no image arrays are known for {type(config).__name__}")
-
-
-def _whole(patches: int, size: int, name: str) -> int:
-    if patches < size:
-        raise UserError(f"compute.patch_slots: {patches} patches hold no {name} of {size} patches")
-    return patches // size
+    return tuple(place((rows, *shape), dtype) for shape, dtype in kind.image_arrays(patches))
 
 
 def vision_depth(kind: ModelKind) -> int:

@@ -1,6 +1,6 @@
 """The supported model families: which config.json belongs to which reader and module."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,9 @@ from jax.typing import DTypeLike
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.models import internvl, llava_onevision, minicpm_v, qwen2_vl
 from rlens_jax.models.hf_config import ConfigReader
+
+ImageArrays = Sequence[tuple[tuple[int, ...], DTypeLike]]
+"""Shape and dtype of each array that a tower takes of one image."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +26,23 @@ class Family:
     """`module(config, *, dtype, rngs)`: the whole model, randomly initialised."""
     preparer: Callable[..., Any]
     """`preparer(folder, config, patch_slots)`: a `rlens_jax.ranking.inputs.Preparer` by the checkpoint's own files."""
+    image_arrays: Callable[[Any, int], ImageArrays]
+    """`image_arrays(config, patches)`: what the preparer makes of an image, padded to a bucket of so many patches."""
 
 
 FAMILIES: Mapping[str, Family] = {
-    "internvl": Family(internvl.read_hf_config, internvl.InternVL, internvl.Preparer),
-    "internvl_chat": Family(internvl.read_native_config, internvl.InternVL, internvl.Preparer),
-    "llava_onevision": Family(
-        llava_onevision.read_config, llava_onevision.LlavaOnevision, llava_onevision.Preparer
+    "internvl": Family(internvl.read_hf_config, internvl.InternVL, internvl.Preparer, internvl.image_arrays),
+    "internvl_chat": Family(
+        internvl.read_native_config, internvl.InternVL, internvl.Preparer, internvl.image_arrays
     ),
-    "minicpmv": Family(minicpm_v.read_config, minicpm_v.MiniCPMV, minicpm_v.Preparer),
-    "qwen2_vl": Family(qwen2_vl.read_config, qwen2_vl.Qwen2VL, qwen2_vl.Preparer),
+    "llava_onevision": Family(
+        llava_onevision.read_config,
+        llava_onevision.LlavaOnevision,
+        llava_onevision.Preparer,
+        llava_onevision.image_arrays,
+    ),
+    "minicpmv": Family(minicpm_v.read_config, minicpm_v.MiniCPMV, minicpm_v.Preparer, minicpm_v.image_arrays),
+    "qwen2_vl": Family(qwen2_vl.read_config, qwen2_vl.Qwen2VL, qwen2_vl.Preparer, qwen2_vl.image_arrays),
 }
 """By `model_type`, as config.json says it."""
 
@@ -51,6 +61,14 @@ class ModelKind:
         """The module with shapes and dtypes in place of arrays; nothing is allocated."""
         family = FAMILIES[self.model_type]
         return nnx.eval_shape(lambda: family.module(self.config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+
+    def image_arrays(self, patches: int) -> ImageArrays:
+        """Shapes and dtypes of one prepared image in a bucket of so many patches.
+
+        Raises:
+            UserError: the bucket is too small for this model.
+        """
+        return FAMILIES[self.model_type].image_arrays(self.config, patches)
 
 
 def read_kind(fields: Mapping[str, Any], where: str) -> ModelKind:

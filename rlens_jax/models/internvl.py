@@ -465,6 +465,17 @@ def _native_template(name: str, start: str) -> str:
     )
 
 
+def image_arrays(config: InternVLConfig, patches: int) -> list[tuple[tuple[int, ...], DTypeLike]]:
+    """Shapes and dtypes of an image as `Preparer` pads it to a bucket of so many patches."""
+    vision = config.vision
+    tiles = patches // vision.num_patches
+    if not tiles:
+        raise UserError(
+            f"compute.patch_slots: {patches} patches hold no tile of {vision.num_patches} patches"
+        )
+    return [((tiles, vision.num_patches, vision.sizes["C"]), jnp.float32)]
+
+
 class Preparer:
     """Images and prompts of an InternVL checkpoint.
 

@@ -293,6 +293,17 @@ def most_tokens(config: LlavaOnevisionConfig, views: int) -> int:
     return side**2 + min((views - 1) * side**2, limit) + max(1, rows)
 
 
+def image_arrays(config: LlavaOnevisionConfig, patches: int) -> list[tuple[tuple[int, ...], DTypeLike]]:
+    """Shapes and dtypes of an image as `Preparer` pads it to a bucket of so many patches."""
+    per_view = config.side**2
+    views = patches // per_view
+    if not views:
+        raise UserError(f"compute.patch_slots: {patches} patches hold no view of {per_view} patches")
+    tokens = most_tokens(config, views)
+    values = (views, per_view, config.vision.sizes["C"])
+    return [(values, jnp.float32), ((tokens, 4), jnp.int32), ((tokens, 4), jnp.float32)]
+
+
 class Preparer:
     """Images and prompts of a checkpoint, by its own image processor (the one without torch), template and tokenizer.
 

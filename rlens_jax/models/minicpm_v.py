@@ -40,6 +40,8 @@ RESAMPLER_NORM_EPS = 1e-6
 RESAMPLER_THETA = 10000.0
 VIEW_STEP = 3
 """Views are padded to 1, 4, 7 or 10: few shapes to compile, and few views computed for nothing (our decision)."""
+MOST_SLICES = 9
+"""Of an image, besides the whole, where preprocessor_config.json has no `max_slice_nums` (9 in the published one)."""
 VIDEO_MARK = "<video>"
 
 Grid = tuple[int, int]
@@ -302,7 +304,7 @@ def read_slicing(fields: ConfigReader, config: MiniCPMVConfig) -> Slicing:
         if not three or (values is std and min(std) <= 0):
             raise UserError(f"{fields.where}: {name} must be three {kind}, not {values!r}")
     return Slicing(
-        max_slices=fields.size("max_slice_nums", default=9),
+        max_slices=fields.size("max_slice_nums", default=MOST_SLICES),
         resolution=fields.size("scale_resolution", default=448),
         patch_size=config.vision.patch_size,
         mean=np.array(mean, np.float32),
@@ -433,6 +435,22 @@ def _content(sample: Sample, images: Sequence[str]) -> str:
     return ("" if IMAGE_MARK in sample.question else "\n").join(content)
 
 
+def image_arrays(config: MiniCPMVConfig, patches: int) -> list[tuple[tuple[int, ...], DTypeLike]]:
+    """Shapes and dtypes of an image as `Preparer` pads it to a bucket of so many patches."""
+    views, channels = _view_slots(1 + MOST_SLICES), config.vision.sizes["C"]
+    return [
+        ((views, patches, channels), jnp.float32),
+        ((views, patches), jnp.int32),
+        ((views, patches, 2), jnp.int32),
+        ((views,), jnp.int32),
+    ]
+
+
+def _view_slots(views: int) -> int:
+    """Room for the whole image and its slices, in steps, so that programs are few."""
+    return 1 + math.ceil((views - 1) / VIEW_STEP) * VIEW_STEP
+
+
 class Preparer:
     """Images and prompts of a MiniCPM-V 2.6 checkpoint, by its preprocessor_config.json and tokenizer."""
 
@@ -462,7 +480,7 @@ class Preparer:
                 f"{sample_id}: a view of an image has {most} patches, the largest bucket {self.patch_slots[-1]}; "
                 "add a larger one to compute.patch_slots"
             )
-        view_slots = 1 + math.ceil((len(views) - 1) / VIEW_STEP) * VIEW_STEP
+        view_slots = _view_slots(len(views))
         side, size = math.isqrt(self.config.vision.num_positions), self.slicing.patch_size
         arrays = (
             np.zeros((view_slots, slots, patches[0].shape[1]), np.float32),

@@ -264,6 +264,12 @@ def rope_positions(
     return positions, following
 
 
+def image_arrays(config: Qwen2VLConfig, patches: int) -> list[tuple[tuple[int, ...], DTypeLike]]:
+    """Shapes and dtypes of an image as `Preparer` pads it to a bucket of so many patches."""
+    channels = config.vision.sizes["C"]
+    return [((patches, channels), jnp.float32), ((patches, 2), jnp.int32), ((), jnp.int32)]
+
+
 class Preparer:
     """Images and prompts of a Qwen2-VL checkpoint, by its own image processor (the one without torch) and tokenizer."""
 
