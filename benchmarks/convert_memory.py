@@ -9,13 +9,12 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from process_memory import measured
 
 from rlens_jax.models import read_kind
 from rlens_jax.weights.safetensors_file import Writer, entry_of
@@ -40,7 +39,7 @@ CONFIG = {
 LAYER_BYTES, OTHER_BYTES = 466_117_632, 3_531_457_536
 """Of a decoder layer, and of all else, at full vocabulary."""
 SHARD_BYTES = 4_000_000_000
-SECONDS_BETWEEN_LOOKS = 0.01
+CPU = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
 LOAD = """
 import sys
 import jax, jax.numpy as jnp
@@ -65,9 +64,9 @@ def main() -> None:
         size = make_checkpoint(folder / "source", options.gigabytes * 1e9)
         before = seconds_of_copy(folder)
         converted = folder / "converted"
-        seconds, peak = measured(["-m", "rlens_jax.convert", str(folder / "source"), str(converted)])
+        seconds, peak, _ = measured(["-m", "rlens_jax.convert", str(folder / "source"), str(converted)], CPU)
         after = seconds_of_copy(folder)
-        _, loading = measured(["-c", LOAD, str(converted)])
+        _, loading, _ = measured(["-c", LOAD, str(converted)], CPU)
     finally:
         shutil.rmtree(folder)
     copying = (before + after) / 2
@@ -124,29 +123,6 @@ def seconds_of_copy(folder: Path) -> float:
     seconds = time.monotonic() - began
     shutil.rmtree(folder / "copy")
     return seconds
-
-
-def measured(arguments: list[str]) -> tuple[float, int]:
-    """Seconds of a Python process, and the peak of its anonymous and shared memory in bytes."""
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    began = time.monotonic()
-    process, peak = subprocess.Popen([sys.executable, *arguments], env={**os.environ, **environment}), 0
-    while process.poll() is None:
-        peak = max(peak, memory_of(process.pid))
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-    if process.returncode:
-        sys.exit(f"python {arguments[0]} {arguments[1]} failed with exit code {process.returncode}")
-    return time.monotonic() - began, peak
-
-
-def memory_of(pid: int) -> int:
-    """Anonymous and shared resident memory of a process, in bytes; 0 when it has just ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    fields = dict(line.split(":", 1) for line in lines)
-    return sum(int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
 
 
 if __name__ == "__main__":

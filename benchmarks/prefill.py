@@ -19,19 +19,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from rlens_jax import bench
 from rlens_jax.flops import LayerSizes, saving
-from rlens_jax.layout import Bucket, pack_layout, pack_rows
-from rlens_jax.models.decoder import Context, Decoder, DecoderConfig
+from rlens_jax.models.decoder import Context
 from rlens_jax.ops.ffn import dense_ffn
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.ranking.timing import time_side_by_side
 
 WIDTHS = bench.LAYERS["llava-onevision-0.5b"]
-TEXT, LENGTH = bench.TEXT_BEFORE + bench.TEXT_AFTER, bench.TEXT_BEFORE + bench.VISUAL + bench.TEXT_AFTER
 OURS, REDUCED, TORCH = "ours (packed, causal blocks)", "last half reduced", "PyTorch SDPA"
 
 
@@ -54,7 +51,9 @@ def main() -> None:
     dense = min(value for name, value in seconds.items() if name not in (REDUCED, TORCH))
     sizes = LayerSizes(WIDTHS.width, WIDTHS.num_kv_heads * WIDTHS.head_dim, WIDTHS.ffn_width)
     visual = [bench.VISUAL] * options.layers
-    flops_saved = saving(sizes, TEXT, visual, plan, Reduction(), with_probes=True)
+    flops_saved = saving(
+        sizes, bench.TEXT_BEFORE + bench.TEXT_AFTER, visual, plan, Reduction(), with_probes=True
+    )
     time_saved = 1 - seconds[REDUCED] / dense
     for name, value in seconds.items():
         print(f"{name:<34}{value * 1e3:9.1f} ms")
@@ -75,38 +74,14 @@ def main() -> None:
 
 def stacks(num_layers: int, plan: Plan) -> dict[str, Callable[[], Any]]:
     """All layers with each kind of dense attention, and under the plan, each as a call without arguments."""
-    config = DecoderConfig(
-        num_layers=num_layers,
-        width=WIDTHS.width,
-        num_heads=WIDTHS.num_heads,
-        num_kv_heads=WIDTHS.num_kv_heads,
-        head_dim=WIDTHS.head_dim,
-        ffn_width=WIDTHS.ffn_width,
-        vocabulary=2,
-        context=LENGTH,
-        norm_eps=1e-6,
-        rope_theta=1e6,
-        rope_sections=(WIDTHS.head_dim // 2,),
-        qkv_bias=WIDTHS.qkv_bias,
-        tied_head=True,
-    )
-    is_visual = np.zeros(LENGTH, bool)
-    is_visual[bench.TEXT_BEFORE : bench.TEXT_BEFORE + bench.VISUAL] = True
-    layout = pack_layout([is_visual], Bucket(TEXT, bench.VISUAL), [0])
-    in_order = np.arange(LENGTH, dtype=np.int32)[:, None]
-    packed = pack_rows([in_order], layout).transpose(0, 2, 1)
-    decoder = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    decoder, x, packed, in_order = bench.decoder_inputs(WIDTHS, num_layers)
     graph, state = nnx.split(decoder)
-    x = jax.random.normal(jax.random.key(0), (1, LENGTH, config.width))
-    layout = jax.tree.map(jnp.asarray, layout)
-    packed_context = decoder.context(layout, jnp.asarray(packed), jax.random.key(0))
-    ordered_context = decoder.context(layout, jnp.asarray(in_order.T[None]), jax.random.key(0))
 
     def ours(plan: Plan) -> Callable[[], Any]:
         program = jax.jit(
             lambda state, context: nnx.merge(graph, state).prefill(x, context, plan, Reduction())
         )
-        return lambda: program(state, packed_context)
+        return lambda: program(state, packed)
 
     def other(attend: Callable[[Any, Any, Any], Any]) -> Callable[[], Any]:
         def run(state: Any, context: Context) -> Any:
@@ -121,9 +96,9 @@ def stacks(num_layers: int, plan: Plan) -> dict[str, Callable[[], Any]]:
             return jax.lax.scan(body, x, stack)
 
         program = jax.jit(run)
-        return lambda: program(state, ordered_context)
+        return lambda: program(state, in_order)
 
-    causal = jnp.tril(jnp.ones((1, LENGTH, LENGTH), bool))
+    causal = jnp.tril(jnp.ones((1, x.shape[1], x.shape[1]), bool))
     kinds = bench.dense_kinds(causal)
     return {
         OURS: ours(Plan()),

@@ -32,8 +32,9 @@ from rlens_jax.plan import OPERATORS, Plan, Reduction
 from rlens_jax.ranking.evaluator import Evaluator
 from rlens_jax.ranking.inputs import FILLER, Shapes, Split, build_split
 from rlens_jax.ranking.journal import Journal
-from rlens_jax.ranking.objective import dataset_metric, score_plan
+from rlens_jax.ranking.objective import PlanScore
 from rlens_jax.ranking.programs import Programs
+from rlens_jax.ranking.rounds import metrics_of, round_scorer
 from rlens_jax.ranking.scoring import TeacherForcing
 from rlens_jax.ranking.search import rank_layers
 from rlens_jax.resources import cache_folder
@@ -109,24 +110,16 @@ def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
             advance=lambda _: None,
         )
 
-        def metrics(base: Plan, candidates: list[Plan]) -> list[dict[str, float]]:
-            plans.update(dict.fromkeys(candidates))
-            return [
-                {name: dataset_metric(values.tolist()) for name, values in outcomes.items()}
-                for outcomes in evaluator.outcomes("validation", base, candidates)
-            ]
+        (dense,) = map(metrics_of, evaluator.outcomes("validation", Plan(), [Plan()]))
+        scorer = round_scorer(evaluator, "validation", dense, alpha=2.0, relative=True)
+        plans[Plan()] = None
 
-        (dense,) = metrics(Plan(), [Plan()])
+        def score_round(base: Plan, candidates: list[Plan]) -> list[PlanScore]:
+            plans.update(dict.fromkeys(candidates))
+            return scorer(base, candidates)
+
         for operator in OPERATORS:
-            ranking = rank_layers(
-                num_layers,
-                num_layers - SEARCHED,
-                operator,
-                lambda base, candidates: [
-                    score_plan(found, dense, alpha=2.0, relative=True) for found in metrics(base, candidates)
-                ],
-            )
-            rankings[operator] = ranking.order
+            rankings[operator] = rank_layers(num_layers, num_layers - SEARCHED, operator, score_round).order
         outcomes = {record.key: record.outcomes for record in journal.records()}
     log_probability = {plan: log_probabilities(programs, split, plan) for plan in list(plans)[::5]}
     found = {"outcomes": outcomes, "rankings": rankings, "log_probability": log_probability}

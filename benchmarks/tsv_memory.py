@@ -11,14 +11,12 @@ import io
 import json
 import shutil
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from process_memory import measured
 
-SECONDS_BETWEEN_LOOKS = 0.01
 COLUMNS = ("index", "image", "question", "answer", "category")
 SIDES = (1000, 1400, 2000)
 """Of the square noise images: 3, 5.9 and 12 MB of PNG."""
@@ -56,7 +54,7 @@ def main() -> None:
         md5 = subprocess.run(["md5sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
         result: dict[str, object] = {"gigabytes": path.stat().st_size / 1e9, "rows": rows}
         for name, program in (("read", READ), ("prepare", PREPARE), ("read_prepared", PREPARE)):
-            seconds, peak, output = measured([program, str(path), md5])
+            seconds, peak, output = measured(["-c", program, str(path), md5])
             result[name] = {
                 "peak_anonymous_and_shared_gigabytes": peak / 1e9,
                 "seconds": seconds,
@@ -89,29 +87,6 @@ def make_tsv(path: Path, size: float) -> int:
             file.write(f"{number}\t{image}\t{question}\t['a', 'b']\tDoc-oriented VQA\n")
             number += 1
     return number
-
-
-def measured(arguments: list[str]) -> tuple[float, int, str]:
-    """Seconds of a Python program, the peak of its anonymous and shared memory in bytes, and what it printed."""
-    began, peak = time.monotonic(), 0
-    process = subprocess.Popen([sys.executable, "-c", *arguments], stdout=subprocess.PIPE, text=True)
-    while process.poll() is None:
-        peak = max(peak, memory_of(process.pid))
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-    if process.returncode:
-        sys.exit(f"the measured program failed with exit code {process.returncode}")
-    assert process.stdout is not None
-    return time.monotonic() - began, peak, process.stdout.read()
-
-
-def memory_of(pid: int) -> int:
-    """Anonymous and shared resident memory of a process, in bytes; 0 when it has just ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    fields = dict(line.split(":", 1) for line in lines)
-    return sum(int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
 
 
 if __name__ == "__main__":

@@ -81,10 +81,7 @@ def compile_layer(mesh: Mesh, batch: int, kind: str) -> jax.stages.Compiled:
         weights = jax.tree.map(at, stack["ffn"])
         if kind.startswith("dense"):
             return x + jax.lax.psum(dense_ffn(x, weights), "model")
-        store = None
-        if kind == "reduced, kernel":
-            rows = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), stack["ffn"])
-            store = RowStore(rows, layer * weights.gate.shape[0])
+        store = RowStore(stack["ffn"], layer) if kind == "reduced, kernel" else None
         y, _ = dynamic_ffn(x, weights, layout, REDUCTION, jax.random.key(0), store=store)
         return x + jax.lax.psum(y, "model")
 

@@ -127,16 +127,55 @@ def _programs(widths: Widths) -> dict[str, Callable[[], Any]]:
     """The layer with each kind of dense attention, and under each reduction, each as a call without arguments."""
     import jax
     import jax.numpy as jnp
+    from flax import nnx
+
+    from rlens_jax.models.decoder import Context
+    from rlens_jax.ops.ffn import dense_ffn
+
+    decoder, x, packed, in_order = decoder_inputs(widths, num_layers=1)
+    graph, state = nnx.split(decoder.layer(0))
+    causal = jnp.tril(jnp.ones((1, x.shape[1], x.shape[1]), bool))
+
+    def ours(hollow: bool, dynamic: bool, state: Any, context: Context) -> Any:
+        return nnx.merge(graph, state)(x, context, Reduction(), hollow, dynamic, jnp.int32(0))[0]
+
+    def other(attend: Callable[[Any, Any, Any], Any], state: Any, context: Context) -> Any:
+        layer = nnx.merge(graph, state)
+        attended = attend(*layer.attention.project(layer.input_norm(x), context.turn))
+        y = x + layer.attention.o_proj(attended)
+        return y + dense_ffn(layer.ffn_norm(y), layer.ffn.weights)
+
+    def nothing(q: Any, k: Any, v: Any) -> Any:
+        # Every projection is used, or it would not be computed.
+        return q + jnp.repeat(k + v, widths.num_heads // widths.num_kv_heads, axis=1)
+
+    dense = dense_kinds(causal)
+
+    def call(function: Callable[..., Any], context: Context) -> Callable[[], Any]:
+        program = jax.jit(function)
+        return lambda: program(state, context)
+
+    return {
+        OURS: call(partial(ours, False, False), packed),
+        **{name: call(partial(other, attend), in_order) for name, attend in dense.items()},
+        WITHOUT: call(partial(other, nothing), in_order),
+        **{name: call(partial(ours, *flags), packed) for name, flags in CASES.items()},
+    }
+
+
+def decoder_inputs(widths: Widths, num_layers: int) -> tuple[Any, Any, Any, Any]:
+    """A random decoder of such layers, states float32 [1, T, D], and the contexts of packed tokens and of tokens in order."""
+    import jax
+    import jax.numpy as jnp
     import numpy as np
     from flax import nnx
 
     from rlens_jax.layout import Bucket, pack_layout, pack_rows
-    from rlens_jax.models.decoder import Context, Decoder, DecoderConfig, DecoderLayer
-    from rlens_jax.ops.ffn import dense_ffn
+    from rlens_jax.models.decoder import Decoder, DecoderConfig
 
     length = TEXT_BEFORE + VISUAL + TEXT_AFTER
     config = DecoderConfig(
-        num_layers=1,
+        num_layers=num_layers,
         width=widths.width,
         num_heads=widths.num_heads,
         num_kv_heads=widths.num_kv_heads,
@@ -154,40 +193,14 @@ def _programs(widths: Widths) -> dict[str, Callable[[], Any]]:
     is_visual[TEXT_BEFORE : TEXT_BEFORE + VISUAL] = True
     layout = pack_layout([is_visual], Bucket(TEXT_BEFORE + TEXT_AFTER, VISUAL), [0])
     in_order = np.arange(length, dtype=np.int32)[:, None]
-    packed = pack_rows([in_order], layout).transpose(0, 2, 1)
     decoder = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(DecoderLayer(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     x = jax.random.normal(jax.random.key(0), (1, length, config.width))
     layout = jax.tree.map(jnp.asarray, layout)
-    causal = jnp.tril(jnp.ones((1, length, length), bool))
-
-    def ours(hollow: bool, dynamic: bool, state: Any, context: Context) -> Any:
-        return nnx.merge(graph, state)(x, context, Reduction(), hollow, dynamic, jnp.int32(0))[0]
-
-    def other(attend: Callable[[Any, Any, Any], Any], state: Any, context: Context) -> Any:
-        layer = nnx.merge(graph, state)
-        attended = attend(*layer.attention.project(layer.input_norm(x), context.turn))
-        y = x + layer.attention.o_proj(attended)
-        return y + dense_ffn(layer.ffn_norm(y), layer.ffn.weights)
-
-    def nothing(q: Any, k: Any, v: Any) -> Any:
-        # Every projection is used, or it would not be computed.
-        return q + jnp.repeat(k + v, widths.num_heads // widths.num_kv_heads, axis=1)
-
-    dense = dense_kinds(causal)
-    packed_context = decoder.context(layout, jnp.asarray(packed), jax.random.key(0))
-    ordered_context = decoder.context(layout, jnp.asarray(in_order.T[None]), jax.random.key(0))
-
-    def call(function: Callable[..., Any], context: Context) -> Callable[[], Any]:
-        program = jax.jit(function)
-        return lambda: program(state, context)
-
-    return {
-        OURS: call(partial(ours, False, False), packed_context),
-        **{name: call(partial(other, attend), ordered_context) for name, attend in dense.items()},
-        WITHOUT: call(partial(other, nothing), ordered_context),
-        **{name: call(partial(ours, *flags), packed_context) for name, flags in CASES.items()},
-    }
+    packed, ordered = (
+        decoder.context(layout, jnp.asarray(positions), jax.random.key(0))
+        for positions in (pack_rows([in_order], layout).transpose(0, 2, 1), in_order.T[None])
+    )
+    return decoder, x, packed, ordered
 
 
 def dense_kinds(causal: Any) -> dict[str, Callable[[Any, Any, Any], Any]]:

@@ -11,7 +11,7 @@ F FFN units, V vocabulary, L layers, U kept units.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar, no_type_check
 
@@ -26,7 +26,7 @@ from rlens_jax.layout import PADDING_POSITION, Slots, TokenLayout, visible
 from rlens_jax.models import vocabulary
 from rlens_jax.models.layers import Linear, RMSNorm, rope_angles, rotate, rotation
 from rlens_jax.ops.attention import masked_attention
-from rlens_jax.ops.ffn import FfnWeights, Kept, dense_ffn, dynamic_ffn
+from rlens_jax.ops.ffn import FfnWeights, Kept, RowStore, dense_ffn, dynamic_ffn
 from rlens_jax.ops.splash import Kernel, attend
 from rlens_jax.parallel.model_axis import num_shards, shard_index, sum_over_shards
 from rlens_jax.plan import Plan, Reduction
@@ -94,6 +94,8 @@ class Context:
     """How many tokens of a sample are in an FFN at a time; None is all at once, and attention in whatever order. A long prompt
     goes chunk by chunk *within* each layer, because a reduced layer looks at all visual tokens.
     """
+    store: RowStore | None = None
+    """All layers' units, where a kernel fetches those of Dynamic FFNs."""
 
 
 @no_type_check
@@ -150,7 +152,7 @@ class Attention(nnx.Module):
 
 
 class FFN(nnx.Module):
-    """The weights of a gated FFN, one row a unit."""
+    """The weights of a gated FFN, one row a unit: [F, D], or [F, 2, D / 2] where `weights/leaves.py` keeps them for a kernel."""
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.gate_proj = Linear("BTD,FD->BTF", config.sizes, dtype=dtype, rngs=rngs)
@@ -209,7 +211,8 @@ class DecoderLayer(nnx.Module):
         imposed: Int[Array, "B U"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Kept]:
         """The second half: states with the FFN added, and what the probes chose, even where other units are `imposed`."""
-        chunk = context.chunk
+        chunk, store = context.chunk, context.store
+        store = None if store is None else replace(store, layer=layer)
         y, weights = self.ffn_norm(x), self.ffn.weights
         key = jax.random.fold_in(context.random_key, layer)
         batch = x.shape[0]
@@ -219,7 +222,7 @@ class DecoderLayer(nnx.Module):
         )
         y, kept = _choose(
             dynamic,
-            lambda: dynamic_ffn(y, weights, context.layout, reduction, key, imposed, chunk=chunk),
+            lambda: dynamic_ffn(y, weights, context.layout, reduction, key, imposed, store, chunk),
             lambda: (dense_ffn(y, weights, chunk), nothing),
         )
         return x + sum_over_shards(y), kept
@@ -281,7 +284,9 @@ class Decoder(nnx.Module):
         chunk: int | None = None,
     ) -> Context:
         """What all layers of one prefill share; `rope_positions` are packed like the states."""
-        return Context(layout, self._turn(rope_positions), random_key, kernel, chunk)
+        units = self.layers.ffn.weights
+        store = RowStore(units, jnp.int32(0)) if units.gate.ndim == 4 else None
+        return Context(layout, self._turn(rope_positions), random_key, kernel, chunk, store)
 
     def _turn(
         self, rope_positions: Int[Array | np.ndarray, "B axes T"]

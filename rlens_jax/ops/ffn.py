@@ -16,7 +16,7 @@ C units that are computed at a time.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import no_type_check
 
@@ -53,16 +53,13 @@ class FfnWeights:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RowStore:
-    """Where a kernel finds a layer's units: the weights of all layers, [layers * F, 2, D / 2], of which nothing is copied.
+    """Where a kernel finds a layer's units: the weights of all layers, [L, F, 2, D / 2], of which nothing is copied.
 
     A layer's slice of stacked weights would be copied for a kernel, though not for XLA's own products.
     """
 
-    weights: FfnWeights
-    first: Int[Array, ""]
-    """The row of the layer's first unit."""
-    interpret: bool = field(default=False, metadata={"static": True})
-    """Run the kernel on the CPU, for its numbers."""
+    stack: FfnWeights
+    layer: Int[Array, ""]
 
 
 @no_type_check
@@ -276,9 +273,10 @@ def _gathered(
 def _fetched(
     store: RowStore, num_rows: int, x: Float[Array, "B P D"], rows: Int[Array, "B C"]
 ) -> Float[Array, "B P D"]:
-    weights, count = store.weights, (rows < num_rows).sum(axis=1)
-    rows = store.first + jnp.minimum(rows, num_rows - 1)
-    return fetched_ffn(x, weights.gate, weights.up, weights.down, rows, count, store.interpret)
+    count = (rows < num_rows).sum(axis=1)
+    rows = store.layer * num_rows + jnp.minimum(rows, num_rows - 1)
+    units = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), store.stack)
+    return fetched_ffn(x, units.gate, units.up, units.down, rows, count)
 
 
 def reduced_ffn(x: Float[Array, "P D"], weights: FfnWeights, rows: Int[Array, " C"]) -> Float[Array, "P D"]:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Int
 
 TILE = 128
@@ -31,6 +32,16 @@ MOST_BYTES = 36 << 20
 """Chosen rows that stay in VMEM; more are taken in several passes."""
 VMEM_LIMIT = 60 << 20
 """What the kernel may use; v5e and v6e have 128 MiB, v5p 64."""
+MATRIX_BYTES = 40 << 20
+"""Of a layer's matrix on a chip, at most: XLA copies a larger one in HBM before it multiplies with it in this form."""
+
+
+def fetches(num_rows: int, width: int, dtype: DTypeLike, platform: str) -> bool:
+    """Whether a chip's [num_rows, width] matrices of a layer should be kept for the kernel, as [num_rows, 2, width / 2]."""
+    size = 2 * num_rows * width
+    return (
+        platform == "tpu" and jnp.dtype(dtype) == jnp.bfloat16 and width % 256 == 0 and size <= MATRIX_BYTES
+    )
 
 
 def fetched_ffn(
@@ -40,16 +51,15 @@ def fetched_ffn(
     down: BFloat16[Array, "R 2 half"],
     rows: Int[Array, "B C"],
     count: Int[Array, " B"],
-    interpret: bool = False,
 ) -> BFloat16[Array, "B P D"]:
-    """Every sample's tokens through the first `count` of its `rows`, summed in float32.
+    """Every sample's tokens through the first `count` of its `rows`, summed in float32; on a TPU (or, in tests, under
+    `pltpu.force_tpu_interpret_mode`).
 
     Args:
         x: the tokens.
         gate, up, down: stay in HBM. Stacked layers are one matrix: layer * F + unit is a row.
         rows: all must exist, also those past `count`.
         count: rows past it add nothing, and tiles past it are not fetched.
-        interpret: run on the CPU in Pallas' TPU interpret mode.
     """
     passes = math.ceil(rows.shape[1] * 6 * x.shape[2] / MOST_BYTES)
     share = math.ceil(rows.shape[1] / passes / TILE) * TILE
@@ -57,13 +67,11 @@ def fetched_ffn(
     parts = []
     for start in range(0, passes * share, share):
         left = jnp.clip(count - start, 0, share)
-        parts.append(_one_pass(x, gate, up, down, rows[:, start : start + share], left, interpret))
+        parts.append(_one_pass(x, gate, up, down, rows[:, start : start + share], left))
     return sum(parts[1:], parts[0])
 
 
-def _one_pass(
-    x: Array, gate: Array, up: Array, down: Array, rows: Array, count: Array, interpret: bool
-) -> Array:
+def _one_pass(x: Array, gate: Array, up: Array, down: Array, rows: Array, count: Array) -> Array:
     batch, tokens, width = x.shape
     most = rows.shape[1]
     block = min(BLOCK, math.ceil(tokens / 16) * 16)
@@ -92,7 +100,6 @@ def _one_pass(
             transcendentals=batch * tokens * most,
             bytes_accessed=2 * batch * width * (3 * most + 2 * tokens),
         ),
-        interpret=pltpu.InterpretParams() if interpret else False,
         name="fetched_ffn",
     )(rows.reshape(-1), count, x, gate, up, down)
 

@@ -45,13 +45,15 @@ class ParameterLayout:
     Attributes:
         mesh: the devices.
         axes: the letters of each parameter by dotted path, without a stack's leading layer axis.
+        halves: parameters whose last axis D is kept as two, [2, D / 2], for a kernel (`rlens_jax.ops.row_gather`).
     """
 
     mesh: Mesh
     axes: Mapping[str, str]
+    halves: Collection[str] = ()
 
     def shape(self, path: str, shape: Sequence[int]) -> tuple[int, ...]:
-        """`shape` as it is held: the vocabulary is padded so that every shard has as many rows."""
+        """`shape` with the vocabulary padded so that every shard has as many rows."""
         lead = len(shape) - len(self.axes[path])
         return tuple(
             padded(size, self.mesh.shape[MODEL])
@@ -60,8 +62,15 @@ class ParameterLayout:
             for place, size in enumerate(shape)
         )
 
+    def held(self, path: str, shape: Sequence[int]) -> tuple[tuple[int, ...], str]:
+        """The shape and axis letters with which a parameter of this shape is kept."""
+        shape, axes = self.shape(path, shape), self.axes[path]
+        if path not in self.halves:
+            return shape, axes
+        return (*shape[:-1], 2, shape[-1] // 2), f"{axes[:-1]}2{axes[-1]}"
+
     def spec(self, path: str, shape: Sequence[int]) -> PartitionSpec:
-        """The partition of a parameter of this (padded) shape."""
+        """The partition of a parameter of this (padded) shape; it also is that of the halves."""
         return RULES.spec(self.axes[path], shape, self.mesh)
 
     def sharding(self, path: str, shape: Sequence[int]) -> NamedSharding:

@@ -17,9 +17,9 @@ from rlens_jax.layout import Bucket, TokenLayout
 from rlens_jax.models import ModelKind
 from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.prompt import PromptBatch
-from rlens_jax.parallel.mesh import ParameterLayout, rows_sharding
+from rlens_jax.parallel.mesh import rows_sharding
 from rlens_jax.ranking.programs import Programs
-from rlens_jax.weights.leaves import axes_of
+from rlens_jax.weights.leaves import layout_of
 
 ANSWER_SLOTS = 16
 """Answer tokens of a row (our assumption; a run takes the next power of two of its longest reference answer)."""
@@ -38,14 +38,13 @@ class Placed:
 def abstract_model(kind: ModelKind, dtype: DTypeLike, mesh: Mesh) -> nnx.Module:
     """The model as `load_model` lays it out, with shapes, dtypes and shardings in place of arrays."""
     graph, state = nnx.split(kind.abstract(dtype))
-    layout = ParameterLayout(mesh, axes_of(nnx.merge(graph, state)))
+    layout = layout_of(nnx.merge(graph, state), mesh)
 
     def placed(path: tuple[Any, ...], variable: Any) -> Any:
         name, leaf = ".".join(map(str, path)), variable.get_value()
-        shape = layout.shape(name, leaf.shape)
-        return variable.replace(
-            jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=layout.sharding(name, shape))
-        )
+        shape, axes = layout.held(name, leaf.shape)
+        sharding = layout.sharding(name, layout.shape(name, leaf.shape))
+        return variable.replace(jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding), axes=axes)
 
     flat = [(path, placed(path, variable)) for path, variable in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))

@@ -10,7 +10,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rlens_jax.ops.row_gather import fetches
 from rlens_jax.parallel.mesh import ParameterLayout, make_mesh
+from rlens_jax.parallel.model_axis import MODEL
 from rlens_jax.weights.table import Place
 
 Item = TypeVar("Item")
@@ -34,6 +36,18 @@ def axes_of(model: nnx.Module) -> dict[str, str]:
     """The axis letters of all parameters by dotted path, without a stack's layer axis; "" where none are declared."""
     leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(map(str, path)): leaf.get_metadata().get("axes", "") for path, leaf in leaves}
+
+
+def layout_of(model: nnx.Module, mesh: Mesh) -> ParameterLayout:
+    """How a model's parameters are kept on a mesh; the units of its decoder's FFN in halves where a kernel fetches them."""
+    (platform,) = {device.platform for device in mesh.devices.flat}
+    halves = [
+        path
+        for path, leaf in arrays_of(model).items()
+        if path.startswith("decoder.layers.ffn.")
+        and fetches(leaf.shape[1] // mesh.shape[MODEL], leaf.shape[2], leaf.dtype, platform)
+    ]
+    return ParameterLayout(mesh, axes_of(model), halves)
 
 
 def place(model: nnx.Module, mesh: Mesh) -> nnx.Module:
@@ -97,7 +111,7 @@ class Filler:
     def __init__(self, abstract: nnx.Module, mesh: Mesh | None = None):
         self.abstract = abstract
         self.leaves = arrays_of(abstract)
-        self._layout = ParameterLayout(mesh or make_mesh(jax.devices()[:1], 1), axes_of(abstract))
+        self._layout = layout_of(abstract, mesh or make_mesh(jax.devices()[:1], 1))
         self._filled: dict[str, jax.Array] = {}
         self._open: dict[str, int] = {}
         """How many layers a stack still lacks."""
@@ -130,7 +144,8 @@ class Filler:
         if path not in self._open:
             shape = self._layout.shape(path, self.leaves[path].shape)
             sharding = self._layout.sharding(path, shape)
-            self._filled[path], self._open[path] = _allocate(shape, array.dtype, sharding), shape[0]
+            held, _ = self._layout.held(path, shape)
+            self._filled[path], self._open[path] = _allocate(held, array.dtype, sharding), shape[0]
         stack = self._filled[path]
         stack, finite = _write(stack, array, jnp.int32(place.layer), stack.sharding)
         self._filled[path] = stack
@@ -148,7 +163,11 @@ class Filler:
             raise ValueError(f"not filled: {sorted(lacking)}")
         graph, state = nnx.split(self.abstract)
         flat = nnx.to_flat_state(state)
-        filled = [(path, leaf.replace(self._filled[".".join(map(str, path))])) for path, leaf in flat]
+        filled = []
+        for path, leaf in flat:
+            name = ".".join(map(str, path))
+            _, axes = self._layout.held(name, self.leaves[name].shape)
+            filled.append((path, leaf.replace(self._filled[name], axes=axes)))
         return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
@@ -161,8 +180,8 @@ def _allocate(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) 
 def _write(
     stack: jax.Array, array: jax.Array, layer: jax.Array, sharding: NamedSharding
 ) -> tuple[jax.Array, jax.Array]:
-    """The stack with one layer replaced, in the stack's own memory, and whether the layer is finite."""
-    written = jax.lax.dynamic_update_index_in_dim(stack, array, layer, axis=0)
+    """The stack with one layer replaced, in the stack's own memory and form, and whether the layer is finite."""
+    written = jax.lax.dynamic_update_index_in_dim(stack, array.reshape(stack.shape[1:]), layer, axis=0)
     return jax.lax.with_sharding_constraint(written, sharding), jnp.isfinite(array).all()
 
 

@@ -1,5 +1,6 @@
 """A prefill in chunks computes the same as one in a piece, in less memory."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,26 +10,13 @@ import pytest
 from flax import nnx
 
 from rlens_jax.layout import TokenLayout
-from rlens_jax.models.decoder import Decoder, DecoderConfig
+from rlens_jax.models.decoder import Decoder
 from rlens_jax.plan import Plan, Reduction
 from tests.numerics import assert_close, error
 from tests.sequences import make_layout, pack, random_rows, run_length, unpack
+from tests.toy_decoder import TOY, random_decoder
 
-CONFIG = DecoderConfig(
-    num_layers=3,
-    width=24,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=4,
-    ffn_width=53,
-    vocabulary=37,
-    context=512,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_sections=(2,),
-    qkv_bias=True,
-    tied_head=False,
-)
+CONFIG = replace(TOY, num_layers=3)
 REDUCTION = Reduction(attention_range=3, active_fraction=0.3, probe_fraction=0.4)
 RAGGED = [run_length(3, 31, 5), run_length(2, 7, 140, 11, 6), run_length(7), run_length(1, 1, 1)]
 PLANS = [Plan(), Plan(attention=(1, 2), ffn=(0, 1, 2))]
@@ -38,12 +26,7 @@ CHUNKS = (7, 64)
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    decoder = Decoder(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    leaves, tree = jax.tree.flatten(nnx.state(decoder))
-    rng = np.random.default_rng(1)
-    drawn = [leaf + jnp.asarray(rng.standard_normal(leaf.shape) * 0.2, leaf.dtype) for leaf in leaves]
-    nnx.update(decoder, jax.tree.unflatten(tree, drawn))
-    return decoder
+    return random_decoder(CONFIG, 0.2)
 
 
 @partial(jax.jit, static_argnames=("graph", "plan", "chunk"))
@@ -80,9 +63,7 @@ def test_same_numbers(decoder: Decoder, plan: Plan) -> None:
 @pytest.mark.parametrize("plan", [Plan(), Plan(ffn=(0,)), Plan((0,), (0,))], ids=Plan.label)
 def test_less_memory(plan: Plan) -> None:
     """The FFN's hidden units are what is large: 8 times as wide as the states here."""
-    config = DecoderConfig(
-        **{**vars(CONFIG), "num_layers": 1, "width": 32, "num_heads": 2, "num_kv_heads": 1, "ffn_width": 2048}
-    )
+    config = replace(CONFIG, num_layers=1, width=32, num_heads=2, num_kv_heads=1, ffn_width=2048)
     masks = [run_length(64, 960, 64)]
     layout = make_layout(masks)
     graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))))

@@ -1,5 +1,6 @@
 """Properties of the decoder that need no reference model; parity with Hugging Face is in test_qwen2_vl.py."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -7,28 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
 
 from rlens_jax.layout import visible
-from rlens_jax.models.decoder import Context, Decoder, DecoderConfig, TracedPlan
+from rlens_jax.models.decoder import Context, Decoder, TracedPlan
 from rlens_jax.plan import Plan, Reduction
 from tests.numerics import assert_close, error
 from tests.sequences import make_layout, pack, random_rows, run_length, unpack
+from tests.toy_decoder import TOY as CONFIG
+from tests.toy_decoder import random_decoder
 
-CONFIG = DecoderConfig(
-    num_layers=5,
-    width=24,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=4,
-    ffn_width=53,
-    vocabulary=37,
-    context=512,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_sections=(2,),
-    qkv_bias=True,
-    tied_head=False,
-)
 REDUCTION = Reduction(attention_range=3, active_fraction=0.3)
 RAGGED = [run_length(3, 31, 5), run_length(2, 7, 4, 11, 6), run_length(7), run_length(1, 1, 1)]
 PLANS = [
@@ -42,14 +31,7 @@ KEY = jax.random.key(7)
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    """Every parameter drawn at random, norms and biases too."""
-    decoder = Decoder(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    state = nnx.state(decoder)
-    leaves, tree = jax.tree.flatten(state)
-    rng = np.random.default_rng(1)
-    drawn = [leaf + jnp.asarray(rng.standard_normal(leaf.shape) * 0.2, leaf.dtype) for leaf in leaves]
-    nnx.update(decoder, jax.tree.unflatten(tree, drawn))
-    return decoder
+    return random_decoder(CONFIG, 0.2)
 
 
 def make_context(decoder: Decoder, layout) -> Context:
@@ -282,3 +264,28 @@ def test_decoding_equals_the_prefill_of_the_whole(decoder, plan):
         for ours, theirs in zip(logits, expected, strict=True):
             assert_close(ours, theirs[len(theirs) - steps + step], 1e-4)
     assert decode._cache_size() == 1
+
+
+def test_units_kept_in_halves_are_fetched_by_the_kernel(rows):
+    """As `load_model` keeps them on a TPU: in bfloat16, and run here by Pallas' interpreter of TPU memory."""
+    plain = Decoder(replace(CONFIG, ffn_width=64), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    halved = nnx.clone(plain)
+    for linear in (halved.layers.ffn.gate_proj, halved.layers.ffn.up_proj, halved.layers.ffn.down_proj):
+        units = linear.kernel[...] * 4  # the FFN matters
+        linear.kernel.set_value(units.reshape(*units.shape[:2], 2, CONFIG.width // 2))
+    for linear in (plain.layers.ffn.gate_proj, plain.layers.ffn.up_proj, plain.layers.ffn.down_proj):
+        linear.kernel.set_value(linear.kernel[...] * 4)
+    layout = make_layout(RAGGED, spare=(2, 3))
+    x = jnp.asarray(pack(rows, layout), jnp.bfloat16)
+
+    def last_states(decoder: Decoder, plan: TracedPlan) -> jax.Array:
+        with pltpu.force_tpu_interpret_mode():
+            return run_layers(*nnx.split(decoder), x, layout, plan, REDUCTION, jnp.int32(0), jnp.int32(5))[0]
+
+    for plan in (Plan(), Plan(ffn=(3,))):
+        expected = np.asarray(last_states(plain, as_data(plan)), np.float32)
+        assert_rows_close(np.asarray(last_states(halved, as_data(plan)), np.float32), expected, layout, 2e-2)
+    dense = np.asarray(last_states(plain, as_data(Plan())), np.float32)
+    assert max(map(error, unpack(expected, layout), unpack(dense, layout))) > 0.1
+    program = jax.make_jaxpr(lambda plan: last_states(halved, plan))(as_data(Plan()))
+    assert "fetched_ffn" in str(program)

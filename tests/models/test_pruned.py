@@ -1,5 +1,6 @@
 """Token pruning in the decoder against an independent PyTorch version, plain and on top of a plan."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ import torch
 from flax import nnx
 
 from rlens_jax.errors import UserError
-from rlens_jax.models.decoder import Decoder, DecoderConfig, TracedPlan
+from rlens_jax.models.decoder import Decoder, TracedPlan
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import Prompt, PromptBatch, collate
 from rlens_jax.models.pruned import run_prompt
@@ -20,22 +21,9 @@ from tests.numerics import assert_close, error
 from tests.ops.test_pruning import merged_slowly
 from tests.sequences import bucket_for, pack, run_length, unpack
 from tests.torch_decoder import Settings, TorchDecoder
+from tests.toy_decoder import TOY, random_decoder
 
-CONFIG = DecoderConfig(
-    num_layers=4,
-    width=24,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=4,
-    ffn_width=53,
-    vocabulary=37,
-    context=512,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_sections=(1, 1),
-    qkv_bias=True,
-    tied_head=False,
-)
+CONFIG = replace(TOY, num_layers=4, rope_sections=(1, 1))
 REDUCTION = Reduction(attention_range=3, active_fraction=0.3)
 MASKS = [run_length(3, 31, 5), run_length(2, 7, 4, 11, 6), run_length(7), run_length(1, 1, 3)]
 """Ragged: long, two images with text between, none, one with a single visual token."""
@@ -49,12 +37,7 @@ KEY = jax.random.key(7)
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
     """Every parameter drawn at random, so that logits are of order 1 and attention is not flat."""
-    decoder = Decoder(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    leaves, tree = jax.tree.flatten(nnx.state(decoder))
-    rng = np.random.default_rng(1)
-    drawn = [leaf + jnp.asarray(rng.standard_normal(leaf.shape) * 0.3, leaf.dtype) for leaf in leaves]
-    nnx.update(decoder, jax.tree.unflatten(tree, drawn))
-    return decoder
+    return random_decoder(CONFIG, 0.3)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from rlens_jax.ops import row_gather
 from rlens_jax.ops.ffn import FfnWeights, RowStore, dense_ffn, dynamic_ffn, reduced_ffn
@@ -24,11 +25,6 @@ def one_layer(weights: FfnWeights, layer: int) -> FfnWeights:
     return jax.tree.map(lambda w: w[layer], weights)
 
 
-def as_store(weights: FfnWeights, layer: int) -> RowStore:
-    rows = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), weights)
-    return RowStore(rows, jnp.int32(layer * UNITS), interpret=True)
-
-
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 4 rows, blocks of 16 tokens and passes of 8 rows, so that a small example has several of each."""
@@ -39,12 +35,12 @@ def small_tiles(monkeypatch):
 
 def test_equals_the_plain_gather(small_tiles):
     rng, weights = np.random.default_rng(0), make_weights(1)
-    store = as_store(weights, 1)
     x = jnp.asarray(rng.standard_normal((4, 21, WIDTH)), jnp.bfloat16)
     rows = jnp.asarray(np.stack([np.sort(rng.permutation(UNITS)[:14]) for _ in range(4)]), jnp.int32)
     count = jnp.array([14, 3, 0, 8], jnp.int32)
-    stored = store.weights
-    y = row_gather.fetched_ffn(x, stored.gate, stored.up, stored.down, UNITS + rows, count, interpret=True)
+    stored = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), weights)
+    with pltpu.force_tpu_interpret_mode():
+        y = row_gather.fetched_ffn(x, stored.gate, stored.up, stored.down, UNITS + rows, count)
     layer = one_layer(weights, 1)
     for sample, number in enumerate(count.tolist()):
         expected = reduced_ffn(x[sample], layer, rows[sample, :number])
@@ -61,7 +57,8 @@ def test_a_layer_with_the_kernel_equals_one_without(small_tiles):
     )
     x = jnp.asarray(pack(random_rows(np.random.default_rng(3), masks, WIDTH), layout), jnp.bfloat16)
     layer = one_layer(weights, 1)
-    y, kept = dynamic_ffn(x, layer, layout, reduction, KEY, store=as_store(weights, 1))
+    with pltpu.force_tpu_interpret_mode():
+        y, kept = dynamic_ffn(x, layer, layout, reduction, KEY, store=RowStore(weights, jnp.int32(1)))
     expected, chosen = dynamic_ffn(x, layer, layout, reduction, KEY)
     np.testing.assert_array_equal(kept.units, chosen.units)
     assert_close(y, np.asarray(expected, np.float32), 2e-2)

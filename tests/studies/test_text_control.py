@@ -1,5 +1,7 @@
 """The simulated control against loops in NumPy over the tokens of each sequence, and against the dense layer."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from flax import nnx
 
 from rlens_jax.layout import Bucket, pack_rows, unpack_rows
-from rlens_jax.models.decoder import Context, Decoder, DecoderConfig, DecoderLayer, TracedPlan
+from rlens_jax.models.decoder import Context, Decoder, DecoderLayer, TracedPlan
 from rlens_jax.models.prompt import Prompt, PromptBatch, collate
 from rlens_jax.plan import Reduction
 from rlens_jax.studies.text_control import (
@@ -18,21 +20,10 @@ from rlens_jax.studies.text_control import (
     text_visible,
 )
 from tests.numerics import assert_close
+from tests.toy_decoder import TOY
 
-CONFIG = DecoderConfig(
-    num_layers=2,
-    width=8,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=4,
-    ffn_width=12,
-    vocabulary=11,
-    context=64,
-    norm_eps=1e-6,
-    rope_theta=100.0,
-    rope_sections=(2,),
-    qkv_bias=True,
-    tied_head=False,
+CONFIG = replace(
+    TOY, num_layers=2, width=8, num_heads=2, num_kv_heads=1, ffn_width=12, vocabulary=11, rope_theta=100.0
 )
 REDUCTION = Reduction(attention_range=1, active_fraction=0.25, probe_fraction=0.2)
 LENGTHS = (34, 9)
