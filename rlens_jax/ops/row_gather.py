@@ -5,9 +5,9 @@ a DMA of its own into VMEM and used there; a gathered matrix never exists in HBM
 
 A TPU keeps two bfloat16 numbers in a word, of neighbouring *rows*, so one row of a [R, D] matrix cannot be fetched without the
 other. The weights are therefore kept as [R, 2, D / 2]: the two halves of a unit share the words and a unit is one contiguous
-piece of memory (our decision). XLA's own products read that form once too, as long as a layer's matrix fits VMEM; where it does
-not (7B on a model axis of 1), XLA copies it in HBM first, and [F, D] without the kernel is better for dense layers.
-benchmarks/weight_traffic.py shows both.
+piece of memory (our decision). XLA's own products read that form once too, where a layer's matrix takes no more than about a
+third of v5e's or v6e's VMEM; a larger one (7B on a model axis of 1 or 2) it copies in HBM first, and [F, D] without the kernel
+is better for dense layers. `fetches` says which form is kept; benchmarks/weight_traffic.py shows both.
 
 Rows are fetched for the first block of tokens, tile by tile, the next tile on its way while one is multiplied, and stay in VMEM
 for the other blocks.
@@ -32,16 +32,15 @@ MOST_BYTES = 36 << 20
 """Chosen rows that stay in VMEM; more are taken in several passes."""
 VMEM_LIMIT = 60 << 20
 """What the kernel may use; v5e and v6e have 128 MiB, v5p 64."""
-MATRIX_BYTES = 40 << 20
-"""Of a layer's matrix on a chip, at most: XLA copies a larger one in HBM before it multiplies with it in this form."""
+MATRIX_BYTES = {"TPU v5 lite": 40 << 20, "TPU v6 lite": 40 << 20}
+"""Of a layer's matrix on a chip, at most: XLA copies a larger one in HBM before it multiplies with it in this form. By JAX's
+name of the device; on others, also v5p with half the VMEM, XLA was seen to copy and the kernel is not used."""
 
 
-def fetches(num_rows: int, width: int, dtype: DTypeLike, platform: str) -> bool:
+def fetches(num_rows: int, width: int, dtype: DTypeLike, device_kind: str) -> bool:
     """Whether a chip's [num_rows, width] matrices of a layer should be kept for the kernel, as [num_rows, 2, width / 2]."""
-    size = 2 * num_rows * width
-    return (
-        platform == "tpu" and jnp.dtype(dtype) == jnp.bfloat16 and width % 256 == 0 and size <= MATRIX_BYTES
-    )
+    fits = 2 * num_rows * width <= MATRIX_BYTES.get(device_kind, 0)
+    return fits and jnp.dtype(dtype) == jnp.bfloat16 and width % 256 == 0
 
 
 def fetched_ffn(

@@ -40,12 +40,12 @@ def axes_of(model: nnx.Module) -> dict[str, str]:
 
 def layout_of(model: nnx.Module, mesh: Mesh) -> ParameterLayout:
     """How a model's parameters are kept on a mesh; the units of its decoder's FFN in halves where a kernel fetches them."""
-    (platform,) = {device.platform for device in mesh.devices.flat}
+    (device_kind,) = {device.device_kind for device in mesh.devices.flat}
     halves = [
         path
         for path, leaf in arrays_of(model).items()
         if path.startswith("decoder.layers.ffn.")
-        and fetches(leaf.shape[1] // mesh.shape[MODEL], leaf.shape[2], leaf.dtype, platform)
+        and fetches(leaf.shape[1] // mesh.shape[MODEL], leaf.shape[2], leaf.dtype, device_kind)
     ]
     return ParameterLayout(mesh, axes_of(model), halves)
 

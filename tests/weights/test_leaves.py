@@ -24,17 +24,18 @@ class Holder(nnx.Module):
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "dtype", "platform", "expected"),
+    ("rows", "width", "dtype", "device_kind", "expected"),
     [
-        (18944 // 4, 3584, jnp.bfloat16, "tpu", True),
-        (18944, 3584, jnp.bfloat16, "tpu", False),  # XLA would copy the matrix in HBM
-        (18944 // 4, 3584, jnp.float32, "tpu", False),
+        (18944 // 4, 3584, jnp.bfloat16, "TPU v5 lite", True),
+        (18944 // 2, 3584, jnp.bfloat16, "TPU v5 lite", False),  # XLA would copy the matrix in HBM
+        (18944 // 8, 3584, jnp.bfloat16, "TPU v5", False),  # v5p has half the VMEM
+        (18944 // 4, 3584, jnp.float32, "TPU v5 lite", False),
         (18944 // 4, 3584, jnp.bfloat16, "cpu", False),
-        (4864, 896, jnp.bfloat16, "tpu", False),  # half a row is no whole number of lanes
+        (4864, 896, jnp.bfloat16, "TPU v5 lite", False),  # half a row is no whole number of lanes
     ],
 )
-def test_where_a_kernel_fetches_units(rows, width, dtype, platform, expected) -> None:
-    assert fetches(rows, width, dtype, platform) == expected
+def test_where_a_kernel_fetches_units(rows, width, dtype, device_kind, expected) -> None:
+    assert fetches(rows, width, dtype, device_kind) == expected
 
 
 def test_units_of_the_decoder_are_kept_in_halves_for_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
