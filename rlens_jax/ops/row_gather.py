@@ -133,7 +133,9 @@ def _kernel(rows, count, x, gate, up, down, y, fetched, chosen, total, arrived):
 
     def product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
         dimensions = (((contract[0],), (contract[1],)), ((), ()))
-        return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+        # Exact for bfloat16, whatever precision the run asks of products of float32.
+        exact = jax.lax.Precision.DEFAULT
+        return jax.lax.dot_general(a, b, dimensions, precision=exact, preferred_element_type=jnp.float32)
 
     def add_tile(tile: Array, _: None) -> None:
         @pl.when(first_block)
