@@ -9,7 +9,6 @@ With the extra `torch` installed, PyTorch's layer with SDPA is timed beside, for
 
 import importlib
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 from rlens_jax.console import ArgumentParser, run_command, say
 from rlens_jax.flops import LayerSizes, layer_cost
+from rlens_jax.json_text import json_text
 from rlens_jax.plan import Reduction
 
 TEXT_BEFORE, VISUAL, TEXT_AFTER = 64, 1792, 64
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
             f"time saved {case['time_saved']:6.1%}   realised {case['realised_saving']:.2f}"
         )
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json_text(results), encoding="utf-8")
 
 
 def measure(layer: str, repeats: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ qwen2-vl-7b, minicpm-v-2.6, llava-onevision-7b, qwen2-vl-2b, llava-onevision-0.5
 field's convention (rlens_jax/flops.py), without and with the probes.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from rlens_jax.console import ArgumentParser, run_command
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.flops import LayerSizes, prefill_cost, visual_in_layer
+from rlens_jax.json_text import json_text
 from rlens_jax.plan import VTW, FastV, Folder, Plan, Pruning
 from rlens_jax.plan_file import PlanFile, plan_of
 
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
     counted = count(stack, options.text, options.visual, plan)
     if options.json:
         try:
-            options.json.write_text(json.dumps(counted, indent=1) + "\n", encoding="utf-8")
+            options.json.write_text(json_text(counted), encoding="utf-8")
         except OSError as error:
             raise UserError(f"{options.json}: cannot be written ({error.strerror})") from None
     print(

@@ -16,6 +16,7 @@ from tokenizers.models import BPE
 
 from rlens_jax.models.internvl import InternVLConfig, Native, cut_tiles
 from rlens_jax.models.prompt import Prompt, PromptBatch, collate
+from tests.models.pair import text_inputs
 from tests.sequences import bucket_for
 from tests.torch_support import allow_transformers_models, redraw
 
@@ -236,15 +237,7 @@ def make_example(seed: int, parts: Sequence[int | tuple[int, int]]) -> Example:
 
 def hf_inputs(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     """Keyword arguments of Hugging Face's model: a right-padded batch."""
-    length = max(len(example.token_ids) for example in examples)
-
-    def padded(rows):
-        return torch.tensor(np.stack([np.pad(row, (0, length - len(row))) for row in rows]).astype(np.int64))
-
-    inputs = {
-        "input_ids": padded([e.token_ids for e in examples]),
-        "attention_mask": padded([np.ones(len(e.token_ids)) for e in examples]),
-    }
+    inputs = text_inputs(examples)
     tiles = [t for e in examples for t in e.tiles]
     return inputs | ({"pixel_values": torch.tensor(np.concatenate(tiles))} if tiles else {})
 

@@ -15,42 +15,23 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from rlens_jax.console import run_command
 from rlens_jax.models.hf_config import ConfigReader
 from rlens_jax.models.qwen2_vl import read_config
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.resources import embedded_model
 from rlens_jax.torch_twin import reduced
-from rlens_jax.validate import main
 from rlens_jax.validation.bundle import new_bundle
 from rlens_jax.validation.dump import run_case
 from tests.models.prompts import hf_inputs, make_example
 from tests.torch_support import allow_transformers_models, save_tiny, tiny_qwen2_vl
+from tests.validation.command import refusal, validate
 from tests.weights import tiny
 
 allow_transformers_models()
 
 SMALL = Reduction(attention_range=5, active_fraction=0.3)
 PLANS = (Plan(), Plan(attention=(1, 3)), Plan(ffn=(0, 2)), Plan(attention=(0, 2, 3), ffn=(1, 2, 4)))
-PROGRESS = ("comparing: ", "running PyTorch: ")
 PARTS = ([3, (6, 10), 5], [2, (4, 6), 1, (10, 2), 3, (2, 2), 11], [13])
-
-
-def validate(*arguments: object) -> int:
-    """Run the command in this process; its exit code."""
-    with pytest.raises(SystemExit) as stopped:
-        run_command(main, argv=[str(argument) for argument in arguments])
-    return int(stopped.value.code or 0)
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line of a refused validation."""
-    capsys.readouterr()
-    assert validate(*arguments) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(PROGRESS)]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ with every sample's image exchanged for the next one's, the share of the commone
 costs. A model worth ranking reads its images, and needs its layers.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from rlens_jax.console import ArgumentParser, run_command, say
 from rlens_jax.data.pages import DATASETS
+from rlens_jax.json_text import json_text
 from rlens_jax.resources import cache_folder
 
 PATCH_SLOTS, TEXT_SLOTS, VISUAL_SLOTS, BATCH = 512, 48, 128, 16
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str]) -> None:
     for layer, without in enumerate(results["without_layer"]):
         print(f"without layer {layer:<2} {without['overall']:6.1%}  ({without['overall'] - overall:+.1%})")
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json_text(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What a dry run found out: a table for the terminal, and `dry_run.schema.json`'s JSON for programs."""
 
-import json
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from rlens_jax.dry_run.costs import Cost, ProgramCost
 from rlens_jax.dry_run.program import CompiledProgram, Program, of_one_layer
 from rlens_jax.dry_run.roofline import ASSUMPTIONS, LIKELY_SHARE, Estimate, program_time
 from rlens_jax.dry_run.topology import GIB
+from rlens_jax.json_text import json_text
 from rlens_jax.models import ModelKind
 
 SCHEMA = "rlens-dry-run/1"
@@ -48,38 +48,33 @@ def terminal(found: DryRun, config: RunConfig, kind: ModelKind) -> str:
 def document(found: DryRun, config: RunConfig, kind: ModelKind) -> str:
     """The text of the JSON file."""
     where = found.where
-    return (
-        json.dumps(
-            {
-                "schema": SCHEMA,
-                "fits": found.fits,
-                "model": {"path": config.model, "model_type": kind.model_type},
-                "topology": {
-                    "name": where.name,
-                    "chips": where.chips,
-                    "hosts": where.hosts,
-                    "devices": where.num_devices,
-                    "memory_limit_bytes": where.memory_limit,
-                    "peak_flops_per_second": where.flops,
-                    "memory_bytes_per_second": where.memory_rate,
-                    "link_bytes_per_second": where.link_rate,
-                },
-                "mesh": {"work": found.mesh_shape[0], "model": found.mesh_shape[1]},
-                "programs": [_program(program, found) for program in found.programs],
-                "workload": {
-                    "samples": {name: asdict(split) for name, split in found.workload.samples.items()},
-                    "phases": [asdict(phase) for phase in found.workload.phases],
-                    "resident_bytes": found.workload.resident_bytes,
-                },
-                "estimates": [_estimated(estimate) for estimate in found.estimates],
-                "assumptions": list(ASSUMPTIONS),
-                "advice": advice(found, config, kind.config.decoder.sizes),
-                "configuration": portable(config),
+    return json_text(
+        {
+            "schema": SCHEMA,
+            "fits": found.fits,
+            "model": {"path": config.model, "model_type": kind.model_type},
+            "topology": {
+                "name": where.name,
+                "chips": where.chips,
+                "hosts": where.hosts,
+                "devices": where.num_devices,
+                "memory_limit_bytes": where.memory_limit,
+                "peak_flops_per_second": where.flops,
+                "memory_bytes_per_second": where.memory_rate,
+                "link_bytes_per_second": where.link_rate,
             },
-            indent=1,
-            allow_nan=False,
-        )
-        + "\n"
+            "mesh": {"work": found.mesh_shape[0], "model": found.mesh_shape[1]},
+            "programs": [_program(program, found) for program in found.programs],
+            "workload": {
+                "samples": {name: asdict(split) for name, split in found.workload.samples.items()},
+                "phases": [asdict(phase) for phase in found.workload.phases],
+                "resident_bytes": found.workload.resident_bytes,
+            },
+            "estimates": [_estimated(estimate) for estimate in found.estimates],
+            "assumptions": list(ASSUMPTIONS),
+            "advice": advice(found, config, kind.config.decoder.sizes),
+            "configuration": portable(config),
+        }
     )
 
 

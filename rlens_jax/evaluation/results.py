@@ -5,7 +5,6 @@ to the next. `timing.json` holds all that does differ.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -13,6 +12,7 @@ from typing import Any
 
 from rlens_jax.evaluation.config import EvaluationConfig
 from rlens_jax.evaluation.timing import Times, VariantTime
+from rlens_jax.json_text import json_text
 from rlens_jax.metrics.bootstrap import Interval
 from rlens_jax.metrics.results import Score
 
@@ -86,7 +86,7 @@ class Evaluation:
 def evaluation_json(result: Evaluation) -> str:
     """The text of evaluation.json."""
     config = result.config
-    return _text(
+    return json_text(
         {
             "schema": SCHEMA,
             "model": {
@@ -114,7 +114,7 @@ def timing_json(times: Times) -> str:
     fields = dataclasses.asdict(times)
     for name, variant in (("dense", times.dense), ("plan", times.plan)):
         fields[name]["tokens_per_second"] = tokens_per_second(times, variant)
-    return _text({"schema": TIMING_SCHEMA, **fields, "decode_steps": times.steps})
+    return json_text({"schema": TIMING_SCHEMA, **fields, "decode_steps": times.steps})
 
 
 def tokens_per_second(times: Times, variant: VariantTime) -> float:
@@ -188,7 +188,3 @@ def _score(score: Score, interval: Interval | None) -> dict[str, Any]:
 
 def _valued(value: float, interval: Interval) -> dict[str, float]:
     return {"value": value, "low": interval.low, "high": interval.high}
-
-
-def _text(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=1, allow_nan=False) + "\n"

@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.errors import UserError
-from rlens_jax.models.chat import question_content
+from rlens_jax.models.chat import Chat, question_content
 from rlens_jax.models.decoder import Decoder, DecoderConfig
 from rlens_jax.models.hf_config import ConfigReader, read_json, read_qwen2_decoder
 from rlens_jax.models.layers import LayerNorm, Linear
@@ -353,7 +352,7 @@ def read_marks(fields: ConfigReader) -> Marks:
     )
 
 
-class SlicedChat:
+class SlicedChat(Chat):
     """Tokenizer and chat template of a model folder, for prompts with text inside images."""
 
     def __init__(self, folder: Path, marks: Marks, num_queries: int):
@@ -361,7 +360,7 @@ class SlicedChat:
         self.num_queries = num_queries
         try:
             # Named, not looked up: tokenizer_config.json asks for a class that comes as code with the checkpoint.
-            self.tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            super().__init__(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
@@ -370,7 +369,7 @@ class SlicedChat:
         if not self.tokenizer.chat_template:
             raise UserError(f"{folder}: tokenizer_config.json has no chat_template; copy the published one")
         for token in (*marks.image, *marks.slice, marks.slot):
-            if self._ids(token) != [self.tokenizer.convert_tokens_to_ids(token)]:
+            if self.ids(token) != [self.tokenizer.convert_tokens_to_ids(token)]:
                 raise UserError(
                     f"{folder}: the tokenizer has no token {token!r}; copy the files of MiniCPM-V 2.6"
                 )
@@ -392,14 +391,7 @@ class SlicedChat:
                 f"{sample.id}: the question asks for a video ({VIDEO_MARK}); give its frames as images"
             )
         images = [self.marks.text(i, grid, self.num_queries) for i, grid in enumerate(grids)]
-        messages = [{"role": "user", "content": _content(sample, images)}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        prompt = self._ids(text)
-        ids = prompt if answer is None else self._ids(text + answer + self.tokenizer.eos_token)
-        if ids[: len(prompt)] != prompt:
-            raise UserError(
-                f"{sample.id}: the answer {answer!r} merges with the prompt's last token; change its first letters"
-            )
+        ids, num_answer = self.turn(sample, _content(sample, images), answer)
         token_ids = np.array(ids, np.int32)
         starts = np.flatnonzero(np.isin(token_ids, self.starts)) + 1
         ends = np.flatnonzero(np.isin(token_ids, self.ends))
@@ -412,19 +404,7 @@ class SlicedChat:
         is_visual = np.zeros(len(token_ids), bool)
         for start, end in zip(starts, ends, strict=True):
             is_visual[start:end] = True
-        return token_ids, is_visual, len(ids) - len(prompt)
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    @property
-    def stop_token(self) -> int:
-        """The token that ends a turn."""
-        return int(self.tokenizer.eos_token_id)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of generated tokens, without special ones."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return token_ids, is_visual, num_answer
 
 
 def _content(sample: Sample, images: Sequence[str]) -> str:

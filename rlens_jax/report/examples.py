@@ -5,13 +5,13 @@ It follows `examples.schema.json` beside this file. Thumbnails are kept inside i
 
 import base64
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from rlens_jax.json_text import json_text
 from rlens_jax.plan import Plan
 from rlens_jax.report.files import replace_file
 from rlens_jax.report.html.run_files import EXAMPLES
@@ -88,8 +88,7 @@ def write_examples(
             for example in examples
         ],
     }
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    return replace_file(folder / EXAMPLES, text.encode())
+    return replace_file(folder / EXAMPLES, json_text(value).encode())
 
 
 def _answer(answer: Answer) -> dict[str, str | float]:

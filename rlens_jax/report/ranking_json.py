@@ -6,11 +6,10 @@ configuration to the next, so a run that was killed and resumed writes it byte f
 """
 
 import dataclasses
-import json
-from collections.abc import Mapping
 from typing import Any
 
 from rlens_jax.config import portable
+from rlens_jax.json_text import json_text
 from rlens_jax.plan import Plan
 from rlens_jax.ranking.bootstrap import Interval
 from rlens_jax.ranking.objective import PlanScore
@@ -23,7 +22,7 @@ TIMING_SCHEMA = "rlens-timing/1"
 
 def ranking_json(results: Results) -> str:
     """The text of ranking.json."""
-    return _text(
+    return json_text(
         {
             "schema": SCHEMA,
             "rankings": {name: list(result.ranking.order) for name, result in results.operators.items()},
@@ -51,11 +50,7 @@ def ranking_json(results: Results) -> str:
 
 def timing_json(timing: Timing) -> str:
     """The text of timing.json."""
-    return _text({"schema": TIMING_SCHEMA, **dataclasses.asdict(timing)})
-
-
-def _text(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+    return json_text({"schema": TIMING_SCHEMA, **dataclasses.asdict(timing)})
 
 
 def _plan(plan: Plan) -> dict[str, list[int]]:

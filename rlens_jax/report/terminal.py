@@ -48,7 +48,7 @@ def summary(results: Results, folder: Path) -> str:
         verdict = "beats position and random" if losers is None else f"NOT better than {losers}"
         text = f"{TITLES[name]}: area {_percent(float(searched.value))} ({others}): {verdict}"
         lines += textwrap.wrap(text, WIDTH, subsequent_indent="  ")
-    lines += ["", f"Report: {folder / 'report.md'}"]
+    lines += ["", f"Report: {folder / 'report.html'} (as text: report.md)"]
     return "\n".join(lines)
 
 

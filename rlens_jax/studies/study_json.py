@@ -4,9 +4,9 @@ It holds nothing that differs from one run of a configuration to the next.
 """
 
 import dataclasses
-import json
 from typing import Any
 
+from rlens_jax.json_text import json_text
 from rlens_jax.plan import Pruning
 from rlens_jax.studies.results import Facts, Panel, Point, Series, Study
 
@@ -15,29 +15,24 @@ SCHEMA = "rlens-study/1"
 
 def study_json(study: Study, facts: Facts) -> str:
     """The text of a study's file."""
-    return (
-        json.dumps(
-            {
-                "schema": SCHEMA,
-                "study": study.name,
-                "question": study.question,
-                "x": {"label": study.x_label, "scale": study.x_scale},
-                "panels": [_panel(panel) for panel in study.panels],
-                "findings": [dataclasses.asdict(finding) for finding in study.findings],
-                "model": {
-                    "path": facts.model,
-                    "hash": facts.model_hash,
-                    "num_layers": facts.num_layers,
-                },
-                "data": {"hash": facts.data_hash, "samples": dict(facts.samples)},
-                "dense": dict(facts.dense),
-                "configuration": dict(facts.configuration),
-                "versions": dict(facts.versions),
+    return json_text(
+        {
+            "schema": SCHEMA,
+            "study": study.name,
+            "question": study.question,
+            "x": {"label": study.x_label, "scale": study.x_scale},
+            "panels": [_panel(panel) for panel in study.panels],
+            "findings": [dataclasses.asdict(finding) for finding in study.findings],
+            "model": {
+                "path": facts.model,
+                "hash": facts.model_hash,
+                "num_layers": facts.num_layers,
             },
-            indent=1,
-            allow_nan=False,
-        )
-        + "\n"
+            "data": {"hash": facts.data_hash, "samples": dict(facts.samples)},
+            "dense": dict(facts.dense),
+            "configuration": dict(facts.configuration),
+            "versions": dict(facts.versions),
+        }
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rlens_jax.json_text import json_text
 from rlens_jax.plan import OPERATORS
 from rlens_jax.validation.bundle import Manifest
 from rlens_jax.validation.compare import CaseResult
@@ -34,7 +35,7 @@ class Validation:
 def validation_json(validation: Validation) -> str:
     """The text of the JSON report."""
     manifest = validation.manifest
-    return _text(
+    return json_text(
         {
             "schema": SCHEMA,
             "model": {
@@ -168,7 +169,7 @@ def _line(cells: Sequence[str]) -> str:
 
 def rankings_json(comparisons: Sequence[RankingComparison]) -> str:
     """The text of the JSON report on two rankings."""
-    return _text(
+    return json_text(
         {"schema": RANKINGS_SCHEMA, "comparisons": [asdict(comparison) for comparison in comparisons]}
     )
 
@@ -219,7 +220,3 @@ def _ranking_lines(comparison: RankingComparison) -> list[str]:
 
 def _place(place: int | None) -> str:
     return "-" if place is None else str(place)
-
-
-def _text(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=1, allow_nan=False) + "\n"

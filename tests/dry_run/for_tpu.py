@@ -1,7 +1,7 @@
 """Run by test_for_tpu.py in a process of its own: compiles the decoder's layers of the paper's models for a v5e:16x16 slice.
 
-Prints a JSON line a model: every collective of the program, and whether it is in the loop over layers. Models have two layers,
-since the loop's body is the same whatever their number.
+Prints a JSON line a model: every collective of the program, and whether it is in the loop over layers; and whether a kernel
+fetches the units of reduced layers. Models have two layers, since the loop's body is the same whatever their number.
 """
 
 import json
@@ -45,8 +45,9 @@ def main() -> None:
         )
         specs = program_specs(RunConfig(compute=compute), kind, make_mesh(devices, shards), all_buckets=False)
         (layers,) = (spec for spec in specs if spec.name == "layers")
+        lowered = layers.lower()
         found = compile_program(
-            replace(layers, layers=2),
+            replace(layers, layers=2, lower=lambda lowered=lowered: lowered),
             (256 // shards, shards),
             resident_bytes=0,
             memory_limit=where.memory_limit,
@@ -60,6 +61,7 @@ def main() -> None:
                     "shards": shards,
                     "states": 2 * (128 + 512) * decoder.width * 2,
                     "scores": 2 * decoder.ffn_width * 4,
+                    "fetches_units": "fetched_ffn" in lowered.as_text(),
                     "collectives": [
                         {
                             "kind": item.kind,

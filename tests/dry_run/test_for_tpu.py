@@ -47,3 +47,10 @@ def test_layers_exchange_activations_and_scores_only(
     assert [item["bytes"] for item in sums] == [found["states"]] * 2
     assert [item["bytes"] for item in scores] == [found["scores"]]
     assert all(item["branch"] for item in scores)  # of reduced layers only
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_reduced_layers_fetch_their_units_with_the_kernel(
+    compiled: dict[tuple[str, int], dict[str, Any]], case: tuple[str, int]
+) -> None:
+    assert compiled[case]["fetches_units"]

@@ -10,6 +10,7 @@ import torch
 
 from rlens_jax.models.prompt import Prompt, PromptBatch, collate
 from rlens_jax.models.qwen2_vl import Qwen2VLConfig, patch_places, rope_positions
+from tests.models.pair import text_inputs
 from tests.sequences import bucket_for
 
 Grid = tuple[int, int]
@@ -67,16 +68,7 @@ def make_example(seed: int, parts: Sequence[int | Grid], config: Qwen2VLConfig) 
 
 def hf_inputs(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     """Keyword arguments of Hugging Face's model: a right-padded batch."""
-    length = max(len(example.token_ids) for example in examples)
-
-    def padded(rows):
-        return torch.tensor(np.stack([np.pad(row, (0, length - len(row))) for row in rows]).astype(np.int64))
-
-    inputs = {
-        "input_ids": padded([e.token_ids for e in examples]),
-        "attention_mask": padded([np.ones(len(e.token_ids)) for e in examples]),
-        "mm_token_type_ids": padded([e.is_visual for e in examples]),
-    }
+    inputs = text_inputs(examples, mm_token_type_ids=[e.is_visual for e in examples])
     grids = [(1, *grid) for example in examples for grid in example.grids]
     if grids:
         inputs["pixel_values"] = torch.tensor(np.concatenate([p for e in examples for p in e.patches]))

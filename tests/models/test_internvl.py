@@ -1,7 +1,7 @@
 """InternVL against Hugging Face's, both loaded from the same files by the real loader: parts, whole, reduced, decoding."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -26,6 +26,7 @@ from tests.internvl_support import (
     save_native,
     tiny_internvl,
 )
+from tests.models.pair import Pair, cut, make_pair
 from tests.numerics import assert_close, error
 from tests.sequences import unpack
 from tests.torch_reductions import reduced
@@ -36,34 +37,16 @@ PLAIN, PAPER, SMALL = Plan(), Reduction(), Reduction(attention_range=5, active_f
 KEY = jax.random.key(0)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """The same weights on both sides."""
-
-    theirs: torch.nn.Module
-    config: InternVLConfig
-    load: Callable[[], InternVL]
-    """A fresh copy of our model, to be changed at will."""
-    ours: InternVL
-
-
-def make_pair(folder, save=save_tiny, **options) -> Pair:
-    theirs = tiny_internvl(**options)
-    save(folder, theirs)
-    kind, ours = load_model(folder, jnp.float32)
-    return Pair(theirs, kind.config, lambda: load_model(folder, jnp.float32)[1], ours)
-
-
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 """Plain RoPE for prompts as short as here."""
 PAIRS = {
-    "hf": {"seed": 0},
-    "hf, 6B tower": {"seed": 1, "vision": SIX_B},
-    "hf, Llama": {"seed": 2, "text_model": "llama", "rope_parameters": DYNAMIC},
-    "hf, tied": {"seed": 3, "tie_word_embeddings": True, "num_key_value_heads": 1},
-    "native, Qwen2": {"seed": 4, "save": save_native},
-    "native, InternLM2": {"seed": 5, "save": save_native, "text_model": "llama"},
-    "native, 6B tower": {"seed": 6, "save": save_native, "vision": SIX_B},
+    "hf": (save_tiny, {"seed": 0}),
+    "hf, 6B tower": (save_tiny, {"seed": 1, "vision": SIX_B}),
+    "hf, Llama": (save_tiny, {"seed": 2, "text_model": "llama", "rope_parameters": DYNAMIC}),
+    "hf, tied": (save_tiny, {"seed": 3, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "native, Qwen2": (save_native, {"seed": 4}),
+    "native, InternLM2": (save_native, {"seed": 5, "text_model": "llama"}),
+    "native, 6B tower": (save_native, {"seed": 6, "vision": SIX_B}),
 }
 
 
@@ -73,7 +56,8 @@ def pairs(tmp_path_factory) -> Callable[[str], Pair]:
 
     def get(name: str) -> Pair:
         if name not in made:
-            made[name] = make_pair(tmp_path_factory.mktemp("tiny"), **PAIRS[name])
+            save, options = PAIRS[name]
+            made[name] = make_pair(tmp_path_factory.mktemp("tiny"), tiny_internvl(**options), save)
         return made[name]
 
     return get
@@ -93,11 +77,6 @@ BATCHES = {
 
 def examples_of(name: str) -> list[Example]:
     return [make_example(seed, parts) for seed, parts in enumerate(BATCHES[name], 1)]
-
-
-def cut(padded: torch.Tensor, examples: list[Example]) -> list[np.ndarray]:
-    """Hugging Face's right-padded rows without padding."""
-    return [row[: len(example.token_ids)].numpy() for row, example in zip(padded, examples, strict=True)]
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """Parity with Hugging Face's LLaVA-OneVision in float32, through the real loader: parts, whole, reduced, decoding."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,9 +11,8 @@ import torch
 from flax import nnx
 
 from rlens_jax.models import llava_onevision
-from rlens_jax.models.llava_onevision import LlavaOnevision, LlavaOnevisionConfig, grid_sources
+from rlens_jax.models.llava_onevision import LlavaOnevision, grid_sources
 from rlens_jax.plan import Plan, Reduction
-from rlens_jax.weights.checkpoint import load_model
 from tests.models.llava import (
     MOST_TILES,
     PINPOINTS,
@@ -29,10 +27,10 @@ from tests.models.llava import (
     patches_of,
     tiny_llava,
 )
+from tests.models.pair import Pair, cut, make_pair
 from tests.numerics import assert_close, error
 from tests.sequences import unpack
 from tests.torch_reductions import reduced
-from tests.torch_support import save_tiny
 
 SIMPLE, WHOLE = 1e-5, 1e-4
 PLAIN, PAPER, SMALL = Plan(), Reduction(), Reduction(attention_range=5, active_fraction=0.3)
@@ -40,27 +38,9 @@ PLAN = Plan(attention=(0, 2, 3), ffn=(1, 2, 4))
 KEY = jax.random.key(0)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """The same weights on both sides."""
-
-    theirs: torch.nn.Module
-    config: LlavaOnevisionConfig
-    load: Callable[[], LlavaOnevision]
-    """A fresh copy of our model, to be changed at will."""
-    ours: LlavaOnevision
-
-
-def make_pair(folder, seed: int, **overrides) -> Pair:
-    theirs = tiny_llava(seed, **overrides)
-    save_tiny(folder, theirs)
-    kind, ours = load_model(folder, jnp.float32)
-    return Pair(theirs, kind.config, lambda: load_model(folder, jnp.float32)[1], ours)
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp("tiny"), seed=0)
+    return make_pair(tmp_path_factory.mktemp("tiny"), tiny_llava(0))
 
 
 BATCHES = {
@@ -77,11 +57,6 @@ BATCHES = {
 
 def examples_of(name: str) -> list[Example]:
     return [make_example(seed, parts) for seed, parts in enumerate(BATCHES[name], 1)]
-
-
-def cut(padded: torch.Tensor, examples: list[Example]) -> list[np.ndarray]:
-    """Hugging Face's right-padded rows without padding."""
-    return [row[: len(example.token_ids)].numpy() for row, example in zip(padded, examples, strict=True)]
 
 
 @torch.no_grad()
@@ -165,7 +140,9 @@ def test_logits(pair, name):
 
 
 def test_logits_of_a_model_with_tied_head_and_one_kv_head(tmp_path):
-    pair = make_pair(tmp_path, 3, tie_word_embeddings=True, num_key_value_heads=1, rms_norm_eps=1e-6)
+    pair = make_pair(
+        tmp_path, tiny_llava(3, tie_word_embeddings=True, num_key_value_heads=1, rms_norm_eps=1e-6)
+    )
     assert pair.config.decoder.tied_head
     examples = examples_of("ragged")
     assert_all_close(our_logits(pair.ours, examples), their_logits(pair, examples), WHOLE)

@@ -1,7 +1,6 @@
 """Parity with Hugging Face's Qwen2-VL in float32, through the real loader: parts, whole, reduced, decoding."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -14,43 +13,21 @@ from flax import nnx
 from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig, patch_places, rope_positions
 from rlens_jax.plan import Plan, Reduction
-from rlens_jax.weights.checkpoint import load_model
+from tests.models.pair import Pair, cut, make_pair
 from tests.models.prompts import Example, hf_inputs, make_example, our_batch, our_images
 from tests.numerics import assert_close, error
 from tests.sequences import pack, unpack
 from tests.torch_reductions import reduced
-from tests.torch_support import save_tiny, tiny_qwen2_vl
+from tests.torch_support import tiny_qwen2_vl
 
 SIMPLE, WHOLE = 1e-5, 1e-4
 PLAIN, PAPER, SMALL = Plan(), Reduction(), Reduction(attention_range=5, active_fraction=0.3)
 KEY = jax.random.key(0)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """The same weights on both sides."""
-
-    theirs: torch.nn.Module
-    config: Qwen2VLConfig
-    load: Callable[[], Qwen2VL]
-    """A fresh copy of our model, to be changed at will."""
-    ours: Qwen2VL
-
-    @property
-    def text_model(self) -> torch.nn.Module:
-        return self.theirs.model.language_model
-
-
-def make_pair(folder, seed: int, **overrides) -> Pair:
-    theirs = tiny_qwen2_vl(seed, **overrides)
-    save_tiny(folder, theirs)
-    kind, ours = load_model(folder, jnp.float32)
-    return Pair(theirs, kind.config, lambda: load_model(folder, jnp.float32)[1], ours)
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp("tiny"), seed=0)
+    return make_pair(tmp_path_factory.mktemp("tiny"), tiny_qwen2_vl(0))
 
 
 BATCHES = {
@@ -68,11 +45,6 @@ def examples_of(name: str, config: Qwen2VLConfig) -> list[Example]:
 
 def split(packed, batch) -> list[np.ndarray]:
     return unpack(packed, batch.layout)
-
-
-def cut(padded: torch.Tensor, examples: list[Example]) -> list[np.ndarray]:
-    """Hugging Face's right-padded rows without padding."""
-    return [row[: len(example.token_ids)].numpy() for row, example in zip(padded, examples, strict=True)]
 
 
 @torch.no_grad()
@@ -207,7 +179,9 @@ def test_logits(pair, name):
 
 
 def test_logits_of_a_model_with_tied_head_and_one_kv_head(tmp_path):
-    pair = make_pair(tmp_path, 3, tie_word_embeddings=True, num_key_value_heads=1, rms_norm_eps=1e-5)
+    pair = make_pair(
+        tmp_path, tiny_qwen2_vl(3, tie_word_embeddings=True, num_key_value_heads=1, rms_norm_eps=1e-5)
+    )
     examples = examples_of("ragged", pair.config)
     assert_all_close(our_logits(pair.ours, pair.config, examples), their_logits(pair, examples), WHOLE)
 

@@ -64,7 +64,7 @@ def test_the_summary_fits_a_terminal(num_layers):
     lines = summary(results, Path("runs/rank")).splitlines()
     assert len(lines) <= 25
     assert max(map(len, lines)) <= 100
-    assert lines[-1] == f"Report: {Path('runs/rank/report.md')}"
+    assert lines[-1] == f"Report: {Path('runs/rank/report.html')} (as text: report.md)"
     text = " ".join(" ".join(lines).split())
     assert " ".join(map(str, results.operators["ffn"].ranking.order[:10])) in text
     assert "NOT better than" in text

@@ -14,11 +14,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from rlens_jax.console import run_command
 from rlens_jax.data.samples import Sample
 from rlens_jax.models.minicpm_v import Preparer as MiniCPMVPreparer
 from rlens_jax.plan import Plan, Reduction
-from rlens_jax.validate import main
 from rlens_jax.validation.bundle import new_bundle
 from rlens_jax.validation.dump import run_case
 from rlens_jax.weights.checkpoint import load_model
@@ -28,31 +26,14 @@ from tests import torch_reductions
 from tests.models import llava
 from tests.models.test_llava_preparer import write_texts
 from tests.torch_support import allow_transformers_models, save_tiny
+from tests.validation.command import refusal, validate
 
 allow_transformers_models()
 
 SMALL = Reduction(attention_range=5, active_fraction=0.3)
 PLANS = (Plan(), Plan(attention=(0, 2, 3), ffn=(1, 2, 4)))
-PROGRESS = ("comparing: ", "running PyTorch: ")
 
 Tensors = dict[str, np.ndarray]
-
-
-def validate(*arguments: object) -> int:
-    """Run the command in this process; its exit code."""
-    with pytest.raises(SystemExit) as stopped:
-        run_command(main, argv=[str(argument) for argument in arguments])
-    return int(stopped.value.code or 0)
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line of a refused validation."""
-    capsys.readouterr()
-    assert validate(*arguments) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(PROGRESS)]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from rlens_jax.errors import UserError
 from rlens_jax.models import read_kind
 from rlens_jax.weights.checkpoint import load_model
 from rlens_jax.weights.export import save_hf
-from rlens_jax.weights.leaves import arrays_of, shapes_of, unstacked
+from rlens_jax.weights.leaves import shapes_of
 from rlens_jax.weights.tables import table_of
 from tests.internvl_support import SIX_B, save_native, tiny_internvl
 from tests.torch_support import save_tiny
+from tests.weights.placement import Placement
 from tests.weights.tiny import assert_same, change
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "checkpoints"
@@ -202,64 +203,30 @@ def published(reference, tmp_path_factory) -> Path:
 
 
 def test_every_parameter_is_where_it_belongs(reference, published):
-    """Against the torch parameters, by reshapes written out here."""
-    _, model = load_model(published, jnp.float32)
-    ours = {name: np.asarray(array) for name, array in arrays_of(model).items()}
-    compared: set[tuple[str, int | None]] = set()
-
-    def check(name: str, parameter: torch.Tensor, layer: int | None = None) -> None:
-        compared.add((name, layer))
-        actual = ours[name] if layer is None else ours[name][layer]
-        np.testing.assert_array_equal(actual, parameter.detach().numpy(), err_msg=name)
-
-    def check_both(name: str, module: torch.nn.Module, layer: int | None = None) -> None:
-        """A linear map or a norm."""
-        matrix = module.weight.ndim == 2
-        check(
-            f"{name}.{'kernel' if matrix else 'scale'}", module.weight.T if matrix else module.weight, layer
-        )
-        check(f"{name}.bias", module.bias, layer)
-
-    text, tower = reference.model.language_model, reference.model.vision_tower
-    check("decoder.embedding", text.embed_tokens.weight)
-    check("decoder.norm.scale", text.norm.weight)
-    check("decoder.head", reference.lm_head.weight)
-    for i, layer in enumerate(text.layers):
-        at = "decoder.layers."
-        check(at + "input_norm.scale", layer.input_layernorm.weight, i)
-        check(at + "ffn_norm.scale", layer.post_attention_layernorm.weight, i)
-        for part, heads in (("q_proj", 6), ("k_proj", 2), ("v_proj", 2)):
-            module = getattr(layer.self_attn, part)
-            check(f"{at}attention.{part}.kernel", module.weight.T.reshape(60, heads, 10), i)
-            check(f"{at}attention.{part}.bias", module.bias.reshape(heads, 10), i)
-        check(at + "attention.o_proj.kernel", layer.self_attn.o_proj.weight.T.reshape(6, 10, 60), i)
-        check(at + "ffn.gate_proj.kernel", layer.mlp.gate_proj.weight, i)
-        check(at + "ffn.up_proj.kernel", layer.mlp.up_proj.weight, i)
-        check(at + "ffn.down_proj.kernel", layer.mlp.down_proj.weight.T, i)
-    check("vision.class_token", tower.embeddings.cls_token[0, 0])
-    check("vision.position", tower.embeddings.position_embeddings[0])
+    """Against the torch parameters, by reshapes written out."""
+    placed = Placement(load_model(published, jnp.float32)[1])
+    placed.check_decoder(reference.model.language_model, reference.lm_head, num_heads=6)
+    tower, connector = reference.model.vision_tower, reference.model.multi_modal_projector
+    placed.check("vision.class_token", tower.embeddings.cls_token[0, 0])
+    placed.check("vision.position", tower.embeddings.position_embeddings[0])
     patch = tower.embeddings.patch_embeddings.projection
-    check("vision.patch_embed.kernel", patch.weight.reshape(24, -1).T)
-    check("vision.patch_embed.bias", patch.bias)
-    connector = reference.model.multi_modal_projector
-    check_both("vision.connector_norm", connector.layer_norm)
-    check_both("vision.connector_fc1", connector.linear_1)
-    check_both("vision.connector_fc2", connector.linear_2)
+    placed.check("vision.patch_embed.kernel", patch.weight.reshape(24, -1).T)
+    placed.check("vision.patch_embed.bias", patch.bias)
+    placed.check_norm("vision.connector_norm", connector.layer_norm)
+    placed.check_linear("vision.connector_fc1", connector.linear_1)
+    placed.check_linear("vision.connector_fc2", connector.linear_2)
     for i, layer in enumerate(tower.encoder.layer):
         at = "vision.layers."
         for part in ("q_proj", "k_proj", "v_proj"):
-            module = getattr(layer.attention, part)
-            check(f"{at}{part}.kernel", module.weight.T.reshape(24, 3, 8), i)
-            check(f"{at}{part}.bias", module.bias.reshape(3, 8), i)
-        check(at + "o_proj.kernel", layer.attention.projection_layer.weight.T.reshape(3, 8, 24), i)
-        check(at + "o_proj.bias", layer.attention.projection_layer.bias, i)
-        check(at + "attention_scale", layer.lambda_1, i)
-        check(at + "mlp_scale", layer.lambda_2, i)
-        check_both(at + "attention_norm", layer.layernorm_before, i)
-        check_both(at + "mlp_norm", layer.layernorm_after, i)
-        check_both(at + "fc1", layer.mlp.fc1, i)
-        check_both(at + "fc2", layer.mlp.fc2, i)
-    assert compared == {(place.path, place.layer) for place in unstacked(shapes_of(model)).values()}
+            placed.check_heads(at + part, getattr(layer.attention, part), i)
+        placed.check_mixed(at + "o_proj", layer.attention.projection_layer, i)
+        placed.check(at + "attention_scale", layer.lambda_1, i)
+        placed.check(at + "mlp_scale", layer.lambda_2, i)
+        placed.check_norm(at + "attention_norm", layer.layernorm_before, i)
+        placed.check_norm(at + "mlp_norm", layer.layernorm_after, i)
+        placed.check_linear(at + "fc1", layer.mlp.fc1, i)
+        placed.check_linear(at + "fc2", layer.mlp.fc2, i)
+    placed.assert_complete()
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ from rlens_jax.errors import UserError
 from rlens_jax.models import read_kind
 from rlens_jax.weights.checkpoint import load_model
 from rlens_jax.weights.export import save_hf
-from rlens_jax.weights.leaves import arrays_of, shapes_of, unstacked
+from rlens_jax.weights.leaves import shapes_of
 from rlens_jax.weights.tables import table_of
 from tests.models.llava import tiny_llava
 from tests.torch_support import save_tiny
+from tests.weights.placement import Placement
 from tests.weights.tiny import assert_same, change
 
 FACTS = Path(__file__).parents[2].parent / "shared/checkpoints/llava-onevision-qwen2-7b-ov-hf"
@@ -143,56 +144,14 @@ def published(reference, tmp_path_factory) -> Path:
 
 
 def test_every_parameter_is_where_it_belongs(reference, published):
-    """Against the torch parameters, by reshapes written out here."""
-    _, model = load_model(published, jnp.float32)
-    ours = {name: np.asarray(array) for name, array in arrays_of(model).items()}
-    compared: set[tuple[str, int | None]] = set()
-
-    def check(name: str, parameter: torch.Tensor, layer: int | None = None) -> None:
-        compared.add((name, layer))
-        actual = ours[name] if layer is None else ours[name][layer]
-        np.testing.assert_array_equal(actual, parameter.detach().numpy(), err_msg=name)
-
-    text, tower = reference.model.language_model, reference.model.vision_tower
-    check("decoder.embedding", text.embed_tokens.weight)
-    check("decoder.norm.scale", text.norm.weight)
-    check("decoder.head", reference.lm_head.weight)
-    for i, layer in enumerate(text.layers):
-        at, attention, mlp = "decoder.layers.", layer.self_attn, layer.mlp
-        check(at + "input_norm.scale", layer.input_layernorm.weight, i)
-        check(at + "ffn_norm.scale", layer.post_attention_layernorm.weight, i)
-        for part, heads in (("q_proj", 6), ("k_proj", 2), ("v_proj", 2)):
-            linear = getattr(attention, part)
-            check(f"{at}attention.{part}.kernel", linear.weight.T.reshape(60, heads, 10), i)
-            check(f"{at}attention.{part}.bias", linear.bias.reshape(heads, 10), i)
-        check(at + "attention.o_proj.kernel", attention.o_proj.weight.T.reshape(6, 10, 60), i)
-        check(at + "ffn.gate_proj.kernel", mlp.gate_proj.weight, i)
-        check(at + "ffn.up_proj.kernel", mlp.up_proj.weight, i)
-        check(at + "ffn.down_proj.kernel", mlp.down_proj.weight.T, i)
-    check("vision.image_newline", reference.model.image_newline)
-    projector = reference.model.multi_modal_projector
-    for ours_name, linear in (("projector_fc1", projector.linear_1), ("projector_fc2", projector.linear_2)):
-        check(f"vision.{ours_name}.kernel", linear.weight.T)
-        check(f"vision.{ours_name}.bias", linear.bias)
-    embeddings = tower.embeddings
-    check("vision.tower.patch_embed.kernel", embeddings.patch_embedding.weight.reshape(24, -1).T)
-    check("vision.tower.patch_embed.bias", embeddings.patch_embedding.bias)
-    check("vision.tower.position_embedding", embeddings.position_embedding.weight)
-    for i, layer in enumerate(tower.encoder.layers):
-        at, attention = "vision.tower.layers.", layer.self_attn
-        for part in ("q_proj", "k_proj", "v_proj"):
-            linear = getattr(attention, part)
-            check(f"{at}{part}.kernel", linear.weight.T.reshape(24, 3, 8), i)
-            check(f"{at}{part}.bias", linear.bias.reshape(3, 8), i)
-        check(at + "o_proj.kernel", attention.out_proj.weight.T.reshape(3, 8, 24), i)
-        check(at + "o_proj.bias", attention.out_proj.bias, i)
-        for ours_name, linear in (("fc1", layer.mlp.fc1), ("fc2", layer.mlp.fc2)):
-            check(f"{at}{ours_name}.kernel", linear.weight.T, i)
-            check(f"{at}{ours_name}.bias", linear.bias, i)
-        for ours_name, norm in (("attention_norm", layer.layer_norm1), ("mlp_norm", layer.layer_norm2)):
-            check(f"{at}{ours_name}.scale", norm.weight, i)
-            check(f"{at}{ours_name}.bias", norm.bias, i)
-    assert compared == {(place.path, place.layer) for place in unstacked(shapes_of(model)).values()}
+    """Against the torch parameters, by reshapes written out."""
+    placed = Placement(load_model(published, jnp.float32)[1])
+    placed.check_decoder(reference.model.language_model, reference.lm_head, num_heads=6)
+    placed.check("vision.image_newline", reference.model.image_newline)
+    placed.check_linear("vision.projector_fc1", reference.model.multi_modal_projector.linear_1)
+    placed.check_linear("vision.projector_fc2", reference.model.multi_modal_projector.linear_2)
+    placed.check_siglip("vision.tower.", reference.model.vision_tower)
+    placed.assert_complete()
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)

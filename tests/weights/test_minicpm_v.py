@@ -13,9 +13,10 @@ from rlens_jax.errors import UserError
 from rlens_jax.models import read_kind
 from rlens_jax.weights.checkpoint import load_model
 from rlens_jax.weights.export import save_hf
-from rlens_jax.weights.leaves import arrays_of, shapes_of, unstacked
+from rlens_jax.weights.leaves import shapes_of
 from rlens_jax.weights.tables import table_of
 from tests import torch_minicpm_v as reference
+from tests.weights.placement import Placement
 from tests.weights.tiny import assert_same
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "checkpoints" / "minicpm-v-2_6"
@@ -124,69 +125,25 @@ def published(theirs, tmp_path_factory) -> Path:
 
 
 def test_every_parameter_is_where_it_belongs(theirs, published):
-    """Against the torch parameters, by reshapes written out here."""
-    _, model = load_model(published, jnp.float32)
-    ours = {name: np.asarray(array) for name, array in arrays_of(model).items()}
-    compared: set[tuple[str, int | None]] = set()
-
-    def check(name: str, parameter: torch.Tensor, layer: int | None = None) -> None:
-        compared.add((name, layer))
-        actual = ours[name] if layer is None else ours[name][layer]
-        np.testing.assert_array_equal(actual, parameter.detach().numpy(), err_msg=name)
-
-    def check_norm(name: str, norm: torch.nn.LayerNorm, layer: int | None = None) -> None:
-        check(f"{name}.scale", norm.weight, layer)
-        check(f"{name}.bias", norm.bias, layer)
-
-    text, vision, resampler = theirs.llm.model, theirs.vpm, theirs.resampler
-    check("decoder.embedding", text.embed_tokens.weight)
-    check("decoder.norm.scale", text.norm.weight)
-    check("decoder.head", theirs.llm.lm_head.weight)
-    for i, layer in enumerate(text.layers):
-        at = "decoder.layers."
-        attention, mlp = layer.self_attn, layer.mlp
-        check(at + "input_norm.scale", layer.input_layernorm.weight, i)
-        check(at + "ffn_norm.scale", layer.post_attention_layernorm.weight, i)
-        for part, heads in (("q_proj", 8), ("k_proj", 2), ("v_proj", 2)):
-            linear = getattr(attention, part)
-            check(f"{at}attention.{part}.kernel", linear.weight.T.reshape(256, heads, 32), i)
-            check(f"{at}attention.{part}.bias", linear.bias.reshape(heads, 32), i)
-        check(at + "attention.o_proj.kernel", attention.o_proj.weight.T.reshape(8, 32, 256), i)
-        check(at + "ffn.gate_proj.kernel", mlp.gate_proj.weight, i)
-        check(at + "ffn.up_proj.kernel", mlp.up_proj.weight, i)
-        check(at + "ffn.down_proj.kernel", mlp.down_proj.weight.T, i)
-    patch = vision.embeddings.patch_embedding
-    check("vision.tower.patch_embed.kernel", patch.weight.reshape(24, -1).T)
-    check("vision.tower.patch_embed.bias", patch.bias)
-    check("vision.tower.position_embedding", vision.embeddings.position_embedding.weight)
-    for i, layer in enumerate(vision.encoder.layers):
-        at = "vision.tower.layers."
-        check_norm(at + "attention_norm", layer.layer_norm1, i)
-        check_norm(at + "mlp_norm", layer.layer_norm2, i)
-        for part in ("q_proj", "k_proj", "v_proj"):
-            linear = getattr(layer.self_attn, part)
-            check(f"{at}{part}.kernel", linear.weight.T.reshape(24, 3, 8), i)
-            check(f"{at}{part}.bias", linear.bias.reshape(3, 8), i)
-        check(at + "o_proj.kernel", layer.self_attn.out_proj.weight.T.reshape(3, 8, 24), i)
-        check(at + "o_proj.bias", layer.self_attn.out_proj.bias, i)
-        for part in ("fc1", "fc2"):
-            check(f"{at}{part}.kernel", getattr(layer.mlp, part).weight.T, i)
-            check(f"{at}{part}.bias", getattr(layer.mlp, part).bias, i)
-    check_norm("vision.post_norm", vision.post_layernorm)
-    at = "vision.resampler."
-    check(at + "query", resampler.query)
-    check(at + "kv_proj.kernel", resampler.kv_proj.weight.T)
-    check_norm(at + "query_norm", resampler.ln_q)
-    check_norm(at + "kv_norm", resampler.ln_kv)
-    check_norm(at + "post_norm", resampler.ln_post)
+    """Against the torch parameters, by reshapes written out."""
+    placed = Placement(load_model(published, jnp.float32)[1])
+    placed.check_decoder(theirs.llm.model, theirs.llm.lm_head, num_heads=8)
+    placed.check_siglip("vision.tower.", theirs.vpm)
+    placed.check_norm("vision.post_norm", theirs.vpm.post_layernorm)
+    at, resampler = "vision.resampler.", theirs.resampler
+    placed.check(at + "query", resampler.query)
+    placed.check(at + "kv_proj.kernel", resampler.kv_proj.weight.T)
+    placed.check_norm(at + "query_norm", resampler.ln_q)
+    placed.check_norm(at + "kv_norm", resampler.ln_kv)
+    placed.check_norm(at + "post_norm", resampler.ln_post)
     for j, part in enumerate(("q_proj", "k_proj", "v_proj")):
         rows = slice(j * 256, (j + 1) * 256)
-        check(f"{at}{part}.kernel", resampler.attn.in_proj_weight[rows].T.reshape(256, 2, 128))
-        check(f"{at}{part}.bias", resampler.attn.in_proj_bias[rows].reshape(2, 128))
-    check(at + "o_proj.kernel", resampler.attn.out_proj.weight.T.reshape(2, 128, 256))
-    check(at + "o_proj.bias", resampler.attn.out_proj.bias)
-    check(at + "proj.kernel", resampler.proj)
-    assert compared == {(place.path, place.layer) for place in unstacked(shapes_of(model)).values()}
+        placed.check(f"{at}{part}.kernel", resampler.attn.in_proj_weight[rows].T.reshape(256, 2, 128))
+        placed.check(f"{at}{part}.bias", resampler.attn.in_proj_bias[rows].reshape(2, 128))
+    placed.check(at + "o_proj.kernel", resampler.attn.out_proj.weight.T.reshape(2, 128, 256))
+    placed.check(at + "o_proj.bias", resampler.attn.out_proj.bias)
+    placed.check(at + "proj.kernel", resampler.proj)
+    placed.assert_complete()
 
 
 def test_bfloat16_comes_and_goes_bit_for_bit(tmp_path):

@@ -11,9 +11,10 @@ import torch
 from rlens_jax.models import read_kind
 from rlens_jax.weights.checkpoint import load_model
 from rlens_jax.weights.export import save_hf
-from rlens_jax.weights.leaves import arrays_of, shapes_of, unstacked
+from rlens_jax.weights.leaves import shapes_of
 from rlens_jax.weights.tables import table_of
 from tests.torch_support import save_tiny, tiny_qwen2_vl
+from tests.weights.placement import Placement
 from tests.weights.tiny import assert_same
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "checkpoints"
@@ -129,55 +130,26 @@ def published(reference, tmp_path_factory) -> Path:
 
 
 def test_every_parameter_is_where_it_belongs(reference, published):
-    """Against the torch parameters, by reshapes written out here."""
-    _, model = load_model(published, jnp.float32)
-    ours = {name: np.asarray(array) for name, array in arrays_of(model).items()}
-    torch_model = reference.model
-    compared: set[tuple[str, int | None]] = set()
-
-    def check(name: str, parameter: torch.Tensor, layer: int | None = None) -> None:
-        compared.add((name, layer))
-        actual = ours[name] if layer is None else ours[name][layer]
-        np.testing.assert_array_equal(actual, parameter.detach().numpy(), err_msg=name)
-
-    text, vision = torch_model.language_model, torch_model.visual
-    check("decoder.embedding", text.embed_tokens.weight)
-    check("decoder.norm.scale", text.norm.weight)
-    check("decoder.head", reference.lm_head.weight)
-    for i, layer in enumerate(text.layers):
-        at = "decoder.layers."
-        attention, mlp = layer.self_attn, layer.mlp
-        check(at + "input_norm.scale", layer.input_layernorm.weight, i)
-        check(at + "ffn_norm.scale", layer.post_attention_layernorm.weight, i)
-        for part, heads in (("q_proj", 6), ("k_proj", 2), ("v_proj", 2)):
-            linear = getattr(attention, part)
-            check(f"{at}attention.{part}.kernel", linear.weight.T.reshape(60, heads, 10), i)
-            check(f"{at}attention.{part}.bias", linear.bias.reshape(heads, 10), i)
-        check(at + "attention.o_proj.kernel", attention.o_proj.weight.T.reshape(6, 10, 60), i)
-        check(at + "ffn.gate_proj.kernel", mlp.gate_proj.weight, i)
-        check(at + "ffn.up_proj.kernel", mlp.up_proj.weight, i)
-        check(at + "ffn.down_proj.kernel", mlp.down_proj.weight.T, i)
-    check("vision.patch_embed.kernel", vision.patch_embed.proj.weight.reshape(24, -1).T)
-    check("vision.merger_norm.scale", vision.merger.ln_q.weight)
-    check("vision.merger_norm.bias", vision.merger.ln_q.bias)
-    for ours_name, linear in (("merger_fc1", vision.merger.mlp[0]), ("merger_fc2", vision.merger.mlp[2])):
-        check(f"vision.{ours_name}.kernel", linear.weight.T)
-        check(f"vision.{ours_name}.bias", linear.bias)
+    """Against the torch parameters, by reshapes written out."""
+    placed = Placement(load_model(published, jnp.float32)[1])
+    placed.check_decoder(reference.model.language_model, reference.lm_head, num_heads=6)
+    vision = reference.model.visual
+    placed.check("vision.patch_embed.kernel", vision.patch_embed.proj.weight.reshape(24, -1).T)
+    placed.check_norm("vision.merger_norm", vision.merger.ln_q)
+    placed.check_linear("vision.merger_fc1", vision.merger.mlp[0])
+    placed.check_linear("vision.merger_fc2", vision.merger.mlp[2])
     for i, block in enumerate(vision.blocks):
         at = "vision.layers."
         for j, part in enumerate(("q_proj", "k_proj", "v_proj")):
             rows = slice(j * 24, (j + 1) * 24)
-            check(f"{at}{part}.kernel", block.attn.qkv.weight[rows].T.reshape(24, 3, 8), i)
-            check(f"{at}{part}.bias", block.attn.qkv.bias[rows].reshape(3, 8), i)
-        check(at + "o_proj.kernel", block.attn.proj.weight.T.reshape(3, 8, 24), i)
-        check(at + "o_proj.bias", block.attn.proj.bias, i)
-        for ours_name, linear in (("fc1", block.mlp.fc1), ("fc2", block.mlp.fc2)):
-            check(f"{at}{ours_name}.kernel", linear.weight.T, i)
-            check(f"{at}{ours_name}.bias", linear.bias, i)
-        for ours_name, norm in (("attention_norm", block.norm1), ("mlp_norm", block.norm2)):
-            check(f"{at}{ours_name}.scale", norm.weight, i)
-            check(f"{at}{ours_name}.bias", norm.bias, i)
-    assert compared == {(place.path, place.layer) for place in unstacked(shapes_of(model)).values()}
+            placed.check(f"{at}{part}.kernel", block.attn.qkv.weight[rows].T.reshape(24, 3, 8), i)
+            placed.check(f"{at}{part}.bias", block.attn.qkv.bias[rows].reshape(3, 8), i)
+        placed.check_mixed(at + "o_proj", block.attn.proj, i)
+        placed.check_linear(at + "fc1", block.mlp.fc1, i)
+        placed.check_linear(at + "fc2", block.mlp.fc2, i)
+        placed.check_norm(at + "attention_norm", block.norm1, i)
+        placed.check_norm(at + "mlp_norm", block.norm2, i)
+    placed.assert_complete()
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
