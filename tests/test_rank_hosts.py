@@ -64,31 +64,36 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     return folder, (folder / "one" / "ranking.json").read_bytes()
 
 
-def test_two_processes_rank_as_one(alone: tuple[Path, bytes]) -> None:
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_rank_as_one(alone: tuple[Path, bytes], count: int) -> None:
     folder, expected = alone
-    first, second = ends(start_all(folder, folder / "two", 2))
-    assert first[0] == second[0] == 0, first[2] + second[2]
-    assert (folder / "two" / "ranking.json").read_bytes() == expected
-    assert "Layers in the order" in first[1]
-    assert second[1:] == ("", "")  # the first speaks for both
+    output = folder / f"{count} together"
+    (code, told, message), *others = ends(start_all(folder, output, count))
+    assert [code, *(other[0] for other in others)] == [0] * count, message + str(others)
+    assert (output / "ranking.json").read_bytes() == expected
+    assert "Layers in the order" in told
+    assert {other[1:] for other in others} == {("", "")}  # the first speaks for all
 
 
-def test_one_lost_and_resumed_by_one(alone: tuple[Path, bytes]) -> None:
+@pytest.mark.parametrize(("count", "lost"), [(2, 1), (4, 0)])
+def test_one_lost_and_resumed_by_one(alone: tuple[Path, bytes], count: int, lost: int) -> None:
     folder, expected = alone
-    output = folder / "lost"
+    output = folder / f"{lost} of {count} lost"
     journal = output / "journal.jsonl"
-    first, second = start_all(folder, output, 2)
+    processes = start_all(folder, output, count)
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
-        assert first.poll() is None, first.communicate()[1]
+        assert processes[0].poll() is None, processes[0].communicate()[1]
         time.sleep(0.01)
     began = time.monotonic()
     # The parent, and with it the worker that it guards.
-    second.send_signal(signal.SIGKILL)
-    ((code, _, message),) = ends([first])
+    killed = processes.pop(lost)
+    killed.send_signal(signal.SIGKILL)
+    told = ends(processes)
     assert time.monotonic() - began < 60
-    second.communicate()
-    assert code == LOST
-    assert "process 1 of 2 was lost" in message.splitlines()[-1]
+    killed.communicate()
+    for code, _, message in told:
+        assert code == LOST
+        assert f"process {lost} of {count} was lost" in message.splitlines()[-1]
     kept = journal.read_bytes()
     ((code, _, message),) = ends([start(folder, output, [])])
     assert code == 0, message

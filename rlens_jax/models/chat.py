@@ -51,7 +51,7 @@ class Chat:
         return ids, len(ids) - len(prompt)
 
     def ids(self, text: str) -> list[int]:
-        """Of text that no template is put around."""
+        """Of a text as it stands."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @property

@@ -444,7 +444,8 @@ class InternVLChat(ChatTokenizer):
             sample = replace(sample, question=question)
         return super().encode(sample, tokens_per_image, answer)
 
-    def _ids(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
+        """As in the parent; a text that does not begin with it gets the tokenizer's start token."""
         # Older templates of transformers write <image>.
         text = text.replace(IMAGE_MARK, IMAGE_TOKEN)
         text = text.replace(IMAGE_TOKEN, IMAGE_START + IMAGE_TOKEN + IMAGE_END)
