@@ -74,45 +74,10 @@ def read_qwen2_decoder(config: ConfigReader) -> DecoderConfig:
     """A Qwen2 decoder's sizes from flat or nested fields (biases on q, k and v only, SwiGLU, RMSNorm)."""
     text = ConfigReader({**config.fields, **(config.fields.get("text_config") or {})}, config.where)
     tied = bool(config.fields.get("tie_word_embeddings", text.fields.get("tie_word_embeddings", False)))
-    return _read_decoder(text, ("default", "mrope"), default_theta=1e6, qkv_bias=True, tied_head=tied)
+    return read_decoder(text, ("default", "mrope"), default_theta=1e6, qkv_bias=True, tied_head=tied)
 
 
-def read_text_decoder(text: ConfigReader, tied_head: bool) -> DecoderConfig:
-    """A nested text model's sizes by its own `model_type`: Qwen2, Llama or InternLM2 (a Llama with fused q, k, v).
-
-    Dynamic NTK scaling of RoPE is accepted, because its factor is 1 up to `max_position_embeddings`: whoever
-    accepts longer prompts than `rope_limit` says computes something else.
-
-    Args:
-        text: the nested fields.
-        tied_head: where that is said differs between layouts.
-
-    Raises:
-        UserError: the text model is another one, or a field is missing or asks for what is not supported.
-    """
-    model_type = text.fields.get("model_type")
-    without_bias = {"qwen2": (), "llama": ("attention_bias", "mlp_bias"), "internlm2": ("bias",)}
-    if model_type not in without_bias:
-        supported = ", ".join(without_bias)
-        raise UserError(
-            f"{text.where}: model_type {model_type!r} is not supported; text models are: {supported}"
-        )
-    for name in without_bias[model_type]:
-        text.require(name, False)
-    return _read_decoder(
-        text, ("default", "dynamic"), default_theta=None, qkv_bias=model_type == "qwen2", tied_head=tied_head
-    )
-
-
-def rope_limit(text: ConfigReader) -> int | None:
-    """Up to how many tokens a text model with dynamic NTK scaling is one with plain RoPE; None without scaling."""
-    scaling = _rope_scaling(text)
-    if "dynamic" in (scaling.get("type"), scaling.get("rope_type")):
-        return text.size("max_position_embeddings")
-    return None
-
-
-def _read_decoder(
+def read_decoder(
     text: ConfigReader,
     rope_types: tuple[str, ...],
     *,
@@ -120,6 +85,18 @@ def _read_decoder(
     qkv_bias: bool,
     tied_head: bool,
 ) -> DecoderConfig:
+    """The sizes of a decoder as Qwen2 and Llama are one (SwiGLU, RMSNorm, full attention), from its own fields.
+
+    Args:
+        text: the fields.
+        rope_types: kinds of RoPE scaling that change nothing, as the family uses the decoder.
+        default_theta: the rotary base where none is named; None if one must be.
+        qkv_bias: whether q, k and v have biases; no other map may have one.
+        tied_head: where that is said differs between families.
+
+    Raises:
+        UserError: a field is missing or asks for what is not supported.
+    """
     text.require("hidden_act", "silu")
     text.require("use_sliding_window", False, None)
     for layer_type in set(text.fields.get("layer_types") or ()):
@@ -147,7 +124,8 @@ def _read_decoder(
     )
 
 
-def _rope_scaling(text: ConfigReader) -> Mapping[str, Any]:
+def rope_scaling(text: ConfigReader) -> Mapping[str, Any]:
+    """Under its old or its new name."""
     return text.fields.get("rope_parameters") or text.fields.get("rope_scaling") or {}
 
 
@@ -155,7 +133,7 @@ def _rope(
     text: ConfigReader, head_dim: int, types: tuple[str, ...], default_theta: float | None
 ) -> tuple[float, tuple[int, ...]]:
     """Rotary base and sections; every kind of scaling but those in `types` changes the angles and is refused."""
-    scaling = _rope_scaling(text)
+    scaling = rope_scaling(text)
     rope = ConfigReader(scaling, f"{text.where}: rope_scaling")
     rope.require("type", *types)
     rope.require("rope_type", *types)

@@ -28,7 +28,7 @@ from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.errors import UserError
 from rlens_jax.models.chat import ChatTokenizer
 from rlens_jax.models.decoder import Decoder, DecoderConfig
-from rlens_jax.models.hf_config import ConfigReader, read_text_decoder, rope_limit
+from rlens_jax.models.hf_config import ConfigReader, read_decoder, rope_scaling
 from rlens_jax.models.layers import LayerNorm, Linear, RMSNorm
 from rlens_jax.models.prompt import PreparedImage, Prompt
 from rlens_jax.models.tokenizer_files import load_tokenizer
@@ -152,7 +152,7 @@ def read_native_config(config: ConfigReader) -> InternVLConfig:
     if template not in TEMPLATES:
         supported = ", ".join(TEMPLATES)
         raise UserError(f"{config.where}: template {template!r} is not supported (only {supported})")
-    decoder = read_text_decoder(text, tied_head=bool(text.fields.get("tie_word_embeddings", False)))
+    decoder = _read_text_decoder(text, tied_head=bool(text.fields.get("tie_word_embeddings", False)))
     least, most = config.size("min_dynamic_patch", default=1), config.size("max_dynamic_patch", default=6)
     if least > most:
         raise UserError(f"{config.where}: min_dynamic_patch {least} is larger than max_dynamic_patch {most}")
@@ -170,7 +170,7 @@ def read_native_config(config: ConfigReader) -> InternVLConfig:
         ),
         text_model=text.fields["model_type"],
         image_token=None,
-        max_tokens=rope_limit(text),
+        max_tokens=_rope_limit(text),
         native=Native(
             min_tiles=least if several else 1,
             max_tiles=most if several else 1,
@@ -199,7 +199,7 @@ def read_hf_config(config: ConfigReader) -> InternVLConfig:
     vision.require("use_mean_pooling", True)
     # transformers ties by the outer field where it is written, whatever the inner one says.
     tied = config.fields.get("tie_word_embeddings", text.fields.get("tie_word_embeddings", False))
-    decoder = read_text_decoder(text, tied_head=bool(tied))
+    decoder = _read_text_decoder(text, tied_head=bool(tied))
     return InternVLConfig(
         decoder,
         _read_vision(
@@ -213,9 +213,44 @@ def read_hf_config(config: ConfigReader) -> InternVLConfig:
         ),
         text_model=text.fields["model_type"],
         image_token=config.size("image_token_id"),
-        max_tokens=rope_limit(text),
+        max_tokens=_rope_limit(text),
         native=None,
     )
+
+
+def _read_text_decoder(text: ConfigReader, tied_head: bool) -> DecoderConfig:
+    """A nested text model's sizes by its own `model_type`: Qwen2, Llama or InternLM2 (a Llama with fused q, k, v).
+
+    Dynamic NTK scaling of RoPE is accepted, because its factor is 1 up to `max_position_embeddings`: whoever
+    accepts longer prompts than `_rope_limit` says computes something else.
+
+    Args:
+        text: the nested fields.
+        tied_head: where that is said differs between layouts.
+
+    Raises:
+        UserError: the text model is another one, or a field is missing or asks for what is not supported.
+    """
+    model_type = text.fields.get("model_type")
+    without_bias = {"qwen2": (), "llama": ("attention_bias", "mlp_bias"), "internlm2": ("bias",)}
+    if model_type not in without_bias:
+        supported = ", ".join(without_bias)
+        raise UserError(
+            f"{text.where}: model_type {model_type!r} is not supported; text models are: {supported}"
+        )
+    for name in without_bias[model_type]:
+        text.require(name, False)
+    return read_decoder(
+        text, ("default", "dynamic"), default_theta=None, qkv_bias=model_type == "qwen2", tied_head=tied_head
+    )
+
+
+def _rope_limit(text: ConfigReader) -> int | None:
+    """Up to how many tokens a text model with dynamic NTK scaling is one with plain RoPE; None without scaling."""
+    scaling = rope_scaling(text)
+    if "dynamic" in (scaling.get("type"), scaling.get("rope_type")):
+        return text.size("max_position_embeddings")
+    return None
 
 
 def _square(config: ConfigReader, name: str) -> int:
