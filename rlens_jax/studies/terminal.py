@@ -14,7 +14,8 @@ def summary(studies: Sequence[Study], folder: Path) -> str:
         lines += [f"  {_finding(finding)}" for finding in study.findings]
         if not study.findings:
             lines.append(f"  {study.x_label}: held-out score in %")
-            lines += [f"  {line}" for panel in study.panels for line in map(_series, panel.series)]
+            scale = 100 if study.x_scale == "percent" else 1
+            lines += [f"  {_series(line, scale)}" for panel in study.panels for line in panel.series]
         lines += [f"  -> {folder / study.name}.json, .png, .svg", ""]
     return "\n".join(lines).rstrip()
 
@@ -30,6 +31,6 @@ def _shown(bound: Bound) -> str:
     return bound if isinstance(bound, str) else f"{bound:.4g}"
 
 
-def _series(series: Series) -> str:
-    points = "  ".join(f"{point.x:g}: {100 * point.mean:.1f}" for point in series.points)
+def _series(series: Series, scale: int) -> str:
+    points = "  ".join(f"{scale * point.x:.3g}: {100 * point.mean:.1f}" for point in series.points)
     return f"{series.name}: {points}"

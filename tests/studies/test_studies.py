@@ -95,6 +95,14 @@ def test_what_is_said_of_a_study(finished: Finished, name: str) -> None:
         assert finding.statement in printed
 
 
+def test_shares_are_printed_in_percent(finished: Finished) -> None:
+    study = finished.studies["fraction"]
+    first, *_ = study.panels[0].series
+    assert [point.x for point in first.points] == [0.1, 0.5]
+    means = [100 * point.mean for point in first.points]
+    assert f"2 of 5 layers: 10: {means[0]:.1f}  50: {means[1]:.1f}\n" in summary([study], Path("runs"))
+
+
 def test_the_files(finished: Finished, tmp_path: Path) -> None:
     study = finished.studies["layers"]
     write_study(study, finished.facts, tmp_path)
