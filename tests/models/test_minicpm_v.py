@@ -567,7 +567,7 @@ def test_refused_text(pair, question, answer, message):
 
 
 def test_an_answer_that_merges_with_the_prompt(pair, monkeypatch):
-    monkeypatch.setattr(pair.preparer.chat, "_ids", lambda text: [len(text)])
+    monkeypatch.setattr(pair.preparer.chat, "ids", lambda text: [len(text)])
     with pytest.raises(UserError, match=r"s: the answer 'yes' merges with the prompt's last token"):
         pair.preparer.prompt(sample_of("What?", 1), [None], "yes")
 
