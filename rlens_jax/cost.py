@@ -16,7 +16,7 @@ from rlens_jax.errors import UserError, suggest
 from rlens_jax.flops import LayerSizes, prefill_cost, visual_in_layer
 from rlens_jax.json_text import json_text
 from rlens_jax.plan import VTW, FastV, Folder, Plan, Pruning
-from rlens_jax.plan_file import PlanFile, plan_of
+from rlens_jax.plan_file import PlanFile, add_plan_options, plan_of
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--visual", metavar="N", type=int, default=1792, help="visual tokens (default: %(default)s)"
     )
-    parser.add_argument("--plan", metavar="PLAN", type=Path, help="which layers are reduced; default: none")
-    parser.add_argument(
-        "--first", metavar="LIST", help="of a ranking.json: how many layers, as attention=11,ffn=5"
-    )
+    add_plan_options(parser)
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--fastv", metavar=("K", "SHARE"), nargs=2, help="drop SHARE of the visual tokens after K layers"

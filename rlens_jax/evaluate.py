@@ -15,20 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlens_jax.console import ArgumentParser, run_command
+from rlens_jax.deployment.options import add_model_options
 from rlens_jax.plan_file import plan_of
 from rlens_jax.resources import cache_folder
-
-DTYPES = ("float32", "bfloat16")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, evaluate, print."""
     parser = ArgumentParser(prog="python -m rlens_jax.evaluate", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help='a model folder, or "embedded"')
-    parser.add_argument("--plan", metavar="PLAN", type=Path, help="which layers are reduced; default: none")
-    parser.add_argument(
-        "--first", metavar="LIST", help="of a ranking.json: how many layers, as attention=11,ffn=5"
-    )
+    add_model_options(parser)
     parser.add_argument("--data", metavar="DATA", nargs="+", default=["pages"], help="default: pages")
     parser.add_argument(
         "--output", metavar="DIR", type=Path, default=Path("runs/evaluate"), help="default: %(default)s"
@@ -46,13 +41,6 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=512, help="the longest answer")
     parser.add_argument("--batch-size", metavar="N", type=int, default=8, help="prompts read together")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and computation")
-    parser.add_argument(
-        "--model-shards", metavar="N", type=int, default=1, help="devices that share the model"
-    )
-    parser.add_argument(
-        "--chunk", metavar="N", type=int, help="tokens of a prompt in an FFN at a time (default: by size)"
-    )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of random probes and the bootstrap")
     parser.add_argument(
         "--bootstrap-samples", metavar="N", type=int, default=1000, help="behind the intervals"

@@ -15,32 +15,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlens_jax.console import ArgumentParser, run_command
+from rlens_jax.deployment.options import add_model_options
 from rlens_jax.plan_file import plan_of
 from rlens_jax.resources import cache_folder
-
-DTYPES = ("float32", "bfloat16")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, generate, print."""
     parser = ArgumentParser(prog="python -m rlens_jax.generate", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help='a model folder, or "embedded"')
+    add_model_options(parser)
     parser.add_argument(
         "--image", metavar="FILE", nargs="+", type=Path, default=[], help="the images, in order"
     )
     parser.add_argument("--prompt", metavar="TEXT", help="what is asked")
-    parser.add_argument("--plan", metavar="PLAN", type=Path, help="which layers are reduced; default: none")
-    parser.add_argument(
-        "--first", metavar="LIST", help="of a ranking.json: how many layers, as attention=11,ffn=5"
-    )
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="the longest answer")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and computation")
-    parser.add_argument(
-        "--model-shards", metavar="N", type=int, default=1, help="devices that share the model"
-    )
-    parser.add_argument(
-        "--chunk", metavar="N", type=int, help="tokens in an FFN at a time (default: by size of the prompt)"
-    )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of random probes")
     options = parser.parse_args(arguments)
     if options.prompt is None:

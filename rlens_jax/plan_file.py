@@ -24,6 +24,7 @@ Pruning is one of (shares are exact decimals, and `layer` says how many layers s
 
 import dataclasses
 import json
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,6 +156,14 @@ def _from_plan(fields: Mapping[str, Any]) -> PlanFile:
         plan.validate(num_layers)
     reduction = Reduction(**{name: fields[name] for name in _REDUCTION_FIELDS if name in fields})
     return PlanFile(plan, reduction, num_layers, _pruning(fields.get("pruning")))
+
+
+def add_plan_options(parser: ArgumentParser) -> None:
+    """A command's options --plan and --first, for `plan_of`."""
+    parser.add_argument("--plan", metavar="PLAN", type=Path, help="which layers are reduced; default: none")
+    parser.add_argument(
+        "--first", metavar="LIST", help="of a ranking.json: how many layers, as attention=11,ffn=5"
+    )
 
 
 def plan_of(path: Path | None, first: str | None, error: Callable[[str], Any]) -> PlanFile:

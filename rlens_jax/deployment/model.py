@@ -17,11 +17,11 @@ import numpy as np
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.deployment.programs import DeployedPrograms
 from rlens_jax.errors import UserError
-from rlens_jax.models import FAMILIES, ModelKind
+from rlens_jax.models import FAMILIES
 from rlens_jax.parallel.mesh import check_fits, make_mesh
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.ranking.inputs import FILLER, Batch, Shapes, Split, build_split
-from rlens_jax.weights.checkpoint import find_model, load_model, model_hash, read_model_kind
+from rlens_jax.weights.checkpoint import find_model, load_model, read_model_kind
 
 NEW_TOKENS = 128
 """The longest answer by default."""
@@ -49,19 +49,10 @@ class Answer:
 class DeployedModel:
     """A model in memory and its compiled programs, which are made when a shape is first met. Made by `load`."""
 
-    def __init__(
-        self, folder: Path, kind: ModelKind, programs: DeployedPrograms, preparer: Any, batch_size: int
-    ):
-        self.folder = folder
-        self.kind = kind
+    def __init__(self, programs: DeployedPrograms, preparer: Any, batch_size: int):
         self.programs = programs
         self.preparer = preparer
         self.batch_size = batch_size
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of the weights, in hex."""
-        return model_hash(self.folder)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
@@ -195,7 +186,7 @@ def load(
     patches = slot_sizes(_LEAST_PATCHES, _MOST_PATCHES)
     preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, patches)
     programs = DeployedPrograms(module, mesh, seed=seed, stop_token=preparer.chat.stop_token, chunk=chunk)
-    return DeployedModel(folder, kind, programs, preparer, batch_size)
+    return DeployedModel(programs, preparer, batch_size)
 
 
 def slot_sizes(least: int, most: int) -> tuple[int, ...]:

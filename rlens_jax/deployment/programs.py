@@ -43,7 +43,6 @@ class Prefilled:
 
 _HEADS = PartitionSpec(None, WORK, MODEL)
 _CACHE: Any = KVCache(_HEADS, _HEADS, ROWS)  # type: ignore[arg-type]  # partitions in place of arrays
-
 """How a cache lies on the mesh."""
 
 

@@ -17,7 +17,7 @@ from rlens_jax.layout import Bucket
 from rlens_jax.models import ModelKind
 from rlens_jax.ops.splash import kernel_flops
 from rlens_jax.parallel.model_axis import WORK
-from rlens_jax.ranking.abstract import Placed, abstract_model, decoder_arguments, device_bytes
+from rlens_jax.ranking.abstract import Placed, abstract_model, bytes_on_device, decoder_arguments
 from rlens_jax.ranking.inputs import images_together
 from rlens_jax.ranking.programs import Programs
 
@@ -35,7 +35,7 @@ def program_specs(
     """
     compute = config.compute
     model = abstract_model(kind, compute.dtype, mesh)
-    weights = device_bytes(nnx.state(model))
+    weights = bytes_on_device(nnx.state(model))
     programs = Programs(
         model,
         mesh,
@@ -56,7 +56,7 @@ def program_specs(
             lambda images=images: programs.lower("encode", images),  # type: ignore[misc]
             vision_depth(kind),
             num_images,
-            weights + device_bytes(images),
+            weights + bytes_on_device(images),
         )
     for visual in compute.visual_slots[chosen]:
         for text in compute.text_slots[chosen]:
@@ -80,7 +80,7 @@ def _decoder_specs(
             lambda name=name, given=given: programs.lower(name, *given),  # type: ignore[misc]
             layers if name in ("layers", "generate") else 0,
             rows,
-            weights + device_bytes(given),
+            weights + bytes_on_device(given),
             steps=programs.new_tokens if name == "generate" else 1,
             kernel_flops=kernels if name in ("layers", "generate") else (0, 0),
             beside_states=True,

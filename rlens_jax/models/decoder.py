@@ -11,7 +11,7 @@ F FFN units, V vocabulary, L layers, U kept units.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar, no_type_check
 
@@ -94,8 +94,8 @@ class Context:
     """How many tokens of a sample are in an FFN at a time; None is all at once, and attention in whatever order. A long prompt
     goes chunk by chunk *within* each layer, because a reduced layer looks at all visual tokens.
     """
-    store: RowStore | None = None
-    """All layers' units, where a kernel fetches those of Dynamic FFNs."""
+    units: FfnWeights | None = None
+    """Those of all layers, where a kernel fetches the ones of Dynamic FFNs."""
 
 
 @no_type_check
@@ -211,8 +211,8 @@ class DecoderLayer(nnx.Module):
         imposed: Int[Array, "B U"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Kept]:
         """The second half: states with the FFN added, and what the probes chose, even where other units are `imposed`."""
-        chunk, store = context.chunk, context.store
-        store = None if store is None else replace(store, layer=layer)
+        chunk = context.chunk
+        store = None if context.units is None else RowStore(context.units, layer)
         y, weights = self.ffn_norm(x), self.ffn.weights
         key = jax.random.fold_in(context.random_key, layer)
         batch = x.shape[0]
@@ -285,8 +285,8 @@ class Decoder(nnx.Module):
     ) -> Context:
         """What all layers of one prefill share; `rope_positions` are packed like the states."""
         units = self.layers.ffn.weights
-        store = RowStore(units, jnp.int32(0)) if units.gate.ndim == 4 else None
-        return Context(layout, self._turn(rope_positions), random_key, kernel, chunk, store)
+        fetched = units if units.gate.ndim == 4 else None
+        return Context(layout, self._turn(rope_positions), random_key, kernel, chunk, fetched)
 
     def _turn(
         self, rope_positions: Int[Array | np.ndarray, "B axes T"]

@@ -50,7 +50,7 @@ def abstract_model(kind: ModelKind, dtype: DTypeLike, mesh: Mesh) -> nnx.Module:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def device_bytes(arrays: Any) -> int:
+def bytes_on_device(arrays: Any) -> int:
     """Bytes that a tree of abstract arrays takes on one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

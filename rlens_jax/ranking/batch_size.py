@@ -11,7 +11,7 @@ from rlens_jax.config import RunConfig
 from rlens_jax.layout import Bucket
 from rlens_jax.models import ModelKind
 from rlens_jax.parallel.memory import bytes_refused, is_out_of_memory, most_rows
-from rlens_jax.ranking.abstract import abstract_model, decoder_arguments, device_bytes
+from rlens_jax.ranking.abstract import abstract_model, bytes_on_device, decoder_arguments
 from rlens_jax.ranking.programs import Programs
 
 
@@ -34,7 +34,7 @@ def with_batch_size(config: RunConfig, kind: ModelKind, mesh: Mesh, available: i
     if compute.batch_size:
         return config
     model = abstract_model(kind, compute.dtype, mesh)
-    weights = device_bytes(nnx.state(model))
+    weights = bytes_on_device(nnx.state(model))
     programs = Programs(
         model, mesh, config.reduction, seed=0, new_tokens=config.search.max_new_tokens, stop_token=0
     )
@@ -43,7 +43,7 @@ def with_batch_size(config: RunConfig, kind: ModelKind, mesh: Mesh, available: i
 
     def needed(rows: int) -> int:
         arguments: Any = decoder_arguments(programs, bucket, rows * programs.groups)[name]
-        held = weights + device_bytes(arguments)
+        held = weights + bytes_on_device(arguments)
         lowered = programs.lower(name, *arguments)
         try:
             sizes: Any = lowered.compile().memory_analysis()

@@ -16,7 +16,7 @@ from rlens_jax.layout import Bucket
 from rlens_jax.models import ModelKind
 from rlens_jax.models.prompt import Prompt, collate
 from rlens_jax.parallel.mesh import make_mesh
-from rlens_jax.ranking.abstract import Placed, abstract_batch, abstract_model, device_bytes
+from rlens_jax.ranking.abstract import Placed, abstract_batch, abstract_model, bytes_on_device
 from rlens_jax.weights.checkpoint import read_model_kind
 
 MODELS = Path(__file__).with_name("models")
@@ -40,7 +40,7 @@ def mesh() -> jax.sharding.Mesh:
 def test_a_config_json_is_enough_and_weighs_what_the_model_does(kind: ModelKind) -> None:
     model = abstract_model(kind, "bfloat16", mesh())
     # 7 to 8 billion parameters and a tower, two bytes each
-    assert 15e9 < device_bytes(model) < 17e9
+    assert 15e9 < bytes_on_device(model) < 17e9
 
 
 def test_images_run_through_the_vision_tower_as_they_are(kind: ModelKind) -> None:

@@ -1,6 +1,7 @@
 """A tiny random Qwen2-VL with samples whose answers are what the dense model says, so that reductions can change them."""
 
 import io
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ from flax import nnx
 from PIL import Image
 
 from rlens_jax.data.samples import Sample
-from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.prompt import PreparedImage, Prompt
 from rlens_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig, VisionConfig, patch_places, rope_positions
 from rlens_jax.parallel.mesh import make_mesh
@@ -19,23 +19,19 @@ from rlens_jax.ranking.inputs import FILLER, Shapes, Split, build_split
 from rlens_jax.ranking.objective import PlanScore, dataset_metric
 from rlens_jax.ranking.programs import Programs
 from rlens_jax.weights.leaves import place
+from tests.toy_decoder import TOY
 
 LAYERS, STOP, IMAGE = 5, 0, 1
 CONFIG = Qwen2VLConfig(
-    DecoderConfig(
+    replace(
+        TOY,
         num_layers=LAYERS,
-        width=24,
         num_heads=4,
-        num_kv_heads=2,
         head_dim=12,
         ffn_width=40,
         vocabulary=13,
-        context=512,
-        norm_eps=1e-6,
         rope_theta=50.0,
         rope_sections=(2, 2, 2),
-        qkv_bias=True,
-        tied_head=False,
     ),
     VisionConfig(
         depth=1,

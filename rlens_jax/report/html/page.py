@@ -13,11 +13,12 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from rlens_jax.config import flat
 from rlens_jax.errors import UserError
-from rlens_jax.plan import Plan
+from rlens_jax.plan import OPERATORS, Plan
 from rlens_jax.report.html import chart as area
 from rlens_jax.report.html.chart import Chart, Mark, Series, curve_chart
 from rlens_jax.report.html.heat import MINUS, HeatMap, LayerCell, heat_map, layer_row, worst_score
 from rlens_jax.report.html.run_files import RunFiles
+from rlens_jax.report.markdown import TITLES
 from rlens_jax.report.results import ALLOWED_LOSS
 
 MAX_BYTES = 3_000_000
@@ -26,8 +27,8 @@ MAX_RUNS = 8
 
 _DEEP = 32
 """Heat maps of more layers take the whole width, and small cells."""
-_OPERATORS = {"attention": "Hollow Attention", "ffn": "Probe-Activated Dynamic FFN"}
-_PLANS = {**_OPERATORS, "both": "Both at once"}
+_OPERATORS: dict[str, str] = {operator: TITLES[operator] for operator in OPERATORS}
+_PLANS = {**_OPERATORS, "both": TITLES["both"].capitalize()}
 _STRATEGIES = {
     "searched": ("searched", "searched"),
     "search_all": ("searched, no layer by position", "no prior"),
