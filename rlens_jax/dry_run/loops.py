@@ -1,7 +1,8 @@
 """How often the loops of a compiled program run. XLA's own cost analysis counts every loop's body once.
 
-A scan's count is in the text (`known_trip_count`). What only the data know comes from whoever built the program: how many
-layers the loop over layers runs, and how many decoding steps the loop around it.
+A scan's count is in the text: CPUs print it (`known_trip_count`), for a TPU it is read off what the loop's counter begins with
+and is compared with. What only the data know comes from whoever built the program: how many layers the loop over layers runs,
+and how many decoding steps the loop around it.
 """
 
 import re
@@ -22,10 +23,39 @@ class LoopCounts:
     """Iterations of a loop with a data-dependent count around the loop over layers."""
 
 
-def known_trips(loop: Instruction) -> int | None:
-    """The trip count of a `while` if the compiler knows it."""
+def known_trips(module: Module) -> dict[str, int | None]:
+    """The trip count of every `while` by its name; None where only the data know it."""
+    return {
+        item.name: _trips(item, computation, module.computations[item.called["condition"]])
+        for computation in module.computations.values()
+        for item in computation
+        if item.opcode == "while"
+    }
+
+
+def _trips(loop: Instruction, around: Computation, condition: Computation) -> int | None:
     found = _KNOWN.search(loop.attributes)
-    return int(found[1]) if found else None
+    if found:
+        return int(found[1])
+    given = around.instructions[loop.operands[0]]
+    if given.opcode != "tuple":
+        return None
+
+    def at_first(item: Instruction, computation: Computation) -> int | None:
+        """The value of a number before the loop, if it is a constant."""
+        while item.opcode == "copy":
+            item = computation.instructions[item.operands[0]]
+        if item.opcode == "constant" and item.arguments.isdigit():
+            return int(item.arguments)
+        if item.opcode == "get-tuple-element" and computation is condition:
+            return at_first(around.instructions[given.operands[int(item.attribute("index") or 0)]], around)
+        return None
+
+    end = condition.root
+    if end.opcode != "compare" or end.attribute("direction") != "LT":
+        return None
+    first, last = (at_first(condition.instructions[name], condition) for name in end.operands)
+    return None if first is None or last is None else last - first
 
 
 class Loops:
@@ -39,19 +69,20 @@ class Loops:
     def __init__(self, module: Module, counts: LoopCounts):
         self._module = module
         self._counts = counts
+        self._known = known_trips(module)
 
     def is_layer_loop(self, loop: Instruction, inside_layer: bool) -> bool:
         """Whether a `while` is the loop over layers; one inside that is not."""
         if inside_layer:
             return False
-        known = known_trips(loop)
+        known = self._known[loop.name]
         if known is not None:
             return known == self._counts.layers
         return not self._contains_layers(self._module.computations[loop.called["body"]])
 
     def trips(self, loop: Instruction, inside_layer: bool) -> int:
         """How often the body of a `while` runs, each time the loop is reached."""
-        known = known_trips(loop)
+        known = self._known[loop.name]
         if known is not None:
             return known
         if inside_layer:
@@ -60,7 +91,7 @@ class Loops:
 
     def _contains_layers(self, computation: Computation) -> bool:
         for item in computation:
-            if item.opcode == "while" and known_trips(item) == self._counts.layers:
+            if item.opcode == "while" and self._known[item.name] == self._counts.layers:
                 return True
             below = (
                 [*item.called.values(), *item.branches]

@@ -26,8 +26,9 @@ from rlens_jax.layout import PADDING_POSITION, Slots, TokenLayout, visible
 from rlens_jax.models import vocabulary
 from rlens_jax.models.layers import Linear, RMSNorm, rope_angles, rotate, rotation
 from rlens_jax.ops.attention import masked_attention
-from rlens_jax.ops.ffn import FfnWeights, Kept, RowStore, dense_ffn, dynamic_ffn
+from rlens_jax.ops.ffn import FfnWeights, Kept, Units, dense_ffn, dynamic_ffn
 from rlens_jax.ops.splash import Kernel, attend
+from rlens_jax.ops.stored_units import StoredUnits, UnitStack
 from rlens_jax.parallel.model_axis import num_shards, shard_index, sum_over_shards
 from rlens_jax.plan import Plan, Reduction
 
@@ -94,8 +95,8 @@ class Context:
     """How many tokens of a sample are in an FFN at a time; None is all at once, and attention in whatever order. A long prompt
     goes chunk by chunk *within* each layer, because a reduced layer looks at all visual tokens.
     """
-    units: FfnWeights | None = None
-    """Those of all layers, where a kernel fetches the ones of Dynamic FFNs."""
+    stored: UnitStack | None = None
+    """The FFN units of all layers, where they are kept for a kernel."""
 
 
 @no_type_check
@@ -152,7 +153,7 @@ class Attention(nnx.Module):
 
 
 class FFN(nnx.Module):
-    """The weights of a gated FFN, one row a unit: [F, D], or [F, 2, D / 2] where `weights/leaves.py` keeps them for a kernel."""
+    """The weights of a gated FFN, one row a unit: [F, D], or [F, 2, D / 2] where `weights/leaves.py` keeps them so for a TPU."""
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.gate_proj = Linear("BTD,FD->BTF", config.sizes, dtype=dtype, rngs=rngs)
@@ -160,8 +161,18 @@ class FFN(nnx.Module):
         self.down_proj = Linear("BTF,FD->BTD", config.sizes, dtype=dtype, rngs=rngs)
 
     @property
+    def kernels(self) -> tuple[Array, Array, Array]:
+        """Gate, up and down as they are kept."""
+        return self.gate_proj.kernel[...], self.up_proj.kernel[...], self.down_proj.kernel[...]
+
+    @property
     def weights(self) -> FfnWeights:
-        return FfnWeights(self.gate_proj.kernel[...], self.up_proj.kernel[...], self.down_proj.kernel[...])
+        """Of a single layer, as [F, D]."""
+        return FfnWeights(*(kernel.reshape(kernel.shape[0], -1) for kernel in self.kernels))
+
+    def units(self, stored: UnitStack | None, layer: Int[Array, ""]) -> Units:
+        """Of layer number `layer`: its own weights, or where all layers' are `stored`, its place among them."""
+        return self.weights if stored is None else StoredUnits(stored, layer)
 
 
 class DecoderLayer(nnx.Module):
@@ -211,19 +222,17 @@ class DecoderLayer(nnx.Module):
         imposed: Int[Array, "B U"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Kept]:
         """The second half: states with the FFN added, and what the probes chose, even where other units are `imposed`."""
-        chunk = context.chunk
-        store = None if context.units is None else RowStore(context.units, layer)
-        y, weights = self.ffn_norm(x), self.ffn.weights
+        chunk, batch = context.chunk, x.shape[0]
+        y, units = self.ffn_norm(x), self.ffn.units(context.stored, layer)
         key = jax.random.fold_in(context.random_key, layer)
-        batch = x.shape[0]
         nothing = Kept(
-            jnp.zeros((batch, reduction.kept_units(weights.gate.shape[0] * num_shards())), jnp.int32),
+            jnp.zeros((batch, reduction.kept_units(units.number * num_shards())), jnp.int32),
             jnp.ones(batch, bool),
         )
         y, kept = _choose(
             dynamic,
-            lambda: dynamic_ffn(y, weights, context.layout, reduction, key, imposed, store, chunk),
-            lambda: (dense_ffn(y, weights, chunk), nothing),
+            lambda: dynamic_ffn(y, units, context.layout, reduction, key, imposed, chunk),
+            lambda: (dense_ffn(y, units, chunk), nothing),
         )
         return x + sum_over_shards(y), kept
 
@@ -235,13 +244,14 @@ class DecoderLayer(nnx.Module):
         v_cache: Float[Array, "B K S H"],
         mask: Bool[Array, "B 1 S"],
         slot: Int[Array, ""],
+        units: Units,
     ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """One new token of each sample through the plain layer (paper: decoding is never reduced)."""
         q, k, v = self.attention.project(self.input_norm(x), turn)
         k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k, slot, axis=2)
         v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v, slot, axis=2)
         x = x + sum_over_shards(self.attention.o_proj(masked_attention(q, k_cache, v_cache, mask)))
-        return x + sum_over_shards(dense_ffn(self.ffn_norm(x), self.ffn.weights)), k_cache, v_cache
+        return x + sum_over_shards(dense_ffn(self.ffn_norm(x), units)), k_cache, v_cache
 
 
 def _choose(flag: bool | Bool[Array, ""], yes: Callable[[], Out], no: Callable[[], Out]) -> Out:
@@ -284,9 +294,12 @@ class Decoder(nnx.Module):
         chunk: int | None = None,
     ) -> Context:
         """What all layers of one prefill share; `rope_positions` are packed like the states."""
-        units = self.layers.ffn.weights
-        fetched = units if units.gate.ndim == 4 else None
-        return Context(layout, self._turn(rope_positions), random_key, kernel, chunk, fetched)
+        return Context(layout, self._turn(rope_positions), random_key, kernel, chunk, self._stored())
+
+    def _stored(self) -> UnitStack | None:
+        """The FFN units of all layers, if they are kept for a kernel."""
+        stack = UnitStack(*self.layers.ffn.kernels)
+        return stack if stack.gate.ndim == 4 else None
 
     def _turn(
         self, rope_positions: Int[Array | np.ndarray, "B axes T"]
@@ -402,11 +415,12 @@ class Decoder(nnx.Module):
         graph, stack = nnx.split(self.layers)
         positions = jax.lax.dynamic_update_slice_in_dim(cache.position, position[:, None], slot, axis=1)
         query, key = (Slots(p, jnp.full_like(p, -1)) for p in (position[:, None], positions))
-        mask = visible(query, key, None)
+        mask, stored = visible(query, key, None), self._stored()
 
         def body(x: Array, layer: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
             number, k, v = layer
-            x, k, v = nnx.merge(graph, layer_at(stack, number)).decode(x, turn, k, v, mask, slot)
+            module = nnx.merge(graph, layer_at(stack, number))
+            x, k, v = module.decode(x, turn, k, v, mask, slot, module.ffn.units(stored, number))
             return x, (k, v)
 
         numbers = jnp.arange(first, first + cache.k.shape[0])

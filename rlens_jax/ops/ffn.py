@@ -1,9 +1,9 @@
 """Gated FFN, dense and Probe-Activated Dynamic (paper; details in method.md).
 
-All weights are stored [F, D], one row a unit, so that choosing units is a gather of contiguous rows; or, for a TPU,
-[F, 2, D / 2], where a unit is contiguous in bfloat16 too (ops/row_gather.py). Every function takes both.
-`simulated_dynamic_ffn` computes every unit and masks; `dynamic_ffn` is the measured path: gate, up and down of the visual
-tokens are computed on the kept units only, and the probes share one pass over the full weights with the text tokens.
+Weights are stored [F, D], one row a unit, so that choosing units is a gather of contiguous rows; how a TPU keeps them is in
+ops/stored_units.py. `simulated_dynamic_ffn` computes every unit and masks; `dynamic_ffn` is the measured path: gate, up and down
+of the visual tokens are computed on the kept units only, and the probes share one pass over the full weights with the text
+tokens.
 
 Inside a `jax.shard_map` (parallel/model_axis.py) the same functions work on a shard's rows of the weights and return a partial
 sum. Units are chosen globally: the [B, F] scores are gathered, never weights, and every shard runs the same top-U. How many of
@@ -17,8 +17,7 @@ C units that are computed at a time.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import no_type_check
+from typing import Protocol, no_type_check, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.layout import TokenLayout
 from rlens_jax.ops.chunks import over_tokens, parts_of
-from rlens_jax.ops.row_gather import fetched_ffn
 from rlens_jax.parallel.model_axis import join_shards, num_shards, shard_index
 from rlens_jax.plan import Reduction
 
@@ -38,28 +36,77 @@ TILE = 128
 """Rows of a matrix unit of a TPU: a smaller tile costs it the same."""
 
 
+@runtime_checkable
+class Units(Protocol):
+    """The units of a layer's FFN (of this shard), in whatever form they are kept."""
+
+    @property
+    def number(self) -> int:
+        """F, how many there are."""
+
+    def through_all(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Every token through every unit."""
+
+    def text_and_scores(
+        self, x: Float[Array, "B XM D"], is_probe: Bool[Array, "B M"]
+    ) -> tuple[Float[Array, "B X D"], Float[Array, "B F"]]:
+        """Text through every unit, and `unit_scores` by the probes that stand behind it, in one pass over the weights."""
+
+    def scores(
+        self, probes: Float[Array, "B M D"], is_probe: Bool[Array, "B M"], chunk: int
+    ) -> Float[Array, "B F"]:
+        """`unit_scores`, with no more numbers at once than `chunk` tokens have in all units."""
+
+    def through_rows(
+        self, x: Float[Array, "B P D"], rows: Int[Array, "B own"], num_units: int
+    ) -> Float[Array, "B P D"]:
+        """Each sample's tokens through its own rows of the `num_units` that it kept on all shards (`own_rows`)."""
+
+
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FfnWeights:
     """The three matrices of a gated FFN, one row a unit."""
 
-    gate: Float[Array, "F *D"]
-    up: Float[Array, "F *D"]
-    down: Float[Array, "F *D"]
+    gate: Float[Array, "F D"]
+    up: Float[Array, "F D"]
+    down: Float[Array, "F D"]
 
+    @property
+    def number(self) -> int:
+        return self.gate.shape[0]
 
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class RowStore:
-    """Where a kernel finds a layer's units: the weights of all layers, [L, F, 2, D / 2], of which nothing is copied.
+    def through_all(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return down_units(hidden_units(x, self), self)
 
-    A layer's slice of stacked weights would be copied for a kernel, though not for XLA's own products.
-    """
+    def text_and_scores(
+        self, x: Float[Array, "B XM D"], is_probe: Bool[Array, "B M"]
+    ) -> tuple[Float[Array, "B X D"], Float[Array, "B F"]]:
+        num_text = x.shape[1] - is_probe.shape[1]
+        hidden = hidden_units(x, self)
+        return down_units(hidden[:, :num_text], self), unit_scores(hidden[:, num_text:], is_probe)
 
-    stack: FfnWeights
-    layer: Int[Array, ""]
+    def scores(
+        self, probes: Float[Array, "B M D"], is_probe: Bool[Array, "B M"], chunk: int
+    ) -> Float[Array, "B F"]:
+        """Units, and not probes, go part by part, because the sum over the probes then has the order it has in one piece."""
+        starts, size = parts_of(self.number, max(1, self.number * chunk // max(chunk, probes.shape[1])))
+
+        def step(scores: Array, start: Array) -> tuple[Array, None]:
+            part = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, start, size), self)
+            some = unit_scores(hidden_units(probes, part), is_probe)
+            return jax.lax.dynamic_update_slice_in_dim(scores, some, start, axis=1), None
+
+        nothing = jnp.zeros((probes.shape[0], self.number), jnp.float32)
+        return jax.lax.scan(step, nothing, jnp.asarray(starts))[0]
+
+    def through_rows(
+        self, x: Float[Array, "B P D"], rows: Int[Array, "B own"], num_units: int
+    ) -> Float[Array, "B P D"]:
+        capacity = shard_capacity(num_units, num_shards(), HEADROOM)
+        each = jax.vmap(reduced_ffn, in_axes=(0, None, 0))
+        return in_tiles(x, rows, self.number, capacity, lambda x, rows: each(x, self, rows))
 
 
 @no_type_check
@@ -74,24 +121,18 @@ class Kept:
 
 def hidden_units(x: Float[Array, "*T D"], weights: FfnWeights) -> Float[Array, "*T F"]:
     """H = silu(x Wg) * (x Wu)."""
-    row = weights.gate.shape[1:]
-    x = x.reshape(*x.shape[:-1], *row)
-    over = tuple(range(-len(row), 0))
-    gate, up = jnp.tensordot(x, weights.gate, (over, over)), jnp.tensordot(x, weights.up, (over, over))
+    gate, up = (jnp.tensordot(x, matrix, (-1, -1)) for matrix in (weights.gate, weights.up))
     return jax.nn.silu(gate) * up
 
 
 def down_units(hidden: Float[Array, "*T F"], weights: FfnWeights) -> Float[Array, "*T D"]:
     """Y = H Wd."""
-    y = jnp.tensordot(hidden, weights.down, 1)
-    return y.reshape(*hidden.shape[:-1], math.prod(weights.down.shape[1:]))
+    return jnp.tensordot(hidden, weights.down, 1)
 
 
-def dense_ffn(
-    x: Float[Array, "B T D"], weights: FfnWeights, chunk: int | None = None
-) -> Float[Array, "B T D"]:
+def dense_ffn(x: Float[Array, "B T D"], units: Units, chunk: int | None = None) -> Float[Array, "B T D"]:
     """Every token through every unit, `chunk` tokens at a time or all at once."""
-    return over_tokens(lambda part: down_units(hidden_units(part, weights), weights), x, chunk)
+    return over_tokens(units.through_all, x, chunk)
 
 
 def probe_slots(
@@ -133,25 +174,6 @@ def unit_scores(hidden: Float[Array, "B M F"], is_probe: Bool[Array, "B M"]) -> 
     return magnitude.sum(axis=1) / count[:, None]
 
 
-def unit_scores_in_parts(
-    probes: Float[Array, "B M D"], is_probe: Bool[Array, "B M"], weights: FfnWeights, chunk: int
-) -> Float[Array, "B F"]:
-    """`unit_scores`, some units at a time: no more numbers at once than `chunk` tokens have in all units.
-
-    Units, and not probes, because the sum over the probes then has the order that it has in one piece.
-    """
-    num_units = weights.gate.shape[0]
-    starts, size = parts_of(num_units, max(1, num_units * chunk // max(chunk, probes.shape[1])))
-
-    def step(scores: Array, start: Array) -> tuple[Array, None]:
-        part = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, start, size), weights)
-        some = unit_scores(hidden_units(probes, part), is_probe)
-        return jax.lax.dynamic_update_slice_in_dim(scores, some, start, axis=1), None
-
-    nothing = jnp.zeros((probes.shape[0], num_units), jnp.float32)
-    return jax.lax.scan(step, nothing, jnp.asarray(starts))[0]
-
-
 def best_units(scores: Float[Array, "B F"], num_units: int) -> Kept:
     """The `num_units` units with the largest scores of all shards; ties go to the lower unit."""
     scores = join_shards(scores, axis=1)
@@ -180,46 +202,40 @@ def simulated_dynamic_ffn(
 
 def dynamic_ffn(
     x: Float[Array, "B T D"],
-    weights: FfnWeights,
+    units: Units,
     layout: TokenLayout,
     reduction: Reduction,
     random_key: Array,
     imposed: Int[Array, "B U"] | None = None,
-    store: RowStore | None = None,
     chunk: int | None = None,
 ) -> tuple[Float[Array, "B T D"], Kept]:
     """The measured path; same result as `simulated_dynamic_ffn`.
 
     Units that are `imposed` are used instead of what the probes choose, which is returned all the same. With several shards
     the states are this shard's part of a sum that is left to the caller (for text and visual tokens at once), and `Kept` is the
-    same on all shards, in unit numbers of the whole FFN. With a `store` the visual tokens' rows are fetched by a TPU kernel, in
-    bfloat16. With a `chunk`, hidden units of no more tokens than that are there at a time.
+    same on all shards, in unit numbers of the whole FFN. With a `chunk`, hidden units of no more tokens than that are there at
+    a time.
     """
     num_text = layout.bucket.text
     text, visual = x[:, :num_text], x[:, num_text:]
     slots, is_probe = probe_slots(layout, reduction, random_key)
     probes = jnp.take_along_axis(visual, slots[:, :, None], axis=1)
-    num_units = reduction.kept_units(weights.gate.shape[0] * num_shards())
     if chunk is None or num_text + probes.shape[1] <= chunk:
-        hidden = hidden_units(jnp.concatenate([text, probes], axis=1), weights)
-        kept = choose_units(hidden[:, num_text:], is_probe, num_units)
-        text = down_units(hidden[:, :num_text], weights)
+        text, scores = units.text_and_scores(jnp.concatenate([text, probes], axis=1), is_probe)
     else:
-        kept = best_units(unit_scores_in_parts(probes, is_probe, weights, chunk), num_units)
-        text = dense_ffn(text, weights, chunk)
-    num_rows = weights.gate.shape[0]
-    rows = own_rows(kept.units if imposed is None else imposed, num_rows)
-    through = partial(_gathered, weights) if store is None else partial(_fetched, store, num_rows)
-    capacity = shard_capacity(num_units, num_shards())
-    visual = over_tokens(lambda part: through_rows(part, rows, num_rows, capacity, through), visual, chunk)
+        text, scores = dense_ffn(text, units, chunk), units.scores(probes, is_probe, chunk)
+    num_units = reduction.kept_units(units.number * num_shards())
+    kept = best_units(scores, num_units)
+    rows = own_rows(kept.units if imposed is None else imposed, units.number)
+    visual = over_tokens(lambda part: units.through_rows(part, rows, num_units), visual, chunk)
     return jnp.concatenate([text, visual], axis=1), kept
 
 
-def shard_capacity(num_units: int, shards: int) -> int:
+def shard_capacity(num_units: int, shards: int, headroom: float) -> int:
     """How many kept units a shard computes in any case: all, or about its share in whole tiles."""
     if shards == 1:
         return num_units
-    share = math.ceil(num_units / shards * HEADROOM)
+    share = math.ceil(num_units / shards * headroom)
     return share if share < TILE else math.ceil(share / TILE) * TILE
 
 
@@ -233,7 +249,7 @@ def own_rows(units: Int[Array, "B U"], num_rows: int) -> Int[Array, "B own"]:
     return jnp.sort(rows, axis=1)[:, :num_rows]
 
 
-def through_rows(
+def in_tiles(
     x: Float[Array, "B P D"],
     rows: Int[Array, "B own"],
     num_rows: int,
@@ -262,21 +278,6 @@ def through_rows(
         return y.at[sample].add(through(x[sample][None], part[None])[0])
 
     return jax.lax.fori_loop(0, ends[-1], add_tile, y)
-
-
-def _gathered(
-    weights: FfnWeights, x: Float[Array, "B P D"], rows: Int[Array, "B C"]
-) -> Float[Array, "B P D"]:
-    return jax.vmap(reduced_ffn, in_axes=(0, None, 0))(x, weights, rows)
-
-
-def _fetched(
-    store: RowStore, num_rows: int, x: Float[Array, "B P D"], rows: Int[Array, "B C"]
-) -> Float[Array, "B P D"]:
-    count = (rows < num_rows).sum(axis=1)
-    rows = store.layer * num_rows + jnp.minimum(rows, num_rows - 1)
-    units = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), store.stack)
-    return fetched_ffn(x, units.gate, units.up, units.down, rows, count)
 
 
 def reduced_ffn(x: Float[Array, "P D"], weights: FfnWeights, rows: Int[Array, " C"]) -> Float[Array, "P D"]:

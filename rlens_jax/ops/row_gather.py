@@ -5,11 +5,7 @@ a DMA of its own into VMEM and used there; a gathered matrix never exists in HBM
 
 A TPU keeps two bfloat16 numbers in a word, of neighbouring *rows*, so one row of a [R, D] matrix cannot be fetched without the
 other. The weights are therefore kept as [R, 2, D / 2]: the two halves of a unit share the words and a unit is one contiguous
-piece of memory (our decision). XLA's own products read that form once too, where a layer's matrix takes no more than about a
-third of v5e's or v6e's VMEM; a larger one (7B on a model axis of 1 or 2) it copies in HBM first, and [F, D] without the kernel
-is better for dense layers. `fetches` says which form is kept; benchmarks/weight_traffic.py shows both. (From four samples of 2048
-tokens on XLA copies the smaller one too: dense layers then read 2.7 times their weights, little beside their arithmetic, and
-reduced ones still half of what XLA's gather reads.)
+piece of memory (our decision; ops/stored_units.py has the products of all units with that form).
 
 Rows are fetched for the first block of tokens, tile by tile, the next tile on its way while one is multiplied, and stay in VMEM
 for the other blocks.
@@ -34,15 +30,14 @@ MOST_BYTES = 36 << 20
 """Chosen rows that stay in VMEM; more are taken in several passes."""
 VMEM_LIMIT = 60 << 20
 """What the kernel may use; v5e and v6e have 128 MiB, v5p 64."""
-MATRIX_BYTES = {"TPU v5 lite": 40 << 20, "TPU v6 lite": 40 << 20}
-"""Of a layer's matrix on a chip, at most: XLA copies a larger one in HBM before it multiplies with it in this form. By JAX's
-name of the device; on others, also v5p with half the VMEM, XLA was seen to copy and the kernel is not used."""
+DEVICES = ("TPU v5 lite", "TPU v5", "TPU v6 lite")
+"""What it was compiled for, by JAX's names: v5e, v5p and v6e."""
 
 
 def fetches(num_rows: int, width: int, dtype: DTypeLike, device_kind: str) -> bool:
     """Whether a chip's [num_rows, width] matrices of a layer should be kept for the kernel, as [num_rows, 2, width / 2]."""
-    fits = 2 * num_rows * width <= MATRIX_BYTES.get(device_kind, 0)
-    return fits and jnp.dtype(dtype) == jnp.bfloat16 and width % 256 == 0
+    whole_tiles = num_rows % 16 == 0 and width % 256 == 0
+    return whole_tiles and jnp.dtype(dtype) == jnp.bfloat16 and device_kind in DEVICES
 
 
 def fetched_ffn(
@@ -52,6 +47,7 @@ def fetched_ffn(
     down: BFloat16[Array, "R 2 half"],
     rows: Int[Array, "B C"],
     count: Int[Array, " B"],
+    usual: int,
 ) -> BFloat16[Array, "B P D"]:
     """Every sample's tokens through the first `count` of its `rows`, summed in float32; on a TPU (or, in tests, under
     `pltpu.force_tpu_interpret_mode`).
@@ -61,20 +57,21 @@ def fetched_ffn(
         gate, up, down: stay in HBM. Stacked layers are one matrix: layer * F + unit is a row.
         rows: all must exist, also those past `count`.
         count: rows past it add nothing, and tiles past it are not fetched.
+        usual: what `count` is said to be in the cost that the kernel declares.
     """
     passes = math.ceil(rows.shape[1] * 6 * x.shape[2] / MOST_BYTES)
     share = math.ceil(rows.shape[1] / passes / TILE) * TILE
     rows = jnp.pad(rows, ((0, 0), (0, passes * share - rows.shape[1])))
     parts = []
     for start in range(0, passes * share, share):
-        left = jnp.clip(count - start, 0, share)
-        parts.append(_one_pass(x, gate, up, down, rows[:, start : start + share], left))
+        left, declared = jnp.clip(count - start, 0, share), min(max(usual - start, 0), share)
+        parts.append(_one_pass(x, gate, up, down, rows[:, start : start + share], left, declared))
     return sum(parts[1:], parts[0])
 
 
-def _one_pass(x: Array, gate: Array, up: Array, down: Array, rows: Array, count: Array) -> Array:
+def _one_pass(x: Array, gate: Array, up: Array, down: Array, rows: Array, count: Array, usual: int) -> Array:
     batch, tokens, width = x.shape
-    most = rows.shape[1]
+    most, computed = rows.shape[1], math.ceil(usual / TILE) * TILE
     block = min(BLOCK, math.ceil(tokens / 16) * 16)
     token_block = pl.BlockSpec((1, block, width), lambda b, p, rows, count: (b, p, 0))
     in_place = pl.BlockSpec(memory_space=pl.ANY)
@@ -97,9 +94,9 @@ def _one_pass(x: Array, gate: Array, up: Array, down: Array, rows: Array, count:
             dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         cost_estimate=pl.CostEstimate(
-            flops=6 * batch * tokens * most * width,
-            transcendentals=batch * tokens * most,
-            bytes_accessed=2 * batch * width * (3 * most + 2 * tokens),
+            flops=6 * batch * tokens * computed * width,
+            transcendentals=batch * tokens * computed,
+            bytes_accessed=2 * batch * width * (3 * computed + 2 * tokens),
         ),
         name="fetched_ffn",
     )(rows.reshape(-1), count, x, gate, up, down)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlens_jax.ops.ffn import shard_capacity
+from rlens_jax.ops.ffn import HEADROOM, shard_capacity
 from rlens_jax.plan import Reduction
 
 ROOT = Path(__file__).parents[2]
@@ -71,4 +71,4 @@ def test_one_shard_compiles_no_loop(findings):
     ],
 )
 def test_capacity_is_the_even_share_and_a_little(width, shards, capacity):
-    assert shard_capacity(Reduction().kept_units(width), shards) == capacity
+    assert shard_capacity(Reduction().kept_units(width), shards, HEADROOM) == capacity

@@ -27,10 +27,12 @@ class Holder(nnx.Module):
     ("rows", "width", "dtype", "device_kind", "expected"),
     [
         (18944 // 4, 3584, jnp.bfloat16, "TPU v5 lite", True),
-        (18944 // 2, 3584, jnp.bfloat16, "TPU v5 lite", False),  # XLA would copy the matrix in HBM
-        (18944 // 8, 3584, jnp.bfloat16, "TPU v5", False),  # v5p has half the VMEM
+        (18944, 3584, jnp.bfloat16, "TPU v5", True),
+        (18944 // 4, 3584, jnp.bfloat16, "TPU v6 lite", True),
+        (18944 // 4, 3584, jnp.bfloat16, "TPU v4", False),  # not compiled for
         (18944 // 4, 3584, jnp.float32, "TPU v5 lite", False),
         (18944 // 4, 3584, jnp.bfloat16, "cpu", False),
+        (18944 // 128, 3584, jnp.bfloat16, "TPU v5 lite", False),  # no whole tiles of units
         (4864, 896, jnp.bfloat16, "TPU v5 lite", False),  # half a row is no whole number of lanes
     ],
 )

@@ -1,0 +1,87 @@
+"""Units as a TPU keeps them against the same units as [F, D]."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from rlens_jax.ops import row_gather, stored_units
+from rlens_jax.ops.ffn import FfnWeights, dense_ffn, dynamic_ffn
+from rlens_jax.ops.stored_units import StoredUnits, UnitStack, part_size
+from rlens_jax.plan import Reduction
+from tests.numerics import assert_close
+from tests.sequences import make_layout, pack, random_rows, run_length
+
+WIDTH, UNITS, LAYERS = 16, 24, 2
+KEY = jax.random.key(0)
+MASKS = [run_length(3, 21, 2), run_length(2, 9, 1, 5), run_length(4)]
+LAYOUT = make_layout(MASKS, spare=(1, 2))
+REDUCTION = Reduction(active_fraction=0.5, probe_fraction=0.3)
+
+
+def make_both(seed: int, dtype: type) -> tuple[StoredUnits, FfnWeights]:
+    """The last of two layers in both forms."""
+    rng = np.random.default_rng(seed)
+    shape = (LAYERS, UNITS, 2, WIDTH // 2)
+    stack = UnitStack(*(jnp.asarray(rng.standard_normal(shape) / 3, dtype) for _ in range(3)))
+    rows = jax.tree.map(lambda matrix: matrix[1].reshape(UNITS, WIDTH), stack)
+    return StoredUnits(stack, jnp.int32(1)), FfnWeights(rows.gate, rows.up, rows.down)
+
+
+def make_states(seed: int, dtype: type) -> jax.Array:
+    return jnp.asarray(pack(random_rows(np.random.default_rng(seed), MASKS, WIDTH), LAYOUT), dtype)
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 8 units in float32; tiles of 4 rows, blocks of 16 tokens, passes of 8 rows: several of each in a small example."""
+    monkeypatch.setattr(stored_units, "PART_BYTES", 8 * WIDTH * 4)
+    monkeypatch.setattr(row_gather, "TILE", 4)
+    monkeypatch.setattr(row_gather, "BLOCK", 16)
+    monkeypatch.setattr(row_gather, "MOST_BYTES", 8 * 6 * WIDTH)
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_all_units_part_by_part(chunk: int | None) -> None:
+    stored, weights = make_both(0, jnp.float32)
+    x = make_states(1, jnp.float32)
+    expected = np.asarray(dense_ffn(x, weights))
+    assert np.abs(expected).max() > 1
+    assert_close(dense_ffn(x, stored, chunk), expected, 1e-5)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_text_and_scores_part_by_part() -> None:
+    stored, weights = make_both(2, jnp.float32)
+    x = make_states(3, jnp.float32)
+    is_probe = jnp.asarray([[True] * 4, [True, True, False, False], [False] * 4])
+    y, scores = stored.text_and_scores(x, is_probe)
+    expected, expected_scores = weights.text_and_scores(x, is_probe)
+    assert y.shape[1] == x.shape[1] - 4
+    assert_close(y, np.asarray(expected), 1e-5)
+    assert_close(scores, np.asarray(expected_scores), 1e-5)
+    for chunk in (1, 3, 100):
+        assert_close(stored.scores(x[:, -4:], is_probe, chunk), np.asarray(expected_scores), 1e-5)
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_a_reduced_layer(chunk: int | None) -> None:
+    stored, weights = make_both(4, jnp.bfloat16)
+    x = make_states(5, jnp.bfloat16)
+    with pltpu.force_tpu_interpret_mode():
+        y, kept = dynamic_ffn(x, stored, LAYOUT, REDUCTION, KEY, chunk=chunk)
+    expected, chosen = dynamic_ffn(x, weights, LAYOUT, REDUCTION, KEY)
+    np.testing.assert_array_equal(kept.units, chosen.units)
+    assert_close(y, np.asarray(expected, np.float32), 2e-2)
+    assert np.abs(np.asarray(expected - dense_ffn(x, weights), np.float32)).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("units", "most", "size"),
+    [(18944, 2486, 2368), (4736, 2486, 2368), (3584, 2176, 1792), (37, 36, 1), (16, 100, 16), (16, 0, 1)],
+)
+def test_parts_divide_the_units(units: int, most: int, size: int) -> None:
+    assert part_size(units, most) == size
