@@ -1,48 +1,30 @@
-"""Weight bytes that a reduced layer reads from HBM, against a dense one, off XLA's schedule for a TPU slice that need not exist.
+"""Weight bytes that a reduced layer moves from HBM, against a dense one, off XLA's schedule for a TPU slice that need not exist.
 
     TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python benchmarks/weight_traffic.py      (libtpu must be installed; some minutes)
 
-One decoder layer of Qwen2-VL-7B, 384 text and 1664 visual tokens, bfloat16, out of a stack of 28 (which layer is data, as in
-a layer loop): the projections of the attention (its products of tokens with tokens have no weights) and the FFN, dense and
-reduced, as the decoder runs them on a TPU (ops/stored_units.py); beside them, what XLA makes of weights kept as [F, D].
+The search's program of Qwen2-VL-7B's layers, 384 text and 1664 visual tokens a sample, bfloat16, as a run compiles it, with FFN
+units as a TPU keeps them (ops/stored_units.py); with --rows also with all weights as [F, D] and XLA's own gather.
 
-Counted: whatever an instruction of the scheduled program reads out of HBM that is a weight, or made of weights only (a copy, a
-gathered matrix), and what it writes of the latter to HBM; a prefetch into VMEM is a read, reads out of VMEM are not. Of the
-kernel, which the schedule does not look into: whole tiles of rows for an even share of the kept units. Not counted: tiles for
-units over the capacity (none, for an even share).
+Counted: whatever an instruction of the loop over layers reads out of HBM that is a weight, or made of weights only (a copy, a
+gathered matrix), and what it writes of the latter to HBM; a prefetch into VMEM is a read, reads out of VMEM are not; what is made
+of weights before the loop is shared out among the layers. Of the kernel, which the schedule does not look into: whole tiles of
+rows for an even share of the kept units. Not counted: tiles for units over the capacity (none, for an even share).
 """
 
 import argparse
 import math
-from functools import partial
+from dataclasses import dataclass, field
+from unittest import mock
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as Spec
+from layer_program import LAYERS, layer_program, model_kind
 
 from rlens_jax.dry_run.costs import taken
 from rlens_jax.dry_run.hlo import Computation, Instruction, Module, Shape, parse_module
-from rlens_jax.dry_run.loops import known_trips
-from rlens_jax.layout import TokenLayout
-from rlens_jax.ops.ffn import FfnWeights, dense_ffn, dynamic_ffn
+from rlens_jax.dry_run.loops import LoopCounts, Loops
 from rlens_jax.ops.row_gather import TILE
-from rlens_jax.ops.stored_units import StoredUnits, UnitStack
 from rlens_jax.plan import Reduction
 
-TEXT, VISUAL, LAYERS = 384, 1664, 28
-D, F, QUERY, KV = 3584, 18944, 3584, 1024  # of Qwen2-VL-7B; k and v together are 1024 wide
-KINDS = {
-    "dense, [F, D]": (D,),
-    "dense": (2, D // 2),
-    "reduced, XLA's gather": (D,),
-    "reduced": (2, D // 2),
-}
-"""Name -> form of a unit's row."""
-REDUCTION = Reduction()
-UNITS = REDUCTION.kept_units(F)
+DECODER = model_kind().config.decoder
 
 
 def main() -> None:
@@ -50,139 +32,150 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--topology", default="v5e:2x2")
-    parser.add_argument("--model", type=int, nargs="+", default=[4, 1], help="sizes of the model axis")
+    parser.add_argument("--model", type=int, nargs="+", default=[4, 2, 1], help="sizes of the model axis")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--rows", action="store_true", help="compile with weights kept as [F, D] too")
     parser.add_argument("--verbose", action="store_true", help="name every instruction that is counted")
     options = parser.parse_args()
-    devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=options.topology).devices)
     for model in options.model:
-        mesh = Mesh(devices.reshape(-1, model), ("work", "model"))
-        weights = (D * (QUERY + KV) + QUERY * D + 3 * D * F) * 2 // model
+        weights = weight_size() / model
         print(f"\n{options.topology}, model = {model}: {weights / 1e6:.1f} MB of weights a layer and chip")
         for batch in options.batch:
-            for kind in KINDS:
-                size = weight_bytes(compile_layer(mesh, batch, kind).as_text(), options.verbose)
-                if kind == "reduced":
-                    size += kernel_bytes(batch, model)
-                print(
-                    f"batch {batch}  {kind:22} {size / 1e6:9.1f} MB   / weights {size / weights:.3f}",
-                    flush=True,
-                )
+            report(options.topology, model, batch, weights, options.verbose)
+            if options.rows:
+                with mock.patch("rlens_jax.weights.leaves.fetches", return_value=False):
+                    report(options.topology, model, batch, weights, options.verbose)
 
 
-def compile_layer(mesh: Mesh, batch: int, kind: str) -> jax.stages.Compiled:
-    """One layer for the slice; `batch` samples a work group."""
-
-    def local(x: jax.Array, layout: TokenLayout, stack: dict, layer: jax.Array) -> jax.Array:
-        at = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
-        qkv = x @ at(stack["qkv"])
-        width = QUERY // mesh.shape["model"]
-        attended = qkv[:, :, :width] + qkv[:, :, -width:]  # all of it is used
-        x = x + jax.lax.psum(attended @ at(stack["o"]), "model")
-        stored = len(KINDS[kind]) == 2
-        units = StoredUnits(UnitStack(*stack["ffn"]), layer) if stored else FfnWeights(*map(at, stack["ffn"]))
-        if kind.startswith("dense"):
-            return x + jax.lax.psum(dense_ffn(x, units), "model")
-        y, _ = dynamic_ffn(x, units, layout, REDUCTION, jax.random.key(0))
-        return x + jax.lax.psum(y, "model")
-
-    def array(shape: tuple[int, ...], dtype: type, *spec: str | None) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, Spec(*spec)))
-
-    all_samples = batch * mesh.shape["work"]
-    rows = partial(array, (all_samples,), jnp.int32, "work")
-    layout = TokenLayout(
-        array((all_samples, TEXT), jnp.int32, "work"),
-        array((all_samples, VISUAL), jnp.int32, "work"),
-        rows(),
-        rows(),
-        rows(),
-    )
-    ffn = [array((LAYERS, F, *KINDS[kind]), jnp.bfloat16, None, "model")] * 3
-    stack = {
-        "qkv": array((LAYERS, D, QUERY + KV), jnp.bfloat16, None, None, "model"),
-        "o": array((LAYERS, QUERY, D), jnp.bfloat16, None, "model"),
-        "ffn": ffn,
-    }
-    arguments = (
-        array((all_samples, TEXT + VISUAL, D), jnp.bfloat16, "work"),
-        layout,
-        stack,
-        array((), jnp.int32),
-    )
-    specs = jax.tree.map(lambda a: a.sharding.spec, arguments)
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=Spec("work"), check_vma=False)
-    return jax.jit(sharded).lower(*arguments).compile()
+def weight_size() -> int:
+    """Bytes of one layer's matrices on all chips."""
+    sizes = DECODER.sizes
+    heads = (2 * sizes["N"] + 2 * sizes["K"]) * sizes["H"]
+    return 2 * sizes["D"] * (heads + 3 * sizes["F"])
 
 
-def kernel_bytes(batch: int, model: int) -> int:
-    """What the kernel fetches when each shard owns its even share of the kept units."""
-    return batch * math.ceil(UNITS / model / TILE) * TILE * 3 * D * 2
-
-
-def weight_bytes(text: str, verbose: bool = False) -> float:
-    """Bytes of weights, and of arrays made of weights alone, that the program moves from and to HBM, but for the kernel."""
+def report(topology: str, model: int, batch: int, weights: float, verbose: bool) -> None:
+    """Compile the program and print what its dense and its reduced layers move."""
+    spec, _ = layer_program(topology, model, batch)
+    text = spec.lower().compile().as_text()
     module = parse_module(text)
-    stacks = {
-        item.name
-        for item in module.entry
-        if item.opcode == "parameter" and item.shapes[0].dtype == "bf16" and item.shapes[0].dims[0] == LAYERS
-    }
-    return moved(module, known_trips(module), module.entry, stacks, verbose)
+    kernel = "fetched_ffn" in text
+    found = {}
+    for name, branch in (("dense", 0), ("reduced", -1)):
+        if verbose:
+            print(f"  {name}")
+        found[name] = Walk(module, branch, verbose).bytes_a_layer()
+    if kernel:
+        units = math.ceil(Reduction().kept_units(DECODER.sizes["F"]) / model / TILE) * TILE
+        found["reduced"] += batch * units * 3 * DECODER.sizes["D"] * 2
+    for name, size in found.items():
+        print(
+            f"batch {batch}  {name:8} {'kernel' if kernel else '[F, D]'} {size / 1e6:9.1f} MB   "
+            f"/ weights {size / weights:.3f}   / dense {size / found['dense']:.3f}",
+            flush=True,
+        )
 
 
-def moved(
-    module: Module, trips: dict[str, int | None], computation: Computation, weights: set[str], verbose: bool
-) -> float:
-    """Of one run of a computation, in which the arrays called `weights` are such; its loops multiplied in."""
-    total = 0.0
-    for item in computation:
-        if item.opcode == "while":
-            # The loop of unknown count takes the units over the capacity: none here.
-            if times := trips[item.name]:
-                body = module.computations[item.called["body"]]
-                given = computation.instructions[item.operands[0]].operands
-                inside = {
-                    part.name
-                    for part in body
-                    if part.opcode == "get-tuple-element"
-                    and given[int(part.attribute("index") or 0)] in weights
-                }
-                total += times * moved(module, trips, body, inside, verbose)
-            continue
-        if weights.isdisjoint(item.operands):
-            continue
-        others = [computation.instructions[name].shapes[0] for name in item.operands if name not in weights]
-        if item.opcode != "custom-call" and not any(s.dtype in ("bf16", "f32") and s.dims for s in others):
+NAMES = (
+    "bitcast",
+    "tuple",
+    "get-tuple-element",
+    "copy-done",
+    "slice-done",
+    "dynamic-slice-done",
+    "async-done",
+    "custom-call",
+)
+"""What moves nothing by itself; and the kernel, which is counted apart."""
+
+
+@dataclass
+class Walk:
+    """Follows the weights through a program."""
+
+    module: Module
+    branch: int
+    """Of every conditional."""
+    verbose: bool
+    in_layer: bool = False
+    layer: float = 0.0
+    loops: Loops = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.loops = Loops(self.module, LoopCounts(layers=LAYERS))
+
+    def bytes_a_layer(self) -> float:
+        """Of the loop's body, and a layer's share of what is made of weights before it."""
+        stacks = {
+            item.name
+            for item in self.module.entry
+            if item.opcode == "parameter"
+            and item.shapes[0].dtype == "bf16"
+            and item.shapes[0].dims[:1] == (LAYERS,)
+        }
+        return self.moved(self.module.entry, stacks) / LAYERS
+
+    def moved(self, computation: Computation, weights: set[str]) -> float:
+        """Of one run of a computation, in which the arrays called `weights` are such; its loops multiplied in."""
+        total = 0.0
+        for item in computation:
+            if item.opcode == "while":
+                body = self.module.computations[item.called["body"]]
+                is_layer = self.loops.is_layer_loop(item, self.in_layer)
+                # A loop of unknown count in a layer takes the units over the capacity: none here.
+                known = is_layer or self.loops.known[item.name] is not None
+                times = self.loops.trips(item, self.in_layer) if known else 0
+                self.in_layer |= is_layer
+                total += times * self.below(body, item.operands[0], computation, weights)
+                self.in_layer &= not is_layer
+            elif item.opcode == "conditional":
+                number = range(len(item.branches))[self.branch]
+                body = self.module.computations[item.branches[number]]
+                total += self.below(body, item.operands[1 + number], computation, weights)
+            elif not weights.isdisjoint(item.operands):
+                total += self.one(item, computation, weights)
+        return total
+
+    def below(self, body: Computation, given: str, computation: Computation, weights: set[str]) -> float:
+        """Of a computation that is called with a tuple."""
+        arrays = computation.instructions[given].operands
+        inside = {
+            item.name
+            for item in body
+            if item.opcode == "get-tuple-element"
+            and item.operands[0] == body.parameters[0].name
+            and arrays[int(item.attribute("index") or 0)] in weights
+        }
+        return self.moved(body, inside)
+
+    def one(self, item: Instruction, computation: Computation, weights: set[str]) -> float:
+        """Of an instruction that is given weights; joins its result to them if it is made of nothing else."""
+        others = [computation.instructions[name] for name in item.operands if name not in weights]
+        numbers = [s for other in others for s in other.shapes if s.dtype in ("bf16", "f32") and s.dims]
+        if item.opcode != "custom-call" and not numbers:
             weights.add(item.name)
-        bytes_moved = sum(
-            read(item, number, computation, module)
+        moved = sum(
+            self.read(item, number, computation)
             for number, name in enumerate(item.operands)
             if name in weights
         )
         if item.name in weights and item.opcode not in NAMES:
-            bytes_moved += sum(shape.bytes for shape in results(item, computation) if shape.in_hbm)
-        total += bytes_moved
-        if verbose and bytes_moved:
-            print(f"   {item.opcode:14} {item.name:30} {bytes_moved / 1e6:8.1f} MB -> {item.shapes[0]}")
-    return total
+            moved += sum(shape.bytes for shape in results(item, computation) if shape.in_hbm)
+        if self.verbose and moved > 1e5:
+            print(f"   {item.opcode:14} {item.name:36} {moved / 1e6:8.1f} MB -> {item.shapes[0]}")
+        return moved
 
-
-NAMES = ("bitcast", "tuple", "get-tuple-element", "copy-done", "slice-done", "async-done", "custom-call")
-"""What moves nothing by itself; and the kernel, which is counted apart."""
-
-
-def read(item: Instruction, number: int, computation: Computation, module: Module) -> float:
-    """Bytes that an instruction reads of one operand out of HBM."""
-    shape = computation.instructions[item.operands[number]].shapes[0]
-    if item.opcode in NAMES or not shape.in_hbm:
-        return 0
-    if item.opcode == "fusion":
-        inner = module.computations[item.called["calls"]]
-        return taken(inner.parameters[number], inner, module.computations)
-    if "slice" in item.opcode:
-        return results(item, computation)[0].bytes
-    return shape.bytes
+    def read(self, item: Instruction, number: int, computation: Computation) -> float:
+        """Bytes that an instruction reads of one operand out of HBM."""
+        shape = computation.instructions[item.operands[number]].shapes[0]
+        if item.opcode in NAMES or not shape.in_hbm:
+            return 0
+        if item.opcode == "fusion":
+            inner = self.module.computations[item.called["calls"]]
+            return taken(inner.parameters[number], inner, self.module.computations)
+        if "slice" in item.opcode:
+            return results(item, computation)[0].bytes
+        return shape.bytes
 
 
 def results(item: Instruction, computation: Computation) -> list[Shape]:

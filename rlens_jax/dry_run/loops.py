@@ -69,20 +69,24 @@ class Loops:
     def __init__(self, module: Module, counts: LoopCounts):
         self._module = module
         self._counts = counts
-        self._known = known_trips(module)
+        self.known = known_trips(module)
 
     def is_layer_loop(self, loop: Instruction, inside_layer: bool) -> bool:
         """Whether a `while` is the loop over layers; one inside that is not."""
         if inside_layer:
             return False
-        known = self._known[loop.name]
+        known = self.known[loop.name]
         if known is not None:
             return known == self._counts.layers
+        if (
+            self._counts.steps == 1
+        ):  # then nothing is around the layers, and loops of any count may be in them
+            return True
         return not self._contains_layers(self._module.computations[loop.called["body"]])
 
     def trips(self, loop: Instruction, inside_layer: bool) -> int:
         """How often the body of a `while` runs, each time the loop is reached."""
-        known = self._known[loop.name]
+        known = self.known[loop.name]
         if known is not None:
             return known
         if inside_layer:
@@ -91,7 +95,7 @@ class Loops:
 
     def _contains_layers(self, computation: Computation) -> bool:
         for item in computation:
-            if item.opcode == "while" and self._known[item.name] == self._counts.layers:
+            if item.opcode == "while" and self.known[item.name] == self._counts.layers:
                 return True
             below = (
                 [*item.called.values(), *item.branches]

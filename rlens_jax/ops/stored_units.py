@@ -13,6 +13,7 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.ops.ffn import in_tiles, shard_capacity, unit_scores
@@ -76,7 +77,7 @@ class StoredUnits:
             y, scores = carry
             start = i * size
             gate, up, down = (
-                jax.lax.dynamic_slice(matrix, (self.layer, start, 0, 0), (1, size, 2, width // 2))[0]
+                _part(matrix, self.layer, start, size)
                 for matrix in (self.stack.gate, self.stack.up, self.stack.down)
             )
             gated, linear = (jnp.einsum("kbtd,fkd->btf", halves, matrix) for matrix in (gate, up))
@@ -104,6 +105,15 @@ class StoredUnits:
 
         capacity = shard_capacity(num_units, num_shards(), HEADROOM)
         return in_tiles(x, rows, self.number, capacity, through)
+
+
+def _part(matrix: Array, layer: Array, start: Array, size: int) -> Array:
+    """Some units of one layer, [size, 2, D / 2], in the order in which the stack has them.
+
+    Were the order left to XLA, it would take the one that its products like best, and copy the whole stack into it first.
+    """
+    part = jax.lax.dynamic_slice(matrix, (layer, start, 0, 0), (1, size, *matrix.shape[2:]))[0]
+    return with_layout_constraint(part, Layout((0, 1, 2)))
 
 
 def part_size(num_units: int, most: int) -> int:

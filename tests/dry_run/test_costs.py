@@ -125,3 +125,10 @@ def test_gathered_rows_and_slices() -> None:
     )
     module = parse_module(f"ENTRY %main (a: f32[]) -> f32[] {{\n{lines}\n}}\n")
     assert costs(module, unreduced).total.bytes == (96 + 96 + 12) + (64 + 64)
+
+
+def test_a_loop_in_a_layer_may_have_as_many_trips_as_there_are_layers() -> None:
+    # One step: nothing is around the layers, so the outermost loop of unknown length is over them.
+    cost = costs(parse_module(NESTED), unreduced, layers=5)
+    assert cost.layer is not None
+    assert cost.total.flops == 5 * cost.layer.flops == 5 * 5 * 2 * 2 * 4**3

@@ -1,14 +1,16 @@
-"""FLOPs of a Dynamic FFN on one chip against the formula with probes, off programs for a TPU slice that need not exist.
+"""FLOPs of a reduced layer on one chip against the formula with probes, off programs for a TPU slice that need not exist.
 
-    TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python benchmarks/ffn_flops.py      (libtpu must be installed)
+    TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python benchmarks/layer_flops.py      (libtpu must be installed)
 
-Qwen2-VL-7B, 384 text and 1664 visual tokens, one sample a work group, as the decoder runs it on a TPU (ops/stored_units.py). Of
-the compiled program all products count, with the trips of its loops, and of the kernel what it declares: whole tiles for an even
-share of the kept units. How many tiles the busiest shard has when units are spread at random is drawn beside it.
+Qwen2-VL-7B, 384 text and 1664 visual tokens, one sample a work group, as the decoder runs it on a TPU: a whole layer, and its FFN
+(ops/stored_units.py) by itself. Of a compiled program all products count, with the trips of its loops; of the attention's kernel
+the blocks that it visits, of the FFN's what it declares: whole tiles for an even share of the kept units. How many tiles the
+busiest shard has when units are spread at random is drawn beside it.
 """
 
 import argparse
 import math
+import sys
 from functools import partial
 
 import jax
@@ -17,17 +19,20 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
+from layer_program import LAYERS, TEXT, VISUAL, layer_program, model_kind
 
 from rlens_jax.dry_run.costs import program_cost, reduced
 from rlens_jax.dry_run.hlo import parse_module
 from rlens_jax.dry_run.loops import LoopCounts, Loops
+from rlens_jax.dry_run.program import CompiledProgram, compile_program
+from rlens_jax.flops import LayerSizes, layer_cost
 from rlens_jax.layout import TokenLayout
 from rlens_jax.ops.ffn import dynamic_ffn, shard_capacity
 from rlens_jax.ops.row_gather import TILE
 from rlens_jax.ops.stored_units import HEADROOM, StoredUnits, UnitStack
 from rlens_jax.plan import Reduction
 
-TEXT, VISUAL, D, F, LAYERS = 384, 1664, 3584, 18944, 28
+D, F = 3584, 18944
 REDUCTION = Reduction()
 UNITS, PROBES = REDUCTION.kept_units(F), REDUCTION.probe_count(VISUAL)
 
@@ -36,11 +41,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--topology", default="v5e:4x4")
+    parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--model", type=int, nargs="+", default=[1, 4, 8], help="sizes of the model axis")
     options = parser.parse_args()
     devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=options.topology).devices)
     for model in options.model:
+        for kind, ratio in whole_layer(options.topology, model).items():
+            print(f"model = {model}: {kind} layer / formula {ratio:.3f}")
         counted = compiled_flops(Mesh(devices.reshape(-1, model), ("work", "model")))
         text = 6 * D * F * TEXT / model
         visual = (6 * D * UNITS * VISUAL + 4 * D * F * PROBES) / model
@@ -49,8 +56,8 @@ def main() -> None:
         tiles = tiles_of_the_busiest(model)
         drawn = [(counted - text + (n - declared) * tile) / visual for n in tiles]
         print(
-            f"model = {model}: {counted / 1e9:.1f} GFLOP a chip; whole FFN / formula {counted / (text + visual):.3f}, "
-            f"visual part / formula {(counted - text) / visual:.3f} for an even share"
+            f"    FFN {counted / 1e9:.1f} GFLOP a chip, / formula {counted / (text + visual):.3f}; "
+            f"its visual part / formula {(counted - text) / visual:.3f} for an even share"
         )
         print(
             f"    busiest of {model} shards, units at random: mean {np.mean(drawn):.3f}, "
@@ -58,6 +65,21 @@ def main() -> None:
                 f"{ratio:.3f} in {drawn.count(ratio) / len(drawn):.1%}" for ratio in sorted(set(drawn))
             )
         )
+
+
+def whole_layer(topology: str, model: int) -> dict[str, float]:
+    """Of one layer of the search's program, over the formula."""
+    layers, mesh_shape = layer_program(topology, model, batch=1)
+    made = compile_program(layers, mesh_shape, resident_bytes=0, memory_limit=sys.maxsize)
+    assert isinstance(made, CompiledProgram), made
+    assert made.dense.layer is not None and made.reduced.layer is not None
+    decoder = model_kind().config.decoder
+    sizes = LayerSizes(decoder.width, decoder.num_kv_heads * decoder.head_dim, decoder.ffn_width)
+    formula = partial(layer_cost, sizes, TEXT, VISUAL, REDUCTION, with_probes=True)
+    return {
+        "dense": made.dense.layer.flops * model / (2 * formula(hollow=False, dynamic=False)),
+        "reduced": made.reduced.layer.flops * model / (2 * formula(hollow=True, dynamic=True)),
+    }
 
 
 def compiled_flops(mesh: Mesh) -> float:

@@ -1,0 +1,33 @@
+"""The search's program of Qwen2-VL-7B's decoder layers, compiled for a TPU slice that need not exist."""
+
+import json
+from pathlib import Path
+
+from rlens_jax.config import ComputeConfig, RunConfig
+from rlens_jax.dry_run.program import ProgramSpec
+from rlens_jax.dry_run.specs import program_specs
+from rlens_jax.dry_run.topology import find_slice, slice_devices
+from rlens_jax.models import ModelKind, read_kind
+from rlens_jax.parallel.mesh import make_mesh
+
+CONFIG = Path(__file__).parents[1] / "tests" / "dry_run" / "models" / "qwen2_vl_7b" / "config.json"
+TEXT, VISUAL = 384, 1664
+LAYERS = 4
+"""Of 28, so that the model fits on a single chip; the loop's body is the same whatever their number."""
+
+
+def model_kind() -> ModelKind:
+    """Qwen2-VL-7B with `LAYERS` layers."""
+    return read_kind(json.loads(CONFIG.read_text()) | {"num_hidden_layers": LAYERS}, "Qwen2-VL-7B")
+
+
+def layer_program(topology: str, model: int, batch: int) -> tuple[ProgramSpec, tuple[int, int]]:
+    """The program in bfloat16, `batch` samples a work group, and the sizes of the mesh's two axes."""
+    devices = slice_devices(find_slice(topology))
+    compute = ComputeConfig(
+        dtype="bfloat16", batch_size=batch, model_shards=model, text_slots=(TEXT,), visual_slots=(VISUAL,)
+    )
+    mesh = make_mesh(devices, model)
+    specs = program_specs(RunConfig(compute=compute), model_kind(), mesh, all_buckets=False)
+    (layers,) = (spec for spec in specs if spec.name == "layers")
+    return layers, (len(devices) // model, model)
