@@ -21,7 +21,7 @@ from rlens_jax.dry_run.loops import Loops
 _DECLARED = re.compile(r'\\?"cost_estimate\\?":\s*\{([^}]*)\}')
 _FREE = frozenset((
     "parameter", "get-tuple-element", "tuple", "bitcast", "constant",
-    "iota", "after-all", "partition-id", "replica-id", "opt-barrier",
+    "iota", "after-all", "partition-id", "replica-id", "opt-barrier", "slice-done",
     "domain", "add-dependency", "get-dimension-size", "copy-done", "async-done",
     "async-update", "all-reduce-done", "all-gather-done", "collective-permute-done", "send-done",
     "recv-done",
@@ -191,8 +191,10 @@ def instruction_bytes(item: Instruction, computation: Computation) -> float:
     reads = [computation.instructions[name] for name in item.operands]
     if item.opcode == "copy-start":  # the result lists the destination, the source and a flag
         return _hbm(item.shapes[0]) + _hbm(item.shapes[1])
-    if item.opcode in ("dynamic-slice", "slice"):
-        return _hbm(item.shapes[0]) + (item.shapes[0].bytes if reads[0].shapes[0].in_hbm else 0)
+    if item.opcode in ("dynamic-slice", "slice", "slice-start"):
+        # One that is started lists what is sliced, then the slice.
+        slice_ = item.shapes[1 if item.opcode == "slice-start" else 0]
+        return _hbm(slice_) + (slice_.bytes if reads[0].shapes[0].in_hbm else 0)
     if item.opcode == "gather":
         return (
             _hbm(item.shapes[0])

@@ -41,7 +41,7 @@ def bytes_refused(message: str) -> int | None:
 def most_rows(needed: Callable[[int], int], available: int) -> int:
     """The largest power of two of rows that fit, up to `MOST_ROWS`.
 
-    Two small programs tell what a row costs, and only the one that is then chosen is compiled besides.
+    The most are tried first: mostly they fit, and what does not, the compiler for TPUs refuses at once.
 
     Args:
         needed: bytes that the program of so many rows takes on a device; each call compiles one.
@@ -50,17 +50,15 @@ def most_rows(needed: Callable[[int], int], available: int) -> int:
     Raises:
         UserError: not even one row fits.
     """
-    known = {rows: needed(rows) for rows in (1, 2)}
-    fitting = 1 + max(0, available - known[1]) // max(1, known[2] - known[1])
-    rows = min(MOST_ROWS, 1 << (fitting.bit_length() - 1))
-    while rows:
-        if (known[rows] if rows in known else needed(rows)) <= available:
-            return rows
+    rows = MOST_ROWS
+    while (size := needed(rows)) > available:
+        if rows == 1:
+            raise UserError(
+                f"one sample needs {size / 1e9:.1f} GB of a device's {available / 1e9:.1f} GB; raise "
+                "compute.model_shards, lower the largest of compute.visual_slots, or compute in bfloat16"
+            )
         rows //= 2
-    raise UserError(
-        f"one sample needs {known[1] / 1e9:.1f} GB of a device's {available / 1e9:.1f} GB; raise "
-        "compute.model_shards, lower the largest of compute.visual_slots, or compute in bfloat16"
-    )
+    return rows
 
 
 @contextmanager

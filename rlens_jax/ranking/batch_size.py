@@ -18,8 +18,8 @@ from rlens_jax.ranking.programs import Programs
 def with_batch_size(config: RunConfig, kind: ModelKind, mesh: Mesh, available: int) -> RunConfig:
     """The configuration with `compute.batch_size` filled in.
 
-    The program with the largest temporaries, `layers` (or `generate`), is compiled for the largest bucket with one row and
-    with two, and what XLA says of its memory tells how many fit beside the weights and the base states (our decision).
+    The program with the largest temporaries, `layers` (or `generate`), is compiled for the largest bucket, and what XLA says of
+    its memory tells whether it fits beside the weights and the base states (our decision).
 
     Args:
         config: of the run.

@@ -2,7 +2,16 @@ from collections.abc import Callable
 
 import pytest
 
-from rlens_jax.dry_run.costs import Cost, dearest, flops, fusion_bytes, program_cost, reduced, unreduced
+from rlens_jax.dry_run.costs import (
+    Cost,
+    dearest,
+    flops,
+    fusion_bytes,
+    instruction_bytes,
+    program_cost,
+    reduced,
+    unreduced,
+)
 from rlens_jax.dry_run.hlo import Module, parse_module
 from rlens_jax.dry_run.loops import LoopCounts, Loops
 from tests.dry_run.snippets import LOOP, NESTED
@@ -132,3 +141,15 @@ def test_a_loop_in_a_layer_may_have_as_many_trips_as_there_are_layers() -> None:
     cost = costs(parse_module(NESTED), unreduced, layers=5)
     assert cost.layer is not None
     assert cost.total.flops == 5 * cost.layer.flops == 5 * 5 * 2 * 2 * 4**3
+
+
+def test_a_slice_that_is_fetched_ahead_is_read_once() -> None:
+    lines = (
+        "  %t = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)\n"
+        "  %s = ((bf16[64,128]{1,0:T(8,128)(2,1)}), bf16[16,128]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%t),"
+        " slice={[0:16], [0:128]}\n"
+        "  ROOT %d = bf16[16,128]{1,0:T(8,128)(2,1)S(1)} slice-done(%s)"
+    )
+    started, computation = one(lines, "s")
+    assert instruction_bytes(started, computation) == 16 * 128 * 2
+    assert instruction_bytes(computation.root, computation) == 0
