@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from rlens_jax.ops import row_gather, stored_units
-from rlens_jax.ops.ffn import FfnWeights, dense_ffn, dynamic_ffn
+from rlens_jax.ops import ffn, row_gather, stored_units
+from rlens_jax.ops.ffn import FfnWeights, dense_ffn, dynamic_ffn, reduced_ffn
 from rlens_jax.ops.stored_units import StoredUnits, UnitStack, part_size
 from rlens_jax.plan import Reduction
 from tests.numerics import assert_close
@@ -77,6 +77,29 @@ def test_a_reduced_layer(chunk: int | None) -> None:
     np.testing.assert_array_equal(kept.units, chosen.units)
     assert_close(y, np.asarray(expected, np.float32), 2e-2)
     assert np.abs(np.asarray(expected - dense_ffn(x, weights), np.float32)).max() > 0.1
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_shard_that_owns_more_units_than_it_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of four shards, where a sample keeps 12 units: room for 8 rows, and two more tiles of 4 in a loop."""
+    monkeypatch.setattr(ffn, "TILE", 4)
+    monkeypatch.setattr(stored_units, "num_shards", lambda: 4)
+    stored, weights = make_both(6, jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(7).standard_normal((3, 21, WIDTH)), jnp.bfloat16)
+    owned = (14, 5, 9)
+    draw = np.random.default_rng(8)
+    rows = np.full((3, UNITS), UNITS, np.int32)
+    for row, number in zip(rows, owned, strict=True):
+        row[:number] = np.sort(draw.permutation(UNITS)[:number])
+    with pltpu.force_tpu_interpret_mode():
+        y = jax.jit(lambda x, rows: stored.through_rows(x, rows, 12))(x, jnp.asarray(rows))
+    assert stored_units.shard_capacity(12, 4, stored_units.HEADROOM) == 8
+    for sample, number in enumerate(owned):
+        expected = reduced_ffn(x[sample], weights, jnp.asarray(rows[sample, :number]))
+        assert_close(y[sample], np.asarray(expected, np.float32), 2e-2)
+        first_eight = reduced_ffn(x[sample], weights, jnp.asarray(rows[sample, :8]))
+        if number > 8:
+            assert np.abs(np.asarray(expected - first_eight, np.float32)).max() > 0.1
 
 
 @pytest.mark.parametrize(
