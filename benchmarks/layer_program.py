@@ -16,18 +16,20 @@ LAYERS = 4
 """Of 28, so that the model fits on a single chip; the loop's body is the same whatever their number."""
 
 
-def model_kind() -> ModelKind:
-    """Qwen2-VL-7B with `LAYERS` layers."""
-    return read_kind(json.loads(CONFIG.read_text()) | {"num_hidden_layers": LAYERS}, "Qwen2-VL-7B")
+def model_kind(layers: int = LAYERS) -> ModelKind:
+    """Qwen2-VL-7B with so many layers."""
+    return read_kind(json.loads(CONFIG.read_text()) | {"num_hidden_layers": layers}, "Qwen2-VL-7B")
 
 
-def layer_program(topology: str, model: int, batch: int) -> tuple[ProgramSpec, tuple[int, int]]:
+def layer_program(
+    topology: str, model: int, batch: int, layers: int = LAYERS
+) -> tuple[ProgramSpec, tuple[int, int]]:
     """The program in bfloat16, `batch` samples a work group, and the sizes of the mesh's two axes."""
     devices = slice_devices(find_slice(topology))
     compute = ComputeConfig(
         dtype="bfloat16", batch_size=batch, model_shards=model, text_slots=(TEXT,), visual_slots=(VISUAL,)
     )
     mesh = make_mesh(devices, model)
-    specs = program_specs(RunConfig(compute=compute), model_kind(), mesh, all_buckets=False)
-    (layers,) = (spec for spec in specs if spec.name == "layers")
-    return layers, (len(devices) // model, model)
+    specs = program_specs(RunConfig(compute=compute), model_kind(layers), mesh, all_buckets=False)
+    (program,) = (spec for spec in specs if spec.name == "layers")
+    return program, (len(devices) // model, model)

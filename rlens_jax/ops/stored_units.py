@@ -70,7 +70,9 @@ class StoredUnits:
         """`text_and_scores` with at most so many units at a time."""
         batch, tokens, width = x.shape
         num_text = tokens - is_probe.shape[1]
-        size = part_size(self.number, min(most, PART_BYTES // (width * x.dtype.itemsize)))
+        # At least two parts: a loop of one is no loop, and then XLA copies the whole matrix in HBM.
+        most = min(most, PART_BYTES // (width * x.dtype.itemsize), self.number // 2)
+        size = part_size(self.number, most)
         halves = jnp.moveaxis(x.reshape(batch, tokens, 2, width // 2), 2, 0)
 
         def add_part(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:

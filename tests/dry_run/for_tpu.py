@@ -1,7 +1,8 @@
 """Run by test_for_tpu.py in a process of its own: compiles the decoder's layers of the paper's models for a v5e:16x16 slice.
 
-Prints a JSON line a model: every collective of the program, and whether it is in the loop over layers; and whether a kernel
-fetches the units of reduced layers. Models have two layers, since the loop's body is the same whatever their number.
+Prints a JSON line a model: every collective of the program, and whether it is in the loop over layers; whether a kernel fetches
+the units of reduced layers; and what is made in HBM that is as large as an FFN's matrix, of one layer or of all. Models have two
+layers, since the loop's body is the same whatever their number.
 """
 
 import json
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rlens_jax.config import ComputeConfig, RunConfig
+from rlens_jax.dry_run.hlo import parse_module
 from rlens_jax.dry_run.program import CompiledProgram, compile_program
 from rlens_jax.dry_run.specs import program_specs
 from rlens_jax.dry_run.topology import find_slice, slice_devices
@@ -32,6 +34,21 @@ def short(fields: dict) -> dict:
         if isinstance(holder, dict) and "num_hidden_layers" in holder:
             holder["num_hidden_layers"] = 2
     return fields
+
+
+def copies_of_matrices(text: str, layers: int, numbers: int) -> list[str]:
+    """Instructions that make an array in HBM with as many numbers as a matrix, of one layer or of all."""
+    module = parse_module(text).computations
+    fused = {item.called["calls"] for body in module.values() for item in body if item.opcode == "fusion"}
+    return [
+        f"{item.opcode} {item.name} {shape}"
+        for name, body in module.items()
+        if name not in fused
+        for item in body
+        if item.opcode in ("copy", "copy-start", "fusion", "custom-call", "dynamic-slice", "transpose")
+        for shape in item.shapes[:1]
+        if shape.in_hbm and shape.elements in (numbers, layers * numbers)
+    ]
 
 
 def main() -> None:
@@ -62,6 +79,9 @@ def main() -> None:
                     "states": 2 * (128 + 512) * decoder.width * 2,
                     "scores": 2 * decoder.ffn_width * 4,
                     "fetches_units": "fetched_ffn" in lowered.as_text(),
+                    "copies": copies_of_matrices(
+                        lowered.compile().as_text(), 2, decoder.ffn_width // shards * decoder.width
+                    ),
                     "collectives": [
                         {
                             "kind": item.kind,
