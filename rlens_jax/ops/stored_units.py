@@ -1,9 +1,9 @@
 """FFN units as a TPU keeps them for the kernel of ops/row_gather.py: those of all layers as one [L, F, 2, D / 2] array a matrix.
 
 A unit is then contiguous in bfloat16 too, and the kernel reads the chosen ones out of the whole stack: XLA would copy a layer's
-slice for it. XLA's own products read this form without a copy in HBM only part by part, so a pass over all units is a loop of
-parts, each cut out of the stack into VMEM. Every weight is then read once, on v5e, v5p and v6e, on any number of shards, up to
-some thousand tokens (benchmarks/weight_traffic.py).
+slice for it. XLA's own products read this form without a copy in HBM only part by part, so a pass of a few thousand tokens over
+all units is a loop of parts, each cut out of the stack into VMEM. Every weight is then read once, on v5e, v5p and v6e and on any
+number of shards (benchmarks/weight_traffic.py).
 
 Axis letters: B batch, T tokens (X text, M probes behind them; P visual), D width, L layers, F units (of the shard).
 """
@@ -16,12 +16,15 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
-from rlens_jax.ops.ffn import in_tiles, shard_capacity, unit_scores
+from rlens_jax.ops.ffn import FfnWeights, in_tiles, shard_capacity, unit_scores
 from rlens_jax.ops.row_gather import fetched_ffn
 from rlens_jax.parallel.model_axis import num_shards
 
 PART_BYTES = 17 << 20
 """Of a matrix, at most, that a pass over all units takes at a time; v5p, with the least VMEM, holds three of them."""
+MOST_TOKENS = 4096
+"""Of all samples, that take the units part by part. The sums of more do not stay in VMEM from part to part, and to bring them in
+and out costs more than a copy of the weights, which then is little beside the tokens (the dry run's HBM traffic shows both)."""
 HEADROOM = 1.5
 """Chosen units that there is room for, over a shard's even share. The kernel fetches and computes only as many as there are, so
 room costs nothing but VMEM; the loop for more is left to units that are not spread at all."""
@@ -58,21 +61,31 @@ class StoredUnits:
     def text_and_scores(
         self, x: Float[Array, "B XM D"], is_probe: Bool[Array, "B M"]
     ) -> tuple[Float[Array, "B X D"], Float[Array, "B F"]]:
-        """As the protocol says; text is summed over the parts in float32."""
-        return self._in_parts(x, is_probe, self.number)
+        if x.shape[0] * x.shape[1] > MOST_TOKENS:
+            return self._rows().text_and_scores(x, is_probe)
+        return self._in_parts(x, is_probe)
 
     def scores(
         self, probes: Float[Array, "B M D"], is_probe: Bool[Array, "B M"], chunk: int
     ) -> Float[Array, "B F"]:
-        return self._in_parts(probes, is_probe, self.number * chunk // max(chunk, probes.shape[1]))[1]
+        if probes.shape[0] * probes.shape[1] > MOST_TOKENS or probes.shape[1] > chunk:
+            return self._rows().scores(probes, is_probe, chunk)
+        return self._in_parts(probes, is_probe)[1]
 
-    def _in_parts(self, x: Array, is_probe: Array, most: int) -> tuple[Array, Array]:
-        """`text_and_scores` with at most so many units at a time."""
+    def _rows(self) -> FfnWeights:
+        """The layer's units as [F, D], which is a copy of them."""
+        matrices = (
+            _part(matrix, self.layer, 0, self.number)
+            for matrix in (self.stack.gate, self.stack.up, self.stack.down)
+        )
+        return FfnWeights(*(matrix.reshape(self.number, -1) for matrix in matrices))
+
+    def _in_parts(self, x: Array, is_probe: Array) -> tuple[Array, Array]:
+        """`text_and_scores`, a part of the units at a time; text is summed over the parts in float32."""
         batch, tokens, width = x.shape
         num_text = tokens - is_probe.shape[1]
         # At least two parts: a loop of one is no loop, and then XLA copies the whole matrix in HBM.
-        most = min(most, PART_BYTES // (width * x.dtype.itemsize), self.number // 2)
-        size = part_size(self.number, most)
+        size = part_size(self.number, min(PART_BYTES // (width * x.dtype.itemsize), self.number // 2))
         halves = jnp.moveaxis(x.reshape(batch, tokens, 2, width // 2), 2, 0)
 
         def add_part(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -109,7 +122,7 @@ class StoredUnits:
         return in_tiles(x, rows, self.number, capacity, through)
 
 
-def _part(matrix: Array, layer: Array, start: Array, size: int) -> Array:
+def _part(matrix: Array, layer: Array, start: int | Array, size: int) -> Array:
     """Some units of one layer, [size, 2, D / 2], in the order in which the stack has them.
 
     Were the order left to XLA, it would take the one that its products like best, and copy the whole stack into it first.

@@ -42,9 +42,15 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_gather, "MOST_BYTES", 8 * 6 * WIDTH)
 
 
-@pytest.mark.usefixtures("small_parts")
+@pytest.fixture(params=[10**6, 0], ids=["part by part", "at once"])
+def most_tokens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few tokens that parts of the units are taken, and so many that they are not."""
+    monkeypatch.setattr(stored_units, "MOST_TOKENS", request.param)
+
+
+@pytest.mark.usefixtures("small_parts", "most_tokens")
 @pytest.mark.parametrize("chunk", [None, 7])
-def test_all_units_part_by_part(chunk: int | None) -> None:
+def test_all_units(chunk: int | None) -> None:
     stored, weights = make_both(0, jnp.float32)
     x = make_states(1, jnp.float32)
     expected = np.asarray(dense_ffn(x, weights))
@@ -52,8 +58,8 @@ def test_all_units_part_by_part(chunk: int | None) -> None:
     assert_close(dense_ffn(x, stored, chunk), expected, 1e-5)
 
 
-@pytest.mark.usefixtures("small_parts")
-def test_text_and_scores_part_by_part() -> None:
+@pytest.mark.usefixtures("small_parts", "most_tokens")
+def test_text_and_scores() -> None:
     stored, weights = make_both(2, jnp.float32)
     x = make_states(3, jnp.float32)
     is_probe = jnp.asarray([[True] * 4, [True, True, False, False], [False] * 4])
