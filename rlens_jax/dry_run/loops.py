@@ -61,9 +61,10 @@ def _trips(loop: Instruction, around: Computation, condition: Computation) -> in
 class Loops:
     """Trip counts of a module's loops, and which of them is the loop over layers.
 
-    That is the outermost one whose known count is the number of layers; if there is none below it, an outermost loop of
-    unknown count. A loop of unknown count around it makes decoding steps. One inside it (tiles that overflow) is counted
-    once: such loops are there for the rare case (our assumption).
+    That is the outermost one whose known count is the number of layers; if there is none, an outermost loop of unknown count. Of
+    several decoding steps, the loop of unknown count around it makes the steps; without them nothing is around the layers, and
+    loops of any known count may be in them. One of unknown count inside a layer (tiles that overflow) is counted once: such loops
+    are there for the rare case (our assumption).
     """
 
     def __init__(self, module: Module, counts: LoopCounts):
@@ -78,11 +79,8 @@ class Loops:
         known = self.known[loop.name]
         if known is not None:
             return known == self._counts.layers
-        if (
-            self._counts.steps == 1
-        ):  # then nothing is around the layers, and loops of any count may be in them
-            return True
-        return not self._contains_layers(self._module.computations[loop.called["body"]])
+        body = self._module.computations[loop.called["body"]]
+        return self._counts.steps == 1 or not self._contains_layers(body)
 
     def trips(self, loop: Instruction, inside_layer: bool) -> int:
         """How often the body of a `while` runs, each time the loop is reached."""
