@@ -30,8 +30,8 @@ MOST_BYTES = 36 << 20
 """Chosen rows that stay in VMEM; more are taken in several passes."""
 VMEM_LIMIT = 60 << 20
 """What the kernel may use; v5e and v6e have 128 MiB, v5p 64."""
-DEVICES = ("TPU v5 lite", "TPU v5", "TPU v6 lite")
-"""What it was compiled for, by JAX's names: v5e, v5p and v6e."""
+DEVICES = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
+"""What it was compiled for; JAX has two names for each."""
 
 
 def fetches(num_rows: int, width: int, dtype: DTypeLike, device_kind: str) -> bool:

@@ -28,6 +28,7 @@ class Holder(nnx.Module):
     [
         (18944 // 4, 3584, jnp.bfloat16, "TPU v5 lite", True),
         (18944, 3584, jnp.bfloat16, "TPU v5", True),
+        (18944, 3584, jnp.bfloat16, "TPU v5p", True),
         (18944 // 4, 3584, jnp.bfloat16, "TPU v6 lite", True),
         (18944 // 4, 3584, jnp.bfloat16, "TPU v4", False),  # not compiled for
         (18944 // 4, 3584, jnp.float32, "TPU v5 lite", False),
