@@ -12,8 +12,9 @@ from rlens_jax.parallel.mesh import make_mesh
 
 CONFIG = Path(__file__).parents[1] / "tests" / "dry_run" / "models" / "qwen2_vl_7b" / "config.json"
 TEXT, VISUAL = 384, 1664
-LAYERS = 4
-"""Of 28, so that the model fits on a single chip; the loop's body is the same whatever their number."""
+LAYERS = 5
+"""Of 28, so that the model fits on a single chip; the loop's body is the same whatever their number. No batch has this size, so
+that stacks of layers can be told from batches by it."""
 
 
 def model_kind(layers: int = LAYERS) -> ModelKind:
