@@ -74,11 +74,7 @@ class StoredUnits:
 
     def _rows(self) -> FfnWeights:
         """The layer's units as [F, D], which is a copy of them."""
-        matrices = (
-            _part(matrix, self.layer, 0, self.number)
-            for matrix in (self.stack.gate, self.stack.up, self.stack.down)
-        )
-        return FfnWeights(*(matrix.reshape(self.number, -1) for matrix in matrices))
+        return FfnWeights(*(matrix.reshape(self.number, -1) for matrix in self._part(0, self.number)))
 
     def _in_parts(self, x: Array, is_probe: Array) -> tuple[Array, Array]:
         """`text_and_scores`, a part of the units at a time; text is summed over the parts in float32."""
@@ -91,10 +87,7 @@ class StoredUnits:
         def add_part(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             y, scores = carry
             start = i * size
-            gate, up, down = (
-                _part(matrix, self.layer, start, size)
-                for matrix in (self.stack.gate, self.stack.up, self.stack.down)
-            )
+            gate, up, down = self._part(start, size)
             gated, linear = (jnp.einsum("kbtd,fkd->btf", halves, matrix) for matrix in (gate, up))
             hidden = jax.nn.silu(gated) * linear
             y += jnp.einsum("btf,fkd->kbtd", hidden[:, :num_text], down, preferred_element_type=jnp.float32)
@@ -105,6 +98,17 @@ class StoredUnits:
         no_scores = jnp.zeros((batch, self.number), jnp.float32)
         y, scores = jax.lax.fori_loop(0, self.number // size, add_part, (nothing, no_scores))
         return jnp.moveaxis(y, 0, 2).reshape(batch, num_text, width).astype(x.dtype), scores
+
+    def _part(self, start: int | Array, size: int) -> list[Array]:
+        """Gate, up and down of some of the layer's units, [size, 2, D / 2], in the order in memory that the stack has.
+
+        Were the order left to XLA, it would take the one that its products like best, and copy the whole stack into it first.
+        """
+        at, shape = (self.layer, start, 0, 0), (1, size, *self.stack.gate.shape[2:])
+        return [
+            with_layout_constraint(jax.lax.dynamic_slice(matrix, at, shape)[0], Layout((0, 1, 2)))
+            for matrix in (self.stack.gate, self.stack.up, self.stack.down)
+        ]
 
     def through_rows(
         self, x: Float[Array, "B P D"], rows: Int[Array, "B own"], num_units: int
@@ -120,15 +124,6 @@ class StoredUnits:
 
         capacity = shard_capacity(num_units, num_shards(), HEADROOM)
         return in_tiles(x, rows, self.number, capacity, through)
-
-
-def _part(matrix: Array, layer: Array, start: int | Array, size: int) -> Array:
-    """Some units of one layer, [size, 2, D / 2], in the order in which the stack has them.
-
-    Were the order left to XLA, it would take the one that its products like best, and copy the whole stack into it first.
-    """
-    part = jax.lax.dynamic_slice(matrix, (layer, start, 0, 0), (1, size, *matrix.shape[2:]))[0]
-    return with_layout_constraint(part, Layout((0, 1, 2)))
 
 
 def part_size(num_units: int, most: int) -> int:
