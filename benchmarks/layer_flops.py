@@ -46,8 +46,12 @@ def main() -> None:
     options = parser.parse_args()
     devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=options.topology).devices)
     for model in options.model:
-        for kind, ratio in whole_layer(options.topology, model).items():
-            print(f"model = {model}: {kind} layer / formula {ratio:.3f}")
+        heads = model_kind().config.decoder.num_heads
+        if heads % model:
+            print(f"model = {model}: {heads} query heads cannot be cut so, only the FFN can")
+        else:
+            for kind, ratio in whole_layer(options.topology, model).items():
+                print(f"model = {model}: {kind} layer / formula {ratio:.3f}")
         counted = compiled_flops(Mesh(devices.reshape(-1, model), ("work", "model")))
         text = 6 * D * F * TEXT / model
         visual = (6 * D * UNITS * VISUAL + 4 * D * F * PROBES) / model
