@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from rlens_jax.config import load_config
-from rlens_jax.data.splits import load_splits
+from rlens_jax.loading import read_splits
 from rlens_jax.models import FAMILIES
 from rlens_jax.models.prompt import IGNORE
 from rlens_jax.ops.ffn import hidden_units, probe_slots
@@ -37,7 +37,6 @@ from rlens_jax.ranking.programs import Programs
 from rlens_jax.ranking.rounds import metrics_of, round_scorer
 from rlens_jax.ranking.scoring import TeacherForcing
 from rlens_jax.ranking.search import rank_layers
-from rlens_jax.resources import cache_folder
 from rlens_jax.weights.checkpoint import find_model, load_model
 
 SEARCHED = 3
@@ -80,21 +79,14 @@ def main() -> None:
 
 def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
     """Both rankings and everything they rest on."""
-    config = load_config([])
+    config = load_config([f"--data.validation_samples={samples}", "--data.test_samples=1"])
     folder = find_model("embedded")
     mesh = make_mesh(jax.devices()[:devices], model_shards)
     kind, model = load_model(folder, jnp.float32, mesh=mesh)
     preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, config.compute.patch_slots)
     stop_token = preparer.chat.stop_token
     programs = Programs(model, mesh, config.reduction, seed=0, new_tokens=1, stop_token=stop_token)
-    members = load_splits(
-        "pages",
-        cache_folder() / "data",
-        validation_samples=samples,
-        test_samples=1,
-        held_out_share=0.5,
-        seed=0,
-    )["validation"]
+    members = read_splits(config, kind.model_type, step_by_step=False)["validation"]
     shapes = Shapes(config.compute.text_slots, config.compute.visual_slots, 8, kind.config.decoder.context)
     split = build_split(members, preparer, programs, shapes, True, lambda: None)
     num_layers = kind.config.decoder.num_layers
