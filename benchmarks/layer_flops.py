@@ -25,11 +25,13 @@ from rlens_jax.dry_run.costs import program_cost, reduced
 from rlens_jax.dry_run.hlo import parse_module
 from rlens_jax.dry_run.loops import LoopCounts, Loops
 from rlens_jax.dry_run.program import CompiledProgram, compile_program
+from rlens_jax.errors import UserError
 from rlens_jax.flops import LayerSizes, layer_cost
 from rlens_jax.layout import TokenLayout
 from rlens_jax.ops.ffn import dynamic_ffn, shard_capacity
 from rlens_jax.ops.row_gather import TILE
 from rlens_jax.ops.stored_units import HEADROOM, StoredUnits, UnitStack
+from rlens_jax.parallel.mesh import check_fits
 from rlens_jax.plan import Reduction
 
 D, F = 3584, 18944
@@ -46,12 +48,11 @@ def main() -> None:
     options = parser.parse_args()
     devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=options.topology).devices)
     for model in options.model:
-        heads = model_kind().config.decoder.num_heads
-        if heads % model:
-            print(f"model = {model}: {heads} query heads cannot be cut so, only the FFN can")
-        else:
+        try:
             for kind, ratio in whole_layer(options.topology, model).items():
                 print(f"model = {model}: {kind} layer / formula {ratio:.3f}")
+        except UserError as error:
+            print(f"model = {model}: the FFN alone, since {error}")
         counted = compiled_flops(Mesh(devices.reshape(-1, model), ("work", "model")))
         text = 6 * D * F * TEXT / model
         visual = (6 * D * UNITS * VISUAL + 4 * D * F * PROBES) / model
@@ -72,7 +73,8 @@ def main() -> None:
 
 
 def whole_layer(topology: str, model: int) -> dict[str, float]:
-    """Of one layer of the search's program, over the formula."""
+    """Of one layer of the search's program, over the formula. UserError where its heads cannot be cut so."""
+    check_fits(model_kind().config.decoder.sizes, model)
     layers, mesh_shape = layer_program(topology, model, batch=1)
     made = compile_program(layers, mesh_shape, resident_bytes=0, memory_limit=sys.maxsize)
     assert isinstance(made, CompiledProgram), made

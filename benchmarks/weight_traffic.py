@@ -98,7 +98,6 @@ class Walk:
     """Of every conditional."""
     verbose: bool
     in_layer: bool = False
-    layer: float = 0.0
     loops: Loops = field(init=False)
 
     def __post_init__(self) -> None:
