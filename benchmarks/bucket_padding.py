@@ -11,9 +11,9 @@ import numpy as np
 
 from rlens_jax.config import load_config
 from rlens_jax.console import say
-from rlens_jax.models.internvl import closest_grid
-from rlens_jax.models.llava_onevision import image_sources
-from rlens_jax.models.minicpm_v import VIEW_STEP, Slicing
+from rlens_jax.families.internvl.model import closest_grid
+from rlens_jax.families.llava_onevision.model import image_sources
+from rlens_jax.families.minicpm_v.model import VIEW_STEP, Slicing
 
 SIZES = (
     *((640, 480), (480, 640), (1024, 768), (500, 375), (1600, 1200)),  # photos
@@ -92,9 +92,7 @@ def main() -> None:
                 buckets.append(fitting[0])
             used.add(tuple(buckets))
         visual, patches = (f"{np.mean(s):20.1%} {max(s):8.1%}" for s in shares)
-        print(
-            f"{name:<20}{visual}{patches}   {len(used)} of {len(compute.visual_slots)} x {len(compute.patch_slots)}"
-        )
+        print(f"{name:<20}{visual}{patches}   {len(used)} of {len(compute.visual_slots)} x {len(compute.patch_slots)}")
     say(f"{len(SIZES)} image sizes, one image a prompt")
 
 

@@ -14,9 +14,7 @@ from layer_program import layer_program
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:4x4")
     parser.add_argument("--model", type=int, default=4, help="size of the model axis")
     parser.add_argument("--layers", type=int, default=28)

@@ -16,9 +16,9 @@ import ml_dtypes
 import numpy as np
 from process_memory import measured
 
-from rlens_jax.models import read_kind
-from rlens_jax.weights.safetensors_file import Writer, entry_of
-from rlens_jax.weights.tables import table_of
+from rlens_jax.checkpoints.safetensors_file import Writer, entry_of
+from rlens_jax.families.registry import read_kind
+from rlens_jax.families.tables import table_of
 
 CONFIG = {
     "model_type": "qwen2_vl",
@@ -43,8 +43,8 @@ CPU = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_co
 LOAD = """
 import sys
 import jax, jax.numpy as jnp
-from rlens_jax.parallel.mesh import make_mesh
-from rlens_jax.weights.checkpoint import load_model
+from rlens_jax.sharding.mesh import make_mesh
+from rlens_jax.checkpoints.checkpoint import load_model
 
 load_model(sys.argv[1], jnp.bfloat16, mesh=make_mesh(jax.devices(), len(jax.devices())))
 """
@@ -54,9 +54,7 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=16)
-    parser.add_argument(
-        "--folder", type=Path, required=True, help="on the disk to measure; needs 3 times the size"
-    )
+    parser.add_argument("--folder", type=Path, required=True, help="on the disk to measure; needs 3 times the size")
     options = parser.parse_args()
     folder = options.folder / "convert_memory"
     folder.mkdir(parents=True)

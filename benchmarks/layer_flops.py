@@ -31,8 +31,8 @@ from rlens_jax.layout import TokenLayout
 from rlens_jax.ops.ffn import dynamic_ffn, shard_capacity
 from rlens_jax.ops.row_gather import TILE
 from rlens_jax.ops.stored_units import HEADROOM, StoredUnits, UnitStack
-from rlens_jax.parallel.mesh import check_fits
 from rlens_jax.plan import Reduction
+from rlens_jax.sharding.mesh import check_fits
 
 D, F = 3584, 18944
 REDUCTION = Reduction()
@@ -40,9 +40,7 @@ UNITS, PROBES = REDUCTION.kept_units(F), REDUCTION.probe_count(VISUAL)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--model", type=int, nargs="+", default=[1, 4, 8], help="sizes of the model axis")
     options = parser.parse_args()
@@ -66,9 +64,7 @@ def main() -> None:
         )
         print(
             f"    busiest of {model} shards, units at random: mean {np.mean(drawn):.3f}, "
-            + ", ".join(
-                f"{ratio:.3f} in {drawn.count(ratio) / len(drawn):.1%}" for ratio in sorted(set(drawn))
-            )
+            + ", ".join(f"{ratio:.3f} in {drawn.count(ratio) / len(drawn):.1%}" for ratio in sorted(set(drawn)))
         )
 
 
@@ -105,9 +101,7 @@ def compiled_flops(mesh: Mesh) -> float:
     x = array((samples, TEXT + VISUAL, D), jnp.bfloat16, "work")
     arguments = (x, layout, stack, array((), jnp.int32))
     specs = jax.tree.map(lambda a: a.sharding.spec, arguments)
-    sharded = partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=Spec("work"), check_vma=False)(
-        local
-    )
+    sharded = partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=Spec("work"), check_vma=False)(local)
     module = parse_module(jax.jit(sharded).lower(*arguments).compile().as_text())
     # No loop over layers here: of the one loop of unknown count, for units over the capacity, no trip is counted.
     return program_cost(module, Loops(module, LoopCounts(layers=0)), reduced).total.flops

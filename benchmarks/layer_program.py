@@ -7,8 +7,8 @@ from rlens_jax.config import ComputeConfig, RunConfig
 from rlens_jax.dry_run.program import ProgramSpec
 from rlens_jax.dry_run.specs import program_specs
 from rlens_jax.dry_run.topology import find_slice, slice_devices
-from rlens_jax.models import ModelKind, read_kind
-from rlens_jax.parallel.mesh import make_mesh
+from rlens_jax.families.registry import ModelKind, read_kind
+from rlens_jax.sharding.mesh import make_mesh
 
 CONFIG = Path(__file__).parents[1] / "tests" / "dry_run" / "models" / "qwen2_vl_7b" / "config.json"
 TEXT, VISUAL = 384, 1664
@@ -22,9 +22,7 @@ def model_kind(layers: int = LAYERS) -> ModelKind:
     return read_kind(json.loads(CONFIG.read_text()) | {"num_hidden_layers": layers}, "Qwen2-VL-7B")
 
 
-def layer_program(
-    topology: str, model: int, batch: int, layers: int = LAYERS
-) -> tuple[ProgramSpec, tuple[int, int]]:
+def layer_program(topology: str, model: int, batch: int, layers: int = LAYERS) -> tuple[ProgramSpec, tuple[int, int]]:
     """The program in bfloat16, `batch` samples a work group, and the sizes of the mesh's two axes."""
     devices = slice_devices(find_slice(topology))
     compute = ComputeConfig(

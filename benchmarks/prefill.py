@@ -21,21 +21,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rlens_jax import bench
+from rlens_jax.commands import bench
+from rlens_jax.engine.timing import time_side_by_side
 from rlens_jax.flops import LayerSizes, saving
 from rlens_jax.models.decoder import Context
 from rlens_jax.ops.ffn import dense_ffn
 from rlens_jax.plan import Plan, Reduction
-from rlens_jax.ranking.timing import time_side_by_side
 
 WIDTHS = bench.LAYERS["llava-onevision-0.5b"]
 OURS, REDUCED, TORCH = "ours (packed, causal blocks)", "last half reduced", "PyTorch SDPA"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="how often each stack is timed")
     parser.add_argument("--layers", type=int, default=24, help="of the stack; fewer are measured faster")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
@@ -51,15 +49,11 @@ def main() -> None:
     dense = min(value for name, value in seconds.items() if name not in (REDUCED, TORCH))
     sizes = LayerSizes(WIDTHS.width, WIDTHS.num_kv_heads * WIDTHS.head_dim, WIDTHS.ffn_width)
     visual = [bench.VISUAL] * options.layers
-    flops_saved = saving(
-        sizes, bench.TEXT_BEFORE + bench.TEXT_AFTER, visual, plan, Reduction(), with_probes=True
-    )
+    flops_saved = saving(sizes, bench.TEXT_BEFORE + bench.TEXT_AFTER, visual, plan, Reduction(), with_probes=True)
     time_saved = 1 - seconds[REDUCED] / dense
     for name, value in seconds.items():
         print(f"{name:<34}{value * 1e3:9.1f} ms")
-    print(
-        f"FLOPs saved {flops_saved:.1%}, time saved {time_saved:.1%}, realised {time_saved / flops_saved:.2f}"
-    )
+    print(f"FLOPs saved {flops_saved:.1%}, time saved {time_saved:.1%}, realised {time_saved / flops_saved:.2f}")
     if options.json:
         result = {
             "seconds": measured,
@@ -78,9 +72,7 @@ def stacks(num_layers: int, plan: Plan) -> dict[str, Callable[[], Any]]:
     graph, state = nnx.split(decoder)
 
     def ours(plan: Plan) -> Callable[[], Any]:
-        program = jax.jit(
-            lambda state, context: nnx.merge(graph, state).prefill(x, context, plan, Reduction())
-        )
+        program = jax.jit(lambda state, context: nnx.merge(graph, state).prefill(x, context, plan, Reduction()))
         return lambda: program(state, packed)
 
     def other(attend: Callable[[Any, Any, Any], Any]) -> Callable[[], Any]:

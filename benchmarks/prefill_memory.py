@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rlens_jax.deployment.programs import automatic_chunk
+from rlens_jax.deployment.deployed_programs import automatic_chunk
 from rlens_jax.layout import TokenLayout
 from rlens_jax.models.decoder import Decoder, DecoderConfig
 from rlens_jax.models.generation import prefill
@@ -61,9 +61,7 @@ def main() -> None:
     chunk = automatic_chunk(1, TEXT + VISUAL, CONFIG.ffn_width, itemsize=4)
     for name, plan in (("dense", Plan()), ("reduced", Plan((0, 1, 2, 3), (0, 1, 2, 3)))):
         whole, parts = (temporary_bytes(plan, size) / 1e6 for size in (None, chunk))
-        print(
-            f"{name:<8} in one piece {whole:8.0f} MB, in chunks of {chunk} tokens {parts:8.0f} MB", flush=True
-        )
+        print(f"{name:<8} in one piece {whole:8.0f} MB, in chunks of {chunk} tokens {parts:8.0f} MB", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ from pathlib import Path
 SECONDS_BETWEEN_LOOKS = 0.01
 
 
-def measured(
-    arguments: Sequence[str], environment: Mapping[str, str] | None = None
-) -> tuple[float, int, str]:
+def measured(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[float, int, str]:
     """Seconds of `python ARGUMENTS`, the peak of its anonymous and shared memory in bytes, and what it printed."""
     began, peak = time.monotonic(), 0
     process = subprocess.Popen(

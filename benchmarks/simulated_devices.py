@@ -22,22 +22,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from rlens_jax.checkpoints.checkpoint import find_model, load_model
 from rlens_jax.config import load_config
-from rlens_jax.loading import read_splits
-from rlens_jax.models import FAMILIES
+from rlens_jax.engine.evaluator import Evaluator
+from rlens_jax.engine.inputs import FILLER, Shapes, Split, build_split
+from rlens_jax.engine.programs import Programs
+from rlens_jax.engine.rounds import metrics_of, round_scorer
+from rlens_jax.engine.scoring import TeacherForcing
+from rlens_jax.engine.session import read_splits
+from rlens_jax.families.registry import FAMILIES
 from rlens_jax.models.prompt import IGNORE
 from rlens_jax.ops.ffn import hidden_units, probe_slots
-from rlens_jax.parallel.mesh import make_mesh
 from rlens_jax.plan import OPERATORS, Plan, Reduction
-from rlens_jax.ranking.evaluator import Evaluator
-from rlens_jax.ranking.inputs import FILLER, Shapes, Split, build_split
-from rlens_jax.ranking.journal import Journal
-from rlens_jax.ranking.objective import PlanScore
-from rlens_jax.ranking.programs import Programs
-from rlens_jax.ranking.rounds import metrics_of, round_scorer
-from rlens_jax.ranking.scoring import TeacherForcing
-from rlens_jax.ranking.search import rank_layers
-from rlens_jax.weights.checkpoint import find_model, load_model
+from rlens_jax.search.journal import Journal
+from rlens_jax.search.objective import PlanScore
+from rlens_jax.search.search import rank_layers
+from rlens_jax.sharding.mesh import make_mesh
 
 SEARCHED = 3
 """Layers that are searched; the last ones are ranked by position."""

@@ -28,9 +28,7 @@ DECODER = model_kind().config.decoder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--model", type=int, nargs="+", default=[4, 2, 1], help="sizes of the model axis")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8])
@@ -43,7 +41,7 @@ def main() -> None:
         for batch in options.batch:
             report(options.topology, model, batch, weights, options.verbose)
             if options.rows:
-                with mock.patch("rlens_jax.weights.leaves.fetches", return_value=False):
+                with mock.patch("rlens_jax.checkpoints.leaves.fetches", return_value=False):
                     report(options.topology, model, batch, weights, options.verbose)
 
 
@@ -108,9 +106,7 @@ class Walk:
         stacks = {
             item.name
             for item in self.module.entry
-            if item.opcode == "parameter"
-            and item.shapes[0].dtype == "bf16"
-            and item.shapes[0].dims[:1] == (LAYERS,)
+            if item.opcode == "parameter" and item.shapes[0].dtype == "bf16" and item.shapes[0].dims[:1] == (LAYERS,)
         }
         return self.moved(self.module.entry, stacks) / LAYERS
 
@@ -154,9 +150,7 @@ class Walk:
         if item.opcode != "custom-call" and not numbers:
             weights.add(item.name)
         moved = sum(
-            self.read(item, number, computation)
-            for number, name in enumerate(item.operands)
-            if name in weights
+            self.read(item, number, computation) for number, name in enumerate(item.operands) if name in weights
         )
         if item.name in weights and item.opcode not in NAMES:
             moved += sum(shape.bytes for shape in results(item, computation) if shape.in_hbm)

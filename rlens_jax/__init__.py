@@ -6,6 +6,7 @@ text = model.generate(images=["page.png"], prompt="digit at row 1 column 2 ?", p
 """
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 from rlens_jax.plan_file import read_plan
@@ -13,9 +14,12 @@ from rlens_jax.plan_file import read_plan
 __all__ = ["load", "read_plan"]
 __version__ = "0.1.0"
 
+# The commands are the modules of one folder; with it on the path, `python -m rlens_jax.rank` runs commands/rank.py.
+__path__.append(str(Path(__file__).parent / "commands"))
+
 
 def __getattr__(name: str) -> Any:
     # Not imported above: it brings JAX, whose logs the commands set up before, and without which they answer bad input.
     if name != "load":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module("rlens_jax.deployment.model").load
+    return importlib.import_module("rlens_jax.deployment.deployed_model").load

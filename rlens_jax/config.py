@@ -52,9 +52,7 @@ class DataConfig:
         _check_types("data", self)
         _at_least(1, "data", self, "validation_samples", "test_samples")
         if not 0 < self.held_out_share < 1:
-            raise UserError(
-                f"data.held_out_share must be above 0 and below 1, not {_shown(self.held_out_share)}"
-            )
+            raise UserError(f"data.held_out_share must be above 0 and below 1, not {_shown(self.held_out_share)}")
 
 
 @no_type_check
@@ -187,9 +185,7 @@ class HostsConfig:
             members = ("coordinator", "num_processes", "process_id")
             missing = [f"hosts.{name}" for name in members if getattr(self, name) is None]
             if len(missing) < len(members):
-                raise UserError(
-                    f"{' and '.join(missing)} must be set too: a process is told all three, or none"
-                )
+                raise UserError(f"{' and '.join(missing)} must be set too: a process is told all three, or none")
             return
         _, colon, port = self.coordinator.rpartition(":")
         if not (colon and port.isdecimal() and 0 < int(port) < 2**16):
@@ -318,8 +314,7 @@ def _parser(explained: bool, others: Mapping[str, str]) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="python -m rlens_jax.rank",
-        usage="%(prog)s [--model FOLDER] [--data FILE.jsonl] [--output DIR] [--config FILE] "
-        "[--GROUP.FIELD VALUE ...]",
+        usage="%(prog)s [--model FOLDER] [--data FILE.jsonl] [--output DIR] [--config FILE] [--GROUP.FIELD VALUE ...]",
         description="Rank the decoder layers of a multimodal LLM by how little they need full visual "
         "computation. Without options: the embedded model on its own data.",
         epilog=" ".join(

@@ -106,8 +106,7 @@ def open_log(
             os.ftruncate(file, length)
             os.fsync(file)
             repaired = (
-                f"{path}: cut off an unfinished last line of {torn} bytes; "
-                f"{len(items)} finished {kind.item}s are kept"
+                f"{path}: cut off an unfinished last line of {torn} bytes; {len(items)} finished {kind.item}s are kept"
             )
     except OSError as error:
         os.close(lock)
@@ -185,9 +184,7 @@ def _read(path: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> tu
                 break
             raise UserError(f"{path}, line {number} cannot be read ({error}); {kind.remedy}") from error
         if key in items:
-            raise UserError(
-                f"{path}, line {number} repeats the {kind.item} of an earlier line; {kind.remedy}"
-            )
+            raise UserError(f"{path}, line {number} repeats the {kind.item} of an earlier line; {kind.remedy}")
         items[key] = item
         length += len(line)
     return items, length
@@ -207,9 +204,7 @@ def _check_header(path: Path, kind: LogKind[Item], line: bytes, fingerprint: Map
     except ValueError:
         header = None
     if not isinstance(header, dict) or header.get("schema") != kind.schema or not line.endswith(b"\n"):
-        raise UserError(
-            f"{path}, line 1 is not the header of {_with_article(kind.noun)}; choose another folder"
-        )
+        raise UserError(f"{path}, line 1 is not the header of {_with_article(kind.noun)}; choose another folder")
     if header.get("version") != kind.version:
         raise UserError(
             f"{path} has version {header.get('version')}, this program reads {kind.version}; choose another folder"

@@ -88,9 +88,7 @@ class TokenLayout:
         return self.num_text + self.num_visual
 
 
-def visible(
-    query: Slots, key: Slots, attention_range: int | None, window: Window = "ordinal"
-) -> Bool[Array, "B T S"]:
+def visible(query: Slots, key: Slots, attention_range: int | None, window: Window = "ordinal") -> Bool[Array, "B T S"]:
     """Which keys each query sees; `attention_range` None is plain causal attention (paper, Hollow Attention).
 
     Text `t`, visual `v`, R = 2, sequence `t v v v t v t`:
@@ -119,9 +117,7 @@ def visible(
     return causal & (~both_visual | (distance < attention_range))
 
 
-def keep_visual(
-    layout: TokenLayout, ordinals: Int[Array, "B kept"], num_kept: Int[Array, " B"]
-) -> TokenLayout:
+def keep_visual(layout: TokenLayout, ordinals: Int[Array, "B kept"], num_kept: Int[Array, " B"]) -> TokenLayout:
     """The layout of what is left when only some visual tokens are.
 
     It is packed like any other: survivors are numbered anew, and positions count the tokens that are left, text too.
@@ -134,9 +130,7 @@ def keep_visual(
     slot = jax.lax.broadcasted_iota(jnp.int32, ordinals.shape, 1)
     survives = slot < jnp.asarray(num_kept)[:, None]
     # A position counts all tokens before it, an ordinal the visual ones.
-    before = (
-        jnp.take_along_axis(jnp.asarray(layout.visual_position), ordinals, axis=1, mode="clip") - ordinals
-    )
+    before = jnp.take_along_axis(jnp.asarray(layout.visual_position), ordinals, axis=1, mode="clip") - ordinals
     visual = jnp.where(survives, slot + before, PADDING_POSITION)
     text_slot = jax.lax.broadcasted_iota(jnp.int32, layout.text_position.shape, 1)
     visual_before = jnp.asarray(layout.text_position) - text_slot
@@ -157,15 +151,11 @@ def pack_layout(is_visual: Sequence[np.ndarray], bucket: Bucket, samples: Sequen
     Raises:
         ValueError: a sample has more tokens than its bucket has slots.
     """
-    text, visual = (
-        np.full((len(is_visual), n), PADDING_POSITION, np.int32) for n in (bucket.text, bucket.visual)
-    )
+    text, visual = (np.full((len(is_visual), n), PADDING_POSITION, np.int32) for n in (bucket.text, bucket.visual))
     for row, mask in enumerate(is_visual):
         for slots, positions in ((text, np.flatnonzero(~mask)), (visual, np.flatnonzero(mask))):
             if len(positions) > slots.shape[1]:
-                raise ValueError(
-                    f"sample {samples[row]} has {len(positions)} tokens for {slots.shape[1]} slots"
-                )
+                raise ValueError(f"sample {samples[row]} has {len(positions)} tokens for {slots.shape[1]} slots")
             slots[row, : len(positions)] = positions
     num_visual = np.array([mask.sum() for mask in is_visual], np.int32)
     num_text = np.array([len(mask) for mask in is_visual], np.int32) - num_visual

@@ -273,9 +273,7 @@ def _checked_share(method: str, value: Any) -> float:
             f"{method}: share must be a decimal number from 0 on and below 1, not {value!r}; VTW drops all visual tokens"
         )
     if _exact(float(decimal)) != Fraction(decimal):
-        raise UserError(
-            f"{method}: share has more digits than a float keeps: {value!r}; write at most 15 digits"
-        )
+        raise UserError(f"{method}: share has more digits than a float keeps: {value!r}; write at most 15 digits")
     return float(decimal)
 
 
@@ -292,16 +290,13 @@ def _check_pruned_layer(method: str, layer: Any) -> None:
 def _check_layer_follows(method: str, layer: int, num_layers: int) -> None:
     if layer >= num_layers:
         raise UserError(
-            f"{method} prunes after layer {layer}, but the model has {num_layers} layers; "
-            f"choose 1 to {num_layers - 1}"
+            f"{method} prunes after layer {layer}, but the model has {num_layers} layers; choose 1 to {num_layers - 1}"
         )
 
 
 def _check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UserError(
-            f"{field} must be one of {', '.join(choices)}, not {value!r}{suggest(str(value), choices)}"
-        )
+        raise UserError(f"{field} must be one of {', '.join(choices)}, not {value!r}{suggest(str(value), choices)}")
 
 
 def _checked_layers(name: str, layers: Any) -> tuple[int, ...]:

@@ -161,9 +161,7 @@ def _from_plan(fields: Mapping[str, Any]) -> PlanFile:
 def add_plan_options(parser: ArgumentParser) -> None:
     """A command's options --plan and --first, for `plan_of`."""
     parser.add_argument("--plan", metavar="PLAN", type=Path, help="which layers are reduced; default: none")
-    parser.add_argument(
-        "--first", metavar="LIST", help="of a ranking.json: how many layers, as attention=11,ffn=5"
-    )
+    parser.add_argument("--first", metavar="LIST", help="of a ranking.json: how many layers, as attention=11,ffn=5")
 
 
 def plan_of(path: Path | None, first: str | None, error: Callable[[str], Any]) -> PlanFile:
@@ -198,13 +196,9 @@ def _pruning(fields: Any) -> Pruning | None:
     given = {name: value for name, value in fields.items() if name != "method"}
     for name in given:
         if name not in known:
-            raise UserError(
-                f"unknown field pruning.{name}{suggest(name, known)}; {method} knows {', '.join(known)}"
-            )
+            raise UserError(f"unknown field pruning.{name}{suggest(name, known)}; {method} knows {', '.join(known)}")
     if method == "vtw" and "layer" not in given:
-        raise UserError(
-            "pruning.layer is missing: vtw must be told after how many layers it drops visual tokens"
-        )
+        raise UserError("pruning.layer is missing: vtw must be told after how many layers it drops visual tokens")
     return _METHODS[method](**given)
 
 
@@ -217,9 +211,7 @@ def _from_ranking(fields: Mapping[str, Any], first: Mapping[Operator, int] | Non
         layers = {name: {layer for base in bases for layer in base[name]} for name in OPERATORS}
         reduction = Reduction(**settings)
     except (KeyError, TypeError) as error:
-        raise UserError(
-            f"not a whole ranking.json of rlens_jax.rank ({type(error).__name__}: {error})"
-        ) from None
+        raise UserError(f"not a whole ranking.json of rlens_jax.rank ({type(error).__name__}: {error})") from None
     if first is None:
         known = ",".join(f"{operator}=K" for operator in rankings)
         raise UserError(f"is a ranking: say how many of its first layers to reduce, as in --first {known}")
@@ -227,8 +219,6 @@ def _from_ranking(fields: Mapping[str, Any], first: Mapping[Operator, int] | Non
         if operator not in rankings:
             raise UserError(f"ranks {' and '.join(rankings)}, so there are no first layers of {operator}")
         if not 0 <= count <= len(rankings[operator]):
-            raise UserError(
-                f"ranks {len(rankings[operator])} layers of {operator}; {count} cannot be reduced"
-            )
+            raise UserError(f"ranks {len(rankings[operator])} layers of {operator}; {count} cannot be reduced")
         layers[operator] |= set(rankings[operator][:count])
     return PlanFile(Plan(tuple(layers["attention"]), tuple(layers["ffn"])), reduction, num_layers)

@@ -10,7 +10,7 @@ _PACKAGE = Path(__file__).parent
 
 def _folder(name: str) -> Path:
     """A folder inside the installed package, or beside it in the repository."""
-    installed = _PACKAGE / name
+    installed = _PACKAGE / "shipped" / name
     return installed if installed.is_dir() else _PACKAGE.parent / name
 
 

@@ -141,9 +141,7 @@ class _Pass:
         """`is_visual` is bool [B, T]; `cache` holds the tokens before."""
         first = cache is None or cache.get_seq_length() == 0
         if not first and bool(is_visual.any()):
-            raise UserError(
-                "visual tokens in a later pass cannot be reduced: the probes must see all of a sample's"
-            )
+            raise UserError("visual tokens in a later pass cannot be reduced: the probes must see all of a sample's")
         self.is_visual = is_visual if first else None
         self.ordinal = is_visual.cumsum(dim=1) - is_visual.long()
 
@@ -165,9 +163,7 @@ def _hollow(plain: Callable[..., Any], state: _Pass, reduction: Reduction) -> Ca
             hidden = hidden | (place[None, :] > place[:, None])
             mask = torch.zeros((), dtype=hidden_states.dtype, device=visual.device).expand(hidden.shape)
         elif attention_mask.dtype == torch.bool:
-            mask = torch.zeros_like(attention_mask, dtype=hidden_states.dtype).masked_fill(
-                ~attention_mask, lowest
-            )
+            mask = torch.zeros_like(attention_mask, dtype=hidden_states.dtype).masked_fill(~attention_mask, lowest)
         else:
             mask = attention_mask
         # A cache of fixed size has keys beyond the prefill; the mask given hides them already.
@@ -225,9 +221,7 @@ def _choose(mlp: Any, probes: Tensor, num_units: int, layer: int) -> Tensor:
     hidden = mlp.act_fn(mlp.gate_proj(probes)) * mlp.up_proj(probes)
     scores = hidden.float().abs().mean(dim=0)
     if not bool(scores.isfinite().all()):
-        raise UserError(
-            f"layer {layer}: probe scores are not numbers; check the weights, or compute in float32"
-        )
+        raise UserError(f"layer {layer}: probe scores are not numbers; check the weights, or compute in float32")
     return torch.sort(scores, descending=True, stable=True).indices[:num_units]
 
 

@@ -13,9 +13,7 @@ os.environ |= {
     "MPLBACKEND": "agg",
 }
 # Most of the tests' time is compiling; the code for the few numbers in them need not be fast. Tests that start others add to it.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax
 

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from rlens_jax.models.internvl import InternVLConfig, Native, cut_tiles
+from rlens_jax.families.internvl.model import InternVLConfig, Native, cut_tiles
 from rlens_jax.models.prompt import Prompt, PromptBatch, collate
-from tests.models.pair import text_inputs
+from tests.families.pair import text_inputs
 from tests.sequences import bucket_for
 from tests.torch_support import allow_transformers_models, redraw
 
@@ -51,9 +51,7 @@ SIX_B = {"norm_type": "rms_norm", "use_qk_norm": True, "attention_bias": False, 
 """What differs in the vision tower of 6 billion parameters."""
 
 
-def tiny_internvl(
-    seed: int, text_model: str = "qwen2", vision: dict | None = None, **overrides
-) -> torch.nn.Module:
+def tiny_internvl(seed: int, text_model: str = "qwen2", vision: dict | None = None, **overrides) -> torch.nn.Module:
     """An InternVLForConditionalGeneration of distinct sizes: float32, eager attention, every parameter redrawn.
 
     Args:
@@ -88,9 +86,7 @@ def save_native(folder: Path, model: torch.nn.Module, **fields) -> Path:
     tower = model.model.vision_tower
     tensors["vision_model.embeddings.class_embedding"] = tower.embeddings.cls_token
     tensors["vision_model.embeddings.position_embedding"] = tower.embeddings.position_embeddings
-    add_linear(
-        tensors, "vision_model.embeddings.patch_embedding", tower.embeddings.patch_embeddings.projection
-    )
+    add_linear(tensors, "vision_model.embeddings.patch_embedding", tower.embeddings.patch_embeddings.projection)
     for i, layer in enumerate(tower.encoder.layer):
         at = f"vision_model.encoder.layers.{i}."
         parts = [getattr(layer.attention, name) for name in ("q_proj", "k_proj", "v_proj")]
@@ -249,9 +245,7 @@ def patches_of(tiles: np.ndarray) -> np.ndarray:
     return blocks.transpose(0, 2, 4, 1, 3, 5).reshape(len(tiles), side * side, -1)
 
 
-def our_images(
-    examples: Sequence[Example], config: InternVLConfig, spare: int = 0
-) -> tuple[jax.Array, jax.Array]:
+def our_images(examples: Sequence[Example], config: InternVLConfig, spare: int = 0) -> tuple[jax.Array, jax.Array]:
     """The tower's input [I, Y, J, C], padding tiles holding huge values, and where its tokens go, int32 [B, P].
 
     The latter are indices into the flattened visual tokens; padding points at a real one.
@@ -278,9 +272,7 @@ def our_images(
 def our_batch(examples: Sequence[Example], spare: tuple[int, int] = (0, 0)) -> PromptBatch:
     """The prompts as the decoder reads them."""
     prompts = [
-        Prompt(
-            e.token_ids, e.is_visual, np.arange(len(e.token_ids), dtype=np.int32)[None], len(e.token_ids), 0
-        )
+        Prompt(e.token_ids, e.is_visual, np.arange(len(e.token_ids), dtype=np.int32)[None], len(e.token_ids), 0)
         for e in examples
     ]
     bucket = bucket_for([example.is_visual for example in examples], spare)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rlens_jax import bench
+from rlens_jax.commands import bench
 from rlens_jax.console import run_command
 
 

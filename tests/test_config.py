@@ -51,9 +51,7 @@ def test_options_override_the_file_and_the_file_the_defaults(tmp_path):
 
 
 def test_shortcuts_and_one_word_lists():
-    config = load_config(
-        ["--data", "my.jsonl", "--model", "m", "--output=o", "--search.operators", "attention"]
-    )
+    config = load_config(["--data", "my.jsonl", "--model", "m", "--output=o", "--search.operators", "attention"])
     assert (config.data.source, config.model, config.output) == ("my.jsonl", "m", "o")
     assert config.search.operators == ("attention",)
 

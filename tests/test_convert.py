@@ -21,15 +21,15 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from rlens_jax.checkpoints import conversion, leaves, orbax_store
+from rlens_jax.checkpoints.checkpoint import find_model, load_model
+from rlens_jax.checkpoints.export import save_hf
+from rlens_jax.checkpoints.leaves import arrays_of
+from rlens_jax.commands.convert import main
 from rlens_jax.console import run_command
-from rlens_jax.convert import main
 from rlens_jax.errors import UserError
-from rlens_jax.parallel.mesh import make_mesh
-from rlens_jax.weights import conversion, leaves, orbax_store
-from rlens_jax.weights.checkpoint import find_model, load_model
-from rlens_jax.weights.export import save_hf
-from rlens_jax.weights.leaves import arrays_of
-from tests.weights import tiny
+from rlens_jax.sharding.mesh import make_mesh
+from tests.checkpoints import tiny
 
 INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
@@ -100,18 +100,14 @@ def round_trip(source: Path, folder: Path) -> Path:
     assert convert(source, converted) == 0
     assert convert(converted, back, "--to-hf") == 0
     assert contents(back) == contents(source)
-    small = {path.name for path in source.iterdir() if not path.match("*.safetensors*")} - {
-        "pytorch_model.bin"
-    }
+    small = {path.name for path in source.iterdir() if not path.match("*.safetensors*")} - {"pytorch_model.bin"}
     for name in small:
         assert (converted / name).read_bytes() == (back / name).read_bytes() == (source / name).read_bytes()
     index = json.loads((back / "model.safetensors.index.json").read_text())
     before = contents(source)
     assert index["weight_map"] == {name: item[0] for name, item in before.items()}
     assert index["metadata"]["total_size"] == sum(len(item[3]) for item in before.values())
-    assert {path.name for path in back.iterdir()} == small | {
-        path.name for path in source.glob("*.safetensors*")
-    }
+    assert {path.name for path in back.iterdir()} == small | {path.name for path in source.glob("*.safetensors*")}
     return converted
 
 
@@ -331,9 +327,7 @@ def started(arguments: Sequence[object]) -> subprocess.Popen[str]:
     """The command in a process of its own."""
     command = [sys.executable, "-m", "rlens_jax.convert", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def partial_folders(folder: Path) -> list[Path]:

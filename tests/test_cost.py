@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from rlens_jax.commands.cost import main
 from rlens_jax.console import run_command
-from rlens_jax.cost import main
 from rlens_jax.plan_file import FORMAT
 
 
@@ -20,9 +20,7 @@ def run(arguments: Sequence[str]) -> int:
 def last_layers(folder: Path, num_layers: int, count: int) -> Path:
     layers = list(range(num_layers - count, num_layers))
     path = folder / "plan.json"
-    path.write_text(
-        json.dumps({"format": FORMAT, "num_layers": num_layers, "attention": layers, "ffn": layers})
-    )
+    path.write_text(json.dumps({"format": FORMAT, "num_layers": num_layers, "attention": layers, "ffn": layers}))
     return path
 
 

@@ -55,9 +55,7 @@ def test_saving_of_one_layer(sizes, plan, percent):
     ("sizes", "num_layers", "reduced", "percent", "percent_with_probes"),
     [(INTERNVL2_8B, 32, 14, 72.2, 74.3), (QWEN2_VL_7B, 28, 12, 70.8, 73.1)],
 )
-def test_the_published_savings_are_about_half_the_layers(
-    sizes, num_layers, reduced, percent, percent_with_probes
-):
+def test_the_published_savings_are_about_half_the_layers(sizes, num_layers, reduced, percent, percent_with_probes):
     visual, plan = [NUM_VISUAL] * num_layers, last_layers(num_layers, reduced)
     assert round(100 - percent_saved(sizes, visual, plan), 1) == percent
     assert round(100 - percent_saved(sizes, visual, plan, with_probes=True), 1) == percent_with_probes
@@ -111,9 +109,7 @@ def test_prefill_is_the_sum_of_its_layers():
     visual, reduction = [1792, 1792, 900], Reduction()
     plan = Plan(attention=(1,), ffn=(2,))
     layers = [(1792, False, False), (1792, True, False), (900, False, True)]
-    costs = [
-        layer_cost(QWEN2_VL_7B, 64, p, reduction, hollow=h, dynamic=d, with_probes=True) for p, h, d in layers
-    ]
+    costs = [layer_cost(QWEN2_VL_7B, 64, p, reduction, hollow=h, dynamic=d, with_probes=True) for p, h, d in layers]
     assert prefill_cost(QWEN2_VL_7B, 64, visual, plan, reduction, with_probes=True) == sum(costs)
 
 

@@ -23,9 +23,7 @@ SAMPLES = [run_length(2, 7, 1, 4, 3), run_length(3), run_length(0, 5, 0, 2, 1), 
 def read_picture(text: str) -> tuple[np.ndarray, np.ndarray]:
     """The sequence and the 0/1 matrix of a picture, whatever text is around it."""
     lines = [line.split() for line in text.splitlines()]
-    rows = [
-        line for line in lines if line and line[0] in ("t", "v") and set(line[1:]) <= {"0", "1"} and line[1:]
-    ]
+    rows = [line for line in lines if line and line[0] in ("t", "v") and set(line[1:]) <= {"0", "1"} and line[1:]]
     (heading,) = [line for line in lines if len(line) > 1 and set(line) <= {"t", "v"}]
     assert [row[0] for row in rows] == heading
     return spell("".join(heading)), np.array([[int(cell) for cell in row[1:]] for row in rows], bool)
@@ -75,9 +73,7 @@ def test_no_token_sees_an_empty_slot():
     mask = np.asarray(visible(layout.slots, layout.slots, None))
     text, visual = layout.bucket.text, layout.bucket.visual
     for row in range(len(SAMPLES)):
-        full = np.concatenate(
-            [np.arange(text) < layout.num_text[row], np.arange(visual) < layout.num_visual[row]]
-        )
+        full = np.concatenate([np.arange(text) < layout.num_text[row], np.arange(visual) < layout.num_visual[row]])
         assert not mask[row][np.ix_(full, ~full)].any()
 
 

@@ -162,9 +162,7 @@ def test_a_layer_to_prune_after_is_a_whole_number(method, layer):
 def test_pruning_after_the_last_layer_is_refused(method):
     method(layer=11).validate(12)
     for layer in (12, 99):
-        with pytest.raises(
-            UserError, match=rf"after layer {layer}, but the model has 12 layers; choose 1 to 11"
-        ):
+        with pytest.raises(UserError, match=rf"after layer {layer}, but the model has 12 layers; choose 1 to 11"):
             method(layer=layer).validate(12)
 
 

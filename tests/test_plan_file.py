@@ -56,9 +56,7 @@ def test_every_field_arrives(tmp_path: Path) -> None:
 
 
 def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
-    assert (
-        read_plan(written(tmp_path, {"format": FORMAT})) == PlanFile() == PlanFile(Plan(), Reduction(), None)
-    )
+    assert read_plan(written(tmp_path, {"format": FORMAT})) == PlanFile() == PlanFile(Plan(), Reduction(), None)
     assert read_plan(written(tmp_path, {"format": FORMAT, "ffn": [2]})).plan == Plan(ffn=(2,))
 
 

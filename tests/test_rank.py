@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rlens_jax.commands.rank import main
 from rlens_jax.console import run_command
-from rlens_jax.rank import main
 from tests.torch_support import allow_transformers_models
 
 allow_transformers_models()
@@ -61,9 +61,7 @@ def started(arguments: Sequence[str]) -> subprocess.Popen[str]:
     # A shell's background jobs ignore Ctrl-C, and pass that on.
     command = ["env", "--default-signal=INT", sys.executable, "-m", "rlens_jax.rank", *arguments]
     environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +125,7 @@ def test_killed_at_random_moments_and_restarted(finished: Path, cache: Path, tmp
         process = started(options(cache, output))
         # From the first record on: a kill during the imports would try nothing.
         records = journal.read_bytes().count(b"\n") if journal.exists() else 0
-        while process.poll() is None and not (
-            journal.exists() and journal.read_bytes().count(b"\n") > records
-        ):
+        while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > records):
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
         if process.poll() is not None:
@@ -148,9 +144,7 @@ def test_killed_at_random_moments_and_restarted(finished: Path, cache: Path, tmp
     assert len(validation) == 3 * (2 * EVALUATIONS - 1)  # the dense plan is evaluated once for both operators
 
 
-def test_a_restart_compiles_nothing_and_a_second_run_is_refused(
-    finished: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_a_restart_compiles_nothing_and_a_second_run_is_refused(finished: Path, cache: Path, tmp_path: Path) -> None:
     output = tmp_path / "again"
     first = started(options(cache, output))
     journal = output / "journal.jsonl"

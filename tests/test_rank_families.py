@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from rlens_jax import convert, rank
+from rlens_jax.commands import convert, rank
 from rlens_jax.console import run_command
 from tests import internvl_support as internvl
 from tests import torch_minicpm_v as minicpm
-from tests.models import llava
-from tests.models.test_llava_preparer import write_texts
+from tests.families import llava
+from tests.families.test_llava_preparer import write_texts
 from tests.torch_support import allow_transformers_models, save_tiny
 
 allow_transformers_models()
@@ -57,9 +57,7 @@ def test_convert_and_rank(family: str, tmp_path: Path) -> None:
     rows = []
     for number, size in enumerate(SIZES):
         internvl.picture(number, *size).save(tmp_path / f"{number}.png")
-        rows.append(
-            {"image": f"{number}.png", "question": "what is this", "answer": "a page", "dataset": "own"}
-        )
+        rows.append({"image": f"{number}.png", "question": "what is this", "answer": "a page", "dataset": "own"})
     data = tmp_path / "own.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlens_jax.parallel.supervisor import LOST
+from rlens_jax.hosts.supervisor import LOST
 
 SMALL = (
     "--data.validation_samples=6",
@@ -30,9 +30,7 @@ def start(folder: Path, output: Path, hosts: Sequence[str]) -> subprocess.Popen[
     command = [sys.executable, "-m", "rlens_jax.rank", f"--output={output}", *SMALL, *hosts]
     command += [f"--data.cache={folder / 'data'}", f"--compute.compilation_cache={folder / 'compiled'}"]
     environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def start_all(folder: Path, output: Path, count: int, *more: Sequence[str]) -> list[subprocess.Popen[str]]:
@@ -44,8 +42,7 @@ def start_all(folder: Path, output: Path, count: int, *more: Sequence[str]) -> l
     together += ["--hosts.heartbeat_seconds=10"]
     options = more or ((),) * count
     return [
-        start(folder, output, [*together, f"--hosts.process_id={index}", *options[index]])
-        for index in range(count)
+        start(folder, output, [*together, f"--hosts.process_id={index}", *options[index]]) for index in range(count)
     ]
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from rlens_jax.errors import UserError
-from rlens_jax.models.hf_config import ConfigReader
-from rlens_jax.models.qwen2_vl import read_config
+from rlens_jax.families.hf_config import ConfigReader
+from rlens_jax.families.qwen2_vl.model import read_config
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.torch_twin import decoder_layers, reduced
 from tests import torch_reductions
-from tests.models.prompts import Example, hf_inputs, make_example
+from tests.families.prompts import Example, hf_inputs, make_example
 from tests.numerics import assert_close, error
 from tests.torch_support import allow_transformers_models, redraw, tiny_qwen2_vl
 
@@ -49,9 +49,7 @@ def real(batch: torch.Tensor, examples: list[Example]) -> torch.Tensor:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_equals_the_independent_implementation(model, examples, plan, attention) -> None:
     inputs = hf_inputs(examples)
-    with torch_reductions.reduced(
-        model, masks_of(examples), plan.attention, plan.ffn, 5, "0.3", "0.1"
-    ) as expected:
+    with torch_reductions.reduced(model, masks_of(examples), plan.attention, plan.ffn, 5, "0.3", "0.1") as expected:
         theirs = logits(model, inputs)
     dense = logits(model, inputs)
     model.set_attn_implementation(attention)
@@ -123,9 +121,7 @@ def test_random_probes_are_reproducible(model, examples) -> None:
     inputs = hf_inputs(examples)
     kept = []
     for seed in (1, 1, 2):
-        with reduced(
-            model, Plan(ffn=(0,)), Reduction(active_fraction=0.3, probe="random"), seed=seed
-        ) as record:
+        with reduced(model, Plan(ffn=(0,)), Reduction(active_fraction=0.3, probe="random"), seed=seed) as record:
             logits(model, inputs)
         kept.append(record.kept_units[0])
     assert torch.equal(kept[0], kept[1])
@@ -196,9 +192,7 @@ def test_other_families(make) -> None:
         inner = theirs.model
         found = []
         # The whole model puts the tower's output in place of these tokens' embeddings; here they stay.
-        hook = theirs.model.language_model.layers[1].register_forward_hook(
-            lambda *parts: found.append(parts[2])
-        )
+        hook = theirs.model.language_model.layers[1].register_forward_hook(lambda *parts: found.append(parts[2]))
         with torch.no_grad():
             theirs(input_ids=ids)
         hook.remove()
@@ -213,12 +207,7 @@ def test_other_families(make) -> None:
             ~torch_reductions.hollow_mask(visual, None), torch.finfo(torch.float32).min
         )
         x = layers[0](x, attention_mask=mask, position_embeddings=turn)
-        y = (
-            x
-            + layers[1].self_attn(
-                layers[1].input_layernorm(x), position_embeddings=turn, attention_mask=plain
-            )[0]
-        )
+        y = x + layers[1].self_attn(layers[1].input_layernorm(x), position_embeddings=turn, attention_mask=plain)[0]
         mlp = layers[1].mlp
         z, selection = torch_reductions.dynamic_ffn(
             layers[1].post_attention_layernorm(y)[0],

@@ -15,17 +15,17 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from rlens_jax.models.hf_config import ConfigReader
-from rlens_jax.models.qwen2_vl import read_config
+from rlens_jax.families.hf_config import ConfigReader
+from rlens_jax.families.qwen2_vl.model import read_config
+from rlens_jax.parity.bundle import new_bundle
+from rlens_jax.parity.dump import run_case
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.resources import embedded_model
 from rlens_jax.torch_twin import reduced
-from rlens_jax.validation.bundle import new_bundle
-from rlens_jax.validation.dump import run_case
-from tests.models.prompts import hf_inputs, make_example
+from tests.checkpoints import tiny
+from tests.families.prompts import hf_inputs, make_example
+from tests.parity.command import refusal, validate
 from tests.torch_support import allow_transformers_models, save_tiny, tiny_qwen2_vl
-from tests.validation.command import refusal, validate
-from tests.weights import tiny
 
 allow_transformers_models()
 
@@ -96,7 +96,7 @@ def forget_states(tensors: dict[str, np.ndarray], ending: str = "") -> None:
 
 
 def check_schema(report: dict[str, Any], name: str) -> None:
-    schema = json.loads((files("rlens_jax.validation") / name).read_text(encoding="utf-8"))
+    schema = json.loads((files("rlens_jax.parity") / name).read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(report, schema)
 
@@ -186,24 +186,16 @@ def test_where_they_part_as_far_as_the_states_tell(model: Path, bundle: Path, tm
     wrong = spoilt(model, tmp_path, "model.layers.3.mlp.up_proj.weight")
     only(bundle, 0)
     edit_case(bundle, 0, lambda t: forget_states(t, ".attention"))
-    assert "in layer 3, in attention or ffn (the bundle has no states between" in parting(
-        capsys, wrong, bundle
-    )
+    assert "in layer 3, in attention or ffn (the bundle has no states between" in parting(capsys, wrong, bundle)
     edit_case(bundle, 0, lambda t: t.pop("hidden_states.2"))
-    assert "in one of the layers 2 to 3; the bundle has no hidden_states between" in parting(
-        capsys, wrong, bundle
-    )
+    assert "in one of the layers 2 to 3; the bundle has no hidden_states between" in parting(capsys, wrong, bundle)
     edit_case(bundle, 0, lambda t: (t.pop("hidden_states.3"), t.pop("hidden_states.4")))
-    assert "they part after layer 1's ffn, the last states that the bundle has" in parting(
-        capsys, wrong, bundle
-    )
+    assert "they part after layer 1's ffn, the last states that the bundle has" in parting(capsys, wrong, bundle)
     edit_case(bundle, 0, forget_states)
     assert "the bundle has no hidden_states that would tell in which layer" in parting(capsys, wrong, bundle)
 
 
-def test_a_wrong_mask_shows_in_all_tokens_but_the_first(
-    theirs, model: Path, inputs, tmp_path: Path, capsys
-) -> None:
+def test_a_wrong_mask_shows_in_all_tokens_but_the_first(theirs, model: Path, inputs, tmp_path: Path, capsys) -> None:
     """Only whole layers in the bundle, and only a dense case."""
     attention = theirs.model.language_model.layers[2].self_attn
     attention.scaling *= 1.5
@@ -226,35 +218,23 @@ def test_a_reduction_that_the_reference_lacks(
     assert f"they first part in layer 2, in {operator}" in line
 
 
-def test_another_range_is_told_from_the_dense_case(
-    theirs, model: Path, inputs, tmp_path: Path, capsys
-) -> None:
+def test_another_range_is_told_from_the_dense_case(theirs, model: Path, inputs, tmp_path: Path, capsys) -> None:
     plan, wide = PLANS[1], replace(SMALL, attention_range=6)
-    cases = [
-        (p, SMALL, run_case(theirs, inputs, p, r, with_states=True))
-        for p, r in ((Plan(), SMALL), (plan, wide))
-    ]
+    cases = [(p, SMALL, run_case(theirs, inputs, p, r, with_states=True)) for p, r in ((Plan(), SMALL), (plan, wide))]
     for _, _, tensors in cases:
         forget_states(tensors, ".attention")
     bundle = write_bundle(tmp_path / "bundle", cases)
     assert "case_01.safetensors: they first part in layer 1, in attention" in parting(capsys, model, bundle)
     for number in (0, 1):
         edit_case(bundle, number, forget_states)
-    assert "they part in a layer with reduced attention: with that dense, they agree" in parting(
-        capsys, model, bundle
-    )
+    assert "they part in a layer with reduced attention: with that dense, they agree" in parting(capsys, model, bundle)
 
 
-def test_kept_units_are_imposed_and_the_own_choice_reported(
-    theirs, model: Path, inputs, tmp_path: Path
-) -> None:
+def test_kept_units_are_imposed_and_the_own_choice_reported(theirs, model: Path, inputs, tmp_path: Path) -> None:
     plan = PLANS[2]
     with reduced(theirs, plan, SMALL) as record, torch.no_grad():
         theirs(**inputs)
-    other = {
-        layer: torch.cat([units[:, :-3], unchosen(units)], dim=1)
-        for layer, units in record.kept_units.items()
-    }
+    other = {layer: torch.cat([units[:, :-3], unchosen(units)], dim=1) for layer, units in record.kept_units.items()}
     with reduced(theirs, plan, SMALL, kept_units=other), torch.no_grad():
         logits = theirs(**inputs).logits
     tensors = {name: tensor.numpy() for name, tensor in {**inputs, "logits": logits}.items()}
@@ -292,9 +272,7 @@ def test_chosen_positions_and_padding(model: Path, bundle: Path, tmp_path: Path)
     report = tmp_path / "report.json"
     assert validate(model, "--reference", bundle, "--json", report) == 0
     (case,) = json.loads(report.read_text())["cases"]
-    assert (
-        case["logits"]["num_positions"] == 4
-    )  # one row is as long as the batch: its last token counts twice
+    assert case["logits"]["num_positions"] == 4  # one row is as long as the batch: its last token counts twice
     edit_case(bundle, 3, lambda t: t["logits_positions"].__isub__(np.int32(1)))
     assert validate(model, "--reference", bundle) == 1
 
@@ -344,9 +322,7 @@ def rename_field(old: str, new: str) -> Callable[[Path], None]:
 
 
 def tensor(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
-    return lambda bundle: edit_case(
-        bundle, 3, lambda t: t.update({name: np.ascontiguousarray(change(t[name]))})
-    )
+    return lambda bundle: edit_case(bundle, 3, lambda t: t.update({name: np.ascontiguousarray(change(t[name]))}))
 
 
 def without(name: str) -> Callable[[Path], None]:
@@ -514,9 +490,7 @@ def test_dump_of_a_converted_folder(tmp_path: Path, capsys) -> None:
 
 def ranking_json(folder: Path, **rankings: list[int]) -> Path:
     path = folder / "ranking.json"
-    path.write_text(
-        json.dumps({"schema": "rlens-ranking/1", "rankings": rankings, "model": {"num_layers": 4}})
-    )
+    path.write_text(json.dumps({"schema": "rlens-ranking/1", "rankings": rankings, "model": {"num_layers": 4}}))
     return path
 
 

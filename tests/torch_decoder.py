@@ -53,9 +53,7 @@ class TorchDecoder:
         return self.weights["embedding"][ids]
 
     @torch.no_grad()
-    def __call__(
-        self, x: Tensor, is_visual: Tensor, rope: Tensor, last_prompt_token: int, settings: Settings
-    ) -> Pass:
+    def __call__(self, x: Tensor, is_visual: Tensor, rope: Tensor, last_prompt_token: int, settings: Settings) -> Pass:
         """x [T, D] embeddings, rope [T, axes] rotary positions."""
         positions, gap, attended = torch.arange(len(x)), float("inf"), [torch.empty(0)]
         for layer in range(self.config.num_layers):
@@ -80,8 +78,7 @@ class TorchDecoder:
         }
         y = self.rms_norm(x, w["input_norm.scale"])
         q, k, v = (
-            torch.einsum("td,dnh->nth", y, w[f"attention.{name}.kernel"])
-            + w[f"attention.{name}.bias"][:, None]
+            torch.einsum("td,dnh->nth", y, w[f"attention.{name}.kernel"]) + w[f"attention.{name}.bias"][:, None]
             for name in ("q_proj", "k_proj", "v_proj")
         )
         q, k = self.turn(q, rope), self.turn(k, rope)
@@ -93,9 +90,7 @@ class TorchDecoder:
         y = self.rms_norm(x, w["ffn_norm.scale"])
         gate, up, down = (w[f"ffn.{name}_proj.kernel"] for name in ("gate", "up", "down"))
         if layer in settings.ffn_layers:
-            y, _ = dynamic_ffn(
-                y, gate, up, down.T, is_visual, settings.active_fraction, settings.probe_fraction
-            )
+            y, _ = dynamic_ffn(y, gate, up, down.T, is_visual, settings.active_fraction, settings.probe_fraction)
         else:
             y = (torch.nn.functional.silu(y @ gate.T) * (y @ up.T)) @ down
         return x + y, weights

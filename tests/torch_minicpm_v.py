@@ -143,9 +143,7 @@ class MiniCPMV(torch.nn.Module):
         self.vpm = SiglipVisionModel(vision)
         self.resampler = Resampler(NUM_QUERIES, self.config.hidden_size, vision.hidden_size)
         redraw(self, seed)
-        with (
-            torch.no_grad()
-        ):  # so that a query's bias, which softmax hides in part, can be seen in the logits
+        with torch.no_grad():  # so that a query's bias, which softmax hides in part, can be seen in the logits
             self.resampler.attn.in_proj_bias[: self.config.hidden_size] *= 3
         self.eval()
 

@@ -143,9 +143,7 @@ def reduced(
                 hidden = torch.finfo(attention_mask.dtype).min
                 for mask, visual in zip(attention_mask[:, 0], is_visual, strict=True):
                     length = len(visual)
-                    own = torch.zeros(length, length).masked_fill(
-                        ~hollow_mask(visual, attention_range), hidden
-                    )
+                    own = torch.zeros(length, length).masked_fill(~hollow_mask(visual, attention_range), hidden)
                     mask[:length] = hidden
                     mask[:length, :length] = own
             return plain(hidden_states=hidden_states, attention_mask=attention_mask, **others)

@@ -101,16 +101,12 @@ def _sample(row: dict[str, Any], path: Path, number: int) -> Sample:
 
 def _images(row: dict[str, Any], folder: Path, where: str) -> tuple[Path, ...]:
     if "image" not in row or row["image"] == []:
-        raise UserError(
-            f"{where}: field 'image' is missing or empty: a prompt without an image has nothing to reduce"
-        )
+        raise UserError(f"{where}: field 'image' is missing or empty: a prompt without an image has nothing to reduce")
     given = row["image"]
     names = given if isinstance(given, list) else [given]
     for name in names:
         if not isinstance(name, str):
-            raise UserError(
-                f"{where}: field 'image' must be a path or a list of paths, but has {_type_name(name)}"
-            )
+            raise UserError(f"{where}: field 'image' must be a path or a list of paths, but has {_type_name(name)}")
         if not name.strip():
             raise UserError(f"{where}: field 'image' is an empty path")
         # A null character cannot be in a file name: is_file raises ValueError for it on Python 3.11.
@@ -133,9 +129,7 @@ def _answers(row: dict[str, Any], where: str) -> tuple[str, ...]:
         raise UserError(f"{where}: field 'answers' is empty")
     for answer in answers:
         if not isinstance(answer, str):
-            raise UserError(
-                f"{where}: field 'answers' must be a list of strings, but has {_type_name(answer)}"
-            )
+            raise UserError(f"{where}: field 'answers' must be a list of strings, but has {_type_name(answer)}")
         if not answer.strip():
             raise UserError(f"{where}: field 'answers' has an empty answer")
     return tuple(answers)

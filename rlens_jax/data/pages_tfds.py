@@ -85,9 +85,7 @@ def read_pages(dataset: str, split: str, data_dir: Path, limit: int | None = Non
     Raises UserError for an unknown dataset or split, a limit below 1 and a folder that cannot be written.
     """
     if dataset not in DATASETS:
-        raise UserError(
-            f"unknown pages dataset {dataset!r}{suggest(dataset, DATASETS)}; known: {', '.join(DATASETS)}"
-        )
+        raise UserError(f"unknown pages dataset {dataset!r}{suggest(dataset, DATASETS)}; known: {', '.join(DATASETS)}")
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}{suggest(split, SPLITS)}; known: {', '.join(SPLITS)}")
     if limit is not None and limit < 1:

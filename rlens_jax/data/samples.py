@@ -36,9 +36,7 @@ class Sample:
     answers: tuple[str, ...]
 
 
-def load_image(
-    source: bytes | Path, sample_id: str, max_pixels_allowed: int = MAX_IMAGE_PIXELS
-) -> Image.Image:
+def load_image(source: bytes | Path, sample_id: str, max_pixels_allowed: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """Decode an image file to an RGB image of the size its file states.
 
     The size is checked from the header, before anything is decoded. The EXIF orientation is not applied,

@@ -93,9 +93,7 @@ def split_samples(
         order = rng.permutation(len(groups))
         num_test = min(max(1, round(held_out_share * len(groups))), len(groups) - 1)
         if num_test < 1:
-            raise UserError(
-                f"{where}: dataset {dataset!r} has one image; the search and the curves need one each"
-            )
+            raise UserError(f"{where}: dataset {dataset!r} has one image; the search and the curves need one each")
         drawn = {"test": order[:num_test], "validation": order[num_test:]}
         for split, limit in (("validation", validation_samples), ("test", test_samples)):
             splits[split] += [sample for group in drawn[split] for sample in groups[group]][:limit]

@@ -1,1 +1,1 @@
-"""The small example that is trained here: pages of handwritten digits, and a tiny model that reads them."""
+"""The embedded model and how it was trained."""

@@ -15,9 +15,9 @@ from jaxtyping import Array
 
 from rlens_jax.data.pages import CELL, INKS, Page, Question, make_page, make_question, transcription
 from rlens_jax.demo.processor import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
+from rlens_jax.families.qwen2_vl.model import patch_places, rope_positions
 from rlens_jax.layout import Bucket, TokenLayout, pack_layout, pack_rows
 from rlens_jax.models.prompt import IGNORE
-from rlens_jax.models.qwen2_vl import patch_places, rope_positions
 
 VALUES = (*map(str, range(10)), *INKS)
 """What a cell can hold: a digit, and an ink."""
@@ -170,9 +170,7 @@ def _shares(page: Page, cells: Cells) -> np.ndarray:
     return counts / max(1, len(cells))
 
 
-def make_batch(
-    rng: np.random.Generator, size: int, tokens: Mapping[str, int], transcribed: float
-) -> TrainBatch:
+def make_batch(rng: np.random.Generator, size: int, tokens: Mapping[str, int], transcribed: float) -> TrainBatch:
     """A fresh batch of augmented training pages, a share of them also read as a whole."""
     num_slots = BUCKET.visual * MERGE_SIZE**2
     lessons, cells = [], []
@@ -205,15 +203,11 @@ def make_batch(
         patches=patches,
         places=places,
         num_patches=num_patches,
-        cells=np.stack(
-            [np.pad(c, ((0, BUCKET.visual - len(c)), (0, 0)), constant_values=IGNORE) for c in cells]
-        ),
+        cells=np.stack([np.pad(c, ((0, BUCKET.visual - len(c)), (0, 0)), constant_values=IGNORE) for c in cells]),
     )
 
 
-def batches(
-    seed: int, start: int, micro_batches: int, size: int, tokens: Mapping[str, int]
-) -> Iterator[TrainBatch]:
+def batches(seed: int, start: int, micro_batches: int, size: int, tokens: Mapping[str, int]) -> Iterator[TrainBatch]:
     """Endless training batches [A, B, ...] from step `start` on, counted from 0.
 
     The one of a step depends on seed and step only, so a resumed run goes on alike.

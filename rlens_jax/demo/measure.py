@@ -30,13 +30,13 @@ def measure(model: str, samples: int) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
+    from rlens_jax.checkpoints.checkpoint import find_model, load_model
     from rlens_jax.data.pages_tfds import read_pages
-    from rlens_jax.models import FAMILIES
-    from rlens_jax.parallel.mesh import make_mesh
+    from rlens_jax.engine.inputs import FILLER, Shapes, Split, build_split
+    from rlens_jax.engine.programs import Programs
+    from rlens_jax.families.registry import FAMILIES
     from rlens_jax.plan import Plan, Reduction
-    from rlens_jax.ranking.inputs import FILLER, Shapes, Split, build_split
-    from rlens_jax.ranking.programs import Programs
-    from rlens_jax.weights.checkpoint import find_model, load_model
+    from rlens_jax.sharding.mesh import make_mesh
 
     folder = find_model(model)
     mesh = make_mesh(jax.devices()[:1], 1)

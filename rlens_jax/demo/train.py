@@ -24,19 +24,19 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
+from rlens_jax.checkpoints.export import save_hf
 from rlens_jax.console import ArgumentParser, run_command
 from rlens_jax.demo.batches import VALUES, TrainBatch, batches
 from rlens_jax.demo.card import MODEL_CARD
-from rlens_jax.demo.model import embedded_config
+from rlens_jax.demo.demo_model import embedded_config
 from rlens_jax.demo.processor import END_OF_TURN, TOKENS, write_processor
+from rlens_jax.families.hf_config import ConfigReader
+from rlens_jax.families.qwen2_vl.model import Qwen2VL, read_config
 from rlens_jax.layout import visible
 from rlens_jax.models.decoder import Decoder
-from rlens_jax.models.hf_config import ConfigReader
 from rlens_jax.models.prompt import IGNORE
-from rlens_jax.models.qwen2_vl import Qwen2VL, read_config
 from rlens_jax.ops.attention import MASKED, masked_attention
 from rlens_jax.ops.ffn import dense_ffn
-from rlens_jax.weights.export import save_hf
 
 CELL_LAYERS = 3
 """The auxiliary loss looks at the states after this many decoder layers, so that they, too, learn to read."""
@@ -77,9 +77,7 @@ def shares_entropy(logits: Float[Array, "*n V"], shares: Array | np.ndarray) -> 
     """Mean divergence of the softmax from given shares, and mean share of the likeliest, over rows that have any."""
     counts = shares.any(axis=-1)
     total = jnp.maximum(1.0, counts.sum(dtype=shares.dtype))
-    surprise = jnp.where(
-        shares > 0, shares * (jnp.log(jnp.maximum(shares, 1e-9)) - jax.nn.log_softmax(logits)), 0.0
-    )
+    surprise = jnp.where(shares > 0, shares * (jnp.log(jnp.maximum(shares, 1e-9)) - jax.nn.log_softmax(logits)), 0.0)
     best = jnp.take_along_axis(shares, logits.argmax(-1, keepdims=True), axis=-1)
     return jnp.where(counts, surprise.sum(-1), 0.0).sum() / total, best.sum() / total
 
@@ -112,9 +110,7 @@ def pointing(decoder: Decoder, x: Array, batch: TrainBatch) -> tuple[Array, Arra
     turn = decoder.context(batch.layout, batch.rope, jax.random.key(0)).turn
     q, k, _ = layer.attention.project(layer.input_norm(x), turn)
     num_text, num_visual = batch.text_ids.shape[1], batch.layout.num_visual
-    scores = (
-        jnp.einsum("BXH,BPH->BXP", q[:, 0, :num_text], k[:, 0, num_text:]) * decoder.config.head_dim**-0.5
-    )
+    scores = jnp.einsum("BXH,BPH->BXP", q[:, 0, :num_text], k[:, 0, num_text:]) * decoder.config.head_dim**-0.5
     is_token = jnp.arange(scores.shape[2])[None, None] < num_visual[:, None, None]
     attention = jax.nn.log_softmax(jnp.where(is_token, scores, MASKED), axis=-1)
     cells = batch.looks.sum(axis=-1, dtype=scores.dtype)
@@ -135,10 +131,7 @@ def losses(model: Qwen2VL, heads: CellHeads, batch: TrainBatch) -> tuple[Array, 
     after = forward(decoder, before, batch, slice(POINTING_LAYER, FOUND_LAYERS))
     last = forward(decoder, after, batch, slice(FOUND_LAYERS, None))
     num_text = batch.text_ids.shape[1]
-    read = [
-        cross_entropy(head(middle[:, num_text:]), batch.cells[:, :, axis])
-        for axis, head in enumerate(heads.cell)
-    ]
+    read = [cross_entropy(head(middle[:, num_text:]), batch.cells[:, :, axis]) for axis, head in enumerate(heads.cell)]
     due = after[:, :num_text]
     found_digit, digits_found = shares_entropy(heads.found_digit(due), batch.found[:, :, :10])
     found_ink, inks_found = shares_entropy(heads.found_ink(due), batch.found[:, :, 10:])
@@ -153,10 +146,7 @@ def losses(model: Qwen2VL, heads: CellHeads, batch: TrainBatch) -> tuple[Array, 
         "found_digit": digits_found,
         "found_ink": inks_found,
         "value": values_right / values,
-        **{
-            f"{name}_accuracy": right / count
-            for name, (_, right, count) in zip(CELL_LABELS, read, strict=True)
-        },
+        **{f"{name}_accuracy": right / count for name, (_, right, count) in zip(CELL_LABELS, read, strict=True)},
     }
     cell_loss = sum(loss / count for loss, _, count in read) + found_digit + found_ink + value_loss / values
     return log["loss"] + CELL_WEIGHT * cell_loss + POINTING_WEIGHT * pointing_loss, log
@@ -182,9 +172,7 @@ def make_step(graph: Any, optimizer: optax.GradientTransformation) -> Any:
     """The jitted update: gradients are averaged over micro-batches, which CPUs run faster than one large batch."""
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(
-        state: PyTree, optimizer_state: optax.OptState, batch: TrainBatch
-    ) -> tuple[Any, Any, dict[str, Array]]:
+    def step(state: PyTree, optimizer_state: optax.OptState, batch: TrainBatch) -> tuple[Any, Any, dict[str, Array]]:
         def one(state: PyTree, micro: TrainBatch) -> tuple[Array, dict[str, Array]]:
             model, heads = nnx.merge(graph, state)
             return losses(model, heads, micro)
@@ -239,15 +227,11 @@ def train(folder: Path) -> None:
     graph, state = nnx.split(modules)
     optimizer = optax.chain(
         optax.clip_by_global_norm(CLIP),
-        optax.adamw(
-            learning_rate(), b2=0.98, weight_decay=0.02, mask=lambda p: jax.tree.map(lambda x: x.ndim > 2, p)
-        ),
+        optax.adamw(learning_rate(), b2=0.98, weight_decay=0.02, mask=lambda p: jax.tree.map(lambda x: x.ndim > 2, p)),
     )
     optimizer_state = optimizer.init(state)
     step = make_step(graph, optimizer)
-    with ocp.CheckpointManager(
-        folder / "state", options=ocp.CheckpointManagerOptions(max_to_keep=2)
-    ) as manager:
+    with ocp.CheckpointManager(folder / "state", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
         start = manager.latest_step() or 0
         pure = nnx.to_pure_dict(state)
         if start:

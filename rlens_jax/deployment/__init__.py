@@ -1,1 +1,1 @@
-"""Reduced models in use: loaded once, compiled for their plan alone, answering prompts."""
+"""A model under a static plan."""

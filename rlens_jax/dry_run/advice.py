@@ -43,9 +43,7 @@ def _for_program(program: Program, config: RunConfig, shards: list[int]) -> list
     if config.compute.dtype == "float32":
         lines.append("compute.dtype: bfloat16 takes half of the memory")
     if shards:
-        lines.append(
-            f"compute.model_shards: {' or '.join(map(str, shards))}, so that a device holds less of the model"
-        )
+        lines.append(f"compute.model_shards: {' or '.join(map(str, shards))}, so that a device holds less of the model")
     if config.compute.batch_size > 1:
         lines.append(f"compute.batch_size: below {config.compute.batch_size}")
     if name == "encode":

@@ -25,9 +25,7 @@ Axis = Literal["work", "model", "work and model"]
 _SPLIT, _START = '"async_collective_fusion_config"', "AsyncCollectiveStart"
 """On TPU a collective that overlaps with arithmetic is spread over several fusions, each of which names it."""
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_NAMED = re.compile(
-    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
-)
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
 """A mesh of named axes, which devices lie on it in which order, and the axes along which they exchange."""
 _PAIR = re.compile(r"\{(\d+),(\d+)\}")
 
@@ -129,9 +127,7 @@ def _mentioned(module: Module, computation: Computation) -> Iterator[tuple[Instr
             yield from _mentioned(module, module.computations[item.called["calls"]])
 
 
-def read_collective(
-    item: Instruction, computation: Computation, mesh_shape: tuple[int, int]
-) -> Collective | None:
+def read_collective(item: Instruction, computation: Computation, mesh_shape: tuple[int, int]) -> Collective | None:
     """One collective instruction; None when every group is a single device."""
     groups = device_groups(item, prod(mesh_shape))
     axis = mesh_axis(groups, mesh_shape)
@@ -159,10 +155,7 @@ def device_groups(item: Instruction, num_devices: int) -> list[tuple[int, ...]]:
     if iota:
         shape, dims = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
         order = [int(n) for n in iota[3].split(",")] if iota[3] else range(len(dims))
-        return [
-            tuple(group)
-            for group in np.arange(prod(dims)).reshape(dims).transpose(order).reshape(shape).tolist()
-        ]
+        return [tuple(group) for group in np.arange(prod(dims)).reshape(dims).transpose(order).reshape(shape).tolist()]
     named = _NAMED.search(item.attributes)
     if named:
         return _named_groups(named)
@@ -195,8 +188,7 @@ def mesh_axis(groups: list[tuple[int, ...]], mesh_shape: tuple[int, int]) -> Axi
     over: set[str] = set()
     for group in groups:
         rows, columns = (
-            {number[axis] for number in (divmod(device, mesh_shape[1]) for device in group)}
-            for axis in (0, 1)
+            {number[axis] for number in (divmod(device, mesh_shape[1]) for device in group)} for axis in (0, 1)
         )
         over |= {name for name, places in (("work", rows), ("model", columns)) if len(places) > 1}
     if over == {"work", "model"}:

@@ -197,9 +197,7 @@ def instruction_bytes(item: Instruction, computation: Computation) -> float:
         return _hbm(slice_) + (slice_.bytes if reads[0].shapes[0].in_hbm else 0)
     if item.opcode == "gather":
         return (
-            _hbm(item.shapes[0])
-            + (item.shapes[0].bytes if reads[0].shapes[0].in_hbm else 0)
-            + _hbm(reads[1].shapes[0])
+            _hbm(item.shapes[0]) + (item.shapes[0].bytes if reads[0].shapes[0].in_hbm else 0) + _hbm(reads[1].shapes[0])
         )
     if item.opcode == "dynamic-update-slice":
         update = reads[1].shapes[0]
@@ -210,9 +208,7 @@ def instruction_bytes(item: Instruction, computation: Computation) -> float:
     return sum(map(_hbm, computation.operand_shapes(item))) + sum(map(_hbm, written))
 
 
-def fusion_bytes(
-    item: Instruction, computation: Computation, computations: Mapping[str, Computation]
-) -> float:
+def fusion_bytes(item: Instruction, computation: Computation, computations: Mapping[str, Computation]) -> float:
     """HBM traffic of a fusion: what it takes of its operands, and its results."""
     inner = computations[item.called["calls"]]
     total = 0.0
@@ -233,9 +229,7 @@ def taken(array: Instruction, computation: Computation, computations: Mapping[st
     whole = array.shapes[0].bytes
     total = 0.0
     for user in computation.users[array.name]:
-        if user.opcode in ("dynamic-slice", "slice") or (
-            user.opcode == "gather" and user.operands[0] == array.name
-        ):
+        if user.opcode in ("dynamic-slice", "slice") or (user.opcode == "gather" and user.operands[0] == array.name):
             total += user.shapes[0].bytes
         elif user.opcode == "bitcast":
             total += taken(user, computation, computations)
@@ -260,9 +254,7 @@ def _results(computation: Computation) -> list[Instruction]:
     return [computation.instructions[name] for name in root.operands]
 
 
-def _update(
-    result: Instruction, computation: Computation, computations: Mapping[str, Computation]
-) -> int | None:
+def _update(result: Instruction, computation: Computation, computations: Mapping[str, Computation]) -> int | None:
     """Bytes written by a result that updates an array in place, else None."""
     while result.opcode in ("bitcast", "fusion"):
         if result.opcode == "bitcast":

@@ -15,9 +15,7 @@ _SHAPE = re.compile(r"(\w+)\[([\d,<=? ]*)\](\{[^{}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+)\s*\(.*\)\s*->\s*.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _NAME = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(
-    r"(?<![\w.\-])(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
-)
+_CALLED = re.compile(r"(?<![\w.\-])(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _MEMORY_SPACE = re.compile(r"S\((\d+)\)")
 

@@ -95,11 +95,7 @@ class Loops:
         for item in computation:
             if item.opcode == "while" and self.known[item.name] == self._counts.layers:
                 return True
-            below = (
-                [*item.called.values(), *item.branches]
-                if item.opcode in ("while", "conditional", "call")
-                else []
-            )
+            below = [*item.called.values(), *item.branches] if item.opcode in ("while", "conditional", "call") else []
             if any(self._contains_layers(self._module.computations[name]) for name in below):
                 return True
         return False

@@ -11,7 +11,7 @@ from rlens_jax.dry_run.collectives import Collective, find_collectives
 from rlens_jax.dry_run.costs import Cost, ProgramCost, program_cost, reduced, unreduced
 from rlens_jax.dry_run.hlo import parse_module
 from rlens_jax.dry_run.loops import LoopCounts, Loops
-from rlens_jax.parallel.memory import bytes_refused, is_out_of_memory
+from rlens_jax.engine.memory import bytes_refused, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,5 @@ def refusal(spec: ProgramSpec, message: str, seconds: float) -> Refused:
 def of_one_layer(collectives: Iterable[Collective], *, dense: bool) -> list[Collective]:
     """Those in the loop over layers that a dense layer runs, or a reduced one."""
     return [
-        item
-        for item in collectives
-        if item.in_layer_loop and (not item.branch or item.branch.startswith("0") == dense)
+        item for item in collectives if item.in_layer_loop and (not item.branch or item.branch.startswith("0") == dense)
     ]

@@ -70,9 +70,7 @@ def roofline_seconds(cost: Cost, link_bytes: float, where: Slice) -> float:
 
 def link_bytes(collectives: Iterable[Collective]) -> float:
     """Bytes that a device sends in one run of a program whose layers are dense."""
-    return sum(
-        item.link_bytes * item.times for item in collectives if not item.branch or item.branch.startswith("0")
-    )
+    return sum(item.link_bytes * item.times for item in collectives if not item.branch or item.branch.startswith("0"))
 
 
 def program_time(program: CompiledProgram, where: Slice) -> ProgramTime:
@@ -97,9 +95,7 @@ def estimates(programs: Sequence[CompiledProgram], phases: Sequence[Phase], wher
         else:
             by_bucket[program.spec.bucket][program.spec.name] = time
     return [
-        Estimate(
-            bucket, {phase.name: _phase_seconds(phase, image_seconds, times) for phase in phases}, where.chips
-        )
+        Estimate(bucket, {phase.name: _phase_seconds(phase, image_seconds, times) for phase in phases}, where.chips)
         for bucket, times in by_bucket.items()
     ]
 

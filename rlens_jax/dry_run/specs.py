@@ -1,7 +1,7 @@
 """Abstract inputs of a run's programs: shapes, dtypes and places on the mesh, from a configuration and a config.json alone.
 
 Nothing is allocated and no weight is read, so a model folder with only a config.json is enough.
-Axis letters as in `rlens_jax.ranking.programs`; W work groups.
+Axis letters as in `rlens_jax.engine.programs`; W work groups.
 """
 
 import math
@@ -13,18 +13,16 @@ from jax.sharding import Mesh
 
 from rlens_jax.config import RunConfig
 from rlens_jax.dry_run.program import ProgramSpec
+from rlens_jax.engine.abstract import Placed, abstract_model, bytes_on_device, decoder_arguments
+from rlens_jax.engine.inputs import images_together
+from rlens_jax.engine.programs import Programs
+from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import Bucket
-from rlens_jax.models import ModelKind
-from rlens_jax.ops.splash import kernel_flops
-from rlens_jax.parallel.model_axis import WORK
-from rlens_jax.ranking.abstract import Placed, abstract_model, bytes_on_device, decoder_arguments
-from rlens_jax.ranking.inputs import images_together
-from rlens_jax.ranking.programs import Programs
+from rlens_jax.ops.attention_tpu import kernel_flops
+from rlens_jax.sharding.model_axis import WORK
 
 
-def program_specs(
-    config: RunConfig, kind: ModelKind, mesh: Mesh, *, all_buckets: bool
-) -> Iterator[ProgramSpec]:
+def program_specs(config: RunConfig, kind: ModelKind, mesh: Mesh, *, all_buckets: bool) -> Iterator[ProgramSpec]:
     """The programs that a run of this configuration executes on these devices.
 
     Args:

@@ -143,7 +143,5 @@ def slice_devices(where: Slice) -> list[Any]:
         description = topologies.get_topology_desc(platform="tpu", topology_name=where.name, **options)
     except Exception as error:  # libtpu's own types of errors are not JAX's
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--dry-run {where.name}: the installed libtpu cannot compile for it ({reason})"
-        ) from None
+        raise UserError(f"--dry-run {where.name}: the installed libtpu cannot compile for it ({reason})") from None
     return list(description.devices)

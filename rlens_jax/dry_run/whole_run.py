@@ -5,18 +5,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from rlens_jax.checkpoints.checkpoint import CONFIG, find_model, read_model_kind
 from rlens_jax.config import RunConfig
 from rlens_jax.dry_run.analysis import dry_run
-from rlens_jax.dry_run.report import document, terminal
+from rlens_jax.dry_run.dry_run_report import document, terminal
 from rlens_jax.dry_run.request import Request
 from rlens_jax.dry_run.specs import program_specs
 from rlens_jax.dry_run.topology import slice_devices
 from rlens_jax.dry_run.workload import Sizes, workload
+from rlens_jax.engine.batch_size import with_batch_size
 from rlens_jax.errors import UserError
-from rlens_jax.models import ModelKind
-from rlens_jax.parallel.mesh import check_fits, make_mesh
-from rlens_jax.ranking.batch_size import with_batch_size
-from rlens_jax.weights.checkpoint import CONFIG, find_model, read_model_kind
+from rlens_jax.families.registry import ModelKind
+from rlens_jax.sharding.mesh import check_fits, make_mesh
 
 
 def dry_run_of(config: RunConfig, request: Request, progress: Callable[[str], None]) -> tuple[str, str]:
@@ -27,9 +27,7 @@ def dry_run_of(config: RunConfig, request: Request, progress: Callable[[str], No
     """
     folder = find_model(config.model)
     if not (folder / CONFIG).is_file():
-        raise UserError(
-            f"{folder}: has no {CONFIG}; a dry run needs that of the model's checkpoint, but no weights"
-        )
+        raise UserError(f"{folder}: has no {CONFIG}; a dry run needs that of the model's checkpoint, but no weights")
     kind = read_model_kind(folder)
     jax.config.update("jax_default_matmul_precision", config.compute.matmul_precision)
     devices = slice_devices(request.where)
@@ -41,9 +39,7 @@ def dry_run_of(config: RunConfig, request: Request, progress: Callable[[str], No
     specs = program_specs(config, kind, mesh, all_buckets=request.all_buckets)
     shards = config.compute.model_shards
     mesh_shape = (len(devices) // shards, shards)
-    found = dry_run(
-        specs, request.where, mesh_shape, workload(config, _sizes(config, kind, mesh_shape[0])), progress
-    )
+    found = dry_run(specs, request.where, mesh_shape, workload(config, _sizes(config, kind, mesh_shape[0])), progress)
     return terminal(found, config, kind), document(found, config, kind)
 
 

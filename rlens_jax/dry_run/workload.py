@@ -14,11 +14,11 @@ from rlens_jax.data.jsonl import read_jsonl
 from rlens_jax.data.pages import DATASETS
 from rlens_jax.data.samples import Sample
 from rlens_jax.data.splits import PAGES, split_samples
+from rlens_jax.engine.schedule import schedule
 from rlens_jax.plan import Operator, Plan
-from rlens_jax.ranking.objective import PlanScore
-from rlens_jax.ranking.schedule import schedule
-from rlens_jax.ranking.search import Ranking, rank_layers
-from rlens_jax.report.curves import held_out_plans
+from rlens_jax.search.curves import held_out_plans
+from rlens_jax.search.objective import PlanScore
+from rlens_jax.search.search import Ranking, rank_layers
 
 PAPER_SAMPLES = 2350
 """Validation instances of the paper (second hand), and as many for the curves (our assumption)."""
@@ -203,9 +203,7 @@ def workload(config: RunConfig, sizes: Sizes) -> Workload:
     return Workload((*phases, curves.phase), samples, resident)
 
 
-def _rank(
-    config: RunConfig, operator: Operator, num_layers: int, counted: Counter
-) -> tuple[Ranking, Ranking | None]:
+def _rank(config: RunConfig, operator: Operator, num_layers: int, counted: Counter) -> tuple[Ranking, Ranking | None]:
     """The searches for one operator, over plans that all tie."""
 
     def score_round(base: Plan, candidates: list[Plan]) -> list[PlanScore]:

@@ -1,1 +1,1 @@
-"""What a reduced model is worth: answers, scores, costs and times beside those of the dense model."""
+"""Scores, costs and times of a plan on benchmarks."""

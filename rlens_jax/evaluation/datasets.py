@@ -15,7 +15,7 @@ from rlens_jax.data.pages_tfds import read_pages
 from rlens_jax.data.samples import Sample
 from rlens_jax.data.splits import PAGES, samples_hash
 from rlens_jax.errors import UserError
-from rlens_jax.metrics.results import Row, Score, mean_ratio
+from rlens_jax.metrics.score import Row, Score, mean_ratio
 from rlens_jax.metrics.scorers import score
 
 EXACT_MATCH = "exact match with any reference answer, rlens_jax"

@@ -5,7 +5,7 @@ Biten et al., arXiv:1905.13648, as VLMEvalKit computes it (`vlmeval/dataset/util
 
 from rapidfuzz.distance import Levenshtein
 
-from rlens_jax.metrics.results import Row
+from rlens_jax.metrics.score import Row
 
 THRESHOLD = 0.5
 """Similarities below this score 0; one of exactly this much is kept."""

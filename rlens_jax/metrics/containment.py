@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.metrics.results import Aggregate, Row, mean_ratio, outcomes_by
+from rlens_jax.metrics.score import Aggregate, Row, mean_ratio, outcomes_by
 
 FORMULA = "Handwritten Mathematical Expression Recognition"
 

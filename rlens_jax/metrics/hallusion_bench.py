@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlens_jax.errors import UserError
-from rlens_jax.metrics.results import Aggregate, Ratio, Row, mean_ratio
+from rlens_jax.metrics.score import Aggregate, Ratio, Row, mean_ratio
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ def _ids(row: Row) -> _Ids:
             "the last three of them the ids of set, figure and question"
         )
     if row.l2_category is None:
-        raise UserError(
-            f"HallusionBench: row {row.index}: no l2-category, without which its ids are not unique"
-        )
+        raise UserError(f"HallusionBench: row {row.index}: no l2-category, without which its ids are not unique")
     group = f"{row.l2_category}_{parts[3]}"
     return _Ids(group, (group, parts[4]), (group, parts[5]))
 

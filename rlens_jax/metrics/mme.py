@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.metrics.results import Aggregate, Row, mean_ratio
+from rlens_jax.metrics.score import Aggregate, Row, mean_ratio
 
 PERCEPTION = (
     "OCR",

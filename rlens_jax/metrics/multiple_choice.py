@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 
 from rlens_jax.errors import UserError
-from rlens_jax.metrics.results import Row
+from rlens_jax.metrics.score import Row
 
 NONE = "Z"
 """VLMEvalKit's letter of no option."""

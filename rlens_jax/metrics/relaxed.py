@@ -3,7 +3,7 @@
 Methani et al., arXiv:1909.00997, as VLMEvalKit computes it (`vlmeval/dataset/utils/vqa_eval.py`, after pix2struct).
 """
 
-from rlens_jax.metrics.results import Row
+from rlens_jax.metrics.score import Row
 
 TOLERANCE = 0.05
 """Largest relative error of a number; this much is still right."""

@@ -13,7 +13,7 @@ from rlens_jax.metrics.hallusion_bench import hallusion_bench
 from rlens_jax.metrics.mme import mme
 from rlens_jax.metrics.multiple_choice import choice_accuracy
 from rlens_jax.metrics.relaxed import relaxed_accuracy
-from rlens_jax.metrics.results import Aggregate, Row, Score, mean_ratio, outcomes_by
+from rlens_jax.metrics.score import Aggregate, Row, Score, mean_ratio, outcomes_by
 from rlens_jax.metrics.vqa_accuracy import vqa_accuracy
 from rlens_jax.metrics.yes_no import yes_no_accuracy
 
@@ -74,9 +74,7 @@ def score(dataset: str, rows: Sequence[Row]) -> Score:
         scorer says.
     """
     if dataset not in SCORERS:
-        raise UserError(
-            f"unknown dataset {dataset!r}{suggest(dataset, SCORERS)}; known: {', '.join(SCORERS)}"
-        )
+        raise UserError(f"unknown dataset {dataset!r}{suggest(dataset, SCORERS)}; known: {', '.join(SCORERS)}")
     if not rows:
         raise UserError(f"{dataset}: no rows to score")
     (index, times), *_ = Counter(row.index for row in rows).most_common(1)

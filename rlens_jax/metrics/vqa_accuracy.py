@@ -7,7 +7,7 @@ import math
 
 from rlens_jax.metrics.contractions import CONTRACTIONS
 from rlens_jax.metrics.punctuation import remove_punctuation
-from rlens_jax.metrics.results import Row
+from rlens_jax.metrics.score import Row
 
 ENOUGH = 3
 """So many people who say the same make an answer right."""

@@ -5,7 +5,7 @@ VLMEvalKit can ask a language model about unclear answers; here, as with its `ex
 
 from rlens_jax.errors import UserError
 from rlens_jax.metrics.punctuation import remove_punctuation
-from rlens_jax.metrics.results import Row
+from rlens_jax.metrics.score import Row
 
 
 def extract_yes_no(prediction: str) -> str:
@@ -23,7 +23,5 @@ def yes_no_accuracy(row: Row) -> float:
       UserError: the reference is neither "Yes" nor "No".
     """
     if row.answers not in (("Yes",), ("No",)):
-        raise UserError(
-            f"row {row.index}: the answer must be 'Yes' or 'No', not {', '.join(map(repr, row.answers))}"
-        )
+        raise UserError(f"row {row.index}: the answer must be 'Yes' or 'No', not {', '.join(map(repr, row.answers))}")
     return float(extract_yes_no(row.prediction) == row.answers[0])

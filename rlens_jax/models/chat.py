@@ -32,9 +32,7 @@ class Chat:
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
 
-    def turn(
-        self, sample: Sample, content: str | list[dict[str, str]], answer: str | None
-    ) -> tuple[list[int], int]:
+    def turn(self, sample: Sample, content: str | list[dict[str, str]], answer: str | None) -> tuple[list[int], int]:
         """Ids of a user turn, followed by `answer` and the end of the turn if given, and how many belong to the answer.
 
         Raises:
@@ -77,9 +75,7 @@ class ChatTokenizer(Chat):
             ) from None
         self.image_token = image_token
 
-    def encode(
-        self, sample: Sample, tokens_per_image: Sequence[int], answer: str | None
-    ) -> tuple[np.ndarray, int]:
+    def encode(self, sample: Sample, tokens_per_image: Sequence[int], answer: str | None) -> tuple[np.ndarray, int]:
         """Token ids int32 [T] of the prompt, followed by `answer` and the end of the turn if given, and their number.
 
         Raises:

@@ -26,11 +26,11 @@ from rlens_jax.layout import PADDING_POSITION, Slots, TokenLayout, visible
 from rlens_jax.models import vocabulary
 from rlens_jax.models.layers import Linear, RMSNorm, rope_angles, rotate, rotation
 from rlens_jax.ops.attention import masked_attention
+from rlens_jax.ops.attention_tpu import Kernel, attend
 from rlens_jax.ops.ffn import FfnWeights, Kept, Units, dense_ffn, dynamic_ffn
-from rlens_jax.ops.splash import Kernel, attend
 from rlens_jax.ops.stored_units import StoredUnits, UnitStack
-from rlens_jax.parallel.model_axis import num_shards, shard_index, sum_over_shards
 from rlens_jax.plan import Plan, Reduction
+from rlens_jax.sharding.model_axis import num_shards, shard_index, sum_over_shards
 
 Out = TypeVar("Out")
 Flags = Callable[[Array], tuple[bool | Array, bool | Array]]
@@ -273,14 +273,10 @@ class Decoder(nnx.Module):
         self.layers = make(rngs.split(config.num_layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
         self.head = (
-            None
-            if config.tied_head
-            else nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale, axes="VD")
+            None if config.tied_head else nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale, axes="VD")
         )
 
-    def embed(
-        self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[Array, "B P D"]
-    ) -> Float[Array, "B T D"]:
+    def embed(self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[Array, "B P D"]) -> Float[Array, "B T D"]:
         """Packed embeddings: those of the text tokens, then the connector's outputs."""
         text = vocabulary.embed(self.embedding[...], jnp.asarray(text_ids))
         return jnp.concatenate([text, visual.astype(text.dtype)], axis=1)

@@ -1,7 +1,7 @@
 """Building blocks that every tower and decoder shares: linear maps, norms, rotary embeddings.
 
 A parameter is declared in one place: its axes (letters of the module that makes it), sizes, dtype and initialiser. The axes
-stay with it as metadata, and say how it is cut over a mesh (`rlens_jax.parallel.mesh`).
+stay with it as metadata, and say how it is cut over a mesh (`rlens_jax.sharding.mesh`).
 """
 
 from collections.abc import Mapping

@@ -76,9 +76,7 @@ class PromptBatch:
         return jnp.where(answered, jnp.asarray(self.answer_slots[:, 0]), last)
 
 
-def collate(
-    prompts: Sequence[Prompt], samples: Sequence[int], bucket: Bucket, answer_slots: int
-) -> PromptBatch:
+def collate(prompts: Sequence[Prompt], samples: Sequence[int], bucket: Bucket, answer_slots: int) -> PromptBatch:
     """A batch of `prompts`, all of which must fit the bucket and the answer slots.
 
     Args:

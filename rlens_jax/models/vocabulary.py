@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rlens_jax.ops.attention import MASKED
-from rlens_jax.parallel.model_axis import (
+from rlens_jax.sharding.model_axis import (
     max_over_shards,
     num_shards,
     shard_index,

@@ -15,7 +15,7 @@ from rlens_jax.layout import keep_visual
 from rlens_jax.models import vocabulary
 from rlens_jax.models.decoder import Context, Decoder, TracedPlan
 from rlens_jax.models.prompt import PromptBatch
-from rlens_jax.ops.splash import Kernel
+from rlens_jax.ops.attention_tpu import Kernel
 from rlens_jax.plan import VTW, Reduction
 
 
@@ -47,9 +47,7 @@ def withdrawal_divergences(
         text, _ = decoder.run_layers(text, text_context, nothing, reduction, layer + 1, jnp.int32(num_layers))
         return x, decoder.logits(jnp.take_along_axis(text, last, axis=1))[:, 0]
 
-    _, logits = jax.lax.scan(
-        after, decoder.embed(batch.text_ids, visual), jnp.arange(num_layers, dtype=jnp.int32)
-    )
+    _, logits = jax.lax.scan(after, decoder.embed(batch.text_ids, visual), jnp.arange(num_layers, dtype=jnp.int32))
     return vocabulary.divergence(logits, logits[-1:])
 
 

@@ -26,8 +26,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.layout import TokenLayout
 from rlens_jax.ops.chunks import over_tokens, parts_of
-from rlens_jax.parallel.model_axis import join_shards, num_shards, shard_index
 from rlens_jax.plan import Reduction
+from rlens_jax.sharding.model_axis import join_shards, num_shards, shard_index
 
 HEADROOM = 1.05
 """Units that a shard takes without the loop, over its even share. Of randomly spread units a shard of a published model has more
@@ -52,9 +52,7 @@ class Units(Protocol):
     ) -> tuple[Float[Array, "B X D"], Float[Array, "B F"]]:
         """Text through every unit, and `unit_scores` by the probes that stand behind it, in one pass over the weights."""
 
-    def scores(
-        self, probes: Float[Array, "B M D"], is_probe: Bool[Array, "B M"], chunk: int
-    ) -> Float[Array, "B F"]:
+    def scores(self, probes: Float[Array, "B M D"], is_probe: Bool[Array, "B M"], chunk: int) -> Float[Array, "B F"]:
         """`unit_scores`, with no more numbers at once than `chunk` tokens have in all units."""
 
     def through_rows(
@@ -87,9 +85,7 @@ class FfnWeights:
         hidden = hidden_units(x, self)
         return down_units(hidden[:, :num_text], self), unit_scores(hidden[:, num_text:], is_probe)
 
-    def scores(
-        self, probes: Float[Array, "B M D"], is_probe: Bool[Array, "B M"], chunk: int
-    ) -> Float[Array, "B F"]:
+    def scores(self, probes: Float[Array, "B M D"], is_probe: Bool[Array, "B M"], chunk: int) -> Float[Array, "B F"]:
         """Units, and not probes, go part by part, because the sum over the probes then has the order it has in one piece."""
         starts, size = parts_of(self.number, max(1, self.number * chunk // max(chunk, probes.shape[1])))
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.ops.ffn import FfnWeights, in_tiles, shard_capacity, unit_scores
 from rlens_jax.ops.row_gather import fetched_ffn
-from rlens_jax.parallel.model_axis import num_shards
+from rlens_jax.sharding.model_axis import num_shards
 
 PART_BYTES = 17 << 20
 """Of a matrix, at most, that a pass over all units takes at a time; v5p, with the least VMEM, holds three of them."""
@@ -65,9 +65,7 @@ class StoredUnits:
             return self._rows().text_and_scores(x, is_probe)
         return self._in_parts(x, is_probe)
 
-    def scores(
-        self, probes: Float[Array, "B M D"], is_probe: Bool[Array, "B M"], chunk: int
-    ) -> Float[Array, "B F"]:
+    def scores(self, probes: Float[Array, "B M D"], is_probe: Bool[Array, "B M"], chunk: int) -> Float[Array, "B F"]:
         if probes.shape[0] * probes.shape[1] > MOST_TOKENS or probes.shape[1] > chunk:
             return self._rows().scores(probes, is_probe, chunk)
         return self._in_parts(probes, is_probe)[1]

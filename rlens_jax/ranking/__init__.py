@@ -1,1 +1,1 @@
-"""Which layers can be reduced: the objective, the search, and the journal of a run."""
+"""The ranking run."""

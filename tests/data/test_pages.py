@@ -66,9 +66,7 @@ def test_each_cell_shows_its_digit(augment: bool):
     def drawn(split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
         pages = [make_page(rng, split, augment) for _ in range(count)]
         darkness = np.concatenate([255.0 - cells_of(page).min(-1).reshape(-1, CELL * CELL) for page in pages])
-        return darkness / darkness.max(1, keepdims=True), np.concatenate(
-            [page.digits.ravel() for page in pages]
-        )
+        return darkness / darkness.max(1, keepdims=True), np.concatenate([page.digits.ravel() for page in pages])
 
     images, labels = drawn("train", 60)
     nearest = KNeighborsClassifier(1).fit(images, labels)

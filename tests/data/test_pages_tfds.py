@@ -23,9 +23,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], lis
     data_dir = tmp_path_factory.mktemp("pages")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pages_tfds, "SAMPLES", SMALL)
-        return {
-            (dataset, split): read_pages(dataset, split, data_dir) for dataset in DATASETS for split in SPLITS
-        }
+        return {(dataset, split): read_pages(dataset, split, data_dir) for dataset in DATASETS for split in SPLITS}
 
 
 def test_real_sizes():
@@ -34,9 +32,7 @@ def test_real_sizes():
 
 def test_samples_are_complete_and_unique(pages: dict[tuple[str, str], list[Sample]]):
     for (dataset, split), samples in pages.items():
-        assert [sample.id for sample in samples] == [
-            f"{dataset}/{split}/{i:06d}" for i in range(SMALL[split])
-        ]
+        assert [sample.id for sample in samples] == [f"{dataset}/{split}/{i:06d}" for i in range(SMALL[split])]
         assert {sample.dataset for sample in samples} == {dataset}
     everything = [sample for samples in pages.values() for sample in samples]
     assert len({sample.images for sample in everything}) == len(everything)

@@ -28,12 +28,7 @@ def header_only(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def test_bytes_and_files_give_the_same_rgb(tmp_path: Path):
@@ -69,9 +64,7 @@ def test_exif_orientation_is_not_applied():
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("side", [10_001, 15_000, 60_000])
 def test_absurd_sizes_are_refused_from_the_header(side: int):
-    with pytest.raises(
-        UserError, match=rf"^set:1: image has {side} x {side} = {side**2} pixels, more than the 1000"
-    ):
+    with pytest.raises(UserError, match=rf"^set:1: image has {side} x {side} = {side**2} pixels, more than the 1000"):
         load_image(header_only(side, side), "set:1")
 
 

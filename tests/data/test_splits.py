@@ -70,9 +70,7 @@ def test_one_image_cannot_be_split() -> None:
 def test_a_source_of_no_known_kind() -> None:
     with pytest.raises(UserError, match=r"data\.source: 'pagse' is neither"):
         load("pagse")
-    with pytest.raises(
-        UserError, match=r"data\.benchmarks must name the folder of the TSV files of my\.json"
-    ):
+    with pytest.raises(UserError, match=r"data\.benchmarks must name the folder of the TSV files of my\.json"):
         load("my.json")
 
 

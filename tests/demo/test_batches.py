@@ -68,9 +68,7 @@ def test_a_lesson(page: Page) -> None:
         assert (lesson.values[own] != IGNORE).sum() == 0
         # Asked as if it were the only question: right after the page.
         first_rope = lesson.rope[lesson.segments == 0].max() + 1
-        np.testing.assert_array_equal(
-            lesson.rope[own], first_rope + np.arange(len(own))[:, None].repeat(3, 1)
-        )
+        np.testing.assert_array_equal(lesson.rope[own], first_rope + np.arange(len(own))[:, None].repeat(3, 1))
 
 
 def test_a_lesson_tells_shares_and_values(page: Page) -> None:

@@ -7,16 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
+from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.data.pages import DATASETS, make_page, make_question
 from rlens_jax.data.samples import Sample
 from rlens_jax.demo.measure import measure
+from rlens_jax.families.registry import FAMILIES
 from rlens_jax.layout import Bucket, unpack_rows
-from rlens_jax.models import FAMILIES
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import collate
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.resources import embedded_model
-from rlens_jax.weights.checkpoint import load_model
 from tests.torch_support import allow_transformers_models
 
 allow_transformers_models()
@@ -50,9 +50,7 @@ def test_logits_and_answers_equal_those_of_hugging_face(questions: list[tuple[Im
         ((prepared, grid),) = preparer.images([image], "s")
         prompt = preparer.prompt(sample, [grid], None)
         np.testing.assert_array_equal(prompt.token_ids, inputs["input_ids"][0].numpy())
-        np.testing.assert_allclose(
-            prepared.arrays[0][: len(inputs["pixel_values"])], inputs["pixel_values"], atol=1e-2
-        )
+        np.testing.assert_allclose(prepared.arrays[0][: len(inputs["pixel_values"])], inputs["pixel_values"], atol=1e-2)
 
         # The same pixels on both sides: the two processors round a little differently.
         inputs["pixel_values"] = torch.from_numpy(prepared.arrays[0][: len(inputs["pixel_values"])])

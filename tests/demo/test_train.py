@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 from safetensors.numpy import load_file
 
+from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.demo import train as training
-from rlens_jax.weights.checkpoint import load_model
 
 STEPS, KILLED_AT = 4, 3
 

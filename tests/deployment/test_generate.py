@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 import rlens_jax
+from rlens_jax.commands.generate import main
 from rlens_jax.console import run_command
 from rlens_jax.data.pages import make_page
-from rlens_jax.deployment.model import DeployedModel, slot_sizes
-from rlens_jax.deployment.programs import automatic_chunk
+from rlens_jax.deployment.deployed_model import DeployedModel, slot_sizes
+from rlens_jax.deployment.deployed_programs import automatic_chunk
 from rlens_jax.errors import UserError
-from rlens_jax.generate import main
 from rlens_jax.plan_file import FORMAT
 from tests.torch_support import allow_transformers_models
 
@@ -60,9 +60,7 @@ def model() -> DeployedModel:
     return rlens_jax.load("embedded", batch_size=4)
 
 
-def test_batches_and_plans_share_the_decoding_program(
-    model: DeployedModel, page: Path, plan_path: Path
-) -> None:
+def test_batches_and_plans_share_the_decoding_program(model: DeployedModel, page: Path, plan_path: Path) -> None:
     plan = rlens_jax.read_plan(plan_path)
     images = [[page], [png(1)], [png(2)]]
     dense = model.generate(images=images, prompt=QUESTIONS, max_new_tokens=TOKENS)
@@ -155,9 +153,7 @@ def test_bad_input(model: DeployedModel, page: Path, tmp_path: Path) -> None:
         ({"ffn": [12]}, "reduces ffn in layer 12, but the model has 12 layers"),
     ],
 )
-def test_a_plan_for_another_model(
-    model: DeployedModel, page: Path, tmp_path: Path, fields, complaint: str
-) -> None:
+def test_a_plan_for_another_model(model: DeployedModel, page: Path, tmp_path: Path, fields, complaint: str) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps({"format": FORMAT, **fields}))
     with pytest.raises(UserError, match=complaint):

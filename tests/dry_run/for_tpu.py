@@ -15,8 +15,8 @@ from rlens_jax.dry_run.hlo import parse_module
 from rlens_jax.dry_run.program import CompiledProgram, compile_program
 from rlens_jax.dry_run.specs import program_specs
 from rlens_jax.dry_run.topology import find_slice, slice_devices
-from rlens_jax.models import read_kind
-from rlens_jax.parallel.mesh import make_mesh
+from rlens_jax.families.registry import read_kind
+from rlens_jax.sharding.mesh import make_mesh
 
 MODELS = Path(__file__).parent / "models"
 CASES = (

@@ -15,9 +15,7 @@ MESH = (2, 4)
 
 
 def groups(attributes: str, devices: int = 8) -> list[tuple[int, ...]]:
-    return device_groups(
-        parse_instruction(f"  %a = f32[] all-reduce(%b), channel_id=1, {attributes}"), devices
-    )
+    return device_groups(parse_instruction(f"  %a = f32[] all-reduce(%b), channel_id=1, {attributes}"), devices)
 
 
 def found(mesh: tuple[int, int] = MESH) -> list[Collective]:
@@ -92,9 +90,7 @@ def test_mesh_axes(members: list[tuple[int, ...]], axis: str | None) -> None:
 def test_groups_of_one_device_exchange_nothing() -> None:
     text = LOOP.replace("{{0,1,2,3},{4,5,6,7}}", "{{0},{1},{2},{3},{4},{5},{6},{7}}")
     module = parse_module(text)
-    assert [item.kind for item in find_collectives(module, Loops(module, LoopCounts(5)), MESH)] == [
-        "all-gather"
-    ]
+    assert [item.kind for item in find_collectives(module, Loops(module, LoopCounts(5)), MESH)] == ["all-gather"]
 
 
 def test_asynchronous_collectives_are_counted_once() -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from rlens_jax.dry_run import command
-from rlens_jax.dry_run.command import run_dry
+from rlens_jax.commands.rank import main
+from rlens_jax.dry_run import parent as command
+from rlens_jax.dry_run.parent import run_dry
 from rlens_jax.dry_run.request import take_request
 from rlens_jax.errors import UserError
-from rlens_jax.rank import main
 
 
 @pytest.fixture

@@ -57,7 +57,5 @@ def test_reduced_layers_fetch_their_units_with_the_kernel(
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
-def test_no_matrix_is_copied_in_memory(
-    compiled: dict[tuple[str, int], dict[str, Any]], case: tuple[str, int]
-) -> None:
+def test_no_matrix_is_copied_in_memory(compiled: dict[tuple[str, int], dict[str, Any]], case: tuple[str, int]) -> None:
     assert compiled[case]["copies"] == []

@@ -6,18 +6,18 @@ from typing import Any
 import jsonschema
 import pytest
 
+from rlens_jax.checkpoints.checkpoint import read_model_kind
 from rlens_jax.config import ComputeConfig, RunConfig
 from rlens_jax.dry_run.analysis import DryRun
 from rlens_jax.dry_run.collectives import Collective
+from rlens_jax.dry_run.dry_run_report import WIDTH, document, terminal
 from rlens_jax.dry_run.hlo import Shape
 from rlens_jax.dry_run.program import CompiledProgram, Memory, Program, refusal
-from rlens_jax.dry_run.report import WIDTH, document, terminal
 from rlens_jax.dry_run.roofline import ASSUMPTIONS, estimates
 from rlens_jax.dry_run.topology import find_slice
 from rlens_jax.dry_run.workload import Sizes, workload
-from rlens_jax.models import ModelKind
+from rlens_jax.families.registry import ModelKind
 from rlens_jax.resources import embedded_model
-from rlens_jax.weights.checkpoint import read_model_kind
 from tests.dry_run.programs import GIB, compiled, spec
 
 SCHEMA = json.loads(files("rlens_jax.dry_run").joinpath("dry_run.schema.json").read_text())

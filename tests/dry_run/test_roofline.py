@@ -9,9 +9,7 @@ from rlens_jax.dry_run.workload import Phase
 from tests.dry_run.programs import compiled
 
 WHERE = find_slice("v5e:4x4")
-REDUCE = Collective(
-    "all-reduce", (Shape("f32", (1000,)),), (Shape("f32", (1000,)),), "model", 4, True, "", 28
-)
+REDUCE = Collective("all-reduce", (Shape("f32", (1000,)),), (Shape("f32", (1000,)),), "model", 4, True, "", 28)
 
 
 def test_the_longer_of_arithmetic_and_traffic_and_then_the_interconnect() -> None:
@@ -33,8 +31,7 @@ def test_collectives_of_reduced_layers_are_not_those_of_dense_ones() -> None:
     reduced = Collective(**{**vars(REDUCE), "branch": "1"})
     cost = ProgramCost(Cost(28, 0), Cost(1, 0))
     with_it, without = (
-        program_time(compiled("layers", layers=28, dense=cost, collectives=items), WHERE)
-        for items in ((reduced,), ())
+        program_time(compiled("layers", layers=28, dense=cost, collectives=items), WHERE) for items in ((reduced,), ())
     )
     assert with_it == without
 
@@ -64,6 +61,4 @@ def test_generation_runs_one_program_a_step() -> None:
 
 
 def test_layers_of_a_program_without_a_loop() -> None:
-    assert program_time(compiled("embed", dense=ProgramCost(Cost(197e12), None)), WHERE) == ProgramTime(
-        1.0, 0.0, 0
-    )
+    assert program_time(compiled("embed", dense=ProgramCost(Cost(197e12), None)), WHERE) == ProgramTime(1.0, 0.0, 0)

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlens_jax.checkpoints.checkpoint import read_model_kind
 from rlens_jax.config import ComputeConfig, RunConfig, SearchConfig
 from rlens_jax.dry_run.specs import abstract_images, program_specs
+from rlens_jax.engine.abstract import Placed, abstract_batch, abstract_model, bytes_on_device
 from rlens_jax.errors import UserError
+from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import Bucket
-from rlens_jax.models import ModelKind
 from rlens_jax.models.prompt import Prompt, collate
-from rlens_jax.parallel.mesh import make_mesh
-from rlens_jax.ranking.abstract import Placed, abstract_batch, abstract_model, bytes_on_device
-from rlens_jax.weights.checkpoint import read_model_kind
+from rlens_jax.sharding.mesh import make_mesh
 
 MODELS = Path(__file__).with_name("models")
 LARGEST = {
@@ -47,9 +47,7 @@ def test_images_run_through_the_vision_tower_as_they_are(kind: ModelKind) -> Non
     images = abstract_images(kind, LARGEST[kind_name(kind)], 2, mesh())
     model: Any = abstract_model(kind, "bfloat16", mesh())
     tokens = jax.eval_shape(lambda model, *arrays: model.vision(*arrays), model, *images)
-    visual = {"internvl2_8b": 3328, "minicpm_v_2_6": 640, "qwen2_vl_7b": 16384}.get(
-        kind_name(kind), tokens.shape[1]
-    )
+    visual = {"internvl2_8b": 3328, "minicpm_v_2_6": 640, "qwen2_vl_7b": 16384}.get(kind_name(kind), tokens.shape[1])
     assert tokens.shape == (2, visual, kind.config.decoder.width)
 
 

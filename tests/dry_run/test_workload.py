@@ -10,9 +10,9 @@ import pytest
 
 from rlens_jax.config import ComputeConfig, ReportConfig, RunConfig, SearchConfig
 from rlens_jax.dry_run.workload import Counter, Phase, Sizes, filled_blocks, workload
+from rlens_jax.engine.inputs import Batch
+from rlens_jax.engine.programs import Programs, States
 from rlens_jax.plan import Plan
-from rlens_jax.ranking.inputs import Batch
-from rlens_jax.ranking.programs import Programs, States
 
 LAYERS = 8
 SIZES = Sizes(num_layers=LAYERS, groups=1, block_bytes=10)
@@ -41,9 +41,7 @@ def test_evaluations_are_those_of_the_algorithm() -> None:
 
 def test_layers_of_a_search_by_hand() -> None:
     config = run_config(position_layers=1, operators=("ffn",))
-    counted = Counter(
-        Phase("one batch"), rows=1, batch_size=1, groups=1, num_layers=3, forced=True, keeps_states=True
-    )
+    counted = Counter(Phase("one batch"), rows=1, batch_size=1, groups=1, num_layers=3, forced=True, keeps_states=True)
     from rlens_jax.dry_run.workload import _rank
 
     counted.ask(Plan(), [Plan()])
@@ -132,8 +130,8 @@ def empty_batch() -> Batch:
 @pytest.mark.parametrize(("groups", "rows"), [(1, 30), (3, 90), (4, 90), (4, 20)])
 def test_against_the_evaluators_own_steps(groups: int, rows: int) -> None:
     from rlens_jax.dry_run.workload import _rank
-    from rlens_jax.ranking.schedule import schedule
-    from rlens_jax.ranking.scoring import TeacherForcing
+    from rlens_jax.engine.schedule import schedule
+    from rlens_jax.engine.scoring import TeacherForcing
 
     counted = Counter(
         Phase("counted"),
@@ -155,9 +153,7 @@ def test_against_the_evaluators_own_steps(groups: int, rows: int) -> None:
         ask(base, plans)
         todo = [plan for plan in plans if plan not in known]
         known.update(todo)
-        for step in (
-            schedule(filled, [LAYERS - scoring.first_layer(base, plan) for plan in todo]) if todo else []
-        ):
+        for step in schedule(filled, [LAYERS - scoring.first_layer(base, plan) for plan in todo]) if todo else []:
             items = [item or next(filter(None, step.items)) for item in step.items]
             batch = batches[step.batch]
             scoring.start(batch, base, [todo[item.plan] for item in items], [item.block for item in items])

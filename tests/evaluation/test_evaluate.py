@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rlens_jax.commands.cost import count, find_stack
+from rlens_jax.commands.evaluate import main
 from rlens_jax.console import run_command
-from rlens_jax.cost import count, find_stack
 from rlens_jax.data.pages import make_page
-from rlens_jax.evaluate import main
 from rlens_jax.evaluation import answers as answers_module
 from rlens_jax.evaluation.answers import FILE_NAME, Answers
 from rlens_jax.plan_file import FORMAT, read_plan
@@ -139,9 +139,7 @@ def test_scores_costs_and_predictions(finished: Path, data: Path, plan_path: Pat
     # Every question has as many tokens.
     counted = count(stack, int(own["text_tokens"]), int(own["visual_tokens"]), plan)
     assert own["multiply_adds"]["saved"] == pytest.approx(1 - counted["without_probes"]["share_of_dense"])
-    assert own["multiply_adds"]["saved_with_probes"] == pytest.approx(
-        1 - counted["with_probes"]["share_of_dense"]
-    )
+    assert own["multiply_adds"]["saved_with_probes"] == pytest.approx(1 - counted["with_probes"]["share_of_dense"])
 
 
 def test_a_benchmark_has_the_columns_of_its_file(finished: Path) -> None:
@@ -150,9 +148,7 @@ def test_a_benchmark_has_the_columns_of_its_file(finished: Path) -> None:
     assert rows[0]["D"] == 'the "black" ink'
     assert {"question", "answer", "category", "prediction"} < rows[0].keys()
     assert "image" not in rows[0]
-    score = json.loads((finished / "evaluation.json").read_text())["datasets"]["MMStar"]["variants"]["plan"][
-        "score"
-    ]
+    score = json.loads((finished / "evaluation.json").read_text())["datasets"]["MMStar"]["variants"]["plan"]["score"]
     assert score["harness"].startswith("VLMEvalKit rules")
 
 
@@ -250,9 +246,7 @@ def test_the_folder_of_another_evaluation(
         (["--first=ffn=2"], "--first needs a --plan"),
     ],
 )
-def test_bad_options(
-    options: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_options(options: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate(["embedded", f"--output={tmp_path / 'run'}", *options]) == 2
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from rlens_jax.metrics.mme import PERCEPTION, REASONING
-from rlens_jax.metrics.results import Row
+from rlens_jax.metrics.score import Row
 
 Pairs = Sequence[Sequence[int]]
 """By image: which of its questions were answered right."""

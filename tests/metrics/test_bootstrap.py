@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rlens_jax.metrics.bootstrap import bootstrap_interval, bootstrap_scores
-from rlens_jax.metrics.results import Row
+from rlens_jax.metrics.score import Row
+from rlens_jax.metrics.score_bootstrap import bootstrap_interval, bootstrap_scores
 from rlens_jax.metrics.scorers import score
 from tests.metrics.benchmarks import hallusion_rows, mme_rows
 
@@ -82,9 +82,7 @@ def counts(groups: tuple[str, ...], strata: tuple[str, ...], samples: int, seed:
     draws: list[dict[str, int]] = [{} for _ in range(samples)]
     for stratum in dict.fromkeys(strata):
         names = list(dict.fromkeys(g for g, s in zip(groups, strata, strict=True) if s == stratum))
-        for times, row in zip(
-            draws, rng.multinomial(len(names), [1 / len(names)] * len(names), samples), strict=True
-        ):
+        for times, row in zip(draws, rng.multinomial(len(names), [1 / len(names)] * len(names), samples), strict=True):
             times |= dict(zip(names, row.tolist(), strict=True))
     return draws
 
@@ -108,12 +106,7 @@ def test_a_draw_of_hallusion_bench_scores_what_its_rows_score():
         row
         for l2_category in ("map", "math")
         for row in hallusion_rows(
-            {
-                (str(s), str(f), str(q)): next(hits)
-                for s in range(6)
-                for f in range(1 + s % 3)
-                for q in range(3)
-            },
+            {(str(s), str(f), str(q)): next(hits) for s in range(6) for f in range(1 + s % 3) for q in range(3)},
             l2_category=l2_category,
         )
     ]

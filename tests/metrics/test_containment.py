@@ -4,7 +4,7 @@ import pytest
 
 from rlens_jax.errors import UserError
 from rlens_jax.metrics.containment import FORMULA, GROUPS, contains_answer
-from rlens_jax.metrics.results import Row
+from rlens_jax.metrics.score import Row
 from rlens_jax.metrics.scorers import score
 
 TEXT = [

@@ -3,7 +3,7 @@
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.metrics.results import Row
+from rlens_jax.metrics.score import Row
 from rlens_jax.metrics.scorers import score
 from tests.metrics.benchmarks import Hits, hallusion_rows
 

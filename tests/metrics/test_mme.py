@@ -4,7 +4,7 @@ import pytest
 
 from rlens_jax.errors import UserError
 from rlens_jax.metrics.mme import PERCEPTION, REASONING
-from rlens_jax.metrics.results import Row
+from rlens_jax.metrics.score import Row
 from rlens_jax.metrics.scorers import score
 from tests.metrics.benchmarks import Pairs, mme_rows
 
@@ -95,9 +95,7 @@ def test_an_image_is_drawn_as_a_whole_and_within_its_category():
     result = score("MME", rows)
     assert [result.groups.count(group) for group in result.groups] == [2] * len(rows)
     assert set(result.strata) == set(CATEGORIES)
-    assert [stratum for stratum, row in zip(result.strata, rows, strict=True) if row.category == "OCR"] == [
-        "OCR"
-    ] * 4
+    assert [stratum for stratum, row in zip(result.strata, rows, strict=True) if row.category == "OCR"] == ["OCR"] * 4
 
 
 def test_per_sample_scores_are_those_of_the_questions():

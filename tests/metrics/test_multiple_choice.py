@@ -4,7 +4,7 @@ import pytest
 
 from rlens_jax.errors import UserError
 from rlens_jax.metrics.multiple_choice import choice_accuracy, extract_choice
-from rlens_jax.metrics.results import Row
+from rlens_jax.metrics.score import Row
 from rlens_jax.metrics.scorers import score
 
 OPTIONS = {"A": "red", "B": "blue", "C": "green", "D": "yellow"}

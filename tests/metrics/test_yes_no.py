@@ -3,7 +3,7 @@
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.metrics.results import Row
+from rlens_jax.metrics.score import Row
 from rlens_jax.metrics.yes_no import extract_yes_no, yes_no_accuracy
 
 CASES = [

@@ -107,10 +107,7 @@ def test_an_empty_plan_is_the_dense_model_bit_for_bit(decoder, rows):
     layout = make_layout(RAGGED, spare=(2, 3))
     extreme = Reduction(attention_range=1, active_fraction=0.02)
     static, traced = (
-        [
-            unpack(run(decoder, rows, layout, Plan(), reduction)[0], layout)
-            for reduction in (REDUCTION, extreme)
-        ]
+        [unpack(run(decoder, rows, layout, Plan(), reduction)[0], layout) for reduction in (REDUCTION, extreme)]
         for run in (prefill, traced_prefill)
     )
     for ours, other, dense in zip(*static, traced[0], strict=True):
@@ -163,9 +160,7 @@ def test_only_reduced_layers_report_kept_units(decoder, rows):
 def test_padding_never_leaks(decoder, rows, plan):
     layout, rng = make_layout(RAGGED, spare=(2, 13)), np.random.default_rng(3)
     clean, _ = prefill(decoder, rows, layout, plan)
-    garbage, record = prefill(
-        decoder, rows, layout, plan, padding=lambda shape: 1e3 * rng.standard_normal(shape)
-    )
+    garbage, record = prefill(decoder, rows, layout, plan, padding=lambda shape: 1e3 * rng.standard_normal(shape))
     assert record.kept.scored.all()
     for ours, expected in zip(unpack(garbage, layout), unpack(clean, layout), strict=True):
         np.testing.assert_array_equal(ours, expected)
@@ -225,9 +220,7 @@ def test_influence_within_a_hollow_layer_is_exactly_what_the_mask_says(decoder):
         return jnp.einsum("BTD,D->BT", y, weights)[0]
 
     influence = np.abs(jax.jit(jax.jacrev(output))(x)[:, 0]).max(axis=2)
-    np.testing.assert_array_equal(
-        influence != 0, visible(layout.slots, layout.slots, REDUCTION.attention_range)[0]
-    )
+    np.testing.assert_array_equal(influence != 0, visible(layout.slots, layout.slots, REDUCTION.attention_range)[0])
 
 
 @pytest.mark.parametrize("plan", [Plan(), PLANS[2]], ids=Plan.label)
@@ -240,9 +233,7 @@ def test_decoding_equals_the_prefill_of_the_whole(decoder, plan):
 
     @jax.jit
     def start(text_ids, visual, layout):
-        x, record = decoder.prefill(
-            decoder.embed(text_ids, visual), make_context(decoder, layout), plan, REDUCTION
-        )
+        x, record = decoder.prefill(decoder.embed(text_ids, visual), make_context(decoder, layout), plan, REDUCTION)
         return decoder.logits(x), (decoder.make_cache(record, layout, steps),)
 
     def prefill_all(cut):

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as Spec
 
 from rlens_jax.layout import TokenLayout
 from rlens_jax.ops.ffn import FfnWeights, Kept, dense_ffn, dynamic_ffn
-from rlens_jax.parallel.model_axis import sum_over_shards
 from rlens_jax.plan import Reduction
+from rlens_jax.sharding.model_axis import sum_over_shards
 from tests.numerics import assert_close
 from tests.sequences import make_layout, pack, random_rows, run_length
 
@@ -62,9 +62,7 @@ def over_shards(shards: int, reduction: Reduction):
 
 @cache
 def whole(reduction: Reduction):
-    return jax.jit(
-        lambda x, weights, layout, imposed: dynamic_ffn(x, weights, layout, reduction, KEY, imposed)
-    )
+    return jax.jit(lambda x, weights, layout, imposed: dynamic_ffn(x, weights, layout, reduction, KEY, imposed))
 
 
 def compare(name: str, x, weights, reduction: Reduction = REDUCTION, imposed=None, splits=SHARDS) -> Kept:

@@ -76,9 +76,7 @@ def test_a_range_of_all_visual_tokens_is_dense_attention():
     dense = run(packed_attention, rows, layout, None, "ordinal", 13)
     for ours, expected in zip(run(packed_attention, rows, layout, most, "ordinal", 13), dense, strict=True):
         np.testing.assert_array_equal(ours, expected)
-    for ours, expected in zip(
-        run(packed_attention, rows, layout, most - 1, "ordinal", 13), dense, strict=True
-    ):
+    for ours, expected in zip(run(packed_attention, rows, layout, most - 1, "ordinal", 13), dense, strict=True):
         changed = np.abs(ours - expected).max(axis=(1, 2)) > 0
         assert changed.sum() == (len(expected) == len(RAGGED[1]))
 

@@ -111,9 +111,7 @@ def test_merging_equals_a_slow_version():
     """Several rounds, several images, an image too small to keep a token."""
     layout = make_layout(MASKS, spare=(1, 2))
     rows = random_rows(np.random.default_rng(5), MASKS, 6)
-    visual = jnp.asarray(
-        pack(rows, layout, lambda shape: np.full(shape, 1e3, np.float32))[:, layout.bucket.text :]
-    )
+    visual = jnp.asarray(pack(rows, layout, lambda shape: np.full(shape, 1e3, np.float32))[:, layout.bucket.text :])
     for share in ("0.3", "0.5", "0.85"):
         pruning = Folder(share)
         merged, ordinals = jax.jit(merge_similar, static_argnums=2)(visual, layout, pruning)

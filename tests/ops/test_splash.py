@@ -12,7 +12,7 @@ from jax.extend.core import jaxprs_in_params
 
 from rlens_jax.layout import PADDING_POSITION, Bucket, Slots, visible
 from rlens_jax.ops.attention import reference_attention
-from rlens_jax.ops.splash import attend, block_size, kernel_flops, splash_attention, visited_blocks
+from rlens_jax.ops.attention_tpu import attend, block_size, kernel_flops, splash_attention, visited_blocks
 from tests.numerics import assert_close
 from tests.sequences import make_layout, pack, random_rows, run_length, unpack
 
@@ -195,15 +195,9 @@ def test_forms_no_square_of_the_visual_tokens_and_no_repeated_keys(attention_ran
     found = traced(layout, attention_range, kernel="splash")
     shapes = {variable.aval.shape for equation in found for variable in equation.outvars}
     # Nor of visual and text tokens; what is larger than a block is a run or all slots, once.
-    assert not [
-        shape for shape in shapes if max(shape, default=0) > 512 and sum(size >= 300 for size in shape) > 1
-    ]
+    assert not [shape for shape in shapes if max(shape, default=0) > 512 and sum(size >= 300 for size in shape) > 1]
     for call in kernel_calls(found):
-        heads = [
-            x.aval.shape[0]
-            for x in call.invars
-            if x.aval.dtype == jnp.float32 and x.aval.shape[-1] == HEAD_DIM
-        ]
+        heads = [x.aval.shape[0] for x in call.invars if x.aval.dtype == jnp.float32 and x.aval.shape[-1] == HEAD_DIM]
         assert heads == [HEADS // KV_HEADS, 1, 1]
 
 

@@ -165,9 +165,7 @@ class Cloud:
             command, env=self.environment | environment, cwd=self.folder, text=True, capture_output=True
         )
 
-    def work(
-        self, script: str, *arguments: str, without: Sequence[str] = ()
-    ) -> "subprocess.CompletedProcess[str]":
+    def work(self, script: str, *arguments: str, without: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
         """Run a script with what it needs, and more."""
         needs = {name: SETTINGS[name] for name in NEEDS[script].split() if name not in without}
         return self.run(script, *(f"--{name}={value}" for name, value in needs.items()), *arguments)

@@ -49,9 +49,7 @@ def test_help_explains_every_option(cloud: Cloud, script: str) -> None:
     assert cloud.calls() == []
 
 
-@pytest.mark.parametrize(
-    ("script", "needed"), [(script, name) for script in NEEDS for name in NEEDS[script].split()]
-)
+@pytest.mark.parametrize(("script", "needed"), [(script, name) for script in NEEDS for name in NEEDS[script].split()])
 def test_a_missing_setting_is_one_clear_line(cloud: Cloud, script: str, needed: str) -> None:
     result = cloud.work(script, *REST.get(script, []), without=[needed])
     assert result.returncode == 2

@@ -41,9 +41,7 @@ def workload(name: str, image: Sequence[str], command: str) -> list[str]:
 def gke_run(name: str, config: str, output: str) -> list[list[str]]:
     """The commands that start a workload from the last commit."""
     dist = REPOSITORY / "dist"
-    command = (
-        f"pip install --quiet '.[tpu]' && exec python -m rlens_jax.rank --config {config} --output {output}"
-    )
+    command = f"pip install --quiet '.[tpu]' && exec python -m rlens_jax.rank --config {config} --output {output}"
     image = ["--base-docker-image=python:3.11", f"--script-dir={dist}/source"]
     unpack = [["rm", "-rf", f"{dist}/source"], ["tar", "-xzf", f"{dist}/rlens_jax.tar.gz", "-C", str(dist)]]
     return [*pack(), *unpack, workload(name, image, command)]
@@ -122,9 +120,7 @@ def test_gke_batch_goes_on_after_a_failing_configuration(cloud: Cloud) -> None:
 def test_arguments_reach_a_workload_as_they_were_given(cloud: Cloud) -> None:
     hard = ["--output", '/shared/it\'s a "$HOME" `x` * \\ ;&', "--empty", ""]
     assert cloud.work("gke_launch.sh", "--docker-image=i", "--", *hard).returncode == 0
-    (command,) = [
-        word.removeprefix("--command=") for word in cloud.calls()[0] if word.startswith("--command=")
-    ]
+    (command,) = [word.removeprefix("--command=") for word in cloud.calls()[0] if word.startswith("--command=")]
     # As XPK runs it in the container.
     show = "python() { printf '%s\\0' \"$@\"; }; " + command.replace("exec ", "", 1)
     shown = subprocess.run(["bash", "-c", f"({show}) & wait $!"], text=True, capture_output=True, check=True)

@@ -28,9 +28,7 @@ def test_create_on_demand_and_spot(cloud: Cloud) -> None:
 
 def test_create_waits_until_the_slice_can_be_used(cloud: Cloud) -> None:
     waiting = [("queued-resources describe", 0, state) for state in ("WAITING_FOR_RESOURCES", "PROVISIONING")]
-    cloud.answer(
-        *waiting, ("queued-resources describe", 0, "ACTIVE"), ("tpu-vm describe", 0, "CREATING"), *ACTIVE
-    )
+    cloud.answer(*waiting, ("queued-resources describe", 0, "ACTIVE"), ("tpu-vm describe", 0, "CREATING"), *ACTIVE)
     result = cloud.work("create.sh")
     assert result.returncode == 0
     assert cloud.calls()[1:] == [DESCRIBE, DESCRIBE, DESCRIBE, DESCRIBE_NODE, DESCRIBE, DESCRIBE_NODE]
@@ -88,9 +86,7 @@ def test_watch(cloud: Cloud) -> None:
         [("queued-resources describe", 0, "SUSPENDING"), ("queued-resources describe", 0, "SUSPENDED")],
     ],
 )
-def test_resume_creates_a_lost_slice_again_and_launches_once(
-    cloud: Cloud, lost: list[tuple[str, int, str]]
-) -> None:
+def test_resume_creates_a_lost_slice_again_and_launches_once(cloud: Cloud, lost: list[tuple[str, int, str]]) -> None:
     waiting = ("queued-resources describe", 0, "WAITING_FOR_RESOURCES")
     cloud.answer(*lost, waiting, *ACTIVE)
     result = cloud.work("resume.sh", "--spot", "--setup", "mount it", "--", "--output", "/mnt/a b")

@@ -37,9 +37,7 @@ class Worker:
     def run(self, command: str) -> "subprocess.CompletedProcess[str]":
         """What ssh would run."""
         environment = os.environ | {"HOME": str(self.home)}
-        return subprocess.run(
-            ["bash", "-c", command], env=environment, cwd=self.home, text=True, capture_output=True
-        )
+        return subprocess.run(["bash", "-c", command], env=environment, cwd=self.home, text=True, capture_output=True)
 
     def script(self, words: str) -> "subprocess.CompletedProcess[str]":
         return self.run(f"bash rlens_jax/source/tpu_scripts/lib/on_worker.sh {words}")

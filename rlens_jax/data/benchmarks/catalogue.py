@@ -101,9 +101,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
 def find_benchmark(name: str) -> Benchmark:
     """The benchmark of this name. UserError, with the nearest name, when there is none."""
     if name not in BENCHMARKS:
-        raise UserError(
-            f"unknown benchmark {name!r}{suggest(name, BENCHMARKS)}; known: {', '.join(BENCHMARKS)}"
-        )
+        raise UserError(f"unknown benchmark {name!r}{suggest(name, BENCHMARKS)}; known: {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
 
 
@@ -189,9 +187,7 @@ def _answers(benchmark: Benchmark, table: TsvTable, row: TsvRow) -> tuple[str, .
     if not text:
         raise UserError(f"{where}: missing")
     if row.value("answer") is None:
-        return (
-            "nan",
-        )  # "None" and the like: what VLMEvalKit's str() makes of a missing value, and scores against
+        return ("nan",)  # "None" and the like: what VLMEvalKit's str() makes of a missing value, and scores against
     if not text.startswith("["):
         return (text,)
     try:

@@ -80,9 +80,7 @@ def draw(tables: Mapping[str, TsvTable], *, instances: int, held_out: int, seed:
             for item in items:
                 groups[item.group].append(item)
             free = [
-                group
-                for group in groups.values()
-                if not any(rows[item.index].image_hash in seen for item in group)
+                group for group in groups.values() if not any(rows[item.index].image_hash in seen for item in group)
             ]
             drawn = _stratified(free, min(count, len(items) // 2), rng)
             if not drawn:
@@ -124,9 +122,7 @@ def write_mixture(mixture: Mixture, path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(
-            json.dumps({"format": FORMAT, **asdict(mixture)}, indent=1) + "\n", encoding="utf-8"
-        )
+        unfinished.write_text(json.dumps({"format": FORMAT, **asdict(mixture)}, indent=1) + "\n", encoding="utf-8")
         os.replace(unfinished, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
@@ -161,9 +157,7 @@ def read_mixture(path: Path) -> Mixture:
             raise UserError(f"{path}: field {name!r} must name at least one dataset")
         for dataset in fields[name]:
             if dataset not in BENCHMARKS:
-                raise UserError(
-                    f"{path}: field {name!r}: unknown benchmark {dataset!r}{suggest(dataset, BENCHMARKS)}"
-                )
+                raise UserError(f"{path}: field {name!r}: unknown benchmark {dataset!r}{suggest(dataset, BENCHMARKS)}")
         if set(fields[name]) != set(fields["md5"]):
             raise UserError(f"{path}: fields 'md5' and {name!r} must name the same datasets")
     for dataset, md5 in fields["md5"].items():
@@ -212,12 +206,8 @@ def mixture_samples(
         for split in SPLITS:
             for index in getattr(mixture, split)[dataset]:
                 if index not in place:
-                    raise UserError(
-                        f"{path}: field {split!r}: {dataset} has no row with index {index!r} and an image"
-                    )
-                samples[split].append(
-                    to_sample(source[place[index]], family=family, step_by_step=step_by_step)
-                )
+                    raise UserError(f"{path}: field {split!r}: {dataset} has no row with index {index!r} and an image")
+                samples[split].append(to_sample(source[place[index]], family=family, step_by_step=step_by_step))
     return samples
 
 
@@ -233,9 +223,7 @@ def to_sample(item: Instance, *, family: str, step_by_step: bool) -> Sample:
 def main(arguments: Sequence[str]) -> None:
     """Parse, draw, write."""
     parser = ArgumentParser(prog="python -m rlens_jax.data.benchmarks.mixture", description=__doc__)
-    parser.add_argument(
-        "--data", type=Path, required=True, metavar="FOLDER", help="of VLMEvalKit's TSV files"
-    )
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="of VLMEvalKit's TSV files")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="the file to make")
     parser.add_argument(
         "--datasets",
@@ -269,8 +257,7 @@ def main(arguments: Sequence[str]) -> None:
             find_benchmark(name)
             parser.error(f"the answers of {name} are withheld, so a ranking cannot use it")
     tables = {
-        name: read_table(BENCHMARKS[name], options.data, sums.get(name))
-        for name in dict.fromkeys(options.datasets)
+        name: read_table(BENCHMARKS[name], options.data, sums.get(name)) for name in dict.fromkeys(options.datasets)
     }
     mixture = draw(tables, instances=options.instances, held_out=options.held_out, seed=options.seed)
     write_mixture(mixture, options.output)

@@ -40,8 +40,7 @@ class Benchmarks(tfds.core.ShardBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        "Put VLMEvalKit's NAME.tsv into the folder; "
-        "VLMEvalKit itself downloads it to ~/LMUData when it evaluates."
+        "Put VLMEvalKit's NAME.tsv into the folder; VLMEvalKit itself downloads it to ~/LMUData when it evaluates."
     )
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in BENCHMARKS]  # noqa: RUF012 (tfds's way)
 
@@ -77,9 +76,7 @@ class Benchmarks(tfds.core.ShardBasedBuilder):
         return {ROWS: [functools.partial(_examples, table, instances, rows) for rows in _shards(table)]}
 
 
-def _examples(
-    table: TsvTable, instances: Sequence[Instance], rows: range
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def _examples(table: TsvTable, instances: Sequence[Instance], rows: range) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a shard."""
     for i in rows:
         item = instances[i]
@@ -129,9 +126,7 @@ def read_table(benchmark: Benchmark, folder: Path, md5: str | None = None) -> Ts
             f"version of it, say so with --md5 {benchmark.name}={table.md5}"
         )
     if md5 is not None and table.md5 != md5:
-        raise UserError(
-            f"{path}: the MD5 sum is {table.md5}, but {md5} is asked for; find that version of the file"
-        )
+        raise UserError(f"{path}: the MD5 sum is {table.md5}, but {md5} is asked for; find that version of the file")
     return table
 
 

@@ -185,9 +185,7 @@ class _Lines:
             self.ended = True
             raise StopIteration
         if len(line) == _MAX_LINE_BYTES:
-            raise UserError(
-                f"{self._path}: a line is longer than {_MAX_LINE_BYTES} bytes; is this a TSV file?"
-            )
+            raise UserError(f"{self._path}: a line is longer than {_MAX_LINE_BYTES} bytes; is this a TSV file?")
         begin, self.offset = self.offset, self.offset + len(line)
         self._digest(line)
         try:

@@ -41,10 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tables(folder: Path) -> dict[str, TsvTable]:
-    return {
-        name: scan(folder / f"{name}.tsv", BENCHMARKS[name].needed, BENCHMARKS[name].optional)
-        for name in DATASETS
-    }
+    return {name: scan(folder / f"{name}.tsv", BENCHMARKS[name].needed, BENCHMARKS[name].optional) for name in DATASETS}
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +100,7 @@ def test_strata_are_in_proportion(tables: dict[str, TsvTable]) -> None:
         assert strata == {(f"kind {kind}",): each for kind in range(3)}
     table = tables["OCRBench"]
     rows = [
-        replace(row, cells={**row.cells, "category": row.cells["category"].replace("2", "1")})
-        for row in table.rows
+        replace(row, cells={**row.cells, "category": row.cells["category"].replace("2", "1")}) for row in table.rows
     ]
     drawn = draw({"OCRBench": replace(table, rows=rows)}, instances=15, held_out=9, seed=0)
     items = chosen(replace(table, rows=rows), "OCRBench", drawn.validation["OCRBench"])
@@ -241,9 +237,7 @@ def test_the_samples_of_a_ranking(tmp_path: Path) -> None:
     assert load("minicpmv", False)["test"][2].question.startswith("Answer the question using")
     by_hand(path, md5=sums, validation=validation, test={**test, "MME": ["2", "9"]})
     with pytest.raises(UserError, match=r"m\.json: field 'test': MME has no row with index '9' and an image"):
-        mixture_samples(
-            path, tmp_path, tmp_path / "cache" / "benchmarks", family="qwen2_vl", step_by_step=True
-        )
+        mixture_samples(path, tmp_path, tmp_path / "cache" / "benchmarks", family="qwen2_vl", step_by_step=True)
 
 
 def test_empty_answers_are_no_answers() -> None:

@@ -7,7 +7,7 @@ import pytest
 from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Instance
 from rlens_jax.data.benchmarks.prompts import FAMILIES, prompt
 from rlens_jax.errors import UserError
-from rlens_jax.models import FAMILIES as MODELS
+from rlens_jax.families.registry import FAMILIES as MODELS
 
 SHORT = "Answer the question using a single word or phrase."
 COT = (
@@ -108,9 +108,7 @@ def test_several_images() -> None:
 
 
 def test_what_cannot_be_asked() -> None:
-    with pytest.raises(
-        UserError, match=r"no benchmark prompts for model_type 'qwen2vl' \(did you mean 'qwen2_vl'\?\)"
-    ):
+    with pytest.raises(UserError, match=r"no benchmark prompts for model_type 'qwen2vl' \(did you mean 'qwen2_vl'\?\)"):
         prompt("qwen2vl", example("MME"))
     with pytest.raises(UserError, match="MME/3: the question contains <image>"):
         prompt("qwen2_vl", example("MME", question="Is <image> red?"))

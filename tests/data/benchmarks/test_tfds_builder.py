@@ -38,9 +38,7 @@ def test_every_benchmark(tmp_path: Path, dataset: str) -> None:
     assert item.answers == answers[BENCHMARKS[dataset].answers]
     assert (item.dataset, item.question, item.id) == (dataset, "Question 3?", f"{dataset}/{indices[-1]}")
     assert item.fields == {
-        name: text
-        for name, text in first.items()
-        if name not in {*"ABCD", "index", "question", "answer", "image"}
+        name: text for name, text in first.items() if name not in {*"ABCD", "index", "question", "answer", "image"}
     }
     # "None" is a missing value to pandas.
     options = {"A": "red", "B": "blue", "C": "green"} if dataset == "MMStar" else {}
@@ -102,15 +100,10 @@ def test_answers(tmp_path: Path, dataset: str, text: str, answers: tuple[str, ..
         ),
     ],
 )
-def test_a_row_that_is_not_right(
-    tmp_path: Path, dataset: str, changes: dict[str, object], complaint: str
-) -> None:
+def test_a_row_that_is_not_right(tmp_path: Path, dataset: str, changes: dict[str, object], complaint: str) -> None:
     rows = benchmark_rows(dataset, images=2, questions=1)
     rows[1] |= changes
-    assert (
-        refusal(tmp_path, dataset, rows)
-        == f"{dataset}.tsv: row 2 (index {str(rows[1]['index'])!r}), {complaint}"
-    )
+    assert refusal(tmp_path, dataset, rows) == f"{dataset}.tsv: row 2 (index {str(rows[1]['index'])!r}), {complaint}"
 
 
 def test_a_missing_column(tmp_path: Path) -> None:
@@ -152,9 +145,7 @@ def test_prepared_data_are_of_one_version_of_a_file(tmp_path: Path) -> None:
     path.unlink()
     assert len(read_benchmark("MME", tmp_path, tmp_path / "prepared", first)) == 2
     assert len(read_benchmark("MME", tmp_path, tmp_path / "prepared", second)) == 4
-    with pytest.raises(
-        UserError, match=r"MME\.tsv: no such file; Put VLMEvalKit's NAME\.tsv into the folder"
-    ):
+    with pytest.raises(UserError, match=r"MME\.tsv: no such file; Put VLMEvalKit's NAME\.tsv into the folder"):
         read_benchmark("MME", tmp_path, tmp_path / "prepared")
 
 
@@ -195,8 +186,6 @@ def test_neither_tensorflow_nor_jax(tmp_path: Path) -> None:
         "assert len(read_benchmark('MME', folder, folder, sys.argv[2])) == 2\n"
         "assert not {'tensorflow', 'torch', 'jax', 'pandas'} & set(sys.modules)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path, md5_of(path)], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path, md5_of(path)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["reading MME.tsv"] * 2

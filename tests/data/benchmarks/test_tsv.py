@@ -65,9 +65,7 @@ def test_a_reference_has_at_most_64_characters(tmp_path: Path) -> None:
     short = "r" * 64
     table = read(tmp_path, row(short, encoded(picture(1))), row(2, short))
     assert table.images(table.rows[1]) == (picture(1),)
-    assert "field 'image': not base64" in refusal(
-        tmp_path, row("-" * 65, encoded(picture(1))), row(2, "-" * 65)
-    )
+    assert "field 'image': not base64" in refusal(tmp_path, row("-" * 65, encoded(picture(1))), row(2, "-" * 65))
 
 
 def test_texts_as_pandas_reads_them(tmp_path: Path) -> None:
@@ -193,8 +191,7 @@ def test_a_reference_to_no_row(tmp_path: Path) -> None:
 def test_a_circle_of_references(tmp_path: Path, references: list[str], way: str) -> None:
     rows = (row(i, reference) for i, reference in enumerate(references, 1))
     assert (
-        refusal(tmp_path, *rows)
-        == f"MME.tsv: row 1 (index '1'), field 'image': the references go in a circle: {way}"
+        refusal(tmp_path, *rows) == f"MME.tsv: row 1 (index '1'), field 'image': the references go in a circle: {way}"
     )
 
 
@@ -224,9 +221,7 @@ def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size, of 100 bytes."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", bytes(20)) + chunk(b"IEND", b"")
@@ -242,9 +237,7 @@ def test_an_image_of_200_megapixels(tmp_path: Path) -> None:
 
 def test_an_index_twice(tmp_path: Path) -> None:
     rows = (row(index, encoded(picture(1))) for index in (7, 8, 7))
-    assert (
-        refusal(tmp_path, *rows) == "MME.tsv: row 3 (index '7'), field 'index': row 1 has this index already"
-    )
+    assert refusal(tmp_path, *rows) == "MME.tsv: row 3 (index '7'), field 'index': row 1 has this index already"
 
 
 def test_no_index(tmp_path: Path) -> None:
@@ -267,18 +260,14 @@ def test_no_rows(tmp_path: Path) -> None:
 def test_a_damaged_row(tmp_path: Path, tail: str, count: int) -> None:
     path = tmp_path / "a.tsv"
     path.write_text(f"index\tquestion\tanswer\timage\n1\tq\ta\t{encoded(picture(1))}\n{tail}")
-    with pytest.raises(
-        UserError, match=f"a.tsv: row 2 has {count} fields, the header 4; the file is damaged"
-    ):
+    with pytest.raises(UserError, match=f"a.tsv: row 2 has {count} fields, the header 4; the file is damaged"):
         scan(path, NEEDED)
 
 
 def test_a_quotation_mark_that_is_never_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, head = tmp_path / "a.tsv", "index\tquestion\tanswer\timage\n"
     path.write_text(head + '1\t"q\ta\tb\n2\tq\ta\tb\n')
-    with pytest.raises(
-        UserError, match=f"row at byte {len(head)} opens a quotation mark that is never closed"
-    ):
+    with pytest.raises(UserError, match=f"row at byte {len(head)} opens a quotation mark that is never closed"):
         scan(path, NEEDED)
     path.write_text(head + '1\t"q\ta\tb\n' + "2\tq\ta\tb\n" * 9)
     limit = csv.field_size_limit(20)

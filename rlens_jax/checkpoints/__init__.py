@@ -1,0 +1,1 @@
+"""Published checkpoints: reading, conversion, storage and placement on devices."""

@@ -1,0 +1,190 @@
+"""A model's parameters by dotted path: filled layer by layer when loading, read so when saving."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rlens_jax.families.table import Place
+from rlens_jax.ops.row_gather import fetches
+from rlens_jax.sharding.mesh import ParameterLayout, make_mesh
+from rlens_jax.sharding.model_axis import MODEL
+
+Item = TypeVar("Item")
+
+TOGETHER_BYTES = 1 << 28
+"""Small layers are read and written together up to this size: each call to Orbax costs as much as 100 MB."""
+
+
+def shapes_of(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters, of a real or an abstract model."""
+    return {path: tuple(leaf.shape) for path, leaf in arrays_of(model).items()}
+
+
+def arrays_of(model: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
+    """All parameters by dotted path; of an abstract model, their shapes and dtypes."""
+    leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in leaves}
+
+
+def axes_of(model: nnx.Module) -> dict[str, str]:
+    """The axis letters of all parameters by dotted path, without a stack's layer axis; "" where none are declared."""
+    leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): leaf.get_metadata().get("axes", "") for path, leaf in leaves}
+
+
+def layout_of(model: nnx.Module, mesh: Mesh) -> ParameterLayout:
+    """How a model's parameters are kept on a mesh; the units of its decoder's FFN in halves where a kernel fetches them."""
+    (device_kind,) = {device.device_kind for device in mesh.devices.flat}
+    halves = [
+        path
+        for path, leaf in arrays_of(model).items()
+        if path.startswith("decoder.layers.ffn.")
+        and fetches(leaf.shape[1] // mesh.shape[MODEL], leaf.shape[2], leaf.dtype, device_kind)
+    ]
+    return ParameterLayout(mesh, axes_of(model), halves)
+
+
+def place(model: nnx.Module, mesh: Mesh) -> nnx.Module:
+    """A model that was made in memory, its parameters laid out on a mesh as `load_model` does."""
+    filler = Filler(nnx.eval_shape(lambda: model), mesh)
+    arrays = arrays_of(model)
+    for target in unstacked(shapes_of(model)).values():
+        filler.put(target, filler.held(target, read_place(arrays, target)))
+    return filler.model()
+
+
+def read_place(arrays: Mapping[str, Any], place: Place) -> np.ndarray:
+    """A parameter, or one layer of a stacked one, on the host."""
+    leaf = arrays[place.path]
+    return np.asarray(leaf if place.layer is None else leaf[place.layer])
+
+
+def leaf_name(place: Place) -> str:
+    """A place as one name: `decoder.layers.3.ffn_norm.scale`.
+
+    A module called `layers` is a stack: its parameters have a leading layer axis.
+    """
+    if place.layer is None:
+        return place.path
+    before, _, after = place.path.partition(".layers.")
+    return f"{before}.layers.{place.layer}.{after}"
+
+
+def unstacked(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
+    """All places of a model by `leaf_name`."""
+    places = [
+        Place(path, layer)
+        for path, shape in shapes.items()
+        for layer in (range(shape[0]) if ".layers." in path else [None])
+    ]
+    return {leaf_name(place): place for place in places}
+
+
+def together(groups: Iterable[list[Item]], num_bytes: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Consecutive groups joined as long as they stay within `TOGETHER_BYTES`; a larger group stays alone."""
+    joined: list[Item] = []
+    size = 0
+    for group in groups:
+        more = sum(map(num_bytes, group))
+        if joined and size + more > TOGETHER_BYTES:
+            yield joined
+            joined, size = [], 0
+        joined, size = joined + group, size + more
+    if joined:
+        yield joined
+
+
+class Filler:
+    """Fills an abstract model on its devices: a stack is allocated at its first layer and written in place.
+
+    Args:
+        abstract: the model, with shapes and dtypes in place of arrays.
+        mesh: where it goes; by default the first device.
+    """
+
+    def __init__(self, abstract: nnx.Module, mesh: Mesh | None = None):
+        self.abstract = abstract
+        self.leaves = arrays_of(abstract)
+        self._layout = layout_of(abstract, mesh or make_mesh(jax.devices()[:1], 1))
+        self._filled: dict[str, jax.Array] = {}
+        self._open: dict[str, int] = {}
+        """How many layers a stack still lacks."""
+
+    def target(self, place: Place) -> jax.ShapeDtypeStruct:
+        """Shape, dtype and sharding of what goes to a place; the vocabulary is padded to fill its shards."""
+        leaf = self.leaves[place.path]
+        shape = self._layout.shape(place.path, leaf.shape)
+        sharding = self._layout.sharding(place.path, shape)
+        if place.layer is None:
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(shape[1:], leaf.dtype, sharding=sharding)
+
+    def held(self, place: Place, array: np.ndarray) -> jax.Array:
+        """A host array, the same on every process, as `target` says; each process copies its own shards."""
+        target = self.target(place)
+        array = array.astype(target.dtype, order="C")
+        if array.shape != target.shape:
+            room = [(0, size - own) for size, own in zip(target.shape, array.shape, strict=True)]
+            array = np.pad(array, room)
+        return jax.make_array_from_callback(target.shape, target.sharding, lambda index: array[index])
+
+    def put(self, place: Place, array: jax.Array) -> jax.Array:
+        """Takes `array`, which is as `target` says, to its place; returns whether all its numbers are finite."""
+        path = place.path
+        if place.layer is None:
+            self._filled[path], self._open[path] = array, 0
+            return _all_finite(array)
+        if path not in self._open:
+            shape = self._layout.shape(path, self.leaves[path].shape)
+            sharding = self._layout.sharding(path, shape)
+            held, _ = self._layout.held(path, shape)
+            self._filled[path], self._open[path] = _allocate(held, array.dtype, sharding), shape[0]
+        stack = self._filled[path]
+        stack, finite = _write(stack, array, jnp.int32(place.layer), stack.sharding)
+        self._filled[path] = stack
+        self._open[path] -= 1
+        return finite
+
+    def model(self) -> nnx.Module:
+        """The filled model.
+
+        Raises:
+            ValueError: a parameter was not filled.
+        """
+        lacking = [path for path in self.leaves if self._open.get(path) != 0]
+        if lacking:
+            raise ValueError(f"not filled: {sorted(lacking)}")
+        graph, state = nnx.split(self.abstract)
+        flat = nnx.to_flat_state(state)
+        filled = []
+        for path, leaf in flat:
+            name = ".".join(map(str, path))
+            _, axes = self._layout.held(name, self.leaves[name].shape)
+            filled.append((path, leaf.replace(self._filled[name], axes=axes)))
+        return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _allocate(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+
+
+@partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _write(
+    stack: jax.Array, array: jax.Array, layer: jax.Array, sharding: NamedSharding
+) -> tuple[jax.Array, jax.Array]:
+    """The stack with one layer replaced, in the stack's own memory and form, and whether the layer is finite."""
+    written = jax.lax.dynamic_update_index_in_dim(stack, array.reshape(stack.shape[1:]), layer, axis=0)
+    return jax.lax.with_sharding_constraint(written, sharding), jnp.isfinite(array).all()
+
+
+@jax.jit
+def _all_finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()

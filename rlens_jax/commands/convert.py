@@ -1,0 +1,55 @@
+"""Convert published weights for this package: `python -m rlens_jax.convert SRC DST [--dtype bfloat16] [--to-hf]`.
+
+SRC is a folder with config.json and *.safetensors, or a name on the Hugging Face hub. DST, which must not exist yet, becomes a
+folder that every command takes as a model; its conversion.json tells where each bit came from. With --to-hf, SRC is such a
+folder and DST gets the safetensors back, bit for bit. Tensors are streamed: the memory needed is that of the largest tensor
+or of a layer, twice.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlens_jax.console import ArgumentParser, Progress, run_command, say
+
+DTYPES = ("bfloat16", "float16", "float32")
+MEGABYTE = 1_000_000
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, convert, print."""
+    parser = ArgumentParser(prog="python -m rlens_jax.convert", description=__doc__)
+    parser.add_argument("source", metavar="SRC", help="a folder, or a name on the Hugging Face hub")
+    parser.add_argument("target", metavar="DST", type=Path, help="the folder to make")
+    parser.add_argument("--dtype", choices=DTYPES, help="round the weights (default: keep each tensor's dtype)")
+    parser.add_argument("--to-hf", action="store_true", help="turn a converted folder back into safetensors")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    options = parser.parse_args(arguments)
+    if options.to_hf and options.dtype:
+        parser.error("--to-hf gives back what was converted; it takes no --dtype")
+    from rlens_jax.checkpoints import conversion
+    from rlens_jax.checkpoints.hub import find_source
+
+    source = find_source(options.source, options.revision)
+    total = conversion.source_bytes(source.folder)
+    with Progress("converting", total // MEGABYTE, "MB") as shown:
+        done = 0
+
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            shown.advance((done + num_bytes) // MEGABYTE - done // MEGABYTE)
+            done += num_bytes
+
+        if options.to_hf:
+            converted = conversion.to_safetensors(source.folder, options.target, advance)
+        else:
+            dtype = conversion.dtype_of(options.dtype) if options.dtype else None
+            converted = conversion.to_orbax(
+                source.folder, options.target, dtype, advance, name=source.name, revision=source.revision
+            )
+    for name, reason in converted.carried.items():
+        say(f"carried along, not used by the model: {name} ({reason})")
+    print(f"{converted.folder}: {converted.num_tensors} tensors, {converted.num_bytes / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    run_command(main, interrupted="interrupted; nothing was kept")

@@ -1,0 +1,204 @@
+"""A model as a program uses it: load, read a plan, generate.
+
+model = rlens_jax.load("embedded")
+plan = rlens_jax.read_plan("plan.json")
+text = model.generate(images=["page.png"], prompt="is digit 3 in row 1 a 7 ?", plan=plan)
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlens_jax.checkpoints.checkpoint import find_model, load_model, read_model_kind
+from rlens_jax.data.samples import IMAGE_MARK, Sample
+from rlens_jax.deployment.deployed_programs import DeployedPrograms
+from rlens_jax.engine.inputs import FILLER, Batch, Shapes, Split, build_split
+from rlens_jax.errors import UserError
+from rlens_jax.families.registry import FAMILIES
+from rlens_jax.plan_file import PlanFile
+from rlens_jax.sharding.mesh import check_fits, make_mesh
+
+NEW_TOKENS = 128
+"""The longest answer by default."""
+BATCH_SIZE = 8
+"""The most prompts that are read together by default."""
+_LEAST_TEXT, _LEAST_VISUAL, _LEAST_PATCHES, _MOST_PATCHES = 32, 64, 256, 1 << 17
+
+Image = str | Path | bytes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    text: without special tokens, as generated.
+    num_tokens: new tokens, the one that ends the turn included.
+    ended: whether the model ended its turn, and did not just run out of tokens.
+    """
+
+    text: str
+    num_tokens: int
+    ended: bool
+
+
+class DeployedModel:
+    """A model in memory and its compiled programs, which are made when a shape is first met. Made by `load`."""
+
+    def __init__(self, programs: DeployedPrograms, preparer: Any, batch_size: int):
+        self.programs = programs
+        self.preparer = preparer
+        self.batch_size = batch_size
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
+        self,
+        images: Sequence[Image],
+        prompt: str,
+        plan: PlanFile | None = None,
+        *,
+        max_new_tokens: int = NEW_TOKENS,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        images: Sequence[Sequence[Image]],
+        prompt: Sequence[str],
+        plan: PlanFile | None = None,
+        *,
+        max_new_tokens: int = NEW_TOKENS,
+    ) -> list[str]: ...
+
+    def generate(
+        self, images: Any, prompt: Any, plan: PlanFile | None = None, *, max_new_tokens: int = NEW_TOKENS
+    ) -> str | list[str]:
+        """The greedy answer to a prompt with images, or the answers to a list of prompts, each with its list of images.
+
+        Args:
+            images: paths of image files, or their content as bytes; for a list of prompts, a list of such lists.
+            prompt: what is asked; "<image>" marks say where each image goes, without marks the images come first.
+            plan: which layers are reduced, and how; None is the dense model.
+            max_new_tokens: the longest answer, in tokens.
+
+        Raises:
+            UserError: an empty prompt, an image that cannot be read, a prompt that is longer than the model's context, a plan for
+                another number of layers, or probe scores that are not numbers.
+        """
+        single = isinstance(prompt, str)
+        prompts, image_lists = ([prompt], [images]) if single else (list(prompt), list(images))
+        if len(prompts) != len(image_lists):
+            raise UserError(f"{len(prompts)} prompts, but images for {len(image_lists)}; give a list for each")
+        names = ["the prompt"] if single else [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+        samples = [_sample(*given) for given in zip(names, image_lists, prompts, strict=True)]
+        texts = [""] * len(samples)
+        for number, answer in self.answer(samples, plan or PlanFile(), max_new_tokens):
+            texts[number] = answer.text
+        return texts[0] if single else texts
+
+    def answer(self, samples: Sequence[Sample], plan: PlanFile, max_new_tokens: int) -> Iterator[tuple[int, Answer]]:
+        """The number of each sample and its answer, batch by batch; UserError as `generate`."""
+        self.check(plan, max_new_tokens)
+        if samples:
+            split = self.prepare(samples, max_new_tokens)
+            for batch in split.batches:
+                yield from self.answer_batch(split, batch, plan, max_new_tokens).items()
+
+    def check(self, plan: PlanFile, max_new_tokens: int) -> None:
+        """UserError unless the plan is one for this model and `max_new_tokens` is a number of tokens."""
+        plan.validate(self.programs.config.num_layers)
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+
+    def prepare(self, samples: Sequence[Sample], max_new_tokens: int) -> Split:
+        """Images encoded, prompts tokenised, all in batches of few shapes; UserError for a sample that cannot be used."""
+        rows = min(self.batch_size, 1 << (len(samples) - 1).bit_length())
+        context = self.programs.config.context
+        shapes = Shapes(slot_sizes(_LEAST_TEXT, context), slot_sizes(_LEAST_VISUAL, context), rows, context)
+        split = build_split(samples, self.preparer, self.programs, shapes, False, lambda: None)
+        for sample, length in zip(samples, (split.num_text + split.num_visual).tolist(), strict=True):
+            if length + max_new_tokens > context:
+                raise UserError(
+                    f"{sample.id}: {length} tokens and {max_new_tokens} new ones are more than the model's context of {context}; "
+                    "lower max_new_tokens"
+                )
+        return split
+
+    def answer_batch(self, split: Split, batch: Batch, plan: PlanFile, max_new_tokens: int) -> dict[int, Answer]:
+        """The answers to a batch of `prepare`, by number of the sample."""
+        prefilled = self.programs.prefill(self.programs.put(batch.visual), batch.inputs, plan, max_new_tokens)
+        tokens = np.asarray(self.programs.decode(prefilled, batch.inputs, max_new_tokens))
+        scored, numbers = np.asarray(prefilled.scored), np.asarray(batch.inputs.layout.sample)
+        for row in np.flatnonzero((numbers != FILLER) & ~scored):
+            raise UserError(
+                f"{split.samples[numbers[row]].id}: probe scores are not numbers under the plan {plan.label()}; check the "
+                "weights, or compute in float32"
+            )
+        return {int(numbers[row]): self._answer(tokens[row].tolist()) for row in np.flatnonzero(numbers != FILLER)}
+
+    def _answer(self, tokens: list[int]) -> Answer:
+        stop = self.preparer.chat.stop_token
+        count = tokens.index(stop) + 1 if stop in tokens else len(tokens)
+        return Answer(self.preparer.chat.decode(tokens[:count]), count, stop in tokens)
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: str = "float32",
+    batch_size: int = BATCH_SIZE,
+    chunk: int | None = None,
+    model_shards: int = 1,
+    seed: int = 0,
+) -> DeployedModel:
+    """The model in a folder, ready to generate.
+
+    Args:
+        model: a folder, published or converted, or "embedded", the model that comes with the package.
+        dtype: of weights and computation, float32 or bfloat16.
+        batch_size: the most prompts that a work group reads together.
+        chunk: tokens of a prompt that go through an FFN together; None decides by size.
+        model_shards: over how many devices each copy of the model is cut; the copies share the prompts.
+        seed: draws random probes, where a plan has them.
+
+    Raises:
+        UserError: there is no such model, or it cannot be used.
+    """
+    for name, value in (("batch_size", batch_size), ("chunk", chunk), ("model_shards", model_shards)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    folder = find_model(model)
+    check_fits(read_model_kind(folder).config.decoder.sizes, model_shards)
+    mesh = make_mesh(jax.local_devices(), model_shards)
+    kind, module = load_model(folder, jnp.dtype(dtype), mesh=mesh)
+    patches = slot_sizes(_LEAST_PATCHES, _MOST_PATCHES)
+    preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, patches)
+    programs = DeployedPrograms(module, mesh, seed=seed, stop_token=preparer.chat.stop_token, chunk=chunk)
+    return DeployedModel(programs, preparer, batch_size)
+
+
+def slot_sizes(least: int, most: int) -> tuple[int, ...]:
+    """Bucket sizes 2^k and 3/2 2^k from `least` on, the last one `most`: each wastes a third of its slots at most."""
+    sizes = [least]
+    while sizes[-1] < most:
+        power = 1 << (sizes[-1].bit_length() - 1)
+        sizes.append(power * 3 // 2 if sizes[-1] == power else power * 2)
+    return (*sizes[:-1], most)
+
+
+def _sample(name: str, images: Sequence[Image], prompt: str) -> Sample:
+    if isinstance(images, str | Path | bytes):
+        raise UserError(f"{name}: images must be a list of files, not one file")
+    if not prompt.strip():
+        raise UserError(f"{name}: is empty; ask something")
+    marks = prompt.count(IMAGE_MARK)
+    if marks not in (0, len(images)):
+        raise UserError(
+            f"{name}: has {marks} {IMAGE_MARK} mark(s) for {len(images)} image(s); use one mark for each image, or none"
+        )
+    sources = tuple(image if isinstance(image, bytes) else Path(image) for image in images)
+    return Sample(name, "", sources, prompt, ())

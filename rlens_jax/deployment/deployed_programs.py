@@ -1,0 +1,149 @@
+"""The compiled programs of a deployed model: a prefill for each plan, and one decoding program for all of them.
+
+Axis letters: B batch (rows of all work groups), P visual slots, Y new tokens, D width; KVCache as in `models.decoder`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, no_type_check
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from rlens_jax.engine.programs import ROWS, ModelPrograms
+from rlens_jax.models.decoder import KVCache
+from rlens_jax.models.generation import decode, prefill
+from rlens_jax.models.prompt import PromptBatch
+from rlens_jax.plan import VTW, FastV, Plan, Pruning, Reduction
+from rlens_jax.plan_file import PlanFile
+from rlens_jax.sharding.model_axis import MODEL, WORK
+
+HIDDEN_BYTES = 64_000_000
+"""About what the hidden units of a chunk of tokens take on a device (our decision): more no longer makes the products faster."""
+LEAST_TOKENS = 1024
+"""Tokens of all rows that a chunk has at least: fewer no longer fill the machine."""
+_NO_TOKEN = -1
+"""Ends no turn."""
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prefilled:
+    """A batch whose prompts are in the cache."""
+
+    first: Int[Array, " B"]
+    """The first new token of each row."""
+    caches: tuple[KVCache, ...]
+    """One of all layers, or two where tokens were pruned between layers."""
+    scored: Bool[Array, " B"]
+    """Whether all scores of probes, and those by which tokens were pruned, were numbers."""
+
+
+_HEADS = PartitionSpec(None, WORK, MODEL)
+_CACHE: Any = KVCache(_HEADS, _HEADS, ROWS)  # type: ignore[arg-type]  # partitions in place of arrays
+"""How a cache lies on the mesh."""
+
+
+def automatic_chunk(rows: int, slots: int, ffn_width: int, itemsize: int) -> int | None:
+    """Tokens of each row that go through an FFN together, a power of two; None where all of them may.
+
+    Chunks pay where the hidden units of the whole prompt would be large: they are several times as wide as the states, and all
+    else that a layer makes is as wide as the states or, in attention, made block by block in any case.
+
+    Args:
+        rows: of a batch on a device.
+        slots: packed slots of a row.
+        ffn_width: FFN units on a device.
+        itemsize: bytes of a number.
+    """
+    tokens = max(1, max(LEAST_TOKENS, HIDDEN_BYTES // (ffn_width * itemsize)) // rows)
+    chunk = 1 << (tokens.bit_length() - 1)
+    return None if slots <= chunk else chunk
+
+
+class DeployedPrograms(ModelPrograms):
+    """Static programs over one model.
+
+    Args:
+        model: a family's module with `vision` and `decoder`, laid out on `mesh`.
+        mesh: the devices, all of this process.
+        seed: draws random probes.
+        stop_token: the token that ends a turn.
+        chunk: tokens of each row that go through an FFN together in a prefill; None decides by size.
+    """
+
+    def __init__(self, model: Any, mesh: Mesh, *, seed: int, stop_token: int, chunk: int | None = None):
+        super().__init__(model, mesh)
+        self._seed = seed
+        self._stop_token = stop_token
+        self._chunk = chunk
+        self._prefills: dict[tuple[Plan, Reduction, Pruning | None, int], Callable[..., Prefilled]] = {}
+        self._decoders: dict[tuple[int, int, int], Callable[..., Array]] = {}
+
+    def prefill(
+        self,
+        visual: Float[Array, "B P D"],
+        batch: PromptBatch,
+        deployed: PlanFile,
+        new_tokens: int,
+    ) -> Prefilled:
+        """All prompts of a batch under a plan, in a program that knows this plan alone; room for `new_tokens` tokens."""
+        plan, reduction, pruning = deployed.plan, deployed.reduction, deployed.pruning
+        key = plan, reduction, pruning, new_tokens
+        if key not in self._prefills:
+
+            def run(model: Any, visual: Array, batch: PromptBatch) -> Prefilled:
+                made = prefill(
+                    model.decoder,
+                    visual,
+                    batch,
+                    plan,
+                    reduction,
+                    new_tokens,
+                    jax.random.key(self._seed),
+                    self.kernel,
+                    pruning,
+                    self._chunk_of(model, batch),
+                )
+                return Prefilled(*made)
+
+            self._prefills[key] = self._split(
+                "prefill", run, (ROWS, ROWS), _lying(2 if isinstance(pruning, FastV | VTW) else 1)
+            )
+        return self._prefills[key](visual, batch)
+
+    def decode(
+        self, prefilled: Prefilled, batch: PromptBatch, new_tokens: int, *, to_the_end: bool = False
+    ) -> Int[Array, "B Y"]:
+        """The greedy answers, in one program whatever plan the prompts were read under (paper: decoding is never reduced).
+
+        Only pruning makes a difference, because it leaves smaller caches.
+
+        Args:
+            prefilled: the batch.
+            batch: the same.
+            new_tokens: as in its `prefill`.
+            to_the_end: make all new tokens even if all answers have ended, as a measurement wants it.
+        """
+        stop_token, parts = _NO_TOKEN if to_the_end else self._stop_token, len(prefilled.caches)
+        key = new_tokens, stop_token, parts
+        if key not in self._decoders:
+
+            def run(model: Any, prefilled: Prefilled, batch: PromptBatch) -> Array:
+                return decode(model.decoder, prefilled.first, prefilled.caches, batch, new_tokens, stop_token)
+
+            self._decoders[key] = self._split("decode", run, (_lying(parts), ROWS), ROWS)
+        return self._decoders[key](prefilled, batch)
+
+    def _chunk_of(self, model: Any, batch: PromptBatch) -> int | None:
+        if self._chunk is not None:
+            return self._chunk
+        rows, units = batch.text_ids.shape[0], model.decoder.layers.ffn.weights.gate.shape[1]
+        return automatic_chunk(rows, batch.layout.bucket.slots, units, self.dtype.itemsize)
+
+
+def _lying(parts: int) -> Any:
+    """How a prefilled batch with so many caches lies on the mesh."""
+    return Prefilled(ROWS, (_CACHE,) * parts, ROWS)  # type: ignore[arg-type]  # partitions in place of arrays

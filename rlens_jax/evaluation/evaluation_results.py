@@ -1,0 +1,190 @@
+"""A finished evaluation as values, and as the text of its files.
+
+`evaluation.json` follows `evaluation.schema.json` beside this file and holds nothing that differs from one run of a configuration
+to the next. `timing.json` holds all that does differ.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from rlens_jax.evaluation.evaluation_config import EvaluationConfig
+from rlens_jax.evaluation.variant_timing import Times, VariantTime
+from rlens_jax.json_text import json_text
+from rlens_jax.metrics.score import Score
+from rlens_jax.metrics.score_bootstrap import Interval
+
+SCHEMA = "rlens-evaluation/1"
+TIMING_SCHEMA = "rlens-evaluation-timing/1"
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """What one variant said to a dataset.
+
+    Attributes:
+        score: by the dataset's rules; None where its answers are withheld.
+        interval: 95 % bootstrap interval of the score's value.
+        unended: answers that ran out of tokens before the model ended its turn.
+    """
+
+    score: Score | None
+    interval: Interval | None
+    unended: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds of the decoder layers in the prefill, means over the questions; `saved` is a share of the dense cost."""
+
+    dense: float
+    reduced: float
+    reduced_with_probes: float
+    saved: float
+    saved_with_probes: float
+
+
+@dataclass(frozen=True)
+class DatasetResult:
+    """A dataset under all variants.
+
+    Attributes:
+        digest: of the questions.
+        questions: how many.
+        text_tokens: mean of the prompts.
+        visual_tokens: likewise.
+        cost: of the plan.
+        variants: "plan", and "dense" with a baseline.
+        difference: the plan's score less the dense model's, with the interval of draws of the same questions for both.
+    """
+
+    digest: str
+    questions: int
+    text_tokens: float
+    visual_tokens: float
+    cost: Cost
+    variants: Mapping[str, VariantResult]
+    difference: tuple[float, Interval] | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All of an evaluation. `times` is None when nothing was timed."""
+
+    config: EvaluationConfig
+    model_hash: str
+    model_type: str
+    num_layers: int
+    device: str
+    versions: Mapping[str, str]
+    datasets: Mapping[str, DatasetResult]
+    times: Times | None
+
+
+def evaluation_json(result: Evaluation) -> str:
+    """The text of evaluation.json."""
+    config = result.config
+    return json_text(
+        {
+            "schema": SCHEMA,
+            "model": {
+                "path": config.model,
+                "hash": result.model_hash,
+                "model_type": result.model_type,
+                "num_layers": result.num_layers,
+            },
+            "plan": {"label": config.plan.label(), **config.settings()["plan"]},
+            "datasets": {name: _dataset(name, part) for name, part in result.datasets.items()},
+            "configuration": {
+                **config.settings(),
+                "data": list(config.data),
+                "limit": config.limit,
+                "bootstrap_samples": config.bootstrap_samples,
+            },
+            "device": result.device,
+            "versions": dict(result.versions),
+        }
+    )
+
+
+def timing_json(times: Times) -> str:
+    """The text of timing.json."""
+    fields = dataclasses.asdict(times)
+    for name, variant in (("dense", times.dense), ("plan", times.plan)):
+        fields[name]["tokens_per_second"] = tokens_per_second(times, variant)
+    return json_text({"schema": TIMING_SCHEMA, **fields, "decode_steps": times.steps})
+
+
+def tokens_per_second(times: Times, variant: VariantTime) -> float:
+    """New tokens of all rows a second, in the median decoding; prefill not counted."""
+    return times.rows * times.steps / median(variant.decode)
+
+
+def summary(result: Evaluation) -> str:
+    """What the command prints."""
+    lines = [f"{result.config.model}, plan: {result.config.plan.label()}"]
+    for name, part in result.datasets.items():
+        lines.append(
+            f"{name}: {part.questions} questions, FLOPs saved {part.cost.saved:.1%} "
+            f"({part.cost.saved_with_probes:.1%} with probes)"
+        )
+        for variant, found in part.variants.items():
+            unended = f", {found.unended} answers cut off" if found.unended else ""
+            if found.score is None or found.interval is None:
+                lines.append(f"  {variant:<6} not scored here: the answers are withheld{unended}")
+            else:
+                low, high = found.interval.low, found.interval.high
+                lines.append(
+                    f"  {variant:<6}{found.score.value:8.2f} {found.score.unit}  [{low:.2f}, {high:.2f}]  "
+                    f"({found.score.harness}){unended}"
+                )
+        if part.difference is not None:
+            value, interval = part.difference
+            lines.append(f"  change{value:+8.2f}  [{interval.low:+.2f}, {interval.high:+.2f}]")
+    if (times := result.times) is not None:
+        lines.append(
+            f"times of {times.prompts} prompts in {times.text_slots} + {times.visual_slots} slots, medians, dense -> plan:"
+        )
+        for label, field in (("prefill", "prefill"), ("to first token", "first_token")):
+            dense, plan = median(getattr(times.dense, field)), median(getattr(times.plan, field))
+            lines.append(
+                f"  {label:<15}{dense * 1e3:10.1f} ms -> {plan * 1e3:10.1f} ms ({1 - plan / dense:+.1%} saved)"
+            )
+        rates = [tokens_per_second(times, variant) for variant in (times.dense, times.plan)]
+        lines.append(f"  {'decoding':<15}{rates[0]:10.1f} -> {rates[1]:10.1f} tokens/s")
+    return "\n".join(lines)
+
+
+def _dataset(name: str, part: DatasetResult) -> dict[str, Any]:
+    return {
+        "digest": part.digest,
+        "questions": part.questions,
+        "text_tokens": part.text_tokens,
+        "visual_tokens": part.visual_tokens,
+        "multiply_adds": dataclasses.asdict(part.cost),
+        "variants": {
+            variant: {
+                "predictions": f"{variant}/{name}.tsv",
+                "unended": found.unended,
+                "score": None if found.score is None else _score(found.score, found.interval),
+            }
+            for variant, found in part.variants.items()
+        },
+        "difference": None if part.difference is None else _valued(*part.difference),
+    }
+
+
+def _score(score: Score, interval: Interval | None) -> dict[str, Any]:
+    assert interval is not None
+    return {
+        **_valued(score.value, interval),
+        "unit": score.unit,
+        "harness": score.harness,
+        "breakdown": dict(score.breakdown),
+    }
+
+
+def _valued(value: float, interval: Interval) -> dict[str, float]:
+    return {"value": value, "low": interval.low, "high": interval.high}

@@ -1,0 +1,133 @@
+"""SigLIP's vision transformer (arXiv 2303.15343), the tower of LLaVA-OneVision and MiniCPM-V.
+
+How an image becomes patches, and where each patch's position embedding is, are the families' affairs: both come as data, so
+padding patches and grids of any proportions need no shape of their own.
+
+Axis letters: I images (or tiles), J patches (padded), C numbers of a patch, E width, N heads, H head dim, F FFN width.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from rlens_jax.families.hf_config import ConfigReader
+from rlens_jax.models.layers import LayerNorm, Linear
+from rlens_jax.ops.attention import masked_attention
+
+SCORES, LEAST_QUERIES = 1 << 26, 64
+"""Attention scores computed together (256 MB), and the fewest queries for it: each block is compiled by itself."""
+
+
+@dataclass(frozen=True)
+class SiglipConfig:
+    """Sizes and constants of the tower; a patch is channels x patch_size x patch_size numbers."""
+
+    depth: int
+    width: int
+    num_heads: int
+    ffn_width: int
+    channels: int
+    patch_size: int
+    num_positions: int
+    """Rows of the position table: those of a square image of `image_size` pixels a side."""
+    norm_eps: float
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {
+            "C": self.channels * self.patch_size**2,
+            "E": self.width,
+            "N": self.num_heads,
+            "H": self.width // self.num_heads,
+            "F": self.ffn_width,
+            "P": self.num_positions,
+        }
+
+
+def read_siglip(vision: ConfigReader) -> SiglipConfig:
+    """Sizes from a `vision_config`.
+
+    Raises:
+        UserError: a field is missing, or asks for a computation that is not supported.
+    """
+    vision.require("hidden_act", "gelu_pytorch_tanh")
+    patch_size = vision.size("patch_size")
+    return SiglipConfig(
+        depth=vision.size("num_hidden_layers"),
+        width=vision.size("hidden_size"),
+        num_heads=vision.size("num_attention_heads"),
+        ffn_width=vision.size("intermediate_size"),
+        channels=vision.size("num_channels", default=3),
+        patch_size=patch_size,
+        num_positions=(vision.size("image_size") // patch_size) ** 2,
+        norm_eps=vision.number("layer_norm_eps", default=1e-6),
+    )
+
+
+class SiglipLayer(nnx.Module):
+    """Pre-norm full attention within one image, and a GELU MLP."""
+
+    def __init__(self, config: SiglipConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        sizes = config.sizes
+        self.attention_norm = LayerNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.q_proj = Linear("IJE,ENH->IJNH", sizes, bias="NH", dtype=dtype, rngs=rngs)
+        self.k_proj = Linear("IJE,ENH->IJNH", sizes, bias="NH", dtype=dtype, rngs=rngs)
+        self.v_proj = Linear("IJE,ENH->IJNH", sizes, bias="NH", dtype=dtype, rngs=rngs)
+        self.o_proj = Linear("INJH,NHE->IJE", sizes, bias="E", dtype=dtype, rngs=rngs)
+        self.mlp_norm = LayerNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.fc1 = Linear("IJE,EF->IJF", sizes, bias="F", dtype=dtype, rngs=rngs)
+        self.fc2 = Linear("IJF,FE->IJE", sizes, bias="E", dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "I J E"], is_patch: Bool[Array, "I J"]) -> Float[Array, "I J E"]:
+        y = self.attention_norm(x)
+        q, k, v = (project(y).swapaxes(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
+        images, heads, patches, _ = q.shape
+        block = max(LEAST_QUERIES, SCORES // (images * heads * patches))
+        attended = []
+        for start in range(0, patches, block):
+            queries = q[:, :, start : start + block]
+            mask = jnp.broadcast_to(is_patch[:, None], (images, queries.shape[2], patches))
+            attended.append(masked_attention(queries, k, v, mask))
+        x = x + self.o_proj(jnp.concatenate(attended, axis=2))
+        return x + self.fc2(jax.nn.gelu(self.fc1(self.mlp_norm(x)), approximate=True))
+
+
+class SiglipTower(nnx.Module):
+    """Patch and position embeddings, and stacked layers; no family reads the norm or the head after them."""
+
+    def __init__(self, config: SiglipConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        sizes = config.sizes
+        self.patch_embed = Linear("IJC,CE->IJE", sizes, bias="E", dtype=dtype, rngs=rngs)
+        self.position_embedding = nnx.Param(
+            jax.random.normal(rngs.params(), (sizes["P"], sizes["E"]), dtype) * jnp.asarray(0.02, dtype)
+        )
+        make = nnx.vmap(lambda rngs: SiglipLayer(config, dtype=dtype, rngs=rngs))
+        self.layers = make(rngs.split(config.depth))
+
+    def __call__(
+        self,
+        patches: Float[Array | np.ndarray, "I J C"],
+        position_ids: Int[Array | np.ndarray, "I J"],
+        num_patches: Int[Array | np.ndarray, " I"],
+    ) -> Float[Array, "I J E"]:
+        """The states after the last layer, before any norm; those of padding patches are meaningless numbers.
+
+        Args:
+            patches: pixel values of each patch in (channel, row, column) order, padded with anything finite.
+            position_ids: row of the position table of each patch.
+            num_patches: how many patches of each image are real; they come first.
+        """
+        is_patch = jnp.arange(patches.shape[1])[None] < num_patches[:, None]
+        graph, stack = nnx.split(self.layers)
+
+        def body(x: Array, layer: PyTree) -> tuple[Array, None]:
+            return nnx.merge(graph, layer)(x, is_patch), None
+
+        x = self.patch_embed(jnp.asarray(patches, self.patch_embed.kernel.dtype))
+        x = x + self.position_embedding[...][position_ids]
+        return jax.lax.scan(body, x, stack)[0]

@@ -1,0 +1,128 @@
+"""From a configuration to finished studies: the model and its samples once, then study by study."""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from rlens_jax.checkpoints.checkpoint import find_model, model_hash, read_model_kind
+from rlens_jax.config import RunConfig, fingerprint, portable
+from rlens_jax.console import Progress, say
+from rlens_jax.data.splits import samples_hash
+from rlens_jax.engine.inputs import build_split
+from rlens_jax.engine.memory import memory_explained
+from rlens_jax.engine.programs import Programs
+from rlens_jax.engine.rounds import metrics_of
+from rlens_jax.engine.scoring import Scoring, TeacherForcing
+from rlens_jax.engine.session import load, read_splits
+from rlens_jax.hosts.startup import start_jax
+from rlens_jax.paper_studies.cases import Case, Variant
+from rlens_jax.paper_studies.layers_study import layers_study
+from rlens_jax.paper_studies.pruned_programs import PrunedForcing, PrunedPrograms
+from rlens_jax.paper_studies.pruning_study import pruning_study
+from rlens_jax.paper_studies.ranking_file import read_orders
+from rlens_jax.paper_studies.request import StudyName
+from rlens_jax.paper_studies.strategies import strategies_study
+from rlens_jax.paper_studies.study import Facts, Study
+from rlens_jax.paper_studies.study_bench import Bench
+from rlens_jax.paper_studies.study_json import study_json
+from rlens_jax.paper_studies.study_plots import plot_study
+from rlens_jax.paper_studies.sweeps import fraction_study, probes_study, range_study
+from rlens_jax.paper_studies.text import text_study
+from rlens_jax.paper_studies.text_control import TextControlPrograms
+from rlens_jax.plan import Operator, Plan
+from rlens_jax.ranking.ranking_run import PACKAGES
+from rlens_jax.reporting.files import replace_file
+from rlens_jax.resources import cache_folder
+from rlens_jax.search.journal import Journal
+from rlens_jax.versions import versions
+
+STUDIES: Mapping[StudyName, Callable[[Bench], Study]] = {
+    "layers": layers_study,
+    "text": text_study,
+    "fraction": fraction_study,
+    "range": range_study,
+    "strategies": strategies_study,
+    "probes": probes_study,
+    "pruning": pruning_study,
+}
+
+
+def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | None) -> list[Study]:
+    """Measure the studies one after another, and write each one's JSON and plots as soon as it is finished.
+
+    Everything that an earlier command of the same configuration measured in that folder is taken from its journal, for
+    whatever study it was.
+
+    Args:
+        names: of the studies.
+        config: as of a ranking run.
+        ranking: ranking.json of a finished run, with the orders of layers; without one they are searched.
+
+    Raises:
+        UserError: bad input of any kind.
+    """
+    compute, output = config.compute, Path(config.output)
+    start_jax(compute.matmul_precision, Path(compute.compilation_cache or cache_folder() / "compiled"))
+    folder = find_model(config.model)
+    weights, kind = model_hash(folder), read_model_kind(folder)
+    decoder = kind.config.decoder
+    orders: Mapping[Operator, tuple[int, ...]] = (
+        {} if ranking is None else read_orders(ranking, weights, decoder.num_layers)
+    )
+    samples = read_splits(config, kind.model_type, step_by_step=False)
+    data, device = samples_hash(samples), jax.devices()[0].device_kind
+    identity = fingerprint(config, model_hash=weights, data_hash=data, device=device, jax=version("jax"))
+    with (
+        Journal.open(output, identity) as journal,
+        memory_explained(compute.batch_size, compute.model_shards),
+    ):
+        if journal.repaired:
+            say(journal.repaired)
+        loaded = load(config, folder, kind)
+        model, mesh, stop = loaded.model, loaded.mesh, loaded.chat.stop_token
+
+        def scoring_of(variant: Variant) -> Scoring:
+            return make_scoring(model, mesh, variant, config.seed, stop)
+
+        encoder = Programs(model, mesh, config.reduction, seed=config.seed, new_tokens=1, stop_token=stop)
+        splits = {}
+        for name, members in samples.items():
+            with Progress(f"preparing {name}", len(members), "samples") as shown:
+                splits[name] = build_split(members, loaded.preparer, encoder, loaded.shapes, True, shown.advance)
+        bench = Bench(config, decoder, splits, journal, scoring_of, orders)
+        dense = bench.measure("dense model", [])[Case(Plan(), bench.plain)]
+        facts = Facts(
+            model=config.model,
+            model_hash=weights,
+            num_layers=decoder.num_layers,
+            data_hash=data,
+            samples=bench.samples,
+            dense=metrics_of(dense),
+            configuration=portable(config),
+            versions=versions(PACKAGES),
+        )
+        studies = []
+        for name in names:
+            studies.append(STUDIES[name](bench))
+            write_study(studies[-1], facts, output)
+    return studies
+
+
+def make_scoring(model: Any, mesh: Mesh, variant: Variant, seed: int, stop_token: int) -> Scoring:
+    """What evaluates plans under a variant."""
+    reduction, pruning = variant.reduction, variant.pruning
+    if pruning is not None:
+        return PrunedForcing(PrunedPrograms(model, mesh, reduction, pruning, seed=seed, stop_token=stop_token))
+    programs = TextControlPrograms if variant.tokens == "text" else Programs
+    return TeacherForcing(programs(model, mesh, reduction, seed=seed, new_tokens=1, stop_token=stop_token))
+
+
+def write_study(study: Study, facts: Facts, folder: Path) -> None:
+    """The study's plots and, last, its JSON file: when that is there, the study is done."""
+    for kind in ("png", "svg"):
+        replace_file(folder / f"{study.name}.{kind}", plot_study(study, facts, kind))
+    replace_file(folder / f"{study.name}.json", study_json(study, facts).encode())

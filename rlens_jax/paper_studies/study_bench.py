@@ -1,0 +1,218 @@
+"""Where studies are measured: one model, its encoded samples and one journal, which all studies and variants share.
+
+The vision tower runs once per sample. What the journal has is not measured again, and a variant of which it has all cases is not
+even compiled.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from rlens_jax.config import RunConfig
+from rlens_jax.console import Progress
+from rlens_jax.engine.evaluator import Evaluator, Outcomes
+from rlens_jax.engine.inputs import Split
+from rlens_jax.engine.rounds import metrics_of, num_evaluations, round_scorer
+from rlens_jax.engine.scoring import Scoring
+from rlens_jax.flops import LayerSizes, layer_cost, prefill_cost, visual_in_layer
+from rlens_jax.models.decoder import DecoderConfig
+from rlens_jax.paper_studies.cases import Case, Variant, chained
+from rlens_jax.paper_studies.study import Flops, Point, Series
+from rlens_jax.plan import Operator, Plan
+from rlens_jax.search.bootstrap import Interval, Statistic, bootstrap_interval, mean_over_datasets
+from rlens_jax.search.journal import Journal
+from rlens_jax.search.objective import plan_loss
+from rlens_jax.search.search import Ranking, rank_layers
+
+VALIDATION, TEST = "validation", "test"
+
+Measured = Mapping[Case, Outcomes]
+
+
+class Bench:
+    """Measures cases on held-out samples, and searches on the validation samples.
+
+    Args:
+        config: of the run.
+        decoder: sizes of the decoder.
+        splits: samples and batches of both splits.
+        journal: keeps what is finished.
+        scoring_of: makes what evaluates a variant's plans.
+        orders: rankings that are known already; others are searched when they are first asked for.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        decoder: DecoderConfig,
+        splits: Mapping[str, Split],
+        journal: Journal,
+        scoring_of: Callable[[Variant], Scoring],
+        orders: Mapping[Operator, tuple[int, ...]],
+    ):
+        self.config = config
+        self.num_layers = decoder.num_layers
+        self.plain = Variant(config.reduction)
+        self._decoder = decoder
+        self._splits = splits
+        self._journal = journal
+        self._scoring_of = scoring_of
+        self._orders = dict(orders)
+        self._scorings: dict[Variant, Scoring] = {}
+        self._progress: Progress | None = None
+
+    @property
+    def most_visual(self) -> int:
+        """P of the held-out sample with the most visual tokens."""
+        return int(self._splits[TEST].num_visual.max())
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """Held-out samples of each dataset."""
+        return {name: len(members) for name, members in self._splits[TEST].datasets.items()}
+
+    def order(self, operator: Operator) -> tuple[int, ...]:
+        """The layers in the searched order, with the configured L_p unless a finished ranking was named."""
+        if operator not in self._orders:
+            self._orders[operator] = self.search(operator, self.config.search.position_layers).order
+        return self._orders[operator]
+
+    def search(self, operator: Operator, position_layers: int | None) -> Ranking:
+        """The Layer Ranking Algorithm on the validation samples; None is L // 4."""
+        prior = self.num_layers // 4 if position_layers is None else position_layers
+        total = num_evaluations(self.num_layers, prior) + 1  # the dense plan is asked for twice
+        label = f"ranking {operator}, L_p = {prior}"
+        evaluator, scoring = self._evaluator(VALIDATION, self.plain)
+        settings = self.config.search
+        with Progress(label, total * len(self._splits[VALIDATION].datasets), "evaluations") as self._progress:
+            (outcomes,) = evaluator.outcomes(VALIDATION, Plan(), [Plan()])
+            score_round = round_scorer(
+                evaluator, VALIDATION, metrics_of(outcomes), alpha=settings.penalty, relative=self._relative
+            )
+            ranking = rank_layers(self.num_layers, prior, operator, score_round)
+        scoring.release()
+        return ranking
+
+    def measure(self, label: str, cases: Sequence[Case]) -> Measured:
+        """The outcomes of all cases, and of the dense model, on the held-out samples."""
+        wanted = list(dict.fromkeys([Case(Plan(), self.plain), *map(self._canonical, cases)]))
+        measured: dict[Case, Outcomes] = {}
+        total = len(wanted) * len(self._splits[TEST].datasets)
+        with Progress(label, total, "evaluations") as self._progress:
+            for variant in dict.fromkeys(case.variant for case in wanted):
+                evaluator, scoring = self._evaluator(TEST, variant)
+                for base, case in chained([case for case in wanted if case.variant == variant]):
+                    (measured[case],) = evaluator.outcomes(self._split_name(TEST, variant), base, [case.plan])
+                scoring.release()
+        return {case: measured[self._canonical(case)] for case in (Case(Plan(), self.plain), *cases)}
+
+    def dense(self, measured: Measured) -> dict[str, float]:
+        """The dense model's metrics on the held-out samples."""
+        return metrics_of(measured[Case(Plan(), self.plain)])
+
+    def loss(self, measured: Measured, case: Case) -> float:
+        """Minus the mean change of a case against the dense model."""
+        return plan_loss(metrics_of(measured[case]), self.dense(measured), relative=self._relative)
+
+    def series(
+        self,
+        name: str,
+        x: Sequence[float],
+        cases: Sequence[Sequence[Case]],
+        measured: Measured,
+        orders: Sequence[Sequence[int]] = (),
+    ) -> Series:
+        """A line of a plot: at each x one case, or the mean over several."""
+        table = self.table(measured, cases)
+        mean = self.interval(table, mean_over_datasets)
+        dense, points = self.dense(measured), []
+        for place, (where, group) in enumerate(zip(x, cases, strict=True)):
+            metrics = {dataset: float(values[place].mean()) for dataset, values in table.items()}
+            only = group[0] if len(group) == 1 else None
+            points.append(
+                Point(
+                    x=float(where),
+                    case=only,
+                    metrics=metrics,
+                    loss=plan_loss(metrics, dense, relative=self._relative),
+                    mean=float(mean.value[place]),
+                    low=float(mean.low[place]),
+                    high=float(mean.high[place]),
+                    flops=None if only is None or only.variant.tokens == "text" else self.flops(only),
+                )
+            )
+        return Series(name, tuple(points), tuple(map(tuple, orders)))
+
+    def table(self, measured: Measured, cases: Sequence[Sequence[Case]]) -> dict[str, np.ndarray]:
+        """Per dataset the outcomes [points, samples], each point the mean over its cases."""
+        return {
+            name: np.array([np.mean([measured[case][name] for case in group], axis=0) for group in cases])
+            for name in self._splits[TEST].datasets
+        }
+
+    def interval(self, table: Mapping[str, np.ndarray], statistic: Statistic) -> Interval:
+        """The 95 % bootstrap interval of a statistic."""
+        draws = self.config.report.bootstrap_samples
+        return bootstrap_interval(table, statistic, samples=draws, seed=self.config.seed)
+
+    def losses(self, metrics: np.ndarray, dense: np.ndarray) -> np.ndarray:
+        """Losses [draws, points] of metrics [draws, points, datasets] against the dense ones [draws, 1, datasets]."""
+        lost = dense - metrics
+        return (lost / dense if self._relative else lost).mean(axis=-1)
+
+    def flops(self, case: Case) -> Flops:
+        """What a case saves."""
+        decoder, split, length = self._decoder, self._splits[TEST], self.num_layers
+        sizes = LayerSizes(decoder.width, decoder.num_kv_heads * decoder.head_dim, decoder.ffn_width)
+        plan, reduction = case.plan, case.variant.reduction
+        hollow, dynamic = (bool(flags[-1]) for flags in plan.flags(length))
+        shares = []
+        for text, visual in zip(split.num_text.tolist(), split.num_visual.tolist(), strict=True):
+            reaching = visual_in_layer(case.variant.pruning, visual, length)
+
+            def whole(plan: Plan, reaching: Sequence[int], probes: bool, text: int = text) -> int:
+                return prefill_cost(sizes, text, reaching, plan, reduction, with_probes=probes)
+
+            def last(visual: int, hollow: bool, dynamic: bool, text: int = text) -> int:
+                return layer_cost(sizes, text, visual, reduction, hollow=hollow, dynamic=dynamic, with_probes=False)
+
+            dense = whole(Plan(), [visual] * length, False)
+            left = (
+                whole(plan, reaching, False),
+                whole(plan, reaching, True),
+                dense - last(visual, False, False) + last(reaching[-1], hollow, dynamic),
+            )
+            shares.append([1 - cost / dense for cost in left])
+        return Flops(*(sum(column) / len(shares) for column in zip(*shares, strict=True)))
+
+    @property
+    def _relative(self) -> bool:
+        return self.config.search.change == "relative"
+
+    def _canonical(self, case: Case) -> Case:
+        """The same computation under the name that all studies have for it: what reduces nothing is the dense model."""
+        dense = case.plan == Plan() and case.variant.pruning is None
+        return replace(case, variant=self.plain) if dense else case
+
+    def _split_name(self, split: str, variant: Variant) -> str:
+        """How the journal tells variants apart."""
+        return split if variant == self.plain else f"{split} {variant.key()}"
+
+    def _evaluator(self, split: str, variant: Variant) -> tuple[Evaluator, Scoring]:
+        if variant not in self._scorings:
+            self._scorings[variant] = self._scoring_of(variant)
+        scoring = self._scorings[variant]
+        evaluator = Evaluator(
+            scoring,
+            {self._split_name(split, variant): self._splits[split]},
+            self._journal,
+            num_layers=self.num_layers,
+            state_bytes=self.config.compute.state_memory_gb * 1e9,
+            advance=self._advance,
+        )
+        return evaluator, scoring
+
+    def _advance(self, anew: bool) -> None:
+        if self._progress is not None:
+            self._progress.advance(anew=anew)

@@ -1,0 +1,136 @@
+"""The control of the paper: the reductions applied to the prompt's *text* tokens instead of the visual ones. Simulated.
+
+Roles are exchanged: prompt text (template included) sees, of prompt text, only the previous R tokens by text ordinal, itself
+included, and passes only through the FFN units that probes among the prompt text choose. Visual tokens are dense, and so is the
+answer that teacher forcing appends. R is an eighth of the prompt's text tokens (our decision, after the paper's range of about
+P / 8 visual tokens), per sample; shares of units and of probes are those of the visual reduction.
+
+Everything is computed and then masked, from the plain references of rlens_jax/ops: nothing here is fast, or says anything about
+time. The control is no method to deploy.
+
+Axis letters: B batch, T packed slots (X text, P visual), D width, L layers.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from rlens_jax.engine.programs import Programs, States, own_plan
+from rlens_jax.layout import Slots, TokenLayout, visible
+from rlens_jax.models.decoder import Context, Decoder, DecoderLayer, TracedPlan, layer_at
+from rlens_jax.models.prompt import IGNORE, PromptBatch
+from rlens_jax.ops.attention import masked_attention
+from rlens_jax.ops.ffn import dense_ffn, simulated_dynamic_ffn
+from rlens_jax.plan import Reduction
+from rlens_jax.sharding.model_axis import sum_over_shards
+
+TEXT_RANGE = 8
+"""R is the number of prompt text tokens divided by this."""
+
+
+class TextControlPrograms(Programs):
+    """As `Programs`, but plans reduce the prompt's text. The weights must not be cut over devices."""
+
+    def _layers_impl(
+        self, model: Any, states: States, batch: PromptBatch, plans: TracedPlan, start: Array, stop: Array
+    ) -> States:
+        (x, scored), decoder = states, model.decoder
+        context = decoder.context(batch.layout, batch.rope_positions, self._random_key(), self.kernel)
+        plan = own_plan(plans)
+        prompt = num_prompt_text(batch)
+        x, now = run_text_layers(decoder, x, context, plan, self.reduction, prompt, start[0], stop[0])
+        return x, scored & now
+
+
+def num_prompt_text(batch: PromptBatch) -> Int[Array, " B"]:
+    """Text tokens of each prompt without its answer, which is the end of the text run."""
+    return jnp.asarray(batch.layout.num_text) - (jnp.asarray(batch.answer_targets) != IGNORE).sum(
+        axis=1, dtype=jnp.int32
+    )
+
+
+def run_text_layers(
+    decoder: Decoder,
+    x: Float[Array, "B T D"],
+    context: Context,
+    plan: TracedPlan,
+    reduction: Reduction,
+    num_prompt: Int[Array, " B"],
+    start: Int[Array, ""],
+    stop: Int[Array, ""],
+) -> tuple[Float[Array, "B T D"], Bool[Array, " B"]]:
+    """`Decoder.run_layers` with exchanged roles: the states, and whether all probe scores were numbers."""
+    graph, stack = nnx.split(decoder.layers)
+
+    def body(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, scored = carry
+        module = nnx.merge(graph, layer_at(stack, layer))
+        x = jax.lax.cond(
+            plan.hollow[layer],
+            lambda: attend_text(module, x, context, num_prompt),
+            lambda: module.attend(x, context, reduction, False)[0],
+        )
+        x, now = jax.lax.cond(
+            plan.dynamic[layer],
+            lambda: feed_text(module, x, context, reduction, layer, num_prompt),
+            lambda: (module.feed(x, context, reduction, False, layer)[0], jnp.ones_like(scored)),
+        )
+        return x, scored & now
+
+    return jax.lax.fori_loop(start, stop, body, (x, jnp.ones(x.shape[0], bool)))
+
+
+def attend_text(
+    module: DecoderLayer, x: Float[Array, "B T D"], context: Context, num_prompt: Int[Array, " B"]
+) -> Float[Array, "B T D"]:
+    """A layer's first half with Hollow Attention for prompt text, simulated."""
+    q, k, v = module.attention.project(module.input_norm(x), context.turn)
+    attended = masked_attention(q, k, v, text_visible(context.layout, num_prompt))
+    return x + sum_over_shards(module.attention.o_proj(attended))
+
+
+def text_visible(layout: TokenLayout, num_prompt: Int[Array, " B"]) -> Bool[Array, "B T T"]:
+    """Which keys each query sees: `layout.visible` with exchanged roles, and a range of each sample's own."""
+    slots = layout.slots
+    slot = jax.lax.broadcasted_iota(jnp.int32, slots.position.shape, 1)
+    ordinal = jnp.where(is_prompt_text(layout, num_prompt), slot, -1)
+    roles = Slots(slots.position, ordinal)
+    both_text = (ordinal >= 0)[:, :, None] & (ordinal >= 0)[:, None, :]
+    attention_range = jnp.maximum(1, num_prompt // TEXT_RANGE)
+    near = ordinal[:, :, None] - ordinal[:, None, :] < attention_range[:, None, None]
+    return visible(roles, roles, None) & (~both_text | near)
+
+
+def is_prompt_text(layout: TokenLayout, num_prompt: Int[Array, " B"]) -> Bool[Array, "B T"]:
+    """Which slots hold text of the prompt: the first of the text run, whose slots are text ordinals."""
+    return jnp.arange(layout.bucket.slots)[None, :] < num_prompt[:, None]
+
+
+def feed_text(
+    module: DecoderLayer,
+    x: Float[Array, "B T D"],
+    context: Context,
+    reduction: Reduction,
+    layer: Int[Array, ""],
+    num_prompt: Int[Array, " B"],
+) -> tuple[Float[Array, "B T D"], Bool[Array, " B"]]:
+    """A layer's second half with the Dynamic FFN for prompt text, simulated, and whether its probe scores were numbers."""
+    y, weights, layout = module.ffn_norm(x), module.ffn.weights, context.layout
+    num_text, num_visual = layout.bucket.text, layout.bucket.visual
+    exchanged = TokenLayout(
+        text_position=layout.visual_position,
+        visual_position=layout.text_position,
+        num_text=layout.num_visual,
+        num_visual=num_prompt,
+        sample=layout.sample,
+    )
+    key = jax.random.fold_in(context.random_key, layer)
+    turned = jnp.concatenate([y[:, num_text:], y[:, :num_text]], axis=1)
+    reduced, kept = simulated_dynamic_ffn(turned, weights, exchanged, reduction, key)
+    reduced = jnp.concatenate([reduced[:, num_visual:], reduced[:, :num_visual]], axis=1)
+    # The answer follows the prompt in the same run, and is dense.
+    chosen = jnp.where(is_prompt_text(layout, num_prompt)[:, :, None], reduced, dense_ffn(y, weights))
+    return x + sum_over_shards(chosen), kept.scored

@@ -1,0 +1,188 @@
+"""Bundles from a Hugging Face model in PyTorch, dense and under `torch_twin`'s reductions (extra `torch`).
+
+Each bundle holds the same inputs in every case: two prompts of different lengths, with one and two textured images of different
+sizes, as the checkpoint's own processor and chat template prepare them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rlens_jax.checkpoints import orbax_store
+from rlens_jax.checkpoints.checkpoint import find_model, read_model_kind
+from rlens_jax.errors import UserError
+from rlens_jax.families.reference_inputs import input_names
+from rlens_jax.parity.bundle import KEPT, LOGITS, new_bundle, states_name
+from rlens_jax.plan import Plan, Reduction
+
+QUESTIONS = (
+    ("what do you see ?", ((96, 160),)),
+    ("where do these two pictures differ , and which one is the larger ?", ((64, 128), (128, 96))),
+)
+"""Texts, and heights and widths of the images that go with them."""
+
+
+def dump(
+    model: str,
+    bundle: Path,
+    plans: Sequence[Plan],
+    reduction: Reduction,
+    with_states: bool,
+    advance: Callable[[], None],
+) -> Path:
+    """Writes a bundle of one case a plan.
+
+    Args:
+        model: a folder as published (not a converted one), with tokenizer and processor files; or "embedded".
+        bundle: the folder to make.
+        plans: what to compute; `Plan()` is the dense model.
+        reduction: how.
+        with_states: also write the states after each half of each layer.
+        advance: called after each case.
+
+    Raises:
+        UserError: PyTorch or the processor is missing, the model is not one of Hugging Face's, or a plan does not fit it.
+    """
+    folder = find_model(model)
+    if orbax_store.is_store(folder):
+        raise UserError(f"{folder}: is a converted folder, which PyTorch cannot read; convert it back with --to-hf")
+    kind = read_model_kind(folder)
+    _check_class(folder, kind.model_type)
+    for plan in plans:
+        plan.validate(kind.config.decoder.num_layers)
+    if bundle.exists():
+        raise UserError(f"{bundle}: exists already; name a new folder or remove it")
+    theirs = load_torch_model(folder)
+    inputs = make_inputs(folder, input_names(kind.model_type))
+    framework = {name: version(name) for name in ("torch", "transformers")}
+    named = {"name": "pytorch", "version": framework["torch"], "transformers": framework["transformers"]}
+    name = folder.resolve().name
+    with new_bundle(bundle, model=name, family=kind.model_type, framework=named, dtype="float32") as writer:
+        for plan in plans:
+            writer.add(plan, reduction, run_case(theirs, inputs, plan, reduction, with_states))
+            advance()
+    return bundle
+
+
+def _check_class(folder: Path, model_type: str) -> None:
+    """transformers knows the family; UserError when its model only comes as code with the checkpoint, which is never run."""
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"{folder}: transformers has no class of model_type {model_type!r}; write a bundle with the published code "
+            f"({', '.join(input_names(model_type))} and results, see rlens_jax/parity/bundle.py)"
+        )
+
+
+def load_torch_model(folder: Path) -> Any:
+    """The Hugging Face model of a folder, in float32 with eager attention."""
+    try:
+        from transformers import AutoModelForImageTextToText
+
+        import rlens_jax.torch_twin  # noqa: F401  (is PyTorch there?)
+    except ImportError as error:
+        raise UserError(f"--dump runs PyTorch: install the extra torch ({error})") from None
+    try:
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype="float32",
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: transformers cannot load it ({_first_line(error)})") from None
+    return model.eval().requires_grad_(False)
+
+
+def make_inputs(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The model's inputs for `QUESTIONS`, by the checkpoint's own processor: right-padded PyTorch tensors."""
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        messages = [
+            [{"role": "user", "content": [*[{"type": "image"}] * len(sizes), {"type": "text", "text": text}]}]
+            for text, sizes in QUESTIONS
+        ]
+        texts = [processor.apply_chat_template(message, add_generation_prompt=True) for message in messages]
+        rng = np.random.default_rng(0)
+        images = [[texture(rng, *size) for size in sizes] for _, sizes in QUESTIONS]
+        # Said here, because a processor's own default goes before that of its tokenizer.
+        made = processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}: no usable processor ({_first_line(error)})") from None
+    unknown = [name for name in made if name not in names]
+    if unknown:
+        raise UserError(f"{folder}: its processor makes {', '.join(unknown)}, which bundles do not know")
+    return dict(made)
+
+
+def run_case(
+    model: Any, inputs: Mapping[str, Any], plan: Plan, reduction: Reduction, with_states: bool
+) -> dict[str, np.ndarray]:
+    """A case's tensors, from a Hugging Face model and its inputs as PyTorch tensors."""
+    from rlens_jax.torch_twin import decoder_layers, reduced
+
+    with (
+        reduced(model, plan, reduction) as record,
+        _states(decoder_layers(model) if with_states else ()) as states,
+    ):
+        logits = model(**inputs).logits
+    tensors = {**inputs, LOGITS: logits.float(), **states}
+    for layer, units in record.kept_units.items():
+        name = f"kept_units.{layer}"
+        assert KEPT.fullmatch(name)
+        tensors[name] = units
+    return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+
+
+@contextmanager
+def _states(layers: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """The states after each half of each layer of the pass that runs meanwhile."""
+    states: dict[str, Any] = {}
+    handles = []
+
+    def after_layer(name: str) -> Callable[..., None]:
+        def keep(_: Any, __: Any, output: Any) -> None:
+            states[name] = (output[0] if isinstance(output, tuple) else output).float()
+
+        return keep
+
+    def before_norm(name: str) -> Callable[..., None]:
+        def keep(_: Any, arguments: Any) -> None:
+            states[name] = arguments[0].float()
+
+        return keep
+
+    try:
+        for number, layer in enumerate(layers):
+            # The second norm reads the stream to which attention has been added.
+            norm = layer.post_attention_layernorm
+            handles.append(norm.register_forward_pre_hook(before_norm(states_name(number, "attention"))))
+            handles.append(layer.register_forward_hook(after_layer(states_name(number, "ffn"))))
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def texture(rng: np.random.Generator, height: int, width: int) -> Image.Image:
+    """Waves, an edge and noise: no two patches are alike."""
+    y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
+    channels = []
+    for _ in range(3):
+        waves = sum(np.sin(2 * np.pi * (a * x + b * y + phase)) for a, b, phase in rng.uniform(-7, 7, (4, 3)))
+        channels.append(waves + 2 * (x > rng.uniform(0.2, 0.8)) + rng.normal(0, 0.5, x.shape))
+    pixels = np.stack(channels, axis=-1)
+    return Image.fromarray(np.clip(128 + 30 * pixels, 0, 255).astype(np.uint8))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,215 @@
+"""What a validation found, for programs (JSON, see validation.schema.json), for papers (Markdown) and for the terminal."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rlens_jax.json_text import json_text
+from rlens_jax.parity.bundle import Manifest
+from rlens_jax.parity.compare import CaseResult
+from rlens_jax.parity.rankings import RankingComparison
+from rlens_jax.plan import OPERATORS
+
+SCHEMA = "rlens-validation/1"
+RANKINGS_SCHEMA = "rlens-ranking-comparison/1"
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A model against a bundle."""
+
+    model: str
+    dtype: str
+    num_layers: int
+    manifest: Manifest
+    tolerance: float
+    results: Sequence[CaseResult]
+    versions: Mapping[str, str]
+
+    @property
+    def within_tolerance(self) -> bool:
+        return all(result.within_tolerance for result in self.results)
+
+
+def validation_json(validation: Validation) -> str:
+    """The text of the JSON report."""
+    manifest = validation.manifest
+    return json_text(
+        {
+            "schema": SCHEMA,
+            "model": {
+                "path": validation.model,
+                "family": manifest.family,
+                "num_layers": validation.num_layers,
+                "dtype": validation.dtype,
+            },
+            "reference": {
+                "bundle": manifest.folder.name,
+                "model": manifest.model,
+                "framework": dict(manifest.framework),
+                "dtype": manifest.dtype,
+                "further": dict(manifest.further),
+            },
+            "tolerance": validation.tolerance,
+            "within_tolerance": validation.within_tolerance,
+            "cases": [_case(result) for result in validation.results],
+            "versions": dict(validation.versions),
+        }
+    )
+
+
+def _case(result: CaseResult) -> dict[str, Any]:
+    case = result.case
+    return {
+        "file": case.file,
+        "plan": {operator: list(case.plan.layers(operator)) for operator in OPERATORS},
+        "reduction": asdict(case.reduction),
+        "further": dict(case.further),
+        "logits": asdict(result.logits),
+        "kept_units": [{"layer": layer, **asdict(overlap)} for layer, overlap in result.overlaps.items()],
+        "hidden_states": [
+            {
+                **asdict(state),
+                "max_relative": state.max_relative if state.max_relative < float("inf") else None,
+            }
+            for state in result.states
+        ],
+        "within_tolerance": result.within_tolerance,
+        "parting": None if result.parting is None else asdict(result.parting),
+    }
+
+
+HEADINGS = ("case", "plan", "positions", "max abs", "max rel", "argmax equal", "mean KL", "units equal", "")
+
+
+def _rows(validation: Validation) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for result in validation.results:
+        logits = result.logits
+        smallest = min((overlap.smallest for overlap in result.overlaps.values()), default=None)
+        rows.append(
+            (
+                result.case.file,
+                result.case.plan.label(),
+                str(logits.num_positions),
+                _number(logits.max_absolute),
+                _number(logits.max_relative),
+                f"{logits.argmax_agreement:.2%}",
+                _number(logits.mean_kl),
+                "-" if smallest is None else f">= {smallest:.1%}",
+                "ok" if result.within_tolerance else "OUT OF TOLERANCE",
+            )
+        )
+    return rows
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.1e}"
+
+
+def _verdict(validation: Validation) -> str:
+    right = sum(result.within_tolerance for result in validation.results)
+    return f"{right} of {len(validation.results)} cases within the tolerance of {validation.tolerance:g}"
+
+
+def _partings(validation: Validation) -> list[str]:
+    return [f"{r.case.file}: {r.parting.text}" for r in validation.results if r.parting is not None]
+
+
+def validation_text(validation: Validation) -> str:
+    """A table for the terminal, where the models part, and the verdict."""
+    table = [HEADINGS, *_rows(validation)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(HEADINGS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return "\n".join([*lines, *_partings(validation), _verdict(validation)])
+
+
+def validation_markdown(validation: Validation) -> str:
+    """The report for people."""
+    manifest = validation.manifest
+    framework = ", ".join(f"{name} {value}" for name, value in manifest.framework.items())
+    lines = [
+        f"# {validation.model} against {manifest.model}",
+        "",
+        f"{_verdict(validation)}: |ours - reference| <= {validation.tolerance:g} * max(1, largest reference logit).",
+        "",
+        f"Ours: {validation.dtype}. Reference: {framework}, {manifest.dtype}. Where the reference's kept units are known, "
+        "they are used in our model too, and the share that our own probes choose is shown.",
+        "",
+        *_table(HEADINGS, _rows(validation)),
+        "",
+    ]
+    lines += [f"- {line}" for line in _partings(validation)]
+    further = {
+        **manifest.further,
+        **{f"{r.case.file}: {k}": v for r in validation.results for k, v in r.case.further.items()},
+    }
+    if further:
+        lines += ["", "Further fields of the bundle:", ""]
+        lines += [f"- {name}: {json.dumps(value)}" for name, value in further.items()]
+    states = [(r.case.file, state) for r in validation.results for state in r.states]
+    if states:
+        rows = [(file, str(s.layer), s.after, _number(s.max_relative)) for file, s in states]
+        lines += ["", "## States", "", *_table(("case", "layer", "after", "max rel"), rows)]
+    versions = ", ".join(f"{name} {value}" for name, value in validation.versions.items())
+    return "\n".join([*lines, "", versions]) + "\n"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [_line(headings), _line(["---"] * len(headings)), *map(_line, rows)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def rankings_json(comparisons: Sequence[RankingComparison]) -> str:
+    """The text of the JSON report on two rankings."""
+    return json_text({"schema": RANKINGS_SCHEMA, "comparisons": [asdict(comparison) for comparison in comparisons]})
+
+
+def rankings_text(comparisons: Sequence[RankingComparison]) -> str:
+    """For the terminal."""
+    return "\n\n".join("\n".join(_ranking_lines(comparison)) for comparison in comparisons)
+
+
+def rankings_markdown(comparisons: Sequence[RankingComparison]) -> str:
+    """The report for people."""
+    parts = ["# Two rankings"]
+    for comparison in comparisons:
+        title = f"## {comparison.name}\n\n" if comparison.name else ""
+        rows = [
+            (str(place), str(layer), _place(there))
+            for place, (layer, there) in enumerate(zip(comparison.a, comparison.places_of_a_in_b, strict=True), 1)
+        ]
+        overlaps = [(str(k), f"{share:.0%}") for k, share in enumerate(comparison.overlaps, 1)]
+        parts.append(
+            f"{title}Kendall's tau: {comparison.kendall_tau:.3f}\n\n"
+            + "\n".join(_table(("place in A", "layer", "place in B"), rows))
+            + "\n\n"
+            + "\n".join(_table(("first k", "in common"), overlaps))
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _ranking_lines(comparison: RankingComparison) -> list[str]:
+    overlaps = " ".join(f"{k}:{share:.0%}" for k, share in enumerate(comparison.overlaps, 1))
+    sides = (
+        ("A", comparison.a, "B", comparison.places_of_a_in_b),
+        ("B", comparison.b, "A", comparison.places_of_b_in_a),
+    )
+    return [
+        *([comparison.name] if comparison.name else []),
+        f"Kendall's tau {comparison.kendall_tau:.3f}",
+        f"first k in common {overlaps}",
+        *(
+            f"{one}'s layers, place in {other}: "
+            + " ".join(f"{layer}:{_place(place)}" for layer, place in zip(order, places, strict=True))
+            for one, order, other, places in sides
+        ),
+    ]
+
+
+def _place(place: int | None) -> str:
+    return "-" if place is None else str(place)

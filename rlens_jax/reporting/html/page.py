@@ -1,0 +1,338 @@
+"""The page: what of the runs' files goes where. The template only lays it out."""
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from statistics import median
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+from rlens_jax.config import flat
+from rlens_jax.errors import UserError
+from rlens_jax.plan import OPERATORS, Plan
+from rlens_jax.reporting.html import chart as area
+from rlens_jax.reporting.html.chart import Chart, Mark, Series, curve_chart
+from rlens_jax.reporting.html.heat import MINUS, HeatMap, LayerCell, heat_map, layer_row, worst_score
+from rlens_jax.reporting.html.run_files import RunFiles
+from rlens_jax.reporting.markdown import TITLES
+from rlens_jax.search.results import ALLOWED_LOSS
+
+MAX_BYTES = 3_000_000
+MAX_RUNS = 8
+"""As many colours as can be told apart."""
+
+_DEEP = 32
+"""Heat maps of more layers take the whole width, and small cells."""
+_OPERATORS: dict[str, str] = {operator: TITLES[operator] for operator in OPERATORS}
+_PLANS = {**_OPERATORS, "both": TITLES["both"].capitalize()}
+_STRATEGIES = {
+    "searched": ("searched", "searched"),
+    "search_all": ("searched, no layer by position", "no prior"),
+    "position": ("by position, last layer first", "by position"),
+    "random": ("random, mean of the rankings", "random"),
+}
+"""Strategy -> (in the table of areas, in the chart)."""
+
+
+@dataclass(frozen=True)
+class SavingRow:
+    """A plan in the table of what is saved; seconds are None when its time was not measured."""
+
+    name: str
+    layers: str
+    loss: float
+    flops: float
+    flops_with_probes: float
+    dense: float | None
+    reduced: float | None
+    time_saved: float | None
+
+
+@dataclass(frozen=True)
+class OperatorView:
+    """An operator's part of a run."""
+
+    name: str
+    title: str
+    order: tuple[LayerCell, ...]
+    by_position: int
+    layers: tuple[LayerCell, ...]
+    allowed: int
+    chart: Chart
+    areas: tuple[tuple[str, Mapping[str, float], Mapping[str, float] | None], ...]
+    unbeaten: str
+    heat: HeatMap
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run's section."""
+
+    letter: str
+    name: str
+    files: RunFiles
+    operators: tuple[OperatorView, ...]
+    savings: tuple[SavingRow, ...]
+    timed: Mapping[str, Any] | None
+    configuration: str
+    example_plan: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several runs side by side: a chart an operator, and the fields of the configuration that differ."""
+
+    charts: tuple[tuple[str, Chart], ...]
+    differences: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def report_html(runs: Sequence[RunFiles]) -> str:
+    """The whole page.
+
+    Raises:
+      UserError: for more than `MAX_RUNS` runs, or when several make more than `MAX_BYTES`.
+    """
+    if len(runs) > MAX_RUNS:
+        raise UserError(f"a report shows at most {MAX_RUNS} runs side by side, not {len(runs)}")
+    views = [_run_view(run, letter) for run, letter in zip(runs, "ABCDEFGH", strict=False)]
+    depths = sorted({run.num_layers for run in runs})
+    style = _asset("report.css") + "".join(map(_heat_width, depths))
+    script = _asset("report.js")
+    page = (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            runs=views,
+            comparison=_comparison(views) if len(views) > 1 else None,
+            style=style,
+            script=script,
+            style_hash=_hash(style),
+            script_hash=_hash(script),
+            area=area,
+            deep_from=_DEEP,
+            allowed_loss=ALLOWED_LOSS,
+        )
+    )
+    size = len(page.encode())
+    if size > MAX_BYTES and len(runs) > 1:  # what one run writes is bounded where it is made
+        raise UserError(f"the report would have {size / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:g}; name fewer runs")
+    return page
+
+
+def _heat_width(num_layers: int) -> str:
+    """A rule that keeps the columns of a heat map apart; narrower windows scroll it. Style attributes are forbidden."""
+    column = 0.75 if num_layers > _DEEP else 1.25
+    return f".depth-{num_layers} {{ min-width: {3 + column * num_layers:g}rem; }}\n"
+
+
+def _asset(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """The page's policy names its script and its style by hash, so that a browser runs no other."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FunctionLoader(_asset),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "as_dict": asdict,
+        "percent": _percent,
+        "threshold": lambda share: f"{100 * share:g} %",
+        "points": _points,
+        "interval": lambda interval: f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f}",
+        "ms": lambda seconds: f"{1000 * seconds:.1f}" if seconds < 1 else f"{1000 * seconds:.0f}",
+    }
+    return environment
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%".replace("-", MINUS)
+
+
+def _points(margin: Mapping[str, float]) -> str:
+    value, low, high = (f"{100 * margin[name]:+.1f}".replace("-", MINUS) for name in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def _run_view(run: RunFiles, letter: str) -> RunView:
+    ranking, prefill = run.ranking, run.timing["prefill"]
+    worst = worst_score(ranking["search"])
+    examples = run.examples
+    return RunView(
+        letter=letter,
+        name=run.name,
+        files=run,
+        operators=tuple(_operator_view(run, name, worst) for name in ranking["rankings"]),
+        savings=tuple(_saving_row(name, saving, prefill.get(name)) for name, saving in ranking["savings"].items()),
+        timed=next(iter(prefill.values()), None),
+        configuration=yaml.safe_dump(ranking["configuration"], sort_keys=False, allow_unicode=True),
+        example_plan="" if examples is None else _label(examples["plan"]),
+    )
+
+
+def _label(plan: Mapping[str, Sequence[int]]) -> str:
+    return Plan(tuple(plan["attention"]), tuple(plan["ffn"])).label()
+
+
+def _saving_row(name: str, saving: Mapping[str, Any], time: Mapping[str, Any] | None) -> SavingRow:
+    dense, reduced = (median(time[side]) if time else None for side in ("dense", "reduced"))
+    return SavingRow(
+        name=_PLANS[name],
+        layers=_label(saving["plan"]),
+        loss=saving["loss"],
+        flops=saving["flops_saved"],
+        flops_with_probes=saving["flops_saved_with_probes"],
+        dense=dense,
+        reduced=reduced,
+        time_saved=None if dense is None or reduced is None else 1 - reduced / dense,
+    )
+
+
+def _operator_view(run: RunFiles, operator: str, worst: float) -> OperatorView:
+    ranking = run.ranking
+    order, held_out = ranking["rankings"][operator], ranking["held_out"][operator]
+    search = ranking["search"][operator]
+    lost = ranking["savings"][operator]["plan"][operator]
+    layers = layer_row(order, lost)
+    areas, margins = held_out["areas"], held_out["margins"]
+    unbeaten = [name for name in ("position", "random") if margins[name]["low"] <= 0]
+    return OperatorView(
+        name=operator,
+        title=_OPERATORS[operator],
+        order=tuple(layers[layer] for layer in order),
+        by_position=search["position_layers"],
+        layers=layers,
+        allowed=_allowed(held_out["curves"]["searched"]),
+        chart=_run_chart(run, operator),
+        areas=tuple((_STRATEGIES[name][0], areas[name], margins.get(name)) for name in _STRATEGIES if name in areas),
+        unbeaten=" and ".join(unbeaten),
+        heat=heat_map(search, run.num_layers, worst),
+    )
+
+
+def _dense(run: RunFiles) -> float:
+    """The dense model's held-out score, mean over the datasets."""
+    metrics = run.ranking["dense"]["test"].values()
+    return sum(metrics) / len(metrics)
+
+
+def _allowed(curve: Mapping[str, Any]) -> int:
+    """The largest number of reduced layers with a loss below `ALLOWED_LOSS`."""
+    return max(p["num_reduced"] for p in curve["points"] if not p["num_reduced"] or p["loss"] < ALLOWED_LOSS)
+
+
+def _run_chart(run: RunFiles, operator: str) -> Chart:
+    held_out = run.ranking["held_out"][operator]
+    curves, random = held_out["curves"], held_out["random"]
+    means = list(zip(*(ranking["means"] for ranking in random["rankings"]), strict=True))
+    series = [
+        Series(
+            name=_STRATEGIES["random"][1],
+            label=_STRATEGIES["random"][1],
+            style="random",
+            x=tuple(map(float, random["num_reduced"])),
+            y=tuple(sum(values) / len(values) for values in means),
+            low=tuple(map(min, means)),
+            high=tuple(map(max, means)),
+            notes=("",) * len(means),
+            joined=False,
+        )
+    ]
+    series += [_curve_series(curves[name], name) for name in ("position", "search_all", "searched") if name in curves]
+    searched = curves["searched"]["points"]
+    allowed = _allowed(curves["searched"])
+    return curve_chart(
+        f"{_OPERATORS[operator]}: held-out score against the number of reduced layers",
+        series,
+        [Mark(allowed, searched[allowed]["mean"], "searched")],
+        x_end=run.num_layers,
+        x_title="reduced layers",
+        y_title="held-out score, %",
+        step_title=f"{{x}} of {run.num_layers} layers reduced",
+        reference=_dense(run),
+    )
+
+
+def _curve_series(curve: Mapping[str, Any], strategy: str) -> Series:
+    points, order = curve["points"], curve["order"]
+    added = ["", *(f"layer {layer} last" for layer in order)]
+    return Series(
+        name=_STRATEGIES[strategy][1],
+        label=_STRATEGIES[strategy][1],
+        style=strategy.replace("_", "-"),
+        x=tuple(float(point["num_reduced"]) for point in points),
+        **_band(points, 1.0),
+        notes=tuple(_note(point, text) for point, text in zip(points, added, strict=True)),
+    )
+
+
+def _note(point: Mapping[str, float], more: str) -> str:
+    loss = f"loss {_percent(point['loss'])}"
+    return f"{loss}, {more}" if more else loss
+
+
+def _band(points: Sequence[Mapping[str, float]], unit: float) -> dict[str, Any]:
+    names = {"y": "mean", "low": "low", "high": "high"}
+    return {key: tuple(point[name] / unit for point in points) for key, name in names.items()}
+
+
+def _comparison(runs: Sequence[RunView]) -> Comparison:
+    leaves = [flat(dict(run.files.ranking["configuration"])) for run in runs]
+    fields = dict.fromkeys(name for leaf in leaves for name in leaf)
+    return Comparison(
+        charts=tuple(
+            (title, _comparison_chart([run for run in runs if name in run.files.ranking["rankings"]], name))
+            for name, title in _OPERATORS.items()
+            if any(name in run.files.ranking["rankings"] for run in runs)
+        ),
+        differences=tuple(
+            (name, tuple(leaf.get(name, "not set") for leaf in leaves))
+            for name in fields
+            if len({leaf.get(name) for leaf in leaves}) > 1
+        ),
+    )
+
+
+def _comparison_chart(runs: Sequence[RunView], operator: str) -> Chart:
+    """The searched curves of all runs, each as a share of its own dense score; of unlike depths as shares of the layers."""
+    same = len({run.files.num_layers for run in runs}) == 1
+    series, marks = [], []
+    for run in reversed(runs):  # the first run in front
+        curve = run.files.ranking["held_out"][operator]["curves"]["searched"]
+        points, num_layers = curve["points"], run.files.num_layers
+        unit = _dense(run.files) or 1.0
+        scale = 1.0 if same else 100 / num_layers
+        allowed = _allowed(curve)
+        series.append(
+            Series(
+                name=f"{run.letter} {run.name}",
+                label=run.letter,
+                style=f"run-{run.letter}",
+                x=tuple(point["num_reduced"] * scale for point in points),
+                **_band(points, unit),
+                notes=tuple(_note(point, "" if same else f"{point['num_reduced']} layers") for point in points),
+            )
+        )
+        marks.append(Mark(allowed * scale, points[allowed]["mean"] / unit, f"run-{run.letter}"))
+    return curve_chart(
+        f"{_OPERATORS[operator]}: score relative to the dense model's, of all runs",
+        series,
+        marks,
+        x_end=runs[0].files.num_layers if same else 100,
+        x_title="reduced layers" if same else "reduced layers, % of all",
+        y_title="share of the dense score, %",
+        step_title="{x} layers reduced" if same else "{x} % of the layers reduced",
+        reference=1.0,
+    )

@@ -1,0 +1,202 @@
+"""Plots of a finished run, as PNG or SVG bytes; the same results give the same bytes.
+
+Colours are those of Okabe and Ito, told apart with any colour vision; line style and marker tell them too.
+"""
+
+import io
+from collections.abc import Callable
+from typing import Literal
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import FuncNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
+
+from rlens_jax.plan import Operator
+from rlens_jax.search.results import ALLOWED_LOSS, OperatorResult, Results, Strategy
+
+Format = Literal["png", "svg"]
+
+OPERATOR_NAMES: dict[Operator, str] = {"attention": "Hollow Attention", "ffn": "Dynamic FFN"}
+STRATEGY_NAMES: dict[Strategy, str] = {
+    "searched": "searched",
+    "search_all": r"searched, no layer by position ($L_p = 0$)",
+    "position": "by position, last layer first",
+    "random": "random rankings: mean and range",
+}
+_STYLES: dict[Strategy, dict[str, str]] = {
+    "searched": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    "search_all": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
+    "position": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
+    "random": {"color": "#6E6E6E", "linestyle": "none", "marker": "D"},
+}
+_RANKED_GREY = "#DCDCDC"
+
+
+def plot_curves(results: Results, kind: Format) -> bytes:
+    """Held-out score against the number of reduced layers, one panel an operator."""
+    return drawn(lambda: _curves(results), kind)
+
+
+def plot_candidates(results: Results, kind: Format) -> bytes:
+    """The score of every candidate of every round of the search, one heat map an operator."""
+    return drawn(lambda: _candidates(results), kind)
+
+
+def drawn(draw: Callable[[], Figure], kind: Format) -> bytes:
+    """A figure as bytes, the same every time."""
+    # Salt and missing date make an SVG the same every time; text stays text, so that it can be searched.
+    with mpl.rc_context({"svg.hashsalt": "rlens_jax", "svg.fonttype": "none", "font.size": 10}):
+        figure, buffer = draw(), io.BytesIO()
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        figure.savefig(buffer, format=kind, dpi=150, metadata=metadata, bbox_inches="tight", facecolor="white")
+    return buffer.getvalue()
+
+
+def _curves(results: Results) -> Figure:
+    panels = len(results.operators)
+    figure = Figure(figsize=(1 + 5.4 * panels, 4.9), layout="constrained")
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    for axis, (operator, result) in zip(axes, results.operators.items(), strict=True):
+        _curve_panel(axis, operator, result, results)
+    axes[0].set_ylabel("held-out score, mean over the datasets (%)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    samples = sum(results.test_samples.values())
+    figure.suptitle(
+        f"{samples} held-out samples of {len(results.test_samples)} datasets; bands: 95 % bootstrap interval",
+        fontsize=10,
+    )
+    return figure
+
+
+def _curve_panel(axis: Axes, operator: Operator, result: OperatorResult, results: Results) -> None:
+    num_layers = results.num_layers
+    markers = num_layers <= 40
+    dense = float(np.mean(list(results.dense_test.values())))
+    axis.axhline(dense, color="black", linestyle=":", linewidth=1.2, label="dense model")
+    for name, curve in result.curves.items():
+        style = _STYLES[name]
+        axis.fill_between(
+            range(num_layers + 1),
+            curve.mean.low,
+            curve.mean.high,
+            color=style["color"],
+            alpha=0.15,
+            linewidth=0,
+        )
+        axis.plot(
+            range(num_layers + 1),
+            curve.mean.value,
+            color=style["color"],
+            linestyle=style["linestyle"],
+            marker=style["marker"] if markers else None,
+            markersize=4,
+            linewidth=1.8,
+            zorder=4 if name == "searched" else 3,
+            label=STRATEGY_NAMES[name],
+        )
+    random = np.asarray(result.random.means)
+    middle = random.mean(axis=0)
+    axis.errorbar(
+        result.random.num_reduced,
+        middle,
+        yerr=np.clip([middle - random.min(axis=0), random.max(axis=0) - middle], 0, None),
+        fmt=_STYLES["random"]["marker"],
+        color=_STYLES["random"]["color"],
+        markersize=5,
+        capsize=4,
+        linewidth=1.2,
+        label=STRATEGY_NAMES["random"],
+    )
+    searched = result.curves["searched"]
+    number = searched.allowed
+    axis.plot(
+        number,
+        searched.mean.value[number],
+        marker="*",
+        markersize=17,
+        markerfacecolor="#F0E442",
+        markeredgecolor="black",
+        linestyle="none",
+        zorder=5,
+        label=f"most layers at less than {100 * ALLOWED_LOSS:g} % loss",
+    )
+    axis.axvline(number, color="black", linewidth=0.6, alpha=0.5)
+    axis.set_title(f"{OPERATOR_NAMES[operator]}: {number} of {num_layers} layers at < {100 * ALLOWED_LOSS:g} % loss")
+    axis.set_xlabel("reduced layers")
+    axis.set_xlim(-0.02 * num_layers, 1.02 * num_layers)
+    axis.set_ylim(bottom=0)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=13, integer=True))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _candidates(results: Results) -> Figure:
+    panels, num_layers = len(results.operators), results.num_layers
+    rounds = max(len(result.ranking.rounds) for result in results.operators.values())
+    side = min(9.0, max(4.6, 0.3 * num_layers))
+    height = 1.4 + side * max(rounds, 3) / num_layers
+    figure = Figure(figsize=(1.2 + (side + 0.6) * panels, height), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    tables = {name: _table(result, num_layers) for name, result in results.operators.items()}
+    scores = np.concatenate([table[np.isfinite(table)] for table in tables.values()])
+    lowest, highest = float(scores.min(initial=-1e-3)), float(scores.max(initial=0))
+    # Good candidates lie close together and bad ones far apart, so colour goes with the root of the distance.
+    norm = FuncNorm(
+        (lambda score: -np.sqrt(np.maximum(highest - score, 0)), lambda root: highest - root**2),
+        vmin=lowest,
+        vmax=highest,
+    )
+    colours = mpl.colormaps["viridis"].with_extremes(bad=_RANKED_GREY)
+    cell = 72 * side / num_layers
+    for axis, (operator, result) in zip(axes, results.operators.items(), strict=True):
+        table, searched = tables[operator], result.ranking.rounds
+        image = axis.pcolormesh(
+            np.arange(num_layers + 1) - 0.5,
+            np.arange(len(searched) + 1) + 0.5,
+            np.ma.masked_invalid(table),
+            cmap=colours,
+            norm=norm,
+            edgecolors="white",
+            linewidth=0.4 if num_layers <= 40 else 0,
+        )
+        axis.set_facecolor(_RANKED_GREY)
+        axis.plot(
+            [round_.chosen for round_ in searched],
+            range(1, len(searched) + 1),
+            linestyle="none",
+            marker="o",
+            markersize=min(7.0, 0.5 * cell),
+            markerfacecolor="white",
+            markeredgecolor="black",
+            markeredgewidth=min(1.0, 0.1 * cell),
+        )
+        axis.set_ylim(len(searched) + 0.5, 0.5)
+        axis.set_xlim(-0.5, num_layers - 0.5)
+        axis.set_title(OPERATOR_NAMES[operator])
+        axis.set_xlabel("layer")
+        axis.xaxis.set_major_locator(_ticks(0, num_layers - 1))
+        axis.yaxis.set_major_locator(_ticks(1, len(searched)))
+    axes[0].set_ylabel("round of the search")
+    bar = figure.colorbar(image, ax=list(axes), pad=0.02)
+    bar.set_label("candidate's score on validation (0 = dense model)")
+    bar.ax.axhline(0, color="black", linewidth=2)
+    figure.suptitle("circle: chosen in this round; grey: ranked already, or by position", fontsize=10)
+    return figure
+
+
+def _table(result: OperatorResult, num_layers: int) -> np.ndarray:
+    """Scores [rounds, layers], NaN where a layer was no candidate."""
+    table = np.full((len(result.ranking.rounds), num_layers), np.nan)
+    for row, round_ in enumerate(result.ranking.rounds):
+        table[row, list(round_.layers)] = [score.score for score in round_.scores]
+    return table
+
+
+def _ticks(first: int, last: int) -> FixedLocator:
+    step = max(1, -(-(last - first + 1) // 20))
+    return FixedLocator(list(range(first, last + 1, step)))

@@ -1,0 +1,1 @@
+"""The layer search in pure Python: no JAX."""

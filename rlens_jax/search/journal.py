@@ -1,0 +1,195 @@
+"""The journal of a run: every finished evaluation is one line on disk, and resuming is reading them back.
+
+A run's folder holds `journal.jsonl`. Its first line is a header:
+
+    {"schema": "rlens-journal", "version": 1, "fingerprint": {...}}
+
+with whatever of the configuration decides the outcomes. Every other line is one evaluation, of one plan on
+one dataset of one split, and is written once:
+
+    {"split": "search", "attention": [6, 7], "ffn": [], "dataset": "doc", "outcomes": "5:b0", "seconds": 1.5}
+
+`outcomes` holds the per-sample outcomes in the dataset's order: when all are 0 or 1 as "<count>:<hex>", where
+the highest bit of the first byte is the first sample (so "5:b0" is 1 0 1 1 0), otherwise as a list of
+numbers, each written so that the same float64 is read back.
+
+Each line reaches the disk before `append` returns; how, and what a crash leaves, is told in `rlens_jax.durable_log`.
+
+Of a run's processes the first opens and writes the journal; the others follow it: they read what it holds at the
+start, and add to their memory the same evaluations that the first one writes.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from rlens_jax.durable_log import LogKind, LogWriter, open_log, read_log
+from rlens_jax.errors import UserError
+from rlens_jax.plan import Plan
+
+_FIELDS = ("split", "attention", "ffn", "dataset", "outcomes", "seconds")
+
+Key = tuple[str, Plan, str]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One evaluation: the outcomes of `plan` on the samples of `dataset` in `split`.
+
+    Outcomes are finite float64 values, one a sample (or pair or group), in the dataset's order. `seconds` is
+    the time the evaluation took and takes no part in any result.
+    """
+
+    split: str
+    plan: Plan
+    dataset: str
+    outcomes: tuple[float, ...]
+    seconds: float
+
+    @property
+    def key(self) -> Key:
+        """What no two records of a journal share: (split, plan, dataset)."""
+        return self.split, self.plan, self.dataset
+
+
+class Journal:
+    """The finished evaluations of a run. Made by `Journal.open` or `Journal.follow`; a context manager.
+
+    Attributes:
+      path: the journal's file.
+      repaired: what was cut off a torn last line when opening, as one line for the user; None if nothing was.
+    """
+
+    def __init__(self, path: Path, records: dict[Key, Record], writer: LogWriter | None, repaired: str | None = None):
+        self.path = path
+        self.repaired = repaired
+        self._records = records
+        self._writer = writer
+
+    @classmethod
+    def open(cls, folder: Path, fingerprint: Mapping[str, Any]) -> "Journal":
+        """Open the journal of a run's folder, both made when missing, and read what it holds.
+
+        Args:
+          folder: the run's folder.
+          fingerprint: what of the configuration decides the outcomes; nested, of JSON values.
+
+        Raises:
+          UserError: when the folder cannot be written, another run holds it, it belongs to another
+            configuration, or a line other than a torn last one cannot be read.
+        """
+        records, writer, repaired = open_log(folder, _KIND, fingerprint)
+        return cls(folder / JOURNAL_NAME, records, writer, repaired)
+
+    @classmethod
+    def follow(cls, folder: Path, fingerprint: Mapping[str, Any]) -> "Journal":
+        """The journal that another process of the same run has opened: read once, then kept in memory only.
+
+        Takes no lock and never writes. `append` does all that it does in an open journal, save writing.
+
+        Raises:
+          UserError: when there is no journal in the folder, or as in `open` it belongs to another configuration
+            or cannot be read.
+        """
+        return cls(folder / JOURNAL_NAME, read_log(folder, _KIND, fingerprint), writer=None)
+
+    def get(self, split: str, plan: Plan, dataset: str) -> Record | None:
+        """The record of an evaluation, None when it has not been made."""
+        return self._records.get((split, plan, dataset))
+
+    def records(self) -> tuple[Record, ...]:
+        """All records, in the order in which they were written."""
+        return tuple(self._records.values())
+
+    def append(self, record: Record) -> None:
+        """Write one evaluation; it is on disk when this returns.
+
+        Raises:
+          ValueError: when the journal holds this evaluation already (nothing is ever evaluated twice), or an
+            outcome is not a finite number.
+          UserError: when the disk does not take it; the journal is then as before.
+        """
+        if record.key in self._records:
+            raise ValueError(f"evaluated twice: {record.plan.label()} on {record.dataset}, split {record.split}")
+        line = _encode(record)
+        if self._writer is not None:
+            self._writer.write(line)
+        self._records[record.key] = record
+
+    def close(self) -> None:
+        """Close the journal and let go of the folder."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _encode(record: Record) -> bytes:
+    fields = {
+        "split": record.split,
+        "attention": list(record.plan.attention),
+        "ffn": list(record.plan.ffn),
+        "dataset": record.dataset,
+        "outcomes": _packed(record.outcomes),
+        "seconds": float(record.seconds),
+    }
+    return json.dumps(fields, allow_nan=False).encode() + b"\n"
+
+
+def _decode(line: bytes) -> Record:
+    """The record of a line; ValueError, saying what is wrong, when it is none."""
+    fields = json.loads(line)
+    if not isinstance(fields, dict) or fields.keys() != set(_FIELDS):
+        raise ValueError(f"not exactly the fields {', '.join(_FIELDS)}")
+    if not (isinstance(fields["split"], str) and isinstance(fields["dataset"], str)):
+        raise ValueError("split and dataset must be texts")
+    if isinstance(fields["seconds"], bool) or not isinstance(fields["seconds"], int | float):
+        raise ValueError("seconds must be a number")
+    try:
+        plan = Plan(fields["attention"], fields["ffn"])
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    outcomes = _unpacked(fields["outcomes"])
+    return Record(fields["split"], plan, fields["dataset"], outcomes, float(fields["seconds"]))
+
+
+def _packed(outcomes: tuple[float, ...]) -> str | list[float]:
+    values = [float(outcome) for outcome in outcomes]
+    if not values or not all(map(math.isfinite, values)):
+        raise ValueError("outcomes must be finite numbers, at least one")
+    if all(value in (0.0, 1.0) for value in values):
+        return f"{len(values)}:{np.packbits([value == 1.0 for value in values]).tobytes().hex()}"
+    return values
+
+
+def _unpacked(packed: Any) -> tuple[float, ...]:
+    if isinstance(packed, list):
+        if not packed or any(type(value) not in (int, float) or not math.isfinite(value) for value in packed):
+            raise ValueError("outcomes must be finite numbers, at least one")
+        return tuple(float(value) for value in packed)
+    count_text, _, digits = str(packed).partition(":")
+    count, bits = int(count_text), np.frombuffer(bytes.fromhex(digits), np.uint8)
+    if count < 1 or len(bits) != (count + 7) // 8:
+        raise ValueError(f"outcomes {packed!r} do not hold the number they announce")
+    return tuple(np.unpackbits(bits, count=count).astype(float).tolist())
+
+
+def _keyed(line: bytes) -> tuple[Key, Record]:
+    record = _decode(line)
+    return record.key, record
+
+
+_KIND = LogKind("rlens-journal", 1, "journal", "evaluation", _keyed)
+JOURNAL_NAME = _KIND.file_name

@@ -1,0 +1,103 @@
+"""How good a plan is: from per-sample outcomes to one score against the dense model.
+
+Everything here runs on the host in float64. Sums are exactly rounded (`math.fsum`), so that no order of
+samples, batches or datasets can change a score.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rlens_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class PlanScore:
+    """What one plan scored.
+
+    Attributes:
+      score: the search's objective, higher is better; 0 for the dense model.
+      loss: minus the mean change over the datasets, without the penalty; what reports show.
+      metrics: the plan's metric on each dataset.
+    """
+
+    score: float
+    loss: float
+    metrics: Mapping[str, float]
+
+
+def dataset_metric(outcomes: Sequence[float | int]) -> float:
+    """The metric of a dataset: the mean of its per-sample outcomes (a pair or group is one sample)."""
+    if not outcomes:
+        raise ValueError("a dataset without outcomes has no metric")
+    return math.fsum(outcomes) / len(outcomes)
+
+
+def relative_changes(
+    metrics: Mapping[str, float], dense_metrics: Mapping[str, float], *, relative: bool = True
+) -> dict[str, float]:
+    """delta_d, the change of each dataset's metric against the dense model's.
+
+    Relative to the dense metric by default, so that metrics of different scales can be added (our decision);
+    with `relative=False` the plain difference.
+
+    Raises:
+      UserError: when a change is to be relative and the dense model scores 0.
+      ValueError: when the two do not cover the same datasets.
+    """
+    if metrics.keys() != dense_metrics.keys():
+        raise ValueError(f"metrics of {sorted(metrics)}, but dense metrics of {sorted(dense_metrics)}")
+    if not relative:
+        return {name: metrics[name] - dense for name, dense in dense_metrics.items()}
+    for name, dense in dense_metrics.items():
+        if dense == 0:
+            raise UserError(
+                f"dataset {name}: the dense model scores 0, so no relative change is defined; "
+                "leave the dataset out, or rank by absolute changes"
+            )
+    return {name: (metrics[name] - dense) / dense for name, dense in dense_metrics.items()}
+
+
+def phi(change: float, alpha: float = 2.0) -> float:
+    """A dataset's contribution: a gain counts once, a drop `alpha` times (paper: doubled)."""
+    return change if change >= 0 else alpha * change
+
+
+def plan_score(
+    metrics: Mapping[str, float],
+    dense_metrics: Mapping[str, float],
+    *,
+    alpha: float = 2.0,
+    relative: bool = True,
+) -> float:
+    """The search's objective: the sum of `phi` over the datasets. Errors as in `relative_changes`."""
+    changes = relative_changes(metrics, dense_metrics, relative=relative)
+    return math.fsum(phi(change, alpha) for change in changes.values())
+
+
+def plan_loss(metrics: Mapping[str, float], dense_metrics: Mapping[str, float], *, relative: bool = True) -> float:
+    """What a report calls the loss of a plan: minus the mean change, without penalty."""
+    changes = relative_changes(metrics, dense_metrics, relative=relative)
+    return 0.0 - math.fsum(changes.values()) / len(changes)
+
+
+def score_plan(
+    metrics: Mapping[str, float],
+    dense_metrics: Mapping[str, float],
+    *,
+    alpha: float = 2.0,
+    relative: bool = True,
+) -> PlanScore:
+    """A plan's score and loss, with the metrics they come from."""
+    return PlanScore(
+        score=plan_score(metrics, dense_metrics, alpha=alpha, relative=relative),
+        loss=plan_loss(metrics, dense_metrics, relative=relative),
+        metrics=dict(metrics),
+    )
+
+
+def comparable(score: float) -> float:
+    """The score as comparisons see it: rounded to 12 digits, so that rounding breaks no tie."""
+    if not math.isfinite(score):
+        raise ValueError(f"a plan scored {score}")
+    return round(score, 12)

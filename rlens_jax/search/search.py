@@ -1,0 +1,152 @@
+"""The Layer Ranking Algorithm: in which order the layers of one operator are best reduced.
+
+Pure Python over a scoring callable. The search hands out the plans of a whole round at once: they share their
+base and differ in one layer, which an evaluator can make use of.
+
+Evaluations with n = L - L_p searched layers: n (n + 1) / 2, plus the L_p prefixes, plus the base.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from rlens_jax.errors import UserError
+from rlens_jax.plan import Operator, Plan
+from rlens_jax.search.objective import PlanScore, comparable
+
+ScoreRound = Callable[[Plan, list[Plan]], Sequence[PlanScore]]
+"""`score_round(base, candidates)`: the candidates' scores, in their order.
+
+Each candidate is the base with one layer more; only the call that scores the base itself passes `[base]`.
+"""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of the greedy search.
+
+    Attributes:
+      base: the plan that every candidate adds one layer to.
+      layers: the layers tried, ascending.
+      scores: their plans' scores, in the same order.
+      chosen: the layer appended to the ranking.
+      ties: the other layers whose plans scored the same as the chosen one's, after rounding.
+    """
+
+    base: Plan
+    layers: tuple[int, ...]
+    scores: tuple[PlanScore, ...]
+    chosen: int
+    ties: tuple[int, ...]
+
+    @property
+    def chosen_score(self) -> PlanScore:
+        """The score of the base with the chosen layer."""
+        return self.scores[self.layers.index(self.chosen)]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The order in which an operator's layers are best reduced, and all scores it rests on.
+
+    Attributes:
+      operator: the operator that was ranked.
+      base: the plan the ranking starts from; dense unless the other operator was reduced already.
+      order: all L layers, the best to reduce first.
+      base_score: the score of `base`.
+      prefix_scores: the scores of the first 1, 2, ... L_p layers, which are ranked by position.
+      rounds: the greedy rounds of the other layers.
+    """
+
+    operator: Operator
+    base: Plan
+    order: tuple[int, ...]
+    base_score: PlanScore
+    prefix_scores: tuple[PlanScore, ...]
+    rounds: tuple[Round, ...]
+
+    def curve(self) -> list[PlanScore]:
+        """The scores with the first 0, 1, ... L layers of the order reduced."""
+        return [self.base_score, *self.prefix_scores, *(round_.chosen_score for round_ in self.rounds)]
+
+
+def rank_layers(
+    num_layers: int,
+    position_layers: int | None,
+    operator: Operator,
+    score_round: ScoreRound,
+    base: Plan | None = None,
+) -> Ranking:
+    """Rank all layers of `operator`: the last ones by position, the others by greedy search.
+
+    Each round tries every unranked layer on top of those ranked so far and appends the one whose plan scores
+    best; among equal scores (to 12 digits) the later layer (our decision). The last round has one candidate,
+    scored all the same for the curve.
+
+    Args:
+      num_layers: L.
+      position_layers: L_p, how many of the last layers are ranked by position, last layer first. 0 searches
+        all, L none; None stands for L // 4 (our decision, the paper does not say).
+      operator: what to rank.
+      score_round: scores plans.
+      base: the plan to start from, dense by default; it may reduce the other operator only.
+
+    Raises:
+      UserError: for `position_layers` outside 0..L, or a base that does not fit.
+    """
+    base = Plan() if base is None else base
+    position_layers = num_layers // 4 if position_layers is None else position_layers
+    if not 0 <= position_layers <= num_layers:
+        raise UserError(f"position_layers must be from 0 to the {num_layers} layers, not {position_layers}")
+    base.validate(num_layers)
+    if base.layers(operator):
+        raise UserError(f"the base of a ranking of {operator} must leave {operator} dense, not {base.label()}")
+
+    order = list(position_ranking(num_layers)[:position_layers])
+    (base_score,) = _scores(score_round, base, [base])
+    prefixes = prefix_plans(operator, order, base)
+    prefix_scores = tuple(_scores(score_round, shorter, [longer])[0] for shorter, longer in pairwise(prefixes))
+
+    rounds: list[Round] = []
+    ranked = prefixes[-1]
+    while len(order) < num_layers:
+        layers = tuple(layer for layer in range(num_layers) if layer not in order)
+        scores = _scores(score_round, ranked, [ranked.with_layer(operator, layer) for layer in layers])
+        best = max(comparable(score.score) for score in scores)
+        *ties, chosen = (layer for layer, score in zip(layers, scores, strict=True) if comparable(score.score) == best)
+        rounds.append(Round(ranked, layers, scores, chosen, tuple(ties)))
+        order.append(chosen)
+        ranked = ranked.with_layer(operator, chosen)
+    return Ranking(operator, base, tuple(order), base_score, prefix_scores, tuple(rounds))
+
+
+def _scores(score_round: ScoreRound, base: Plan, candidates: list[Plan]) -> tuple[PlanScore, ...]:
+    scores = tuple(score_round(base, candidates))
+    if len(scores) != len(candidates):
+        raise ValueError(f"{len(candidates)} candidates got {len(scores)} scores")
+    return scores
+
+
+def one_at_a_time(score_plan: Callable[[Plan], PlanScore]) -> ScoreRound:
+    """The slow twin of a round-wise evaluator: score each plan by itself, without making use of the base."""
+    return lambda base, candidates: [score_plan(plan) for plan in candidates]
+
+
+def prefix_plans(operator: Operator, order: Sequence[int], base: Plan | None = None) -> list[Plan]:
+    """The plans that reduce the first 0, 1, ... all layers of `order` on top of `base`."""
+    plans = [Plan() if base is None else base]
+    for layer in order:
+        plans.append(plans[-1].with_layer(operator, layer))
+    return plans
+
+
+def position_ranking(num_layers: int) -> tuple[int, ...]:
+    """The ranking by position alone: the last layer first."""
+    return tuple(reversed(range(num_layers)))
+
+
+def random_rankings(num_layers: int, count: int, seed: int) -> list[tuple[int, ...]]:
+    """`count` random orders of all layers, to compare with; the first k do not depend on `count`."""
+    draw = random.Random(seed)
+    return [tuple(draw.sample(range(num_layers), num_layers)) for _ in range(count)]

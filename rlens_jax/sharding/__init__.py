@@ -1,0 +1,1 @@
+"""How parameters and batches are placed on a device mesh."""

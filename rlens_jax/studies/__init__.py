@@ -1,1 +1,0 @@
-"""The paper's studies of where the redundancy is: one command each, see `python -m rlens_jax.studies --help`."""

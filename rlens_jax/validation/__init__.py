@@ -1,1 +1,0 @@
-"""Is it the same model? Bundles of another framework's results, and how ours compare; how two rankings compare."""

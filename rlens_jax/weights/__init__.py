@@ -1,1 +1,0 @@
-"""Published safetensors -> mapping table -> Flax model -> Orbax, and back."""

@@ -1,0 +1,293 @@
+"""The InternVL table against published names and shapes, and against a PyTorch model in every spelling."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from rlens_jax.checkpoints.checkpoint import load_model
+from rlens_jax.checkpoints.export import save_hf
+from rlens_jax.checkpoints.leaves import shapes_of
+from rlens_jax.errors import UserError
+from rlens_jax.families.registry import read_kind
+from rlens_jax.families.tables import table_of
+from tests.checkpoints.placement import Placement
+from tests.checkpoints.tiny import assert_same, change
+from tests.internvl_support import SIX_B, save_native, tiny_internvl
+from tests.torch_support import save_tiny
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "checkpoints"
+NUMBERS = {"internvl2-8b": 16150730752 // 2, "internvl3-1b-hf": 938193024}
+"""Parameters of the published files; the 8B is published in bfloat16 with 16150730752 bytes."""
+
+
+def published_config(name: str) -> dict:
+    vision = {
+        "hidden_act": "gelu",
+        "hidden_size": 1024,
+        "image_size": 448,
+        "intermediate_size": 4096,
+        "layer_norm_eps": 1e-6,
+        "norm_type": "layer_norm",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+    }
+    if name == "internvl2-8b":
+        return {
+            "model_type": "internvl_chat",
+            "downsample_ratio": 0.5,
+            "dynamic_image_size": True,
+            "force_image_size": 448,
+            "llm_config": {
+                "bias": False,
+                "hidden_act": "silu",
+                "hidden_size": 4096,
+                "intermediate_size": 14336,
+                "max_position_embeddings": 32768,
+                "model_type": "internlm2",
+                "num_attention_heads": 32,
+                "num_hidden_layers": 32,
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-05,
+                "rope_scaling": {"factor": 2.0, "type": "dynamic"},
+                "rope_theta": 1000000,
+                "tie_word_embeddings": False,
+                "vocab_size": 92553,
+            },
+            "max_dynamic_patch": 12,
+            "min_dynamic_patch": 1,
+            "ps_version": "v2",
+            "select_layer": -1,
+            "template": "internlm2-chat",
+            "use_thumbnail": True,
+            "vision_config": {**vision, "qk_normalization": False, "qkv_bias": True},
+        }
+    return {
+        "model_type": "internvl",
+        "downsample_ratio": 0.5,
+        "image_token_id": 151667,
+        "text_config": {
+            "hidden_act": "silu",
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "max_position_embeddings": 32768,
+            "model_type": "qwen2",
+            "num_attention_heads": 14,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+            "rope_theta": 1000000.0,
+            "tie_word_embeddings": False,
+            "vocab_size": 151674,
+        },
+        "vision_config": {
+            **vision,
+            "attention_bias": True,
+            "image_size": [448, 448],
+            "patch_size": [14, 14],
+            "use_qk_norm": False,
+        },
+    }
+
+
+def linear(name: str, rows: int, columns: int) -> dict[str, list[int]]:
+    return {f"{name}.weight": [rows, columns], f"{name}.bias": [rows]}
+
+
+def norm(name: str, width: int) -> dict[str, list[int]]:
+    return {f"{name}.weight": [width], f"{name}.bias": [width]}
+
+
+def native_8b_shapes() -> dict[str, list[int]]:
+    """Names and shapes of the published files, by rule."""
+    tower, text = "vision_model.embeddings.", "language_model.model."
+    shapes = {
+        tower + "class_embedding": [1, 1, 1024],
+        tower + "position_embedding": [1, 1025, 1024],
+        tower + "patch_embedding.weight": [1024, 3, 14, 14],
+        tower + "patch_embedding.bias": [1024],
+        **norm("mlp1.0", 4096),
+        **linear("mlp1.1", 4096, 4096),
+        **linear("mlp1.3", 4096, 4096),
+        text + "tok_embeddings.weight": [92553, 4096],
+        text + "norm.weight": [4096],
+        "language_model.output.weight": [92553, 4096],
+    }
+    for layer in range(24):
+        at = f"vision_model.encoder.layers.{layer}."
+        shapes |= linear(at + "attn.qkv", 3072, 1024) | linear(at + "attn.proj", 1024, 1024)
+        shapes |= linear(at + "mlp.fc1", 4096, 1024) | linear(at + "mlp.fc2", 1024, 4096)
+        shapes |= norm(at + "norm1", 1024) | norm(at + "norm2", 1024)
+        shapes |= {at + "ls1": [1024], at + "ls2": [1024]}
+    for layer in range(32):
+        at = f"{text}layers.{layer}."
+        shapes |= {
+            at + "attention.wqkv.weight": [6144, 4096],
+            at + "attention.wo.weight": [4096, 4096],
+            at + "attention_norm.weight": [4096],
+            at + "ffn_norm.weight": [4096],
+            at + "feed_forward.w1.weight": [14336, 4096],
+            at + "feed_forward.w2.weight": [4096, 14336],
+            at + "feed_forward.w3.weight": [14336, 4096],
+        }
+    return shapes
+
+
+def hf_1b_shapes() -> dict[str, list[int]]:
+    """Names and shapes of the published files, by rule."""
+    tower, text = "vision_tower.embeddings.", "language_model.model."
+    shapes = {
+        tower + "cls_token": [1, 1, 1024],
+        tower + "position_embeddings": [1, 1025, 1024],
+        tower + "patch_embeddings.projection.weight": [1024, 3, 14, 14],
+        tower + "patch_embeddings.projection.bias": [1024],
+        **norm("multi_modal_projector.layer_norm", 4096),
+        **linear("multi_modal_projector.linear_1", 896, 4096),
+        **linear("multi_modal_projector.linear_2", 896, 896),
+        text + "embed_tokens.weight": [151674, 896],
+        text + "norm.weight": [896],
+        "language_model.lm_head.weight": [151674, 896],
+    }
+    for layer in range(24):
+        at = f"vision_tower.encoder.layer.{layer}."
+        for part in ("q_proj", "k_proj", "v_proj", "projection_layer"):
+            shapes |= linear(f"{at}attention.{part}", 1024, 1024)
+        shapes |= linear(at + "mlp.fc1", 4096, 1024) | linear(at + "mlp.fc2", 1024, 4096)
+        shapes |= norm(at + "layernorm_before", 1024) | norm(at + "layernorm_after", 1024)
+        shapes |= {at + "lambda_1": [1024], at + "lambda_2": [1024]}
+    for layer in range(24):
+        at = f"{text}layers.{layer}."
+        for part, rows in (("q_proj", 896), ("k_proj", 128), ("v_proj", 128)):
+            shapes |= linear(f"{at}self_attn.{part}", rows, 896)
+        shapes |= {
+            at + "self_attn.o_proj.weight": [896, 896],
+            at + "input_layernorm.weight": [896],
+            at + "post_attention_layernorm.weight": [896],
+            at + "mlp.gate_proj.weight": [4864, 896],
+            at + "mlp.up_proj.weight": [4864, 896],
+            at + "mlp.down_proj.weight": [896, 4864],
+        }
+    return shapes
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_published_names_map_completely(name):
+    kind = read_kind(published_config(name), "config.json")
+    table = table_of(kind)
+    ours = shapes_of(kind.abstract(jnp.bfloat16))
+    table.check_covers(ours)
+    mapped = {name: list(tensor.shape) for name, tensor in table.tensors.items()}
+    assert mapped == (native_8b_shapes() if name == "internvl2-8b" else hf_1b_shapes())
+    assert sum(int(np.prod(shape)) for shape in ours.values()) == NUMBERS[name]
+    facts = SHARED / name / "tensor_shapes.json"
+    if facts.exists():
+        assert mapped == json.loads(facts.read_text())["shapes"]
+    published = SHARED / name / "config.json"
+    if published.exists():
+        assert read_kind(json.loads(published.read_text()), "config.json").config == kind.config
+
+
+@pytest.fixture(scope="module")
+def reference() -> torch.nn.Module:
+    return tiny_internvl(1, num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def published(reference, tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("published") / "model", reference)
+
+
+def test_every_parameter_is_where_it_belongs(reference, published):
+    """Against the torch parameters, by reshapes written out."""
+    placed = Placement(load_model(published, jnp.float32)[1])
+    placed.check_decoder(reference.model.language_model, reference.lm_head, num_heads=6)
+    tower, connector = reference.model.vision_tower, reference.model.multi_modal_projector
+    placed.check("vision.class_token", tower.embeddings.cls_token[0, 0])
+    placed.check("vision.position", tower.embeddings.position_embeddings[0])
+    patch = tower.embeddings.patch_embeddings.projection
+    placed.check("vision.patch_embed.kernel", patch.weight.reshape(24, -1).T)
+    placed.check("vision.patch_embed.bias", patch.bias)
+    placed.check_norm("vision.connector_norm", connector.layer_norm)
+    placed.check_linear("vision.connector_fc1", connector.linear_1)
+    placed.check_linear("vision.connector_fc2", connector.linear_2)
+    for i, layer in enumerate(tower.encoder.layer):
+        at = "vision.layers."
+        for part in ("q_proj", "k_proj", "v_proj"):
+            placed.check_heads(at + part, getattr(layer.attention, part), i)
+        placed.check_mixed(at + "o_proj", layer.attention.projection_layer, i)
+        placed.check(at + "attention_scale", layer.lambda_1, i)
+        placed.check(at + "mlp_scale", layer.lambda_2, i)
+        placed.check_norm(at + "attention_norm", layer.layernorm_before, i)
+        placed.check_norm(at + "mlp_norm", layer.layernorm_after, i)
+        placed.check_linear(at + "fc1", layer.mlp.fc1, i)
+        placed.check_linear(at + "fc2", layer.mlp.fc2, i)
+    placed.assert_complete()
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda folder, model: save_tiny(folder, model, save_original_format=False),
+        lambda folder, model: save_tiny(folder, model, max_shard_size="200KB"),
+        save_native,
+    ],
+    ids=["in memory", "sharded", "native"],
+)
+def test_every_spelling_gives_the_same_model(reference, published, save, tmp_path):
+    folder = save(tmp_path / "model", reference)
+    assert_same(load_model(folder, jnp.float32)[1], load_model(published, jnp.float32)[1])
+
+
+@pytest.mark.parametrize("tower", [{}, SIX_B], ids=["300M", "6B"])
+def test_internlm2_is_a_llama_by_other_names(tower, tmp_path):
+    llama = tiny_internvl(2, "llama", vision=tower, num_hidden_layers=2)
+    models = [
+        load_model(save(tmp_path / name, llama), jnp.float32)[1]
+        for name, save in (("hf", save_tiny), ("native", save_native))
+    ]
+    assert models[0].decoder.layers.attention.q_proj.bias is None
+    assert_same(*models)
+
+
+@pytest.mark.parametrize(("save", "text_model"), [(save_tiny, "qwen2"), (save_native, "qwen2"), (save_native, "llama")])
+def test_what_we_write_has_the_published_names(save, text_model, tmp_path):
+    from safetensors.numpy import load_file
+
+    folder = save(tmp_path / "model", tiny_internvl(3, text_model, num_hidden_layers=2))
+    kind, model = load_model(folder, jnp.float32)
+    save_hf(tmp_path / "back", model, kind.fields)
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    for name in before:
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+
+
+def test_transformers_loads_what_we_write(reference, published, tmp_path):
+    from transformers import InternVLForConditionalGeneration
+
+    kind, model = load_model(published, jnp.float32)
+    save_hf(tmp_path / "back", model, kind.fields)
+    back, info = InternVLForConditionalGeneration.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    expected = reference.state_dict()
+    assert back.state_dict().keys() == expected.keys()
+    for name, tensor in back.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_tensor_of_the_other_layout_is_not_known(reference, tmp_path):
+    folder = save_native(tmp_path / "model", reference)
+
+    def misname(tensors: dict[str, np.ndarray]) -> None:
+        tensors["vision_model.encoder.layers.1.lambda_1"] = tensors.pop("vision_model.encoder.layers.1.ls1")
+
+    change(folder, misname)
+    with pytest.raises(UserError) as error:
+        load_model(folder, jnp.float32)
+    assert "model.safetensors: vision_model.encoder.layers.1.lambda_1: not known" in str(error.value)
+    assert "vision_model.encoder.layers.1.ls1: missing, expected with shape [24]" in str(error.value)

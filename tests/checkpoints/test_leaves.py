@@ -1,0 +1,61 @@
+"""How parameters are kept on a mesh."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from rlens_jax.checkpoints import leaves
+from rlens_jax.models.decoder import Decoder
+from rlens_jax.ops.row_gather import fetches
+from rlens_jax.sharding.mesh import make_mesh
+from tests.toy_decoder import TOY
+
+CONFIG = replace(TOY, num_layers=3, ffn_width=12, tied_head=True)
+
+
+class Holder(nnx.Module):
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "dtype", "device_kind", "expected"),
+    [
+        (18944 // 4, 3584, jnp.bfloat16, "TPU v5 lite", True),
+        (18944, 3584, jnp.bfloat16, "TPU v5", True),
+        (18944, 3584, jnp.bfloat16, "TPU v5p", True),
+        (18944 // 4, 3584, jnp.bfloat16, "TPU v6 lite", True),
+        (18944 // 4, 3584, jnp.bfloat16, "TPU v4", False),  # not compiled for
+        (18944 // 4, 3584, jnp.float32, "TPU v5 lite", False),
+        (18944 // 4, 3584, jnp.bfloat16, "cpu", False),
+        (18944 // 128, 3584, jnp.bfloat16, "TPU v5 lite", False),  # no whole tiles of units
+        (4864, 896, jnp.bfloat16, "TPU v5 lite", False),  # half a row is no whole number of lanes
+    ],
+)
+def test_where_a_kernel_fetches_units(rows, width, dtype, device_kind, expected) -> None:
+    assert fetches(rows, width, dtype, device_kind) == expected
+
+
+def test_units_of_the_decoder_are_kept_in_halves_for_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row the same numbers; which axis is cut, and all other parameters, stay as they are."""
+    given = Holder(Decoder(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    mesh = make_mesh(jax.devices()[:1], 1)
+    plain = leaves.arrays_of(leaves.place(given, mesh))
+    monkeypatch.setattr(leaves, "fetches", lambda *_: True)
+    placed = leaves.place(given, mesh)
+    units = {path for path in plain if ".ffn." in path}
+    assert len(units) == 3
+    kept, axes = leaves.arrays_of(placed), leaves.axes_of(placed)
+    assert kept.keys() == plain.keys()
+    for path, array in kept.items():
+        assert array.shape == ((3, 12, 2, 12) if path in units else plain[path].shape)
+        np.testing.assert_array_equal(array, plain[path].reshape(array.shape))
+    layout = leaves.layout_of(placed, mesh)
+    for path in units:
+        assert axes[path] == "F2D"
+        assert layout.spec(path, kept[path].shape) == PartitionSpec(None, "model", None, None)

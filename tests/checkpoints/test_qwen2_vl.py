@@ -1,0 +1,209 @@
+"""The Qwen2-VL table against published names and shapes, and against a PyTorch model in every spelling."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from rlens_jax.checkpoints.checkpoint import load_model
+from rlens_jax.checkpoints.export import save_hf
+from rlens_jax.checkpoints.leaves import shapes_of
+from rlens_jax.families.registry import read_kind
+from rlens_jax.families.tables import table_of
+from tests.checkpoints.placement import Placement
+from tests.checkpoints.tiny import assert_same
+from tests.torch_support import save_tiny, tiny_qwen2_vl
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "checkpoints"
+PUBLISHED = {
+    "qwen2-vl-2b": {"D": 1536, "F": 8960, "N": 12, "K": 2, "V": 151936, "tied": True, "numbers": 2208985600},
+    "qwen2-vl-7b": {
+        "D": 3584,
+        "F": 18944,
+        "N": 28,
+        "K": 4,
+        "V": 152064,
+        "tied": False,
+        "numbers": 16582751232 // 2,
+    },
+}
+"""Sizes and number of parameters; the 7B file is published in bfloat16 with 16582751232 bytes."""
+SPELLINGS = {
+    "published": {},
+    "in memory": {"save_original_format": False},
+    "sharded": {"max_shard_size": "200KB"},
+}
+
+
+def published_config(sizes: dict) -> dict:
+    return {
+        "model_type": "qwen2_vl",
+        "hidden_size": sizes["D"],
+        "intermediate_size": sizes["F"],
+        "num_hidden_layers": 28,
+        "num_attention_heads": sizes["N"],
+        "num_key_value_heads": sizes["K"],
+        "vocab_size": sizes["V"],
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "tie_word_embeddings": sizes["tied"],
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "vision_config": {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "patch_size": 14},
+    }
+
+
+def published_shapes(sizes: dict) -> dict[str, list[int]]:
+    """Names and shapes of the published files, by rule."""
+    width, kv, ffn = sizes["D"], sizes["K"] * 128, sizes["F"]
+    shapes = {
+        "model.embed_tokens.weight": [sizes["V"], width],
+        "model.norm.weight": [width],
+        "visual.patch_embed.proj.weight": [1280, 3, 2, 14, 14],
+        "visual.merger.ln_q.weight": [1280],
+        "visual.merger.ln_q.bias": [1280],
+        "visual.merger.mlp.0.weight": [5120, 5120],
+        "visual.merger.mlp.0.bias": [5120],
+        "visual.merger.mlp.2.weight": [width, 5120],
+        "visual.merger.mlp.2.bias": [width],
+    }
+    if not sizes["tied"]:
+        shapes["lm_head.weight"] = [sizes["V"], width]
+    for layer in range(28):
+        for name, shape in {
+            "input_layernorm.weight": [width],
+            "post_attention_layernorm.weight": [width],
+            "self_attn.q_proj.weight": [width, width],
+            "self_attn.q_proj.bias": [width],
+            "self_attn.k_proj.weight": [kv, width],
+            "self_attn.k_proj.bias": [kv],
+            "self_attn.v_proj.weight": [kv, width],
+            "self_attn.v_proj.bias": [kv],
+            "self_attn.o_proj.weight": [width, width],
+            "mlp.gate_proj.weight": [ffn, width],
+            "mlp.up_proj.weight": [ffn, width],
+            "mlp.down_proj.weight": [width, ffn],
+        }.items():
+            shapes[f"model.layers.{layer}.{name}"] = shape
+    for layer in range(32):
+        for module, rows, columns in (
+            ("attn.qkv", 3840, 1280),
+            ("attn.proj", 1280, 1280),
+            ("mlp.fc1", 5120, 1280),
+            ("mlp.fc2", 1280, 5120),
+        ):
+            shapes[f"visual.blocks.{layer}.{module}.weight"] = [rows, columns]
+            shapes[f"visual.blocks.{layer}.{module}.bias"] = [rows]
+        for module in ("norm1", "norm2"):
+            shapes[f"visual.blocks.{layer}.{module}.weight"] = [1280]
+            shapes[f"visual.blocks.{layer}.{module}.bias"] = [1280]
+    return shapes
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_names_map_completely(name):
+    sizes = PUBLISHED[name]
+    kind = read_kind(published_config(sizes), "config.json")
+    table = table_of(kind)
+    ours = shapes_of(kind.abstract(jnp.bfloat16))
+    table.check_covers(ours)
+    mapped = {name: list(tensor.shape) for name, tensor in table.tensors.items()}
+    assert mapped == published_shapes(sizes)
+    assert sum(int(np.prod(shape)) for shape in ours.values()) == sizes["numbers"]
+    facts = SHARED / name / "tensor_shapes.json"
+    if facts.exists():
+        assert mapped == json.loads(facts.read_text())["shapes"]
+
+
+@pytest.fixture(scope="module")
+def reference() -> torch.nn.Module:
+    return tiny_qwen2_vl(1)
+
+
+@pytest.fixture(scope="module")
+def published(reference, tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("published") / "model", reference)
+
+
+def test_every_parameter_is_where_it_belongs(reference, published):
+    """Against the torch parameters, by reshapes written out."""
+    placed = Placement(load_model(published, jnp.float32)[1])
+    placed.check_decoder(reference.model.language_model, reference.lm_head, num_heads=6)
+    vision = reference.model.visual
+    placed.check("vision.patch_embed.kernel", vision.patch_embed.proj.weight.reshape(24, -1).T)
+    placed.check_norm("vision.merger_norm", vision.merger.ln_q)
+    placed.check_linear("vision.merger_fc1", vision.merger.mlp[0])
+    placed.check_linear("vision.merger_fc2", vision.merger.mlp[2])
+    for i, block in enumerate(vision.blocks):
+        at = "vision.layers."
+        for j, part in enumerate(("q_proj", "k_proj", "v_proj")):
+            rows = slice(j * 24, (j + 1) * 24)
+            placed.check(f"{at}{part}.kernel", block.attn.qkv.weight[rows].T.reshape(24, 3, 8), i)
+            placed.check(f"{at}{part}.bias", block.attn.qkv.bias[rows].reshape(3, 8), i)
+        placed.check_mixed(at + "o_proj", block.attn.proj, i)
+        placed.check_linear(at + "fc1", block.mlp.fc1, i)
+        placed.check_linear(at + "fc2", block.mlp.fc2, i)
+        placed.check_norm(at + "attention_norm", block.norm1, i)
+        placed.check_norm(at + "mlp_norm", block.norm2, i)
+    placed.assert_complete()
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_gives_the_same_model(reference, published, spelling, tmp_path):
+    folder = save_tiny(tmp_path / "model", reference, **SPELLINGS[spelling])
+    if spelling == "sharded":
+        assert len(list(folder.glob("*.safetensors"))) > 2
+    assert_same(load_model(folder, jnp.float32)[1], load_model(published, jnp.float32)[1])
+
+
+def test_shards_without_an_index_are_read(reference, published, tmp_path):
+    folder = save_tiny(tmp_path / "model", reference, max_shard_size="200KB")
+    (folder / "model.safetensors.index.json").unlink()
+    assert_same(load_model(folder, jnp.float32)[1], load_model(published, jnp.float32)[1])
+
+
+def test_bfloat16_comes_and_goes_bit_for_bit(tmp_path):
+    from safetensors.torch import load_file
+
+    reference = tiny_qwen2_vl(2, num_hidden_layers=2, tie_word_embeddings=True).to(torch.bfloat16)
+    folder = save_tiny(tmp_path / "model", reference)
+    kind, model = load_model(folder, jnp.bfloat16)
+    assert kind.config.decoder.tied_head
+    save_hf(tmp_path / "back", model, kind.fields)
+    before, after = (
+        load_file(folder / "model.safetensors"),
+        load_file(tmp_path / "back" / "model.safetensors"),
+    )
+    assert "lm_head.weight" not in after
+    before.pop("lm_head.weight", None)
+    assert before.keys() == after.keys()
+    for name in before:
+        assert after[name].dtype == torch.bfloat16
+        assert torch.equal(before[name].view(torch.int16), after[name].view(torch.int16)), name
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_rounding_to_bfloat16_is_to_nearest(reference, published):
+    model = load_model(published, jnp.bfloat16)[1]
+    expected = reference.lm_head.weight.detach().to(torch.bfloat16).view(torch.int16).numpy()
+    np.testing.assert_array_equal(np.asarray(model.decoder.head[...]).view(np.int16), expected)
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 100_000])
+def test_transformers_loads_what_we_write(reference, published, shard_bytes, tmp_path):
+    from transformers import Qwen2VLForConditionalGeneration
+
+    kind, model = load_model(published, jnp.float32)
+    save_hf(tmp_path / "back", model, kind.fields, shard_bytes=shard_bytes)
+    files = sorted((tmp_path / "back").glob("*.safetensors"))
+    assert len(files) == 1 if shard_bytes == 10**9 else len(files) > 4
+    back, info = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    expected = reference.state_dict()
+    assert back.state_dict().keys() == expected.keys()
+    for name, tensor in back.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name

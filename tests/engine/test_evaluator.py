@@ -1,0 +1,176 @@
+"""The fast evaluation is the plain one: same outcomes, one compilation a program and bucket, nothing done twice."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlens_jax.engine.evaluator import Evaluator, Outcomes
+from rlens_jax.engine.inputs import FILLER, Batch, Split, build_split
+from rlens_jax.engine.programs import Programs
+from rlens_jax.engine.scoring import Generating, Scoring, TeacherForcing
+from rlens_jax.errors import UserError
+from rlens_jax.plan import Plan
+from rlens_jax.search.journal import Journal
+from rlens_jax.search.search import Ranking, one_at_a_time, rank_layers
+from tests.engine.toy import (
+    LAYERS,
+    SHAPES,
+    ToyPreparer,
+    answered,
+    score,
+    toy_programs,
+    toy_samples,
+    toy_split,
+    words,
+)
+
+
+@pytest.fixture(scope="module")
+def programs() -> Programs:
+    return toy_programs()
+
+
+@pytest.fixture(scope="module")
+def split(programs: Programs) -> Split:
+    return toy_split(programs)
+
+
+def evaluator(
+    programs: Programs, split: Split, folder: Path, state_bytes: float = 1e9, scoring: Scoring | None = None
+) -> tuple[Evaluator, Journal]:
+    journal = Journal.open(folder, {"test": "1"})
+    made = Evaluator(
+        scoring or TeacherForcing(programs),
+        {"validation": split},
+        journal,
+        num_layers=LAYERS,
+        state_bytes=state_bytes,
+        advance=lambda _: None,
+    )
+    return made, journal
+
+
+def plain_batch(programs: Programs, batch: Batch, plan: Plan) -> tuple[np.ndarray, ...]:
+    """All layers from the start, no base, nothing reused: samples, outcomes and log-probabilities."""
+    states = programs.embed(batch.inputs.text_ids, batch.visual)
+    states = programs.layers(states, batch.inputs, [plan], [0], LAYERS)
+    return tuple(np.asarray(part) for part in programs.outcome(states, batch.inputs)[:3])
+
+
+def plain_outcomes(programs: Programs, split: Split, plan: Plan) -> Outcomes:
+    values = np.zeros(len(split.samples))
+    for batch in split.batches:
+        numbers, right, _ = plain_batch(programs, batch, plan)
+        for number, is_right in zip(numbers, right, strict=True):
+            if number != FILLER:
+                values[number] = max(values[number], float(is_right))
+    return {name: values[members] for name, members in split.datasets.items()}
+
+
+def plain_ranking(programs: Programs, split: Split, operator: str) -> Ranking:
+    return rank_layers(LAYERS, 1, operator, one_at_a_time(lambda plan: score(plain_outcomes(programs, split, plan))))
+
+
+@pytest.mark.parametrize("state_bytes", [1e9, 1.0])
+@pytest.mark.parametrize("operator", ["attention", "ffn"])
+def test_fast_search_is_the_plain_search(
+    programs: Programs, split: Split, tmp_path: Path, operator: str, state_bytes: float
+) -> None:
+    fast, journal = evaluator(programs, split, tmp_path, state_bytes)
+    with journal:
+        ranking = rank_layers(
+            LAYERS,
+            1,
+            operator,
+            lambda base, plans: [score(outcomes) for outcomes in fast.outcomes("validation", base, plans)],
+        )
+    plain = plain_ranking(programs, split, operator)
+    assert ranking == plain
+    assert len({round_score.score for round_ in plain.rounds for round_score in round_.scores}) > 2
+
+
+def test_a_suffix_from_stored_states_is_bit_equal(programs: Programs, split: Split) -> None:
+    base = Plan(attention=(3,), ffn=(1,))
+    for plan in (base.with_layer("ffn", 4), base.with_layer("attention", 0), base):
+        for batch in split.batches:
+            states = programs.embed(batch.inputs.text_ids, batch.visual)
+            start = base.lowest_difference(plan) or 0
+            for layer in range(start):
+                states = programs.layers(states, batch.inputs, [base], [layer], layer + 1)
+            states = programs.layers(states, batch.inputs, [plan], [start], LAYERS)
+            for part, expected in zip(
+                programs.outcome(states, batch.inputs), plain_batch(programs, batch, plan), strict=False
+            ):
+                np.testing.assert_array_equal(part, expected)
+
+
+def test_one_trace_per_program_and_bucket(programs: Programs, split: Split, tmp_path: Path) -> None:
+    buckets = {(batch.inputs.layout.bucket, batch.inputs.answer_slots.shape) for batch in split.batches}
+    assert len(buckets) > 1
+    made, journal = evaluator(programs, split, tmp_path)
+    with journal:
+        made.outcomes("validation", Plan(), [Plan(), Plan((1,)), Plan((), (0, 3)), Plan((2,), (2,))])
+    assert programs.traces["layers"] == len(buckets)
+    assert programs.traces["outcome"] == len(buckets)
+    assert programs.traces["encode"] == 1
+
+
+def test_the_journal_is_not_evaluated_again(
+    programs: Programs, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = [Plan(), Plan((4,)), Plan((), (2,))]
+    first, journal = evaluator(programs, split, tmp_path)
+    with journal:
+        before = first.outcomes("validation", Plan(), plans)
+    calls: Counter[str] = Counter()
+    monkeypatch.setattr(programs, "layers", lambda *_: calls.update(["layers"]))
+    second, journal = evaluator(programs, split, tmp_path)
+    with journal:
+        after = second.outcomes("validation", Plan(), plans)
+    assert not calls
+    for one, other in zip(before, after, strict=True):
+        for name, values in one.items():
+            np.testing.assert_array_equal(values, other[name])
+
+
+def test_teacher_forcing_tells_what_generation_does(programs: Programs, split: Split, tmp_path: Path) -> None:
+    forced, journal = evaluator(programs, split, tmp_path / "forced")
+    bare = toy_split(programs, with_answers=False)
+    plans = [Plan(), Plan((0, 1, 2, 3, 4)), Plan((), (0, 1, 2, 3, 4)), Plan((2,), (1,))]
+    generating, generated = evaluator(programs, bare, tmp_path / "generated", scoring=Generating(programs, words))
+    with journal, generated:
+        for plan in plans:
+            (one,) = forced.outcomes("validation", Plan(), [plan])
+            (other,) = generating.outcomes("validation", Plan(), [plan])
+            for name, members in split.datasets.items():
+                # An answer as long as the limit has no room for the stop token that teacher forcing asks for.
+                lengths = [len(split.samples[i].answers[0].split()) for i in members]
+                short = np.array(lengths) < programs.new_tokens
+                np.testing.assert_array_equal(one[name][short], other[name][short])
+
+
+def test_any_reference_answer_makes_a_sample_right(programs: Programs, tmp_path: Path) -> None:
+    samples = answered(toy_samples(), programs)
+    short = [s for s in samples if len(s.answers[0].split()) < programs.new_tokens]
+    assert short
+    wrong = [replace(s, answers=("12 12",)) for s in short]
+    both = [replace(s, answers=("12 12", s.answers[0], "3")) for s in short]
+    for number, (members, expected) in enumerate([(wrong, 0.0), (both, 1.0)]):
+        built = build_split(members, ToyPreparer(), programs, SHAPES, True, lambda: None)
+        made, journal = evaluator(programs, built, tmp_path / str(number))
+        with journal:
+            (outcomes,) = made.outcomes("validation", Plan(), [Plan()])
+        assert all((values == expected).all() for values in outcomes.values())
+
+
+def test_probe_scores_that_are_no_numbers_are_an_error(split: Split, tmp_path: Path) -> None:
+    broken = toy_programs()
+    broken._leaves[:] = [jnp.full_like(leaf, jnp.nan) for leaf in broken._leaves]
+    made, journal = evaluator(broken, split, tmp_path)
+    with journal, pytest.raises(UserError, match=r"s\d+: probe scores are not numbers under the plan ffn 2"):
+        made.outcomes("validation", Plan(), [Plan((), (2,))])
+    assert not (tmp_path / "journal.jsonl").read_text().count("outcomes")

@@ -1,0 +1,146 @@
+"""A tiny random Qwen2-VL with samples whose answers are what the dense model says, so that reductions can change them."""
+
+import io
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from rlens_jax.checkpoints.leaves import place
+from rlens_jax.data.samples import Sample
+from rlens_jax.engine.evaluator import Outcomes
+from rlens_jax.engine.inputs import FILLER, Shapes, Split, build_split
+from rlens_jax.engine.programs import Programs
+from rlens_jax.families.qwen2_vl.model import Qwen2VL, Qwen2VLConfig, VisionConfig, patch_places, rope_positions
+from rlens_jax.models.prompt import PreparedImage, Prompt
+from rlens_jax.plan import Plan, Reduction
+from rlens_jax.search.objective import PlanScore, dataset_metric
+from rlens_jax.sharding.mesh import make_mesh
+from tests.toy_decoder import TOY
+
+LAYERS, STOP, IMAGE = 5, 0, 1
+CONFIG = Qwen2VLConfig(
+    replace(
+        TOY,
+        num_layers=LAYERS,
+        num_heads=4,
+        head_dim=12,
+        ffn_width=40,
+        vocabulary=13,
+        rope_theta=50.0,
+        rope_sections=(2, 2, 2),
+    ),
+    VisionConfig(
+        depth=1,
+        width=16,
+        num_heads=2,
+        ffn_width=20,
+        channels=3,
+        temporal_patch=2,
+        patch_size=1,
+        merge_size=2,
+        out_width=24,
+    ),
+    image_token=IMAGE,
+    video_token=2,
+)
+REDUCTION = Reduction(attention_range=2, active_fraction=0.1, probe_fraction=0.2)
+SHAPES = Shapes(text_slots=(8, 16), visual_slots=(8, 24), batch_size=4, context=512)
+
+
+class ToyPreparer:
+    """Prompts from the sample's number alone: 1-3 images of different sizes, text around them."""
+
+    def images(self, pixels: list[Image.Image], sample_id: str) -> list[tuple[PreparedImage, tuple[int, int]]]:
+        return [self.image(image) for image in pixels]
+
+    def image(self, pixels: Image.Image) -> tuple[PreparedImage, tuple[int, int]]:
+        grid = (pixels.height, pixels.width)
+        rng = np.random.default_rng(pixels.height * 100 + pixels.width)
+        patches = rng.standard_normal((grid[0] * grid[1], 6), np.float32)
+        room = 48 - len(patches)
+        arrays = (
+            np.pad(patches, ((0, room), (0, 0))),
+            np.pad(patch_places(grid, 2), ((0, room), (0, 0))),
+            np.array(len(patches), np.int32),
+        )
+        return PreparedImage(arrays, len(patches) // 4), grid
+
+    def prompt(self, sample: Sample, grids: list[tuple[int, int]], answer: str | None) -> Prompt:
+        ids = []
+        for number, (rows, columns) in enumerate(grids):
+            ids += [3 + number, *[IMAGE] * (rows * columns // 4)]
+        ids += [3 + (ord(letter) % 10) for letter in sample.question]
+        answered = [] if answer is None else [*map(int, answer.split()), STOP]
+        token_ids = np.array(ids + answered, np.int32)
+        is_visual = token_ids == IMAGE
+        is_visual[len(ids) :] = False  # the random model may well answer with the placeholder
+        positions, following = rope_positions(is_visual, grids, 2)
+        return Prompt(token_ids, is_visual, positions, following, len(answered))
+
+
+def png(rows: int, columns: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (columns, rows)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def toy_model(seed: int = 0) -> Qwen2VL:
+    """The random model; embeddings and head are large enough for clear argmaxes."""
+    model = Qwen2VL(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    model.decoder.embedding[...] = model.decoder.embedding[...] * 30
+    model.decoder.head[...] = model.decoder.head[...] * 30
+    return model
+
+
+def toy_programs(seed: int = 0, new_tokens: int = 3, devices: int = 1, model_shards: int = 1) -> Programs:
+    """Programs over the random model."""
+    mesh = make_mesh(jax.devices()[:devices], model_shards)
+    model = place(toy_model(seed), mesh)
+    return Programs(model, mesh, REDUCTION, seed=0, new_tokens=new_tokens, stop_token=STOP)
+
+
+def toy_samples() -> list[Sample]:
+    """Ragged samples of two datasets; the answers are still to be found."""
+    rng = np.random.default_rng(3)
+    samples = []
+    for number in range(11):
+        images = tuple(
+            png(2 * int(rng.integers(1, 4)), 2 * int(rng.integers(1, 5))) for _ in range(int(rng.integers(1, 3)))
+        )
+        question = "".join(chr(97 + int(letter)) for letter in rng.integers(0, 26, int(rng.integers(2, 7))))
+        samples.append(Sample(f"s{number}", "even" if number % 2 == 0 else "odd", images, question, ("?",)))
+    return samples
+
+
+def answered(samples: list[Sample], programs: Programs, shapes: Shapes = SHAPES) -> list[Sample]:
+    """The samples with what the dense model generates as their answer, without the stop token."""
+    split = build_split(samples, ToyPreparer(), programs, shapes, False, lambda: None)
+    texts: dict[str, str] = {}
+    for batch in split.batches:
+        plans = [Plan()] * programs.groups
+        numbers, tokens, _ = programs.generate(programs.put(batch.visual), batch.inputs, plans)
+        for number, row in zip(np.asarray(numbers), np.asarray(tokens).tolist(), strict=True):
+            if number != FILLER:
+                texts[split.samples[number].id] = words(row)
+    return [Sample(s.id, s.dataset, s.images, s.question, (texts[s.id],)) for s in samples]
+
+
+def words(tokens: list[int]) -> str:
+    """What a tokenizer would make of generated tokens: those before the first stop."""
+    stop = tokens.index(STOP) if STOP in tokens else len(tokens)
+    return " ".join(map(str, tokens[:stop]))
+
+
+def toy_split(programs: Programs, with_answers: bool = True) -> Split:
+    samples = answered(toy_samples(), programs)
+    return build_split(samples, ToyPreparer(), programs, SHAPES, with_answers, lambda: None)
+
+
+def score(outcomes: Outcomes) -> PlanScore:
+    """The sum of the datasets' metrics: the dense toy model may well score 0."""
+    metrics = {name: dataset_metric(values.tolist()) for name, values in outcomes.items()}
+    return PlanScore(score=float(sum(metrics.values())), loss=0.0, metrics=metrics)

@@ -1,0 +1,322 @@
+"""InternVL against Hugging Face's, both loaded from the same files by the real loader: parts, whole, reduced, decoding."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from rlens_jax.checkpoints.checkpoint import load_model
+from rlens_jax.families.internvl.model import InternVL, InternVLConfig
+from rlens_jax.models.decoder import TracedPlan
+from rlens_jax.models.generation import decode, prefill
+from rlens_jax.plan import Plan, Reduction
+from tests.families.pair import Pair, cut, make_pair
+from tests.internvl_support import (
+    SIX_B,
+    Example,
+    hf_inputs,
+    make_example,
+    our_batch,
+    our_images,
+    save_native,
+    tiny_internvl,
+)
+from tests.numerics import assert_close, error
+from tests.sequences import unpack
+from tests.torch_reductions import reduced
+from tests.torch_support import save_tiny
+
+SIMPLE, WHOLE = 1e-5, 1e-4
+PLAIN, PAPER, SMALL = Plan(), Reduction(), Reduction(attention_range=5, active_fraction=0.3)
+KEY = jax.random.key(0)
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+"""Plain RoPE for prompts as short as here."""
+PAIRS = {
+    "hf": (save_tiny, {"seed": 0}),
+    "hf, 6B tower": (save_tiny, {"seed": 1, "vision": SIX_B}),
+    "hf, Llama": (save_tiny, {"seed": 2, "text_model": "llama", "rope_parameters": DYNAMIC}),
+    "hf, tied": (save_tiny, {"seed": 3, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "native, Qwen2": (save_native, {"seed": 4}),
+    "native, InternLM2": (save_native, {"seed": 5, "text_model": "llama"}),
+    "native, 6B tower": (save_native, {"seed": 6, "vision": SIX_B}),
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Callable[[str], Pair]:
+    made: dict[str, Pair] = {}
+
+    def get(name: str) -> Pair:
+        if name not in made:
+            save, options = PAIRS[name]
+            made[name] = make_pair(tmp_path_factory.mktemp("tiny"), tiny_internvl(**options), save)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def pair(pairs) -> Pair:
+    return pairs("hf")
+
+
+BATCHES = {
+    "two images with text between": [[4, (60, 21), 7, (14, 37), 9]],
+    "ragged": [[3, (40, 90), 5], [2, (9, 8), 1, (50, 20), 3, (16, 16), 11], [13], [1, (45, 30), 6]],
+    "image first": [[(30, 16), 4]],
+}
+
+
+def examples_of(name: str) -> list[Example]:
+    return [make_example(seed, parts) for seed, parts in enumerate(BATCHES[name], 1)]
+
+
+@torch.no_grad()
+def their_logits(pair: Pair, examples: list[Example]) -> list[np.ndarray]:
+    return cut(pair.theirs(**hf_inputs(examples)).logits, examples)
+
+
+@jax.jit
+def visual_tokens(graph_state, patches, source):
+    tokens = nnx.merge(*graph_state).vision(patches)
+    return tokens.reshape(-1, tokens.shape[-1])[source]
+
+
+def gather(model: InternVL, patches, source):
+    tokens = model.vision(patches)
+    return tokens.reshape(-1, tokens.shape[-1])[source]
+
+
+@partial(jax.jit, static_argnames=("graph", "plan", "reduction"))
+def run_prefill(graph, state, batch, patches, source, plan: Plan, reduction: Reduction):
+    """Logits of all slots, and were the probe scores numbers."""
+    model = nnx.merge(graph, state)
+    context = model.decoder.context(batch.layout, batch.rope_positions, KEY)
+    x = model.decoder.embed(batch.text_ids, gather(model, patches, source))
+    x, record = model.decoder.prefill(x, context, plan, reduction)
+    return model.decoder.logits(x), record.kept.scored.all()
+
+
+def our_logits(
+    model: InternVL, config: InternVLConfig, examples: list[Example], plan=PLAIN, reduction=PAPER
+) -> list[np.ndarray]:
+    spare = (2, 3)
+    batch, (patches, source) = our_batch(examples, spare), our_images(examples, config, spare[1])
+    logits, scored = run_prefill(*nnx.split(model), batch, patches, source, plan, reduction)
+    assert scored
+    return unpack(logits, batch.layout)
+
+
+def assert_all_close(ours, theirs, tolerance: float) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b, tolerance)
+
+
+@pytest.mark.parametrize("name", ["hf", "hf, 6B tower", "native, Qwen2", "native, 6B tower"])
+def test_vision_tower_and_connector(pairs, name):
+    pair, examples = pairs(name), examples_of("ragged")
+    patches, _ = our_images(examples, pair.config)
+    tiles = [tiles for example in examples for tiles in example.tiles]
+    assert sorted(map(len, tiles)) == [1, 1, 3, 4, 7]
+    with torch.no_grad():
+        theirs = pair.theirs.model.get_image_features(torch.tensor(np.concatenate(tiles)), return_dict=True)
+    features = jax.jit(jax.vmap(pair.ours.vision.features))(patches)
+    tokens = jax.jit(pair.ours.vision)(patches)
+    assert np.abs(theirs.last_hidden_state.numpy()).std() > 0.3
+    assert_close(
+        np.concatenate([row[: len(own)] for row, own in zip(features, tiles, strict=True)]),
+        theirs.last_hidden_state,
+        SIMPLE,
+    )
+    per_tile = pair.config.vision.tile_tokens
+    rows = [row[: len(own) * per_tile] for row, own in zip(tokens, tiles, strict=True)]
+    assert_close(np.concatenate(rows).reshape(theirs.pooler_output.shape), theirs.pooler_output, SIMPLE)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_logits(pair, name):
+    examples = examples_of(name)
+    theirs = their_logits(pair, examples)
+    assert min(logits.std() for logits in theirs) >= 1
+    assert_all_close(our_logits(pair.ours, pair.config, examples), theirs, WHOLE)
+
+
+@pytest.mark.parametrize("name", [name for name in PAIRS if name != "hf"])
+def test_logits_of_other_variants(pairs, name):
+    pair, examples = pairs(name), examples_of("ragged")
+    theirs = their_logits(pair, examples)
+    assert min(logits.std() for logits in theirs) >= 1
+    assert_all_close(our_logits(pair.ours, pair.config, examples), theirs, WHOLE)
+
+
+def test_both_layouts_are_one_model(pair, tmp_path):
+    """Bit-equal tokens: the layouts differ in names and fusing only."""
+    save_native(tmp_path / "native", pair.theirs)
+    kind, native = load_model(tmp_path / "native", jnp.float32)
+    examples = examples_of("two images with text between")
+    ours = our_logits(pair.ours, pair.config, examples)
+    np.testing.assert_array_equal(our_logits(native, kind.config, examples)[0], ours[0])
+
+
+def test_transposed_tokens_of_the_first_pixel_shuffle(pairs, tmp_path, monkeypatch):
+    theirs = tiny_internvl(7)
+    shuffle = theirs.model.pixel_shuffle
+    monkeypatch.setattr(
+        theirs.model, "pixel_shuffle", lambda *args, **named: shuffle(*args, **named).permute(0, 2, 1, 3)
+    )
+    save_native(tmp_path / "model", theirs, ps_version="v1")
+    kind, ours = load_model(tmp_path / "model", jnp.float32)
+    pair = Pair(theirs, kind.config, lambda: ours, ours)
+    examples = examples_of("two images with text between")
+    (expected,) = their_logits(pair, examples)
+    (transposed,) = our_logits(ours, kind.config, examples)
+    assert_close(transposed, expected, WHOLE)
+    ours.vision.config = replace(ours.vision.config, transposed=False)
+    (wrong,) = our_logits(ours, kind.config, examples)
+    assert error(wrong, expected) > 100 * WHOLE
+
+
+@pytest.mark.parametrize("name", ["two images with text between", "ragged"])
+def test_reduced_logits(pair, name):
+    plan, examples = Plan(attention=(0, 2, 3), ffn=(1, 2, 4)), examples_of(name)
+    masks = [torch.tensor(example.is_visual) for example in examples]
+    with reduced(pair.theirs, masks, plan.attention, plan.ffn, 5, "0.3", "0.1") as record:
+        theirs = their_logits(pair, examples)
+    assert record.smallest_gap() > 1e-4, "the example decides nothing: choose another seed"
+    assert_all_close(our_logits(pair.ours, pair.config, examples, plan, SMALL), theirs, WHOLE)
+    for a, b, mask in zip(theirs, their_logits(pair, examples), masks, strict=True):
+        if mask.any():
+            assert error(a, b) > 100 * WHOLE
+
+
+def test_a_traced_plan_is_the_same_plan(pair):
+    plan, examples = Plan(attention=(0, 2, 3), ffn=(1, 2, 4)), examples_of("ragged")
+    batch, (patches, source) = our_batch(examples), our_images(examples, pair.config)
+    traced = TracedPlan(*map(jnp.asarray, plan.flags(pair.config.decoder.num_layers)))
+
+    @jax.jit
+    def run(traced):
+        decoder = pair.ours.decoder
+        context = decoder.context(batch.layout, batch.rope_positions, KEY)
+        x = decoder.embed(batch.text_ids, gather(pair.ours, patches, source))
+        return decoder.logits(decoder.run_layers(x, context, traced, SMALL, jnp.int32(0), jnp.int32(5))[0])
+
+    static = our_logits(pair.ours, pair.config, examples, plan, SMALL)
+    assert_all_close(unpack(run(traced), batch.layout), static, WHOLE)
+
+
+@pytest.mark.parametrize(("name", "seed"), [("native, Qwen2", 3), ("native, InternLM2", 2)])
+def test_greedy_tokens(pairs, name, seed):
+    """The seeds are those whose answers do not only repeat a few tokens."""
+    pair, new_tokens = pairs(name), 40
+    examples = [make_example(seed, BATCHES["two images with text between"][0])]
+    generated = pair.theirs.generate(
+        **hf_inputs(examples), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None
+    )
+    # Newer versions hand out the prompt as well.
+    expected = generated[0, -new_tokens:].tolist()
+    assert len(set(expected)) > 5
+    batch, (patches, source) = our_batch(examples), our_images(examples, pair.config)
+
+    @jax.jit
+    def run(model):
+        visual = gather(model, patches, source)
+        first, cache, _ = prefill(model.decoder, visual, batch, PLAIN, PAPER, new_tokens, KEY)
+        return decode(model.decoder, first, cache, batch, new_tokens, stop_token=-1)
+
+    assert run(pair.ours)[0].tolist() == expected
+
+
+MUTATIONS = {}
+
+
+def mutation(function):
+    MUTATIONS[function.__name__] = function
+    return function
+
+
+def set_to(parameter, value: float) -> None:
+    parameter[...] = jnp.full_like(parameter[...], value)
+
+
+@mutation
+def dropped_query_bias(model):
+    set_to(model.decoder.layers.attention.q_proj.bias, 0)
+
+
+@mutation
+def dropped_patch_bias(model):
+    set_to(model.vision.patch_embed.bias, 0)
+
+
+@mutation
+def dropped_vision_query_bias(model):
+    set_to(model.vision.layers.q_proj.bias, 0)
+
+
+@mutation
+def dropped_connector_bias(model):
+    set_to(model.vision.connector_fc2.bias, 0)
+
+
+@mutation
+def missing_layer_scale_of_attention(model):
+    set_to(model.vision.layers.attention_scale, 1)
+
+
+@mutation
+def missing_layer_scale_of_mlp(model):
+    set_to(model.vision.layers.mlp_scale, 1)
+
+
+@mutation
+def dropped_class_token(model):
+    set_to(model.vision.class_token, 0)
+
+
+@mutation
+def dropped_positions(model):
+    set_to(model.vision.position, 0)
+
+
+@mutation
+def swapped_norms(model):
+    first, second = model.decoder.layers.input_norm.scale, model.decoder.layers.ffn_norm.scale
+    first[...], second[...] = second[...], first[...]
+
+
+@mutation
+def swapped_vision_norms(model):
+    first, second = model.vision.layers.attention_norm.scale, model.vision.layers.mlp_norm.scale
+    first[...], second[...] = second[...], first[...]
+
+
+@mutation
+def transposed_tokens(model):
+    model.vision.config = replace(model.vision.config, transposed=True)
+
+
+@mutation
+def columns_before_rows_in_the_pixel_shuffle(model):
+    norm, fc1 = model.vision.connector_norm, model.vision.connector_fc1
+    for parameter in (norm.scale, norm.bias, fc1.kernel):
+        value = parameter[...]
+        by_place = value.reshape(2, 2, -1, *value.shape[1:])
+        parameter[...] = by_place.swapaxes(0, 1).reshape(value.shape)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_wrong_model_misses_by_a_hundred_tolerances(pair, name):
+    examples = examples_of("two images with text between")
+    model = pair.load()
+    MUTATIONS[name](model)
+    (ours,), (theirs,) = our_logits(model, pair.config, examples), their_logits(pair, examples)
+    assert error(ours, theirs) > 100 * WHOLE

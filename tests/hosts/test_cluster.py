@@ -1,0 +1,48 @@
+import pytest
+
+from rlens_jax.config import HostsConfig
+from rlens_jax.hosts import cluster
+from rlens_jax.hosts.cluster import detected, several
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+BATCH = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NODELIST"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "workers", "kind"),
+    [
+        ({}, "", None),
+        (SLURM, "", "slurm"),
+        (SLURM | {"SLURM_NTASKS": "1"}, "", None),
+        (BATCH, "", None),  # inside sbatch, outside srun
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "", "gketpu"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, "a,b", None),
+        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_WORKER_HOSTNAMES": "a"}, "", "gketpu"),
+        ({}, "u:0:10.0.0.1,u:1:10.0.0.2", "gcetpu"),
+        ({}, "u:0:10.0.0.1", None),
+        ({"TPU_SKIP_MDS_QUERY": "1"}, "a,b", None),
+    ],
+)
+def test_a_cluster_is_one_when_it_has_more_than_one_process(environ, workers, kind):
+    assert detected(environ, lambda: workers) == kind
+
+
+def test_the_kinds_are_those_that_jax_knows():
+    from jax._src.clusters import ClusterEnv
+
+    assert {"slurm", "gketpu", "gcetpu"} <= {kind.name for kind in ClusterEnv._cluster_types}
+
+
+def test_what_is_told_goes_before_what_is_found(monkeypatch):
+    monkeypatch.setattr(cluster, "detected", lambda *_: "slurm")
+    assert several(HostsConfig())
+    assert not several(HostsConfig(num_processes=1))
+    monkeypatch.setattr(cluster, "detected", lambda *_: None)
+    assert not several(HostsConfig())
+    assert several(HostsConfig("host:80", 2, 1))

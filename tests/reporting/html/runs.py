@@ -1,0 +1,44 @@
+"""Folders of made-up finished runs, with examples that try to break the page."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from rlens_jax.plan import Plan
+from rlens_jax.reporting.examples import Answer, Example, write_examples
+from rlens_jax.reporting.files import replace_file
+from rlens_jax.reporting.ranking_json import ranking_json, timing_json
+from tests.reporting.synthetic import synthetic_results
+
+ATTACK = "</p><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\"> & \"quotes\""
+LONG_WORD = "antidisestablishmentarianism" * 6
+
+
+def examples(count=3, size=(900, 600)):
+    image = Image.effect_noise(size, 80).convert("RGBA")
+    questions = [ATTACK, LONG_WORD, "What is the total?"]
+    answers = [Answer("1998", 1.0), Answer("", 0.0), Answer("<b>19</b>", 0.5)]
+    return [
+        Example(
+            id=f"pages_read/test/{number:06}",
+            dataset="pages_read",
+            question=questions[number % 3],
+            references=("1998", "nineteen ninety-eight"),
+            images=(image,) * (1 + number % 3),
+            dense=Answer("1998", 1.0),
+            reduced=answers[number % 3],
+        )
+        for number in range(count)
+    ]
+
+
+def write_run(folder, results=None, kept=None):
+    """The files that a report is made of, in a new folder; `kept` are its examples, if any."""
+    results = results or synthetic_results(samples=20)
+    folder.mkdir()
+    if kept:
+        plan = Plan(attention=(10, 11), ffn=(11,))
+        write_examples(folder, kept, plan=plan, model_hash=results.model_hash, data_hash=results.data_hash)
+    replace_file(Path(folder) / "timing.json", timing_json(results.timing).encode())
+    replace_file(Path(folder) / "ranking.json", ranking_json(results).encode())
+    return folder

@@ -1,0 +1,113 @@
+"""A made-up finished run: layers of known cost, outcomes drawn from it, and the real search over them."""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from rlens_jax.config import DataConfig, ReportConfig, RunConfig, SearchConfig
+from rlens_jax.flops import LayerSizes, saving
+from rlens_jax.plan import OPERATORS, Plan, Reduction
+from rlens_jax.search.curves import held_out_plans, operator_result, plan_saving
+from rlens_jax.search.objective import dataset_metric, score_plan
+from rlens_jax.search.results import PrefillTime, Results, Timing
+from rlens_jax.search.search import one_at_a_time, rank_layers
+
+DATASETS = {"pages_read": 0.95, "pages_compare": 0.85, "pages_yesno": 0.92}
+SIZES = LayerSizes(width=128, kv_width=64, ffn_width=512)
+
+
+def layer_costs(num_layers, operator):
+    """How much each layer hurts: much early, little late, with bumps that position alone cannot know."""
+    layers = np.arange(num_layers)
+    bump = np.random.default_rng(OPERATORS.index(operator)).uniform(0, 1, num_layers) ** 3
+    return (0.3 * np.exp(-4 * layers / num_layers) + 0.25 * bump) * 12 / num_layers - 0.01 * (layers % 5 == 4)
+
+
+class World:
+    """Outcomes of any plan: a sample stays right while the plan's cost is below what the sample can bear."""
+
+    def __init__(self, num_layers, samples, seed):
+        self.costs = {operator: layer_costs(num_layers, operator) for operator in OPERATORS}
+        draw = np.random.default_rng(seed)
+        self.bears = {name: 0.08 + draw.gamma(2.0, 0.5, samples) for name in DATASETS}
+        self.right = {name: draw.uniform(size=samples) < share for name, share in DATASETS.items()}
+
+    def outcomes(self, plan):
+        cost = sum(self.costs[operator][list(plan.layers(operator))].sum() for operator in OPERATORS)
+        return {name: (self.right[name] & (self.bears[name] > cost)).astype(float).tolist() for name in DATASETS}
+
+    def metrics(self, plan):
+        return {name: dataset_metric(values) for name, values in self.outcomes(plan).items()}
+
+
+@functools.cache
+def synthetic_results(num_layers=12, samples=60, with_search_all=False, operators=OPERATORS):
+    config = RunConfig(
+        output="runs/synthetic",
+        data=DataConfig(validation_samples=samples, test_samples=samples),
+        search=SearchConfig(operators=operators),
+        reduction=Reduction(attention_range=16),
+        report=ReportConfig(bootstrap_samples=100),
+    )
+    validation, test = World(num_layers, samples, 1), World(num_layers, samples, 2)
+    dense_validation, dense_test = validation.metrics(Plan()), test.metrics(Plan())
+    score_round = one_at_a_time(lambda plan: score_plan(validation.metrics(plan), dense_validation))
+
+    def flops_saved(plan, with_probes):
+        visual = [128] * num_layers
+        return saving(SIZES, 24, visual, plan, config.reduction, with_probes=with_probes)
+
+    results = {}
+    for operator in operators:
+        ranking = rank_layers(num_layers, None, operator, score_round)
+        search_all = rank_layers(num_layers, 0, operator, score_round) if with_search_all else None
+        plans = held_out_plans(ranking, 10, 0, search_all)
+        results[operator] = operator_result(
+            ranking,
+            {plan: test.outcomes(plan) for plan in plans},
+            dense_test,
+            flops_saved,
+            num_random=10,
+            seed=0,
+            search_all=search_all,
+            bootstrap_samples=config.report.bootstrap_samples,
+            relative=True,
+        )
+    combined = None
+    if len(operators) == 2:
+        plan = Plan(*(results[operator].saving.plan.layers(operator) for operator in OPERATORS))
+        combined = plan_saving(plan, test.metrics(plan), dense_test, flops_saved, relative=True)
+    prefill = PrefillTime((0.1, 0.12, 0.11), (0.08, 0.07, 0.09), 16, 32, 128)
+    return Results(
+        config=config,
+        model_hash="sha256:5f1c",
+        data_hash="sha256:77aa",
+        num_layers=num_layers,
+        versions={"rlens_jax": "0.1.0", "jax": "0.10.2"},
+        validation_samples=dict.fromkeys(DATASETS, samples),
+        test_samples=dict.fromkeys(DATASETS, samples),
+        dense_validation=dense_validation,
+        dense_test=dense_test,
+        operators=results,
+        combined=combined,
+        timing=Timing(
+            started="2025-01-01T12:00:00+00:00",
+            device="cpu",
+            num_devices=1,
+            num_cores=2,
+            seconds={"search": 100.0, "curves": 60.0, "timing": 10.0},
+            evaluations=500,
+            resumed=0,
+            compilations=3,
+            prefill=dict.fromkeys([*operators, "both"] if combined else operators, prefill),
+        ),
+    )
+
+
+def with_margin(results, operator, low):
+    """The same results, but `operator`'s searched order no better than the others'."""
+    old = results.operators[operator]
+    margins = {name: dataclasses.replace(value, low=np.array(low)) for name, value in old.margins.items()}
+    operators = {**results.operators, operator: dataclasses.replace(old, margins=margins)}
+    return dataclasses.replace(results, operators=operators)

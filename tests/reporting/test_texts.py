@@ -1,0 +1,75 @@
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlens_jax.reporting.markdown import report_markdown
+from rlens_jax.reporting.terminal import summary
+from rlens_jax.search.bootstrap import Interval
+from tests.reporting.synthetic import synthetic_results, with_margin
+
+
+@pytest.fixture(scope="module")
+def results():
+    return synthetic_results(with_search_all=True)
+
+
+def with_area(results, operator, strategy, value):
+    old = results.operators[operator]
+    interval = Interval(*(np.array(bound) for bound in (value, value - 0.05, value + 0.05)))
+    areas = {**old.areas, strategy: interval}
+    return dataclasses.replace(
+        results, operators={**results.operators, operator: dataclasses.replace(old, areas=areas)}
+    )
+
+
+def test_the_report_tells_rankings_savings_and_what_there_was_to_find(results):
+    text = report_markdown(results)
+    for result in results.operators.values():
+        assert ", ".join(map(str, result.ranking.order)) in text
+        assert result.saving.plan.label() in text
+    assert "Time is *measured*" in text
+    assert "27.3 %" in text  # 1 - 0.08 / 0.11
+    assert "x dense" in text
+    for dataset in results.dense_test:
+        assert f"| {dataset} | 60 | 60 |" in text
+
+
+def test_it_says_whether_the_search_was_worth_it_and_why_not(results):
+    won = with_margin(with_margin(results, "ffn", 0.01), "attention", 0.01)
+    assert report_markdown(won).count("The searched order beats position and random") == 2
+    assert "does not beat" not in report_markdown(won)
+    lost = report_markdown(with_area(with_margin(won, "ffn", -0.01), "ffn", "search_all", 0.999))
+    assert "**The searched order does not beat position and random**" in lost
+    assert "on 180 validation samples" in lost
+    assert "searching every layer (L_p = 0) gives a larger area" in lost
+
+
+def test_time_that_was_not_measured_is_not_reported(results):
+    timing = dataclasses.replace(results.timing, prefill={})
+    text = report_markdown(dataclasses.replace(results, timing=timing))
+    assert "not measured" in text
+    assert "Time is *measured*" not in text
+
+
+def test_two_harmless_reductions_that_are_not_harmless_together_are_said_to_be(results):
+    combined = dataclasses.replace(results.combined, loss=0.052)
+    assert "both at once lose 5.2 %" in report_markdown(dataclasses.replace(results, combined=combined))
+
+
+@pytest.mark.parametrize("num_layers", [12, 80])
+def test_the_summary_fits_a_terminal(num_layers):
+    results = with_margin(synthetic_results(num_layers, 30, with_search_all=num_layers == 12), "ffn", -1.0)
+    lines = summary(results, Path("runs/rank")).splitlines()
+    assert len(lines) <= 25
+    assert max(map(len, lines)) <= 100
+    assert lines[-1] == f"Report: {Path('runs/rank/report.html')} (as text: report.md)"
+    text = " ".join(" ".join(lines).split())
+    assert " ".join(map(str, results.operators["ffn"].ranking.order[:10])) in text
+    assert "NOT better than" in text
+    assert "both at once" in text
+
+
+def test_the_summary_of_one_operator_has_no_line_for_both():
+    assert "both" not in summary(synthetic_results(operators=("ffn",)), Path("x"))

@@ -1,0 +1,351 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from rlens_jax import durable_log
+from rlens_jax.errors import UserError
+from rlens_jax.plan import Plan
+from rlens_jax.search.journal import JOURNAL_NAME, Journal, Record
+
+CONFIG = {"model": "toy", "seed": 0, "reduction": {"attention_range": 256, "active_fraction": 0.2}}
+
+RECORDS = [
+    Record("validation", Plan(), "chart", (1.0, 0.0, 1.0, 1.0, 0.0), 1.5),
+    Record("validation", Plan(attention=(2, 3)), "chart", (0.0,) * 8, 2.0),
+    Record("heldout", Plan(attention=(2, 3)), "chart", (1.0,) * 9, 2.0),
+    Record("validation", Plan(attention=(2, 3)), "doc", (0.1, 1 / 3, 1.0, -2.5e-300), 0.25),
+]
+
+
+def write(folder, records=RECORDS):
+    with Journal.open(folder, CONFIG) as journal:
+        for record in records:
+            journal.append(record)
+    return folder / JOURNAL_NAME
+
+
+def reopen(folder):
+    with Journal.open(folder, CONFIG) as journal:
+        return journal.records(), journal.repaired
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    write(tmp_path / "new" / "run")
+    with Journal.open(tmp_path / "new" / "run", CONFIG) as journal:
+        assert journal.records() == tuple(RECORDS)
+        assert journal.repaired is None
+        for record in RECORDS:
+            assert journal.get(record.split, record.plan, record.dataset) == record
+        assert journal.get("heldout", Plan(), "chart") is None
+        assert journal.get("validation", Plan(ffn=(2, 3)), "chart") is None
+
+
+def test_the_file_is_as_documented(tmp_path):
+    header, *lines = map(json.loads, write(tmp_path).read_text().splitlines())
+    assert header == {"schema": "rlens-journal", "version": 1, "fingerprint": CONFIG}
+    assert lines[0] == {
+        "split": "validation",
+        "attention": [],
+        "ffn": [],
+        "dataset": "chart",
+        "outcomes": "5:b0",
+        "seconds": 1.5,
+    }
+    assert [line["outcomes"] for line in lines[1:3]] == ["8:00", "9:ff80"]
+    assert lines[3]["outcomes"] == [0.1, 1 / 3, 1.0, -2.5e-300]
+    assert sorted(os.listdir(tmp_path)) == ["journal.jsonl", "journal.lock"]
+
+
+def test_numpy_outcomes_are_taken(tmp_path):
+    outcomes = tuple(np.array([1.0, 0.0, 1.0]))
+    write(tmp_path, [Record("validation", Plan(), "chart", outcomes, 0.0)])
+    assert reopen(tmp_path)[0][0].outcomes == (1.0, 0.0, 1.0)
+
+
+def test_records_of_a_resumed_run_are_added(tmp_path):
+    write(tmp_path, RECORDS[:2])
+    write(tmp_path, RECORDS[2:])
+    assert reopen(tmp_path) == (tuple(RECORDS), None)
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_nothing_is_evaluated_twice(tmp_path, reopened):
+    path = write(tmp_path)
+    before = path.read_bytes()
+    again = Record("validation", Plan(attention=(3, 2)), "doc", (1.0,), 0.0)
+    with Journal.open(tmp_path, CONFIG) as journal:
+        if not reopened:
+            fresh = Record("validation", Plan(ffn=(1,)), "doc", (1.0,), 0.0)
+            journal.append(fresh)
+            before, again = path.read_bytes(), fresh
+        with pytest.raises(ValueError, match=r"evaluated twice: .* on doc, split validation"):
+            journal.append(again)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("outcomes", [(), (0.5, float("nan")), (float("inf"),)])
+def test_outcomes_that_mean_nothing_are_not_written(tmp_path, outcomes):
+    path = write(tmp_path)
+    before = path.read_bytes()
+    with Journal.open(tmp_path, CONFIG) as journal, pytest.raises(ValueError, match="finite"):
+        journal.append(Record("validation", Plan(), "other", outcomes, 0.0))
+    assert path.read_bytes() == before
+
+
+def test_a_write_torn_at_any_byte_is_repaired(tmp_path):
+    path = write(tmp_path)
+    content = path.read_bytes()
+    last = content.rindex(b"\n", 0, -1) + 1
+    for cut in range(last, len(content)):
+        path.write_bytes(content[:cut])
+        records, repaired = reopen(tmp_path)
+        assert records == tuple(RECORDS[:-1])
+        assert path.read_bytes() == content[:last]
+        if cut == last:
+            assert repaired is None
+        else:
+            assert f"last line of {cut - last} bytes; 3 finished" in repaired
+    write(tmp_path, RECORDS[-1:])
+    assert path.read_bytes() == content
+
+
+def test_a_last_line_of_zeros_is_repaired(tmp_path):
+    path = write(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content + bytes(30) + b'"seconds": 1.0}\n')
+    records, repaired = reopen(tmp_path)
+    assert records == tuple(RECORDS)
+    assert "unfinished last line of 46 bytes" in repaired
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (b'"outcomes": "8:00"', b'"outcomes": "8:0', "Invalid control|Expecting"),
+        (b'"outcomes": "8:00"', b'"outcomes": "9:00"', "number they announce"),
+        (b'"outcomes": "8:00"', b'"outcomes": [NaN]', "finite"),
+        (b'"outcomes": "8:00"', b'"outcomes": []', "finite"),
+        (b'"attention": [2, 3]', b'"attention": [2, 2]', "layer 2 twice"),
+        (b'"seconds"', b'"second"', "exactly the fields"),
+        (b'"seconds": 2.0', b'"seconds": "2"', "seconds must be a number"),
+        (b'"validation"', b"7", "must be texts"),
+    ],
+)
+def test_a_corrupt_line_in_the_middle_is_named(tmp_path, old, new, reason):
+    path = write(tmp_path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert old in lines[2]
+    lines[2] = lines[2].replace(old, new, 1)
+    path.write_bytes(b"".join(lines))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f"{JOURNAL_NAME}, line 3 cannot be read .*{reason}") as raised:
+        Journal.open(tmp_path, CONFIG)
+    assert "\n" not in str(raised.value)
+    assert path.read_bytes() == before
+
+
+def test_a_line_that_repeats_an_evaluation_is_named(tmp_path):
+    path = write(tmp_path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines, lines[1]]))
+    with pytest.raises(UserError, match="line 6 repeats"):
+        Journal.open(tmp_path, CONFIG)
+
+
+def test_a_wrong_but_whole_last_line_is_not_a_torn_one(tmp_path):
+    path = write(tmp_path)
+    path.write_bytes(path.read_bytes() + b'{"split": "validation"}\n')
+    with pytest.raises(UserError, match="line 6 cannot be read"):
+        Journal.open(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"[]\n", b'{"schema": "rlens-journal", "ver', b'{"a": 1}\n'])
+def test_a_file_that_is_no_journal_is_left_alone(tmp_path, content):
+    (tmp_path / JOURNAL_NAME).write_bytes(content)
+    with pytest.raises(UserError, match="line 1 is not the header"):
+        Journal.open(tmp_path, CONFIG)
+    assert (tmp_path / JOURNAL_NAME).read_bytes() == content
+
+
+def test_another_version_is_refused(tmp_path):
+    path = write(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b'"version": 1', b'"version": 2'))
+    with pytest.raises(UserError, match="has version 2, this program reads 1"):
+        Journal.open(tmp_path, CONFIG)
+
+
+def test_another_configuration_is_refused_field_by_field(tmp_path):
+    path = write(tmp_path)
+    before = path.read_bytes()
+    other = {"model": "toy", "reduction": {"attention_range": 128, "active_fraction": 0.2}, "alpha": 2.0}
+    with pytest.raises(UserError) as raised:
+        Journal.open(tmp_path, other)
+    message = str(raised.value)
+    assert "seed was 0, is not set" in message
+    assert "reduction.attention_range was 256, is 128" in message
+    assert "alpha was not set, is 2.0" in message
+    assert "Choose another folder" in message
+    assert "model" not in message and "active_fraction" not in message and "\n" not in message
+    assert path.read_bytes() == before
+    # The refusal lets go of the folder.
+    assert reopen(tmp_path) == (tuple(RECORDS), None)
+
+
+def test_the_order_of_fields_and_the_kind_of_sequence_do_not_matter(tmp_path):
+    Journal.open(tmp_path, {"a": (1, 2), "b": {"c": None, "d": {}}}).close()
+    Journal.open(tmp_path, {"b": {"d": {}, "c": None}, "a": [1, 2]}).close()
+    for other in ({"a": [1, 2], "b": {"c": None}}, {"a": [2, 1], "b": {"c": None, "d": {}}}):
+        with pytest.raises(UserError, match="another configuration"):
+            Journal.open(tmp_path, other)
+
+
+# Appends records without end, and says so after each; the test kills it.
+WRITER = """
+import sys
+from pathlib import Path
+from rlens_jax.plan import Plan
+from rlens_jax.search.journal import Journal, Record
+journal = Journal.open(Path(sys.argv[1]), {"seed": 0})
+print("open", flush=True)
+for number in range(int(sys.argv[2])):
+    journal.append(Record("validation", Plan((number,)), "chart", (1.0, 0.5), 0.0))
+    print(number, flush=True)
+sys.stdin.read()
+"""
+
+
+def start_writer(folder, count):
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(folder), str(count)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_folder_in_use_is_refused_and_free_after_a_kill(tmp_path):
+    with start_writer(tmp_path, 0) as writer:
+        try:
+            assert writer.stdout.readline() == "open\n"
+            with pytest.raises(UserError, match=rf"another run is using .* \(process {writer.pid}\)") as raised:
+                Journal.open(tmp_path, {"seed": 0})
+            assert "\n" not in str(raised.value)
+        finally:
+            writer.kill()
+    Journal.open(tmp_path, {"seed": 0}).close()
+
+
+def test_one_process_cannot_open_a_folder_twice(tmp_path):
+    with Journal.open(tmp_path, CONFIG), pytest.raises(UserError, match="another run"):
+        Journal.open(tmp_path, CONFIG)
+    Journal.open(tmp_path, CONFIG).close()
+
+
+def test_what_was_appended_survives_a_kill(tmp_path):
+    with start_writer(tmp_path, 10**6) as writer:
+        try:
+            said = [writer.stdout.readline() for _ in range(6)]
+            assert said[-1] == "4\n"
+        finally:
+            writer.send_signal(signal.SIGKILL)
+        # What it still said before it died counts as appended too.
+        rest = writer.stdout.read()
+        whole = len(rest[: rest.rindex("\n") + 1].splitlines()) if "\n" in rest else 0
+    with Journal.open(tmp_path, {"seed": 0}) as journal:
+        records = journal.records()
+        assert len(records) >= 5 + whole
+        assert [record.plan for record in records] == [Plan((number,)) for number in range(len(records))]
+        journal.append(Record("validation", Plan(), "chart", (1.0,), 0.0))
+
+
+def test_a_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    for folder in (tmp_path / "run", tmp_path / "run" / "below"):
+        with pytest.raises(UserError, match="cannot write to the run folder"):
+            Journal.open(folder, CONFIG)
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    # /proc takes no new names, not even from root.
+    with pytest.raises(UserError, match="cannot write to the run folder /proc"):
+        Journal.open(type(tmp_path)("/proc/self"), CONFIG)
+
+
+def test_a_failing_header_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable_log.os, "fsync", full_disk)
+        with pytest.raises(UserError, match="No space left"):
+            Journal.open(tmp_path, CONFIG)
+    assert os.listdir(tmp_path) == ["journal.lock"]
+    write(tmp_path)
+    assert reopen(tmp_path) == (tuple(RECORDS), None)
+
+
+@pytest.mark.parametrize("function", ["write", "fsync"])
+def test_a_failing_append_leaves_the_journal_as_it_was(tmp_path, monkeypatch, function):
+    path = write(tmp_path, RECORDS[:-1])
+    before = path.read_bytes()
+    real_write = os.write
+
+    def half_write(descriptor, data):
+        return real_write(descriptor, data[: len(data) // 2])
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with Journal.open(tmp_path, CONFIG) as journal:
+        with monkeypatch.context() as patch:
+            patch.setattr(durable_log.os, function, half_write if function == "write" else full_disk)
+            with pytest.raises(UserError, match=r"cannot write to the journal .*o space left"):
+                journal.append(RECORDS[-1])
+        assert path.read_bytes() == before
+        assert journal.get("validation", RECORDS[-1].plan, "doc") is None
+        journal.append(RECORDS[-1])
+    assert reopen(tmp_path) == (tuple(RECORDS), None)
+
+
+def test_every_append_is_synced(tmp_path, monkeypatch):
+    events = []
+    with Journal.open(tmp_path, CONFIG) as journal:
+        real_write, real_sync = os.write, os.fsync
+        monkeypatch.setattr(durable_log.os, "write", lambda fd, data: (events.append("write"), real_write(fd, data))[1])
+        monkeypatch.setattr(durable_log.os, "fsync", lambda fd: (events.append("sync"), real_sync(fd))[1])
+        for record in RECORDS[:2]:
+            journal.append(record)
+    assert events == ["write", "sync", "write", "sync"]
+
+
+def test_the_other_processes_follow_the_first_ones_journal(tmp_path):
+    write(tmp_path, RECORDS[:2])
+    with Journal.open(tmp_path, CONFIG) as journal, Journal.follow(tmp_path, CONFIG) as follower:
+        assert follower.records() == tuple(RECORDS[:2])
+        before = journal.path.read_bytes()
+        follower.append(RECORDS[2])
+        assert journal.path.read_bytes() == before
+        journal.append(RECORDS[2])
+        assert follower.records() == journal.records()
+        with pytest.raises(ValueError, match="evaluated twice"):
+            follower.append(RECORDS[0])
+        with pytest.raises(ValueError, match="finite"):
+            follower.append(Record("validation", Plan(), "other", (float("nan"),), 0.0))
+    assert reopen(tmp_path)[0] == tuple(RECORDS[:3])
+    assert sorted(os.listdir(tmp_path)) == ["journal.jsonl", "journal.lock"]
+
+
+def test_only_a_journal_of_the_same_configuration_is_followed(tmp_path):
+    with pytest.raises(UserError, match=f"cannot read the journal .*{JOURNAL_NAME}"):
+        Journal.follow(tmp_path, CONFIG)
+    assert os.listdir(tmp_path) == []
+    write(tmp_path)
+    with pytest.raises(UserError, match="seed was 0, is 1"):
+        Journal.follow(tmp_path, CONFIG | {"seed": 1})

@@ -1,0 +1,83 @@
+import random
+
+import pytest
+
+from rlens_jax.errors import UserError
+from rlens_jax.search.objective import (
+    comparable,
+    dataset_metric,
+    phi,
+    plan_loss,
+    plan_score,
+    relative_changes,
+    score_plan,
+)
+
+DENSE = {"chart": 0.8, "doc": 50.0}
+
+
+def test_the_metric_does_not_depend_on_the_order_of_samples():
+    outcomes = [0.1, 1e16, 0.7, -1e16, 0.3] * 20
+    shuffled = random.Random(0).sample(outcomes, len(outcomes))
+    assert dataset_metric(outcomes) == dataset_metric(shuffled) == pytest.approx(0.22, abs=1e-15)
+    assert sum(outcomes) != sum(shuffled)
+
+
+def test_metric_of_right_and_wrong_answers():
+    assert dataset_metric([1, 0, 1, 1]) == 0.75
+    with pytest.raises(ValueError, match="without outcomes"):
+        dataset_metric([])
+
+
+def test_changes():
+    metrics = {"doc": 55.0, "chart": 0.6}
+    assert relative_changes(metrics, DENSE) == pytest.approx({"chart": -0.25, "doc": 0.1})
+    assert relative_changes(metrics, DENSE, relative=False) == pytest.approx({"chart": -0.2, "doc": 5.0})
+
+
+def test_phi_doubles_a_drop():
+    assert [phi(x) for x in (0.5, 0.0, -0.5)] == [0.5, 0.0, -1.0]
+    assert phi(-0.5, alpha=3.0) == -1.5
+    assert phi(0.5, alpha=3.0) == 0.5
+
+
+def test_score_has_the_penalty_and_loss_has_not():
+    metrics = {"chart": 0.6, "doc": 55.0}
+    assert plan_score(metrics, DENSE) == pytest.approx(0.1 - 2 * 0.25)
+    assert plan_score(metrics, DENSE, alpha=1.0) == pytest.approx(0.1 - 0.25)
+    assert plan_loss(metrics, DENSE) == pytest.approx((0.25 - 0.1) / 2)
+    assert plan_score(metrics, DENSE, relative=False) == pytest.approx(5.0 - 2 * 0.2)
+    assert plan_loss(metrics, DENSE, relative=False) == pytest.approx((0.2 - 5.0) / 2)
+
+
+def test_score_plan_collects_them():
+    metrics = {"chart": 0.6, "doc": 55.0}
+    scored = score_plan(metrics, DENSE, alpha=3.0, relative=False)
+    assert scored.score == plan_score(metrics, DENSE, alpha=3.0, relative=False)
+    assert scored.loss == plan_loss(metrics, DENSE, relative=False)
+    assert scored.metrics == metrics
+
+
+def test_the_dense_model_scores_zero():
+    scored = score_plan(DENSE, DENSE)
+    assert (scored.score, scored.loss) == (0, 0)
+    assert str(scored.loss) == "0.0"
+
+
+def test_a_dataset_the_dense_model_fails_is_refused():
+    with pytest.raises(UserError, match="dataset doc: the dense model scores 0"):
+        plan_score({"chart": 1.0, "doc": 1.0}, {"chart": 0.5, "doc": 0.0})
+    assert plan_score({"doc": 1.0}, {"doc": 0.0}, relative=False) == 1.0
+
+
+def test_other_datasets_than_the_dense_model_is_a_mistake():
+    with pytest.raises(ValueError, match="chart"):
+        plan_score({"chart": 0.8}, DENSE)
+
+
+def test_comparisons_see_twelve_digits():
+    assert 0.1 + 0.2 != 0.3
+    assert comparable(0.1 + 0.2) == comparable(0.3)
+    assert comparable(0.3) != comparable(0.3 + 2e-12)
+    with pytest.raises(ValueError, match="nan"):
+        comparable(float("nan"))

@@ -1,0 +1,155 @@
+"""Run by test_mesh.py in a process with eight simulated CPU devices: every mesh computes what one device computes."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlens_jax.engine.evaluator import Evaluator
+from rlens_jax.engine.inputs import FILLER, Split
+from rlens_jax.engine.programs import ROWS, Programs
+from rlens_jax.engine.scoring import Generating, TeacherForcing
+from rlens_jax.models import vocabulary
+from rlens_jax.models.prompt import IGNORE
+from rlens_jax.models.pruned import run_prompt
+from rlens_jax.plan import OPERATORS, FastV, Plan, Pruning
+from rlens_jax.search.journal import Journal, Key
+from rlens_jax.search.search import Ranking, rank_layers
+from tests.engine.toy import LAYERS, score, toy_programs, toy_split, words
+
+MESHES = {"8x1": (8, 1), "2x4": (8, 4)}
+PLAN = Plan(attention=(1, 3), ffn=(0, 3, 4))
+
+
+@pytest.fixture(scope="module")
+def one() -> Programs:
+    return toy_programs()
+
+
+@pytest.fixture(scope="module")
+def expected(one: Programs) -> dict[str, np.ndarray]:
+    return log_probabilities(one, toy_split(one), PLAN)
+
+
+@pytest.fixture(scope="module", params=MESHES.values(), ids=list(MESHES))
+def many(request: pytest.FixtureRequest) -> Programs:
+    devices, model_shards = request.param
+    return toy_programs(devices=devices, model_shards=model_shards)
+
+
+def log_probabilities(programs: Programs, split: Split, plan: Plan) -> dict[str, np.ndarray]:
+    """By sample: is it right, and the mean log-probability of its answer."""
+    right, values = np.zeros(len(split.samples), bool), np.full(len(split.samples), np.nan)
+    plans, starts = [plan] * programs.groups, [0] * programs.groups
+    for batch in split.batches:
+        states = programs.embed(batch.inputs.text_ids, batch.visual)
+        states = programs.layers(states, batch.inputs, plans, starts, LAYERS)
+        numbers, is_right, value, scored = map(np.asarray, programs.outcome(states, batch.inputs))
+        real = numbers != FILLER
+        right[numbers[real]], values[numbers[real]] = is_right[real], value[real]
+        assert scored.all()
+    assert np.isfinite(values).all()
+    return {"right": right, "log_probability": values}
+
+
+def ranking(
+    programs: Programs, split: Split, folder: Path, operator: str
+) -> tuple[Ranking, dict[Key, tuple[float, ...]]]:
+    """The ranking, and the outcomes of every evaluation."""
+    with Journal.open(folder, {}) as journal:
+        evaluator = Evaluator(
+            TeacherForcing(programs),
+            {"validation": split},
+            journal,
+            num_layers=LAYERS,
+            state_bytes=1e9,
+            advance=lambda _: None,
+        )
+
+        found = rank_layers(
+            LAYERS,
+            1,
+            operator,
+            lambda base, plans: [score(o) for o in evaluator.outcomes("validation", base, plans)],
+        )
+        records = {record.key: record.outcomes for record in journal.records()}
+    return found, records
+
+
+def test_outcomes(many: Programs, expected: dict[str, np.ndarray]) -> None:
+    assert len(jax.devices()) == 8
+    found = log_probabilities(many, toy_split(many), PLAN)
+    np.testing.assert_allclose(found["log_probability"], expected["log_probability"], atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(found["right"], expected["right"])
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_ranking(one: Programs, many: Programs, operator: str, tmp_path: Path) -> None:
+    expected, records = ranking(one, toy_split(one), tmp_path / "one", operator)
+    found, found_records = ranking(many, toy_split(many), tmp_path / "many", operator)
+    assert found == expected
+    assert found_records == records
+    assert len({round_score.score for round_ in expected.rounds for round_score in round_.scores}) > 2
+
+
+def test_generation(one: Programs, many: Programs) -> None:
+    texts = []
+    for programs in (one, many):
+        scoring, split = Generating(programs, words), toy_split(programs, with_answers=False)
+        generated = {}
+        for batch in split.batches:
+            plans, blocks = [PLAN] * programs.groups, range(programs.groups)
+            numbers, tokens, _ = scoring.start(batch, Plan(), plans, blocks)
+            generated |= {
+                int(number): row.tolist()
+                for number, row in zip(numbers, np.asarray(tokens), strict=True)
+                if number != FILLER
+            }
+        texts.append(generated)
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == len(split.samples)
+
+
+def pruned_log_probabilities(programs: Programs, split: Split, pruning: Pruning) -> np.ndarray:
+    """By sample: the sum over its answer, in a program of its own."""
+
+    def run(model, visual, batch):
+        key = jax.random.key(0)
+        states = run_prompt(model.decoder, visual, batch, PLAN, programs.reduction, key, pruning=pruning)
+        answers = jnp.take_along_axis(states.x, batch.answer_slots[:, :, None], axis=1)
+        counts = batch.answer_targets != IGNORE
+        targets = jnp.where(counts, batch.answer_targets, 0)
+        values = vocabulary.log_probability(model.decoder.logits(answers), targets)
+        return jnp.where(counts, values, 0.0).sum(axis=1)
+
+    program = programs._split("pruned", run, (ROWS, ROWS), ROWS)
+    found = np.full(len(split.samples), np.nan)
+    for batch in split.batches:
+        numbers = np.asarray(batch.inputs.layout.sample)
+        real = numbers != FILLER
+        found[numbers[real]] = np.asarray(program(batch.visual, batch.inputs))[real]
+    return found
+
+
+@pytest.mark.parametrize("pruning", [FastV(2, 0.4)], ids=lambda p: p.label())
+def test_pruning(one: Programs, pruning: Pruning) -> None:
+    """Scores are averaged over the heads of all shards; every shard drops the same tokens."""
+    expected = pruned_log_probabilities(one, toy_split(one), pruning)
+    programs = toy_programs(devices=8, model_shards=4)
+    found = pruned_log_probabilities(programs, toy_split(programs), pruning)
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    plain = pruned_log_probabilities(one, toy_split(one), FastV(2, 0))
+    assert np.abs(plain - expected).max() > 1e-2
+
+
+def test_the_vocabulary_is_padded_and_cut(many: Programs) -> None:
+    shards = many.mesh.shape["model"]
+    tables = [
+        leaf for (path, _), leaf in zip(many._variables, many._leaves, strict=True) if path[-1] in ("embedding", "head")
+    ]
+    assert len(tables) == 2
+    for table in tables:
+        assert table.shape[0] == -(-13 // shards) * shards
+        assert table.addressable_shards[0].data.shape[0] == table.shape[0] // shards
