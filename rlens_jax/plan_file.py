@@ -23,7 +23,6 @@ Pruning is one of (shares are exact decimals, and `layer` says how many layers s
 """
 
 import dataclasses
-import json
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from rlens_jax.errors import UserError, suggest
+from rlens_jax.files import read_json
 from rlens_jax.plan import OPERATORS, VTW, FastV, Folder, Operator, Plan, Pruning, Reduction
 
 FORMAT = "rlens-plan/1"
@@ -89,7 +89,9 @@ def read_plan(path: str | Path, first: Mapping[Operator, int] | None = None) -> 
         UserError: naming file and field: unreadable, an unknown or wrong field, or `first` that does not suit the file.
     """
     path = Path(path)
-    fields = _read_object(path)
+    fields = read_json(path)
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: a plan file must hold one JSON object")
     try:
         if fields.get("schema") == RANKING_SCHEMA:
             return _from_ranking(fields, first)
@@ -114,27 +116,6 @@ def parse_first(text: str) -> dict[Operator, int]:
             raise UserError(f"the first layers of {operator} are given twice in {text!r}")
         counts[operator] = int(count)
     return counts
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"{path}: field {name!r} is given twice")
-        return dict(pairs)
-
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such plan file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a plan file must hold one JSON object")
-    return value
 
 
 def _from_plan(fields: Mapping[str, Any]) -> PlanFile:

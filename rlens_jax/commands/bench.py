@@ -18,8 +18,8 @@ from statistics import median
 from typing import Any
 
 from rlens_jax.console import ArgumentParser, run_command, say
+from rlens_jax.files import json_text
 from rlens_jax.flops import LayerSizes, layer_cost
-from rlens_jax.json_text import json_text
 from rlens_jax.plan import Reduction
 
 TEXT_BEFORE, VISUAL, TEXT_AFTER = 64, 1792, 64

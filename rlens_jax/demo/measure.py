@@ -13,7 +13,7 @@ from typing import Any
 
 from rlens_jax.console import ArgumentParser, run_command, say
 from rlens_jax.data.pages import DATASETS
-from rlens_jax.json_text import json_text
+from rlens_jax.files import json_text
 from rlens_jax.resources import cache_folder
 
 PATCH_SLOTS, TEXT_SLOTS, VISUAL_SLOTS, BATCH = 512, 48, 128, 16

@@ -15,7 +15,7 @@ from rlens_jax.dry_run.program import CompiledProgram, Program, of_one_layer
 from rlens_jax.dry_run.roofline import ASSUMPTIONS, LIKELY_SHARE, Estimate, program_time
 from rlens_jax.dry_run.topology import GIB
 from rlens_jax.families.registry import ModelKind
-from rlens_jax.json_text import json_text
+from rlens_jax.files import json_text
 
 SCHEMA = "rlens-dry-run/1"
 WIDTH = 110

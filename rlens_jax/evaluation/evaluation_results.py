@@ -12,7 +12,7 @@ from typing import Any
 
 from rlens_jax.evaluation.evaluation_config import EvaluationConfig
 from rlens_jax.evaluation.variant_timing import Times, VariantTime
-from rlens_jax.json_text import json_text
+from rlens_jax.files import json_text
 from rlens_jax.metrics.score import Score
 from rlens_jax.metrics.score_bootstrap import Interval
 

@@ -28,12 +28,12 @@ from rlens_jax.evaluation.evaluation_results import (
 )
 from rlens_jax.evaluation.predictions import write_predictions
 from rlens_jax.evaluation.variant_timing import Times, time_variants
+from rlens_jax.files import replace_file
 from rlens_jax.flops import LayerSizes, prefill_cost, visual_in_layer
 from rlens_jax.metrics.score import Score
 from rlens_jax.metrics.score_bootstrap import Interval, bootstrap_interval, bootstrap_scores
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.plan_file import PlanFile
-from rlens_jax.reporting.files import replace_file
 from rlens_jax.resources import cache_folder
 from rlens_jax.versions import versions
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlens_jax.evaluation.datasets import Dataset
-from rlens_jax.reporting.files import replace_file
+from rlens_jax.files import replace_file
 
 
 def write_predictions(path: Path, dataset: Dataset, predictions: Sequence[str]) -> None:

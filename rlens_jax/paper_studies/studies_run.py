@@ -18,6 +18,7 @@ from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.rounds import metrics_of
 from rlens_jax.engine.scoring import Scoring, TeacherForcing
 from rlens_jax.engine.session import load, read_splits
+from rlens_jax.files import replace_file
 from rlens_jax.hosts.startup import start_jax
 from rlens_jax.paper_studies.cases import Case, Variant
 from rlens_jax.paper_studies.layers_study import layers_study
@@ -35,7 +36,6 @@ from rlens_jax.paper_studies.text import text_study
 from rlens_jax.paper_studies.text_control import TextControlPrograms
 from rlens_jax.plan import Operator, Plan
 from rlens_jax.ranking.ranking_run import PACKAGES
-from rlens_jax.reporting.files import replace_file
 from rlens_jax.resources import cache_folder
 from rlens_jax.search.journal import Journal
 from rlens_jax.versions import versions

@@ -6,7 +6,7 @@ It holds nothing that differs from one run of a configuration to the next.
 import dataclasses
 from typing import Any
 
-from rlens_jax.json_text import json_text
+from rlens_jax.files import json_text
 from rlens_jax.paper_studies.study import Facts, Panel, Point, Series, Study
 from rlens_jax.plan import Pruning
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rlens_jax.json_text import json_text
+from rlens_jax.files import json_text
 from rlens_jax.parity.bundle import Manifest
 from rlens_jax.parity.compare import CaseResult
 from rlens_jax.parity.rankings import RankingComparison

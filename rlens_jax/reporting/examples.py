@@ -11,9 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from rlens_jax.json_text import json_text
+from rlens_jax.files import json_text, replace_file
 from rlens_jax.plan import Plan
-from rlens_jax.reporting.files import replace_file
 from rlens_jax.reporting.html.run_files import EXAMPLES
 
 SCHEMA = "rlens-examples/1"

@@ -1,15 +1,13 @@
 """The files of a finished run, each complete or not there at all."""
 
-import os
-import tempfile
 from pathlib import Path
 
 import yaml
 
 from rlens_jax.config import portable
-from rlens_jax.errors import UserError
+from rlens_jax.files import read_text, replace_file
 from rlens_jax.reporting.html.page import report_html
-from rlens_jax.reporting.html.run_files import EXAMPLES, RANKING, TIMING, parse_run, read_text
+from rlens_jax.reporting.html.run_files import EXAMPLES, RANKING, TIMING, parse_run
 from rlens_jax.reporting.markdown import report_markdown
 from rlens_jax.reporting.plots import plot_candidates, plot_curves
 from rlens_jax.reporting.ranking_json import ranking_json, timing_json
@@ -38,23 +36,3 @@ def write_report(results: Results, folder: Path) -> list[Path]:
     contents[TIMING] = texts[TIMING].encode()
     contents[RANKING] = texts[RANKING].encode()
     return [replace_file(folder / name, content) for name, content in contents.items()]
-
-
-def replace_file(path: Path, content: bytes) -> Path:
-    """Write a file so that a reader, or a crash, finds the old content or the new, and never a part."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink()
-            raise
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    return path

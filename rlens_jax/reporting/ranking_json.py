@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from rlens_jax.config import portable
-from rlens_jax.json_text import json_text
+from rlens_jax.files import json_text
 from rlens_jax.plan import Plan
 from rlens_jax.search.bootstrap import Interval
 from rlens_jax.search.objective import PlanScore

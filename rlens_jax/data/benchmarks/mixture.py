@@ -20,8 +20,6 @@ In PyTorch, with VLMEvalKit:
     data = data[data["index"].astype(str).isin(mixture["validation"]["MME"])]
 """
 
-import json
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +35,7 @@ from rlens_jax.data.benchmarks.tfds_builder import read_benchmark, read_table
 from rlens_jax.data.benchmarks.tsv import TsvTable
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError, suggest
+from rlens_jax.files import json_text, read_json, replace_file
 
 FORMAT = "rlens_jax mixture 1"
 DATASETS = tuple(name for name, benchmark in BENCHMARKS.items() if benchmark.answers != "none")
@@ -118,29 +117,21 @@ def _apportioned(sizes: np.ndarray, count: int) -> np.ndarray:
 
 
 def write_mixture(mixture: Mixture, path: Path) -> None:
-    """Write the file, whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    """Write the file and its folder. UserError when they cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps({"format": FORMAT, **asdict(mixture)}, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        raise UserError(f"cannot make the folder {path.parent}: {error.strerror}") from None
+    replace_file(path, json_text({"format": FORMAT, **asdict(mixture)}).encode())
 
 
 def read_mixture(path: Path) -> Mixture:
-    """Read the file, which may as well be written by hand.
+    """Read a mixture file, made by this command or by hand.
 
-    Raises UserError, naming file and field, for whatever is not as `Mixture` and the head of this module say.
+    Raises:
+        UserError: naming file and field, for whatever differs from `Mixture` and the docstring of this module.
     """
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: invalid JSON: {error}") from None
+    fields = read_json(path)
     known = ("format", "seed", "md5", *SPLITS)
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise UserError(f"{path}: field 'format' must be {FORMAT!r}; is this a mixture?")

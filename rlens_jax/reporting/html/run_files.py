@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 from PIL import Image
 
 from rlens_jax.errors import UserError
+from rlens_jax.files import parse_json, read_text
 
 RANKING, TIMING, EXAMPLES = "ranking.json", "timing.json", "examples.json"
 _SCHEMAS = {
@@ -75,26 +76,8 @@ def parse_run(name: str, folder: Path, texts: Mapping[str, str]) -> RunFiles:
     return run
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 text file; UserError when it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from error
-
-
 def _parsed(path: Path, text: str, schema: str) -> Any:
-    def refuse(constant: str) -> NoReturn:
-        raise UserError(f"{path} is not valid JSON: {constant} is no number of it")
-
-    try:
-        value = json.loads(text, parse_constant=refuse)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error.msg}, line {error.lineno}") from error
-    except RecursionError as error:
-        raise UserError(f"{path} is not valid JSON: too deeply nested") from error
+    value = parse_json(text, path)
     found = best_match(_validator(schema).iter_errors(value))
     if found is not None:
         message = " ".join(found.message.split())

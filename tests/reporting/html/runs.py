@@ -4,9 +4,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from rlens_jax.files import replace_file
 from rlens_jax.plan import Plan
 from rlens_jax.reporting.examples import Answer, Example, write_examples
-from rlens_jax.reporting.files import replace_file
 from rlens_jax.reporting.ranking_json import ranking_json, timing_json
 from tests.reporting.synthetic import synthetic_results
 

@@ -210,7 +210,7 @@ def test_what_is_missing_or_unreadable_is_named(tmp_path):
         read_run(folder)
     for content, complaint in (
         (b"{", r"ranking\.json is not valid JSON: Expecting property name.*, line 1"),
-        (b'{"schema": NaN}', r"ranking\.json is not valid JSON: NaN is no number"),
+        (b'{"schema": NaN}', r"ranking\.json is not valid JSON: JSON has no number NaN"),
         (b"\xff", r"ranking\.json is not UTF-8 text"),
         (b"[" * 100_000, r"ranking\.json is not valid JSON: too deeply nested"),
         (b"[]", r"ranking\.json: \[\] is not of type 'object'"),

@@ -1,0 +1,82 @@
+"""Text and JSON files: read with errors that name the file, written whole or not at all."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rlens_jax.errors import UserError
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """JSON as this project writes it: indented, with a newline at the end. ValueError for NaN and infinities."""
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
+def replace_file(path: Path, content: bytes) -> Path:
+    """Write a file so that readers find the old content or the new, never a part, even after a crash.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink()
+            raise
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. UserError when it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from error
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. UserError when it cannot be read or `parse_json` refuses it."""
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str, path: Path) -> Any:
+    """The value of a JSON text; errors name `path`.
+
+    Raises:
+        UserError: the text is not valid JSON, has NaN or an infinity, or names a field of an object twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{path}: field {repeated!r} is given twice")
+        return fields
+
+    def refuse(constant: str) -> NoReturn:
+        raise UserError(f"{path} is not valid JSON: JSON has no number {constant}")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error.msg}, line {error.lineno}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is not valid JSON: too deeply nested") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise UserError(f"{path} is not readable as JSON: {error}") from error
