@@ -8,7 +8,8 @@ says nothing about time.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlens_jax.plan import Folder, Plan, Pruning, Reduction
+from rlens_jax.plan import Plan, Reduction
+from rlens_jax.pruning import Folder, Pruning
 
 
 @dataclass(frozen=True)

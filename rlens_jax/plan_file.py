@@ -31,7 +31,8 @@ from typing import Any
 
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import read_json
-from rlens_jax.plan import OPERATORS, VTW, FastV, Folder, Operator, Plan, Pruning, Reduction
+from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
+from rlens_jax.pruning import VTW, FastV, Folder, Pruning
 
 FORMAT = "rlens-plan/1"
 RANKING_SCHEMA = "rlens-ranking/1"

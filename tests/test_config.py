@@ -86,7 +86,7 @@ BAD_OPTIONS = {
     "--search.base_ffn 3": "search.base_ffn reduces ffn in every plan, so ffn cannot be ranked too",
     "--search.operators ffn --search.base_attention 3,3": "search.base_attention must be different",
     "--search.operators ffn --search.base_attention [-1]": "search.base_attention must be different",
-    "--reduction.attention_range -5": "reduction.attention_range must be a whole number from 1 on, not -5",
+    "--reduction.attention_range -5": "reduction.attention_range must be a whole number, at least 1, not -5",
     "--reduction.active_fraction 2": "reduction.active_fraction must be .* at most 1",
     "--reduction.active_fraction x": "reduction.active_fraction must be a decimal number",
     "--reduction.probe best": "reduction.probe must be one of strided, random, not best",

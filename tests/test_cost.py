@@ -67,7 +67,7 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["qwen2-vl-7"], "neither a folder nor one of"),
         (["qwen2-vl-7"], "did you mean 'qwen2-vl-7b'"),
         (["qwen2-vl-7b", "--fastv", "28", "0.3"], "prunes after layer 28, but the model has 28 layers"),
-        (["qwen2-vl-7b", "--fastv", "2", "1.0"], "share must be a decimal number from 0 on and below 1"),
+        (["qwen2-vl-7b", "--fastv", "2", "1.0"], "share must be a decimal number at least 0 and below 1"),
         (["qwen2-vl-7b", "--fastv", "two", "0.5"], "must be a number of layers, not 'two'"),
         (["qwen2-vl-7b", "--vtw=14", "--folder=0.5"], "not allowed with"),
         (["qwen2-vl-7b", "--visual=-1"], "must be numbers of tokens"),

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.plan import FastV, Plan, Reduction
+from rlens_jax.plan import Plan, Reduction
 from rlens_jax.plan_file import FORMAT, PlanFile, parse_first, read_plan
+from rlens_jax.pruning import FastV
 
 
 def written(folder: Path, value: object) -> Path:
@@ -83,7 +84,7 @@ def test_what_was_reduced_during_the_search_is_part_of_the_plan(tmp_path: Path) 
         ({"format": "rlens-plan/2"}, "not 'rlens-plan/2'"),
         ({"format": FORMAT, "attention": "1,2"}, "attention must be a list of layers"),
         ({"format": FORMAT, "ffn": [1, 1]}, "plan.ffn names layer 1 twice"),
-        ({"format": FORMAT, "ffn": [0.5]}, "plan.ffn: a layer is a whole number"),
+        ({"format": FORMAT, "ffn": [0.5]}, "plan.ffn: a layer must be a whole number"),
         ({"format": FORMAT, "num_layers": True}, "num_layers must be a whole number"),
         ({"format": FORMAT, "num_layers": 4, "ffn": [4]}, "ffn in layer 4, but the model has 4 layers"),
         ({"format": FORMAT, "active_fraction": 1.5}, "active_fraction must be a decimal number"),

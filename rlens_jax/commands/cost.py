@@ -15,8 +15,9 @@ from rlens_jax.console import ArgumentParser, run_command
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import json_text
 from rlens_jax.flops import LayerSizes, prefill_cost, visual_in_layer
-from rlens_jax.plan import VTW, FastV, Folder, Plan, Pruning
+from rlens_jax.plan import Plan
 from rlens_jax.plan_file import PlanFile, add_plan_options, plan_of
+from rlens_jax.pruning import VTW, FastV, Folder, Pruning
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from rlens_jax.engine.programs import ROWS, ModelPrograms
 from rlens_jax.models.decoder import KVCache
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import PromptBatch
-from rlens_jax.plan import VTW, FastV, Plan, Pruning, Reduction
+from rlens_jax.plan import Plan, Reduction
 from rlens_jax.plan_file import PlanFile
+from rlens_jax.pruning import VTW, FastV, Pruning
 from rlens_jax.sharding.model_axis import MODEL, WORK
 
 HIDDEN_BYTES = 64_000_000

@@ -19,7 +19,8 @@ from rlens_jax.models.decoder import Context, Decoder, LayerRecord, TracedPlan
 from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.ops.attention_tpu import Kernel
 from rlens_jax.ops.pruning import attention_received, merge_similar, most_attended, num_survivors
-from rlens_jax.plan import VTW, FastV, Folder, Plan, Pruning, Reduction
+from rlens_jax.plan import Plan, Reduction
+from rlens_jax.pruning import VTW, FastV, Folder, Pruning
 
 
 class Part(NamedTuple):

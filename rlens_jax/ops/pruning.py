@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.layout import TokenLayout
 from rlens_jax.ops.attention import MASKED
-from rlens_jax.plan import Folder, Pruning
+from rlens_jax.pruning import Folder, Pruning
 from rlens_jax.sharding.model_axis import num_shards, sum_over_shards
 
 

@@ -4,7 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from rlens_jax.plan import Plan, Pruning, Reduction
+from rlens_jax.plan import Plan, Reduction
+from rlens_jax.pruning import Pruning
 
 Tokens = Literal["visual", "text"]
 

@@ -18,7 +18,8 @@ from rlens_jax.engine.scoring import read_outcome
 from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.models.pruned import run_prompt
-from rlens_jax.plan import Plan, Pruning, Reduction
+from rlens_jax.plan import Plan, Reduction
+from rlens_jax.pruning import Pruning
 
 
 class PrunedPrograms(Programs):

@@ -7,7 +7,8 @@ from rlens_jax.paper_studies.cases import Case
 from rlens_jax.paper_studies.layers_study import curve_cases, first_layers
 from rlens_jax.paper_studies.study import Panel, Study
 from rlens_jax.paper_studies.study_bench import Bench
-from rlens_jax.plan import VTW, FastV, Plan, Pruning
+from rlens_jax.plan import Plan
+from rlens_jax.pruning import VTW, FastV, Pruning
 
 SHARES = (0.3, 0.5, 0.7, 0.9)
 """Of the visual tokens that FastV drops after its second layer (published: 30 and 50 %)."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlens_jax.files import json_text
 from rlens_jax.paper_studies.study import Facts, Panel, Point, Series, Study
-from rlens_jax.plan import Pruning
+from rlens_jax.pruning import Pruning
 
 SCHEMA = "rlens-study/1"
 

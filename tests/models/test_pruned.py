@@ -16,7 +16,8 @@ from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import Prompt, PromptBatch, collate
 from rlens_jax.models.pruned import run_prompt
 from rlens_jax.models.vtw import choose_vtw_layer, withdrawal_divergences
-from rlens_jax.plan import VTW, FastV, Folder, Plan, Reduction
+from rlens_jax.plan import Plan, Reduction
+from rlens_jax.pruning import VTW, FastV, Folder
 from tests.numerics import assert_close, error
 from tests.ops.test_pruning import merged_slowly
 from tests.sequences import bucket_for, pack, run_length, unpack

@@ -23,7 +23,8 @@ from rlens_jax.paper_studies.study_bench import Bench
 from rlens_jax.paper_studies.study_json import study_json
 from rlens_jax.paper_studies.study_plots import plot_study
 from rlens_jax.paper_studies.study_summary import summary
-from rlens_jax.plan import OPERATORS, VTW, FastV, Plan
+from rlens_jax.plan import OPERATORS, Plan
+from rlens_jax.pruning import VTW, FastV
 from rlens_jax.search.objective import dataset_metric
 from tests.engine.toy import LAYERS, REDUCTION
 from tests.paper_studies.toy_bench import ToyRun
