@@ -14,7 +14,7 @@ from rlens_jax.evaluation.evaluation_config import EvaluationConfig
 from rlens_jax.evaluation.variant_timing import Times, VariantTime
 from rlens_jax.files import json_text
 from rlens_jax.metrics.score import Score
-from rlens_jax.metrics.score_bootstrap import Interval
+from rlens_jax.search.bootstrap import Interval
 
 SCHEMA = "rlens-evaluation/1"
 TIMING_SCHEMA = "rlens-evaluation-timing/1"
@@ -57,7 +57,7 @@ class DatasetResult:
         visual_tokens: likewise.
         cost: of the plan.
         variants: "plan", and "dense" with a baseline.
-        difference: the plan's score less the dense model's, with the interval of draws of the same questions for both.
+        difference: the plan's score minus the dense model's; both scores are drawn on the same questions.
     """
 
     digest: str
@@ -66,7 +66,7 @@ class DatasetResult:
     visual_tokens: float
     cost: Cost
     variants: Mapping[str, VariantResult]
-    difference: tuple[float, Interval] | None
+    difference: Interval | None
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ def summary(result: Evaluation) -> str:
                     f"({found.score.harness}){unended}"
                 )
         if part.difference is not None:
-            value, interval = part.difference
-            lines.append(f"  change{value:+8.2f}  [{interval.low:+.2f}, {interval.high:+.2f}]")
+            change = part.difference
+            lines.append(f"  change{change.value:+8.2f}  [{change.low:+.2f}, {change.high:+.2f}]")
     if (times := result.times) is not None:
         lines.append(
             f"times of {times.prompts} prompts in {times.text_slots} + {times.visual_slots} slots, medians, dense -> plan:"
@@ -172,19 +172,19 @@ def _dataset(name: str, part: DatasetResult) -> dict[str, Any]:
             }
             for variant, found in part.variants.items()
         },
-        "difference": None if part.difference is None else _valued(*part.difference),
+        "difference": None if part.difference is None else _interval(part.difference),
     }
 
 
 def _score(score: Score, interval: Interval | None) -> dict[str, Any]:
     assert interval is not None
     return {
-        **_valued(score.value, interval),
+        **_interval(interval),
         "unit": score.unit,
         "harness": score.harness,
         "breakdown": dict(score.breakdown),
     }
 
 
-def _valued(value: float, interval: Interval) -> dict[str, float]:
-    return {"value": value, "low": interval.low, "high": interval.high}
+def _interval(interval: Interval) -> dict[str, float]:
+    return {"value": float(interval.value), "low": float(interval.low), "high": float(interval.high)}

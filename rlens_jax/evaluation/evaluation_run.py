@@ -30,11 +30,10 @@ from rlens_jax.evaluation.predictions import write_predictions
 from rlens_jax.evaluation.variant_timing import Times, time_variants
 from rlens_jax.files import replace_file
 from rlens_jax.flops import LayerSizes, prefill_cost, visual_in_layer
-from rlens_jax.metrics.score import Score
-from rlens_jax.metrics.score_bootstrap import Interval, bootstrap_interval, bootstrap_scores
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.resources import cache_folder
+from rlens_jax.search.bootstrap import difference_interval, score_interval
 from rlens_jax.versions import versions
 
 WINDOW_BATCHES = 8
@@ -170,8 +169,12 @@ def _result(config: EvaluationConfig, decoder: DecoderConfig, dataset: Dataset, 
         interval = None
         if score is not None:
             scores[variant] = score
-            interval = bootstrap_interval(score, samples=config.bootstrap_samples, seed=config.seed)
+            interval = score_interval(score, samples=config.bootstrap_samples, seed=config.seed)
         variants[variant] = VariantResult(score, interval, sum(not answer.ended for answer in logged))
+    difference = None
+    if len(scores) == 2:
+        draws = {"samples": config.bootstrap_samples, "seed": config.seed}
+        difference = difference_interval(scores["plan"], scores["dense"], **draws)
     prompts = [answer.prompt for answer in _logged(answers, "plan", dataset)]
     return DatasetResult(
         digest=dataset.digest,
@@ -180,15 +183,8 @@ def _result(config: EvaluationConfig, decoder: DecoderConfig, dataset: Dataset, 
         visual_tokens=float(np.mean([visual for _, visual in prompts])),
         cost=_cost(config, decoder, prompts),
         variants=variants,
-        difference=_difference(config, scores["plan"], scores["dense"]) if len(scores) == 2 else None,
+        difference=difference,
     )
-
-
-def _difference(config: EvaluationConfig, plan: Score, dense: Score) -> tuple[float, Interval]:
-    """The change of the score, its interval from draws of the same questions for both."""
-    draws = [bootstrap_scores(score, samples=config.bootstrap_samples, seed=config.seed) for score in (plan, dense)]
-    low, high = np.quantile(draws[0] - draws[1], [0.025, 0.975])
-    return plan.value - dense.value, Interval(float(low), float(high))
 
 
 def _cost(config: EvaluationConfig, decoder: DecoderConfig, prompts: Sequence[tuple[int, int]]) -> Cost:

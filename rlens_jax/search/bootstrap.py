@@ -1,13 +1,16 @@
-"""How sure a measured curve is: percentile bootstrap over the samples of each dataset.
+"""Percentile bootstrap: the interval in which a measured number would lie for other samples of the same kind.
 
-One draw takes, in every dataset, as many samples as it has, with replacement, and the same ones for all
-points of a curve: points are compared on the same questions, so what they share cancels.
+A draw resamples with replacement. It takes as many samples as there are, stratum by stratum: from each dataset of a
+curve, and from each stratum of a benchmark (a category of MME). A pair or group counts as one sample. All numbers that
+are compared are taken from the same draws, so that errors that they share cancel.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from rlens_jax.metrics.score import Score
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 """Maps metrics float64[draws, points, datasets] to float64[draws] or float64[draws, points]."""
@@ -15,7 +18,7 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Interval:
-    """A statistic of the data as they are, and the bounds of its interval: float64[points] or float64[]."""
+    """A statistic of the measured data, and the bounds of its interval: float64[points] or float64[] each."""
 
     value: np.ndarray
     low: np.ndarray
@@ -30,41 +33,32 @@ def bootstrap_interval(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """The percentile interval of a statistic of a curve.
+    """The interval of a statistic of a curve.
 
     Args:
-      outcomes_by_dataset: per dataset, outcomes [points, samples of the dataset]; a pair or group is one
-        sample. The draws depend on the order of the datasets.
-      statistic: `mean_over_datasets`, `area_under_curve(...)`, or any other of that form.
-      samples: how many draws.
-      seed: of the draws.
-      level: the interval's coverage.
+      outcomes_by_dataset: per dataset, outcomes [points, samples of the dataset]. Their order decides the draws.
+      statistic: `mean_over_datasets`, `area_under_curve(...)`, or another of that form.
+      samples: number of draws.
+      seed: seed of the draws.
+      level: coverage of the interval.
     """
     outcomes = [np.asarray(values, np.float64) for values in outcomes_by_dataset.values()]
-    draw = np.random.default_rng(seed)
-    drawn = []
-    for values in outcomes:
-        size = values.shape[1]
-        # How often each sample is drawn is all that a mean depends on.
-        counts = draw.multinomial(size, np.full(size, 1 / size), size=samples)
-        drawn.append(counts @ values.T / size)
-    observed = np.stack([values.mean(axis=1) for values in outcomes], axis=-1)
-    tail = (1 - level) / 2
-    low, high = np.quantile(statistic(np.stack(drawn, axis=-1)), [tail, 1 - tail], axis=0)
-    value = statistic(observed[np.newaxis])[0]
-    return Interval(*(np.asarray(bound) for bound in (value, low, high)))
+    counts = _draw_counts([values.shape[1] for values in outcomes], samples, seed)
+    drawn = [times @ values.T / values.shape[1] for times, values in zip(counts, outcomes, strict=True)]
+    measured = np.stack([values.mean(axis=1) for values in outcomes], axis=-1)
+    return _interval(statistic(measured[np.newaxis])[0], statistic(np.stack(drawn, axis=-1)), level)
 
 
 def mean_over_datasets(metrics: np.ndarray) -> np.ndarray:
-    """Each point's metric, averaged over the datasets: [draws, points]."""
+    """The metric of each point, averaged over the datasets: [draws, points]."""
     return metrics.mean(axis=-1)
 
 
 def area_under_curve(num_reduced: Sequence[int]) -> Statistic:
-    """The area under the curve of `mean_over_datasets`, by trapezoids, as a share of the range it covers.
+    """The area under the curve of `mean_over_datasets`, by trapezoids, divided by the range of its points.
 
-    `num_reduced` holds the number of reduced layers of each point, ascending. Metrics of at most 1 have an
-    area of at most 1; a flat curve's area is its height.
+    `num_reduced` is the number of reduced layers at each point, ascending. Metrics of at most 1 have an area of at most
+    1. The area of a flat curve is its height.
     """
     layers = np.asarray(num_reduced, np.float64)
     if len(layers) < 2 or (np.diff(layers) <= 0).any():
@@ -74,3 +68,47 @@ def area_under_curve(num_reduced: Sequence[int]) -> Statistic:
         return np.trapezoid(mean_over_datasets(metrics), layers, axis=-1) / (layers[-1] - layers[0])
 
     return area
+
+
+def score_interval(score: Score, *, samples: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
+    """The interval of a benchmark's score, in the unit of the score. Arguments as in `bootstrap_interval`."""
+    return _interval(score.value, score_draws(score, samples=samples, seed=seed), level)
+
+
+def difference_interval(
+    score: Score, other: Score, *, samples: int = 1000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """The interval of `score` minus `other`, two scores of the same questions."""
+    drawn = score_draws(score, samples=samples, seed=seed) - score_draws(other, samples=samples, seed=seed)
+    return _interval(score.value - other.value, drawn, level)
+
+
+def score_draws(score: Score, *, samples: int = 1000, seed: int = 0) -> np.ndarray:
+    """The score of the questions of each draw, by the benchmark's own formula: float64[samples].
+
+    The formula matters: MME's acc+ and HallusionBench's fAcc are not means over questions. The draws depend on the
+    groups of the questions and their order, not on the answers.
+    """
+    groups_of: dict[str, dict[str, None]] = {}  # stratum -> its groups, in order
+    for group, stratum in zip(score.groups, score.strata, strict=True):
+        groups_of.setdefault(stratum, {})[group] = None
+    counts = np.concatenate(_draw_counts(map(len, groups_of.values()), samples, seed), axis=1)
+    column = {group: place for place, group in enumerate(group for groups in groups_of.values() for group in groups)}
+
+    def total(sums: Mapping[str, float]) -> np.ndarray:
+        """The sum over the groups of a draw: float64[samples]."""
+        return counts[:, [column[group] for group in sums]] @ np.fromiter(sums.values(), np.float64)
+
+    return np.sum([ratio.scale * total(ratio.numerators) / total(ratio.denominators) for ratio in score.ratios], axis=0)
+
+
+def _draw_counts(sizes: Iterable[int], samples: int, seed: int) -> list[np.ndarray]:
+    """How often each draw takes each sample, which decides every mean and ratio: float64[draws, size] per stratum."""
+    draw = np.random.default_rng(seed)
+    return [draw.multinomial(size, np.full(size, 1 / size), size=samples).astype(np.float64) for size in sizes]
+
+
+def _interval(value: np.ndarray | float, drawn: np.ndarray, level: float) -> Interval:
+    tail = (1 - level) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
+    return Interval(np.asarray(value), np.asarray(low), np.asarray(high))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rlens_jax.metrics.score import Row
-from rlens_jax.metrics.score_bootstrap import bootstrap_interval, bootstrap_scores
 from rlens_jax.metrics.scorers import score
+from rlens_jax.search.bootstrap import difference_interval, score_draws, score_interval
 from tests.metrics.benchmarks import hallusion_rows, mme_rows
 
 
@@ -24,28 +24,26 @@ def test_the_interval_is_that_of_the_mean():
     result = score("DocVQA_VAL", doc_rows(drawn(1000, 0.7)))
     p = result.value / 100
     half = 196 * np.sqrt(p * (1 - p) / 1000)
-    interval = bootstrap_interval(result, samples=10_000)
+    interval = score_interval(result, samples=10_000)
     assert interval.low == pytest.approx(result.value - half, abs=0.05 * half)
     assert interval.high == pytest.approx(result.value + half, abs=0.05 * half)
 
 
 def test_ocrbench_is_drawn_on_its_own_scale():
     rows = [replace(row, category="Doc-oriented VQA") for row in doc_rows(drawn(200, 0.5))]
-    interval, percent = (
-        bootstrap_interval(score(dataset, rows), samples=200) for dataset in ("OCRBench", "DocVQA_VAL")
-    )
+    interval, percent = (score_interval(score(dataset, rows), samples=200) for dataset in ("OCRBench", "DocVQA_VAL"))
     assert (interval.low, interval.high) == pytest.approx((10 * percent.low, 10 * percent.high))
 
 
 def test_a_lower_level_is_narrower():
     result = score("DocVQA_VAL", doc_rows(drawn(300, 0.5)))
-    wide, narrow = (bootstrap_interval(result, level=level) for level in (0.95, 0.5))
+    wide, narrow = (score_interval(result, level=level) for level in (0.95, 0.5))
     assert wide.low < narrow.low < result.value < narrow.high < wide.high
 
 
 def test_seeded():
     result = score("MME", mme_rows({}, drawn((20, 2), 0.5)))
-    once, again, other = (bootstrap_scores(result, samples=50, seed=seed) for seed in (1, 1, 2))
+    once, again, other = (score_draws(result, samples=50, seed=seed) for seed in (1, 1, 2))
     assert once.tolist() == again.tolist() != other.tolist()
     assert once.shape == (50,)
     assert once.dtype == np.float64
@@ -53,23 +51,33 @@ def test_seeded():
 
 def test_two_models_are_drawn_on_the_same_questions():
     hits = np.array(drawn(100, 0.5))
-    right, wrong = (
-        bootstrap_scores(score("DocVQA_VAL", doc_rows(outcomes)), samples=50) for outcomes in (hits, 1 - hits)
-    )
+    right, wrong = (score_draws(score("DocVQA_VAL", doc_rows(outcomes)), samples=50) for outcomes in (hits, 1 - hits))
     assert right.std() > 1
     np.testing.assert_allclose(right + wrong, 100)
+
+
+def test_a_difference_is_of_the_same_questions():
+    # Both models answer every question alike, but for one: whatever is drawn, they differ by that one.
+    hits = np.array(drawn(100, 0.5))
+    better, worse = hits.copy(), hits.copy()
+    better[0], worse[0] = 1, 0
+    scores = [score("DocVQA_VAL", doc_rows(outcomes)) for outcomes in (better, worse)]
+    change = difference_interval(*scores)
+    assert change.value == pytest.approx(1)
+    assert change.low == 0
+    assert change.high == pytest.approx(3)
 
 
 def test_mme_draws_images_within_their_category():
     # Every category is all right or all wrong, so drawing within categories cannot change anything.
     rows = mme_rows({"OCR": [(0, 0)] * 3, "scene": [(0, 0)]}, [(1, 1)] * 5)
-    assert bootstrap_scores(score("MME", rows), samples=100) == pytest.approx(2400)
+    assert score_draws(score("MME", rows), samples=100) == pytest.approx(2400)
 
 
 def test_mme_draws_both_questions_of_an_image():
     # One right answer an image: drawn by image, every draw has half of the answers and no image.
     rows = mme_rows({}, [(1, 0), (0, 1)] * 4)
-    assert bootstrap_scores(score("MME", rows), samples=100) == pytest.approx(700)
+    assert score_draws(score("MME", rows), samples=100) == pytest.approx(700)
 
 
 def copies(rows: list[Row], groups: tuple[str, ...], times: dict[str, int]) -> list[tuple[Row, int]]:
@@ -91,7 +99,7 @@ def test_a_draw_of_mme_scores_what_its_rows_score():
     rows = mme_rows({"OCR": drawn((7, 2), 0.4)}, drawn((4, 2), 0.6, seed=1))
     result = score("MME", rows)
     for value, times in zip(
-        bootstrap_scores(result, samples=20, seed=3), counts(result.groups, result.strata, 20, 3), strict=True
+        score_draws(result, samples=20, seed=3), counts(result.groups, result.strata, 20, 3), strict=True
     ):
         sample = [
             replace(row, index=f"{row.index}x{n}", image=f"{row.image}x{n}")
@@ -112,7 +120,7 @@ def test_a_draw_of_hallusion_bench_scores_what_its_rows_score():
     ]
     result = score("HallusionBench", rows)
     for value, times in zip(
-        bootstrap_scores(result, samples=20, seed=3), counts(result.groups, result.strata, 20, 3), strict=True
+        score_draws(result, samples=20, seed=3), counts(result.groups, result.strata, 20, 3), strict=True
     ):
         sample = []
         for row, n in copies(rows, result.groups, times):
