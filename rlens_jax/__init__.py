@@ -7,9 +7,11 @@ text = model.generate(images=["page.png"], prompt="digit at row 1 column 2 ?", p
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlens_jax.plan_file import read_plan
+if TYPE_CHECKING:
+    from rlens_jax.deployment.deployed_model import load
+    from rlens_jax.plan_file import read_plan
 
 __all__ = ["load", "read_plan"]
 __version__ = "0.1.0"
@@ -18,8 +20,11 @@ __version__ = "0.1.0"
 __path__.append(str(Path(__file__).parent / "commands"))
 
 
+# Imported on first use: `load` brings JAX, whose logs the commands set up first, and without which they report bad input.
+_HOMES = {"load": "rlens_jax.deployment.deployed_model", "read_plan": "rlens_jax.plan_file"}
+
+
 def __getattr__(name: str) -> Any:
-    # Not imported above: it brings JAX, whose logs the commands set up before, and without which they answer bad input.
-    if name != "load":
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module("rlens_jax.deployment.deployed_model").load
+    return getattr(importlib.import_module(_HOMES[name]), name)

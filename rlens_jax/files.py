@@ -4,10 +4,16 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
 from rlens_jax.errors import UserError
+
+_LONGEST_MESSAGE = 160
 
 
 def json_text(value: Mapping[str, Any]) -> str:
@@ -80,3 +86,23 @@ def parse_json(text: str, path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON: too deeply nested") from error
     except ValueError as error:  # an integer of thousands of digits
         raise UserError(f"{path} is not readable as JSON: {error}") from error
+
+
+def check_schema(value: Any, schema: Path, path: Path) -> None:
+    """Raise UserError, naming `path` and the field, unless a JSON value follows the JSON schema in the file `schema`."""
+    error = best_match(_validator(schema).iter_errors(value))
+    if error is not None:
+        message = " ".join(error.message.split())
+        if len(message) > _LONGEST_MESSAGE:  # it begins with the whole wrong value
+            message = f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 2 :]}"
+        raise field_error(path, error.json_path.removeprefix("$").removeprefix("."), message)
+
+
+def field_error(path: Path, field: str, message: str) -> UserError:
+    """The error for a wrong field of a JSON file; `field` is "" for the whole file."""
+    return UserError(f"{path}: {field}: {message}" if field else f"{path}: {message}")
+
+
+@cache
+def _validator(schema: Path) -> Draft202012Validator:
+    return Draft202012Validator(json.loads(schema.read_text(encoding="utf-8")))

@@ -33,9 +33,9 @@ from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import read_json
 from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Folder, Pruning
+from rlens_jax.search.ranking_file import SCHEMA, RankingFile, check_ranking
 
 FORMAT = "rlens-plan/1"
-RANKING_SCHEMA = "rlens-ranking/1"
 
 _REDUCTION_FIELDS = tuple(item.name for item in dataclasses.fields(Reduction))
 _FIELDS = ("format", "num_layers", *OPERATORS, *_REDUCTION_FIELDS, "pruning")
@@ -93,9 +93,10 @@ def read_plan(path: str | Path, first: Mapping[Operator, int] | None = None) -> 
     fields = read_json(path)
     if not isinstance(fields, dict):
         raise UserError(f"{path}: a plan file must hold one JSON object")
+    ranking = check_ranking(fields, path) if fields.get("schema") == SCHEMA else None
     try:
-        if fields.get("schema") == RANKING_SCHEMA:
-            return _from_ranking(fields, first)
+        if ranking is not None:
+            return _from_ranking(ranking, first)
         if first is not None:
             raise UserError("first layers can be chosen of a ranking.json only; this file is none")
         return _from_plan(fields)
@@ -184,23 +185,18 @@ def _pruning(fields: Any) -> Pruning | None:
     return _METHODS[method](**given)
 
 
-def _from_ranking(fields: Mapping[str, Any], first: Mapping[Operator, int] | None) -> PlanFile:
-    try:
-        rankings, num_layers = fields["rankings"], fields["model"]["num_layers"]
-        searches, settings = fields["search"], fields["configuration"]["reduction"]
-        # Operators that were not ranked may have been reduced all the while.
-        bases = [searches[operator]["base"] for operator in rankings]
-        layers = {name: {layer for base in bases for layer in base[name]} for name in OPERATORS}
-        reduction = Reduction(**settings)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"not a whole ranking.json of rlens_jax.rank ({type(error).__name__}: {error})") from None
+def _from_ranking(ranking: RankingFile, first: Mapping[Operator, int] | None) -> PlanFile:
+    orders = ranking.orders
     if first is None:
-        known = ",".join(f"{operator}=K" for operator in rankings)
+        known = ",".join(f"{operator}=K" for operator in orders)
         raise UserError(f"is a ranking: say how many of its first layers to reduce, as in --first {known}")
+    # Operators that were not ranked may have been reduced throughout the search.
+    layers = {operator: set(ranking.base.layers(operator)) for operator in OPERATORS}
     for operator, count in first.items():
-        if operator not in rankings:
-            raise UserError(f"ranks {' and '.join(rankings)}, so there are no first layers of {operator}")
-        if not 0 <= count <= len(rankings[operator]):
-            raise UserError(f"ranks {len(rankings[operator])} layers of {operator}; {count} cannot be reduced")
-        layers[operator] |= set(rankings[operator][:count])
-    return PlanFile(Plan(tuple(layers["attention"]), tuple(layers["ffn"])), reduction, num_layers)
+        if operator not in orders:
+            raise UserError(f"ranks {' and '.join(orders)}, so there are no first layers of {operator}")
+        if not 0 <= count <= len(orders[operator]):
+            raise UserError(f"ranks {len(orders[operator])} layers of {operator}; {count} cannot be reduced")
+        layers[operator] |= set(orders[operator][:count])
+    plan = Plan(tuple(layers["attention"]), tuple(layers["ffn"]))
+    return PlanFile(plan, ranking.reduction, ranking.num_layers)

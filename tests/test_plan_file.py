@@ -1,14 +1,18 @@
 """Plans written by hand and taken from rankings; everything that can be wrong with either is one clear line."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
 from rlens_jax.plan_file import FORMAT, PlanFile, parse_first, read_plan
 from rlens_jax.pruning import FastV
+from rlens_jax.search.ranking_file import ranking_fields
+from tests.reporting.synthetic import synthetic_results
 
 
 def written(folder: Path, value: object) -> Path:
@@ -17,17 +21,13 @@ def written(folder: Path, value: object) -> Path:
     return path
 
 
-def ranking(**changed: object) -> dict[str, object]:
-    """What read_plan looks at of a ranking.json."""
-    dense = {"attention": [], "ffn": []}
-    return {
-        "schema": "rlens-ranking/1",
-        "rankings": {"attention": [3, 1, 0, 2], "ffn": [2, 3, 1, 0]},
-        "model": {"path": "m", "hash": "0", "num_layers": 4},
-        "search": {"attention": {"base": dense}, "ffn": {"base": dense}},
-        "configuration": {"reduction": {"attention_range": 64, "active_fraction": 0.3}},
-        **changed,
-    }
+def ranking(operators: Sequence[Operator] = OPERATORS, **changed: object) -> dict[str, Any]:
+    """A ranking.json of a model with 4 layers."""
+    fields = ranking_fields(synthetic_results(num_layers=4, samples=20, operators=tuple(operators)))
+    orders = {"attention": [3, 1, 0, 2], "ffn": [2, 3, 1, 0]}
+    fields["rankings"] = {operator: orders[operator] for operator in operators}
+    fields["configuration"]["reduction"] |= {"attention_range": 64, "active_fraction": 0.3}
+    return {**fields, **changed}
 
 
 def test_every_field_arrives(tmp_path: Path) -> None:
@@ -69,7 +69,8 @@ def test_a_ranking_and_its_first_layers(tmp_path: Path) -> None:
 
 
 def test_what_was_reduced_during_the_search_is_part_of_the_plan(tmp_path: Path) -> None:
-    only = ranking(rankings={"ffn": [2, 3, 1, 0]}, search={"ffn": {"base": {"attention": [0], "ffn": []}}})
+    only = ranking(operators=["ffn"])
+    only["search"]["ffn"]["base"] = {"attention": [0], "ffn": []}
     path = written(tmp_path, only)
     assert read_plan(path, {"ffn": 2}).plan == Plan((0,), (2, 3))
     with pytest.raises(UserError, match="no first layers of attention"):
@@ -98,7 +99,7 @@ def test_what_was_reduced_during_the_search_is_part_of_the_plan(tmp_path: Path) 
         ('{"format": "rlens-plan/1",', "is not valid JSON"),
         ([1, 2], "must hold one JSON object"),
         (ranking(), "say how many of its first layers to reduce, as in --first attention=K,ffn=K"),
-        ({"schema": "rlens-ranking/1"}, "not a whole ranking.json"),
+        ({"schema": "rlens-ranking/1"}, "'rankings' is a required property"),
     ],
 )
 def test_bad_files(tmp_path: Path, value: object, complaint: str) -> None:

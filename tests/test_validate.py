@@ -17,14 +17,17 @@ from safetensors.numpy import load_file, save_file
 
 from rlens_jax.families.hf_config import ConfigReader
 from rlens_jax.families.qwen2_vl.model import read_config
+from rlens_jax.files import json_text
 from rlens_jax.parity.bundle import new_bundle
 from rlens_jax.parity.dump import run_case
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.resources import embedded_model
+from rlens_jax.search.ranking_file import ranking_fields
 from rlens_jax.torch_twin import reduced
 from tests.checkpoints import tiny
 from tests.families.prompts import hf_inputs, make_example
 from tests.parity.command import refusal, validate
+from tests.reporting.synthetic import synthetic_results
 from tests.torch_support import allow_transformers_models, save_tiny, tiny_qwen2_vl
 
 allow_transformers_models()
@@ -490,7 +493,8 @@ def test_dump_of_a_converted_folder(tmp_path: Path, capsys) -> None:
 
 def ranking_json(folder: Path, **rankings: list[int]) -> Path:
     path = folder / "ranking.json"
-    path.write_text(json.dumps({"schema": "rlens-ranking/1", "rankings": rankings, "model": {"num_layers": 4}}))
+    results = synthetic_results(num_layers=4, samples=20, operators=tuple(rankings))
+    path.write_text(json_text({**ranking_fields(results), "rankings": rankings}))
     return path
 
 
@@ -523,7 +527,7 @@ def test_rankings_of_the_same_operators_are_compared(tmp_path: Path, capsys) -> 
     (tmp_path / "b").mkdir()
     a, b = (
         ranking_json(tmp_path, ffn=[3, 2, 1, 0]),
-        ranking_json(tmp_path / "b", ffn=[0, 1, 2, 3], attention=[0, 1]),
+        ranking_json(tmp_path / "b", ffn=[0, 1, 2, 3], attention=[0, 1, 2, 3]),
     )
     assert validate("--rankings", a, b) == 0
     assert capsys.readouterr().out.startswith("ffn\nKendall's tau -1.000")
@@ -558,9 +562,9 @@ def test_bad_rankings(case: str, capsys) -> None:
     [
         ("1 0 x", "'x' is no layer number"),
         ("[1, 0, 1.5]", "1.5 is no layer number"),
-        ("[1, 0", "not readable as JSON"),
-        ('{"schema": "other/1"}', "has the schema 'other/1', this version reads 'rlens-ranking/1'"),
-        ('{"schema": "rlens-ranking/1"}', "holds no rankings and model"),
+        ("[1, 0", "is not valid JSON"),
+        ('{"schema": "other/1"}', "its schema must be 'rlens-ranking/1', not 'other/1'"),
+        ('{"schema": "rlens-ranking/1"}', "'rankings' is a required property"),
     ],
 )
 def test_bad_ranking_file(text: str, expected: str, tmp_path: Path, capsys) -> None:

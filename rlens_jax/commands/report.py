@@ -11,7 +11,7 @@ from pathlib import Path
 from rlens_jax.console import ArgumentParser, run_command
 from rlens_jax.files import replace_file
 from rlens_jax.reporting.html.page import report_html
-from rlens_jax.reporting.html.run_files import read_run
+from rlens_jax.reporting.reading import read_run
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -18,13 +18,13 @@ from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.rounds import metrics_of
 from rlens_jax.engine.scoring import Scoring, TeacherForcing
 from rlens_jax.engine.session import load, read_splits
+from rlens_jax.errors import UserError
 from rlens_jax.files import replace_file
 from rlens_jax.hosts.startup import start_jax
 from rlens_jax.paper_studies.cases import Case, Variant
 from rlens_jax.paper_studies.layers_study import layers_study
 from rlens_jax.paper_studies.pruned_programs import PrunedForcing, PrunedPrograms
 from rlens_jax.paper_studies.pruning_study import pruning_study
-from rlens_jax.paper_studies.ranking_file import read_orders
 from rlens_jax.paper_studies.request import StudyName
 from rlens_jax.paper_studies.strategies import strategies_study
 from rlens_jax.paper_studies.study import Facts, Study
@@ -38,6 +38,7 @@ from rlens_jax.plan import Operator, Plan
 from rlens_jax.ranking.ranking_run import PACKAGES
 from rlens_jax.resources import cache_folder
 from rlens_jax.search.journal import Journal
+from rlens_jax.search.ranking_file import read_ranking
 from rlens_jax.versions import versions
 
 STUDIES: Mapping[StudyName, Callable[[Bench], Study]] = {
@@ -70,9 +71,7 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
     folder = find_model(config.model)
     weights, kind = model_hash(folder), read_model_kind(folder)
     decoder = kind.config.decoder
-    orders: Mapping[Operator, tuple[int, ...]] = (
-        {} if ranking is None else read_orders(ranking, weights, decoder.num_layers)
-    )
+    orders = {} if ranking is None else read_orders(ranking, weights)
     samples = read_splits(config, kind.model_type, step_by_step=False)
     data, device = samples_hash(samples), jax.devices()[0].device_kind
     identity = fingerprint(config, model_hash=weights, data_hash=data, device=device, jax=version("jax"))
@@ -110,6 +109,14 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
             studies.append(STUDIES[name](bench))
             write_study(studies[-1], facts, output)
     return studies
+
+
+def read_orders(path: Path, model_hash: str) -> dict[Operator, tuple[int, ...]]:
+    """The order of the layers per operator that a ranking.json ranks. UserError unless it ranks the model with this hash."""
+    ranking = read_ranking(path)
+    if ranking.model_hash != model_hash:
+        raise UserError(f"{path} ranks the layers of another model; name one of this model")
+    return ranking.orders
 
 
 def make_scoring(model: Any, mesh: Mesh, variant: Variant, seed: int, stop_token: int) -> Scoring:

@@ -1,6 +1,5 @@
 """How two layer rankings compare. Rankings are lists of layers, most redundant first."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rlens_jax.errors import UserError
-
-SCHEMA = "rlens-ranking/1"
+from rlens_jax.files import parse_json
+from rlens_jax.search.ranking_file import check_ranking
 
 
 @dataclass(frozen=True)
@@ -87,30 +86,11 @@ def _read(argument: str) -> Source:
         raise UserError(f"{argument}: not readable as text ({error})") from None
     if not text.lstrip().startswith(("{", "[")):
         return Source(argument, {"": _parse(text, argument)}, None)
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{argument}: not readable as JSON ({error})") from None
+    value = parse_json(text, path)
     if isinstance(value, list):
         return Source(argument, {"": _whole_numbers(value, argument)}, None)
-    return _read_ours(value, argument)
-
-
-def _read_ours(value: Mapping[str, Any], where: str) -> Source:
-    if value.get("schema") != SCHEMA:
-        raise UserError(f"{where}: has the schema {value.get('schema')!r}, this version reads {SCHEMA!r}")
-    rankings, model = value.get("rankings"), value.get("model")
-    if not isinstance(rankings, dict) or not rankings or not isinstance(model, dict):
-        raise UserError(f"{where}: holds no rankings and model; is it a ranking.json of rlens_jax.rank?")
-    orders = {}
-    for name, order in rankings.items():
-        if not isinstance(order, list):
-            raise UserError(f"{where}: the ranking of {name} is no list")
-        orders[name] = _whole_numbers(order, f"{where}: {name}")
-    num_layers = model.get("num_layers")
-    if type(num_layers) is not int:
-        raise UserError(f"{where}: model.num_layers must be a whole number, not {num_layers!r}")
-    return Source(where, orders, num_layers)
+    ranking = check_ranking(value, path)
+    return Source(argument, {str(operator): order for operator, order in ranking.orders.items()}, ranking.num_layers)
 
 
 def _parse(text: str, where: str) -> tuple[int, ...]:

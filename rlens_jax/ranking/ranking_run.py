@@ -35,7 +35,7 @@ from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.plan import Operator, Plan
 from rlens_jax.ranking.shown_answers import examples_of, generated_answers
 from rlens_jax.reporting.examples import MAX_IMAGES, Answer, Example, write_examples
-from rlens_jax.reporting.files import write_report
+from rlens_jax.reporting.report_files import write_report
 from rlens_jax.resources import cache_folder
 from rlens_jax.search.curves import held_out_plans, operator_result, plan_saving
 from rlens_jax.search.journal import Journal

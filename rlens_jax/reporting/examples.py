@@ -13,7 +13,7 @@ from PIL import Image
 
 from rlens_jax.files import json_text, replace_file
 from rlens_jax.plan import Plan
-from rlens_jax.reporting.html.run_files import EXAMPLES
+from rlens_jax.reporting.reading import EXAMPLES
 
 SCHEMA = "rlens-examples/1"
 MAX_EXAMPLES, MAX_IMAGES = 8, 2

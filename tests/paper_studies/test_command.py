@@ -1,6 +1,5 @@
 """The command line: bad input in one line, before JAX starts; and one small run of the command itself."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +9,11 @@ import pytest
 from rlens_jax.commands.studies import main
 from rlens_jax.console import run_command
 from rlens_jax.errors import UserError
-from rlens_jax.paper_studies.ranking_file import read_orders
+from rlens_jax.files import json_text, replace_file
 from rlens_jax.paper_studies.request import STUDY_NAMES, read_request
+from rlens_jax.paper_studies.studies_run import read_orders
+from rlens_jax.search.ranking_file import ranking_fields
+from tests.reporting.synthetic import synthetic_results
 
 
 @pytest.mark.parametrize(
@@ -77,44 +79,37 @@ def test_a_request_needs_no_jax() -> None:
     assert done.stdout == "False\n"
 
 
-def ranking(**changes: object) -> dict[str, object]:
-    return {
-        "schema": "rlens-ranking/1",
-        "model": {"hash": "m"},
-        "rankings": {"attention": [2, 0, 1], "ffn": [0, 1, 2]},
-        **changes,
-    }
+def written(folder: Path, **changes: object) -> Path:
+    """A ranking.json of a model with 6 layers."""
+    fields = {**ranking_fields(synthetic_results(num_layers=6, samples=20)), **changes}
+    return replace_file(folder / "ranking.json", json_text(fields).encode())
 
 
 def test_orders_of_a_finished_ranking(tmp_path: Path) -> None:
-    path = tmp_path / "ranking.json"
-    path.write_text(json.dumps(ranking()))
-    assert read_orders(path, "m", 3) == {"attention": (2, 0, 1), "ffn": (0, 1, 2)}
-    path.write_text(json.dumps(ranking(rankings={"ffn": [0, 1, 2]})))
-    assert read_orders(path, "m", 3) == {"ffn": (0, 1, 2)}
+    orders = {"attention": (2, 0, 1, 5, 4, 3), "ffn": (0, 1, 2, 3, 4, 5)}
+    path = written(tmp_path, rankings={operator: list(order) for operator, order in orders.items()})
+    assert read_orders(path, "sha256:5f1c") == orders
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("changes", "message"),
     [
-        (None, "cannot read the ranking .*: No such file"),
-        ("{", "is not valid JSON"),
-        ("[1]", "is no rlens-ranking/1; name the ranking.json"),
-        (json.dumps(ranking(schema="rlens-study/1")), "is no rlens-ranking/1"),
-        (json.dumps(ranking(model={"hash": "other"})), "ranks the layers of another model"),
+        ({"schema": "rlens-study/1"}, "must be 'rlens-ranking/1', not 'rlens-study/1'"),
+        ({"model": {"path": "", "hash": "other", "num_layers": 6}}, "ranks the layers of another model"),
         (
-            json.dumps(ranking(rankings={"ffn": [0, 1, 1]})),
-            "rankings.ffn must name each of the 3 layers once",
+            {"rankings": {"attention": [0, 1, 2, 3, 4, 5], "ffn": [0, 1, 2, 3, 4, 4]}},
+            "rankings.ffn: .* has non-unique elements",
         ),
-        (json.dumps(ranking(rankings={"ffn": [0, 1]})), "rankings.ffn must name each of the 3 layers once"),
-        (json.dumps(ranking(rankings={"ffn": 3})), "rankings.ffn must name each of the 3 layers once"),
-        (json.dumps(ranking(rankings=[])), "has no rankings"),
-        (json.dumps(ranking(model=None)), "another model"),
+        (
+            {"rankings": {"attention": [0, 1, 2, 3, 4, 5], "ffn": [0, 1, 2]}},
+            "rankings.ffn: must name each of the layers 0 to 5 once",
+        ),
+        ({"rankings": {"ffn": 3}}, "rankings.ffn: 3 is not of type 'array'"),
+        ({"rankings": []}, "rankings: .* is not of type 'object'"),
+        ({"model": None}, "model: None is not of type 'object'"),
     ],
 )
-def test_a_ranking_that_cannot_be_used(tmp_path: Path, content: str | None, message: str) -> None:
-    path = tmp_path / "ranking.json"
-    if content is not None:
-        path.write_text(content)
+def test_a_ranking_that_cannot_be_used(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    path = written(tmp_path, **changes)
     with pytest.raises(UserError, match=message):
-        read_orders(path, "m", 3)
+        read_orders(path, "sha256:5f1c")

@@ -3,8 +3,9 @@ import subprocess
 import sys
 
 from rlens_jax.config import load_config
-from rlens_jax.reporting.files import write_report
-from rlens_jax.reporting.ranking_json import ranking_json
+from rlens_jax.files import json_text
+from rlens_jax.reporting.report_files import timing_fields, write_report
+from rlens_jax.search.ranking_file import ranking_fields
 from tests.reporting.synthetic import synthetic_results
 
 
@@ -16,13 +17,21 @@ def test_all_files_are_written_and_ranking_json_last(tmp_path):
         *("curves.png", "curves.svg", "candidates.png", "candidates.svg"),
         *("config.yaml", "report.md", "report.html", "timing.json", "ranking.json"),
     }
-    assert paths[-1].read_text() == ranking_json(results)
+    assert paths[-1].read_text() == json_text(ranking_fields(results))
     again = load_config(["--config", str(tmp_path / "config.yaml"), "--output", results.config.output])
     assert again == results.config
 
 
 def test_the_report_needs_no_jax():
-    code = "import sys, rlens_jax.reporting.files; print('jax' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
+    code = (
+        "import sys, rlens_jax.reporting.report_files; print('jax' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert run.stdout == "False False\n", run.stderr
+
+
+def test_timing_holds_what_ranking_json_does_not():
+    timing = timing_fields(synthetic_results().timing)
+    assert timing["seconds"]["search"] == 100
+    assert timing["prefill"]["ffn"]["dense"] == (0.1, 0.12, 0.11)

@@ -17,8 +17,8 @@ from rlens_jax.plan import OPERATORS, Plan
 from rlens_jax.reporting.html import chart as area
 from rlens_jax.reporting.html.chart import Chart, Mark, Series, curve_chart
 from rlens_jax.reporting.html.heat import MINUS, HeatMap, LayerCell, heat_map, layer_row, worst_score
-from rlens_jax.reporting.html.run_files import RunFiles
 from rlens_jax.reporting.markdown import TITLES
+from rlens_jax.reporting.reading import RunFiles
 from rlens_jax.search.results import ALLOWED_LOSS
 
 MAX_BYTES = 3_000_000

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from rlens_jax.files import replace_file
+from rlens_jax.files import json_text, replace_file
 from rlens_jax.plan import Plan
 from rlens_jax.reporting.examples import Answer, Example, write_examples
-from rlens_jax.reporting.ranking_json import ranking_json, timing_json
+from rlens_jax.reporting.report_files import timing_fields
+from rlens_jax.search.ranking_file import ranking_fields
 from tests.reporting.synthetic import synthetic_results
 
 ATTACK = "</p><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\"> & \"quotes\""
@@ -39,6 +40,6 @@ def write_run(folder, results=None, kept=None):
     if kept:
         plan = Plan(attention=(10, 11), ffn=(11,))
         write_examples(folder, kept, plan=plan, model_hash=results.model_hash, data_hash=results.data_hash)
-    replace_file(Path(folder) / "timing.json", timing_json(results.timing).encode())
-    replace_file(Path(folder) / "ranking.json", ranking_json(results).encode())
+    replace_file(Path(folder) / "timing.json", json_text(timing_fields(results.timing)).encode())
+    replace_file(Path(folder) / "ranking.json", json_text(ranking_fields(results)).encode())
     return folder

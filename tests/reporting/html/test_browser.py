@@ -13,7 +13,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from rlens_jax.reporting.html.page import report_html
-from rlens_jax.reporting.html.run_files import read_run
+from rlens_jax.reporting.reading import read_run
 from tests.reporting.html.runs import examples, write_run
 from tests.reporting.synthetic import synthetic_results
 

@@ -17,11 +17,11 @@ from rlens_jax.console import BAD_INPUT
 from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
 from rlens_jax.reporting.examples import MAX_EXAMPLES, MAX_IMAGES, write_examples
-from rlens_jax.reporting.files import write_report
 from rlens_jax.reporting.html.chart import BOTTOM, LEFT, RIGHT, TOP, Series, curve_chart, nice_ticks
 from rlens_jax.reporting.html.heat import SHADES, shade, shade_legend
 from rlens_jax.reporting.html.page import MAX_BYTES, MAX_RUNS, report_html
-from rlens_jax.reporting.html.run_files import read_run
+from rlens_jax.reporting.reading import read_run
+from rlens_jax.reporting.report_files import write_report
 from tests.reporting.html.runs import ATTACK, examples, write_run
 from tests.reporting.synthetic import synthetic_results
 
@@ -213,7 +213,7 @@ def test_what_is_missing_or_unreadable_is_named(tmp_path):
         (b'{"schema": NaN}', r"ranking\.json is not valid JSON: JSON has no number NaN"),
         (b"\xff", r"ranking\.json is not UTF-8 text"),
         (b"[" * 100_000, r"ranking\.json is not valid JSON: too deeply nested"),
-        (b"[]", r"ranking\.json: \[\] is not of type 'object'"),
+        (b"[]", r"ranking\.json is not the ranking\.json of a run .*, not None"),
     ):
         (folder / "ranking.json").write_bytes(content)
         (folder / "timing.json").write_text("{}")
@@ -236,7 +236,7 @@ def _set(*path, to):
         (
             "ranking.json",
             _set("schema", to="rlens-ranking/2"),
-            r"ranking\.json: schema: 'rlens-ranking/1' was",
+            r"its schema must be 'rlens-ranking/1', not 'rlens-ranking/2'",
         ),
         ("ranking.json", lambda v: v.pop("savings"), r"ranking\.json: 'savings' is a required property"),
         (
@@ -247,12 +247,12 @@ def _set(*path, to):
         (
             "ranking.json",
             _set("rankings", "ffn", 0, to=12),
-            r"rankings\.ffn: must hold each of the layers 0 to 11",
+            r"rankings\.ffn: must name each of the layers 0 to 11 once",
         ),
         (
             "ranking.json",
             lambda v: v["held_out"]["ffn"]["curves"]["position"]["points"].pop(),
-            r"curves\.position\.points: must be of 0, 1, \.\.\. 12 reduced layers",
+            r"curves\.position\.points: must have 0, 1, \.\.\. 12 reduced layers",
         ),
         (
             "ranking.json",
@@ -293,13 +293,13 @@ def _set(*path, to):
         (
             "examples.json",
             _set("model_hash", to="other"),
-            r"examples\.json: model_hash: not that of ranking\.json",
+            r"examples\.json: model_hash: differs from ranking\.json",
         ),
         ("examples.json", _set("plan", "ffn", to=[12]), r"plan\.ffn: there is no layer 12; the model has 12"),
         (
             "examples.json",
             _set("examples", 0, "images", 0, "base64", to="AAAA"),
-            r"examples\[0\]\.images\[0\]\.base64: is no JPEG in base64",
+            r"examples\[0\]\.images\[0\]\.base64: is not a JPEG in base64",
         ),
         (
             "examples.json",

@@ -5,10 +5,13 @@ from importlib.resources import files
 import jsonschema
 import pytest
 
-from rlens_jax.reporting.ranking_json import ranking_json, timing_json
+from rlens_jax.errors import UserError
+from rlens_jax.files import json_text, replace_file
+from rlens_jax.plan import Plan
+from rlens_jax.search.ranking_file import ranking_fields, read_ranking
 from tests.reporting.synthetic import synthetic_results
 
-SCHEMA = json.loads(files("rlens_jax.reporting").joinpath("ranking.schema.json").read_text())
+SCHEMA = json.loads(files("rlens_jax.search").joinpath("ranking.schema.json").read_text())
 
 
 @pytest.fixture(scope="module", params=["both", "with search_all", "ffn only"])
@@ -20,11 +23,11 @@ def results(request):
 
 def test_it_follows_its_schema(results):
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
-    jsonschema.validate(json.loads(ranking_json(results)), SCHEMA)
+    jsonschema.validate(json.loads(json_text(ranking_fields(results))), SCHEMA)
 
 
 def test_the_schema_knows_every_field_of_it(results):
-    found = json.loads(ranking_json(results))
+    found = json.loads(json_text(ranking_fields(results)))
     for spoil in ("rankings", "model", "search", "held_out", "savings"):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({name: value for name, value in found.items() if name != spoil}, SCHEMA)
@@ -33,7 +36,7 @@ def test_the_schema_knows_every_field_of_it(results):
 
 
 def test_it_holds_the_rankings_and_every_evaluation_of_the_search(results):
-    found = json.loads(ranking_json(results))
+    found = json.loads(json_text(ranking_fields(results)))
     for operator, result in results.operators.items():
         assert found["rankings"][operator] == list(result.ranking.order)
         search = found["search"][operator]
@@ -51,10 +54,33 @@ def test_it_holds_the_rankings_and_every_evaluation_of_the_search(results):
 def test_nothing_in_it_depends_on_time_or_place(results):
     timing = dataclasses.replace(results.timing, started="later", seconds={}, compilations=0, prefill={})
     config = dataclasses.replace(results.config, output="elsewhere")
-    assert ranking_json(dataclasses.replace(results, timing=timing, config=config)) == ranking_json(results)
+    again = ranking_fields(dataclasses.replace(results, timing=timing, config=config))
+    assert json_text(again) == json_text(ranking_fields(results))
 
 
-def test_timing_holds_the_rest(results):
-    timing = json.loads(timing_json(results.timing))
-    assert timing["seconds"]["search"] == 100
-    assert timing["prefill"]["ffn"]["dense"] == [0.1, 0.12, 0.11]
+def test_it_is_read_as_it_was_written(results, tmp_path):
+    path = replace_file(tmp_path / "ranking.json", json_text(ranking_fields(results)).encode())
+    ranking = read_ranking(path)
+    assert ranking.fields == ranking_fields(results)
+    assert ranking.orders == {operator: result.ranking.order for operator, result in results.operators.items()}
+    assert (ranking.model_hash, ranking.num_layers) == (results.model_hash, results.num_layers)
+    assert ranking.base == Plan()
+    assert ranking.reduction == results.config.reduction
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "cannot read .*ranking.json: No such file"),
+        ("{", "is not valid JSON"),
+        ("[1]", "is not the ranking.json of a run of rlens_jax.rank: its schema must be 'rlens-ranking/1', not None"),
+        ('{"schema": "rlens-study/1"}', "must be 'rlens-ranking/1', not 'rlens-study/1'"),
+        ('{"schema": "rlens-ranking/1"}', "'rankings' is a required property"),
+    ],
+)
+def test_what_is_no_ranking_is_named(tmp_path, content, complaint):
+    path = tmp_path / "ranking.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=complaint):
+        read_ranking(path)
