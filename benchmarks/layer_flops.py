@@ -22,8 +22,7 @@ from jax.sharding import PartitionSpec as Spec
 from layer_program import LAYERS, TEXT, VISUAL, layer_program, model_kind
 
 from rlens_jax.dry_run.costs import program_cost, reduced
-from rlens_jax.dry_run.hlo import parse_module
-from rlens_jax.dry_run.loops import LoopCounts, Loops
+from rlens_jax.dry_run.hlo import Loops, parse_module
 from rlens_jax.dry_run.program import CompiledProgram, compile_program
 from rlens_jax.errors import UserError
 from rlens_jax.flops import LayerSizes, layer_cost
@@ -104,7 +103,7 @@ def compiled_flops(mesh: Mesh) -> float:
     sharded = partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=Spec("work"), check_vma=False)(local)
     module = parse_module(jax.jit(sharded).lower(*arguments).compile().as_text())
     # No loop over layers here: of the one loop of unknown count, for units over the capacity, no trip is counted.
-    return program_cost(module, Loops(module, LoopCounts(layers=0)), reduced).total.flops
+    return program_cost(module, Loops(module, layers=0), reduced).total.flops
 
 
 def tiles_of_the_busiest(model: int) -> list[int]:

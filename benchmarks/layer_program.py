@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 from rlens_jax.config import ComputeConfig, RunConfig
-from rlens_jax.dry_run.program import ProgramSpec
-from rlens_jax.dry_run.specs import program_specs
+from rlens_jax.dry_run.program import ProgramSpec, program_specs
 from rlens_jax.dry_run.topology import find_slice, slice_devices
 from rlens_jax.families.registry import ModelKind, read_kind
 from rlens_jax.sharding.mesh import make_mesh

@@ -18,9 +18,8 @@ from unittest import mock
 
 from layer_program import LAYERS, layer_program, model_kind
 
-from rlens_jax.dry_run.costs import taken
-from rlens_jax.dry_run.hlo import Computation, Instruction, Module, Shape, parse_module
-from rlens_jax.dry_run.loops import LoopCounts, Loops
+from rlens_jax.dry_run.costs import bytes_read
+from rlens_jax.dry_run.hlo import Computation, Instruction, Loops, Module, Shape, parse_module
 from rlens_jax.ops.row_gather import TILE
 from rlens_jax.plan import Reduction
 
@@ -99,7 +98,7 @@ class Walk:
     loops: Loops = field(init=False)
 
     def __post_init__(self) -> None:
-        self.loops = Loops(self.module, LoopCounts(layers=LAYERS))
+        self.loops = Loops(self.module, layers=LAYERS)
 
     def bytes_a_layer(self) -> float:
         """Of the loop's body, and a layer's share of what is made of weights before it."""
@@ -165,7 +164,7 @@ class Walk:
             return 0
         if item.opcode == "fusion":
             inner = self.module.computations[item.called["calls"]]
-            return taken(inner.parameters[number], inner, self.module.computations)
+            return bytes_read(inner.parameters[number], inner, self.module.computations)
         if "slice" in item.opcode:
             return results(item, computation)[0].bytes
         return shape.bytes

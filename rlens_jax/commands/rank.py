@@ -12,8 +12,9 @@ from pathlib import Path
 
 from rlens_jax.config import load_config
 from rlens_jax.console import run_command
-from rlens_jax.dry_run.parent import run_dry
+from rlens_jax.dry_run.process import Job, run_job
 from rlens_jax.dry_run.request import OPTIONS, take_request
+from rlens_jax.files import replace_file
 from rlens_jax.hosts.cluster import several
 from rlens_jax.hosts.supervisor import supervised
 
@@ -23,7 +24,10 @@ def main(arguments: Sequence[str]) -> None:
     request, left = take_request(arguments)
     config = load_config(left, OPTIONS)
     if request is not None:
-        print(run_dry(request, arguments))
+        text, document = run_job(Job(config, request.target, request.all_buckets))
+        if request.json_file is not None:
+            replace_file(request.json_file, document.encode())
+        print(text)
         return
     if several(config.hosts):
         supervised(Path(config.output))

@@ -1,15 +1,14 @@
-"""What crosses the interconnect in a compiled program: each collective with its size, mesh axis and how often it runs."""
+"""Lists the collectives of a compiled program, each with its size, mesh axis and number of runs."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
 import numpy as np
 
-from rlens_jax.dry_run.hlo import Computation, Instruction, Module, Shape
-from rlens_jax.dry_run.loops import Loops
+from rlens_jax.dry_run.hlo import Computation, Instruction, Loops, Module, Shape
 
 KINDS = (
     "all-reduce",
@@ -23,52 +22,56 @@ KINDS = (
 Axis = Literal["work", "model", "work and model"]
 
 _SPLIT, _START = '"async_collective_fusion_config"', "AsyncCollectiveStart"
-"""On TPU a collective that overlaps with arithmetic is spread over several fusions, each of which names it."""
+"""On TPU a collective that overlaps with arithmetic is spread over several fusions, and each of them names it."""
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
-"""A mesh of named axes, which devices lie on it in which order, and the axes along which they exchange."""
+"""A mesh of named axes, the order of devices on it, and the axes along which devices exchange."""
 _PAIR = re.compile(r"\{(\d+),(\d+)\}")
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective instruction, as one device sees it."""
+    """One collective instruction, seen from one device."""
 
     kind: str
     shapes: tuple[Shape, ...]
-    """What the device hands in."""
+    """Arrays that the device contributes."""
     gathered: tuple[Shape, ...]
-    """What it gets."""
+    """Arrays that the device receives."""
     axis: Axis
     """The mesh axis whose devices exchange."""
     group_size: int
-    """How many devices exchange with each other."""
+    """Number of devices that exchange with each other."""
     in_layer_loop: bool
     branch: str
-    """Where in the layer: empty for always, else the branches of conditionals, such as "0" or "1"."""
+    """Branches of the conditionals around it, such as "0" or "1"; empty if it always runs."""
     times: int
-    """Runs in one run of the program, those in a loop multiplied; branches are counted as taken."""
+    """Runs per run of the program, with the iterations of loops; every branch counts as taken."""
 
     @property
     def bytes(self) -> int:
-        """The larger of what a device hands in and gets, once."""
+        """Bytes per run of the collective that the device contributes or receives, whichever is larger."""
         return max(sum(shape.bytes for shape in side) for side in (self.shapes, self.gathered))
 
     @property
     def link_bytes(self) -> float:
-        """Bytes that each device sends around a ring, once."""
+        """Bytes that each device sends around a ring per run of the collective."""
         n = self.group_size
         rounds = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0, "collective-broadcast": 1.0}
         return self.bytes * rounds.get(self.kind, (n - 1) / n)
 
+    def runs(self, *, dense: bool) -> bool:
+        """Whether it runs when all layers are dense, or else when all are reduced."""
+        return not self.branch or self.branch.startswith("0") == dense
+
 
 def find_collectives(module: Module, loops: Loops, mesh_shape: tuple[int, int]) -> list[Collective]:
-    """Every collective that more than one device takes part in, in the order of the text.
+    """Every collective between two or more devices, in the order of the text.
 
     Args:
         module: the partitioned program.
         loops: its trip counts.
-        mesh_shape: devices along `work` and `model`; a device's number is its place in the mesh, row by row.
+        mesh_shape: devices along `work` and `model`; devices are numbered row by row.
     """
     return list(_walk(module, module.entry, loops, mesh_shape, inside_layer=False, branch="", times=1))
 
@@ -88,9 +91,9 @@ def _walk(
         return _walk(module, module.computations[name], loops, mesh_shape, **state)  # type: ignore[arg-type]
 
     for item, holder in _collectives(module, computation):
-        found = read_collective(item, holder, mesh_shape)
-        if found is not None:
-            yield replace(found, in_layer_loop=inside_layer, branch=branch, times=times)
+        collective = read_collective(item, holder, mesh_shape)
+        if collective is not None:
+            yield replace(collective, in_layer_loop=inside_layer, branch=branch, times=times)
     for item in computation:
         if item.opcode == "while":
             is_layer = loops.is_layer_loop(item, inside_layer)
@@ -105,7 +108,7 @@ def _walk(
 
 
 def _collectives(module: Module, computation: Computation) -> Iterator[tuple[Instruction, Computation]]:
-    """Each collective of a scheduled computation and its fusions once, with the computation that holds it."""
+    """Each collective of a scheduled computation and of its fusions once, with the computation that holds it."""
     parts: dict[str | None, tuple[Instruction, Computation]] = {}
     started: set[str | None] = set()
     for item, holder in _mentioned(module, computation):
@@ -128,22 +131,22 @@ def _mentioned(module: Module, computation: Computation) -> Iterator[tuple[Instr
 
 
 def read_collective(item: Instruction, computation: Computation, mesh_shape: tuple[int, int]) -> Collective | None:
-    """One collective instruction; None when every group is a single device."""
+    """Parse one collective instruction; None if every group is a single device."""
     groups = device_groups(item, prod(mesh_shape))
     axis = mesh_axis(groups, mesh_shape)
     if axis is None:
         return None
-    given = tuple(computation.operand_shapes(item))
-    got = item.shapes[len(given) : 2 * len(given)] if item.opcode.endswith("-start") else item.shapes
+    operands = tuple(computation.operand_shapes(item))
+    results = item.shapes[len(operands) : 2 * len(operands)] if item.opcode.endswith("-start") else item.shapes
     kind = item.opcode.removesuffix("-start")
-    return Collective(kind, given, got or item.shapes, axis, max(map(len, groups)), False, "", 1)
+    return Collective(kind, operands, results or item.shapes, axis, max(map(len, groups)), False, "", 1)
 
 
 def device_groups(item: Instruction, num_devices: int) -> list[tuple[int, ...]]:
-    """Which devices exchange with each other; of a permutation, the pairs of source and target.
+    """Groups of devices that exchange with each other; for a permutation, the pairs of source and target.
 
     Raises:
-        ValueError: in a notation that is not known.
+        ValueError: unknown notation.
     """
     pairs = item.attribute("source_target_pairs")
     if pairs is not None:
@@ -165,7 +168,7 @@ def device_groups(item: Instruction, num_devices: int) -> list[tuple[int, ...]]:
 
 
 def _named_groups(named: re.Match[str]) -> list[tuple[int, ...]]:
-    """Groups along axes that XLA names itself; `'a':(2)4` is a part of one: of its 2 x 4 x ... places those along the 4."""
+    """Groups along axes that XLA names. `'a':(2)4` is a part of axis a: seen as 2 x 4 x ..., the part of size 4."""
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
     count = prod(sizes.values())
     dims = [int(n) for n in named[2].split(",")] if named[2] else [count]
@@ -184,7 +187,7 @@ def _named_groups(named: re.Match[str]) -> list[tuple[int, ...]]:
 
 
 def mesh_axis(groups: list[tuple[int, ...]], mesh_shape: tuple[int, int]) -> Axis | None:
-    """The axis of a (work, model) mesh along which groups of devices lie; None when each is one device."""
+    """The axis of a (work, model) mesh along which groups of devices lie; None if each group is one device."""
     over: set[str] = set()
     for group in groups:
         rows, columns = (
@@ -196,9 +199,6 @@ def mesh_axis(groups: list[tuple[int, ...]], mesh_shape: tuple[int, int]) -> Axi
     return "work" if over == {"work"} else "model" if over == {"model"} else None
 
 
-def sizes_by_kind(collectives: list[Collective]) -> Mapping[str, float]:
-    """Bytes that each device sends in one run of the program, by kind."""
-    totals: dict[str, float] = {}
-    for item in collectives:
-        totals[item.kind] = totals.get(item.kind, 0.0) + item.times * item.link_bytes
-    return totals
+def bytes_sent(collectives: Iterable[Collective], *, dense: bool) -> float:
+    """Bytes that each device sends per run of a program whose layers are all dense, or all reduced."""
+    return sum(item.link_bytes * item.times for item in collectives if item.runs(dense=dense))

@@ -1,10 +1,11 @@
-"""Arithmetic and HBM traffic of a compiled program on one device, with the trip counts of its loops multiplied in.
+"""Counts arithmetic and HBM traffic of a compiled program on one device, with all iterations of its loops.
 
-Arithmetic is that of matrix products (dots, and the convolutions that TPUs compute them as) and what Pallas kernels declare in
-their CostEstimate; everything else is counted as nothing, since the peak it is compared with is that of the matrix unit.
-Traffic is what every scheduled instruction reads and writes in HBM; arrays that the compiler keeps on chip are free, of an
-array that is only sliced or gathered the rows taken count, and of one that is updated in place the update.
-A kernel without a declared cost counts the bytes of its operands and results, and no arithmetic.
+Arithmetic: matrix products (dots, and the convolutions that TPUs compute them as), and the CostEstimate that a Pallas kernel
+declares. Nothing else counts, because the result is compared with the peak rate of the matrix unit.
+
+Traffic: the bytes that every scheduled instruction reads and writes in HBM. Arrays in on-chip memory are free. An array that is
+only sliced or gathered counts the rows taken; an array that is updated in place counts the update. A kernel without a
+CostEstimate counts its operands and results.
 """
 
 import re
@@ -15,8 +16,7 @@ from math import prod
 
 import numpy as np
 
-from rlens_jax.dry_run.hlo import Computation, Instruction, Module, Shape
-from rlens_jax.dry_run.loops import Loops
+from rlens_jax.dry_run.hlo import Computation, Instruction, Loops, Module, Shape
 
 _DECLARED = re.compile(r'\\?"cost_estimate\\?":\s*\{([^}]*)\}')
 _FREE = frozenset((
@@ -26,12 +26,12 @@ _FREE = frozenset((
     "async-update", "all-reduce-done", "all-gather-done", "collective-permute-done", "send-done",
     "recv-done",
 ))  # fmt: skip
-"""Move nothing by themselves: names for what is there, or ends of what another instruction started."""
+"""Opcodes without traffic: they name existing arrays, or end what another instruction started."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations, and bytes of HBM traffic."""
+    """Floating-point operations and bytes of HBM traffic."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -44,35 +44,30 @@ class Cost:
 
 
 Choose = Callable[[Sequence[Cost]], Cost]
-"""Which branch of every conditional to count."""
+"""Selects the branch of every conditional that counts."""
 
 
 def unreduced(branches: Sequence[Cost]) -> Cost:
-    """The branch of a false flag: every layer dense."""
+    """The branch for a false flag: every layer is dense."""
     return branches[0]
 
 
 def reduced(branches: Sequence[Cost]) -> Cost:
-    """The branch of a true flag: every layer with both reductions."""
+    """The branch for a true flag: every layer has both reductions."""
     return branches[-1]
-
-
-def dearest(branches: Sequence[Cost]) -> Cost:
-    """An upper bound of both."""
-    return Cost(max(cost.flops for cost in branches), max(cost.bytes for cost in branches))
 
 
 @dataclass(frozen=True)
 class ProgramCost:
-    """One run of a program on one device."""
+    """Cost of one run of a program on one device."""
 
     total: Cost
     layer: Cost | None
-    """One iteration of its loop over layers; None when there is no such loop."""
+    """Cost of one iteration of the loop over layers; None without such a loop."""
 
 
 def program_cost(module: Module, loops: Loops, choose: Choose) -> ProgramCost:
-    """Costs of one run of a program, with the branches of its conditionals that `choose` takes."""
+    """Cost of one run of a program; `choose` selects the branches of its conditionals."""
     walk = _Walk(module, loops, choose)
     total = walk.scheduled(module.entry, inside_layer=False)
     return ProgramCost(total, walk.layer)
@@ -86,7 +81,7 @@ class _Walk:
         self.layer: Cost | None = None
 
     def scheduled(self, computation: Computation, inside_layer: bool) -> Cost:
-        """Of a computation whose every instruction runs by itself."""
+        """Cost of a computation whose instructions run one by one."""
         return sum((self._instruction(item, computation, inside_layer) for item in computation), Cost())
 
     def _instruction(self, item: Instruction, computation: Computation, inside_layer: bool) -> Cost:
@@ -122,7 +117,7 @@ class _Walk:
 
 
 def flops(item: Instruction, computation: Computation) -> float:
-    """Multiplications and additions of one instruction that is a matrix product, else 0."""
+    """Multiplications and additions of a matrix product; 0 for other instructions."""
     if item.opcode == "dot":
         left = computation.instructions[item.operands[0]].shapes[0]
         contracted = prod(left.dims[axis] for axis in _numbers(item.attribute("lhs_contracting_dims")))
@@ -134,7 +129,7 @@ def flops(item: Instruction, computation: Computation) -> float:
 
 
 def _convolution_flops(item: Instruction, left: Shape, right: Shape) -> float:
-    """Only products of two numbers that are there count, none with padding or with the gaps of a dilated input."""
+    """FLOPs of a convolution, without products with padding or with the gaps of a dilated input."""
     labels = item.attribute("dim_labels") or ""
     inputs, output = labels.split("->")
     left_labels, right_labels = inputs.split("_")
@@ -160,13 +155,13 @@ def _convolution_flops(item: Instruction, left: Shape, right: Shape) -> float:
 
 def _window(window: str, field: str, axis: int, default: str) -> str:
     """The entry of one axis in a window such as `{size=2x3 pad=0_0x1_1}`."""
-    found = re.search(rf"(?<![\w_]){field}=([^\s}}]+)", window)
-    return found[1].split("x")[axis] if found else default
+    printed = re.search(rf"(?<![\w_]){field}=([^\s}}]+)", window)
+    return printed[1].split("x")[axis] if printed else default
 
 
 @lru_cache
 def _meetings(*, out: int, source: int, kernel: int, stride: int, low: int, gap: int, spread: int) -> int:
-    """Pairs of an output and a kernel place of one axis that meet a number of the input."""
+    """Number of (output, kernel) positions along one axis that read an element of the input."""
     place = np.arange(out)[:, None] * stride + np.arange(kernel)[None] * spread - low
     return int(((place >= 0) & (place <= (source - 1) * gap) & (place % gap == 0)).sum())
 
@@ -176,7 +171,7 @@ def _numbers(braces: str | None) -> list[int]:
 
 
 def custom_call_cost(item: Instruction, computation: Computation) -> Cost:
-    """What a kernel declares, else the bytes of all it is given and gives."""
+    """The cost that a kernel declares, else the bytes of its operands and results."""
     declared = _DECLARED.search(item.attributes)
     if declared is None:
         return Cost(0.0, instruction_bytes(item, computation))
@@ -185,14 +180,14 @@ def custom_call_cost(item: Instruction, computation: Computation) -> Cost:
 
 
 def instruction_bytes(item: Instruction, computation: Computation) -> float:
-    """HBM traffic of an instruction that runs by itself."""
+    """HBM traffic of one scheduled instruction."""
     if item.opcode in _FREE:
         return 0.0
     reads = [computation.instructions[name] for name in item.operands]
-    if item.opcode == "copy-start":  # the result lists the destination, the source and a flag
+    if item.opcode == "copy-start":  # the result lists destination, source and a flag
         return _hbm(item.shapes[0]) + _hbm(item.shapes[1])
     if item.opcode in ("dynamic-slice", "slice", "slice-start"):
-        # One that is started lists what is sliced, then the slice.
+        # The result of slice-start lists the operand, then the slice.
         slice_ = item.shapes[1 if item.opcode == "slice-start" else 0]
         return _hbm(slice_) + (slice_.bytes if reads[0].shapes[0].in_hbm else 0)
     if item.opcode == "gather":
@@ -203,40 +198,40 @@ def instruction_bytes(item: Instruction, computation: Computation) -> float:
         update = reads[1].shapes[0]
         return _hbm(update) + (update.bytes if item.shapes[0].in_hbm else 0)
     written = item.shapes
-    if item.opcode.endswith("-start"):  # the result lists what is sent, then what comes
+    if item.opcode.endswith("-start"):  # the result lists the operands, then the results
         written = item.shapes[len(computation.operand_shapes(item)) :]
     return sum(map(_hbm, computation.operand_shapes(item))) + sum(map(_hbm, written))
 
 
 def fusion_bytes(item: Instruction, computation: Computation, computations: Mapping[str, Computation]) -> float:
-    """HBM traffic of a fusion: what it takes of its operands, and its results."""
+    """HBM traffic of a fusion: the parts of its operands that it reads, and its results."""
     inner = computations[item.called["calls"]]
     total = 0.0
     for number, name in enumerate(item.operands):
-        given = computation.instructions[name].shapes
-        if len(given) == 1 and given[0].in_hbm:
-            total += taken(inner.parameters[number], inner, computations)
+        shapes = computation.instructions[name].shapes
+        if len(shapes) == 1 and shapes[0].in_hbm:
+            total += bytes_read(inner.parameters[number], inner, computations)
         else:
-            total += sum(map(_hbm, given))
+            total += sum(map(_hbm, shapes))
     for shape, result in zip(item.shapes, _results(inner), strict=True):
         if shape.in_hbm:
             total += _update(result, inner, computations) or shape.bytes
     return total
 
 
-def taken(array: Instruction, computation: Computation, computations: Mapping[str, Computation]) -> float:
-    """Bytes of an array that a fused computation reads: the slices if it is only sliced, else all."""
+def bytes_read(array: Instruction, computation: Computation, computations: Mapping[str, Computation]) -> float:
+    """Bytes of an array that a fused computation reads: the slices if the array is only sliced, else all."""
     whole = array.shapes[0].bytes
     total = 0.0
     for user in computation.users[array.name]:
         if user.opcode in ("dynamic-slice", "slice") or (user.opcode == "gather" and user.operands[0] == array.name):
             total += user.shapes[0].bytes
         elif user.opcode == "bitcast":
-            total += taken(user, computation, computations)
+            total += bytes_read(user, computation, computations)
         elif user.opcode == "fusion":
             inner = computations[user.called["calls"]]
             places = [place for place, name in enumerate(user.operands) if name == array.name]
-            total += sum(taken(inner.parameters[place], inner, computations) for place in places)
+            total += sum(bytes_read(inner.parameters[place], inner, computations) for place in places)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == array.name:
             continue  # written in place
         else:
@@ -247,7 +242,7 @@ def taken(array: Instruction, computation: Computation, computations: Mapping[st
 
 
 def _results(computation: Computation) -> list[Instruction]:
-    """Where a fused computation's results come from, one an array."""
+    """The instruction behind each result of a fused computation."""
     root = computation.root
     if root.opcode != "tuple":
         return [root] if len(root.shapes) == 1 else [root] * len(root.shapes)
@@ -255,7 +250,7 @@ def _results(computation: Computation) -> list[Instruction]:
 
 
 def _update(result: Instruction, computation: Computation, computations: Mapping[str, Computation]) -> int | None:
-    """Bytes written by a result that updates an array in place, else None."""
+    """Bytes that a result writes if it updates an array in place, else None."""
     while result.opcode in ("bitcast", "fusion"):
         if result.opcode == "bitcast":
             result = computation.instructions[result.operands[0]]

@@ -1,4 +1,4 @@
-"""What a dry run found out: a table for the terminal, and `dry_run.schema.json`'s JSON for programs."""
+"""The results of a dry run as tables for the terminal and as JSON, which `dry_run.schema.json` describes."""
 
 import textwrap
 from collections import Counter
@@ -6,15 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rlens_jax.config import RunConfig, portable
-from rlens_jax.dry_run.advice import advice
-from rlens_jax.dry_run.analysis import DryRun
-from rlens_jax.dry_run.collectives import Collective
+from rlens_jax.config import portable
+from rlens_jax.dry_run.collectives import Collective, bytes_sent
 from rlens_jax.dry_run.costs import Cost, ProgramCost
-from rlens_jax.dry_run.program import CompiledProgram, Program, of_one_layer
-from rlens_jax.dry_run.roofline import ASSUMPTIONS, LIKELY_SHARE, Estimate, program_time
+from rlens_jax.dry_run.dry_run import ASSUMPTIONS, LIKELY_SHARE, DryRun, Estimate, advice, program_time
+from rlens_jax.dry_run.program import CompiledProgram, Program
 from rlens_jax.dry_run.topology import GIB
-from rlens_jax.families.registry import ModelKind
 from rlens_jax.files import json_text
 
 SCHEMA = "rlens-dry-run/1"
@@ -27,70 +24,70 @@ _LINE = "{:<9} {:<26} {:>10} {:>10} {:>8} {:>10} {:>9}  {}"
 _WORK = "{:<9} {:<26} {:>10} {:>10} {:>12} {:>12}"
 
 
-def terminal(found: DryRun, config: RunConfig, kind: ModelKind) -> str:
-    """The tables, the estimate, what it rests on, and what to change when the run does not fit."""
-    changes = advice(found, config, kind.config.decoder.sizes)
+def terminal(result: DryRun) -> str:
+    """The tables, the estimate with its assumptions, and the advice."""
+    changes = advice(result)
     lines = [
-        *textwrap.wrap(_title(found, config), WIDTH),
+        *textwrap.wrap(_title(result), WIDTH),
         "",
-        *_memory(found),
+        *_memory(result),
         "",
-        *_work(found),
+        *_work(result),
         "",
-        *_layer_collectives(found),
+        *_layer_collectives(result),
     ]
-    lines += ["", *textwrap.wrap(LEGEND, WIDTH), "", *_estimate(found)]
+    lines += ["", *textwrap.wrap(LEGEND, WIDTH), "", *_estimate(result)]
     if changes:
         lines += ["", "It does not fit. What would help:", *(f"  - {line}" for line in changes)]
     return "\n".join(lines)
 
 
-def document(found: DryRun, config: RunConfig, kind: ModelKind) -> str:
+def document(result: DryRun) -> str:
     """The text of the JSON file."""
-    where = found.where
+    target, config = result.target, result.config
     return json_text(
         {
             "schema": SCHEMA,
-            "fits": found.fits,
-            "model": {"path": config.model, "model_type": kind.model_type},
+            "fits": result.fits,
+            "model": {"path": config.model, "model_type": result.kind.model_type},
             "topology": {
-                "name": where.name,
-                "chips": where.chips,
-                "hosts": where.hosts,
-                "devices": where.num_devices,
-                "memory_limit_bytes": where.memory_limit,
-                "peak_flops_per_second": where.flops,
-                "memory_bytes_per_second": where.memory_rate,
-                "link_bytes_per_second": where.link_rate,
+                "name": target.name,
+                "chips": target.chips,
+                "hosts": target.hosts,
+                "devices": target.num_devices,
+                "memory_limit_bytes": target.memory_limit,
+                "peak_flops_per_second": target.flops,
+                "memory_bytes_per_second": target.memory_rate,
+                "link_bytes_per_second": target.link_rate,
             },
-            "mesh": {"work": found.mesh_shape[0], "model": found.mesh_shape[1]},
-            "programs": [_program(program, found) for program in found.programs],
+            "mesh": {"work": result.mesh_shape[0], "model": result.mesh_shape[1]},
+            "programs": [_program(program, result) for program in result.programs],
             "workload": {
-                "samples": {name: asdict(split) for name, split in found.workload.samples.items()},
-                "phases": [asdict(phase) for phase in found.workload.phases],
-                "resident_bytes": found.workload.resident_bytes,
+                "samples": {name: asdict(split) for name, split in result.workload.samples.items()},
+                "phases": [asdict(phase) for phase in result.workload.phases],
+                "resident_bytes": result.workload.resident_bytes,
             },
-            "estimates": [_estimated(estimate) for estimate in found.estimates],
+            "estimates": [_estimated(estimate) for estimate in result.estimates],
             "assumptions": list(ASSUMPTIONS),
-            "advice": advice(found, config, kind.config.decoder.sizes),
+            "advice": advice(result),
             "configuration": portable(config),
         }
     )
 
 
-def _title(found: DryRun, config: RunConfig) -> str:
-    where, (work, shards) = found.where, found.mesh_shape
+def _title(result: DryRun) -> str:
+    config, target, (work, shards) = result.config, result.target, result.mesh_shape
     return (
-        f"Dry run of {config.model} in {config.compute.dtype} on {where.name}: chips: {where.chips}, hosts: {where.hosts}, "
+        f"Dry run of {config.model} in {config.compute.dtype} on {target.name}: chips: {target.chips}, hosts: {target.hosts}, "
         f"mesh: {work} x {shards} (work x model). Nothing ran: programs were compiled, all else is arithmetic."
     )
 
 
-def _memory(found: DryRun) -> Iterator[str]:
-    limit = found.where.memory_limit
-    yield f"Memory of one device in GiB, of which a program can use {_gib(limit)}; kept aside are other weights and base states:"
+def _memory(result: DryRun) -> Iterator[str]:
+    limit = result.target.memory_limit
+    yield f"Memory of one device in GiB; a program can use {_gib(limit)}; other weights and base states are kept aside:"
     yield _LINE.format("program", "bucket", "arguments", "temporary", "output", "kept aside", "total", "")
-    for program in found.programs:
+    for program in result.programs:
         name, bucket = program.spec.name, program.spec.bucket
         if isinstance(program, CompiledProgram):
             parts = program.memory
@@ -104,12 +101,12 @@ def _memory(found: DryRun) -> Iterator[str]:
             yield from textwrap.wrap(program.reason, WIDTH, initial_indent="  ", subsequent_indent="  ")
 
 
-def _work(found: DryRun) -> Iterator[str]:
-    yield "Work of one device in one run of a program, and in one layer of it:"
+def _work(result: DryRun) -> Iterator[str]:
+    yield "Work per device, for each run of a program and each layer of it:"
     yield _WORK.format("program", "bucket", "GFLOP", "HBM MB", "sent MB", "roofline ms")
-    for program in _compiled(found):
-        sent = _sent(program.collectives, dense=True)
-        time = program_time(program, found.where)
+    for program in _compiled(result):
+        sent = bytes_sent(program.collectives, dense=True)
+        time = program_time(program, result.target)
         name, bucket = program.spec.name, program.spec.bucket
         yield _row(name, bucket, program.dense.total, sent, time.run)
         if program.dense.layer is None or program.reduced.layer is None:
@@ -118,7 +115,7 @@ def _work(found: DryRun) -> Iterator[str]:
             ("dense", True, program.dense.layer),
             ("reduced", False, program.reduced.layer),
         ):
-            in_layer = sum(item.link_bytes for item in of_one_layer(program.collectives, dense=dense))
+            in_layer = sum(item.link_bytes for item in program.layer_collectives(dense=dense))
             yield _row("", f"  one {label} layer", cost, in_layer, time.layer if dense else None)
 
 
@@ -129,13 +126,13 @@ def _row(name: str, bucket: str, cost: Cost, sent: float, seconds: float | None)
     )
 
 
-def _layer_collectives(found: DryRun) -> Iterator[str]:
+def _layer_collectives(result: DryRun) -> Iterator[str]:
     yield "Collectives of one layer:"
-    for program in _compiled(found):
+    for program in _compiled(result):
         if program.dense.layer is None:
             continue
         for label, dense in (("dense", True), ("reduced", False)):
-            items = of_one_layer(program.collectives, dense=dense)
+            items = program.layer_collectives(dense=dense)
             text = ", ".join(f"{count} {what}" for what, count in _described(items).items()) or "none"
             head = f"  {program.spec.name} ({program.spec.bucket}), {label}: "
             yield from textwrap.wrap(head + text, WIDTH, subsequent_indent="    ")
@@ -148,21 +145,21 @@ def _described(items: Sequence[Collective]) -> Counter[str]:
     )
 
 
-def _estimate(found: DryRun) -> Iterator[str]:
-    if not found.estimates:
+def _estimate(result: DryRun) -> Iterator[str]:
+    if not result.estimates:
         yield "No estimate of the run, since not every program compiled."
         return
     samples = ", ".join(
-        f"{split.samples} {name} samples ({split.source})" for name, split in found.workload.samples.items()
+        f"{split.samples} {name} samples ({split.source})" for name, split in result.workload.samples.items()
     )
     yield from textwrap.wrap(f"ESTIMATE of the whole run, not measured, {samples}:", WIDTH)
-    for phase in found.workload.phases:
+    for phase in result.workload.phases:
         if phase.evaluations:
             yield (
                 f"  {phase.name}: {phase.evaluations} plans, {phase.steps} batches through "
                 f"{phase.layer_steps} layers a work group"
             )
-    for estimate in found.estimates:
+    for estimate in result.estimates:
         slow = estimate.total / LIKELY_SHARE
         yield (
             f"  {estimate.bucket}: {_minutes(estimate.total)} to {_minutes(slow)} minutes, "
@@ -175,14 +172,8 @@ def _estimate(found: DryRun) -> Iterator[str]:
         yield from textwrap.wrap(line, WIDTH, initial_indent="  - ", subsequent_indent="    ")
 
 
-def _compiled(found: DryRun) -> Iterator[CompiledProgram]:
-    return (program for program in found.programs if isinstance(program, CompiledProgram))
-
-
-def _sent(collectives: Sequence[Collective], *, dense: bool) -> float:
-    return sum(
-        item.link_bytes * item.times for item in collectives if not item.branch or item.branch.startswith("0") == dense
-    )
+def _compiled(result: DryRun) -> Iterator[CompiledProgram]:
+    return (program for program in result.programs if isinstance(program, CompiledProgram))
 
 
 def _gib(size: float) -> str:
@@ -197,7 +188,7 @@ def _short(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def _program(program: Program, found: DryRun) -> dict[str, Any]:
+def _program(program: Program, result: DryRun) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "name": program.spec.name,
         "bucket": program.spec.bucket,
@@ -229,7 +220,7 @@ def _program(program: Program, found: DryRun) -> dict[str, Any]:
         "reduced": _cost(program.reduced),
         "xla_counts_loops_once": {"flops": program.xla_flops, "bytes": program.xla_bytes},
         "code_bytes": program.code_bytes,
-        "roofline_seconds": program_time(program, found.where).run,
+        "roofline_seconds": program_time(program, result.target).run,
         "collectives": [_collective(item) for item in program.collectives],
     }
 

@@ -1,7 +1,11 @@
-"""The text of a compiled XLA program as data: computations of instructions with shapes, operands and what they call.
+"""Parses the text of a compiled XLA program into instructions, and counts how often its loops run.
 
-Only what an optimised, partitioned module prints is read; nothing is interpreted here. See `costs` for arithmetic and memory
-traffic, `collectives` for what crosses the interconnect, `loops` for how often bodies run.
+The parser reads what an optimised, partitioned module prints. Arithmetic and memory traffic are counted in `costs`, traffic on
+the interconnect in `collectives`.
+
+XLA's own cost analysis counts the body of every loop once. The trip count of a scan is in the text: XLA for CPUs prints it
+(`known_trip_count`); for a TPU it is the difference between the bound and the first value of the loop's counter. A count that
+depends on data comes from the caller: the number of layers, and the number of decoding steps around them.
 """
 
 import re
@@ -17,17 +21,18 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?<![\w.\-])(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_KNOWN_TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
 _MEMORY_SPACE = re.compile(r"S\((\d+)\)")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """An array as one device holds it."""
+    """The part of an array that one device holds."""
 
     dtype: str
     dims: tuple[int, ...]
     in_hbm: bool = True
-    """False for what the compiler placed in on-chip memory."""
+    """False if the compiler placed the array in on-chip memory."""
 
     @property
     def elements(self) -> int:
@@ -43,7 +48,7 @@ class Shape:
 
 
 def element_bits(dtype: str) -> int:
-    """Bits of one element; complex numbers are two floats, and 8-bit floats are spelled in many ways."""
+    """Bits of one element."""
     if dtype in _BITS:
         return _BITS[dtype]
     digits = re.search(r"\d+", dtype)
@@ -59,16 +64,16 @@ class Instruction:
     name: str
     opcode: str
     shapes: tuple[Shape, ...]
-    """Of the result; of a tuple, all its leaves in order."""
+    """Shapes of the result. A tuple lists all its leaves in order."""
     operands: tuple[str, ...]
     attributes: str
-    """What stands after the operands, as printed."""
+    """The text after the operands."""
     arguments: str
-    """What stands between the parentheses, as printed: a parameter's number, a constant's value."""
+    """The text between the parentheses, such as a parameter's number or a constant's value."""
     is_root: bool
 
     def attribute(self, name: str) -> str | None:
-        """The value of an attribute that is a word or in braces; None when the instruction has none of this name."""
+        """The value of an attribute that is a word or in braces; None if the instruction lacks it."""
         found = re.search(
             rf"(?:^|[ ,]){re.escape(name)}=(\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|(?:\[[^\]]*\]|\([^)]*\)|[^\s,])+)",
             self.attributes,
@@ -77,12 +82,12 @@ class Instruction:
 
     @cached_property
     def called(self) -> Mapping[str, str]:
-        """Computations by the name under which the instruction calls them."""
+        """Called computations by attribute name, such as `body` or `condition`."""
         return dict(_CALLED.findall(self.attributes))
 
     @cached_property
     def branches(self) -> tuple[str, ...]:
-        """Of a conditional, its branches; that of a false predicate first."""
+        """The branches of a conditional; the one for a false predicate is first."""
         listed = _BRANCHES.search(self.attributes)
         if listed:
             return tuple(name.strip().lstrip("%") for name in listed[1].split(","))
@@ -93,7 +98,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Computation:
-    """Instructions by name, operands before their users."""
+    """A computation: its instructions by name, operands before their users."""
 
     name: str
     instructions: Mapping[str, Instruction]
@@ -107,12 +112,12 @@ class Computation:
 
     @cached_property
     def parameters(self) -> Mapping[int, Instruction]:
-        """By number."""
+        """Parameters by number."""
         return {int(item.arguments): item for item in self if item.opcode == "parameter"}
 
     @cached_property
     def users(self) -> Mapping[str, tuple[Instruction, ...]]:
-        """Of each instruction, those that read it."""
+        """The instructions that read each instruction's result."""
         found: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for item in self:
             for operand in dict.fromkeys(item.operands):
@@ -120,7 +125,7 @@ class Computation:
         return {name: tuple(items) for name, items in found.items()}
 
     def operand_shapes(self, item: Instruction) -> list[Shape]:
-        """The arrays that an instruction reads, tuples flattened."""
+        """Shapes of the arrays that an instruction reads, with tuples flattened."""
         return [shape for name in item.operands for shape in self.instructions[name].shapes]
 
 
@@ -133,10 +138,10 @@ class Module:
 
 
 def parse_module(text: str) -> Module:
-    """Read what `compiled.as_text()` prints.
+    """Parse the output of `compiled.as_text()`.
 
     Raises:
-        ValueError: it is no such text.
+        ValueError: the text is not a compiled module.
     """
     computations: dict[str, Computation] = {}
     entry = ""
@@ -160,7 +165,7 @@ def parse_module(text: str) -> Module:
 
 
 def parse_instruction(line: str) -> Instruction:
-    """One instruction of a computation, such as `ROOT %add.1 = f32[2]{0} add(%a, %b), metadata={...}`."""
+    """Parse one instruction, such as `ROOT %add.1 = f32[2]{0} add(%a, %b), metadata={...}`."""
     start = _INSTRUCTION.match(line)
     if start is None:
         raise ValueError(f"no HLO instruction: {line!r}")
@@ -180,7 +185,7 @@ def parse_instruction(line: str) -> Instruction:
 
 
 def parse_shapes(kind: str) -> tuple[Shape, ...]:
-    """The arrays of a type such as `(f32[2,3]{1,0:T(8,128)S(1)}, s32[])`."""
+    """Parse a type such as `(f32[2,3]{1,0:T(8,128)S(1)}, s32[])`."""
     shapes = []
     for dtype, dims, layout in _SHAPE.findall(kind):
         sizes = tuple(int(size.strip("<=? ")) for size in dims.split(",") if size.strip())
@@ -190,7 +195,7 @@ def parse_shapes(kind: str) -> tuple[Shape, ...]:
 
 
 def _split_type(text: str) -> tuple[str, str]:
-    """A type and what follows it."""
+    """Split a text after the type at its start."""
     if text.startswith("("):
         return _split_closing(text)
     kind, _, rest = text.partition(" ")
@@ -198,7 +203,7 @@ def _split_type(text: str) -> tuple[str, str]:
 
 
 def _split_closing(text: str) -> tuple[str, str]:
-    """A text that begins with a parenthesis, cut after the one that closes it; those in quotes do not count."""
+    """Split a text that begins with a parenthesis after the matching one; parentheses in quotes do not count."""
     depth, quoted = 0, False
     for place, character in enumerate(text):
         if character == '"' and text[place - 1] != "\\":
@@ -208,3 +213,86 @@ def _split_closing(text: str) -> tuple[str, str]:
             if depth == 0:
                 return text[: place + 1], text[place + 1 :].lstrip()
     raise ValueError(f"unbalanced parentheses: {text[:80]!r}")
+
+
+def known_trips(module: Module) -> dict[str, int | None]:
+    """The trip count of every `while` by its name; None if it depends on data."""
+    return {
+        item.name: _trips(item, computation, module.computations[item.called["condition"]])
+        for computation in module.computations.values()
+        for item in computation
+        if item.opcode == "while"
+    }
+
+
+def _trips(loop: Instruction, around: Computation, condition: Computation) -> int | None:
+    printed = _KNOWN_TRIPS.search(loop.attributes)
+    if printed:
+        return int(printed[1])
+    initial = around.instructions[loop.operands[0]]
+    if initial.opcode != "tuple":
+        return None
+
+    def constant(item: Instruction, computation: Computation) -> int | None:
+        """The value of a number before the first iteration, if it is a constant."""
+        while item.opcode == "copy":
+            item = computation.instructions[item.operands[0]]
+        if item.opcode == "constant" and item.arguments.isdigit():
+            return int(item.arguments)
+        if item.opcode == "get-tuple-element" and computation is condition:
+            return constant(around.instructions[initial.operands[int(item.attribute("index") or 0)]], around)
+        return None
+
+    end = condition.root
+    if end.opcode != "compare" or end.attribute("direction") != "LT":
+        return None
+    first, last = (constant(condition.instructions[name], condition) for name in end.operands)
+    return None if first is None or last is None else last - first
+
+
+class Loops:
+    """Trip counts of a module's loops, and which of them is the loop over layers.
+
+    The loop over layers is the outermost loop whose known count is `layers`; if there is none, it is an outermost loop of
+    unknown count. A loop of unknown count around it runs the decoding steps. A loop of unknown count inside a layer (tiles that
+    overflow) is counted once, because it rarely runs (our assumption).
+
+    Args:
+        module: the compiled program.
+        layers: iterations of the loop over layers.
+        steps: iterations of a loop of unknown count around the loop over layers.
+    """
+
+    def __init__(self, module: Module, layers: int, steps: int = 1):
+        self._module = module
+        self._layers = layers
+        self._steps = steps
+        self.known = known_trips(module)
+
+    def is_layer_loop(self, loop: Instruction, inside_layer: bool) -> bool:
+        """Whether a `while` is the loop over layers."""
+        if inside_layer:
+            return False
+        known = self.known[loop.name]
+        if known is not None:
+            return known == self._layers
+        body = self._module.computations[loop.called["body"]]
+        return self._steps == 1 or not self._contains_layers(body)
+
+    def trips(self, loop: Instruction, inside_layer: bool) -> int:
+        """Iterations of a `while` per execution."""
+        known = self.known[loop.name]
+        if known is not None:
+            return known
+        if inside_layer:
+            return 1
+        return self._layers if self.is_layer_loop(loop, inside_layer) else self._steps
+
+    def _contains_layers(self, computation: Computation) -> bool:
+        for item in computation:
+            if item.opcode == "while" and self.known[item.name] == self._layers:
+                return True
+            below = [*item.called.values(), *item.branches] if item.opcode in ("while", "conditional", "call") else []
+            if any(self._contains_layers(self._module.computations[name]) for name in below):
+                return True
+        return False

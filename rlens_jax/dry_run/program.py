@@ -1,40 +1,52 @@
-"""Compiles one program for a slice and reads off what a device needs: memory, arithmetic, traffic and collectives."""
+"""The programs of a ranking run: their abstract inputs, and what the compiler says about their memory, work and collectives.
 
+The inputs come from a configuration and a config.json alone: no array is allocated and no weight is read.
+"""
+
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+from flax import nnx
+from jax.sharding import Mesh
 
+from rlens_jax.config import RunConfig
 from rlens_jax.dry_run.collectives import Collective, find_collectives
 from rlens_jax.dry_run.costs import Cost, ProgramCost, program_cost, reduced, unreduced
-from rlens_jax.dry_run.hlo import parse_module
-from rlens_jax.dry_run.loops import LoopCounts, Loops
+from rlens_jax.dry_run.hlo import Loops, parse_module
+from rlens_jax.engine.abstract import Placed, abstract_model, bytes_on_device, decoder_arguments
+from rlens_jax.engine.inputs import images_together
 from rlens_jax.engine.memory import bytes_refused, is_out_of_memory
+from rlens_jax.engine.programs import Programs
+from rlens_jax.families.registry import ModelKind
+from rlens_jax.layout import Bucket
+from rlens_jax.ops.attention_tpu import kernel_flops
 
 
 @dataclass(frozen=True)
 class ProgramSpec:
-    """A program that is to be compiled."""
+    """A program to compile."""
 
     name: str
     bucket: str
     """Its static shapes in words, such as "text 1024, visual 2048"."""
     lower: Callable[[], jax.stages.Lowered]
     layers: int
-    """Iterations of its loop over layers; 0 when it has none."""
+    """Iterations of its loop over layers; 0 if it has none."""
     rows: int
-    """Samples, or images, that one run of it takes."""
+    """Samples, or images, per run."""
     held_bytes: int
-    """On a device: all of the model, and this program's inputs. A program's own arguments leave out weights that it does not
-    read, but they stay where they are."""
+    """Bytes on a device of the whole model and of this program's inputs. The compiled program's arguments leave out weights that
+    it does not read, but those stay in memory."""
     steps: int = 1
     """Iterations of a loop around its loop over layers: decoding steps."""
     kernel_flops: tuple[int, int] = (0, 0)
-    """Of one layer on a device, dense and reduced: arithmetic of Pallas kernels that declare none (splash attention)."""
-    beside_states: bool = False
-    """Whether the run keeps its batches and base states in memory while it runs."""
+    """FLOPs per layer and device, dense and reduced, of Pallas kernels that declare none (splash attention)."""
+    keeps_states: bool = False
+    """Whether the run keeps its batches and base states in memory while the program runs."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +54,12 @@ class Memory:
     """HBM of one device, in bytes."""
 
     arguments: int
-    """Weights and inputs."""
+    """Weights and inputs that the program reads."""
     temporaries: int
     outputs: int
-    """Without those that are written over arguments."""
+    """Outputs that are not written over arguments."""
     resident: int
-    """What the run keeps beside the program: the model's other weights, and base states of other batches."""
+    """Data that stay in memory while the program runs: the model's other weights, and base states of other batches."""
     limit: int
 
     @property
@@ -61,37 +73,41 @@ class Memory:
 
 @dataclass(frozen=True)
 class CompiledProgram:
-    """A program as compiled for one device of the slice."""
+    """A program compiled for one device of the slice."""
 
     spec: ProgramSpec
     memory: Memory
     dense: ProgramCost
-    """Every layer dense."""
+    """Cost with every layer dense."""
     reduced: ProgramCost
-    """Every layer with both reductions."""
+    """Cost with both reductions in every layer."""
     collectives: tuple[Collective, ...]
     xla_flops: float
-    """What XLA's own cost analysis says: bodies of loops counted once, elementwise work counted too."""
+    """FLOPs of XLA's own cost analysis, which counts the bodies of loops once and elementwise work too."""
     xla_bytes: float
     code_bytes: int
     """Size of the compiled program."""
     seconds: float
-    """Time that compiling took here."""
+    """Time to compile on this machine."""
 
     @property
     def fits(self) -> bool:
         return self.memory.fits
 
+    def layer_collectives(self, *, dense: bool) -> list[Collective]:
+        """The collectives of one layer, dense or reduced."""
+        return [item for item in self.collectives if item.in_layer_loop and item.runs(dense=dense)]
+
 
 @dataclass(frozen=True)
-class Refused:
-    """A program that the compiler does not make."""
+class RefusedProgram:
+    """A program that does not compile."""
 
     spec: ProgramSpec
     reason: str
-    """In one line."""
+    """The compiler's reason, in one line."""
     needed: int | None
-    """Bytes of HBM that it would need, where that is the reason and the compiler says it."""
+    """Bytes of HBM that the program needs, if the compiler says so."""
     out_of_memory: bool
     seconds: float
 
@@ -100,19 +116,100 @@ class Refused:
         return False
 
 
-Program = CompiledProgram | Refused
+Program = CompiledProgram | RefusedProgram
+
+
+def program_specs(config: RunConfig, kind: ModelKind, mesh: Mesh, *, all_buckets: bool) -> Iterator[ProgramSpec]:
+    """The programs of a run.
+
+    Args:
+        config: the run.
+        kind: the model.
+        mesh: the slice's devices.
+        all_buckets: yield the programs of every bucket, not only of the largest.
+    """
+    compute = config.compute
+    model = abstract_model(kind, compute.dtype, mesh)
+    weights = bytes_on_device(nnx.state(model))
+    programs = Programs(
+        model,
+        mesh,
+        config.reduction,
+        seed=config.seed,
+        new_tokens=config.search.max_new_tokens,
+        stop_token=0,
+    )
+    rows = compute.batch_size * programs.groups
+    chosen = slice(None) if all_buckets else slice(-1, None)
+    for patches in compute.patch_slots[chosen]:
+        (leading, *_), *_ = kind.image_arrays(patches)
+        num_images = images_together(compute.batch_size, math.prod(leading[:-1])) * programs.groups
+        images = abstract_images(kind, patches, num_images, mesh)
+        yield ProgramSpec(
+            "encode",
+            f"patches {patches}",
+            lambda images=images: programs.lower("encode", images),  # type: ignore[misc]
+            int(kind.config.vision.depth),
+            num_images,
+            weights + bytes_on_device(images),
+        )
+    for visual in compute.visual_slots[chosen]:
+        for text in compute.text_slots[chosen]:
+            yield from _decoder_specs(config, programs, Bucket(text, visual), rows, weights)
+
+
+def _decoder_specs(
+    config: RunConfig, programs: Programs, bucket: Bucket, rows: int, weights: int
+) -> Iterator[ProgramSpec]:
+    layers = programs.config.num_layers
+    arguments = decoder_arguments(programs, bucket, rows)
+    if config.search.objective == "teacher_forced":
+        del arguments["generate"]
+    else:
+        del arguments["layers"], arguments["outcome"], arguments["embed"]
+    kernels = _kernel_flops(config, programs, bucket)
+    for name, inputs in arguments.items():
+        yield ProgramSpec(
+            name,
+            f"text {bucket.text}, visual {bucket.visual}",
+            lambda name=name, inputs=inputs: programs.lower(name, *inputs),  # type: ignore[misc]
+            layers if name in ("layers", "generate") else 0,
+            rows,
+            weights + bytes_on_device(inputs),
+            steps=programs.new_tokens if name == "generate" else 1,
+            kernel_flops=kernels if name in ("layers", "generate") else (0, 0),
+            keeps_states=True,
+        )
+
+
+def _kernel_flops(config: RunConfig, programs: Programs, bucket: Bucket) -> tuple[int, int]:
+    """FLOPs per layer and device of the attention kernels, dense and hollow."""
+    if programs.kernel != "splash":
+        return 0, 0
+    heads = programs.config.num_heads // config.compute.model_shards * config.compute.batch_size
+    dense, hollow = (
+        kernel_flops(bucket, reach, heads, programs.config.head_dim)
+        for reach in (None, config.reduction.attention_range)
+    )
+    return dense, hollow
+
+
+def abstract_images(kind: ModelKind, patches: int, rows: int, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The arrays of prepared images in a bucket of `patches`, as the family's `Preparer` pads and stacks them."""
+    place = Placed(mesh)
+    return tuple(place((rows, *shape), dtype) for shape, dtype in kind.image_arrays(patches))
 
 
 def compile_program(
     spec: ProgramSpec, mesh_shape: tuple[int, int], *, resident_bytes: int, memory_limit: int
 ) -> Program:
-    """Compile one program and read it; the compiler's refusal is an answer too.
+    """Compile one program and analyse it.
 
     Args:
         spec: the program.
         mesh_shape: devices along `work` and `model`.
-        resident_bytes: memory of a device that the run takes beside programs of the search.
-        memory_limit: of a device.
+        resident_bytes: memory of a device for batches and base states.
+        memory_limit: HBM of a device.
     """
     lowered = spec.lower()
     began = time.monotonic()
@@ -123,9 +220,9 @@ def compile_program(
     seconds = time.monotonic() - began
     text: Any = compiled.as_text()
     module = parse_module(text)
-    loops = Loops(module, LoopCounts(spec.layers, spec.steps))
+    loops = Loops(module, spec.layers, spec.steps)
     sizes: Any = compiled.memory_analysis()
-    own: Any = compiled.cost_analysis()
+    xla: Any = compiled.cost_analysis()
     idle = max(0, spec.held_bytes - sizes.argument_size_in_bytes)
     return CompiledProgram(
         spec=spec,
@@ -133,34 +230,27 @@ def compile_program(
             sizes.argument_size_in_bytes,
             sizes.temp_size_in_bytes,
             sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
-            idle + (resident_bytes if spec.beside_states else 0),
+            idle + (resident_bytes if spec.keeps_states else 0),
             memory_limit,
         ),
         dense=with_kernels(program_cost(module, loops, unreduced), spec.layers, spec.kernel_flops[0]),
         reduced=with_kernels(program_cost(module, loops, reduced), spec.layers, spec.kernel_flops[1]),
         collectives=tuple(find_collectives(module, loops, mesh_shape)),
-        xla_flops=own["flops"],
-        xla_bytes=own["bytes accessed"],
+        xla_flops=xla["flops"],
+        xla_bytes=xla["bytes accessed"],
         code_bytes=sizes.generated_code_size_in_bytes,
         seconds=seconds,
     )
 
 
 def with_kernels(cost: ProgramCost, layers: int, flops: int) -> ProgramCost:
-    """A program's cost with the arithmetic of each layer's kernels that the compiled text does not tell of."""
+    """Add `flops` per layer: the arithmetic of kernels that the compiled text does not declare."""
     layer = None if cost.layer is None else cost.layer + Cost(flops, 0)
     return ProgramCost(cost.total + Cost(flops * layers, 0), layer)
 
 
-def refusal(spec: ProgramSpec, message: str, seconds: float) -> Refused:
-    """What the compiler's message says, in one line."""
+def refusal(spec: ProgramSpec, message: str, seconds: float) -> RefusedProgram:
+    """Summarise the compiler's error message."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     reason = lines[0] if lines else "no reason given"
-    return Refused(spec, reason, bytes_refused(message), is_out_of_memory(message), seconds)
-
-
-def of_one_layer(collectives: Iterable[Collective], *, dense: bool) -> list[Collective]:
-    """Those in the loop over layers that a dense layer runs, or a reduced one."""
-    return [
-        item for item in collectives if item.in_layer_loop and (not item.branch or item.branch.startswith("0") == dense)
-    ]
+    return RefusedProgram(spec, reason, bytes_refused(message), is_out_of_memory(message), seconds)

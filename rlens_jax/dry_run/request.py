@@ -22,7 +22,7 @@ _WITH_VALUE = ("--dry-run", "--json")
 class Request:
     """What is asked of a dry run."""
 
-    where: Slice
+    target: Slice
     all_buckets: bool
     json_file: Path | None
 
@@ -53,8 +53,8 @@ def take_request(arguments: Sequence[str]) -> tuple[Request | None, list[str]]:
         return None, left
     if "--dry-run" not in given:
         raise UserError(f"{next(iter(given))} goes with --dry-run TOPOLOGY")
-    where = find_slice(given["--dry-run"])
+    target = find_slice(given["--dry-run"])
     file = Path(given["--json"]) if "--json" in given else None
     if file is not None and not file.absolute().parent.is_dir():
         raise UserError(f"--json {file}: the folder {file.parent} does not exist")
-    return Request(where, "--all-buckets" in given, file), left
+    return Request(target, "--all-buckets" in given, file), left

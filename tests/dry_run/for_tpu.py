@@ -12,8 +12,7 @@ from pathlib import Path
 
 from rlens_jax.config import ComputeConfig, RunConfig
 from rlens_jax.dry_run.hlo import parse_module
-from rlens_jax.dry_run.program import CompiledProgram, compile_program
-from rlens_jax.dry_run.specs import program_specs
+from rlens_jax.dry_run.program import CompiledProgram, compile_program, program_specs
 from rlens_jax.dry_run.topology import find_slice, slice_devices
 from rlens_jax.families.registry import read_kind
 from rlens_jax.sharding.mesh import make_mesh

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlens_jax.dry_run.program import CompiledProgram, ProgramSpec, compile_program, of_one_layer
+from rlens_jax.dry_run.program import CompiledProgram, ProgramSpec, compile_program
 
 B, T, D, F, M, U = 4, 6, 16, 64, 2, 8
 WORK, MODEL = 2, 4
@@ -80,7 +80,7 @@ def facts(program):
         "layer": {
             label: [
                 [item.kind, item.axis, item.group_size, item.bytes, item.times]
-                for item in of_one_layer(program.collectives, dense=dense)
+                for item in program.layer_collectives(dense=dense)
             ]
             for label, dense in (("dense", True), ("reduced", False))
         },

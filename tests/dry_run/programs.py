@@ -14,7 +14,7 @@ def spec(name: str, bucket: str = "text 32, visual 64", layers: int = 0) -> Prog
     def lower() -> Any:
         raise AssertionError("is not to be compiled")
 
-    return ProgramSpec(name, bucket, lower, layers, 8, 0, beside_states=name != "encode")
+    return ProgramSpec(name, bucket, lower, layers, 8, 0, keeps_states=name != "encode")
 
 
 def compiled(

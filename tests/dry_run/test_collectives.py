@@ -2,13 +2,12 @@ import pytest
 
 from rlens_jax.dry_run.collectives import (
     Collective,
+    bytes_sent,
     device_groups,
     find_collectives,
     mesh_axis,
-    sizes_by_kind,
 )
-from rlens_jax.dry_run.hlo import Shape, parse_instruction, parse_module
-from rlens_jax.dry_run.loops import LoopCounts, Loops
+from rlens_jax.dry_run.hlo import Loops, Shape, parse_instruction, parse_module
 from tests.dry_run.snippets import LOOP
 
 MESH = (2, 4)
@@ -20,7 +19,7 @@ def groups(attributes: str, devices: int = 8) -> list[tuple[int, ...]]:
 
 def found(mesh: tuple[int, int] = MESH) -> list[Collective]:
     module = parse_module(LOOP)
-    return find_collectives(module, Loops(module, LoopCounts(5)), mesh)
+    return find_collectives(module, Loops(module, 5), mesh)
 
 
 def test_kinds_sizes_axes_and_places() -> None:
@@ -42,7 +41,8 @@ def test_bytes_around_a_ring() -> None:
     reduce, gather = found()
     assert reduce.link_bytes == 2 * 3 / 4 * 4096
     assert gather.link_bytes == 3 / 4 * 256
-    assert sizes_by_kind([reduce, gather]) == {"all-reduce": 5 * 6144.0, "all-gather": 5 * 192.0}
+    assert bytes_sent([reduce, gather], dense=True) == 5 * 6144.0
+    assert bytes_sent([reduce, gather], dense=False) == 5 * 192.0
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_mesh_axes(members: list[tuple[int, ...]], axis: str | None) -> None:
 def test_groups_of_one_device_exchange_nothing() -> None:
     text = LOOP.replace("{{0,1,2,3},{4,5,6,7}}", "{{0},{1},{2},{3},{4},{5},{6},{7}}")
     module = parse_module(text)
-    assert [item.kind for item in find_collectives(module, Loops(module, LoopCounts(5)), MESH)] == ["all-gather"]
+    assert [item.kind for item in find_collectives(module, Loops(module, 5), MESH)] == ["all-gather"]
 
 
 def test_asynchronous_collectives_are_counted_once() -> None:
@@ -101,7 +101,7 @@ def test_asynchronous_collectives_are_counted_once() -> None:
 }
 """
     module = parse_module(text)
-    (item,) = find_collectives(module, Loops(module, LoopCounts(1)), MESH)
+    (item,) = find_collectives(module, Loops(module, 1), MESH)
     assert (item.kind, item.shapes, item.bytes, item.in_layer_loop) == (
         "all-gather",
         (Shape("f32", (4,)),),
@@ -132,4 +132,4 @@ ENTRY %main (a: f32[4]) -> f32[16] {
 @pytest.mark.parametrize("text", [SPLIT, SPLIT.replace("AsyncCollectiveStart", "Other")])
 def test_a_collective_that_is_spread_over_fusions_is_counted_once(text: str) -> None:
     module = parse_module(text)
-    assert len(find_collectives(module, Loops(module, LoopCounts(1)), MESH)) == 1
+    assert len(find_collectives(module, Loops(module, 1), MESH)) == 1

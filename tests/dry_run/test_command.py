@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 from rlens_jax.commands.rank import main
-from rlens_jax.dry_run import parent as command
-from rlens_jax.dry_run.parent import run_dry
-from rlens_jax.dry_run.request import take_request
+from rlens_jax.config import RunConfig
+from rlens_jax.dry_run import process
+from rlens_jax.dry_run.process import Job, run_job
+from rlens_jax.dry_run.topology import find_slice
 from rlens_jax.errors import UserError
 
 
 @pytest.fixture
 def with_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "require_compiler", lambda: None)
+    monkeypatch.setattr(process, "require_compiler", lambda: None)
 
 
 def child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> None:
@@ -24,21 +25,18 @@ def child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> None:
     script = tmp_path / "child.py"
     script.write_text(
         "import json, os, signal, sys\n"
-        f"pipe = open(int(os.environ[{command.ANSWERS!r}]), 'w')\n"
+        f"pipe = open(int(os.environ[{process.ANSWERS!r}]), 'w')\n"
         "def send(**fields): print(json.dumps(fields), file=pipe, flush=True)\n" + code
     )
     real = sys.executable
     starter = tmp_path / "python"
     starter.write_text(f"#!/bin/sh\nexec {real} {script}\n")
     starter.chmod(0o755)
-    monkeypatch.setattr(command.sys, "executable", str(starter))
+    monkeypatch.setattr(process.sys, "executable", str(starter))
 
 
-def dry(tmp_path: Path) -> str:
-    arguments = ["--dry-run", "v5e:4x4", "--json", str(tmp_path / "found.json")]
-    request, _ = take_request(arguments)
-    assert request is not None
-    return run_dry(request, arguments)
+def dry() -> tuple[str, str]:
+    return run_job(Job(RunConfig(), find_slice("v5e:4x4"), all_buckets=False))
 
 
 @pytest.mark.usefixtures("with_compiler")
@@ -49,10 +47,10 @@ def test_answers_noise_and_progress(
     answer = "send(progress='compiling layers'); send(text='the table', json='{}')\n"
     settings = "assert os.environ['TPU_SKIP_MDS_QUERY'] == '1' and os.environ['JAX_PLATFORMS'] == 'cpu'\n"
     child(monkeypatch, tmp_path, settings + noise + answer)
-    assert dry(tmp_path) == "the table"
+    main(["--dry-run", "v5e:4x4", "--json", str(tmp_path / "found.json")])
     assert json.loads((tmp_path / "found.json").read_text()) == {}
     printed = capfd.readouterr()
-    assert printed.out == ""
+    assert printed.out == "the table\n"
     assert printed.err == "compiling layers\n"
 
 
@@ -60,14 +58,14 @@ def test_answers_noise_and_progress(
 def test_bad_input_that_the_other_process_finds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     child(monkeypatch, tmp_path, "send(error='x/config.json: no such file')\n")
     with pytest.raises(UserError, match=r"^x/config\.json: no such file$"):
-        dry(tmp_path)
+        dry()
 
 
 @pytest.mark.usefixtures("with_compiler")
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     child(monkeypatch, tmp_path, "send(traceback='Traceback: line 1')\n")
     with pytest.raises(RuntimeError, match="Traceback: line 1"):
-        dry(tmp_path)
+        dry()
 
 
 @pytest.mark.usefixtures("with_compiler")
@@ -78,7 +76,7 @@ def test_a_compiler_that_dies_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(
         UserError, match=r"^the compiler for TPUs died \(SIGABRT\): F0000 12:00 tpu.cc:7\] Check failed: ok$"
     ):
-        dry(tmp_path)
+        dry()
 
 
 def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:

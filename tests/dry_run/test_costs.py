@@ -4,7 +4,6 @@ import pytest
 
 from rlens_jax.dry_run.costs import (
     Cost,
-    dearest,
     flops,
     fusion_bytes,
     instruction_bytes,
@@ -12,8 +11,7 @@ from rlens_jax.dry_run.costs import (
     reduced,
     unreduced,
 )
-from rlens_jax.dry_run.hlo import Module, parse_module
-from rlens_jax.dry_run.loops import LoopCounts, Loops
+from rlens_jax.dry_run.hlo import Loops, Module, parse_module
 from tests.dry_run.snippets import LOOP, NESTED
 
 PRODUCT = 2 * (2 * 16) * 64 * 32
@@ -24,7 +22,7 @@ LAYER = 64 * 32 * 2
 
 
 def costs(module: Module, choose: Callable, layers: int = 1, steps: int = 1):
-    return program_cost(module, Loops(module, LoopCounts(layers, steps)), choose)
+    return program_cost(module, Loops(module, layers, steps), choose)
 
 
 def one(lines: str, name: str):
@@ -42,11 +40,6 @@ def test_a_dense_layer() -> None:
 def test_a_reduced_layer_counts_what_its_kernel_declares() -> None:
     cost = costs(parse_module(LOOP), reduced).layer
     assert cost == Cost(PRODUCT + 1000, STATES + LAYER + 4 + 500 + 2 * STATES)
-
-
-def test_the_dearest_branch_bounds_both() -> None:
-    cost = costs(parse_module(LOOP), dearest).layer
-    assert cost == Cost(PRODUCT + 1000, STATES + LAYER + 4 + max(2 * STATES, 500 + 2 * STATES))
 
 
 def test_trip_counts_are_multiplied_in_and_a_copy_to_the_chip_is_read_once() -> None:

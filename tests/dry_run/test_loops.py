@@ -2,8 +2,7 @@
 
 import pytest
 
-from rlens_jax.dry_run.hlo import Module, parse_module
-from rlens_jax.dry_run.loops import LoopCounts, Loops, known_trips
+from rlens_jax.dry_run.hlo import Loops, Module, known_trips, parse_module
 
 PARTS = """HloModule jit_parts
 
@@ -54,7 +53,7 @@ def parts(first: str, last: str, given: str = "%k", direction: str = "LT") -> Mo
 )
 def test_the_trip_count_of_a_counted_loop(module: Module, trips: int | None) -> None:
     assert known_trips(module) == {"loop": trips}
-    loops = Loops(module, LoopCounts(layers=28))
+    loops = Loops(module, layers=28)
     loop = module.entry.instructions["loop"]
     assert loops.trips(loop, inside_layer=True) == (trips or 1)
     assert loops.trips(loop, inside_layer=False) == (trips or 28)

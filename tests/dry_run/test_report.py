@@ -8,12 +8,11 @@ import pytest
 
 from rlens_jax.checkpoints.checkpoint import read_model_kind
 from rlens_jax.config import ComputeConfig, RunConfig
-from rlens_jax.dry_run.analysis import DryRun
 from rlens_jax.dry_run.collectives import Collective
+from rlens_jax.dry_run.dry_run import ASSUMPTIONS, DryRun, estimates
 from rlens_jax.dry_run.dry_run_report import WIDTH, document, terminal
 from rlens_jax.dry_run.hlo import Shape
-from rlens_jax.dry_run.program import CompiledProgram, Memory, Program, refusal
-from rlens_jax.dry_run.roofline import ASSUMPTIONS, estimates
+from rlens_jax.dry_run.program import Memory, Program, refusal
 from rlens_jax.dry_run.topology import find_slice
 from rlens_jax.dry_run.workload import Sizes, workload
 from rlens_jax.families.registry import ModelKind
@@ -30,16 +29,14 @@ OOM = (
 )
 
 
-def found(*programs: Program) -> DryRun:
-    made = [program for program in programs if isinstance(program, CompiledProgram)]
-    where = find_slice("v5e:4x4")
-    work = workload(CONFIG, Sizes(12, 4, 10))
-    known = estimates(made, work.phases, where) if len(made) == len(programs) else []
-    return DryRun(where, (4, 4), tuple(programs), work, tuple(known))
+def result_of(kind: ModelKind, *programs: Program) -> DryRun:
+    target, counts = find_slice("v5e:4x4"), workload(CONFIG, Sizes(12, 4, 10))
+    return DryRun(CONFIG, kind, target, (4, 4), programs, counts, estimates(programs, counts.phases, target))
 
 
-def fitting() -> DryRun:
-    return found(
+def fitting(kind: ModelKind) -> DryRun:
+    return result_of(
+        kind,
         compiled("encode", "patches 512"),
         compiled("embed"),
         compiled("layers", layers=28, collectives=[REDUCE, replace(REDUCE, kind="all-gather", branch="1")]),
@@ -52,18 +49,18 @@ def kind() -> ModelKind:
     return read_model_kind(embedded_model())
 
 
-def read(run: DryRun, kind: ModelKind) -> dict[str, Any]:
-    return json.loads(document(run, CONFIG, kind))
+def read(run: DryRun) -> dict[str, Any]:
+    return json.loads(document(run))
 
 
 def test_the_json_follows_its_schema(kind: ModelKind) -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
-    jsonschema.validate(read(fitting(), kind), SCHEMA)
-    jsonschema.validate(read(found(refusal(spec("layers"), OOM, 1.0)), kind), SCHEMA)
+    jsonschema.validate(read(fitting(kind)), SCHEMA)
+    jsonschema.validate(read(result_of(kind, refusal(spec("layers"), OOM, 1.0))), SCHEMA)
 
 
 def test_the_schema_knows_every_field(kind: ModelKind) -> None:
-    whole = read(fitting(), kind)
+    whole = read(fitting(kind))
     for name in set(whole) - {"configuration"}:
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({key: value for key, value in whole.items() if key != name}, SCHEMA)
@@ -75,9 +72,9 @@ def test_the_schema_knows_every_field(kind: ModelKind) -> None:
 
 
 def test_what_fits(kind: ModelKind) -> None:
-    run, text = fitting(), terminal(fitting(), CONFIG, kind)
+    run, text = fitting(kind), terminal(fitting(kind))
     assert run.fits
-    assert read(run, kind)["advice"] == []
+    assert read(run)["advice"] == []
     assert "What would help" not in text
     for part in (
         "chips: 16, hosts: 4, mesh: 4 x 4",
@@ -93,38 +90,38 @@ def test_what_fits(kind: ModelKind) -> None:
 
 
 def test_assumptions_are_written_out(kind: ModelKind) -> None:
-    text = " ".join(terminal(fitting(), CONFIG, kind).split())
+    text = " ".join(terminal(fitting(kind)).split())
     for line in ASSUMPTIONS:
         assert line in text
 
 
 def test_a_program_that_compiles_but_does_not_fit(kind: ModelKind) -> None:
     large = Memory(14 * GIB, GIB, 0, 2 * GIB, round(15.75 * GIB))
-    run = found(compiled("embed"), compiled("layers", layers=28, memory=large), compiled("outcome"))
-    text = terminal(run, CONFIG, kind)
+    run = result_of(kind, compiled("embed"), compiled("layers", layers=28, memory=large), compiled("outcome"))
+    text = terminal(run)
     assert not run.fits
     assert "17.00  DOES NOT FIT" in text
     assert "compute.state_memory_gb: lower it by 1.3 or more" in text
 
 
 def test_a_program_that_the_compiler_refuses(kind: ModelKind) -> None:
-    run = found(refusal(spec("layers"), OOM, 1.0))
-    text = terminal(run, CONFIG, kind)
+    run = result_of(kind, refusal(spec("layers"), OOM, 1.0))
+    text = terminal(run)
     assert "20.50  DOES NOT FIT" in text
     assert "No estimate" in text
     for field in ("compute.dtype: bfloat16", "compute.batch_size: below 4", "compute.visual_slots"):
         assert field in text
-    assert read(run, kind)["programs"][0]["needed_bytes"] == round(20.5 * GIB)
+    assert read(run)["programs"][0]["needed_bytes"] == round(20.5 * GIB)
 
 
 def test_images_that_do_not_fit(kind: ModelKind) -> None:
-    text = terminal(found(refusal(spec("encode"), OOM, 1.0)), CONFIG, kind)
+    text = terminal(result_of(kind, refusal(spec("encode"), OOM, 1.0)))
     assert "compute.patch_slots" in text
     assert "compute.visual_slots" not in text
 
 
 def test_another_reason_than_memory(kind: ModelKind) -> None:
-    text = terminal(found(refusal(spec("layers"), "INTERNAL: Mosaic failed\nmore", 1.0)), CONFIG, kind)
+    text = terminal(result_of(kind, refusal(spec("layers"), "INTERNAL: Mosaic failed\nmore", 1.0)))
     assert "NOT COMPILED" in text
     assert "INTERNAL: Mosaic failed" in text
     assert "for another reason than memory" in text

@@ -14,7 +14,7 @@ def test_options_are_taken_in_either_spelling(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     request, left = take_request(["--dry-run=v5e:4x4", "--model", "a", "--json", str(file), "--all-buckets"])
     assert request is not None
-    assert (request.where.name, request.all_buckets, request.json_file) == ("v5e:4x4", True, file)
+    assert (request.target.name, request.all_buckets, request.json_file) == ("v5e:4x4", True, file)
     assert left == ["--model", "a"]
 
 

@@ -1,0 +1,236 @@
+"""The dry run of a configuration: compile its programs for a TPU slice, estimate the run, advise what to change.
+
+The estimate is a roofline from the vendor's peak rates; nothing is measured. The time of a program is its arithmetic or its HBM
+traffic at peak rates, whichever takes longer, plus the time to send its collectives.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from rlens_jax.checkpoints.checkpoint import CONFIG, find_model, read_model_kind
+from rlens_jax.config import RunConfig
+from rlens_jax.dry_run.collectives import bytes_sent
+from rlens_jax.dry_run.costs import Cost
+from rlens_jax.dry_run.program import CompiledProgram, Program, ProgramSpec, compile_program, program_specs
+from rlens_jax.dry_run.topology import Slice, slice_devices
+from rlens_jax.dry_run.workload import Phase, Sizes, Workload, workload
+from rlens_jax.engine.batch_size import with_batch_size
+from rlens_jax.errors import UserError
+from rlens_jax.families.registry import ModelKind
+from rlens_jax.sharding.mesh import check_fits, make_mesh
+
+LIKELY_SHARE = 0.5
+"""Share of the roofline's speed that a run may reach (our assumption; not measured on hardware)."""
+
+ASSUMPTIONS = (
+    "every sample is padded to the bucket that the programs were compiled for; real runs use smaller ones too and take less",
+    "later layers win every round of the search, which is the dearest order, and every layer is counted as dense",
+    "chips reach their published peak rates in bfloat16 (products in float32 take several passes, which are not counted); a "
+    "collective has the links of one axis of the torus",
+    f"at {LIKELY_SHARE:.0%} of these rates (a guess, no hardware has shown it) the run takes {1 / LIKELY_SHARE:g} times as long",
+    "arithmetic is that of matrix products; Pallas kernels count what their CostEstimate declares, splash attention the blocks "
+    "that its map visits and its inputs and outputs",
+    "collectives overlap with nothing; compiling, reading data, preparing images on the hosts, moving blocks between work groups "
+    "and timing are not counted",
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of a run at the roofline, if all samples are in one bucket of the decoder."""
+
+    bucket: str
+    seconds: Mapping[str, float]
+    """Seconds by phase."""
+    chips: int
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def chip_hours(self) -> float:
+        return self.total / 3600 * self.chips
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """The result of a dry run."""
+
+    config: RunConfig
+    """The configuration, with its batch size filled in."""
+    kind: ModelKind
+    target: Slice
+    mesh_shape: tuple[int, int]
+    """Devices along `work` and `model`."""
+    programs: tuple[Program, ...]
+    workload: Workload
+    estimates: tuple[Estimate, ...]
+    """One estimate per bucket of the decoder; empty if a program did not compile."""
+
+    @property
+    def fits(self) -> bool:
+        return all(program.fits for program in self.programs)
+
+
+def dry_run(config: RunConfig, target: Slice, *, all_buckets: bool, progress: Callable[[str], None]) -> DryRun:
+    """Compile the programs of a configuration for a slice. libtpu is loaded into this process.
+
+    Args:
+        config: the run.
+        target: the slice.
+        all_buckets: compile the programs of every bucket, not only of the largest.
+        progress: called with a line at each step.
+
+    Raises:
+        UserError: the model's config.json is missing or not supported, or the mesh does not divide devices or model.
+    """
+    folder = find_model(config.model)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: has no {CONFIG}; a dry run needs the checkpoint's {CONFIG}, but no weights")
+    kind = read_model_kind(folder)
+    jax.config.update("jax_default_matmul_precision", config.compute.matmul_precision)
+    devices, shards = slice_devices(target), config.compute.model_shards
+    check_fits(kind.config.decoder.sizes, shards)
+    mesh = make_mesh(devices, shards)
+    if not config.compute.batch_size:
+        progress("looking for the batch size that fits")
+        config = with_batch_size(config, kind, mesh, target.memory_limit)
+    mesh_shape = (len(devices) // shards, shards)
+    counts = workload(config, _sizes(config, kind, mesh_shape[0]))
+    specs = program_specs(config, kind, mesh, all_buckets=all_buckets)
+    programs = tuple(_compiled(specs, mesh_shape, counts.resident_bytes, target.memory_limit, progress))
+    return DryRun(config, kind, target, mesh_shape, programs, counts, estimates(programs, counts.phases, target))
+
+
+def _sizes(config: RunConfig, kind: ModelKind, groups: int) -> Sizes:
+    """Sizes of batches in the largest bucket."""
+    compute, decoder = config.compute, kind.config.decoder
+    slot_bytes = compute.batch_size * decoder.width * jnp.dtype(compute.dtype).itemsize
+    slots = compute.text_slots[-1] + compute.visual_slots[-1]
+    return Sizes(num_layers=decoder.num_layers, groups=groups, block_bytes=slots * slot_bytes)
+
+
+def _compiled(
+    specs: Iterable[ProgramSpec],
+    mesh_shape: tuple[int, int],
+    resident_bytes: int,
+    memory_limit: int,
+    progress: Callable[[str], None],
+) -> Iterator[Program]:
+    for spec in specs:
+        progress(f"compiling {spec.name} ({spec.bucket})")
+        yield compile_program(spec, mesh_shape, resident_bytes=resident_bytes, memory_limit=memory_limit)
+
+
+@dataclass(frozen=True)
+class ProgramTime:
+    """Seconds of one program on one device at the roofline, with dense layers."""
+
+    fixed: float
+    """Seconds per run outside of the layers."""
+    layer: float
+    """Seconds per layer; 0 for a program without a loop over layers."""
+    layers: int
+
+    @property
+    def run(self) -> float:
+        """Seconds per run with all layers."""
+        return self.fixed + self.layers * self.layer
+
+
+def roofline_seconds(cost: Cost, link_bytes: float, target: Slice) -> float:
+    """Time of one device's work at its peak rates."""
+    return max(cost.flops / target.flops, cost.bytes / target.memory_rate) + link_bytes / target.link_rate
+
+
+def program_time(program: CompiledProgram, target: Slice) -> ProgramTime:
+    """Time of a program with dense layers."""
+    run = roofline_seconds(program.dense.total, bytes_sent(program.collectives, dense=True), target)
+    layers = program.spec.layers
+    if program.dense.layer is None:
+        return ProgramTime(run, 0.0, 0)
+    sent = bytes_sent(program.layer_collectives(dense=True), dense=True) / layers
+    layer = roofline_seconds(program.dense.layer, sent, target)
+    return ProgramTime(max(0.0, run - layers * layer), layer, layers)
+
+
+def estimates(programs: Sequence[Program], phases: Sequence[Phase], target: Slice) -> tuple[Estimate, ...]:
+    """Time of the run per bucket of the decoder, with all images in the slowest bucket of patches.
+
+    Empty if a program did not compile.
+    """
+    by_bucket: dict[str, dict[str, ProgramTime]] = defaultdict(dict)
+    image_seconds = 0.0
+    for program in programs:
+        if not isinstance(program, CompiledProgram):
+            return ()
+        time = program_time(program, target)
+        if program.spec.name == "encode":
+            image_seconds = max(image_seconds, time.run / program.spec.rows)
+        else:
+            by_bucket[program.spec.bucket][program.spec.name] = time
+    return tuple(
+        Estimate(bucket, {phase.name: _phase_seconds(phase, image_seconds, times) for phase in phases}, target.chips)
+        for bucket, times in by_bucket.items()
+    )
+
+
+def _phase_seconds(phase: Phase, image_seconds: float, times: Mapping[str, ProgramTime]) -> float:
+    total = phase.images * image_seconds
+    if "generate" in times:
+        return total + phase.steps * times["generate"].run
+    layers = times["layers"]
+    return (
+        total
+        + phase.embeddings * times["embed"].run
+        + (phase.steps + phase.states_made) * layers.fixed
+        + phase.layer_steps * layers.layer
+        + phase.steps * times["outcome"].run
+    )
+
+
+def advice(result: DryRun) -> list[str]:
+    """Changes to the configuration that would help, each with the field's name; empty if everything fits."""
+    shards = larger_shards(result)
+    lines = (
+        line for program in result.programs if not program.fits for line in _advice(program, result.config, shards)
+    )
+    return list(dict.fromkeys(lines))
+
+
+def larger_shards(result: DryRun) -> list[int]:
+    """Larger sizes of the mesh's `model` axis that divide both the devices and the model."""
+    devices, sizes = result.target.num_devices, result.kind.config.decoder.sizes
+    return [
+        n
+        for n in range(result.mesh_shape[1] + 1, devices + 1)
+        if not (devices % n or sizes["N"] % n or sizes["F"] % n) and (sizes["K"] % n == 0 or n % sizes["K"] == 0)
+    ]
+
+
+def _advice(program: Program, config: RunConfig, shards: list[int]) -> list[str]:
+    name, lines = program.spec.name, []
+    if isinstance(program, CompiledProgram):
+        excess = program.memory.total - program.memory.limit
+        if excess <= program.memory.resident and config.compute.state_memory_gb:
+            lines.append(f"compute.state_memory_gb: lower it by {excess / 1e9:.1f} or more")
+    elif not program.out_of_memory:
+        return [f"{name}: the compiler refuses it for another reason than memory, see above"]
+    if config.compute.dtype == "float32":
+        lines.append("compute.dtype: bfloat16 takes half of the memory")
+    if shards:
+        lines.append(f"compute.model_shards: {' or '.join(map(str, shards))}, so that a device holds less of the model")
+    if config.compute.batch_size > 1:
+        lines.append(f"compute.batch_size: below {config.compute.batch_size}")
+    if name == "encode":
+        lines.append(
+            "compute.patch_slots: a smaller largest size (and a preprocessor_config.json that keeps images to it)"
+        )
+    else:
+        lines.append("compute.visual_slots and compute.text_slots: a smaller largest size")
+    return lines
