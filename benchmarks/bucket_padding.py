@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from rlens_jax.config import load_config
+from rlens_jax.commands.run_options import read_config
 from rlens_jax.console import say
 from rlens_jax.families.internvl.model import closest_grid
 from rlens_jax.families.llava_onevision.model import image_sources
@@ -77,7 +77,7 @@ def main() -> None:
         f"{'preset':<20}{'visual slots padded':>21}{'largest':>9}{'patch slots padded':>21}{'largest':>9}   buckets used"
     )
     for name, count in FAMILIES.items():
-        compute = load_config([f"--config={name}"]).compute
+        compute = read_config([("config", name)]).compute
         shares: tuple[list[float], list[float]] = [], []
         used = set()
         for width, height in SIZES:

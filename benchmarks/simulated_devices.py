@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from rlens_jax.checkpoints.checkpoint import find_model, load_model
-from rlens_jax.config import load_config
+from rlens_jax.commands.run_options import read_config
 from rlens_jax.engine.evaluator import Evaluator
 from rlens_jax.engine.inputs import FILLER, Shapes, Split, build_split
 from rlens_jax.engine.programs import Programs
@@ -79,7 +79,9 @@ def main() -> None:
 
 def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
     """Both rankings and everything they rest on."""
-    config = load_config([f"--data.validation_samples={samples}", "--data.test_samples=1"])
+    config = read_config(
+        [("config", "embedded"), ("data.validation_samples", str(samples)), ("data.test_samples", "1")]
+    )
     folder = find_model("embedded")
     mesh = make_mesh(jax.devices()[:devices], model_shards)
     kind, model = load_model(folder, jnp.float32, mesh=mesh)

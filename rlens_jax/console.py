@@ -65,13 +65,14 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Answers bad options as all bad input is answered: one line, exit code 2."""
+    """An argument parser that answers bad options with one line and exit code 2, as all bad input."""
 
-    def __init__(self, prog: str, description: str | None):
+    def __init__(self, prog: str, description: str | None, *, add_help: bool = True):
         super().__init__(
             prog=prog,
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=add_help,
             allow_abbrev=False,
         )
 
@@ -79,13 +80,21 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
     def parse_args(self, args: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]  # never the process's own
-        """All options; an unknown one is answered with the nearest that there is."""
+        """All options. UserError for an unknown one, with the nearest known option."""
         options, unknown = self.parse_known_args(args)
         if unknown:
-            known = [name for action in self._actions for name in action.option_strings]
-            name = unknown[0].partition("=")[0]
-            self.error(f"unknown argument {unknown[0]}{suggest(name, known)}")
+            argument = unknown[0]
+            if argument.startswith("-"):
+                self.error(f"unknown option {argument}{self._nearest(argument.partition('=')[0])}")
+            self.error(f"unexpected argument {argument!r}")
         return options
+
+    def _nearest(self, option: str) -> str:
+        known = [name for action in self._actions for name in action.option_strings]
+        field = option.lstrip("-").replace("-", "_")
+        # An option without its group, such as --probe for --reduction.probe, may be far from it in spelling.
+        ungrouped = next((name for name in known if name.rpartition(".")[2] == field), "")
+        return suggest(option, known) or suggest(ungrouped, known)
 
 
 _muted = threading.Event()

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from rlens_jax.config import flat
 from rlens_jax.errors import UserError
+from rlens_jax.files import json_leaves
 
 Item = TypeVar("Item")
 
@@ -210,7 +210,7 @@ def _check_header(path: Path, kind: LogKind[Item], line: bytes, fingerprint: Map
             f"{path} has version {header.get('version')}, this program reads {kind.version}; choose another folder"
         )
     # What JSON makes of it (lists for tuples) is what a stored one is compared with.
-    stored, now = flat(header.get("fingerprint")), flat(json.loads(json.dumps(fingerprint)))
+    stored, now = json_leaves(header.get("fingerprint")), json_leaves(json.loads(json.dumps(fingerprint)))
     names = [*stored, *(name for name in now if name not in stored)]
     differences = [
         f"{name} was {stored.get(name, 'not set')}, is {now.get(name, 'not set')}"

@@ -106,3 +106,13 @@ def field_error(path: Path, field: str, message: str) -> UserError:
 @cache
 def _validator(schema: Path) -> Draft202012Validator:
     return Draft202012Validator(json.loads(schema.read_text(encoding="utf-8")))
+
+
+def json_leaves(value: Any, name: str = "") -> dict[str, str]:
+    """JSON text of every leaf of nested objects, by dotted name."""
+    if isinstance(value, dict) and value:
+        leaves: dict[str, str] = {}
+        for key, child in value.items():
+            leaves |= json_leaves(child, f"{name}.{key}" if name else key)
+        return leaves
+    return {name: json.dumps(value)}

@@ -1,19 +1,19 @@
-"""Rank the decoder layers of a multimodal LLM: `python -m rlens_jax.rank [--model FOLDER] [--data FILE.jsonl] [--output DIR]`.
+"""Rank the decoder layers of a multimodal LLM by how little they need full visual computation.
 
-Without options: the embedded model on its own data, a few minutes on two CPU cores. See `--help` for every field.
-With `--dry-run v5e:16x16` nothing runs: the run's programs are compiled for a TPU slice (`rlens_jax.dry_run`).
+Without options: the embedded model on its own data, a few minutes on two CPU cores. On several hosts, start the same command on
+each. With --dry-run TOPOLOGY nothing runs: the run's programs are compiled for a TPU slice, on a machine without one.
 
-On several hosts the same command is started on each. Exit codes: 0 done; 2 bad input; 130 after Ctrl-C and 143 after
-SIGTERM, resumable; 75 when a process of several was lost, resumable; 1 a mistake of ours.
+Exit codes: 0 done; 2 bad input; 130 after Ctrl-C and 143 after SIGTERM (resumable); 75 if a process of several was lost
+(resumable); 1 an error in this program.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlens_jax.config import load_config
+from rlens_jax.commands.run_options import RunParser
 from rlens_jax.console import run_command
 from rlens_jax.dry_run.process import Job, run_job
-from rlens_jax.dry_run.request import OPTIONS, take_request
+from rlens_jax.dry_run.topology import find_slice
 from rlens_jax.files import replace_file
 from rlens_jax.hosts.cluster import several
 from rlens_jax.hosts.supervisor import supervised
@@ -21,14 +21,28 @@ from rlens_jax.hosts.supervisor import supervised
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, run, print."""
-    request, left = take_request(arguments)
-    config = load_config(left, OPTIONS)
-    if request is not None:
-        text, document = run_job(Job(config, request.target, request.all_buckets))
-        if request.json_file is not None:
-            replace_file(request.json_file, document.encode())
+    parser = RunParser("python -m rlens_jax.rank", "[--model FOLDER] [--data FILE.jsonl] [--output DIR]", __doc__)
+    group = parser.add_argument_group("dry run")
+    group.add_argument(
+        "--dry-run",
+        metavar="TOPOLOGY",
+        help="compile the run's programs for a TPU slice such as v5e:16x16 and report whether they fit, what they cost and how "
+        "long the run would take; needs only config.json in the model's folder",
+    )
+    group.add_argument("--json", metavar="FILE", type=Path, help="also write the results of the dry run to this file")
+    group.add_argument("--all-buckets", action="store_true", help="compile for all bucket sizes, not only the largest")
+    options, config = parser.parse_run(arguments)
+    if options.dry_run is not None:
+        target = find_slice(options.dry_run)
+        if options.json is not None and not options.json.absolute().parent.is_dir():
+            parser.error(f"--json {options.json}: the folder {options.json.parent} does not exist")
+        text, document = run_job(Job(config, target, options.all_buckets))
+        if options.json is not None:
+            replace_file(options.json, document.encode())
         print(text)
         return
+    if options.json is not None or options.all_buckets:
+        parser.error(f"{'--json' if options.json else '--all-buckets'} needs --dry-run TOPOLOGY")
     if several(config.hosts):
         supervised(Path(config.output))
     from rlens_jax.hosts.processes import joined

@@ -1,41 +1,68 @@
-"""The paper's studies: `python -m rlens_jax.studies NAME [--output DIR] [--ranking FILE] [--model FOLDER] [--GROUP.FIELD VALUE]`.
+"""Run the paper's studies.
 
 NAME is one of
-  layers      score against the number of reduced layers: attention, FFN, both; the last layer's free part shown apart
-  text        the control: the same reductions on the prompt's text (simulated); score lost, text over visual
+  layers      score against the number of reduced layers: attention, FFN, both; the last layer's free part is shown separately
+  text        the control: the same reductions on the prompt's text (simulated); ratio of score lost, text over visual
   fraction    share of the FFN units that visual tokens keep, 5 to 50 %
   range       attention range, from P / 64 to P visual tokens
   strategies  orders of layers: searched, by position, hybrid, random
-  probes      how many probes, strided or random
-  pruning     alone, FastV, VTW and combinations: score against FLOPs
+  probes      number of probes, strided or random
+  pruning     FastV, VTW and combinations with the reductions: score against FLOPs
   all         all of them; on the embedded model less than 20 minutes on two CPU cores
 
-Each writes NAME.json (schema:
-rlens_jax/paper_studies/study.schema.json) and NAME.png and .svg into DIR, runs/studies by default. All
-that is measured is kept in DIR's journal: a killed command goes on from there, and studies share what they have in common.
---ranking takes the orders of layers from the ranking.json of a finished run; otherwise they are searched, on the validation
-samples. All other options are those of `python -m rlens_jax.rank`; without any, the preset `studies`: the embedded model.
+Each study writes NAME.json (schema: rlens_jax/paper_studies/study.schema.json), NAME.png and NAME.svg to the output folder.
+All measurements are kept in the folder's journal: a killed command resumes there, and studies share measurements. Without
+options the preset `studies` is used: the embedded model.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlens_jax.commands.run_options import RunParser
+from rlens_jax.config import RunConfig
 from rlens_jax.console import run_command
-from rlens_jax.paper_studies.request import read_request
+from rlens_jax.errors import UserError, suggest
+from rlens_jax.hosts.cluster import several
+from rlens_jax.paper_studies.study import STUDY_NAMES
+
+ALL = "all"
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, run, print."""
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__.strip())
-        sys.exit(0)
-    request = read_request(arguments)
+    usage = "NAME [--ranking FILE] [--output DIR] [--model FOLDER]"
+    parser = RunParser("python -m rlens_jax.studies", usage, __doc__, preset="studies", output="runs/studies")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="the study, or `all`")
+    parser.add_argument(
+        "--ranking",
+        metavar="FILE",
+        type=Path,
+        help="ranking.json of a finished run of the same model with the orders of layers (default: search for them on the "
+        "validation samples)",
+    )
+    options, config = parser.parse_run(arguments)
+    known = (*STUDY_NAMES, ALL)
+    if options.name not in known:
+        name = options.name
+        missing = f"there is no study {name!r}{suggest(name, known)}" if name else "NAME is missing"
+        raise UserError(f"{missing}; choose one of {', '.join(known)}")
+    _check(config, options.name)
+    names = STUDY_NAMES if options.name == ALL else (options.name,)
     from rlens_jax.paper_studies.studies_run import run_studies
     from rlens_jax.paper_studies.study_summary import summary
 
-    studies = run_studies(request.names, request.config, request.ranking)
-    print(summary(studies, Path(request.config.output)))
+    print(summary(run_studies(names, config, options.ranking), Path(config.output)))
+
+
+def _check(config: RunConfig, name: str) -> None:
+    if several(config.hosts):
+        raise UserError("studies run in one process; set --hosts.num_processes 1, or start them on one host")
+    if config.search.objective != "teacher_forced":
+        raise UserError("search.objective must be teacher_forced: studies score by teacher forcing only")
+    if config.search.base_attention or config.search.base_ffn:
+        raise UserError("search.base_attention and search.base_ffn must be empty: studies rank from the dense model")
+    if config.compute.model_shards > 1 and name in ("text", ALL):
+        raise UserError("compute.model_shards must be 1 for the study text: its control is simulated on whole weights")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rlens_jax.config import portable
 from rlens_jax.dry_run.collectives import Collective, bytes_sent
 from rlens_jax.dry_run.costs import Cost, ProgramCost
 from rlens_jax.dry_run.dry_run import ASSUMPTIONS, LIKELY_SHARE, DryRun, Estimate, advice, program_time
@@ -70,7 +69,7 @@ def document(result: DryRun) -> str:
             "estimates": [_estimated(estimate) for estimate in result.estimates],
             "assumptions": list(ASSUMPTIONS),
             "advice": advice(result),
-            "configuration": portable(config),
+            "configuration": config.portable(),
         }
     )
 

@@ -22,9 +22,10 @@ import jax
 from jax._src import distributed  # the service's client has no public name
 from jax.experimental import multihost_utils
 
-from rlens_jax.config import HostsConfig, flat
+from rlens_jax.config import HostsConfig
 from rlens_jax.console import BAD_INPUT, INTERRUPTED, STOPPED, StopRequested, mute
 from rlens_jax.errors import UserError
+from rlens_jax.files import json_leaves
 from rlens_jax.hosts.cluster import detected, several, tpu_workers
 from rlens_jax.hosts.supervisor import PORT_TAKEN, mark_joined
 
@@ -109,7 +110,7 @@ class Processes:
         Raises:
             AgreedError: naming each fact that differs, with every process's value.
         """
-        by_process = self.gather(flat(dict(facts)))
+        by_process = self.gather(json_leaves(dict(facts)))
         names = dict.fromkeys(name for values in by_process for name in values)
         different = []
         for name in names:

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from rlens_jax.checkpoints.checkpoint import find_model, model_hash, read_model_kind
-from rlens_jax.config import RunConfig, fingerprint, portable
+from rlens_jax.config import RunConfig
 from rlens_jax.console import Progress, say
 from rlens_jax.data.splits import samples_hash
 from rlens_jax.engine.inputs import build_split
@@ -25,9 +25,8 @@ from rlens_jax.paper_studies.cases import Case, Variant
 from rlens_jax.paper_studies.layers_study import layers_study
 from rlens_jax.paper_studies.pruned_programs import PrunedForcing, PrunedPrograms
 from rlens_jax.paper_studies.pruning_study import pruning_study
-from rlens_jax.paper_studies.request import StudyName
 from rlens_jax.paper_studies.strategies import strategies_study
-from rlens_jax.paper_studies.study import Facts, Study
+from rlens_jax.paper_studies.study import Facts, Study, StudyName
 from rlens_jax.paper_studies.study_bench import Bench
 from rlens_jax.paper_studies.study_json import study_json
 from rlens_jax.paper_studies.study_plots import plot_study
@@ -74,7 +73,7 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
     orders = {} if ranking is None else read_orders(ranking, weights)
     samples = read_splits(config, kind.model_type, step_by_step=False)
     data, device = samples_hash(samples), jax.devices()[0].device_kind
-    identity = fingerprint(config, model_hash=weights, data_hash=data, device=device, jax=version("jax"))
+    identity = config.fingerprint(model_hash=weights, data_hash=data, device=device, jax=version("jax"))
     with (
         Journal.open(output, identity) as journal,
         memory_explained(compute.batch_size, compute.model_shards),
@@ -101,7 +100,7 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
             data_hash=data,
             samples=bench.samples,
             dense=metrics_of(dense),
-            configuration=portable(config),
+            configuration=config.portable(),
             versions=versions(PACKAGES),
         )
         studies = []

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from rlens_jax.paper_studies.cases import Case
+
+StudyName = Literal["layers", "text", "fraction", "range", "strategies", "probes", "pruning"]
+STUDY_NAMES: tuple[StudyName, ...] = get_args(StudyName)
 
 Bound = float | Literal["infinite", "undefined"]
 """A number, or what a ratio can be instead of one; see `Finding`."""

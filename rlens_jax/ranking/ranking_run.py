@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 
 from rlens_jax.checkpoints.checkpoint import find_model, model_hash, read_model_kind
-from rlens_jax.config import RunConfig, fingerprint, portable
+from rlens_jax.config import RunConfig
 from rlens_jax.console import Progress, say
 from rlens_jax.data.samples import load_image
 from rlens_jax.data.splits import samples_hash
@@ -106,7 +106,7 @@ def run(config: RunConfig, processes: Processes) -> Results:
     # JAX lets only the first process write compiled programs; the others find them where all see them.
     compiled = (cache_folder() if processes.count == 1 else output) / "compiled"
     compilations = start_jax(compute.matmul_precision, Path(compute.compilation_cache or compiled))
-    processes.check_same(portable(config) | {"output": config.output})
+    processes.check_same(config.portable() | {"output": config.output})
     processes.check_shared(output)
     with clock.phase("data"):
         folder = processes.agreed(lambda: find_model(config.model))
@@ -118,7 +118,7 @@ def run(config: RunConfig, processes: Processes) -> Results:
         splits = processes.in_order(read, read)
         data = samples_hash(splits)
     device = jax.devices()[0].device_kind
-    identity = fingerprint(config, model_hash=weights, data_hash=data, device=device, jax=version("jax"))
+    identity = config.fingerprint(model_hash=weights, data_hash=data, device=device, jax=version("jax"))
     processes.check_same(identity)
     with (
         processes.in_order(lambda: Journal.open(output, identity), lambda: Journal.follow(output, identity)) as journal,

@@ -6,7 +6,6 @@ from typing import Any
 
 import yaml
 
-from rlens_jax.config import portable
 from rlens_jax.files import json_text, replace_file
 from rlens_jax.reporting.html.page import report_html
 from rlens_jax.reporting.markdown import report_markdown
@@ -33,7 +32,7 @@ def write_report(results: Results, folder: Path) -> list[Path]:
     if any(result.ranking.rounds for result in results.operators.values()):
         contents["candidates.png"] = plot_candidates(results, "png")
         contents["candidates.svg"] = plot_candidates(results, "svg")
-    contents["config.yaml"] = yaml.safe_dump(portable(results.config), sort_keys=False).encode()
+    contents["config.yaml"] = yaml.safe_dump(results.config.portable(), sort_keys=False).encode()
     contents["report.md"] = report_markdown(results).encode()
     contents["report.html"] = report_html([run]).encode()
     contents[TIMING] = json_text(timing).encode()

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlens_jax.config import portable
 from rlens_jax.errors import UserError
 from rlens_jax.files import check_schema, field_error, read_json
 from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
@@ -167,7 +166,7 @@ def ranking_fields(results: Results) -> dict[str, Any]:
         "search": {name: _search(result.ranking) for name, result in results.operators.items()},
         "held_out": {name: _held_out(result) for name, result in results.operators.items()},
         "savings": {name: _saving(saving) for name, saving in results.savings.items()},
-        "configuration": portable(results.config),
+        "configuration": results.config.portable(),
         "versions": dict(results.versions),
     }
 

@@ -90,7 +90,11 @@ def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--dry-run", "v5e:4x5"], "did you mean v5e:4x"),
         (["--dry-run", "v5e:4x4", "--compute.batchsize", "2"], "unknown option --compute.batchsize"),
-        (["--json", "a.json"], "--json goes with --dry-run"),
+        (["--dry-run"], "--dry-run: expected one argument"),
+        (["--json", "a.json"], "--json needs --dry-run"),
+        (["--all-buckets"], "--all-buckets needs --dry-run"),
+        (["--all-buckets=yes", "--dry-run", "v5e:4x4"], "--all-buckets: ignored explicit argument 'yes'"),
+        (["--dry-run", "v5e:4x4", "--json", "/nowhere/at/all.json"], "the folder /nowhere/at does not exist"),
         (["--dryrun", "v5e:4x4"], r"unknown option --dryrun \(did you mean '--dry-run'\?\)"),
     ],
 )
@@ -103,4 +107,4 @@ def test_help_tells_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--dry-run: of a TPU topology such as v5e:16x16" in text
+    assert "--dry-run TOPOLOGY compile the run's programs for a TPU slice such as v5e:16x16" in text

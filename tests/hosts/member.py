@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from rlens_jax.config import load_config, portable
+from rlens_jax.commands.run_options import RunParser
 from rlens_jax.console import Progress, run_command, say
 from rlens_jax.errors import UserError
 from rlens_jax.hosts.cluster import several
@@ -19,7 +19,7 @@ IDENTITY = {"toy": 1}
 
 def main(arguments):
     case, *options = arguments
-    config = load_config(options)
+    _, config = RunParser("member.py", "", "").parse_run(options)
     output = Path(config.output)
     if several(config.hosts):
         supervised(output)
@@ -51,7 +51,7 @@ def agreements(config, processes, output):
 
     told(lambda: processes.gather(["é", processes.index]))
     told(lambda: processes.check_same({"seed": config.seed, "search": {"penalty": config.search.penalty}}))
-    told(lambda: processes.check_same(portable(config)))
+    told(lambda: processes.check_same(config.portable()))
     told(lambda: processes.agreed(find))
     told(lambda: processes.agreed(never))
     told(lambda: processes.check_shared(output))
@@ -73,7 +73,7 @@ def ranking(config, processes, output):
 
     from rlens_jax.hosts.processes import Stopper
 
-    processes.check_same(portable(config))
+    processes.check_same(config.portable())
     processes.check_shared(output)
     journal = processes.in_order(lambda: Journal.open(output, IDENTITY), lambda: Journal.follow(output, IDENTITY))
     done = processes.gather(len(journal.records()))

@@ -2,16 +2,19 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from rlens_jax.commands.studies import main
+from rlens_jax.config import RunConfig
 from rlens_jax.console import run_command
 from rlens_jax.errors import UserError
 from rlens_jax.files import json_text, replace_file
-from rlens_jax.paper_studies.request import STUDY_NAMES, read_request
+from rlens_jax.paper_studies import studies_run
 from rlens_jax.paper_studies.studies_run import read_orders
+from rlens_jax.paper_studies.study import STUDY_NAMES
 from rlens_jax.search.ranking_file import ranking_fields
 from tests.reporting.synthetic import synthetic_results
 
@@ -19,11 +22,11 @@ from tests.reporting.synthetic import synthetic_results
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "say which study; there are layers, text,"),
-        (["layer"], "no study is called 'layer' (did you mean 'layers'?); there are"),
-        (["--model", "x"], "no study is called '--model'"),
+        ([], "NAME is missing; choose one of layers, text,"),
+        (["layer"], "there is no study 'layer' (did you mean 'layers'?); choose"),
+        (["--model", "x"], "NAME is missing"),
         (["text", "--rankings", "x"], "unknown option --rankings (did you mean '--ranking'?)"),
-        (["text", "--ranking"], "option --ranking needs a value"),
+        (["text", "--ranking"], "argument --ranking: expected one argument"),
         (["text", "--data.test_sampels", "3"], "(did you mean '--data.test_samples'?)"),
         (["text", "--search.objective", "generation"], "search.objective must be teacher_forced"),
         (["text", "--search.operators", "ffn", "--search.base_attention", "1"], "must be empty"),
@@ -46,34 +49,38 @@ def test_bad_input_is_answered_in_one_line(
     assert error.count("\n") == 1
 
 
-def test_a_request() -> None:
-    request = read_request(["all"])
-    assert request.names == STUDY_NAMES
-    assert request.ranking is None
-    assert request.config.output == "runs/studies"
-    assert request.config.data.test_samples == 80
-    request = read_request(
-        [
-            "range",
-            "--ranking=a.json",
-            "--config",
-            "embedded",
-            "--output",
-            "b",
-            "--reduction.attention_range=8",
-        ]
-    )
-    assert request.names == ("range",)
-    assert request.ranking == Path("a.json")
-    assert request.config.output == "b"
-    assert request.config.reduction.attention_range == 8
-    assert request.config.data.test_samples == 150
+def requested(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[Sequence[str], RunConfig, Path | None]:
+    """What the command passes on to the studies."""
+    requests = []
+    monkeypatch.setattr(studies_run, "run_studies", lambda *request: requests.append(request) or [])
+    main(arguments)
+    (request,) = requests
+    return request
 
 
-def test_a_request_needs_no_jax() -> None:
+def test_the_defaults_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, config, ranking = requested(monkeypatch, "all")
+    assert names == STUDY_NAMES
+    assert ranking is None
+    assert config.output == "runs/studies"
+    assert config.data.test_samples == 80
+
+
+def test_options_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--ranking=a.json", "--config", "embedded", "--output", "b", "--reduction.attention_range=8"]
+    names, config, ranking = requested(monkeypatch, "range", *options)
+    assert names == ("range",)
+    assert ranking == Path("a.json")
+    assert config.output == "b"
+    assert config.reduction.attention_range == 8
+    assert config.data.test_samples == 150
+
+
+def test_bad_input_needs_no_jax() -> None:
     code = (
-        "import sys\nfrom rlens_jax.commands.studies import main\n"
-        "from rlens_jax.paper_studies.request import read_request\nread_request(['all'])\nprint('jax' in sys.modules)"
+        "import sys\nfrom rlens_jax.commands.studies import main\nfrom rlens_jax.errors import UserError\n"
+        "try: main(['all', '--search.objective=generation'])\n"
+        "except UserError: print('jax' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

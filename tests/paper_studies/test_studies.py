@@ -16,9 +16,8 @@ from rlens_jax.models.pruned import run_prompt
 from rlens_jax.paper_studies import pruning_study as pruning
 from rlens_jax.paper_studies import sweeps
 from rlens_jax.paper_studies.cases import Case, Variant, chained
-from rlens_jax.paper_studies.request import STUDY_NAMES
 from rlens_jax.paper_studies.studies_run import STUDIES, write_study
-from rlens_jax.paper_studies.study import Facts
+from rlens_jax.paper_studies.study import STUDY_NAMES, Facts
 from rlens_jax.paper_studies.study_bench import Bench
 from rlens_jax.paper_studies.study_json import study_json
 from rlens_jax.paper_studies.study_plots import plot_study

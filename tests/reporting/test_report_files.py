@@ -2,7 +2,7 @@ import os
 import subprocess
 import sys
 
-from rlens_jax.config import load_config
+from rlens_jax.commands.run_options import read_config
 from rlens_jax.files import json_text
 from rlens_jax.reporting.report_files import timing_fields, write_report
 from rlens_jax.search.ranking_file import ranking_fields
@@ -18,7 +18,7 @@ def test_all_files_are_written_and_ranking_json_last(tmp_path):
         *("config.yaml", "report.md", "report.html", "timing.json", "ranking.json"),
     }
     assert paths[-1].read_text() == json_text(ranking_fields(results))
-    again = load_config(["--config", str(tmp_path / "config.yaml"), "--output", results.config.output])
+    again = read_config([("config", str(tmp_path / "config.yaml")), ("output", results.config.output)])
     assert again == results.config
 
 

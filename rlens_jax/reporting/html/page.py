@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from rlens_jax.config import flat
 from rlens_jax.errors import UserError
+from rlens_jax.files import json_leaves
 from rlens_jax.plan import OPERATORS, Plan
 from rlens_jax.reporting.html import chart as area
 from rlens_jax.reporting.html.chart import Chart, Mark, Series, curve_chart
@@ -289,7 +289,7 @@ def _band(points: Sequence[Mapping[str, float]], unit: float) -> dict[str, Any]:
 
 
 def _comparison(runs: Sequence[RunView]) -> Comparison:
-    leaves = [flat(dict(run.files.ranking["configuration"])) for run in runs]
+    leaves = [json_leaves(dict(run.files.ranking["configuration"])) for run in runs]
     fields = dict.fromkeys(name for leaf in leaves for name in leaf)
     return Comparison(
         charts=tuple(
