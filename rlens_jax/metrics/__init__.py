@@ -1,5 +1,6 @@
-"""Scores of the eight benchmarks by VLMEvalKit's rules; pure Python and NumPy.
+"""Scores of the paper's eight benchmarks by VLMEvalKit's rules, in pure Python.
 
-`scorers.score(dataset, rows)` scores a dataset, `SCORERS[dataset].sample(row)` one answer,
-`bootstrap.bootstrap_interval(score)` says how sure a score is.
+`scorers.score(dataset, rows)` scores a dataset and `SCORERS[dataset].sample(row)` one answer. A new benchmark is one line of
+`scorers.SCORERS`, with a rule for one answer from `text_metrics` or `choice_metrics`, and an aggregate if its score is not the
+mean over the questions.
 """

@@ -1,28 +1,30 @@
-"""What a scorer reads and what it says."""
+"""The rows that scorers read, and the scores that they return."""
 
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rlens_jax.errors import UserError, suggest
+
 HARNESS = "VLMEvalKit rules, open-compass/VLMEvalKit @ e8e78f05"
-"""Whose rules every number here follows; part of every `Score`, to be stated beside its value."""
+"""The source of every rule here; part of every `Score`, to be named with its value."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One question of a benchmark's TSV file, with what a model said.
+    """One question of a benchmark's TSV file with a model's answer.
 
     Attributes:
-      index: the row's `index`, as text. HallusionBench's holds the ids of set, figure and question.
-      prediction: the model's answer as generated; each rule strips and folds what it has to.
-      answers: the references. Ten for TextVQA, one for ChartQA, MME, MMStar (a letter) and HallusionBench;
-        none where the server keeps them.
+      index: the row's `index`, as text. HallusionBench's contains the ids of set, figure and question.
+      prediction: the model's answer as generated; each rule strips and folds it as needed.
+      answers: the references. Ten for TextVQA, one for ChartQA, MME, MMStar (a letter) and HallusionBench; none where
+        the makers withhold them.
       category: OCRBench, MME, MMStar, HallusionBench.
       l2_category: MMStar, HallusionBench.
       split: ChartQA, `test_human` or `test_augmented`.
-      image: MME's `image_path`: the two questions of a pair share it.
-      options: MMStar, the text of each letter; a letter without text is left out.
+      image: MME's `image_path`, which the two questions of a pair share.
+      options: MMStar, text per letter, without letters that have no text.
     """
 
     index: str
@@ -37,9 +39,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Ratio:
-    """`scale` times a quotient of two sums over groups of rows, the form that every aggregate here is made of.
+    """`scale` times a quotient of two sums over groups of rows. Every score here is a sum of ratios.
 
-    A mean is one ratio, MME's score the sum of 28. Kept by group, so that a bootstrap can weigh the groups.
+    A mean is one ratio, MME's score the sum of 28. The sums are kept per group so that a bootstrap can weigh groups.
     """
 
     scale: float
@@ -48,12 +50,12 @@ class Ratio:
 
     @property
     def value(self) -> float:
-        """With exactly rounded sums: the order of the rows cannot change a score."""
+        """The ratio, of exactly rounded sums: the order of the rows cannot change a score."""
         return self.scale * math.fsum(self.numerators.values()) / math.fsum(self.denominators.values())
 
 
 def mean_ratio(scale: float, groups: Iterable[str], outcomes: Iterable[float]) -> Ratio:
-    """`scale` times the mean of the outcomes, each of which belongs to the group beside it."""
+    """`scale` times the mean of the outcomes; `groups` names the group of each outcome."""
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, float] = defaultdict(float)
     for group, outcome in zip(groups, outcomes, strict=True):
@@ -63,23 +65,33 @@ def mean_ratio(scale: float, groups: Iterable[str], outcomes: Iterable[float]) -
 
 
 def outcomes_by(labels: Sequence[str | None], outcomes: Sequence[float]) -> dict[str, list[float]]:
-    """The outcomes under each label, labels sorted; rows without a label are left out."""
-    found: dict[str, list[float]] = defaultdict(list)
+    """The outcomes per label, labels sorted; rows without a label are left out."""
+    by_label: dict[str, list[float]] = defaultdict(list)
     for label, outcome in zip(labels, outcomes, strict=True):
         if label is not None:
-            found[label].append(outcome)
-    return {label: found[label] for label in sorted(found)}
+            by_label[label].append(outcome)
+    return {label: by_label[label] for label in sorted(by_label)}
+
+
+def check_category(benchmark: str, row: Row, categories: Sequence[str]) -> str:
+    """The row's category. UserError unless it is one of `categories`."""
+    if row.category is None or row.category not in categories:
+        raise UserError(
+            f"{benchmark}: row {row.index}: unknown category {row.category!r}"
+            f"{suggest(row.category or '', categories)}; known: {', '.join(categories)}"
+        )
+    return row.category
 
 
 @dataclass(frozen=True)
 class Aggregate:
-    """What the rows of a dataset come to.
+    """The score of a dataset in parts.
 
     Attributes:
       ratios: their values add up to the dataset's score.
       breakdown: parts of the score by name: "perception", "category/color/acc+", "split/test_human", ...
-      groups: each row's group, which a bootstrap draws or leaves as a whole.
-      strata: each row's stratum: draws keep the number of groups of each.
+      groups: the group of each row. A bootstrap draws or leaves out whole groups.
+      strata: the stratum of each row. A draw keeps the number of groups per stratum.
     """
 
     ratios: tuple[Ratio, ...]
@@ -90,14 +102,14 @@ class Aggregate:
 
 @dataclass(frozen=True)
 class Score(Aggregate):
-    """A dataset's score, and what it is made of.
+    """A dataset's score and its parts.
 
     Attributes:
-      dataset: VLMEvalKit's name of it.
-      value: on the scale that is published, in `unit`.
+      dataset: VLMEvalKit's name.
+      value: the score on its published scale, in `unit`.
       unit: "%", "of 1000" (OCRBench) or "of 2800" (MME).
-      per_sample: each row's own score in [0, 1], in the order of the rows.
-      harness: whose rules these are.
+      per_sample: the score of each row, in [0, 1], in the order of the rows.
+      harness: the source of the rules.
     """
 
     dataset: str

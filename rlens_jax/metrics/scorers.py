@@ -7,24 +7,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.metrics.anls import anls
-from rlens_jax.metrics.containment import contains_answer, ocrbench
-from rlens_jax.metrics.hallusion_bench import hallusion_bench
-from rlens_jax.metrics.mme import mme
-from rlens_jax.metrics.multiple_choice import choice_accuracy
-from rlens_jax.metrics.relaxed import relaxed_accuracy
+from rlens_jax.metrics.choice_metrics import choice_accuracy, hallusion_bench, mme, yes_no_accuracy
 from rlens_jax.metrics.score import Aggregate, Row, Score, mean_ratio, outcomes_by
-from rlens_jax.metrics.vqa_accuracy import vqa_accuracy
-from rlens_jax.metrics.yes_no import yes_no_accuracy
+from rlens_jax.metrics.text_metrics import anls, contains_answer, ocrbench, relaxed_accuracy, vqa_accuracy
 
 _BREAKDOWN_FIELDS = ("split", "category", "l2_category")
-_SERVER_ONLY = ("DocVQA_TEST", "InfoVQA_TEST")
 
 
 def mean_accuracy(rows: Sequence[Row], per_sample: Sequence[float]) -> Aggregate:
-    """100 times the mean over the rows (not over categories), and the same within each split and category.
+    """100 times the mean over the rows (not over categories), and the same per split and category.
 
-    A group is a question.
+    Each question is a group.
     """
     names = tuple(row.index for row in rows)
     breakdown = {}
@@ -41,21 +34,23 @@ class Scorer:
     Attributes:
       sample: the score in [0, 1] of a row, which must have an answer.
       aggregate: the dataset's score, from its rows and their scores.
-      unit: of the dataset's score.
+      unit: unit of the dataset's score.
+      withheld: whether only the benchmark's server has the answers.
     """
 
     sample: Callable[[Row], float]
     aggregate: Callable[[Sequence[Row], Sequence[float]], Aggregate] = mean_accuracy
     unit: str = "%"
+    withheld: bool = False
 
 
 SCORERS: Mapping[str, Scorer] = MappingProxyType(
     {
         "OCRBench": Scorer(contains_answer, ocrbench, "of 1000"),
         "DocVQA_VAL": Scorer(anls),
-        "DocVQA_TEST": Scorer(anls),
+        "DocVQA_TEST": Scorer(anls, withheld=True),
         "InfoVQA_VAL": Scorer(anls),
-        "InfoVQA_TEST": Scorer(anls),
+        "InfoVQA_TEST": Scorer(anls, withheld=True),
         "ChartQA_TEST": Scorer(relaxed_accuracy),
         "TextVQA_VAL": Scorer(vqa_accuracy),
         "MME": Scorer(yes_no_accuracy, mme, "of 2800"),
@@ -63,15 +58,15 @@ SCORERS: Mapping[str, Scorer] = MappingProxyType(
         "HallusionBench": Scorer(yes_no_accuracy, hallusion_bench),
     }
 )
-"""By dataset. `*_TEST` of DocVQA and InfoVQA can be scored by who has the answers, which are not published."""
+"""By dataset. Those who have the withheld answers can score these datasets, too."""
 
 
 def score(dataset: str, rows: Sequence[Row]) -> Score:
-    """The score of a dataset's rows, all of them or a part.
+    """Score all or some of a dataset's rows.
 
     Raises:
-      UserError: an unknown dataset, no rows, an index twice, a row without answers, or what the dataset's
-        scorer says.
+      UserError: the dataset is unknown, there are no rows, an index occurs twice, a row has no answers, or the
+        dataset's scorer refuses a row.
     """
     if dataset not in SCORERS:
         raise UserError(f"unknown dataset {dataset!r}{suggest(dataset, SCORERS)}; known: {', '.join(SCORERS)}")
@@ -79,19 +74,17 @@ def score(dataset: str, rows: Sequence[Row]) -> Score:
         raise UserError(f"{dataset}: no rows to score")
     (index, times), *_ = Counter(row.index for row in rows).most_common(1)
     if times > 1:
-        raise UserError(f"{dataset}: index {index} occurs {times} times; one row a question")
+        raise UserError(f"{dataset}: index {index} occurs {times} times; each question must have one row")
+    scorer = SCORERS[dataset]
     for row in rows:
         if not row.answers:
-            raise UserError(
-                f"{dataset}: row {row.index} has no answers; "
-                + (
-                    "those of this split are on the benchmark's server only: submit the predictions there, or "
-                    f"score {dataset.replace('TEST', 'VAL')}"
-                    if dataset in _SERVER_ONLY
-                    else "complete the row"
-                )
+            remedy = (
+                "only the benchmark's server has the answers of this split: submit the predictions there, or score "
+                f"{dataset.replace('TEST', 'VAL')}"
+                if scorer.withheld
+                else "complete the row"
             )
-    scorer = SCORERS[dataset]
+            raise UserError(f"{dataset}: row {row.index} has no answers; {remedy}")
     per_sample = tuple(scorer.sample(row) for row in rows)
     aggregate = scorer.aggregate(rows, per_sample)
     return Score(

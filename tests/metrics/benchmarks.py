@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from rlens_jax.metrics.mme import PERCEPTION, REASONING
+from rlens_jax.metrics.choice_metrics import PERCEPTION, REASONING
 from rlens_jax.metrics.score import Row
 
 Pairs = Sequence[Sequence[int]]

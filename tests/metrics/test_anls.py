@@ -2,9 +2,9 @@
 
 import pytest
 
-from rlens_jax.metrics.anls import anls
 from rlens_jax.metrics.score import Row
 from rlens_jax.metrics.scorers import score
+from rlens_jax.metrics.text_metrics import anls
 
 CASES = [
     # The same but for case and white space.

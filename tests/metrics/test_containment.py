@@ -3,9 +3,9 @@
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.metrics.containment import FORMULA, GROUPS, contains_answer
 from rlens_jax.metrics.score import Row
 from rlens_jax.metrics.scorers import score
+from rlens_jax.metrics.text_metrics import FORMULA, OCRBENCH_GROUPS, contains_answer
 
 TEXT = [
     ("cat", ["cat"], 1),
@@ -102,7 +102,7 @@ def test_formulas(prediction: str, answers: list[str], expected: float):
     assert contains_answer(Row("0", prediction, tuple(answers), category=FORMULA)) == expected
 
 
-CATEGORIES = [category for categories in GROUPS.values() for category in categories]
+CATEGORIES = [category for categories in OCRBENCH_GROUPS.values() for category in categories]
 SIZES = [50] * 6 + [200] * 3 + [100]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.metrics.mme import PERCEPTION, REASONING
+from rlens_jax.metrics.choice_metrics import PERCEPTION, REASONING
 from rlens_jax.metrics.score import Row
 from rlens_jax.metrics.scorers import score
 from tests.metrics.benchmarks import Pairs, mme_rows

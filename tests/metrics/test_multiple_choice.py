@@ -3,7 +3,7 @@
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.metrics.multiple_choice import choice_accuracy, extract_choice
+from rlens_jax.metrics.choice_metrics import choice_accuracy, extract_choice
 from rlens_jax.metrics.score import Row
 from rlens_jax.metrics.scorers import score
 

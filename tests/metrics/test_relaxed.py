@@ -2,9 +2,9 @@
 
 import pytest
 
-from rlens_jax.metrics.relaxed import relaxed_accuracy
 from rlens_jax.metrics.score import Row
 from rlens_jax.metrics.scorers import score
+from rlens_jax.metrics.text_metrics import relaxed_accuracy
 
 CASES = [
     # Five percent of the reference, inclusive.

@@ -4,7 +4,7 @@ import pytest
 
 from rlens_jax.metrics.score import Row
 from rlens_jax.metrics.scorers import score
-from rlens_jax.metrics.vqa_accuracy import normalise_answer, vqa_accuracy
+from rlens_jax.metrics.text_metrics import normalise_answer, vqa_accuracy
 
 NORMALISED = [
     ("Cat", "cat"),

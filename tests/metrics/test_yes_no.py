@@ -3,8 +3,8 @@
 import pytest
 
 from rlens_jax.errors import UserError
+from rlens_jax.metrics.choice_metrics import extract_yes_no, yes_no_accuracy
 from rlens_jax.metrics.score import Row
-from rlens_jax.metrics.yes_no import extract_yes_no, yes_no_accuracy
 
 CASES = [
     ("Yes", "Yes"),
