@@ -18,7 +18,7 @@ from rlens_jax.families.internvl.model import InternVLConfig, Native, cut_tiles
 from rlens_jax.models.prompt import Prompt, PromptBatch, collate
 from tests.families.pair import text_inputs
 from tests.sequences import bucket_for
-from tests.torch_support import allow_transformers_models, redraw
+from tests.torch_support import redraw
 
 TILE, PATCH = 16, 2
 NATIVE = Native(min_tiles=1, max_tiles=6, thumbnail=True, template="internvl2_5")
@@ -60,7 +60,6 @@ def tiny_internvl(seed: int, text_model: str = "qwen2", vision: dict | None = No
         vision: fields of the vision config.
         overrides: fields of the text config, or the top-level `tie_word_embeddings`.
     """
-    allow_transformers_models()
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
     tied = overrides.pop("tie_word_embeddings", False)

@@ -17,9 +17,6 @@ from PIL import Image
 
 from rlens_jax.commands.rank import main
 from rlens_jax.console import run_command
-from tests.torch_support import allow_transformers_models
-
-allow_transformers_models()
 
 SMALL = (
     "--data.validation_samples=6",
@@ -56,11 +53,9 @@ def rank(arguments: Sequence[str]) -> int:
 
 def started(arguments: Sequence[str]) -> subprocess.Popen[str]:
     """The command in a process of its own."""
-    hidden = str(Path(__file__).parent / "without_torchvision")
-    path = os.pathsep.join([hidden, os.environ.get("PYTHONPATH", "")])
     # A shell's background jobs ignore Ctrl-C, and pass that on.
     command = ["env", "--default-signal=INT", sys.executable, "-m", "rlens_jax.rank", *arguments]
-    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

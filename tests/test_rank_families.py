@@ -12,9 +12,7 @@ from tests import internvl_support as internvl
 from tests import torch_minicpm_v as minicpm
 from tests.families import llava
 from tests.families.test_llava_preparer import write_texts
-from tests.torch_support import allow_transformers_models, save_tiny
-
-allow_transformers_models()
+from tests.torch_support import save_tiny
 
 SIZES = ((40, 90), (61, 47), (24, 20), (33, 70))
 

@@ -25,11 +25,9 @@ SMALL = (
 
 
 def start(folder: Path, output: Path, hosts: Sequence[str]) -> subprocess.Popen[str]:
-    hidden = str(Path(__file__).parent / "without_torchvision")
-    path = os.pathsep.join([hidden, os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "rlens_jax.rank", f"--output={output}", *SMALL, *hosts]
     command += [f"--data.cache={folder / 'data'}", f"--compute.compilation_cache={folder / 'compiled'}"]
-    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

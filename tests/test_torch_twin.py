@@ -11,9 +11,7 @@ from rlens_jax.torch_twin import decoder_layers, reduced
 from tests import torch_reductions
 from tests.families.prompts import Example, hf_inputs, make_example
 from tests.numerics import assert_close, error
-from tests.torch_support import allow_transformers_models, redraw, tiny_qwen2_vl
-
-allow_transformers_models()
+from tests.torch_support import redraw, tiny_qwen2_vl
 
 SMALL = Reduction(attention_range=5, active_fraction=0.3)
 BOTH = Plan(attention=(0, 2, 3), ffn=(1, 2, 4))

@@ -28,9 +28,7 @@ from tests.checkpoints import tiny
 from tests.families.prompts import hf_inputs, make_example
 from tests.parity.command import refusal, validate
 from tests.reporting.synthetic import synthetic_results
-from tests.torch_support import allow_transformers_models, save_tiny, tiny_qwen2_vl
-
-allow_transformers_models()
+from tests.torch_support import save_tiny, tiny_qwen2_vl
 
 SMALL = Reduction(attention_range=5, active_fraction=0.3)
 PLANS = (Plan(), Plan(attention=(1, 3)), Plan(ffn=(0, 2)), Plan(attention=(0, 2, 3), ffn=(1, 2, 4)))

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from tests.torch_support import allow_transformers_models, redraw
+from tests.torch_support import redraw
 
 PATCH, RESOLUTION, NUM_QUERIES, WIDTH = 8, 64, 5, 256
 MARKS = ("<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>")
@@ -131,7 +131,6 @@ class MiniCPMV(torch.nn.Module):
 
     def __init__(self, seed: int, **overrides):
         super().__init__()
-        allow_transformers_models()
         from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
         rope = {"rope_type": "default", "rope_theta": 10000.0}
@@ -217,7 +216,6 @@ def position_ids(rows: int, columns: int, side: int) -> torch.Tensor:
 
 def cut_views(image: Image.Image) -> tuple[list[torch.Tensor], tuple[int, int] | None]:
     """Normalised views [3, h, w] of an image, and columns and rows of its slices."""
-    allow_transformers_models()
     from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
     fields = preprocessor_json()

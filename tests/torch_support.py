@@ -1,19 +1,8 @@
 """Tiny random PyTorch models of the supported families, to compare with."""
 
-from functools import cache
 from pathlib import Path
 
 import torch
-
-
-@cache  # the definitions live as long as the library object
-def allow_transformers_models() -> torch.library.Library:
-    """Run before the first import of a transformers model: torchvision asks for operators CPU builds lack."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
 
 
 def redraw(model: torch.nn.Module, seed: int) -> None:
@@ -41,7 +30,6 @@ def tiny_qwen2_vl(seed: int, **overrides) -> torch.nn.Module:
         overrides: fields of the text config, `vision_config=dict(...)` with fields of the vision config, or
             the top-level `tie_word_embeddings`.
     """
-    allow_transformers_models()
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     text = {

@@ -15,7 +15,6 @@ from rlens_jax.demo.batches import (
     make_patches,
 )
 from rlens_jax.demo.processor import TOKENS
-from tests.torch_support import allow_transformers_models
 
 IDS = {token: number for number, token in enumerate(TOKENS)}
 
@@ -26,7 +25,6 @@ def page() -> Page:
 
 
 def test_patches_are_those_of_the_image_processor(page: Page, tmp_path) -> None:
-    allow_transformers_models()
     from PIL import Image
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

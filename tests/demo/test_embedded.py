@@ -17,9 +17,6 @@ from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import collate
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.resources import embedded_model
-from tests.torch_support import allow_transformers_models
-
-allow_transformers_models()
 
 TOLERANCE = 1e-4
 

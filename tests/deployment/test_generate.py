@@ -17,9 +17,6 @@ from rlens_jax.deployment.deployed_model import DeployedModel, slot_sizes
 from rlens_jax.deployment.deployed_programs import automatic_chunk
 from rlens_jax.errors import UserError
 from rlens_jax.plan_file import FORMAT
-from tests.torch_support import allow_transformers_models
-
-allow_transformers_models()
 
 QUESTIONS = ("digit at row 1 column 2 ?", "largest digit of row 2 ?", "ink at row 2 column 1 ?")
 """Answers of one word."""

@@ -5,7 +5,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -26,9 +25,6 @@ from rlens_jax.data.pages import make_page
 from rlens_jax.evaluation import answers as answers_module
 from rlens_jax.evaluation.answers import FILE_NAME, Answers
 from rlens_jax.plan_file import FORMAT, read_plan
-from tests.torch_support import allow_transformers_models
-
-allow_transformers_models()
 
 SCHEMA = json.loads((Path(answers_module.__file__).parent / "evaluation.schema.json").read_text())
 PAGES = 9
@@ -193,11 +189,9 @@ def test_interrupted_anywhere_and_resumed(
 
 def test_killed_and_resumed(finished: Path, data: Path, plan_path: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    hidden = str(Path(__file__).parent.parent / "without_torchvision")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([hidden, os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "rlens_jax.evaluate", *arguments(data, plan_path, output)]
     log, errors = output / FILE_NAME, tmp_path / "errors"
-    with errors.open("wb") as file, subprocess.Popen(command, env=environment, stderr=file) as process:
+    with errors.open("wb") as file, subprocess.Popen(command, stderr=file) as process:
         while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 1):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)

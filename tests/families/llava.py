@@ -13,9 +13,7 @@ from rlens_jax.families.llava_onevision.model import Size, base_sources, cut_pat
 from rlens_jax.models.prompt import Prompt, PromptBatch, collate
 from tests.families.pair import text_inputs
 from tests.sequences import bucket_for
-from tests.torch_support import allow_transformers_models, redraw
-
-allow_transformers_models()
+from tests.torch_support import redraw
 
 VIEW, PATCH, SIDE = 14, 4, 3
 """Pixels a side of a view, of a patch, and patches a side: two pixels of a view are cut off, as in the published models."""

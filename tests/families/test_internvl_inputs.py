@@ -31,7 +31,7 @@ from tests.internvl_support import (
     tiny_internvl,
 )
 from tests.numerics import assert_close
-from tests.torch_support import allow_transformers_models, save_tiny
+from tests.torch_support import save_tiny
 
 GRIDS = [
     # width, height, most tiles: columns, rows
@@ -134,7 +134,6 @@ def hf(tmp_path_factory) -> Path:
 
 
 def preparer(folder: Path, patch_slots=(64, 256, 512)) -> Preparer:
-    allow_transformers_models()
     return Preparer(folder, read_model_kind(folder).config, patch_slots)
 
 

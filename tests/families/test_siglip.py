@@ -15,7 +15,7 @@ from rlens_jax.families.siglip import SiglipTower, read_siglip
 from rlens_jax.families.siglip_weights import siglip_parts
 from rlens_jax.families.table import Table
 from tests.numerics import assert_close, error
-from tests.torch_support import allow_transformers_models, redraw
+from tests.torch_support import redraw
 
 TOLERANCE = 1e-5
 FIELDS = {
@@ -40,7 +40,6 @@ class Holder(nnx.Module):
 
 @pytest.fixture(scope="module")
 def theirs() -> torch.nn.Module:
-    allow_transformers_models()
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     config = SiglipVisionConfig(**FIELDS, vision_use_head=False, attn_implementation="eager")

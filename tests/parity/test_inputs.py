@@ -26,9 +26,7 @@ from tests import torch_reductions
 from tests.families import llava
 from tests.families.test_llava_preparer import write_texts
 from tests.parity.command import refusal, validate
-from tests.torch_support import allow_transformers_models, save_tiny
-
-allow_transformers_models()
+from tests.torch_support import save_tiny
 
 SMALL = Reduction(attention_range=5, active_fraction=0.3)
 PLANS = (Plan(), Plan(attention=(0, 2, 3), ffn=(1, 2, 4)))
