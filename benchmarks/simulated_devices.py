@@ -88,7 +88,7 @@ def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
     preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, config.compute.patch_slots)
     stop_token = preparer.chat.stop_token
     programs = Programs(model, mesh, config.reduction, seed=0, new_tokens=1, stop_token=stop_token)
-    members = read_splits(config, kind.model_type, step_by_step=False)["validation"]
+    members = read_splits(config.data, kind.model_type, seed=config.seed, step_by_step=False)["validation"]
     shapes = Shapes(config.compute.text_slots, config.compute.visual_slots, 8, kind.config.decoder.context)
     split = build_split(members, preparer, programs, shapes, True, lambda: None)
     num_layers = kind.config.decoder.num_layers

@@ -238,21 +238,17 @@ class RunConfig:
         del values["data"]["cache"], values["data"]["benchmarks"]
         return values
 
-    def fingerprint(self, *, model_hash: str, data_hash: str, **facts: str) -> dict[str, Any]:
+    def deciding_settings(self) -> dict[str, Any]:
         """The values that must agree for a journal to be resumed: a run's folder holds one search.
 
         Left out is what changes neither outcome nor ranking: folders, the memory for base states, the report's options, and
-        the mesh (with another mesh, outcomes differ in rounding at most).
-
-        Args:
-            model_hash: hash of the weights, in place of the model's folder.
-            data_hash: hash of the samples, in place of their source.
-            facts: further facts of the machine that decide outcomes, such as the kind of device.
+        the mesh (with another mesh, outcomes differ in rounding at most). Hashes stand for the model and the samples
+        (`rlens_jax.engine.session`).
         """
         values = self.portable()
         del values["model"], values["report"], values["data"]["source"]
         del values["compute"]["state_memory_gb"], values["compute"]["model_shards"]
-        return {"model_hash": model_hash, "data_hash": data_hash, **facts, **values}
+        return values
 
 
 def field_types(cls: type[Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ static bands, whatever the images of a sample look like. What precedes what is d
 Axis letters: B batch, X text slots, P visual slots, T = X + P packed query slots, S packed key slots.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, no_type_check
 
@@ -35,6 +35,11 @@ class Bucket:
     def slots(self) -> int:
         """Packed slots per sample, T."""
         return self.text + self.visual
+
+
+def smallest_bucket(sizes: Iterable[int], count: int) -> int | None:
+    """The smallest of the bucket sizes that holds `count`, None if none does."""
+    return min((size for size in sizes if size >= count), default=None)
 
 
 @no_type_check

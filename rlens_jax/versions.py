@@ -1,16 +1,24 @@
-"""Which versions computed a result, for the records that are kept beside it."""
+"""The versions that are recorded with every result."""
 
 import platform
-from collections.abc import Iterable
 from importlib.metadata import version
 
 from rlens_jax import __version__
 
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "pillow",
+    "orbax-checkpoint",
+)
 
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of Python, of this package, and of the installed `packages`."""
-    return {
-        "python": platform.python_version(),
-        "rlens_jax": __version__,
-        **{package: version(package) for package in packages},
-    }
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package, and of all `PACKAGES`."""
+    packages = {package: version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), "rlens_jax": __version__, **packages}

@@ -44,7 +44,6 @@ from rlens_jax.versions import versions
 
 FORMAT = "rlens-conversion/1"
 RECORD, CARRIED = "conversion.json", "carried.safetensors"
-PACKAGES = ("jax", "flax", "numpy", "orbax-checkpoint", "safetensors", "transformers")
 WEIGHTS = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -284,7 +283,7 @@ def _record(
         "source": {"name": name, "revision": revision},
         "model_type": kind.model_type,
         "dtype": None if dtype is None else str(dtype),
-        "versions": versions(PACKAGES),
+        "versions": versions(),
         "files": [],
         "tensors": tensors,
         "carried": [{"name": name, "reason": ignored.reason} for name, ignored in published.ignored.items()],

@@ -2,9 +2,8 @@
 
 from argparse import ArgumentParser
 
+from rlens_jax.config import DTYPES
 from rlens_jax.plan_file import add_plan_options
-
-DTYPES = ("float32", "bfloat16")
 
 
 def add_model_options(parser: ArgumentParser) -> None:

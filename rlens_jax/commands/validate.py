@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlens_jax.config import DTYPES
 from rlens_jax.console import ArgumentParser, Progress, run_command
 from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan, Reduction
 
 TOLERANCE = 1e-4
-DTYPES = ("float32", "bfloat16")
 
 
 def main(arguments: Sequence[str]) -> None:

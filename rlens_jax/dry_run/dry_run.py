@@ -6,7 +6,7 @@ traffic at peak rates, whichever takes longer, plus the time to send its collect
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from rlens_jax.dry_run.costs import Cost
 from rlens_jax.dry_run.program import CompiledProgram, Program, ProgramSpec, compile_program, program_specs
 from rlens_jax.dry_run.topology import Slice, slice_devices
 from rlens_jax.dry_run.workload import Phase, Sizes, Workload, workload
-from rlens_jax.engine.batch_size import with_batch_size
+from rlens_jax.engine.sizes import fitting_batch_size
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.sharding.mesh import check_fits, make_mesh
@@ -99,7 +99,9 @@ def dry_run(config: RunConfig, target: Slice, *, all_buckets: bool, progress: Ca
     mesh = make_mesh(devices, shards)
     if not config.compute.batch_size:
         progress("looking for the batch size that fits")
-        config = with_batch_size(config, kind, mesh, target.memory_limit)
+        available = target.memory_limit
+        rows = fitting_batch_size(config.compute, config.reduction, config.search, kind, mesh, available)
+        config = replace(config, compute=replace(config.compute, batch_size=rows))
     mesh_shape = (len(devices) // shards, shards)
     counts = workload(config, _sizes(config, kind, mesh_shape[0]))
     specs = program_specs(config, kind, mesh, all_buckets=all_buckets)

@@ -17,10 +17,16 @@ from rlens_jax.config import RunConfig
 from rlens_jax.dry_run.collectives import Collective, find_collectives
 from rlens_jax.dry_run.costs import Cost, ProgramCost, program_cost, reduced, unreduced
 from rlens_jax.dry_run.hlo import Loops, parse_module
-from rlens_jax.engine.abstract import Placed, abstract_model, bytes_on_device, decoder_arguments
 from rlens_jax.engine.inputs import images_together
-from rlens_jax.engine.memory import bytes_refused, is_out_of_memory
 from rlens_jax.engine.programs import Programs
+from rlens_jax.engine.sizes import (
+    Placed,
+    abstract_model,
+    bytes_on_device,
+    bytes_refused,
+    decoder_arguments,
+    is_out_of_memory,
+)
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import Bucket
 from rlens_jax.ops.attention_tpu import kernel_flops

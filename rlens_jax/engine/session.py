@@ -1,6 +1,10 @@
-"""What a configuration names, taken from disk: the samples, and the model on its mesh with all that prepares its inputs."""
+"""The start of a run: model files, samples, JAX, the identity of the work, its journal, and the model on its mesh."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -9,57 +13,154 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from rlens_jax.checkpoints.checkpoint import load_model
-from rlens_jax.config import RunConfig
-from rlens_jax.data.splits import Splits, load_splits
-from rlens_jax.engine.batch_size import with_batch_size
+from rlens_jax.checkpoints.checkpoint import find_model, load_model, model_hash, read_model_kind
+from rlens_jax.config import ComputeConfig, DataConfig, SearchConfig
+from rlens_jax.console import say
+from rlens_jax.data.splits import Splits, load_splits, samples_hash
 from rlens_jax.engine.inputs import Preparer, Shapes
-from rlens_jax.engine.memory import device_bytes
+from rlens_jax.engine.sizes import device_bytes, fitting_batch_size
 from rlens_jax.families.registry import FAMILIES, ModelKind
+from rlens_jax.hosts.processes import Processes
+from rlens_jax.hosts.startup import CompilationCounter, start_jax
+from rlens_jax.plan import Reduction
 from rlens_jax.resources import cache_folder
+from rlens_jax.search.journal import Journal
 from rlens_jax.sharding.mesh import check_fits, make_mesh
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model, ready to be given samples."""
+class ModelFolder:
+    """A checkpoint on disk: its description is read, its weights are not."""
 
-    mesh: Mesh
-    model: nnx.Module
-    """Laid out on the mesh."""
-    preparer: Preparer
-    chat: Any
-    """The preparer's tokenizer."""
-    shapes: Shapes
+    path: Path
+    kind: ModelKind
+    weights_hash: str
+
+    @classmethod
+    def find(cls, model: str | Path, processes: Processes) -> "ModelFolder":
+        """The folder that `model` names; UserError unless it holds a supported model."""
+        path = processes.agreed(lambda: find_model(model))
+        weights_hash = processes.agreed(lambda: model_hash(path))
+        return cls(path, processes.agreed(lambda: read_model_kind(path)), weights_hash)
+
+    def identity(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What must agree before finished work is resumed: the weights, the kind of device, JAX, and `settings`."""
+        device = jax.devices()[0].device_kind
+        return {"model_hash": self.weights_hash, "device": device, "jax": version("jax"), **settings}
 
 
-def read_splits(config: RunConfig, model_type: str, *, step_by_step: bool) -> Splits:
+def start(compute: ComputeConfig, output: Path, processes: Processes) -> CompilationCounter:
+    """Start JAX as `start_jax`; the compilation cache is the configured one, or one that all processes see.
+
+    JAX lets only process 0 write compiled programs. The other processes read them from the shared output folder.
+    """
+    shared = cache_folder() if processes.count == 1 else output
+    return start_jax(compute.matmul_precision, Path(compute.compilation_cache or shared / "compiled"))
+
+
+def read_splits(data: DataConfig, model_type: str, *, seed: int, step_by_step: bool) -> Splits:
     """The samples of a configuration; arguments and errors as of `load_splits`."""
-    data = config.data
     return load_splits(
         data.source,
         Path(data.cache or cache_folder() / "data"),
         validation_samples=data.validation_samples,
         test_samples=data.test_samples,
         held_out_share=data.held_out_share,
-        seed=config.seed,
+        seed=seed,
         benchmarks=data.benchmarks,
         family=model_type,
         step_by_step=step_by_step,
     )
 
 
-def load(config: RunConfig, folder: Path, kind: ModelKind) -> Loaded:
-    """The model of a configuration on all devices; `folder` is its folder and `kind` what that describes.
+@dataclass(frozen=True)
+class Session:
+    """A run whose inputs are known and whose journal is open.
+
+    Attributes:
+        folder: the model.
+        splits: the samples of each split.
+        data_hash: of all samples.
+        journal: the finished evaluations.
+        resumed: how many of them an earlier run made.
+        processes: the processes of the run.
+    """
+
+    folder: ModelFolder
+    splits: Splits
+    data_hash: str
+    journal: Journal
+    resumed: int
+    processes: Processes
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        model: str,
+        output: Path,
+        data: DataConfig,
+        settings: Mapping[str, Any],
+        processes: Processes,
+        *,
+        seed: int,
+        step_by_step: bool = False,
+    ) -> Iterator["Session"]:
+        """Find the model, read the samples and open the journal in `output`; all processes agree on each.
+
+        Args:
+            model: "embedded", or the folder of a checkpoint.
+            output: folder of the run.
+            data: where the samples are.
+            settings: what of the configuration decides the outcomes (`config.deciding_settings`).
+            processes: the processes of the run.
+            seed: draws the split of a JSONL file.
+            step_by_step: whether the model may reason before it answers.
+
+        Raises:
+            UserError: no such model, unusable samples, or a journal that belongs to other inputs or settings.
+        """
+        processes.check_shared(output)
+        folder = ModelFolder.find(model, processes)
+        read = partial(read_splits, data, folder.kind.model_type, seed=seed, step_by_step=step_by_step)
+        # The first process to need a dataset prepares it in the cache, which the processes may share.
+        splits = processes.in_order(read, read)
+        data_hash = samples_hash(splits)
+        identity = folder.identity({"data_hash": data_hash, **settings})
+        processes.check_same(identity)
+        with processes.in_order(
+            lambda: Journal.open(output, identity), lambda: Journal.follow(output, identity)
+        ) as journal:
+            if journal.repaired:
+                say(journal.repaired)
+            resumed = len(journal.records())
+            processes.check_same({"finished evaluations": resumed})
+            yield cls(folder, splits, data_hash, journal, resumed, processes)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its mesh, and what prepares its inputs."""
+
+    mesh: Mesh
+    module: nnx.Module
+    preparer: Preparer
+    chat: Any
+    """The preparer's tokenizer."""
+    shapes: Shapes
+
+
+def load(folder: ModelFolder, compute: ComputeConfig, reduction: Reduction, search: SearchConfig) -> LoadedModel:
+    """Load the model on all devices; an open batch size becomes the largest that fits into their memory.
 
     Raises:
-        UserError: the mesh fits neither devices nor model, not one row fits into memory, or the folder cannot be used.
+        UserError: the mesh does not divide devices or model, not one row fits into memory, or the folder is not usable.
     """
-    compute, decoder = config.compute, kind.config.decoder
-    check_fits(decoder.sizes, compute.model_shards)
+    kind = folder.kind
+    check_fits(kind.config.decoder.sizes, compute.model_shards)
     mesh = make_mesh(jax.devices(), compute.model_shards)
-    batch_size = with_batch_size(config, kind, mesh, device_bytes(mesh)).compute.batch_size
-    _, model = load_model(folder, jnp.dtype(compute.dtype), mesh=mesh)
-    preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, compute.patch_slots)
-    shapes = Shapes(compute.text_slots, compute.visual_slots, batch_size, decoder.context)
-    return Loaded(mesh, model, preparer, preparer.chat, shapes)
+    rows = compute.batch_size or fitting_batch_size(compute, reduction, search, kind, mesh, device_bytes(mesh))
+    _, module = load_model(folder.path, jnp.dtype(compute.dtype), mesh=mesh)
+    preparer = FAMILIES[kind.model_type].preparer(folder.path, kind.config, compute.patch_slots)
+    shapes = Shapes(compute.text_slots, compute.visual_slots, rows, kind.config.decoder.context)
+    return LoadedModel(mesh, module, preparer, preparer.chat, shapes)

@@ -38,7 +38,6 @@ from rlens_jax.versions import versions
 
 WINDOW_BATCHES = 8
 """Batches' worth of questions that are prepared together, so that batches of several shapes fill up."""
-PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "pillow")
 
 
 def evaluate(config: EvaluationConfig) -> Evaluation:
@@ -98,7 +97,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
             model_type=kind.model_type,
             num_layers=decoder.num_layers,
             device=device,
-            versions=versions(PACKAGES),
+            versions=versions(),
             datasets=found,
             times=times,
         )

@@ -1,26 +1,22 @@
 """From a configuration to finished studies: the model and its samples once, then study by study."""
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from rlens_jax.checkpoints.checkpoint import find_model, model_hash, read_model_kind
 from rlens_jax.config import RunConfig
-from rlens_jax.console import Progress, say
-from rlens_jax.data.splits import samples_hash
+from rlens_jax.console import Progress
 from rlens_jax.engine.inputs import build_split
-from rlens_jax.engine.memory import memory_explained
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.rounds import metrics_of
 from rlens_jax.engine.scoring import Scoring, TeacherForcing
-from rlens_jax.engine.session import load, read_splits
+from rlens_jax.engine.session import Session, load, start
+from rlens_jax.engine.sizes import memory_explained
 from rlens_jax.errors import UserError
 from rlens_jax.files import replace_file
-from rlens_jax.hosts.startup import start_jax
+from rlens_jax.hosts.processes import Processes
 from rlens_jax.paper_studies.cases import Case, Variant
 from rlens_jax.paper_studies.layers_study import layers_study
 from rlens_jax.paper_studies.pruned_programs import PrunedForcing, PrunedPrograms
@@ -34,9 +30,6 @@ from rlens_jax.paper_studies.sweeps import fraction_study, probes_study, range_s
 from rlens_jax.paper_studies.text import text_study
 from rlens_jax.paper_studies.text_control import TextControlPrograms
 from rlens_jax.plan import Operator, Plan
-from rlens_jax.ranking.ranking_run import PACKAGES
-from rlens_jax.resources import cache_folder
-from rlens_jax.search.journal import Journal
 from rlens_jax.search.ranking_file import read_ranking
 from rlens_jax.versions import versions
 
@@ -66,42 +59,38 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
         UserError: bad input of any kind.
     """
     compute, output = config.compute, Path(config.output)
-    start_jax(compute.matmul_precision, Path(compute.compilation_cache or cache_folder() / "compiled"))
-    folder = find_model(config.model)
-    weights, kind = model_hash(folder), read_model_kind(folder)
-    decoder = kind.config.decoder
-    orders = {} if ranking is None else read_orders(ranking, weights)
-    samples = read_splits(config, kind.model_type, step_by_step=False)
-    data, device = samples_hash(samples), jax.devices()[0].device_kind
-    identity = config.fingerprint(model_hash=weights, data_hash=data, device=device, jax=version("jax"))
+    processes = Processes()
+    start(compute, output, processes)
     with (
-        Journal.open(output, identity) as journal,
+        Session.open(
+            config.model, output, config.data, config.deciding_settings(), processes, seed=config.seed
+        ) as session,
         memory_explained(compute.batch_size, compute.model_shards),
     ):
-        if journal.repaired:
-            say(journal.repaired)
-        loaded = load(config, folder, kind)
-        model, mesh, stop = loaded.model, loaded.mesh, loaded.chat.stop_token
+        weights, decoder = session.folder.weights_hash, session.folder.kind.config.decoder
+        orders = {} if ranking is None else read_orders(ranking, weights)
+        loaded = load(session.folder, compute, config.reduction, config.search)
+        model, mesh, stop = loaded.module, loaded.mesh, loaded.chat.stop_token
 
         def scoring_of(variant: Variant) -> Scoring:
             return make_scoring(model, mesh, variant, config.seed, stop)
 
         encoder = Programs(model, mesh, config.reduction, seed=config.seed, new_tokens=1, stop_token=stop)
         splits = {}
-        for name, members in samples.items():
+        for name, members in session.splits.items():
             with Progress(f"preparing {name}", len(members), "samples") as shown:
                 splits[name] = build_split(members, loaded.preparer, encoder, loaded.shapes, True, shown.advance)
-        bench = Bench(config, decoder, splits, journal, scoring_of, orders)
+        bench = Bench(config, decoder, splits, session.journal, scoring_of, orders)
         dense = bench.measure("dense model", [])[Case(Plan(), bench.plain)]
         facts = Facts(
             model=config.model,
             model_hash=weights,
             num_layers=decoder.num_layers,
-            data_hash=data,
+            data_hash=session.data_hash,
             samples=bench.samples,
             dense=metrics_of(dense),
             configuration=config.portable(),
-            versions=versions(PACKAGES),
+            versions=versions(),
         )
         studies = []
         for name in names:

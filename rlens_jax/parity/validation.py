@@ -14,8 +14,6 @@ from rlens_jax.parity.parity_report import Validation
 from rlens_jax.resources import cache_folder
 from rlens_jax.versions import versions
 
-PACKAGES = ("jax", "jaxlib", "flax", "numpy")
-
 
 def validate(model: str, bundle: Path, dtype: str, tolerance: float) -> Validation:
     """Compares all cases of a bundle, with matrix products in the highest precision.
@@ -37,4 +35,4 @@ def validate(model: str, bundle: Path, dtype: str, tolerance: float) -> Validati
     with Progress("comparing", len(manifest.cases), "cases") as shown:
         results = compare(manifest, kind, loaded, tolerance, shown.advance)
     num_layers = kind.config.decoder.num_layers
-    return Validation(model, dtype, num_layers, manifest, tolerance, results, versions(PACKAGES))
+    return Validation(model, dtype, num_layers, manifest, tolerance, results, versions())

@@ -10,50 +10,32 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
 
-from rlens_jax.checkpoints.checkpoint import find_model, model_hash, read_model_kind
 from rlens_jax.config import RunConfig
-from rlens_jax.console import Progress, say
+from rlens_jax.console import Progress
 from rlens_jax.data.samples import load_image
-from rlens_jax.data.splits import samples_hash
 from rlens_jax.engine.evaluator import Evaluator
 from rlens_jax.engine.inputs import Split, build_split, own_samples
-from rlens_jax.engine.memory import memory_explained
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.rounds import metrics_of, num_evaluations, round_scorer
 from rlens_jax.engine.scoring import Generating, Scoring, TeacherForcing
-from rlens_jax.engine.session import load, read_splits
+from rlens_jax.engine.session import Session, load, start
+from rlens_jax.engine.sizes import memory_explained
 from rlens_jax.engine.timing import time_plan
 from rlens_jax.flops import LayerSizes, saving
 from rlens_jax.hosts.processes import Processes, Stopper
-from rlens_jax.hosts.startup import start_jax
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.plan import Operator, Plan
 from rlens_jax.ranking.shown_answers import examples_of, generated_answers
 from rlens_jax.reporting.examples import MAX_IMAGES, Answer, Example, write_examples
 from rlens_jax.reporting.report_files import write_report
-from rlens_jax.resources import cache_folder
 from rlens_jax.search.curves import held_out_plans, operator_result, plan_saving
-from rlens_jax.search.journal import Journal
 from rlens_jax.search.results import OperatorResult, PrefillTime, Results, Saving, Timing
 from rlens_jax.search.search import Ranking, rank_layers
 from rlens_jax.versions import versions
-
-PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "numpy",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "pillow",
-)
-"""Their versions are recorded, and a journal is not resumed under others of JAX."""
 
 VALIDATION, TEST = "validation", "test"
 
@@ -103,35 +85,26 @@ def run(config: RunConfig, processes: Processes) -> Results:
     """
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), _Clock()
     output, compute = Path(config.output), config.compute
-    # JAX lets only the first process write compiled programs; the others find them where all see them.
-    compiled = (cache_folder() if processes.count == 1 else output) / "compiled"
-    compilations = start_jax(compute.matmul_precision, Path(compute.compilation_cache or compiled))
+    compilations = start(compute, output, processes)
     processes.check_same(config.portable() | {"output": config.output})
-    processes.check_shared(output)
-    with clock.phase("data"):
-        folder = processes.agreed(lambda: find_model(config.model))
-        weights = processes.agreed(lambda: model_hash(folder))
-        kind = processes.agreed(lambda: read_model_kind(folder))
-        forced = config.search.objective == "teacher_forced"
-        read = partial(read_splits, config, kind.model_type, step_by_step=not forced)
-        # The first that needs a dataset prepares it in the cache, which processes may share.
-        splits = processes.in_order(read, read)
-        data = samples_hash(splits)
-    device = jax.devices()[0].device_kind
-    identity = config.fingerprint(model_hash=weights, data_hash=data, device=device, jax=version("jax"))
-    processes.check_same(identity)
+    forced = config.search.objective == "teacher_forced"
     with (
-        processes.in_order(lambda: Journal.open(output, identity), lambda: Journal.follow(output, identity)) as journal,
+        Session.open(
+            config.model,
+            output,
+            config.data,
+            config.deciding_settings(),
+            processes,
+            seed=config.seed,
+            step_by_step=not forced,
+        ) as session,
         memory_explained(compute.batch_size, compute.model_shards),
     ):
-        if journal.repaired:
-            say(journal.repaired)
-        resumed = len(journal.records())
-        processes.check_same({"finished evaluations": resumed})
+        journal, kind, splits = session.journal, session.folder.kind, session.splits
         with clock.phase("load"):
-            loaded = load(config, folder, kind)
+            loaded = load(session.folder, compute, config.reduction, config.search)
             programs = Programs(
-                loaded.model,
+                loaded.module,
                 loaded.mesh,
                 config.reduction,
                 seed=config.seed,
@@ -179,21 +152,21 @@ def run(config: RunConfig, processes: Processes) -> Results:
             answers = [generated_answers(programs, asked, plan, decode_text) for plan in (Plan(), recommended)]
         timing = Timing(
             started=started,
-            device=device,
+            device=jax.devices()[0].device_kind,
             num_devices=jax.device_count(),
             num_cores=os.cpu_count() or 1,
             seconds=clock.seconds,
-            evaluations=len(journal.records()) - resumed,
-            resumed=resumed,
+            evaluations=len(journal.records()) - session.resumed,
+            resumed=session.resumed,
             compilations=compilations.compiled,
             prefill=prefill,
         )
         finished = Results(
             config=config,
-            model_hash=weights,
-            data_hash=data,
+            model_hash=session.folder.weights_hash,
+            data_hash=session.data_hash,
             num_layers=num_layers,
-            versions=versions(PACKAGES),
+            versions=versions(),
             validation_samples=_sizes(built[VALIDATION]),
             test_samples=_sizes(built[TEST]),
             dense_validation=search.metrics(VALIDATION, Plan()),
@@ -214,7 +187,9 @@ def run(config: RunConfig, processes: Processes) -> Results:
                 )
                 for sample, *pair in zip(chosen, *answers, strict=True)
             ]
-            write_examples(output, examples, plan=recommended, model_hash=weights, data_hash=data)
+            write_examples(
+                output, examples, plan=recommended, model_hash=session.folder.weights_hash, data_hash=session.data_hash
+            )
             write_report(finished, output)
     return finished
 

@@ -12,7 +12,7 @@ import pytest
 from rlens_jax.checkpoints.checkpoint import read_model_kind
 from rlens_jax.config import ComputeConfig, RunConfig, SearchConfig
 from rlens_jax.dry_run.program import abstract_images, program_specs
-from rlens_jax.engine.abstract import Placed, abstract_batch, abstract_model, bytes_on_device
+from rlens_jax.engine.sizes import Placed, abstract_batch, abstract_model, bytes_on_device
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import Bucket

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from rlens_jax.engine.memory import bytes_refused, device_bytes, memory_explained, most_rows
+from rlens_jax.engine.sizes import bytes_refused, device_bytes, max_rows, memory_explained
 from rlens_jax.errors import UserError
 from rlens_jax.sharding.mesh import make_mesh
 
@@ -18,9 +18,9 @@ def test_rows_that_fit(available: int, rows: int | None) -> None:
 
     if rows is None:
         with pytest.raises(UserError, match=r"one sample needs .* raise compute.model_shards"):
-            most_rows(needed, available)
+            max_rows(needed, available)
     else:
-        assert most_rows(needed, available) == rows
+        assert max_rows(needed, available) == rows
 
 
 def test_no_more_programs_are_compiled_than_down_to_the_one_that_fits() -> None:
@@ -30,7 +30,7 @@ def test_no_more_programs_are_compiled_than_down_to_the_one_that_fits() -> None:
         compiled.append(rows)
         return 100 + rows**2
 
-    assert most_rows(needed, 164) == 8
+    assert max_rows(needed, 164) == 8
     assert compiled == [16, 8]
 
 

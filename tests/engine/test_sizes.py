@@ -4,20 +4,19 @@ import jax
 import pytest
 
 from rlens_jax.checkpoints.checkpoint import read_model_kind
-from rlens_jax.config import ComputeConfig, RunConfig
-from rlens_jax.engine.batch_size import with_batch_size
+from rlens_jax.config import ComputeConfig, SearchConfig
+from rlens_jax.engine.sizes import fitting_batch_size
 from rlens_jax.errors import UserError
+from rlens_jax.plan import Reduction
 from rlens_jax.sharding.mesh import make_mesh
 
 KIND = read_model_kind("embedded")
 
 
-def found(available: int, batch_size: int = 0) -> int:
-    compute = ComputeConfig(
-        batch_size=batch_size, text_slots=(16,), visual_slots=(64,), patch_slots=(256,), state_memory_gb=0
-    )
+def found(available: int) -> int:
+    compute = ComputeConfig(text_slots=(16,), visual_slots=(64,), patch_slots=(256,), state_memory_gb=0)
     mesh = make_mesh(jax.devices()[:1], 1)
-    return with_batch_size(RunConfig(compute=compute), KIND, mesh, available).compute.batch_size
+    return fitting_batch_size(compute, Reduction(), SearchConfig(), KIND, mesh, available)
 
 
 def test_as_many_as_fit() -> None:
@@ -26,7 +25,3 @@ def test_as_many_as_fit() -> None:
     assert 1 <= little < 16
     with pytest.raises(UserError, match=r"one sample needs 0\.0 GB of a device's 0\.0 GB; raise compute.model_shards"):
         found(10**6)
-
-
-def test_what_is_given_stays() -> None:
-    assert found(1, batch_size=3) == 3

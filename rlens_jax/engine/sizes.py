@@ -1,0 +1,214 @@
+"""Shapes and bytes before anything is allocated: abstract models and batches, bucket sizes, and the batch size that fits.
+
+Lower-case names are plain counts; W work groups.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from rlens_jax.checkpoints.leaves import layout_of
+from rlens_jax.config import ComputeConfig, SearchConfig
+from rlens_jax.engine.programs import Programs
+from rlens_jax.errors import UserError
+from rlens_jax.families.registry import ModelKind
+from rlens_jax.layout import Bucket, TokenLayout
+from rlens_jax.models.decoder import TracedPlan
+from rlens_jax.models.prompt import PromptBatch
+from rlens_jax.plan import Reduction
+from rlens_jax.sharding.mesh import rows_sharding
+
+ANSWER_SLOTS = 16
+"""Answer tokens of a row (our assumption; a run takes the next power of two of its longest reference answer)."""
+MAX_ROWS = 16
+"""Max rows of a work group in a batch (our decision): more rows of long prompts are not faster and leave more padding."""
+_EXHAUSTED = "RESOURCE_EXHAUSTED"
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_NEEDED = re.compile(r"(?:[Uu]sed |required for HLO temporaries \()([\d.]+)([KMGT])")
+
+
+def slot_sizes(smallest: int, largest: int) -> tuple[int, ...]:
+    """Bucket sizes 2^k and 3/2 2^k from `smallest` to `largest`: each wastes at most a third of its slots."""
+    sizes = [smallest]
+    while sizes[-1] < largest:
+        power = 1 << (sizes[-1].bit_length() - 1)
+        sizes.append(power * 3 // 2 if sizes[-1] == power else power * 2)
+    return (*sizes[:-1], largest)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Makes abstract arrays whose leading axis is the batch or the work groups."""
+
+    mesh: Mesh
+
+    def __call__(self, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows_sharding(self.mesh))
+
+
+def abstract_model(kind: ModelKind, dtype: DTypeLike, mesh: Mesh) -> nnx.Module:
+    """The model as `load_model` lays it out, with shapes, dtypes and shardings in place of arrays."""
+    graph, state = nnx.split(kind.abstract(dtype))
+    layout = layout_of(nnx.merge(graph, state), mesh)
+
+    def placed(path: tuple[Any, ...], variable: Any) -> Any:
+        name, leaf = ".".join(map(str, path)), variable.get_value()
+        shape, axes = layout.held(name, leaf.shape)
+        sharding = layout.sharding(name, layout.shape(name, leaf.shape))
+        return variable.replace(jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding), axes=axes)
+
+    flat = [(path, placed(path, variable)) for path, variable in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def bytes_on_device(arrays: Any) -> int:
+    """Bytes of a tree of abstract arrays on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays)
+    )
+
+
+def abstract_batch(bucket: Bucket, rows: int, rope_axes: int, place: Placed) -> PromptBatch:
+    """A batch of prompts in one bucket, `rows` over all work groups together."""
+
+    def numbers(*shape: int) -> Any:
+        return place((rows, *shape), jnp.int32)
+
+    return PromptBatch(
+        text_ids=numbers(bucket.text),
+        layout=TokenLayout(numbers(bucket.text), numbers(bucket.visual), numbers(), numbers(), numbers()),
+        rope_positions=numbers(rope_axes, bucket.slots),
+        next_rope=numbers(),
+        answer_slots=numbers(ANSWER_SLOTS),
+        answer_targets=numbers(ANSWER_SLOTS),
+    )
+
+
+def decoder_arguments(programs: Programs, bucket: Bucket, rows: int) -> dict[str, tuple[Any, ...]]:
+    """The abstract arguments of each decoder program, by its name, for batches of `rows` rows in all."""
+    place, config = Placed(programs.mesh), programs.config
+    batch = abstract_batch(bucket, rows, len(config.rope_sections), place)
+    visual = place((rows, bucket.visual, config.width), programs.dtype)
+    states = (place((rows, bucket.slots, config.width), programs.dtype), place((rows,), jnp.bool_))
+    flags: Any = place((programs.groups, config.num_layers), jnp.bool_)
+    bound = place((programs.groups,), jnp.int32)
+    plans = TracedPlan(flags, flags)
+    return {
+        "embed": (batch.text_ids, visual),
+        "layers": (states, batch, plans, bound, bound),
+        "outcome": (states, batch),
+        "generate": (visual, batch, plans),
+    }
+
+
+def fitting_batch_size(
+    compute: ComputeConfig, reduction: Reduction, search: SearchConfig, kind: ModelKind, mesh: Mesh, available: int
+) -> int:
+    """The largest number of rows per work group that fits into a device's memory.
+
+    The program with the largest temporaries, `layers` (or `generate`), is compiled for the largest bucket. Its memory, as
+    XLA reports it, must fit beside the weights and the base states (our decision).
+
+    Args:
+        compute: dtype, bucket sizes, memory for base states.
+        reduction: how reduced layers treat visual tokens.
+        search: its objective decides which program is compiled.
+        kind: the model.
+        mesh: the devices, real or of a slice to compile for.
+        available: bytes of a device.
+
+    Raises:
+        UserError: not even one row fits.
+    """
+    model = abstract_model(kind, compute.dtype, mesh)
+    weights = bytes_on_device(nnx.state(model))
+    programs = Programs(model, mesh, reduction, seed=0, new_tokens=search.max_new_tokens, stop_token=0)
+    name = "layers" if search.objective == "teacher_forced" else "generate"
+    bucket = Bucket(compute.text_slots[-1], compute.visual_slots[-1])
+
+    def needed(rows: int) -> int:
+        arguments: Any = decoder_arguments(programs, bucket, rows * programs.groups)[name]
+        held = weights + bytes_on_device(arguments)
+        lowered = programs.lower(name, *arguments)
+        try:
+            sizes: Any = lowered.compile().memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            # The TPU compiler refuses programs that cannot fit, and usually says how much they would need.
+            if not is_out_of_memory(str(error)):
+                raise
+            return held + (bytes_refused(str(error)) or available)
+        return held + sizes.temp_size_in_bytes + sizes.output_size_in_bytes + int(compute.state_memory_gb * 1e9)
+
+    return max_rows(needed, available)
+
+
+def max_rows(needed: Callable[[int], int], available: int) -> int:
+    """The largest power of two of rows that fit, up to `MAX_ROWS`.
+
+    `MAX_ROWS` is tried first: it usually fits, and the TPU compiler refuses at once what does not.
+
+    Args:
+        needed: bytes that the program for so many rows takes on a device; each call compiles one.
+        available: bytes of a device.
+
+    Raises:
+        UserError: not even one row fits.
+    """
+    rows = MAX_ROWS
+    while (size := needed(rows)) > available:
+        if rows == 1:
+            raise UserError(
+                f"one sample needs {size / 1e9:.1f} GB of a device's {available / 1e9:.1f} GB; raise "
+                "compute.model_shards, lower the largest of compute.visual_slots, or compute in bfloat16"
+            )
+        rows //= 2
+    return rows
+
+
+def device_bytes(mesh: Mesh) -> int:
+    """Memory of each device of this process; devices simulated on a CPU share the machine's."""
+    local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in local]
+    known = [limit for limit in limits if limit is not None]
+    if known:
+        return min(known)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(local)
+
+
+def is_out_of_memory(message: str) -> bool:
+    """Whether an error message of JAX says that memory ran out."""
+    return _EXHAUSTED in message
+
+
+def bytes_refused(message: str) -> int | None:
+    """The memory need of a program that the TPU compiler refused, if its message says it."""
+    match = _NEEDED.search(message)
+    return round(float(match[1]) * _UNITS[match[2]]) if match else None
+
+
+@contextmanager
+def memory_explained(batch_size: int, model_shards: int) -> Iterator[None]:
+    """Turn a device's running out of memory into one line.
+
+    Raises:
+        UserError: naming the fields that decide the memory need.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and not is_out_of_memory(str(error)):
+            raise
+        raise UserError(
+            f"out of memory with compute.batch_size = {batch_size} and compute.model_shards = {model_shards}; "
+            "lower compute.batch_size or compute.state_memory_gb, or raise compute.model_shards"
+        ) from None
