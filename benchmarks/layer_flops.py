@@ -3,7 +3,7 @@
     TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python benchmarks/layer_flops.py      (libtpu must be installed)
 
 Qwen2-VL-7B, 384 text and 1664 visual tokens, one sample a work group, as the decoder runs it on a TPU: a whole layer, and its FFN
-(ops/stored_units.py) by itself. Of a compiled program all products count, with the trips of its loops; of the attention's kernel
+(ops/ffn_tpu.py) by itself. Of a compiled program all products count, with the trips of its loops; of the attention's kernel
 the blocks that it visits, of the FFN's what it declares: whole tiles for an even share of the kept units. How many tiles the
 busiest shard has when units are spread at random is drawn beside it.
 """
@@ -28,8 +28,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.flops import LayerSizes, layer_cost
 from rlens_jax.layout import TokenLayout
 from rlens_jax.ops.ffn import dynamic_ffn, shard_capacity
-from rlens_jax.ops.row_gather import TILE
-from rlens_jax.ops.stored_units import HEADROOM, StoredUnits, UnitStack
+from rlens_jax.ops.ffn_tpu import HEADROOM, TILE, HalvedStack, HalvedUnits
 from rlens_jax.plan import Reduction
 from rlens_jax.sharding.mesh import check_fits
 
@@ -86,8 +85,8 @@ def whole_layer(topology: str, model: int) -> dict[str, float]:
 def compiled_flops(mesh: Mesh) -> float:
     """What XLA counts for one chip."""
 
-    def local(x: jax.Array, layout: TokenLayout, stack: UnitStack, layer: jax.Array) -> jax.Array:
-        y, _ = dynamic_ffn(x, StoredUnits(stack, layer), layout, REDUCTION, jax.random.key(0))
+    def local(x: jax.Array, layout: TokenLayout, stack: HalvedStack, layer: jax.Array) -> jax.Array:
+        y, _ = dynamic_ffn(x, HalvedUnits(stack, layer), layout, REDUCTION, jax.random.key(0))
         return jax.lax.psum(y, "model")
 
     def array(shape: tuple[int, ...], dtype: type, *spec: str | None) -> jax.ShapeDtypeStruct:
@@ -96,7 +95,7 @@ def compiled_flops(mesh: Mesh) -> float:
     samples = mesh.shape["work"]
     positions = [array((samples, n), jnp.int32, "work") for n in (TEXT, VISUAL)]
     layout = TokenLayout(*positions, *[array((samples,), jnp.int32, "work")] * 3)
-    stack = UnitStack(*[array((LAYERS, F, 2, D // 2), jnp.bfloat16, None, "model")] * 3)
+    stack = HalvedStack(*[array((LAYERS, F, 2, D // 2), jnp.bfloat16, None, "model")] * 3)
     x = array((samples, TEXT + VISUAL, D), jnp.bfloat16, "work")
     arguments = (x, layout, stack, array((), jnp.int32))
     specs = jax.tree.map(lambda a: a.sharding.spec, arguments)

@@ -3,7 +3,7 @@
     TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python benchmarks/weight_traffic.py      (libtpu must be installed; some minutes)
 
 The search's program of Qwen2-VL-7B's layers, 384 text and 1664 visual tokens a sample, bfloat16, as a run compiles it, with FFN
-units as a TPU keeps them (ops/stored_units.py); with --rows also with all weights as [F, D] and XLA's own gather.
+units as a TPU keeps them (ops/ffn_tpu.py); with --rows also with all weights as [F, D] and XLA's own gather.
 
 Counted: whatever an instruction of the loop over layers reads out of HBM that is a weight, or made of weights only (a copy, a
 gathered matrix), and what it writes of the latter to HBM; a prefetch into VMEM is a read, reads out of VMEM are not; what is made
@@ -20,7 +20,7 @@ from layer_program import LAYERS, layer_program, model_kind
 
 from rlens_jax.dry_run.costs import bytes_read
 from rlens_jax.dry_run.hlo import Computation, Instruction, Loops, Module, Shape, parse_module
-from rlens_jax.ops.row_gather import TILE
+from rlens_jax.ops.ffn_tpu import TILE
 from rlens_jax.plan import Reduction
 
 DECODER = model_kind().config.decoder

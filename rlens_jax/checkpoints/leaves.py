@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlens_jax.families.table import Place
-from rlens_jax.ops.row_gather import fetches
+from rlens_jax.ops.ffn_tpu import fetches
 from rlens_jax.sharding.mesh import ParameterLayout, make_mesh
 from rlens_jax.sharding.model_axis import MODEL
 

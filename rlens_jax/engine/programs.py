@@ -27,7 +27,7 @@ from rlens_jax.models import vocabulary
 from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import IGNORE, PromptBatch
-from rlens_jax.ops.attention_tpu import Kernel
+from rlens_jax.ops.attention import Kernel
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.sharding.mesh import ParameterLayout, put_rows, split_over
 from rlens_jax.sharding.model_axis import MODEL, WORK

@@ -25,10 +25,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from rlens_jax.layout import PADDING_POSITION, Slots, TokenLayout, visible
 from rlens_jax.models import vocabulary
 from rlens_jax.models.layers import Linear, RMSNorm, rope_angles, rotate, rotation
-from rlens_jax.ops.attention import masked_attention
-from rlens_jax.ops.attention_tpu import Kernel, attend
+from rlens_jax.ops.attention import Kernel, attend, masked_attention
 from rlens_jax.ops.ffn import FfnWeights, Kept, Units, dense_ffn, dynamic_ffn
-from rlens_jax.ops.stored_units import StoredUnits, UnitStack
+from rlens_jax.ops.ffn_tpu import HalvedStack, HalvedUnits
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.sharding.model_axis import num_shards, shard_index, sum_over_shards
 
@@ -95,7 +94,7 @@ class Context:
     """How many tokens of a sample are in an FFN at a time; None is all at once, and attention in whatever order. A long prompt
     goes chunk by chunk *within* each layer, because a reduced layer looks at all visual tokens.
     """
-    stored: UnitStack | None = None
+    stored: HalvedStack | None = None
     """The FFN units of all layers, where they are kept for a kernel."""
 
 
@@ -170,9 +169,9 @@ class FFN(nnx.Module):
         """Of a single layer, as [F, D]."""
         return FfnWeights(*(kernel.reshape(kernel.shape[0], -1) for kernel in self.kernels))
 
-    def units(self, stored: UnitStack | None, layer: Int[Array, ""]) -> Units:
+    def units(self, stored: HalvedStack | None, layer: Int[Array, ""]) -> Units:
         """Of layer number `layer`: its own weights, or where all layers' are `stored`, its place among them."""
-        return self.weights if stored is None else StoredUnits(stored, layer)
+        return self.weights if stored is None else HalvedUnits(stored, layer)
 
 
 class DecoderLayer(nnx.Module):
@@ -204,7 +203,7 @@ class DecoderLayer(nnx.Module):
         """The first half: states with attention added, and the keys and values."""
         layout = context.layout
         q, k, v = self.attention.project(self.input_norm(x), context.turn)
-        compute = partial(attend, q, k, v, layout, kernel=context.kernel, in_turn=context.chunk is not None)
+        compute = partial(attend, q, k, v, layout, kernel=context.kernel, chunked=context.chunk is not None)
         attended = _choose(
             hollow,
             lambda: compute(reduction.attention_range, reduction.window),
@@ -292,9 +291,9 @@ class Decoder(nnx.Module):
         """What all layers of one prefill share; `rope_positions` are packed like the states."""
         return Context(layout, self._turn(rope_positions), random_key, kernel, chunk, self._stored())
 
-    def _stored(self) -> UnitStack | None:
+    def _stored(self) -> HalvedStack | None:
         """The FFN units of all layers, if they are kept for a kernel."""
-        stack = UnitStack(*self.layers.ffn.kernels)
+        stack = HalvedStack(*self.layers.ffn.kernels)
         return stack if stack.gate.ndim == 4 else None
 
     def _turn(

@@ -15,7 +15,7 @@ from rlens_jax.models import vocabulary
 from rlens_jax.models.decoder import Decoder, KVCache, TracedPlan
 from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.models.pruned import run_prompt
-from rlens_jax.ops.attention_tpu import Kernel
+from rlens_jax.ops.attention import Kernel
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.pruning import Pruning
 from rlens_jax.sharding.model_axis import on_any_shard

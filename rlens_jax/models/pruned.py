@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from rlens_jax.layout import Slots, TokenLayout, keep_visual, visible
 from rlens_jax.models.decoder import Context, Decoder, LayerRecord, TracedPlan
 from rlens_jax.models.prompt import PromptBatch
-from rlens_jax.ops.attention_tpu import Kernel
-from rlens_jax.ops.pruning import attention_received, merge_similar, most_attended, num_survivors
+from rlens_jax.ops.attention import Kernel
+from rlens_jax.ops.token_pruning import attention_received, merge_similar, most_attended, num_survivors
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Folder, Pruning
 

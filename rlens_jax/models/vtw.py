@@ -15,7 +15,7 @@ from rlens_jax.layout import keep_visual
 from rlens_jax.models import vocabulary
 from rlens_jax.models.decoder import Context, Decoder, TracedPlan
 from rlens_jax.models.prompt import PromptBatch
-from rlens_jax.ops.attention_tpu import Kernel
+from rlens_jax.ops.attention import Kernel
 from rlens_jax.plan import Reduction
 from rlens_jax.pruning import VTW
 

@@ -1,1 +1,1 @@
-"""The reductions: a plain XLA reference and a fast, work-skipping path for each."""
+"""The two reductions and token pruning on arrays. Each has a plain reference and a fast path that skips the work."""

@@ -1,14 +1,13 @@
-"""Attention over packed slots: dense and Hollow (paper; details in method.md).
+"""Attention over packed slots, dense and Hollow (paper; docs/method.md).
 
-`masked_attention` is the plain reference: it forms the whole score matrix, so its Hollow form is *simulated*.
-`packed_attention` is the measured path: queries go block by block, visual queries meet only the visual keys of their band
-and the text keys, and no T x S matrix is formed for them. Dense causal attention is the same code with an endless band.
-
-Axis letters: B batch, N query heads, K kv heads, G = N / K, T query tokens, S key tokens, H head dim; X text slots,
-P visual slots.
+`masked_attention` is the plain reference. It forms the whole score matrix, so its Hollow form is *simulated*. The other paths
+have the same result and are *measured*. They compute queries block by block, and each block of visual queries meets one static
+slice of visual keys and the text keys. No T x S matrix is formed. In dense attention the slice begins at the first visual key.
+`attend` chooses between these paths and the TPU's kernel (`rlens_jax.ops.attention_tpu`).
 """
 
 from itertools import pairwise
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +15,45 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from rlens_jax.layout import Slots, TokenLayout, Window, visible
-from rlens_jax.ops.chunks import parts_of
+from rlens_jax.ops.attention_tpu import splash_attention
+
+Kernel = Literal["packed", "splash"]
+"""What computes the attention of a prefill: plain XLA, or the TPU's Pallas kernel."""
 
 MASKED = -1e30
-"""Score of an invisible key: far below every real score, and finite, so that rows without keys stay numbers."""
+"""Score of an invisible key. It is far below every real score, and finite, so rows without visible keys stay finite."""
 
 DENSE_BLOCK, HOLLOW_BLOCK = 128, 64
-"""Visual queries computed together (our decision, measured by `rlens_jax.bench`): a block meets whole blocks of keys, so
-small ones waste fewer scores, and a narrow band affords smaller ones than the long rows of dense attention."""
+"""Visual queries per block (our decision, measured by `rlens_jax.bench`). A block meets whole blocks of keys, so small blocks
+waste fewer scores. The narrow band of Hollow Attention affords smaller blocks than the long rows of dense attention."""
 
-SPANS = 8
-"""Into how many parts the visual queries of dense attention are cut that is computed block by block, in turn."""
+DENSE_SPANS = 8
+"""Number of spans into which `chunked_attention` cuts the visual queries of dense attention."""
 
-MOST_BLOCKS = 64
-"""Each block is compiled by itself, so long runs of visual tokens are cut into larger ones."""
+MAX_BLOCKS = 64
+"""Max blocks per prompt in `packed_attention`, which compiles each block separately. Longer prompts use larger blocks."""
+
+
+def attend(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    layout: TokenLayout,
+    attention_range: int | None,
+    window: Window = "ordinal",
+    *,
+    kernel: Kernel,
+    chunked: bool = False,
+) -> Float[Array, "B N T H"]:
+    """Dense (`attention_range` None) or Hollow Attention of a packed batch.
+
+    The result is the same for each kernel. `splash` runs on a TPU (in tests under `pltpu.force_tpu_interpret_mode`) and has no
+    gradient. `chunked` saves memory in plain XLA for long prompts; the splash kernel holds no scores in memory anyway.
+    """
+    if kernel == "splash":
+        return splash_attention(q, k, v, layout, attention_range, window)
+    attention = chunked_attention if chunked else packed_attention
+    return attention(q, k, v, layout, attention_range, window)
 
 
 def masked_attention(
@@ -38,10 +62,10 @@ def masked_attention(
     v: Float[Array, "B K S H"],
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B N T H"]:
-    """Softmax attention in float32 with grouped kv heads (never repeated); scores are scaled by H ** -0.5."""
+    """Softmax attention in float32 with grouped kv heads, which are not repeated. Scores are scaled by H ** -0.5."""
     batch, num_heads, length, head_dim = q.shape
     kv_heads = k.shape[1]
-    # Scaled before the product: H numbers a query instead of one a pair.
+    # Scaling the queries takes H multiplications per query; scaling the scores would take one per pair.
     scaled = q * jnp.asarray(head_dim**-0.5, q.dtype)
     grouped = scaled.reshape(batch, kv_heads, num_heads // kv_heads, length, head_dim)
     scores = jnp.einsum("BKGTH,BKSH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
@@ -63,7 +87,7 @@ def reference_attention(
     attention_range: int | None,
     window: Window = "ordinal",
 ) -> Float[Array, "B N T H"]:
-    """Dense (`attention_range` None) or simulated Hollow Attention of a packed batch."""
+    """Dense or simulated Hollow Attention of a packed batch."""
     return masked_attention(q, k, v, visible(layout.slots, layout.slots, attention_range, window))
 
 
@@ -76,36 +100,36 @@ def packed_attention(
     window: Window = "ordinal",
     block: int | None = None,
 ) -> Float[Array, "B N T H"]:
-    """The measured path; same result as `reference_attention`.
+    """Dense or Hollow Attention, each block of visual queries compiled separately.
 
-    A visual query of slot i sees visual slots in (i - R, i] only (also with the position window, whose distances are never
-    smaller than ordinal ones), so each block of queries meets one static slice of keys beside the text.
+    A visual query of slot i sees no visual slots outside (i - R, i]. This holds for the position window too, whose distances
+    are never smaller than those of ordinals.
     """
     num_text, num_visual = layout.bucket.text, layout.bucket.visual
     slots = layout.slots
     reach = num_visual if attention_range is None else attention_range - 1
-    block = block or max(DENSE_BLOCK if attention_range is None else HOLLOW_BLOCK, num_visual // MOST_BLOCKS)
+    block = block or max(DENSE_BLOCK if attention_range is None else HOLLOW_BLOCK, num_visual // MAX_BLOCKS)
 
-    def attend(start: int, stop: int, key_spans: list[tuple[int, int]]) -> Float[Array, "B N T H"]:
+    def attend_block(start: int, stop: int, key_spans: list[tuple[int, int]]) -> Float[Array, "B N block H"]:
         query = Slots(slots.position[:, start:stop], slots.ordinal[:, start:stop])
 
-        def pick(x: Array, axis: int) -> Array:
+        def keys(x: Array, axis: int) -> Array:
             parts = [jax.lax.slice_in_dim(x, a, b, axis=axis) for a, b in key_spans]
             return jnp.concatenate(parts, axis=axis)
 
-        key = Slots(pick(slots.position, 1), pick(slots.ordinal, 1))
+        key = Slots(keys(slots.position, 1), keys(slots.ordinal, 1))
         mask = visible(query, key, attention_range, window)
-        return masked_attention(q[:, :, start:stop], pick(k, 2), pick(v, 2), mask)
+        return masked_attention(q[:, :, start:stop], keys(k, 2), keys(v, 2), mask)
 
     total = num_text + num_visual
-    outputs = [attend(0, num_text, [(0, total)])]
+    outputs = [attend_block(0, num_text, [(0, total)])]
     for start in range(num_text, total, block):
         stop = min(start + block, total)
-        outputs.append(attend(start, stop, [(0, num_text), (max(num_text, start - reach), stop)]))
+        outputs.append(attend_block(start, stop, [(0, num_text), (max(num_text, start - reach), stop)]))
     return jnp.concatenate(outputs, axis=2)
 
 
-def attention_in_turn(
+def chunked_attention(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
@@ -114,28 +138,28 @@ def attention_in_turn(
     window: Window = "ordinal",
     block: int = DENSE_BLOCK,
 ) -> Float[Array, "B N T H"]:
-    """For long prompts: same result as `packed_attention`, with the scores of one block of queries there at a time.
+    """Dense or Hollow Attention for long prompts: only the scores of one block of queries are in memory at a time.
 
-    A compiler may well compute the blocks of `packed_attention` side by side, and then has all scores of a causal attention in
-    memory. Here blocks are steps of loops. Steps have equal shapes, so in dense attention those of a span meet the keys up to
-    the end of the span: with `SPANS` of them, a sixteenth more scores than needed.
+    A compiler may compute the blocks of `packed_attention` side by side, and then all scores of dense attention are in memory.
+    Here blocks are the steps of loops. All steps of a loop have equal shapes. In dense attention there is one loop per span of
+    queries, and its steps meet the keys up to the end of the span: with `DENSE_SPANS` spans, 1/16 more scores than needed.
     """
     num_text, num_visual = layout.bucket.text, layout.bucket.visual
     slots, total = layout.slots, num_text + num_visual
     if attention_range is None:
-        edges = [num_text + num_visual * i // SPANS for i in range(SPANS + 1)]
-        groups = [(start, stop, stop - num_text) for start, stop in pairwise(edges)]
+        edges = [num_text + num_visual * i // DENSE_SPANS for i in range(DENSE_SPANS + 1)]
+        loops = [(start, stop, stop - num_text) for start, stop in pairwise(edges)]
         reach = num_visual
     else:
         reach = attention_range - 1
-        groups = [(num_text, total, min(num_visual, block + reach))]
+        loops = [(num_text, total, min(num_visual, block + reach))]
     output = jnp.zeros_like(q)
-    for start, stop, width in ((0, num_text, num_visual), *groups):
+    for start, stop, width in ((0, num_text, num_visual), *loops):
         if start == stop:
             continue
-        starts, size = parts_of(stop - start, block)
+        starts, size = equal_parts(stop - start, block)
 
-        def attend(
+        def attend_block(
             output: Array, start: Array, size: int = size, stop: int = stop, width: int = width
         ) -> tuple[Array, None]:
             first = jnp.clip(start - reach, num_text, max(stop, num_text + width) - width)
@@ -147,10 +171,20 @@ def attention_in_turn(
                 text = jax.lax.slice_in_dim(x, 0, num_text, axis=axis)
                 return jnp.concatenate([text, jax.lax.dynamic_slice_in_dim(x, first, width, axis)], axis=axis)
 
-            query, key = (Slots(of(slots.position, 1), of(slots.ordinal, 1)) for of in (queries, keys))
+            query, key = (Slots(cut(slots.position, 1), cut(slots.ordinal, 1)) for cut in (queries, keys))
             mask = visible(query, key, attention_range, window)
             part = masked_attention(queries(q, 2), keys(k, 2), keys(v, 2), mask)
             return jax.lax.dynamic_update_slice_in_dim(output, part, start, axis=2), None
 
-        output, _ = jax.lax.scan(attend, output, jnp.asarray(starts + np.int32(start)))
+        output, _ = jax.lax.scan(attend_block, output, jnp.asarray(starts + np.int32(start)))
     return output
+
+
+def equal_parts(length: int, most: int) -> tuple[np.ndarray, int]:
+    """Starts int32 and size of the fewest equal parts of at most `most` items that cover `length` items.
+
+    The last part overlaps the one before instead of being padded, so some items are computed twice, to the same values.
+    """
+    count = -(-length // most)
+    size = -(-length // count)
+    return np.minimum(np.arange(count, dtype=np.int32) * size, length - size).astype(np.int32), size

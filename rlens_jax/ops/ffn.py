@@ -1,17 +1,13 @@
-"""Gated FFN, dense and Probe-Activated Dynamic (paper; details in method.md).
+"""Gated FFN, dense and Probe-Activated Dynamic (paper; docs/method.md).
 
-Weights are stored [F, D], one row a unit, so that choosing units is a gather of contiguous rows; how a TPU keeps them is in
-ops/stored_units.py. `simulated_dynamic_ffn` computes every unit and masks; `dynamic_ffn` is the measured path: gate, up and down
-of the visual tokens are computed on the kept units only, and the probes share one pass over the full weights with the text
-tokens.
+`simulated_dynamic_ffn` is the plain reference: it computes every unit and masks. `dynamic_ffn` is the measured path: it computes
+gate, up and down of the visual tokens on the kept units only, and the probes share one pass over all weights with the text.
 
-Inside a `jax.shard_map` (parallel/model_axis.py) the same functions work on a shard's rows of the weights and return a partial
-sum. Units are chosen globally: the [B, F] scores are gathered, never weights, and every shard runs the same top-U. How many of
-them a shard owns is data; a static capacity takes the usual share and a loop of tiles the rest, so any distribution is exact
-(our decision). With one shard nothing is gathered and there is no loop.
-
-Axis letters: B batch, T packed slots (X text, P visual), D width, F units (of the shard), M probes, U kept units (of all shards),
-C units that are computed at a time.
+Weights are stored [F, D], one row per unit, so that selecting units gathers contiguous rows (`FfnWeights`). A TPU may store
+them as half rows, see `rlens_jax.ops.ffn_tpu`. Inside a `jax.shard_map` the same functions work on a shard's rows (F counts the
+shard's units) and return a partial sum. Units are chosen globally: the scores [B, F] are gathered, never weights, and every
+shard runs the same top-U. The number of kept units per shard is data. A static capacity takes the usual share and a loop of
+tiles the rest, so that any distribution is exact (our decision). With one shard nothing is gathered and there is no loop.
 """
 
 import math
@@ -25,24 +21,24 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.layout import TokenLayout
-from rlens_jax.ops.chunks import over_tokens, parts_of
+from rlens_jax.ops.attention import equal_parts
 from rlens_jax.plan import Reduction
 from rlens_jax.sharding.model_axis import join_shards, num_shards, shard_index
 
 HEADROOM = 1.05
-"""Units that a shard takes without the loop, over its even share. Of randomly spread units a shard of a published model has more
-than that in 0.1 % (7B over 4) to 24 % (0.5B over 8) of all cases, and then computes one tile more."""
+"""Capacity of a shard before the loop, relative to its even share of the kept units. If units are spread at random, a shard of a
+published model exceeds it in 0.1 % (7B over 4) to 24 % (0.5B over 8) of all cases, and then computes one more tile."""
 TILE = 128
-"""Rows of a matrix unit of a TPU: a smaller tile costs it the same."""
+"""Kept units per step of the loop: the rows of a TPU's matrix unit. A smaller tile would take as long."""
 
 
 @runtime_checkable
 class Units(Protocol):
-    """The units of a layer's FFN (of this shard), in whatever form they are kept."""
+    """The FFN units of one layer (on this shard), in any form of storage."""
 
     @property
     def number(self) -> int:
-        """F, how many there are."""
+        """F, the number of units."""
 
     def through_all(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Every token through every unit."""
@@ -50,22 +46,22 @@ class Units(Protocol):
     def text_and_scores(
         self, x: Float[Array, "B XM D"], is_probe: Bool[Array, "B M"]
     ) -> tuple[Float[Array, "B X D"], Float[Array, "B F"]]:
-        """Text through every unit, and `unit_scores` by the probes that stand behind it, in one pass over the weights."""
+        """Text through every unit, and `unit_scores` of the probes that follow it, in one pass over the weights."""
 
     def scores(self, probes: Float[Array, "B M D"], is_probe: Bool[Array, "B M"], chunk: int) -> Float[Array, "B F"]:
-        """`unit_scores`, with no more numbers at once than `chunk` tokens have in all units."""
+        """`unit_scores`, with at most as many hidden numbers in memory as `chunk` tokens have."""
 
     def through_rows(
-        self, x: Float[Array, "B P D"], rows: Int[Array, "B own"], num_units: int
+        self, x: Float[Array, "B P D"], rows: Int[Array, "B rows"], num_units: int
     ) -> Float[Array, "B P D"]:
-        """Each sample's tokens through its own rows of the `num_units` that it kept on all shards (`own_rows`)."""
+        """Each sample's tokens through its kept units on this shard (`local_rows`); `num_units` counts those of all shards."""
 
 
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FfnWeights:
-    """The three matrices of a gated FFN, one row a unit."""
+    """The three matrices of a gated FFN, one row per unit."""
 
     gate: Float[Array, "F D"]
     up: Float[Array, "F D"]
@@ -86,33 +82,35 @@ class FfnWeights:
         return down_units(hidden[:, :num_text], self), unit_scores(hidden[:, num_text:], is_probe)
 
     def scores(self, probes: Float[Array, "B M D"], is_probe: Bool[Array, "B M"], chunk: int) -> Float[Array, "B F"]:
-        """Units, and not probes, go part by part, because the sum over the probes then has the order it has in one piece."""
-        starts, size = parts_of(self.number, max(1, self.number * chunk // max(chunk, probes.shape[1])))
+        """Parts are made of units, not of probes, so that the sum over the probes keeps its order."""
+        starts, size = equal_parts(self.number, max(1, self.number * chunk // max(chunk, probes.shape[1])))
 
         def step(scores: Array, start: Array) -> tuple[Array, None]:
             part = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, start, size), self)
-            some = unit_scores(hidden_units(probes, part), is_probe)
-            return jax.lax.dynamic_update_slice_in_dim(scores, some, start, axis=1), None
+            part_scores = unit_scores(hidden_units(probes, part), is_probe)
+            return jax.lax.dynamic_update_slice_in_dim(scores, part_scores, start, axis=1), None
 
-        nothing = jnp.zeros((probes.shape[0], self.number), jnp.float32)
-        return jax.lax.scan(step, nothing, jnp.asarray(starts))[0]
+        no_scores = jnp.zeros((probes.shape[0], self.number), jnp.float32)
+        return jax.lax.scan(step, no_scores, jnp.asarray(starts))[0]
 
     def through_rows(
-        self, x: Float[Array, "B P D"], rows: Int[Array, "B own"], num_units: int
+        self, x: Float[Array, "B P D"], rows: Int[Array, "B rows"], num_units: int
     ) -> Float[Array, "B P D"]:
         capacity = shard_capacity(num_units, num_shards(), HEADROOM)
-        each = jax.vmap(reduced_ffn, in_axes=(0, None, 0))
-        return in_tiles(x, rows, self.number, capacity, lambda x, rows: each(x, self, rows))
+        batched = jax.vmap(reduced_ffn, in_axes=(0, None, 0))
+        return in_tiles(x, rows, self.number, capacity, lambda x, rows: batched(x, self, rows))
 
 
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Kept:
-    """What the probes chose: unit numbers, best first, and whether all scores of the sample were numbers."""
+    """The units that the probes chose."""
 
     units: Int[Array, "B U"]
+    """Unit numbers, best first."""
     scored: Bool[Array, " B"]
+    """Whether all scores of the sample were finite."""
 
 
 def hidden_units(x: Float[Array, "*T D"], weights: FfnWeights) -> Float[Array, "*T F"]:
@@ -127,17 +125,35 @@ def down_units(hidden: Float[Array, "*T F"], weights: FfnWeights) -> Float[Array
 
 
 def dense_ffn(x: Float[Array, "B T D"], units: Units, chunk: int | None = None) -> Float[Array, "B T D"]:
-    """Every token through every unit, `chunk` tokens at a time or all at once."""
+    """Every token through every unit, at most `chunk` tokens at a time."""
     return over_tokens(units.through_all, x, chunk)
+
+
+def over_tokens(
+    function: Callable[[Float[Array, "B chunk D"]], Float[Array, "B chunk D"]],
+    x: Float[Array, "B T D"],
+    chunk: int | None,
+) -> Float[Array, "B T D"]:
+    """Applies `function`, which treats each token separately, to at most `chunk` tokens at a time; None: to all at once."""
+    length = x.shape[1]
+    if chunk is None or length <= chunk:
+        return function(x)
+    starts, size = equal_parts(length, chunk)
+
+    def step(y: Array, start: Array) -> tuple[Array, None]:
+        part = function(jax.lax.dynamic_slice_in_dim(x, start, size, axis=1))
+        return jax.lax.dynamic_update_slice_in_dim(y, part, start, axis=1), None
+
+    return jax.lax.scan(step, jnp.zeros_like(x), jnp.asarray(starts))[0]
 
 
 def probe_slots(
     layout: TokenLayout, reduction: Reduction, random_key: Array
 ) -> tuple[Int[Array, "B M"], Bool[Array, "B M"]]:
-    """The probes' ordinals and which of them count (samples differ in M; the array is as wide as the largest can be).
+    """Ordinals of the probes, and which entries are probes: samples differ in M, and the array has room for the largest.
 
-    Strided probes sit at (i P) // M (our decision). Random ones (the paper's) are drawn without replacement from
-    `random_key`, which names run and layer, and the sample's number.
+    Strided probes lie at (i P) // M (our decision). Random probes (paper) are drawn without replacement. They follow from
+    `random_key`, which identifies run and layer, and from the sample's number.
     """
     visual_slots = layout.bucket.visual
     capacity = reduction.probe_capacity(visual_slots)
@@ -158,13 +174,13 @@ def probe_slots(
 def choose_units(hidden: Float[Array, "B M F"], is_probe: Bool[Array, "B M"], num_units: int) -> Kept:
     """The `num_units` units with the largest mean |H| over the probes, in float32; ties go to the lower unit.
 
-    Units of all shards compete, and are numbered through; every shard returns the same.
+    Units of all shards compete. Every shard returns the same numbers, which count the units of all shards.
     """
     return best_units(unit_scores(hidden, is_probe), num_units)
 
 
 def unit_scores(hidden: Float[Array, "B M F"], is_probe: Bool[Array, "B M"]) -> Float[Array, "B F"]:
-    """Mean |H| over the probes of each sample, in float32."""
+    """Mean |H| over each sample's probes, in float32."""
     magnitude = jnp.where(is_probe[:, :, None], jnp.abs(hidden.astype(jnp.float32)), 0.0)
     count = jnp.maximum(1, is_probe.sum(axis=1)).astype(jnp.float32)
     return magnitude.sum(axis=1) / count[:, None]
@@ -184,7 +200,7 @@ def simulated_dynamic_ffn(
     reduction: Reduction,
     random_key: Array,
 ) -> tuple[Float[Array, "B T D"], Kept]:
-    """The plain reference: all units for all tokens, then the dropped units of visual tokens are set to 0."""
+    """The plain reference: computes all units for all tokens, then sets the dropped units of visual tokens to 0."""
     num_text = layout.bucket.text
     hidden = hidden_units(x, weights)
     slots, is_probe = probe_slots(layout, reduction, random_key)
@@ -207,10 +223,17 @@ def dynamic_ffn(
 ) -> tuple[Float[Array, "B T D"], Kept]:
     """The measured path; same result as `simulated_dynamic_ffn`.
 
-    Units that are `imposed` are used instead of what the probes choose, which is returned all the same. With several shards
-    the states are this shard's part of a sum that is left to the caller (for text and visual tokens at once), and `Kept` is the
-    same on all shards, in unit numbers of the whole FFN. With a `chunk`, hidden units of no more tokens than that are there at
-    a time.
+    Args:
+        x: normalised states.
+        units: the layer's units.
+        layout: the packing.
+        reduction: the shares of probes and of kept units.
+        random_key: as in `probe_slots`.
+        imposed: units to use instead of those that the probes choose.
+        chunk: max tokens whose hidden units are in memory at a time.
+
+    Returns:
+        The output, with several shards this shard's summand of it; and what the probes chose, the same on all shards.
     """
     num_text = layout.bucket.text
     text, visual = x[:, :num_text], x[:, num_text:]
@@ -222,23 +245,23 @@ def dynamic_ffn(
         text, scores = dense_ffn(text, units, chunk), units.scores(probes, is_probe, chunk)
     num_units = reduction.kept_units(units.number * num_shards())
     kept = best_units(scores, num_units)
-    rows = own_rows(kept.units if imposed is None else imposed, units.number)
+    rows = local_rows(kept.units if imposed is None else imposed, units.number)
     visual = over_tokens(lambda part: units.through_rows(part, rows, num_units), visual, chunk)
     return jnp.concatenate([text, visual], axis=1), kept
 
 
 def shard_capacity(num_units: int, shards: int, headroom: float) -> int:
-    """How many kept units a shard computes in any case: all, or about its share in whole tiles."""
+    """Number of kept units that a shard computes before the loop: all, or about its share, in whole tiles."""
     if shards == 1:
         return num_units
     share = math.ceil(num_units / shards * headroom)
     return share if share < TILE else math.ceil(share / TILE) * TILE
 
 
-def own_rows(units: Int[Array, "B U"], num_rows: int) -> Int[Array, "B own"]:
-    """The units that this shard owns, as ascending rows of its weights; `num_rows` itself fills up the rest.
+def local_rows(units: Int[Array, "B U"], num_rows: int) -> Int[Array, "B own"]:
+    """The units that lie on this shard, as ascending rows of its weights; the rest is filled with `num_rows`.
 
-    There is room for as many as a shard can own at all.
+    The width is the largest number that can lie on one shard.
     """
     rows = units - shard_index() * num_rows
     rows = jnp.where((rows >= 0) & (rows < num_rows), rows, num_rows)
@@ -247,15 +270,15 @@ def own_rows(units: Int[Array, "B U"], num_rows: int) -> Int[Array, "B own"]:
 
 def in_tiles(
     x: Float[Array, "B P D"],
-    rows: Int[Array, "B own"],
+    rows: Int[Array, "B rows"],
     num_rows: int,
     capacity: int,
-    through: Callable[[Float[Array, "B P D"], Int[Array, "B C"]], Float[Array, "B P D"]],
+    through: Callable[[Float[Array, "B P D"], Int[Array, "B rows"]], Float[Array, "B P D"]],
 ) -> Float[Array, "B P D"]:
     """Each sample's visual tokens through its rows, which are sorted.
 
-    The first `capacity` rows of all samples are computed at once. Whatever is left of some sample follows tile by tile, in a
-    loop that runs once for each such tile; without a collective inside, shards may differ in how often.
+    The first `capacity` rows of all samples are computed together. A loop computes the remaining rows tile by tile. Its number
+    of steps may differ between shards, because it contains no collective.
     """
     most = rows.shape[1]
     y = through(x, rows[:, :capacity])
@@ -263,8 +286,8 @@ def in_tiles(
         return y
     tile = min(TILE, capacity)
     rows = jnp.pad(rows, ((0, 0), (0, -(most - capacity) % tile)), constant_values=num_rows)
-    left = jnp.maximum((rows < num_rows).sum(axis=1) - capacity, 0)
-    tiles = (left + tile - 1) // tile
+    remaining = jnp.maximum((rows < num_rows).sum(axis=1) - capacity, 0)
+    tiles = (remaining + tile - 1) // tile
     ends = jnp.cumsum(tiles)
 
     def add_tile(i: Array, y: Array) -> Array:
@@ -276,8 +299,8 @@ def in_tiles(
     return jax.lax.fori_loop(0, ends[-1], add_tile, y)
 
 
-def reduced_ffn(x: Float[Array, "P D"], weights: FfnWeights, rows: Int[Array, " C"]) -> Float[Array, "P D"]:
-    """One sample's visual tokens through the chosen units only; a row past the last one adds nothing."""
+def reduced_ffn(x: Float[Array, "P D"], weights: FfnWeights, rows: Int[Array, " rows"]) -> Float[Array, "P D"]:
+    """One sample's visual tokens through the chosen units only; rows past the last unit add nothing."""
     chosen = jax.tree.map(lambda w: w.at[rows].get(mode="clip"), weights)
     hidden = hidden_units(x, chosen)
     hidden = jnp.where(rows[None, :] < weights.gate.shape[0], hidden, jnp.zeros_like(hidden))

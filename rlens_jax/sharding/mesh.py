@@ -45,7 +45,7 @@ class ParameterLayout:
     Attributes:
         mesh: the devices.
         axes: the letters of each parameter by dotted path, without a stack's leading layer axis.
-        halves: parameters whose last axis D is kept as two, [2, D / 2], for a kernel (`rlens_jax.ops.stored_units`).
+        halves: parameters whose last axis D is kept as two, [2, D / 2], for a kernel (`rlens_jax.ops.ffn_tpu`).
     """
 
     mesh: Mesh

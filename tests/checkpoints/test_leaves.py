@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from rlens_jax.checkpoints import leaves
 from rlens_jax.models.decoder import Decoder
-from rlens_jax.ops.row_gather import fetches
+from rlens_jax.ops.ffn_tpu import fetches
 from rlens_jax.sharding.mesh import make_mesh
 from tests.toy_decoder import TOY
 

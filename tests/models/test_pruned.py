@@ -19,7 +19,7 @@ from rlens_jax.models.vtw import choose_vtw_layer, withdrawal_divergences
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Folder
 from tests.numerics import assert_close, error
-from tests.ops.test_pruning import merged_slowly
+from tests.ops.test_token_pruning import merged_slowly
 from tests.sequences import bucket_for, pack, run_length, unpack
 from tests.torch_decoder import Settings, TorchDecoder
 from tests.toy_decoder import TOY, random_decoder

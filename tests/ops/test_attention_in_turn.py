@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlens_jax.layout import PADDING_POSITION
-from rlens_jax.ops.attention import attention_in_turn, reference_attention
+from rlens_jax.ops.attention import chunked_attention, reference_attention
 from tests.numerics import assert_close
 from tests.sequences import make_layout, run_length
 
@@ -22,7 +22,7 @@ def test_same_as_the_reference(attention_range: int | None, window: str, block: 
     rng = np.random.default_rng(0)
     shapes = [(4, heads, layout.bucket.slots, 4) for heads in (6, 2, 2)]
     q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
-    run = jax.jit(lambda *arrays: attention_in_turn(*arrays, attention_range, window, block))
+    run = jax.jit(lambda *arrays: chunked_attention(*arrays, attention_range, window, block))
     real = np.asarray(layout.slots.position) < PADDING_POSITION
     ours, expected = (
         np.asarray(made).swapaxes(1, 2)[real]

@@ -11,8 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import jaxprs_in_params
 
 from rlens_jax.layout import PADDING_POSITION, Bucket, Slots, visible
-from rlens_jax.ops.attention import reference_attention
-from rlens_jax.ops.attention_tpu import attend, block_size, kernel_flops, splash_attention, visited_blocks
+from rlens_jax.ops.attention import attend, reference_attention
+from rlens_jax.ops.attention_tpu import block_size, kernel_flops, splash_attention, visited_blocks
 from tests.numerics import assert_close
 from tests.sequences import make_layout, pack, random_rows, run_length, unpack
 

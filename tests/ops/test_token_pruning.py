@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlens_jax.layout import PADDING_POSITION, keep_visual, visible
-from rlens_jax.ops.pruning import attention_received, merge_similar, most_attended, num_survivors
+from rlens_jax.ops.token_pruning import attention_received, merge_similar, most_attended, num_survivors
 from rlens_jax.pruning import FastV, Folder
 from tests.numerics import assert_close
 from tests.sequences import make_layout, pack, random_rows, run_length, spell
