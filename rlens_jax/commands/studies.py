@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
     _check(config, options.name)
     names = STUDY_NAMES if options.name == ALL else (options.name,)
     from rlens_jax.paper_studies.studies_run import run_studies
-    from rlens_jax.paper_studies.study_summary import summary
+    from rlens_jax.paper_studies.study import summary
 
     print(summary(run_studies(names, config, options.ranking), Path(config.output)))
 

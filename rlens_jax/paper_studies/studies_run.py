@@ -17,17 +17,12 @@ from rlens_jax.engine.sizes import memory_explained
 from rlens_jax.errors import UserError
 from rlens_jax.files import replace_file
 from rlens_jax.hosts.processes import Processes
-from rlens_jax.paper_studies.cases import Case, Variant
-from rlens_jax.paper_studies.layers_study import layers_study
+from rlens_jax.paper_studies.layer_studies import layers_study, strategies_study, text_study
 from rlens_jax.paper_studies.pruned_programs import PrunedForcing, PrunedPrograms
-from rlens_jax.paper_studies.pruning_study import pruning_study
-from rlens_jax.paper_studies.strategies import strategies_study
-from rlens_jax.paper_studies.study import Facts, Study, StudyName
+from rlens_jax.paper_studies.reduction_studies import fraction_study, probes_study, pruning_study, range_study
+from rlens_jax.paper_studies.study import Case, Facts, Study, StudyName, Variant, study_json
 from rlens_jax.paper_studies.study_bench import Bench
-from rlens_jax.paper_studies.study_json import study_json
 from rlens_jax.paper_studies.study_plots import plot_study
-from rlens_jax.paper_studies.sweeps import fraction_study, probes_study, range_study
-from rlens_jax.paper_studies.text import text_study
 from rlens_jax.paper_studies.text_control import TextControlPrograms
 from rlens_jax.plan import Operator, Plan
 from rlens_jax.search.ranking_file import read_ranking

@@ -1,16 +1,55 @@
-"""A finished study as values: everything that its JSON file and its plot show, and nothing that computes it."""
+"""A study as values, and its results as JSON and as text for the terminal. Nothing here computes them.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+The JSON, which `study.schema.json` describes, holds nothing that differs between runs of a configuration.
+"""
 
-from rlens_jax.paper_studies.cases import Case
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from rlens_jax.files import json_text
+from rlens_jax.plan import Plan, Reduction
+from rlens_jax.pruning import Pruning
+
+SCHEMA = "rlens-study/1"
+
+Tokens = Literal["visual", "text"]
 
 StudyName = Literal["layers", "text", "fraction", "range", "strategies", "probes", "pruning"]
 STUDY_NAMES: tuple[StudyName, ...] = get_args(StudyName)
 
 Bound = float | Literal["infinite", "undefined"]
-"""A number, or what a ratio can be instead of one; see `Finding`."""
+"""A number, or a ratio that is not a number; see `Finding`."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How the reduced layers of a plan treat tokens. Each variant has its own compiled programs.
+
+    Attributes:
+      reduction: range, fractions and probes.
+      tokens: which tokens are reduced. "text" is the simulated control (`rlens_jax.paper_studies.text_control`).
+      pruning: how visual tokens are dropped in addition; None keeps all.
+    """
+
+    reduction: Reduction
+    tokens: Tokens = "visual"
+    pruning: Pruning | None = None
+
+    def key(self) -> str:
+        """A unique name for the journal."""
+        pruning = None if self.pruning is None else self.pruning.label()
+        return json.dumps({**asdict(self), "pruning": pruning}, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A plan under a variant, which a study measures."""
+
+    plan: Plan
+    variant: Variant
 
 
 @dataclass(frozen=True)
@@ -19,9 +58,9 @@ class Flops:
 
     Attributes:
       saved: as the field counts, without the probes.
-      with_probes: with the probes' work, which is what is really computed.
-      last_layer: the part of `saved` that the last layer has. It is free: what a visual token leaves there reaches no
-        answer, and any implementation, dense too, may leave it out.
+      with_probes: with the probes' work, as computed.
+      last_layer: the part of `saved` in the last layer. It is free: the last layer's output for a visual token reaches no answer,
+        so any implementation, even a dense one, may skip it.
     """
 
     saved: float
@@ -34,12 +73,12 @@ class Point:
     """A measured point of a series.
 
     Attributes:
-      x: place on the study's x axis.
+      x: position on the study's x axis.
       case: what was measured; None for the mean over several orders of layers.
-      metrics: of each dataset.
+      metrics: metric of each dataset.
       loss: minus the mean over the datasets of the change against the dense model.
       mean, low, high: mean of the datasets' metrics, with its 95 % bootstrap interval.
-      flops: None where nothing is saved because the reduction is only simulated, and where there is no single case.
+      flops: None if the reduction is only simulated, and for the mean over several orders.
     """
 
     x: float
@@ -57,9 +96,9 @@ class Series:
     """One line of a plot.
 
     Attributes:
-      name: what the legend calls it.
+      name: the legend's text.
       points: by ascending x.
-      orders: the orders of layers behind it; several for the mean of random orders. Empty where x is no number of layers.
+      orders: the orders of layers behind it; several for the mean of random orders. Empty if x is not a number of layers.
     """
 
     name: str
@@ -74,7 +113,7 @@ class Panel:
     Attributes:
       title: what is reduced.
       series: the lines.
-      free: the step of x in which nothing but the last layer is reduced, shown apart; None if there is none.
+      free: the step of x that reduces only the last layer, which is marked; None if there is none.
     """
 
     title: str
@@ -84,9 +123,9 @@ class Panel:
 
 @dataclass(frozen=True)
 class Finding:
-    """A number that a study was made for, with its 95 % bootstrap interval where it has one.
+    """A number that answers the study's question, with its 95 % bootstrap interval if it has one.
 
-    A ratio of two losses is "infinite" when only the upper one is a loss, and "undefined" when neither is.
+    A ratio of two losses is "infinite" if only the upper one is a loss, and "undefined" if neither is.
     """
 
     name: str
@@ -101,9 +140,9 @@ class Study:
     """A finished study.
 
     Attributes:
-      name: of the command.
-      question: what is asked, in one line.
-      x_label: what x is, with its unit.
+      name: the command's NAME.
+      question: the question, in one line.
+      x_label: the quantity on the x axis, with its unit.
       x_scale: "linear", "percent" (x is a share, shown in %) or "log" (the values of x are marked).
       panels, findings: the answer.
     """
@@ -118,13 +157,14 @@ class Study:
 
 @dataclass(frozen=True)
 class Facts:
-    """What all studies of a folder rest on.
+    """Facts that all studies of a folder share.
 
     Attributes:
-      model, model_hash, num_layers: of the model.
-      data_hash, samples: of the samples; how many held-out ones each dataset has.
+      model, model_hash, num_layers: the model.
+      data_hash: hash of the samples.
+      samples: number of held-out samples of each dataset.
       dense: the dense model's metrics on them.
-      configuration: of the run, as JSON values.
+      configuration: the run's configuration, as JSON values.
       versions: package -> version.
     """
 
@@ -136,3 +176,96 @@ class Facts:
     dense: Mapping[str, float]
     configuration: Mapping[str, object]
     versions: Mapping[str, str]
+
+
+def study_json(study: Study, facts: Facts) -> str:
+    """The text of a study's JSON file."""
+    return json_text(
+        {
+            "schema": SCHEMA,
+            "study": study.name,
+            "question": study.question,
+            "x": {"label": study.x_label, "scale": study.x_scale},
+            "panels": [_panel(panel) for panel in study.panels],
+            "findings": [asdict(finding) for finding in study.findings],
+            "model": {
+                "path": facts.model,
+                "hash": facts.model_hash,
+                "num_layers": facts.num_layers,
+            },
+            "data": {"hash": facts.data_hash, "samples": dict(facts.samples)},
+            "dense": dict(facts.dense),
+            "configuration": dict(facts.configuration),
+            "versions": dict(facts.versions),
+        }
+    )
+
+
+def _panel(panel: Panel) -> dict[str, Any]:
+    return {
+        "title": panel.title,
+        "free_step": None if panel.free is None else list(panel.free),
+        "series": [
+            {
+                "name": series.name,
+                "orders": [list(order) for order in series.orders],
+                "points": [_point(point) for point in series.points],
+            }
+            for series in panel.series
+        ],
+    }
+
+
+def _point(point: Point) -> dict[str, Any]:
+    return {
+        "x": point.x,
+        "mean": point.mean,
+        "low": point.low,
+        "high": point.high,
+        "loss": point.loss,
+        "metrics": dict(point.metrics),
+        "flops": None if point.flops is None else asdict(point.flops),
+        "case": None if point.case is None else _case(point.case),
+    }
+
+
+def _case(case: Case) -> dict[str, Any]:
+    variant, pruning = case.variant, case.variant.pruning
+    method = None if pruning is None else {"method": type(pruning).__name__.lower(), **asdict(pruning)}
+    return {
+        "attention": list(case.plan.attention),
+        "ffn": list(case.plan.ffn),
+        "reduction": asdict(variant.reduction),
+        "tokens": variant.tokens,
+        "pruning": method,
+    }
+
+
+def summary(studies: Sequence[Study], folder: Path) -> str:
+    """The findings of each study, or its points if it has no findings, and the names of its files."""
+    lines = []
+    for study in studies:
+        lines.append(f"{study.name}: {study.question}")
+        lines += [f"  {_finding_line(finding)}" for finding in study.findings]
+        if not study.findings:
+            lines.append(f"  {study.x_label}: held-out score in %")
+            scale = 100 if study.x_scale == "percent" else 1
+            lines += [f"  {_series_line(series, scale)}" for panel in study.panels for series in panel.series]
+        lines += [f"  -> {folder / study.name}.json, .png, .svg", ""]
+    return "\n".join(lines).rstrip()
+
+
+def _finding_line(finding: Finding) -> str:
+    text = f"{finding.statement}: {_shown(finding.value)}"
+    if finding.low is None or finding.high is None:
+        return text
+    return f"{text} (95 %: {_shown(finding.low)} to {_shown(finding.high)})"
+
+
+def _shown(bound: Bound) -> str:
+    return bound if isinstance(bound, str) else f"{bound:.4g}"
+
+
+def _series_line(series: Series, scale: int) -> str:
+    points = "  ".join(f"{scale * point.x:.3g}: {100 * point.mean:.1f}" for point in series.points)
+    return f"{series.name}: {points}"

@@ -1,7 +1,7 @@
-"""Where studies are measured: one model, its encoded samples and one journal, which all studies and variants share.
+"""Measures the cases of studies with one model, its encoded samples and one journal, which all studies and variants share.
 
-The vision tower runs once per sample. What the journal has is not measured again, and a variant of which it has all cases is not
-even compiled.
+The vision tower runs once per sample. Cases in the journal are not measured again, and a variant whose cases are all there is
+not even compiled.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +17,7 @@ from rlens_jax.engine.rounds import metrics_of, num_evaluations, round_scorer
 from rlens_jax.engine.scoring import Scoring
 from rlens_jax.flops import LayerSizes, layer_cost, prefill_cost, visual_in_layer
 from rlens_jax.models.decoder import DecoderConfig
-from rlens_jax.paper_studies.cases import Case, Variant, chained
-from rlens_jax.paper_studies.study import Flops, Point, Series
+from rlens_jax.paper_studies.study import Case, Flops, Point, Series, Variant
 from rlens_jax.plan import Operator, Plan
 from rlens_jax.search.bootstrap import Interval, Statistic, bootstrap_interval, mean_over_datasets
 from rlens_jax.search.journal import Journal
@@ -34,12 +33,12 @@ class Bench:
     """Measures cases on held-out samples, and searches on the validation samples.
 
     Args:
-        config: of the run.
-        decoder: sizes of the decoder.
+        config: the run's configuration.
+        decoder: the decoder's configuration.
         splits: samples and batches of both splits.
-        journal: keeps what is finished.
-        scoring_of: makes what evaluates a variant's plans.
-        orders: rankings that are known already; others are searched when they are first asked for.
+        journal: holds finished evaluations.
+        scoring_of: makes the scoring of a variant.
+        orders: orders of layers by operator; a missing order is searched when it is first needed.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class Bench:
 
     @property
     def most_visual(self) -> int:
-        """P of the held-out sample with the most visual tokens."""
+        """Visual tokens of the held-out sample that has the most, P."""
         return int(self._splits[TEST].num_visual.max())
 
     @property
@@ -73,7 +72,7 @@ class Bench:
         return {name: len(members) for name, members in self._splits[TEST].datasets.items()}
 
     def order(self, operator: Operator) -> tuple[int, ...]:
-        """The layers in the searched order, with the configured L_p unless a finished ranking was named."""
+        """The searched order of layers: from `orders`, else with the configured L_p."""
         if operator not in self._orders:
             self._orders[operator] = self.search(operator, self.config.search.position_layers).order
         return self._orders[operator]
@@ -81,7 +80,7 @@ class Bench:
     def search(self, operator: Operator, position_layers: int | None) -> Ranking:
         """The Layer Ranking Algorithm on the validation samples; None is L // 4."""
         prior = self.num_layers // 4 if position_layers is None else position_layers
-        total = num_evaluations(self.num_layers, prior) + 1  # the dense plan is asked for twice
+        total = num_evaluations(self.num_layers, prior) + 1  # the dense plan is evaluated before the search, too
         label = f"ranking {operator}, L_p = {prior}"
         evaluator, scoring = self._evaluator(VALIDATION, self.plain)
         settings = self.config.search
@@ -96,13 +95,13 @@ class Bench:
 
     def measure(self, label: str, cases: Sequence[Case]) -> Measured:
         """The outcomes of all cases, and of the dense model, on the held-out samples."""
-        wanted = list(dict.fromkeys([Case(Plan(), self.plain), *map(self._canonical, cases)]))
+        distinct = list(dict.fromkeys([Case(Plan(), self.plain), *map(self._canonical, cases)]))
         measured: dict[Case, Outcomes] = {}
-        total = len(wanted) * len(self._splits[TEST].datasets)
+        total = len(distinct) * len(self._splits[TEST].datasets)
         with Progress(label, total, "evaluations") as self._progress:
-            for variant in dict.fromkeys(case.variant for case in wanted):
+            for variant in dict.fromkeys(case.variant for case in distinct):
                 evaluator, scoring = self._evaluator(TEST, variant)
-                for base, case in chained([case for case in wanted if case.variant == variant]):
+                for base, case in chained([case for case in distinct if case.variant == variant]):
                     (measured[case],) = evaluator.outcomes(self._split_name(TEST, variant), base, [case.plan])
                 scoring.release()
         return {case: measured[self._canonical(case)] for case in (Case(Plan(), self.plain), *cases)}
@@ -123,7 +122,7 @@ class Bench:
         measured: Measured,
         orders: Sequence[Sequence[int]] = (),
     ) -> Series:
-        """A line of a plot: at each x one case, or the mean over several."""
+        """A line of a plot; each x has one case, or the mean over several."""
         table = self.table(measured, cases)
         mean = self.interval(table, mean_over_datasets)
         dense, points = self.dense(measured), []
@@ -162,7 +161,7 @@ class Bench:
         return (lost / dense if self._relative else lost).mean(axis=-1)
 
     def flops(self, case: Case) -> Flops:
-        """What a case saves."""
+        """The FLOPs that a case saves."""
         decoder, split, length = self._decoder, self._splits[TEST], self.num_layers
         sizes = LayerSizes(decoder.width, decoder.num_kv_heads * decoder.head_dim, decoder.ffn_width)
         plan, reduction = case.plan, case.variant.reduction
@@ -191,12 +190,12 @@ class Bench:
         return self.config.search.change == "relative"
 
     def _canonical(self, case: Case) -> Case:
-        """The same computation under the name that all studies have for it: what reduces nothing is the dense model."""
+        """The case that stands for all cases of the same computation: a plan that reduces nothing is the dense model."""
         dense = case.plan == Plan() and case.variant.pruning is None
         return replace(case, variant=self.plain) if dense else case
 
     def _split_name(self, split: str, variant: Variant) -> str:
-        """How the journal tells variants apart."""
+        """The journal's name for a split under a variant."""
         return split if variant == self.plain else f"{split} {variant.key()}"
 
     def _evaluator(self, split: str, variant: Variant) -> tuple[Evaluator, Scoring]:
@@ -216,3 +215,18 @@ class Bench:
     def _advance(self, anew: bool) -> None:
         if self._progress is not None:
             self._progress.advance(anew=anew)
+
+
+def chained(cases: list[Case]) -> list[tuple[Plan, Case]]:
+    """Each case with the plan whose stored states it starts from: the previous case's plan, or dense if that is nearer.
+
+    The nearer plan agrees on more of the first layers. All cases have the same variant.
+    """
+    bases = []
+    previous = Plan()
+    for case in cases:
+        # An equal plan, None, is the nearest.
+        near, dense = (plan.lowest_difference(case.plan) for plan in (previous, Plan()))
+        bases.append((previous if near is None or (dense is not None and near > dense) else Plan(), case))
+        previous = case.plan
+    return bases

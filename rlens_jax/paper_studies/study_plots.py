@@ -1,4 +1,4 @@
-"""The plot of a study, as PNG or SVG bytes; one panel beside the other, score upwards."""
+"""The plot of a study, as PNG or SVG bytes: panels side by side, score on the y axis."""
 
 import math
 
@@ -9,7 +9,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from rlens_jax.paper_studies.study import Facts, Panel, Study
 from rlens_jax.reporting.plots import Format, drawn
 
-# Okabe and Ito, told apart with any colour vision; line and marker tell them too.
+# Okabe and Ito's colours, which people with any colour vision can distinguish; line and marker differ, too.
 _STYLES = (
     ("#0072B2", "-", "o"),
     ("#D55E00", "--", "s"),
@@ -22,7 +22,7 @@ _STYLES = (
 
 
 def plot_study(study: Study, facts: Facts, kind: Format) -> bytes:
-    """All panels of a study."""
+    """Plot all panels of a study."""
     return drawn(lambda: _figure(study, facts), kind)
 
 

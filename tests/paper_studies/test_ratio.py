@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rlens_jax.paper_studies.text import ratio_angle, ratio_of
+from rlens_jax.paper_studies.layer_studies import ratio_angle, ratio_of
 
 
 def ratio(visual: float, text: float) -> float | str:

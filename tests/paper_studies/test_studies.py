@@ -13,15 +13,11 @@ from flax import nnx
 
 from rlens_jax.flops import LayerSizes, saving, visual_in_layer
 from rlens_jax.models.pruned import run_prompt
-from rlens_jax.paper_studies import pruning_study as pruning
-from rlens_jax.paper_studies import sweeps
-from rlens_jax.paper_studies.cases import Case, Variant, chained
+from rlens_jax.paper_studies import reduction_studies
 from rlens_jax.paper_studies.studies_run import STUDIES, write_study
-from rlens_jax.paper_studies.study import STUDY_NAMES, Facts
-from rlens_jax.paper_studies.study_bench import Bench
-from rlens_jax.paper_studies.study_json import study_json
+from rlens_jax.paper_studies.study import STUDY_NAMES, Case, Facts, Variant, study_json, summary
+from rlens_jax.paper_studies.study_bench import Bench, chained
 from rlens_jax.paper_studies.study_plots import plot_study
-from rlens_jax.paper_studies.study_summary import summary
 from rlens_jax.plan import OPERATORS, Plan
 from rlens_jax.pruning import VTW, FastV
 from rlens_jax.search.objective import dataset_metric
@@ -30,13 +26,13 @@ from tests.paper_studies.toy_bench import ToyRun
 
 SCHEMA = json.loads(files("rlens_jax.paper_studies").joinpath("study.schema.json").read_text())
 
-ALL_PARTS = sweeps.RANGE_PARTS
+ALL_PARTS = reduction_studies.RANGE_PARTS
 FEW = {
-    (sweeps, "FRACTIONS"): (0.5,),
-    (sweeps, "RANGE_PARTS"): (1,),
-    (sweeps, "PROBE_FRACTIONS"): (1.0,),
-    (pruning, "SHARES"): (0.5,),
-    (pruning, "VTW_QUARTERS"): (2,),
+    (reduction_studies, "FRACTIONS"): (0.5,),
+    (reduction_studies, "RANGE_PARTS"): (1,),
+    (reduction_studies, "PROBE_FRACTIONS"): (1.0,),
+    (reduction_studies, "SHARES"): (0.5,),
+    (reduction_studies, "VTW_QUARTERS"): (2,),
 }
 """Every value is compiled."""
 
@@ -231,9 +227,9 @@ def test_sweeps_vary_one_value(finished: Finished) -> None:
 
 def test_the_ranges_reach_from_a_64th_of_the_visual_tokens_to_all() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweeps, "RANGE_PARTS", ALL_PARTS)
-        assert sweeps.range_values(128) == [2, 4, 8, 16, 32, 64, 128]
-        assert sweeps.range_values(10) == [1, 2, 5, 10]
+        patch.setattr(reduction_studies, "RANGE_PARTS", ALL_PARTS)
+        assert reduction_studies.range_values(128) == [2, 4, 8, 16, 32, 64, 128]
+        assert reduction_studies.range_values(10) == [1, 2, 5, 10]
 
 
 def test_strategies(finished: Finished) -> None:

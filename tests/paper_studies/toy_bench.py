@@ -12,8 +12,8 @@ from rlens_jax.config import ReportConfig, RunConfig, SearchConfig
 from rlens_jax.engine.inputs import Shapes, Split, build_split
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import Scoring, TeacherForcing
-from rlens_jax.paper_studies.cases import Variant
 from rlens_jax.paper_studies.studies_run import make_scoring
+from rlens_jax.paper_studies.study import Variant
 from rlens_jax.paper_studies.study_bench import Bench
 from rlens_jax.search.journal import Journal
 from rlens_jax.sharding.mesh import make_mesh
