@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
         supervised(Path(config.output))
     from rlens_jax.hosts.processes import joined
     from rlens_jax.ranking.ranking_run import run
-    from rlens_jax.reporting.terminal import summary
+    from rlens_jax.reporting.report_text import summary
 
     with joined(config.hosts) as processes:
         results = run(config, processes)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rlens_jax.console import ArgumentParser, run_command
 from rlens_jax.files import replace_file
-from rlens_jax.reporting.html.page import report_html
 from rlens_jax.reporting.reading import read_run
+from rlens_jax.reporting.report_page import report_html
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,21 +1,22 @@
 """Plots of a finished run, as PNG or SVG bytes; the same results give the same bytes.
 
-Colours are those of Okabe and Ito, told apart with any colour vision; line style and marker tell them too.
+The colours, by Okabe and Ito, differ for any colour vision. Line styles and markers differ as well.
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import FuncNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 from rlens_jax.plan import Operator
-from rlens_jax.search.results import ALLOWED_LOSS, OperatorResult, Results, Strategy
+from rlens_jax.search.results import ALLOWED_LOSS, OperatorResult, RandomCurves, Results, Strategy
 
 Format = Literal["png", "svg"]
 
@@ -33,21 +34,23 @@ _STYLES: dict[Strategy, dict[str, str]] = {
     "random": {"color": "#6E6E6E", "linestyle": "none", "marker": "D"},
 }
 _RANKED_GREY = "#DCDCDC"
+_SHALLOW = 40
+"""Most layers with a marker per point and lines between the cells."""
 
 
 def plot_curves(results: Results, kind: Format) -> bytes:
-    """Held-out score against the number of reduced layers, one panel an operator."""
+    """Held-out score against the number of reduced layers, one panel per operator."""
     return drawn(lambda: _curves(results), kind)
 
 
 def plot_candidates(results: Results, kind: Format) -> bytes:
-    """The score of every candidate of every round of the search, one heat map an operator."""
+    """The score of every candidate of every round of the search, one heat map per operator."""
     return drawn(lambda: _candidates(results), kind)
 
 
 def drawn(draw: Callable[[], Figure], kind: Format) -> bytes:
-    """A figure as bytes, the same every time."""
-    # Salt and missing date make an SVG the same every time; text stays text, so that it can be searched.
+    """A figure as bytes."""
+    # A fixed salt and no date make SVG files reproducible. Text stays text, so that it can be searched.
     with mpl.rc_context({"svg.hashsalt": "rlens_jax", "svg.fonttype": "none", "font.size": 10}):
         figure, buffer = draw(), io.BytesIO()
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
@@ -74,48 +77,28 @@ def _curves(results: Results) -> Figure:
 
 def _curve_panel(axis: Axes, operator: Operator, result: OperatorResult, results: Results) -> None:
     num_layers = results.num_layers
-    markers = num_layers <= 40
     dense = float(np.mean(list(results.dense_test.values())))
     axis.axhline(dense, color="black", linestyle=":", linewidth=1.2, label="dense model")
     for name, curve in result.curves.items():
         style = _STYLES[name]
-        axis.fill_between(
-            range(num_layers + 1),
-            curve.mean.low,
-            curve.mean.high,
-            color=style["color"],
-            alpha=0.15,
-            linewidth=0,
-        )
+        layers, mean = range(num_layers + 1), curve.mean
+        axis.fill_between(layers, mean.low, mean.high, color=style["color"], alpha=0.15, linewidth=0)
         axis.plot(
-            range(num_layers + 1),
-            curve.mean.value,
+            layers,
+            mean.value,
             color=style["color"],
             linestyle=style["linestyle"],
-            marker=style["marker"] if markers else None,
+            marker=style["marker"] if num_layers <= _SHALLOW else None,
             markersize=4,
             linewidth=1.8,
             zorder=4 if name == "searched" else 3,
             label=STRATEGY_NAMES[name],
         )
-    random = np.asarray(result.random.means)
-    middle = random.mean(axis=0)
-    axis.errorbar(
-        result.random.num_reduced,
-        middle,
-        yerr=np.clip([middle - random.min(axis=0), random.max(axis=0) - middle], 0, None),
-        fmt=_STYLES["random"]["marker"],
-        color=_STYLES["random"]["color"],
-        markersize=5,
-        capsize=4,
-        linewidth=1.2,
-        label=STRATEGY_NAMES["random"],
-    )
-    searched = result.curves["searched"]
-    number = searched.allowed
+    _random_marks(axis, result.random)
+    number = result.curves["searched"].allowed
     axis.plot(
         number,
-        searched.mean.value[number],
+        result.curves["searched"].mean.value[number],
         marker="*",
         markersize=17,
         markerfacecolor="#F0E442",
@@ -135,6 +118,23 @@ def _curve_panel(axis: Axes, operator: Operator, result: OperatorResult, results
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def _random_marks(axis: Axes, random: RandomCurves) -> None:
+    """The mean of the random rankings, with whiskers from the worst to the best."""
+    means = np.asarray(random.means)
+    middle = means.mean(axis=0)
+    axis.errorbar(
+        random.num_reduced,
+        middle,
+        yerr=np.clip([middle - means.min(axis=0), means.max(axis=0) - middle], 0, None),
+        fmt=_STYLES["random"]["marker"],
+        color=_STYLES["random"]["color"],
+        markersize=5,
+        capsize=4,
+        linewidth=1.2,
+        label=STRATEGY_NAMES["random"],
+    )
+
+
 def _candidates(results: Results) -> Figure:
     panels, num_layers = len(results.operators), results.num_layers
     rounds = max(len(result.ranking.rounds) for result in results.operators.values())
@@ -142,45 +142,10 @@ def _candidates(results: Results) -> Figure:
     height = 1.4 + side * max(rounds, 3) / num_layers
     figure = Figure(figsize=(1.2 + (side + 0.6) * panels, height), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    tables = {name: _table(result, num_layers) for name, result in results.operators.items()}
-    scores = np.concatenate([table[np.isfinite(table)] for table in tables.values()])
-    lowest, highest = float(scores.min(initial=-1e-3)), float(scores.max(initial=0))
-    # Good candidates lie close together and bad ones far apart, so colour goes with the root of the distance.
-    norm = FuncNorm(
-        (lambda score: -np.sqrt(np.maximum(highest - score, 0)), lambda root: highest - root**2),
-        vmin=lowest,
-        vmax=highest,
-    )
-    colours = mpl.colormaps["viridis"].with_extremes(bad=_RANKED_GREY)
-    cell = 72 * side / num_layers
+    norm = _candidate_norm([_score_table(result, num_layers) for result in results.operators.values()])
     for axis, (operator, result) in zip(axes, results.operators.items(), strict=True):
-        table, searched = tables[operator], result.ranking.rounds
-        image = axis.pcolormesh(
-            np.arange(num_layers + 1) - 0.5,
-            np.arange(len(searched) + 1) + 0.5,
-            np.ma.masked_invalid(table),
-            cmap=colours,
-            norm=norm,
-            edgecolors="white",
-            linewidth=0.4 if num_layers <= 40 else 0,
-        )
-        axis.set_facecolor(_RANKED_GREY)
-        axis.plot(
-            [round_.chosen for round_ in searched],
-            range(1, len(searched) + 1),
-            linestyle="none",
-            marker="o",
-            markersize=min(7.0, 0.5 * cell),
-            markerfacecolor="white",
-            markeredgecolor="black",
-            markeredgewidth=min(1.0, 0.1 * cell),
-        )
-        axis.set_ylim(len(searched) + 0.5, 0.5)
-        axis.set_xlim(-0.5, num_layers - 0.5)
+        image = _candidate_panel(axis, result, num_layers, norm, cell=72 * side / num_layers)
         axis.set_title(OPERATOR_NAMES[operator])
-        axis.set_xlabel("layer")
-        axis.xaxis.set_major_locator(_ticks(0, num_layers - 1))
-        axis.yaxis.set_major_locator(_ticks(1, len(searched)))
     axes[0].set_ylabel("round of the search")
     bar = figure.colorbar(image, ax=list(axes), pad=0.02)
     bar.set_label("candidate's score on validation (0 = dense model)")
@@ -189,8 +154,50 @@ def _candidates(results: Results) -> Figure:
     return figure
 
 
-def _table(result: OperatorResult, num_layers: int) -> np.ndarray:
-    """Scores [rounds, layers], NaN where a layer was no candidate."""
+def _candidate_norm(tables: Sequence[np.ndarray]) -> FuncNorm:
+    """Colours by the square root of the distance to the best: good candidates lie close together, bad ones far apart."""
+    scores = np.concatenate([table[np.isfinite(table)] for table in tables])
+    lowest, highest = float(scores.min(initial=-1e-3)), float(scores.max(initial=0))
+    return FuncNorm(
+        (lambda score: -np.sqrt(np.maximum(highest - score, 0)), lambda root: highest - root**2),
+        vmin=lowest,
+        vmax=highest,
+    )
+
+
+def _candidate_panel(axis: Axes, result: OperatorResult, num_layers: int, norm: FuncNorm, cell: float) -> QuadMesh:
+    """One heat map with cells of `cell` points."""
+    rounds = result.ranking.rounds
+    image = axis.pcolormesh(
+        np.arange(num_layers + 1) - 0.5,
+        np.arange(len(rounds) + 1) + 0.5,
+        np.ma.masked_invalid(_score_table(result, num_layers)),
+        cmap=mpl.colormaps["viridis"].with_extremes(bad=_RANKED_GREY),
+        norm=norm,
+        edgecolors="white",
+        linewidth=0.4 if num_layers <= _SHALLOW else 0,
+    )
+    axis.set_facecolor(_RANKED_GREY)
+    axis.plot(
+        [round_.chosen for round_ in rounds],
+        range(1, len(rounds) + 1),
+        linestyle="none",
+        marker="o",
+        markersize=min(7.0, 0.5 * cell),
+        markerfacecolor="white",
+        markeredgecolor="black",
+        markeredgewidth=min(1.0, 0.1 * cell),
+    )
+    axis.set_ylim(len(rounds) + 0.5, 0.5)
+    axis.set_xlim(-0.5, num_layers - 0.5)
+    axis.set_xlabel("layer")
+    axis.xaxis.set_major_locator(_ticks(0, num_layers - 1))
+    axis.yaxis.set_major_locator(_ticks(1, len(rounds)))
+    return image
+
+
+def _score_table(result: OperatorResult, num_layers: int) -> np.ndarray:
+    """Scores [rounds, layers], NaN where a layer was not a candidate."""
     table = np.full((len(result.ranking.rounds), num_layers), np.nan)
     for row, round_ in enumerate(result.ranking.rounds):
         table[row, list(round_.layers)] = [score.score for score in round_.scores]

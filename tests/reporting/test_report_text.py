@@ -4,8 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlens_jax.reporting.markdown import report_markdown
-from rlens_jax.reporting.terminal import summary
+from rlens_jax.reporting.report_text import report_markdown, summary
 from rlens_jax.search.bootstrap import Interval
 from tests.reporting.synthetic import synthetic_results, with_margin
 

@@ -16,13 +16,23 @@ from rlens_jax.commands.report import main
 from rlens_jax.console import BAD_INPUT
 from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
+from rlens_jax.reporting.chart import (
+    BOTTOM,
+    LEFT,
+    RIGHT,
+    SHADES,
+    TOP,
+    Series,
+    curve_chart,
+    nice_ticks,
+    shade,
+    shade_legend,
+)
 from rlens_jax.reporting.examples import MAX_EXAMPLES, MAX_IMAGES, write_examples
-from rlens_jax.reporting.html.chart import BOTTOM, LEFT, RIGHT, TOP, Series, curve_chart, nice_ticks
-from rlens_jax.reporting.html.heat import SHADES, shade, shade_legend
-from rlens_jax.reporting.html.page import MAX_BYTES, MAX_RUNS, report_html
 from rlens_jax.reporting.reading import read_run
 from rlens_jax.reporting.report_files import write_report
-from tests.reporting.html.runs import ATTACK, examples, write_run
+from rlens_jax.reporting.report_page import MAX_BYTES, MAX_RUNS, report_html
+from tests.reporting.runs import ATTACK, examples, write_run
 from tests.reporting.synthetic import synthetic_results
 
 
@@ -163,7 +173,7 @@ def test_too_many_runs_are_refused(folder, monkeypatch):
     run = read_run(folder)
     with pytest.raises(UserError, match="at most 8 runs side by side, not 9"):
         report_html([run] * (MAX_RUNS + 1))
-    monkeypatch.setattr("rlens_jax.reporting.html.page.MAX_BYTES", 100_000)
+    monkeypatch.setattr("rlens_jax.reporting.report_page.MAX_BYTES", 100_000)
     with pytest.raises(UserError, match=r"would have 0\.\d MB, more than 0\.1; name fewer runs"):
         report_html([run] * 2)
 
@@ -350,7 +360,7 @@ def test_shades_go_with_the_root_of_the_harm():
 
 
 def test_texts_can_be_read_in_both_themes():
-    css = files("rlens_jax.reporting.html").joinpath("report.css").read_text()
+    css = files("rlens_jax.reporting").joinpath("report.css").read_text()
     colours = {name: pair for name, *pair in re.findall(r"--([\w-]+): light-dark\((#\w+), (#\w+)\)", css)}
 
     def luminance(colour):

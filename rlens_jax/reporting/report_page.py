@@ -1,4 +1,4 @@
-"""The page: what of the runs' files goes where. The template only lays it out."""
+"""`report.html`: the values of one or several runs, prepared for the template, which only lays them out."""
 
 import base64
 import hashlib
@@ -14,19 +14,18 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from rlens_jax.errors import UserError
 from rlens_jax.files import json_leaves
 from rlens_jax.plan import OPERATORS, Plan
-from rlens_jax.reporting.html import chart as area
-from rlens_jax.reporting.html.chart import Chart, Mark, Series, curve_chart
-from rlens_jax.reporting.html.heat import MINUS, HeatMap, LayerCell, heat_map, layer_row, worst_score
-from rlens_jax.reporting.markdown import TITLES
+from rlens_jax.reporting import chart as area
+from rlens_jax.reporting.chart import MINUS, Chart, HeatMap, Mark, Series, curve_chart, heat_map, worst_score
 from rlens_jax.reporting.reading import RunFiles
+from rlens_jax.reporting.report_text import TITLES
 from rlens_jax.search.results import ALLOWED_LOSS
 
 MAX_BYTES = 3_000_000
 MAX_RUNS = 8
-"""As many colours as can be told apart."""
+"""The number of colours that are easy to tell apart."""
 
 _DEEP = 32
-"""Heat maps of more layers take the whole width, and small cells."""
+"""Heat maps with more layers take the whole width and have small cells."""
 _OPERATORS: dict[str, str] = {operator: TITLES[operator] for operator in OPERATORS}
 _PLANS = {**_OPERATORS, "both": TITLES["both"].capitalize()}
 _STRATEGIES = {
@@ -35,12 +34,12 @@ _STRATEGIES = {
     "position": ("by position, last layer first", "by position"),
     "random": ("random, mean of the rankings", "random"),
 }
-"""Strategy -> (in the table of areas, in the chart)."""
+"""Strategy -> (name in the table of areas, name in the chart)."""
 
 
 @dataclass(frozen=True)
 class SavingRow:
-    """A plan in the table of what is saved; seconds are None when its time was not measured."""
+    """A plan in the table of savings; times in seconds, None when they were not measured."""
 
     name: str
     layers: str
@@ -53,8 +52,17 @@ class SavingRow:
 
 
 @dataclass(frozen=True)
+class LayerCell:
+    """A layer with its rank (from 1); `lost` if the operator's saving reduces it."""
+
+    layer: int
+    rank: int
+    lost: bool
+
+
+@dataclass(frozen=True)
 class OperatorView:
-    """An operator's part of a run."""
+    """One operator of a run."""
 
     name: str
     title: str
@@ -70,7 +78,7 @@ class OperatorView:
 
 @dataclass(frozen=True)
 class RunView:
-    """A run's section."""
+    """The section of a run."""
 
     letter: str
     name: str
@@ -84,17 +92,17 @@ class RunView:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs side by side: a chart an operator, and the fields of the configuration that differ."""
+    """Several runs side by side: one chart per operator, and the fields of the configuration that differ."""
 
     charts: tuple[tuple[str, Chart], ...]
     differences: tuple[tuple[str, tuple[str, ...]], ...]
 
 
 def report_html(runs: Sequence[RunFiles]) -> str:
-    """The whole page.
+    """The whole page, a single file.
 
     Raises:
-      UserError: for more than `MAX_RUNS` runs, or when several make more than `MAX_BYTES`.
+      UserError: there are more than `MAX_RUNS` runs, or several that make more than `MAX_BYTES`.
     """
     if len(runs) > MAX_RUNS:
         raise UserError(f"a report shows at most {MAX_RUNS} runs side by side, not {len(runs)}")
@@ -118,23 +126,23 @@ def report_html(runs: Sequence[RunFiles]) -> str:
         )
     )
     size = len(page.encode())
-    if size > MAX_BYTES and len(runs) > 1:  # what one run writes is bounded where it is made
+    if size > MAX_BYTES and len(runs) > 1:  # examples.py bounds the size of one run
         raise UserError(f"the report would have {size / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:g}; name fewer runs")
     return page
 
 
 def _heat_width(num_layers: int) -> str:
-    """A rule that keeps the columns of a heat map apart; narrower windows scroll it. Style attributes are forbidden."""
+    """A CSS rule for the least width of a heat map; narrower windows scroll it. The page's policy forbids style attributes."""
     column = 0.75 if num_layers > _DEEP else 1.25
     return f".depth-{num_layers} {{ min-width: {3 + column * num_layers:g}rem; }}\n"
 
 
 def _asset(name: str) -> str:
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return files("rlens_jax.reporting").joinpath(name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:
-    """The page's policy names its script and its style by hash, so that a browser runs no other."""
+    """The hash by which the page's content security policy allows its script or style, and no other."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
@@ -205,7 +213,8 @@ def _operator_view(run: RunFiles, operator: str, worst: float) -> OperatorView:
     order, held_out = ranking["rankings"][operator], ranking["held_out"][operator]
     search = ranking["search"][operator]
     lost = ranking["savings"][operator]["plan"][operator]
-    layers = layer_row(order, lost)
+    ranks = {layer: rank for rank, layer in enumerate(order, 1)}
+    layers = tuple(LayerCell(layer, ranks[layer], layer in lost) for layer in sorted(order))
     areas, margins = held_out["areas"], held_out["margins"]
     unbeaten = [name for name in ("position", "random") if margins[name]["low"] <= 0]
     return OperatorView(
@@ -223,7 +232,7 @@ def _operator_view(run: RunFiles, operator: str, worst: float) -> OperatorView:
 
 
 def _dense(run: RunFiles) -> float:
-    """The dense model's held-out score, mean over the datasets."""
+    """The held-out score of the dense model, mean over the datasets."""
     metrics = run.ranking["dense"]["test"].values()
     return sum(metrics) / len(metrics)
 
@@ -306,10 +315,13 @@ def _comparison(runs: Sequence[RunView]) -> Comparison:
 
 
 def _comparison_chart(runs: Sequence[RunView], operator: str) -> Chart:
-    """The searched curves of all runs, each as a share of its own dense score; of unlike depths as shares of the layers."""
+    """The searched curves of all runs, each relative to its own dense score.
+
+    Runs with different numbers of layers share an axis in percent of the layers.
+    """
     same = len({run.files.num_layers for run in runs}) == 1
     series, marks = [], []
-    for run in reversed(runs):  # the first run in front
+    for run in reversed(runs):  # the first run is in front
         curve = run.files.ranking["held_out"][operator]["curves"]["searched"]
         points, num_layers = curve["points"], run.files.num_layers
         unit = _dense(run.files) or 1.0

@@ -1,0 +1,281 @@
+"""A finished run in words: `report.md`, and the summary that the command prints."""
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from rlens_jax.plan import Operator
+from rlens_jax.search.bootstrap import Interval
+from rlens_jax.search.results import ALLOWED_LOSS, OperatorResult, Results, Strategy
+
+TITLES = {
+    "attention": "Hollow Attention",
+    "ffn": "Probe-Activated Dynamic FFN",
+    "both": "both at once",
+}
+WIDTH = 100
+"""Most columns of the summary, which has at most 25 lines."""
+_MOST_RANKING_LINES = 3
+_STRATEGY_TEXTS: dict[Strategy, str] = {
+    "searched": "searched",
+    "search_all": "searched, no layer by position (L_p = 0)",
+    "position": "by position, last layer first",
+    "random": "random (mean of the rankings)",
+}
+_AGAIN = (
+    "`python -m rlens_jax.rank --config config.yaml --output ANOTHER_FOLDER`, with the `config.yaml` in this folder. "
+    "`ranking.json` contains the rankings, every evaluation and every number above except times, which are in "
+    "`timing.json`. The same configuration, model and data on the same kind of device give the same `ranking.json`, "
+    "byte for byte."
+)
+
+
+def report_markdown(results: Results) -> str:
+    """The text of report.md."""
+    parts = [
+        "# Which layers waste visual computation",
+        _run_facts(results),
+        "## Rankings, best to reduce first",
+        _rankings(results),
+        f"## Savings at less than {_percent(ALLOWED_LOSS, 0)} loss",
+        _savings(results),
+        "## Does the search beat position and chance?",
+        "![Held-out score against the number of reduced layers](curves.svg)",
+        *(_quality(name, result, results) for name, result in results.operators.items()),
+        "## How much the layers differ",
+        _differences(results),
+    ]
+    if any(result.ranking.rounds for result in results.operators.values()):
+        parts.append("![Scores of all candidates, round by round](candidates.svg)")
+    parts += ["## How to run it again", _AGAIN]
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(results: Results, folder: Path) -> str:
+    """The two rankings, their savings, the verdict on the search, and the path of the report, for the terminal."""
+    lines = ["Layers in the order in which to reduce them, best first:"]
+    for name, result in results.operators.items():
+        lines += _wrapped_order(TITLES[name], result.ranking.order)
+    samples = sum(results.test_samples.values())
+    lines += [
+        "",
+        f"At less than {_percent(ALLOWED_LOSS, 0)} loss of each operator alone, on {samples} held-out samples:",
+    ]
+    lines.append(f"  {'':<28}{'layers':>9}{'loss':>9}{'FLOPs saved':>13}{'with probes':>13}{'time saved':>13}")
+    for plan in results.savings:
+        loss, *shares = _saving_cells(results, plan, unmeasured="-")
+        cells = "".join(f"{share:>13}" for share in shares)
+        lines.append(f"  {TITLES[plan]:<28}{_layer_count(results, plan):>9}{loss:>9}{cells}")
+    lines += ["  (time: measured with the work skipped, prefill against dense, medians)", ""]
+    for name, result in results.operators.items():
+        others = ", ".join(
+            f"{'L_p = 0' if other == 'search_all' else other} {_percent(float(area.value))}"
+            for other, area in result.areas.items()
+            if other != "searched"
+        )
+        losers = _unbeaten(result)
+        verdict = "beats position and random" if losers is None else f"NOT better than {losers}"
+        text = f"{TITLES[name]}: area {_percent(float(result.areas['searched'].value))} ({others}): {verdict}"
+        lines += textwrap.wrap(text, WIDTH, subsequent_indent="  ")
+    lines += ["", f"Report: {folder / 'report.html'} (as text: report.md)"]
+    return "\n".join(lines)
+
+
+def _wrapped_order(title: str, order: tuple[int, ...]) -> list[str]:
+    lines = textwrap.wrap(" ".join(map(str, order)), WIDTH - 30)
+    if len(lines) > _MOST_RANKING_LINES:
+        lines = [*lines[: _MOST_RANKING_LINES - 1], f"{lines[_MOST_RANKING_LINES - 1][: WIDTH - 40]} ..."]
+    return [f"  {title if number == 0 else '':<28}{line}" for number, line in enumerate(lines)]
+
+
+def _layer_count(results: Results, name: str) -> str:
+    """The number of layers that a saving reduces: "5 of 12", or "5 + 7" for both operators."""
+    if name == "both":
+        return " + ".join(str(result.curves["searched"].allowed) for result in results.operators.values())
+    (allowed,) = (result.curves["searched"].allowed for other, result in results.operators.items() if other == name)
+    return f"{allowed} of {results.num_layers}"
+
+
+def _saving_cells(results: Results, name: str, unmeasured: str) -> list[str]:
+    """Loss, FLOPs saved without and with probes, and time saved, of the saving `name`."""
+    saving, time = results.savings[name], results.timing.prefill.get(name)
+    shares = [_percent(share) for share in (saving.loss, saving.flops, saving.flops_with_probes)]
+    return [*shares, unmeasured if time is None else _percent(time.saved)]
+
+
+def _run_facts(results: Results) -> str:
+    config, timing = results.config, results.timing
+    reduction, compute = config.reduction, config.compute
+    rows = [
+        ("model", f"`{config.model}`, {results.num_layers} decoder layers, weights {results.model_hash}"),
+        ("data", f"`{config.data.source}`, samples {results.data_hash}"),
+        (
+            "reduction",
+            f"attention range {reduction.attention_range}, {_percent(float(reduction.active_fraction))} of the FFN "
+            f"units, {reduction.probe} probes ({_percent(float(reduction.probe_fraction))})",
+        ),
+        (
+            "objective",
+            f"{config.search.objective.replace('_', ' ')}, {config.search.change} change, drops weigh "
+            f"{config.search.penalty:g} times",
+        ),
+        ("precision", f"{compute.dtype}, matmul precision {compute.matmul_precision}"),
+        ("device", f"{timing.num_devices} x {timing.device}, {timing.num_cores} CPU cores"),
+        ("time", ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in timing.seconds.items())),
+        (
+            "evaluations",
+            f"{timing.evaluations} by this process, {timing.resumed} read from the journal; "
+            f"{timing.compilations} programs compiled",
+        ),
+        ("versions", ", ".join(f"{name} {version}" for name, version in results.versions.items())),
+    ]
+    datasets = [
+        (
+            name,
+            f"{results.validation_samples[name]}",
+            f"{results.test_samples[name]}",
+            _percent(results.dense_validation[name]),
+            _percent(results.dense_test[name]),
+        )
+        for name in results.dense_test
+    ]
+    titles = ("dataset", "validation samples", "held-out samples", "dense on validation", "dense held out")
+    return _table(("what", "value"), rows) + "\n\n" + _table(titles, datasets)
+
+
+def _rankings(results: Results) -> str:
+    lines = []
+    for name, result in results.operators.items():
+        by_position = len(result.ranking.prefix_scores)
+        note = f"the first {by_position} by position, the others searched" if by_position else "all searched"
+        lines.append(f"- **{TITLES[name]}** ({note}): {', '.join(map(str, result.ranking.order))}")
+    return "\n".join(lines)
+
+
+def _savings(results: Results) -> str:
+    titles = (
+        "reduced",
+        "layers",
+        "loss",
+        "FLOPs saved",
+        "FLOPs saved, probes counted",
+        "time saved, measured",
+    )
+    rows = [
+        (TITLES[name], saving.plan.label(), *_saving_cells(results, name, unmeasured="not measured"))
+        for name, saving in results.savings.items()
+    ]
+    lines = [
+        _table(titles, rows),
+        "Layers: the first k of the ranking, where k is the largest number with a loss below "
+        f"{_percent(ALLOWED_LOSS, 0)} on the held-out samples; a smaller number may lose more. Loss: minus the mean "
+        f"{results.config.search.change} change against the dense model, over the datasets. FLOPs: multiply-adds of the "
+        "decoder layers in the prefill, counted for all pairs of tokens, as is usual; a negative number means more than "
+        "dense.",
+    ]
+    if results.combined is not None and results.combined.loss >= ALLOWED_LOSS:
+        lines.append(
+            f"Each operator alone stays below {_percent(ALLOWED_LOSS, 0)}; both at once lose "
+            f"{_percent(results.combined.loss)}, because their losses add up."
+        )
+    time = next(iter(results.timing.prefill.values()), None)
+    if time is not None:
+        lines.append(
+            f"Time is *measured*: the prefill of {time.samples} samples ({time.text_slots} text and "
+            f"{time.visual_slots} visual slots each), in which the reduced work is skipped, against the dense model, side "
+            f"by side, medians of {len(time.dense)} repeats. Nothing here is simulated with masks."
+        )
+    return "\n\n".join(lines)
+
+
+def _quality(name: Operator, result: OperatorResult, results: Results) -> str:
+    titles = ("order", "area under the curve (%)", "searched minus this (points)")
+    rows = [
+        (
+            _STRATEGY_TEXTS[strategy],
+            _interval(area),
+            "" if strategy == "searched" else _interval(result.margins[strategy], sign=True),
+        )
+        for strategy, area in result.areas.items()
+    ]
+    points = ", ".join(map(str, result.area_points))
+    note = (
+        f"Area under the held-out curve over {points} reduced layers, with 95 % bootstrap intervals. Differences are "
+        "taken on the same draws."
+    )
+    return "\n\n".join([f"### {TITLES[name]}", _table(titles, rows), note, _verdict(result, results)])
+
+
+def _unbeaten(result: OperatorResult) -> str | None:
+    """Those of position and random that the searched order does not beat on held-out samples; None if it beats both."""
+    return " and ".join(n for n in ("position", "random") if not result.beats[n]) or None
+
+
+def _verdict(result: OperatorResult, results: Results) -> str:
+    losers = _unbeaten(result)
+    if losers is None:
+        return "The searched order beats position and random: the intervals of both differences lie above 0."
+    samples = sum(results.validation_samples.values())
+    reasons = [
+        f"{len(result.ranking.prefix_scores)} of {len(result.ranking.order)} layers are ranked by position in both orders",
+        f"the search maximises a score that weighs drops more, on {samples} validation samples; the curve is a plain "
+        f"mean over {sum(results.test_samples.values())} others",
+    ]
+    if result.tied_share:
+        reasons.append(
+            f"{_percent(result.tied_share, 0)} of the other candidates of a round tie with the winner, and position "
+            "breaks ties"
+        )
+    better = result.areas.get("search_all")
+    if better is not None and float(better.value) > float(result.areas["searched"].value):
+        reasons.append(
+            "searching every layer (L_p = 0) gives a larger area, so the layers ranked by position cost some"
+        )
+    behind = [name for name in ("position", "random") if float(result.margins[name].value) < 0]
+    estimate = f"it is behind {' and '.join(behind)}" if behind else "it is not behind, but the interval reaches 0"
+    return (
+        f"**The searched order does not beat {losers}** beyond the 95 % interval; by the point estimate "
+        f"{estimate}. Possible reasons:\n\n" + "\n".join(f"- {reason}" for reason in reasons)
+    )
+
+
+def _differences(results: Results) -> str:
+    """How far apart the candidates are: whether there was anything to find."""
+    dense = fmean(results.dense_test.values())
+    rows = []
+    for name, result in results.operators.items():
+        reduced = float(result.curves["searched"].mean.value[-1])
+        ties = sum(bool(round_.ties) for round_ in result.ranking.rounds)
+        rows.append(
+            (
+                TITLES[name],
+                f"{reduced / dense:.2f} x dense" if dense else "dense scores 0",
+                f"{result.first_round_spread(results.validation_samples):.0f} samples",
+                _percent(result.tied_share, 0),
+                f"{ties} of {len(result.ranking.rounds)}",
+            )
+        )
+    titles = (
+        "operator",
+        "all layers reduced, held out",
+        "best and worst candidate of round 1 differ by",
+        "candidates tied with the winner, mean over rounds",
+        "rounds with a tie",
+    )
+    return _table(titles, rows)
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    # Adding 0 turns the -0.0 of a tiny negative share into 0.0.
+    return f"{round(100 * share, digits) + 0:.{digits}f} %"
+
+
+def _interval(interval: Interval, sign: bool = False) -> str:
+    value, low, high = (100 * float(bound) for bound in (interval.value, interval.low, interval.high))
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})" if sign else f"{value:.1f} ({low:.1f} to {high:.1f})"
