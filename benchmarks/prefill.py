@@ -21,14 +21,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rlens_jax.commands import bench
+from rlens_jax.engine import layer_bench as bench
 from rlens_jax.engine.timing import time_side_by_side
-from rlens_jax.flops import LayerSizes, saving
+from rlens_jax.flops import PUBLISHED_DECODERS, saving
 from rlens_jax.models.decoder import Context
 from rlens_jax.ops.ffn import dense_ffn
 from rlens_jax.plan import Plan, Reduction
 
-WIDTHS = bench.LAYERS["llava-onevision-0.5b"]
+DECODER = PUBLISHED_DECODERS["llava-onevision-0.5b"]
 OURS, REDUCED, TORCH = "ours (packed, causal blocks)", "last half reduced", "PyTorch SDPA"
 
 
@@ -41,15 +41,16 @@ def main() -> None:
     half = tuple(range(options.layers // 2, options.layers))
     plan = Plan(half, half)
     programs = stacks(options.layers, plan)
-    layer = bench.torch_layer(WIDTHS)
+    layer = bench.torch_layer(DECODER)
     if layer is not None:
         programs[TORCH] = lambda: [layer() for _ in range(options.layers)][-1]
     measured = dict(zip(programs, time_side_by_side(list(programs.values()), options.repeats), strict=True))
     seconds = {name: median(values) for name, values in measured.items()}
     dense = min(value for name, value in seconds.items() if name not in (REDUCED, TORCH))
-    sizes = LayerSizes(WIDTHS.width, WIDTHS.num_kv_heads * WIDTHS.head_dim, WIDTHS.ffn_width)
     visual = [bench.VISUAL] * options.layers
-    flops_saved = saving(sizes, bench.TEXT_BEFORE + bench.TEXT_AFTER, visual, plan, Reduction(), with_probes=True)
+    flops_saved = saving(
+        DECODER.layer_sizes, bench.TEXT_BEFORE + bench.TEXT_AFTER, visual, plan, Reduction(), with_probes=True
+    )
     time_saved = 1 - seconds[REDUCED] / dense
     for name, value in seconds.items():
         print(f"{name:<34}{value * 1e3:9.1f} ms")
@@ -68,7 +69,7 @@ def main() -> None:
 
 def stacks(num_layers: int, plan: Plan) -> dict[str, Callable[[], Any]]:
     """All layers with each kind of dense attention, and under the plan, each as a call without arguments."""
-    decoder, x, packed, in_order = bench.decoder_inputs(WIDTHS, num_layers)
+    decoder, x, packed, in_order = bench.decoder_inputs(DECODER, num_layers)
     graph, state = nnx.split(decoder)
 
     def ours(plan: Plan) -> Callable[[], Any]:

@@ -5,8 +5,9 @@ attention (no causal halving), norms, rotary embedding, softmax, embeddings and 
 says nothing about time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.pruning import Folder, Pruning
@@ -22,6 +23,36 @@ class LayerSizes:
     width: int
     kv_width: int
     ffn_width: int
+
+
+@dataclass(frozen=True)
+class PublishedDecoder:
+    """The shape of a published model's decoder: L, D, N, K, H and F, and whether the projections to q, k and v have a bias."""
+
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_width: int
+    qkv_bias: bool
+
+    @property
+    def layer_sizes(self) -> LayerSizes:
+        """The widths that decide what a layer costs."""
+        return LayerSizes(self.width, self.num_kv_heads * self.head_dim, self.ffn_width)
+
+
+_QWEN2_7B = PublishedDecoder(28, 3584, 28, 4, 128, 18944, qkv_bias=True)
+PUBLISHED_DECODERS: Mapping[str, PublishedDecoder] = {
+    "internvl2-8b": PublishedDecoder(32, 4096, 32, 8, 128, 14336, qkv_bias=False),
+    "qwen2-vl-7b": _QWEN2_7B,
+    "minicpm-v-2.6": _QWEN2_7B,
+    "llava-onevision-7b": _QWEN2_7B,
+    "qwen2-vl-2b": PublishedDecoder(28, 1536, 12, 2, 128, 8960, qkv_bias=True),
+    "llava-onevision-0.5b": PublishedDecoder(24, 896, 14, 2, 64, 4864, qkv_bias=True),
+}
+"""The paper's models, and two small ones of the same families."""
 
 
 def layer_cost(
@@ -115,3 +146,28 @@ def saving(
     dense = prefill_cost(sizes, num_text, unpruned, Plan(), reduction, with_probes=with_probes)
     reduced = prefill_cost(sizes, num_text, visual_in_layer, plan, reduction, with_probes=with_probes)
     return (dense - reduced) / dense
+
+
+def prefill_summary(
+    sizes: LayerSizes,
+    num_layers: int,
+    num_text: int,
+    num_visual: int,
+    plan: Plan,
+    reduction: Reduction,
+    pruning: Pruning | None,
+) -> dict[str, Any]:
+    """Multiply-adds of the dense prefill, and of the reduced one without and with probes, as `rlens_jax.cost` writes them."""
+    visual = visual_in_layer(pruning, num_visual, num_layers)
+    dense = prefill_cost(sizes, num_text, [num_visual] * num_layers, Plan(), reduction, with_probes=False)
+    summary: dict[str, Any] = {
+        "schema": "rlens-cost/1",
+        "num_layers": num_layers,
+        "text_tokens": num_text,
+        "visual_tokens_in_layer": visual,
+        "dense": dense,
+    }
+    for name, with_probes in (("without_probes", False), ("with_probes", True)):
+        reduced = prefill_cost(sizes, num_text, visual, plan, reduction, with_probes=with_probes)
+        summary[name] = {"reduced": reduced, "share_of_dense": reduced / dense}
+    return summary

@@ -23,8 +23,7 @@ Pruning is one of (shares are exact decimals, and `layer` says how many layers s
 """
 
 import dataclasses
-from argparse import ArgumentParser
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,30 +138,6 @@ def _from_plan(fields: Mapping[str, Any]) -> PlanFile:
         plan.validate(num_layers)
     reduction = Reduction(**{name: fields[name] for name in _REDUCTION_FIELDS if name in fields})
     return PlanFile(plan, reduction, num_layers, _pruning(fields.get("pruning")))
-
-
-def add_plan_options(parser: ArgumentParser) -> None:
-    """A command's options --plan and --first, for `plan_of`."""
-    parser.add_argument("--plan", metavar="PLAN", type=Path, help="which layers are reduced; default: none")
-    parser.add_argument("--first", metavar="LIST", help="of a ranking.json: how many layers, as attention=11,ffn=5")
-
-
-def plan_of(path: Path | None, first: str | None, error: Callable[[str], Any]) -> PlanFile:
-    """What a command's options --plan and --first say; without them the dense model.
-
-    Args:
-        path: of the plan file.
-        first: as `parse_first` takes it.
-        error: complains of the options.
-
-    Raises:
-        UserError: as `read_plan` and `parse_first`.
-    """
-    if path is None:
-        if first is not None:
-            error("--first needs a --plan that is a ranking.json")
-        return PlanFile()
-    return read_plan(path, None if first is None else parse_first(first))
 
 
 def _pruning(fields: Any) -> Pruning | None:

@@ -148,7 +148,7 @@ def test_tensors_that_are_not_used_are_carried_along_and_listed(
     more(tensors)
     save_file(tensors, first)
     converted = round_trip(source, tmp_path)
-    assert f"carried along, not used by the model: {INV_FREQ} (rotary" in capsys.readouterr().err
+    assert f"copied, but not used by the model: {INV_FREQ} (rotary" in capsys.readouterr().err
     record = json.loads((converted / "conversion.json").read_text())
     assert [item["name"] for item in record["carried"]] == [INV_FREQ]
 

@@ -454,8 +454,8 @@ def test_bad_bundle(case: str, model: Path, bundle: Path, capsys) -> None:
 
 
 BAD_OPTIONS = {
-    "nothing to do": ([], "say one of --reference"),
-    "two things": (["embedded", "--reference=a", "--dump=b"], "say one of --reference"),
+    "nothing to do": ([], "choose one of --reference"),
+    "two things": (["embedded", "--reference=a", "--dump=b"], "choose one of --reference"),
     "no model": (["--reference=a"], "--reference needs a MODEL"),
     "a model for rankings": (["embedded", "--rankings", "1,0", "0,1"], "--rankings takes no MODEL"),
     "no such bundle": (["embedded", "--reference=nowhere"], "nowhere: no such folder"),

@@ -1,9 +1,9 @@
-"""Convert published weights for this package: `python -m rlens_jax.convert SRC DST [--dtype bfloat16] [--to-hf]`.
+"""Convert published weights to this package's format, and back.
 
 SRC is a folder with config.json and *.safetensors, or a name on the Hugging Face hub. DST, which must not exist yet, becomes a
-folder that every command takes as a model; its conversion.json tells where each bit came from. With --to-hf, SRC is such a
-folder and DST gets the safetensors back, bit for bit. Tensors are streamed: the memory needed is that of the largest tensor
-or of a layer, twice.
+folder that every command accepts as a model; its conversion.json records the source of each tensor. With --to-hf, SRC is such a
+folder and DST gets the safetensors back, bit for bit. Tensors are streamed: the memory needed is twice that of the largest
+tensor or layer.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ MEGABYTE = 1_000_000
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, convert, print."""
-    parser = ArgumentParser(prog="python -m rlens_jax.convert", description=__doc__)
+    parser = ArgumentParser("python -m rlens_jax.convert", __doc__)
     parser.add_argument("source", metavar="SRC", help="a folder, or a name on the Hugging Face hub")
-    parser.add_argument("target", metavar="DST", type=Path, help="the folder to make")
+    parser.add_argument("target", metavar="DST", type=Path, help="the folder to create")
     parser.add_argument("--dtype", choices=DTYPES, help="round the weights (default: keep each tensor's dtype)")
     parser.add_argument("--to-hf", action="store_true", help="turn a converted folder back into safetensors")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     options = parser.parse_args(arguments)
     if options.to_hf and options.dtype:
-        parser.error("--to-hf gives back what was converted; it takes no --dtype")
+        parser.error("--to-hf restores the published tensors; it takes no --dtype")
     from rlens_jax.checkpoints import conversion
     from rlens_jax.checkpoints.hub import find_source
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
                 source.folder, options.target, dtype, advance, name=source.name, revision=source.revision
             )
     for name, reason in converted.carried.items():
-        say(f"carried along, not used by the model: {name} ({reason})")
+        say(f"copied, but not used by the model: {name} ({reason})")
     print(f"{converted.folder}: {converted.num_tensors} tensors, {converted.num_bytes / 1e9:.2f} GB")
 
 

@@ -1,53 +1,56 @@
-"""Score a reduced model: `python -m rlens_jax.evaluate MODEL --plan PLAN --data DATA [DATA ...] --output DIR`.
+"""Score a reduced model on data sets, and measure its speed.
 
 MODEL is a folder (published or converted) or "embedded". PLAN says which layers are reduced (rlens_jax/plan_file.py): a JSON
-file written by hand, or a ranking.json together with --first; without it the model is dense. DATA is `pages` (the embedded
-model's own, exact match), the path of a TSV file of VLMEvalKit's such as LMUData/MMStar.tsv (prompts and scores by its rules), or
-a JSONL file (exact match).
+file written by hand, or a ranking.json together with --first. DATA is `pages` (the embedded model's own data, exact match), the
+path of a TSV file of VLMEvalKit such as LMUData/MMStar.tsv (prompts and scores by its rules), or a JSONL file (exact match).
 
-DIR gets evaluation.json (scores with 95 % intervals, FLOPs; its schema is rlens_jax/evaluation/evaluation.schema.json),
-timing.json (prefill, time to first token and tokens per second, dense and reduced in the same run) and plan/NAME.tsv, predictions
-as VLMEvalKit has them. What is answered is kept: the same command goes on from there after an interruption.
+The output folder gets evaluation.json (scores with 95 % intervals and FLOPs; schema:
+rlens_jax/evaluation/evaluation.schema.json), timing.json (prefill, time to first token and tokens per second, dense and reduced
+in the same run) and plan/NAME.tsv, predictions in VLMEvalKit's format. Answers are kept: after an interruption the same command
+resumes.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlens_jax.commands.options import add_model_options
+from rlens_jax.commands.options import add_model_options, read_plan_options
 from rlens_jax.console import ArgumentParser, run_command
-from rlens_jax.plan_file import plan_of
 from rlens_jax.resources import cache_folder
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, evaluate, print."""
-    parser = ArgumentParser(prog="python -m rlens_jax.evaluate", description=__doc__)
+    parser = ArgumentParser("python -m rlens_jax.evaluate", __doc__)
     add_model_options(parser)
-    parser.add_argument("--data", metavar="DATA", nargs="+", default=["pages"], help="default: pages")
+    parser.add_argument("--data", metavar="DATA", nargs="+", default=["pages"], help="data sets (default: pages)")
     parser.add_argument(
-        "--output", metavar="DIR", type=Path, default=Path("runs/evaluate"), help="default: %(default)s"
+        "--output",
+        metavar="DIR",
+        type=Path,
+        default=Path("runs/evaluate"),
+        help="folder for results (default: %(default)s)",
     )
     parser.add_argument(
-        "--baseline", action="store_true", help="answer with the dense model, too, and report the differences"
+        "--baseline", action="store_true", help="also answer with the dense model, and report the differences"
     )
-    parser.add_argument("--limit", metavar="N", type=int, help="only the first N questions of each dataset")
+    parser.add_argument("--limit", metavar="N", type=int, help="use only the first N questions of each data set")
     parser.add_argument(
         "--md5",
         metavar="NAME=SUM",
         action="append",
         default=[],
-        help="use a version of NAME.tsv that is not the published one; can be given several times",
+        help="use a version of NAME.tsv that is not the published one; repeat for further files",
     )
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=512, help="the longest answer")
-    parser.add_argument("--batch-size", metavar="N", type=int, default=8, help="prompts read together")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of random probes and the bootstrap")
-    parser.add_argument("--bootstrap-samples", metavar="N", type=int, default=1000, help="behind the intervals")
-    parser.add_argument(
-        "--timing-repeats", metavar="N", type=int, default=5, help="of each measurement; 0 measures nothing"
-    )
+    for name, default, text in (
+        ("max-new-tokens", 512, "max tokens per answer"),
+        ("batch-size", 8, "prompts per batch of a work group"),
+        ("bootstrap-samples", 1000, "draws of the bootstrap behind the intervals"),
+        ("timing-repeats", 5, "measurements per time; 0 measures nothing"),
+    ):
+        parser.add_argument(f"--{name}", metavar="N", type=int, default=default, help=f"{text} (default: %(default)s)")
     options = parser.parse_args(arguments)
-    plan = plan_of(options.plan, options.first, parser.error)
+    plan = read_plan_options(parser, options)
 
     from rlens_jax.data.benchmarks.catalogue import named_sum
     from rlens_jax.evaluation.evaluation_config import EvaluationConfig

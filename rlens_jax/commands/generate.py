@@ -1,8 +1,8 @@
-"""Ask a model about images: `python -m rlens_jax.generate MODEL --image FILE [FILE ...] --prompt TEXT [--plan PLAN]`.
+"""Ask a model about images, and print the answer.
 
-MODEL is a folder (published or converted) or "embedded". PLAN says which layers are reduced (rlens_jax/plan_file.py): a JSON file
-written by hand, or a ranking.json together with --first; without it the model is dense. The answer is printed. "<image>" marks in
-TEXT say where each image goes; without marks the images come first.
+MODEL is a folder (published or converted) or "embedded". PLAN says which layers are reduced (rlens_jax/plan_file.py): a JSON
+file written by hand, or a ranking.json together with --first. "<image>" marks in TEXT say where each image goes; without marks
+the images come first.
 
 From Python:
 
@@ -14,35 +14,31 @@ From Python:
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlens_jax.commands.options import add_model_options
+from rlens_jax.commands.options import add_model_options, read_plan_options
 from rlens_jax.console import ArgumentParser, run_command
-from rlens_jax.plan_file import plan_of
 from rlens_jax.resources import cache_folder
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, generate, print."""
-    parser = ArgumentParser(prog="python -m rlens_jax.generate", description=__doc__)
+    parser = ArgumentParser("python -m rlens_jax.generate", __doc__)
     add_model_options(parser)
     parser.add_argument("--image", metavar="FILE", nargs="+", type=Path, default=[], help="the images, in order")
-    parser.add_argument("--prompt", metavar="TEXT", help="what is asked")
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="the longest answer")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of random probes")
+    parser.add_argument("--prompt", metavar="TEXT", help="the question")
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=128, help="max tokens of the answer (default: 128)"
+    )
     options = parser.parse_args(arguments)
     if options.prompt is None:
         parser.error("--prompt TEXT is missing")
-    plan = plan_of(options.plan, options.first, parser.error)
+    plan = read_plan_options(parser, options)
 
     from rlens_jax.deployment.deployed_model import load
     from rlens_jax.hosts.startup import start_jax
 
     start_jax("highest", cache_folder() / "compiled")
     model = load(
-        options.model,
-        dtype=options.dtype,
-        chunk=options.chunk,
-        model_shards=options.model_shards,
-        seed=options.seed,
+        options.model, dtype=options.dtype, chunk=options.chunk, model_shards=options.model_shards, seed=options.seed
     )
     print(model.generate(options.image, options.prompt, plan, max_new_tokens=options.max_new_tokens))
 

@@ -1,8 +1,7 @@
-"""The HTML report of finished ranking runs: `python -m rlens_jax.report DIR [DIR ...] [--output FILE]`.
+"""Write the HTML report of finished ranking runs, side by side if there are several.
 
-One file that opens from disk and needs no network; of several runs, side by side. It is made of the folders' ranking.json,
-timing.json and, where there is one, examples.json. Without --output: report.html in the folder of a single run, and in the
-current folder for several. Exit code 2 with one line for bad input.
+The report is one file that needs no network. It is made from each folder's ranking.json, timing.json and, if present,
+examples.json. Without --output it becomes report.html, in the folder of a single run or, for several runs, in the current folder.
 """
 
 from collections.abc import Sequence
@@ -15,10 +14,10 @@ from rlens_jax.reporting.report_page import report_html
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Read, write, say where."""
+    """Parse, write, print the path."""
     parser = ArgumentParser("python -m rlens_jax.report", __doc__)
     parser.add_argument("folders", metavar="DIR", nargs="+", help="output folder of a finished run of rlens_jax.rank")
-    parser.add_argument("--output", metavar="FILE", help="the report")
+    parser.add_argument("--output", metavar="FILE", help="file for the report")
     options = parser.parse_args(arguments)
     folders = [Path(name) for name in options.folders]
     page = report_html([read_run(folder) for folder in folders])

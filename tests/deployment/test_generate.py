@@ -161,9 +161,9 @@ def test_a_plan_for_another_model(model: DeployedModel, page: Path, tmp_path: Pa
     ("options", "complaint"),
     [
         (["--promt=x"], "did you mean '--prompt'"),
-        (["--prompt=x", "--plam=y"], "unknown argument --plam=y (did you mean '--plan'?)"),
+        (["--prompt=x", "--plam=y"], "unknown option --plam=y (did you mean '--plan'?)"),
         (["--prompt=x", "--first=ffn=3"], "--first needs a --plan"),
-        (["--prompt=x", "--plan=none.json"], "none.json: no such plan file"),
+        (["--prompt=x", "--plan=none.json"], "cannot read none.json: No such file"),
         ([], "--prompt TEXT is missing"),
     ],
 )

@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlens_jax.commands.cost import count, find_stack
+from rlens_jax.commands.cost import find_decoder
 from rlens_jax.commands.evaluate import main
 from rlens_jax.console import run_command
 from rlens_jax.data.pages import make_page
 from rlens_jax.evaluation import answers as answers_module
 from rlens_jax.evaluation.answers import FILE_NAME, Answers
+from rlens_jax.flops import prefill_summary
 from rlens_jax.plan_file import FORMAT, read_plan
 
 SCHEMA = json.loads((Path(answers_module.__file__).parent / "evaluation.schema.json").read_text())
@@ -131,9 +132,10 @@ def test_scores_costs_and_predictions(finished: Path, data: Path, plan_path: Pat
     assert difference["value"] == pytest.approx(values["plan"] - values["dense"])
     assert difference["low"] <= difference["value"] <= difference["high"]
     assert difference["low"] < 0
-    stack, plan = find_stack("embedded"), read_plan(plan_path)
+    (num_layers, sizes), plan = find_decoder("embedded"), read_plan(plan_path)
     # Every question has as many tokens.
-    counted = count(stack, int(own["text_tokens"]), int(own["visual_tokens"]), plan)
+    tokens = (int(own["text_tokens"]), int(own["visual_tokens"]))
+    counted = prefill_summary(sizes, num_layers, *tokens, plan.plan, plan.reduction, plan.pruning)
     assert own["multiply_adds"]["saved"] == pytest.approx(1 - counted["without_probes"]["share_of_dense"])
     assert own["multiply_adds"]["saved_with_probes"] == pytest.approx(1 - counted["with_probes"]["share_of_dense"])
 

@@ -287,7 +287,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["--md5", f"Other={'0' * 32}"], "unknown benchmark 'Other'"),
         (["--seed", "-1"], "--seed -1 must be at least 0"),
         (["--instances", "many"], "argument --instances: invalid int value: 'many'"),
-        (["--sede", "1"], "unknown argument --sede (did you mean '--seed'?)"),
+        (["--sede", "1"], "unknown option --sede (did you mean '--seed'?)"),
         ([], "MME.tsv: no such file"),
     ],
 )
