@@ -1,6 +1,6 @@
 """`examples.json`: a few held-out samples with the answers generated dense and under a plan, for the HTML report.
 
-It follows `examples.schema.json` beside this file. Thumbnails are kept inside it: one file is there whole or not at all.
+The file follows `examples.schema.json` in this folder. It contains the thumbnails, so no image can be missing.
 """
 
 import base64
@@ -17,7 +17,7 @@ from rlens_jax.reporting.reading import EXAMPLES
 
 SCHEMA = "rlens-examples/1"
 MAX_EXAMPLES, MAX_IMAGES = 8, 2
-"""Most examples of a file, and most thumbnails of an example; with `_BYTES` they bound the file to about 0.5 MB."""
+"""Most examples per file and thumbnails per example. With `_BYTES` they limit the file to about 0.5 MB."""
 _SIDE = 448
 _BYTES = 24_000
 _QUALITIES = (85, 70, 55, 40, 25)
@@ -25,7 +25,7 @@ _QUALITIES = (85, 70, 55, 40, 25)
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model generated: `text`, and its `score` in [0, 1] by the dataset's metric (1: right)."""
+    """A generated answer, and its score in [0, 1] by the dataset's metric (1: right)."""
 
     text: str
     score: float
@@ -33,14 +33,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Example:
-    """One held-out sample, answered twice.
+    """One held-out sample with two answers.
 
     Attributes:
-      id, dataset, question: the sample's.
-      references: any of them is right.
-      images: decoded images of any size and mode; the first `MAX_IMAGES` are kept as thumbnails.
-      dense: the answer of the model with nothing reduced.
-      reduced: the answer under the file's plan.
+      id, dataset, question: of the sample.
+      references: right answers.
+      images: decoded images of any size and mode; the file keeps thumbnails of the first `MAX_IMAGES`.
+      dense: the dense model's answer.
+      reduced: the answer under the plan of the file.
     """
 
     id: str
@@ -53,17 +53,17 @@ class Example:
 
 
 def write_examples(folder: Path, examples: Sequence[Example], *, plan: Plan, model_hash: str, data_hash: str) -> Path:
-    """Write examples.json, whole or not at all; `write_report` in the same folder then shows it.
+    """Write examples.json, which `write_report` in the same folder then shows.
 
     Args:
-      folder: of the run.
-      examples: at most `MAX_EXAMPLES`.
-      plan: under which the reduced answers were generated.
-      model_hash, data_hash: as in ranking.json, so that examples of another run are noticed.
+      folder: output folder of the run.
+      examples: at most `MAX_EXAMPLES` examples.
+      plan: the plan of the reduced answers.
+      model_hash, data_hash: as in ranking.json, to detect examples of another run.
 
     Raises:
-      UserError: when the folder does not take a file.
-      ValueError: for too many examples.
+      UserError: the file cannot be written.
+      ValueError: there are too many examples.
     """
     if len(examples) > MAX_EXAMPLES:
         raise ValueError(f"{len(examples)} examples; a report shows at most {MAX_EXAMPLES}")
@@ -93,7 +93,7 @@ def _answer(answer: Answer) -> dict[str, str | float]:
 
 
 def _thumbnail(image: Image.Image) -> dict[str, str | int]:
-    """A JPEG of at most `_SIDE` pixels a side and about `_BYTES` bytes: coarser where an image is rich in detail."""
+    """A JPEG of at most `_SIDE` pixels a side and about `_BYTES` bytes: coarser if the image is rich in detail."""
     small = image.convert("RGB")
     small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     for quality in _QUALITIES:
