@@ -164,7 +164,7 @@ def test_where_they_part(wrong: str, model: Path, bundle: Path, tmp_path: Path, 
     assert validate(spoilt(model, tmp_path, name), "--reference", bundle, "--json", report) == 1
     printed = capsys.readouterr().out
     assert "0 of 2 cases within" in printed
-    assert f"case_00.safetensors: they first part in layer {layer}, in {operator}" in printed
+    assert f"case_00.safetensors: they first differ in layer {layer}, in {operator}" in printed
     assert ("embeddings, vision tower" in printed) == (wrong == "embedding")
     result = json.loads(report.read_text())
     check_schema(result, "validation.schema.json")
@@ -191,9 +191,9 @@ def test_where_they_part_as_far_as_the_states_tell(model: Path, bundle: Path, tm
     edit_case(bundle, 0, lambda t: t.pop("hidden_states.2"))
     assert "in one of the layers 2 to 3; the bundle has no hidden_states between" in parting(capsys, wrong, bundle)
     edit_case(bundle, 0, lambda t: (t.pop("hidden_states.3"), t.pop("hidden_states.4")))
-    assert "they part after layer 1's ffn, the last states that the bundle has" in parting(capsys, wrong, bundle)
+    assert "they differ after layer 1's ffn, the last states in the bundle" in parting(capsys, wrong, bundle)
     edit_case(bundle, 0, forget_states)
-    assert "the bundle has no hidden_states that would tell in which layer" in parting(capsys, wrong, bundle)
+    assert "the bundle has no hidden_states to locate the layer" in parting(capsys, wrong, bundle)
 
 
 def test_a_wrong_mask_shows_in_all_tokens_but_the_first(theirs, model: Path, inputs, tmp_path: Path, capsys) -> None:
@@ -204,7 +204,7 @@ def test_a_wrong_mask_shows_in_all_tokens_but_the_first(theirs, model: Path, inp
     attention.scaling /= 1.5
     forget_states(tensors, ".attention")
     line = parting(capsys, model, write_bundle(tmp_path / "bundle", [(Plan(), SMALL, tensors)]))
-    assert "they first part in layer 2, in attention" in line
+    assert "they first differ in layer 2, in attention" in line
 
 
 @pytest.mark.parametrize(("operator", "number"), [("attention", 1), ("ffn", 2)])
@@ -216,7 +216,7 @@ def test_a_reduction_that_the_reference_lacks(
     tensors = run_case(theirs, inputs, computed, SMALL, with_states=True)
     forget_states(tensors, ".attention")
     line = parting(capsys, model, write_bundle(tmp_path / "bundle", [(plan, SMALL, tensors)]))
-    assert f"they first part in layer 2, in {operator}" in line
+    assert f"they first differ in layer 2, in {operator}" in line
 
 
 def test_another_range_is_told_from_the_dense_case(theirs, model: Path, inputs, tmp_path: Path, capsys) -> None:
@@ -225,10 +225,12 @@ def test_another_range_is_told_from_the_dense_case(theirs, model: Path, inputs, 
     for _, _, tensors in cases:
         forget_states(tensors, ".attention")
     bundle = write_bundle(tmp_path / "bundle", cases)
-    assert "case_01.safetensors: they first part in layer 1, in attention" in parting(capsys, model, bundle)
+    assert "case_01.safetensors: they first differ in layer 1, in attention" in parting(capsys, model, bundle)
     for number in (0, 1):
         edit_case(bundle, number, forget_states)
-    assert "they part in a layer with reduced attention: with that dense, they agree" in parting(capsys, model, bundle)
+    assert "they differ in a layer with reduced attention: with that dense, they agree" in parting(
+        capsys, model, bundle
+    )
 
 
 def test_kept_units_are_imposed_and_the_own_choice_reported(theirs, model: Path, inputs, tmp_path: Path) -> None:
@@ -363,7 +365,7 @@ BAD = {
     ),
     "another family": (
         lambda b: edit_manifest(b, lambda m: m.update(family="llava_onevision")),
-        "is of the family 'llava_onevision', the model of 'qwen2_vl'",
+        "the bundle is for 'llava_onevision', the model is a 'qwen2_vl'",
     ),
     "no version": (
         lambda b: edit_manifest(b, lambda m: m["framework"].pop("version")),

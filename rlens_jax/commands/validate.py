@@ -69,7 +69,7 @@ def _layers(text: str) -> tuple[int, ...]:
 
 def _reference(options: Namespace) -> None:
     from rlens_jax.parity import parity_report as report
-    from rlens_jax.parity.validation import validate
+    from rlens_jax.parity.comparison import validate
 
     validation = validate(options.model, options.reference, options.dtype, options.tolerance)
     _write(options.json, report.validation_json(validation))

@@ -1,35 +1,17 @@
 """What a validation found, for programs (JSON, see validation.schema.json), for papers (Markdown) and for the terminal."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rlens_jax.files import json_text
-from rlens_jax.parity.bundle import Manifest
-from rlens_jax.parity.compare import CaseResult
+from rlens_jax.parity.comparison import CaseResult, Validation
 from rlens_jax.parity.rankings import RankingComparison
 from rlens_jax.plan import OPERATORS
 
 SCHEMA = "rlens-validation/1"
 RANKINGS_SCHEMA = "rlens-ranking-comparison/1"
-
-
-@dataclass(frozen=True)
-class Validation:
-    """A model against a bundle."""
-
-    model: str
-    dtype: str
-    num_layers: int
-    manifest: Manifest
-    tolerance: float
-    results: Sequence[CaseResult]
-    versions: Mapping[str, str]
-
-    @property
-    def within_tolerance(self) -> bool:
-        return all(result.within_tolerance for result in self.results)
 
 
 def validation_json(validation: Validation) -> str:
