@@ -1,11 +1,15 @@
-"""The answers of an evaluation on disk: `answers.jsonl`, a line an answer, written before the next batch is computed.
+"""The answers of an evaluation on disk: the log `answers.jsonl`, and files of predictions for VLMEvalKit.
+
+The log has one line per answer, and every batch is written before the next is computed:
 
     {"variant": "plan", "dataset": "MME", "index": "12", "text": "Yes", "tokens": 2, "ended": true, "prompt": [37, 1792]}
 
-`prompt` holds the numbers of text and visual tokens. See `rlens_jax.durable_log` for the header and for what a crash leaves.
+`prompt` holds the numbers of text and visual tokens. `rlens_jax.durable_log` describes the header and the state after a crash.
 """
 
+import csv
 import dataclasses
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +18,8 @@ from types import TracebackType
 from typing import Any
 
 from rlens_jax.durable_log import LogKind, LogWriter, open_log
+from rlens_jax.evaluation.datasets import Dataset
+from rlens_jax.files import replace_file
 
 Key = tuple[str, str, str]
 """Variant, dataset, index."""
@@ -21,14 +27,14 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class LoggedAnswer:
-    """An answer and what was asked.
+    """The answer to a question under a variant.
 
     Attributes:
         variant: "plan" or "dense".
-        dataset: its name.
-        index: of the question.
-        text: what the model said.
-        tokens: new tokens, the one that ends the turn included.
+        dataset: the dataset's name.
+        index: the question's index.
+        text: the generated text.
+        tokens: number of new tokens, including the one that ends the turn.
         ended: whether the model ended its turn.
         prompt: numbers of text and visual tokens.
     """
@@ -55,11 +61,11 @@ class Answers:
 
     @classmethod
     def open(cls, folder: Path, fingerprint: Mapping[str, Any]) -> "Answers":
-        """The answers in a folder, made when missing; UserError as `durable_log.open_log`.
+        """Open the log in a folder, which is made if missing. UserError as `durable_log.open_log`.
 
         Args:
-            folder: of the evaluation.
-            fingerprint: what decides the answers: model, plan, data and settings.
+            folder: the evaluation's folder.
+            fingerprint: model, plan, data and settings, which determine the answers.
         """
         return cls(*open_log(folder, _KIND, fingerprint))
 
@@ -69,8 +75,12 @@ class Answers:
     def __getitem__(self, key: Key) -> LoggedAnswer:
         return self._items[key]
 
+    def of(self, variant: str, dataset: Dataset) -> list[LoggedAnswer]:
+        """The answers to all questions of a dataset, in order."""
+        return [self[variant, dataset.name, index] for index in dataset.indices]
+
     def append(self, answers: Sequence[LoggedAnswer]) -> None:
-        """Write answers, none of which is there yet; they are on disk when this returns."""
+        """Write new answers; they are on disk when this returns."""
         assert not any(answer.key in self for answer in answers)
         lines = [json.dumps(dataclasses.asdict(answer)).encode() + b"\n" for answer in answers]
         self._writer.write(b"".join(lines))
@@ -104,3 +114,22 @@ def _keyed(line: bytes) -> tuple[Key, LoggedAnswer]:
 
 _KIND = LogKind("rlens-answers", 1, "answers", "answer", _keyed)
 FILE_NAME = _KIND.file_name
+
+
+def write_predictions(path: Path, dataset: Dataset, predictions: Sequence[str]) -> None:
+    """Write predictions as a TSV file that VLMEvalKit reads and scores; the folder is made if missing.
+
+    One row per question: the columns of the dataset's own file without the image, then `prediction`; quoted as pandas quotes.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    for place, prediction in enumerate(predictions):
+        row = dataset.columns(place)
+        if place == 0:
+            writer.writerow([*row, "prediction"])
+        writer.writerow([*row.values(), prediction])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, text.getvalue().encode())

@@ -1,4 +1,4 @@
-"""What a model is evaluated on: questions in a fixed order, what a file of predictions says about each, and a score."""
+"""Datasets for an evaluation: questions in a fixed order, the columns of their file of predictions, and a score."""
 
 import itertools
 from collections import defaultdict
@@ -19,7 +19,7 @@ from rlens_jax.metrics.score import Row, Score, mean_ratio
 from rlens_jax.metrics.scorers import score
 
 EXACT_MATCH = "exact match with any reference answer, rlens_jax"
-"""The rule for data without a rule of their own; whitespace at the ends does not count."""
+"""The scoring rule of datasets that are not benchmarks; whitespace at the ends does not count."""
 
 
 @runtime_checkable
@@ -27,10 +27,10 @@ class Dataset(Protocol):
     """Questions of one dataset.
 
     Attributes:
-        name: of the dataset, and of its file of predictions.
-        digest: tells the questions, their images and their order from others.
-        indices: of the questions, as the files of predictions have them.
-        scored: whether there are answers to score by.
+        name: name of the dataset and of its file of predictions.
+        digest: identifies the questions, their images and their order.
+        indices: the questions' indices in files of predictions.
+        scored: whether the reference answers are known.
     """
 
     name: str
@@ -42,20 +42,20 @@ class Dataset(Protocol):
         """A question with its images."""
 
     def columns(self, place: int) -> Mapping[str, str]:
-        """What a file of predictions says of a question, `index` first; the same columns for each."""
+        """A question's columns in a file of predictions, `index` first; all questions have the same columns."""
 
     def score(self, predictions: Sequence[str]) -> Score:
-        """The score of a prediction for each question; UserError when these questions have no score."""
+        """The score of one prediction per question; UserError if these questions have no score."""
 
 
 class Benchmark:
-    """A benchmark of VLMEvalKit's, scored by its rules.
+    """A benchmark of VLMEvalKit, scored by its rules.
 
     Args:
         source: its prepared instances.
-        md5: of its TSV file.
-        family: `model_type` of the model, which decides the prompts.
-        limit: use the first so many questions only.
+        md5: MD5 sum of its TSV file.
+        family: `model_type` of the model, which selects the prompts.
+        limit: use at most this many questions, the first ones.
     """
 
     def __init__(self, source: BenchmarkSource, md5: str, family: str, limit: int | None):
@@ -102,7 +102,7 @@ class Benchmark:
 
 
 class ExactMatch:
-    """Samples whose answers are right or wrong as they are."""
+    """Samples that are scored by comparing the texts of answers."""
 
     def __init__(self, name: str, samples: Sequence[Sample]):
         self.name = name
@@ -140,14 +140,14 @@ def load_datasets(
     """The datasets of all sources, in order.
 
     Args:
-        sources: each `pages`, the embedded model's data; the path of a TSV file of VLMEvalKit's; or that of a JSONL file.
+        sources: each is `pages` (the embedded model's data), the path of a VLMEvalKit TSV file, or the path of a JSONL file.
         cache: folder of prepared datasets.
-        family: `model_type` of the model, which decides the prompts of benchmarks.
-        limit: use the first so many questions of each dataset only.
-        md5: sums of TSV files that are not the published ones, by dataset.
+        family: `model_type` of the model, which selects the prompts of benchmarks.
+        limit: use at most this many questions of each dataset, the first ones.
+        md5: MD5 sums of TSV files that are not the published ones, by dataset.
 
     Raises:
-        UserError: a source cannot be read, two have a dataset of the same name, or a sum is of no source.
+        UserError: a source cannot be read, two datasets have the same name, or a sum belongs to no source.
     """
     datasets = list(itertools.chain(*(_load(source, cache, family, limit, md5) for source in sources)))
     names = [dataset.name for dataset in datasets]
@@ -156,7 +156,7 @@ def load_datasets(
             raise UserError(f"--data names the dataset {name!r} twice")
         if "/" in name or name.startswith("."):
             raise UserError(
-                f"dataset {name!r}: names a file of predictions, so it must not hold a / or begin with a dot"
+                f"dataset {name!r}: the name of a file of predictions must not contain a / or begin with a dot"
             )
     for name in md5:
         if name not in names:

@@ -1,4 +1,4 @@
-"""What an evaluation is."""
+"""The configuration of an evaluation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.plan_file import PlanFile
 
 
-# As in config.py: fields are user input and checked here, before any run-time type checker sees them.
+# As in config.py: fields are user input, which __post_init__ checks before a run-time type checker would.
 @no_type_check
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -18,22 +18,22 @@ class EvaluationConfig:
     Attributes:
         model: a folder, or "embedded".
         plan: which layers are reduced, and how.
-        data: sources, see `evaluation.datasets.load_datasets`.
+        data: sources as of `evaluation.datasets.load_datasets`.
         output: folder of answers, predictions and results.
-        baseline: answer with the dense model, too, and report the differences.
-        limit: use the first so many questions of each dataset only.
-        md5: sums of TSV files that are not the published ones, by dataset.
-        max_new_tokens: the longest answer.
-        batch_size: prompts that a work group reads together.
-        dtype: of weights and computation.
-        chunk: tokens of a prompt in an FFN at a time; None decides by size.
+        baseline: also evaluate the dense model, and report the differences.
+        limit: use at most this many questions of each dataset, the first ones.
+        md5: MD5 sums of TSV files that are not the published ones, by dataset.
+        max_new_tokens: maximum length of an answer.
+        batch_size: prompts per batch of a work group.
+        dtype: type of weights and computation.
+        chunk: tokens of a prompt per FFN call; None chooses by size.
         model_shards: devices that share a copy of the model.
-        seed: of random probes and the bootstrap.
-        bootstrap_samples: draws behind the 95 % intervals.
-        timing_repeats: how often each program is timed; 0 times nothing.
+        seed: seed of random probes and the bootstrap.
+        bootstrap_samples: draws for the 95 % intervals.
+        timing_repeats: measurements per program; 0 measures nothing.
 
     Raises:
-        UserError: naming an option that is out of range.
+        UserError: an option is out of range.
     """
 
     model: str
@@ -63,11 +63,11 @@ class EvaluationConfig:
 
     @property
     def variants(self) -> dict[str, PlanFile]:
-        """What answers, by name."""
+        """The plans to evaluate, by name."""
         dense = {"dense": PlanFile()} if self.baseline else {}
         return {**dense, "plan": self.plan}
 
     def settings(self) -> dict[str, Any]:
-        """What decides answers beside model and data, as JSON values. The mesh is left out: it changes rounding at most."""
+        """The settings that determine answers, as JSON values. The mesh is left out: it changes rounding at most."""
         names = ("max_new_tokens", "batch_size", "dtype", "chunk", "seed")
         return {"plan": self.plan.fields(), **{name: getattr(self, name) for name in names}}

@@ -1,7 +1,7 @@
 """A finished evaluation as values, and as the text of its files.
 
-`evaluation.json` follows `evaluation.schema.json` beside this file and holds nothing that differs from one run of a configuration
-to the next. `timing.json` holds all that does differ.
+`evaluation.json`, which `evaluation.schema.json` describes, holds nothing that differs between runs of a configuration.
+`timing.json` holds the measured times.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any
 
 from rlens_jax.evaluation.evaluation_config import EvaluationConfig
-from rlens_jax.evaluation.variant_timing import Times, VariantTime
 from rlens_jax.files import json_text
 from rlens_jax.metrics.score import Score
 from rlens_jax.search.bootstrap import Interval
@@ -22,12 +21,12 @@ TIMING_SCHEMA = "rlens-evaluation-timing/1"
 
 @dataclass(frozen=True)
 class VariantResult:
-    """What one variant said to a dataset.
+    """The result of one variant on a dataset.
 
     Attributes:
-        score: by the dataset's rules; None where its answers are withheld.
+        score: by the dataset's rules; None if its answers are withheld.
         interval: 95 % bootstrap interval of the score's value.
-        unended: answers that ran out of tokens before the model ended its turn.
+        unended: number of answers that ran out of tokens before the model ended its turn.
     """
 
     score: Score | None
@@ -37,7 +36,10 @@ class VariantResult:
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds of the decoder layers in the prefill, means over the questions; `saved` is a share of the dense cost."""
+    """Multiply-adds of the decoder layers in the prefill, means over the questions.
+
+    `saved` and `saved_with_probes` are shares of the dense cost.
+    """
 
     dense: float
     reduced: float
@@ -48,16 +50,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class DatasetResult:
-    """A dataset under all variants.
+    """The results of all variants on a dataset.
 
     Attributes:
-        digest: of the questions.
-        questions: how many.
-        text_tokens: mean of the prompts.
-        visual_tokens: likewise.
-        cost: of the plan.
+        digest: hash of the questions.
+        questions: number of questions.
+        text_tokens: text tokens per prompt, mean.
+        visual_tokens: visual tokens per prompt, mean.
+        cost: cost of the plan.
         variants: "plan", and "dense" with a baseline.
-        difference: the plan's score minus the dense model's; both scores are drawn on the same questions.
+        difference: score of the plan minus score of the dense model, with the interval of paired draws.
     """
 
     digest: str
@@ -70,8 +72,44 @@ class DatasetResult:
 
 
 @dataclass(frozen=True)
+class VariantTime:
+    """Measured seconds of one variant, one entry per repeat.
+
+    Attributes:
+        prefill: the decoder's prefill of a batch, up to the first new token.
+        first_token: from image files and texts to the first new token: image decoding, preprocessing, vision tower, prefill.
+        decode: the decoding steps after the first token.
+    """
+
+    prefill: tuple[float, ...]
+    first_token: tuple[float, ...]
+    decode: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Measured times of both variants on one batch.
+
+    Attributes:
+        rows: rows of the batch, including filler rows.
+        prompts: rows that hold a prompt.
+        text_slots, visual_slots: the batch's bucket.
+        dense, plan: the times.
+        decode_steps: number of timed decoding steps.
+    """
+
+    rows: int
+    prompts: int
+    text_slots: int
+    visual_slots: int
+    dense: VariantTime
+    plan: VariantTime
+    decode_steps: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """All of an evaluation. `times` is None when nothing was timed."""
+    """A finished evaluation. `times` is None if nothing was timed."""
 
     config: EvaluationConfig
     model_hash: str
@@ -114,31 +152,31 @@ def timing_json(times: Times) -> str:
     fields = dataclasses.asdict(times)
     for name, variant in (("dense", times.dense), ("plan", times.plan)):
         fields[name]["tokens_per_second"] = tokens_per_second(times, variant)
-    return json_text({"schema": TIMING_SCHEMA, **fields, "decode_steps": times.steps})
+    return json_text({"schema": TIMING_SCHEMA, **fields})
 
 
 def tokens_per_second(times: Times, variant: VariantTime) -> float:
-    """New tokens of all rows a second, in the median decoding; prefill not counted."""
-    return times.rows * times.steps / median(variant.decode)
+    """New tokens of all rows per second, from the median decoding time; prefill not counted."""
+    return times.rows * times.decode_steps / median(variant.decode)
 
 
 def summary(result: Evaluation) -> str:
-    """What the command prints."""
+    """The text for the terminal."""
     lines = [f"{result.config.model}, plan: {result.config.plan.label()}"]
     for name, part in result.datasets.items():
         lines.append(
             f"{name}: {part.questions} questions, FLOPs saved {part.cost.saved:.1%} "
             f"({part.cost.saved_with_probes:.1%} with probes)"
         )
-        for variant, found in part.variants.items():
-            unended = f", {found.unended} answers cut off" if found.unended else ""
-            if found.score is None or found.interval is None:
+        for variant, scored in part.variants.items():
+            unended = f", {scored.unended} answers cut off" if scored.unended else ""
+            if scored.score is None or scored.interval is None:
                 lines.append(f"  {variant:<6} not scored here: the answers are withheld{unended}")
             else:
-                low, high = found.interval.low, found.interval.high
+                low, high = scored.interval.low, scored.interval.high
                 lines.append(
-                    f"  {variant:<6}{found.score.value:8.2f} {found.score.unit}  [{low:.2f}, {high:.2f}]  "
-                    f"({found.score.harness}){unended}"
+                    f"  {variant:<6}{scored.score.value:8.2f} {scored.score.unit}  [{low:.2f}, {high:.2f}]  "
+                    f"({scored.score.harness}){unended}"
                 )
         if part.difference is not None:
             change = part.difference
@@ -167,10 +205,10 @@ def _dataset(name: str, part: DatasetResult) -> dict[str, Any]:
         "variants": {
             variant: {
                 "predictions": f"{variant}/{name}.tsv",
-                "unended": found.unended,
-                "score": None if found.score is None else _score(found.score, found.interval),
+                "unended": scored.unended,
+                "score": None if scored.score is None else _score(scored.score, scored.interval),
             }
-            for variant, found in part.variants.items()
+            for variant, scored in part.variants.items()
         },
         "difference": None if part.difference is None else _interval(part.difference),
     }

@@ -1,35 +1,38 @@
-"""The way of an evaluation: model and data -> windows of questions -> answers on disk -> predictions, scores, costs, times.
+"""Runs an evaluation: answer all questions, write predictions, score, count costs, measure times.
 
-Questions are answered a window at a time, so that no more than a window's images are ever in memory. The batches of a window
-depend on its questions alone, and a batch is computed whole or not at all: an evaluation that was killed and resumed computes
-what one that was not would have, in the same shapes.
+Questions are answered in windows, so that only the images of one window are in memory. The batches of a window depend on its
+questions alone, and a batch is computed completely or not at all. So a resumed evaluation computes the same batches, in the same
+shapes, as one that was never interrupted.
 """
 
-from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 
-from rlens_jax.checkpoints.checkpoint import find_model, model_hash, read_model_kind
 from rlens_jax.console import Progress, say
 from rlens_jax.deployment.deployed_model import DeployedModel, load
-from rlens_jax.engine.inputs import FILLER
-from rlens_jax.evaluation.answers import Answers, LoggedAnswer
+from rlens_jax.engine.inputs import FILLER, Batch, Split
+from rlens_jax.engine.session import ModelFolder
+from rlens_jax.engine.timing import time_side_by_side
+from rlens_jax.evaluation.answers import Answers, LoggedAnswer, write_predictions
 from rlens_jax.evaluation.datasets import Dataset, load_datasets
 from rlens_jax.evaluation.evaluation_config import EvaluationConfig
 from rlens_jax.evaluation.evaluation_results import (
     Cost,
     DatasetResult,
     Evaluation,
+    Times,
     VariantResult,
+    VariantTime,
     evaluation_json,
     timing_json,
 )
-from rlens_jax.evaluation.predictions import write_predictions
-from rlens_jax.evaluation.variant_timing import Times, time_variants
 from rlens_jax.files import replace_file
 from rlens_jax.flops import LayerSizes, prefill_cost, visual_in_layer
+from rlens_jax.hosts.processes import Processes
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.resources import cache_folder
@@ -37,43 +40,36 @@ from rlens_jax.search.bootstrap import difference_interval, score_interval
 from rlens_jax.versions import versions
 
 WINDOW_BATCHES = 8
-"""Batches' worth of questions that are prepared together, so that batches of several shapes fill up."""
+"""Batches per window: enough questions that batches of several shapes fill up."""
+
+TIMED_TOKENS = 32
+"""New tokens in the timed decoding, even if the answers end earlier."""
 
 
 def evaluate(config: EvaluationConfig) -> Evaluation:
     """Answer, score, time, and write all results to `config.output`.
 
-    What an earlier run of the same configuration answered in that folder is taken from its log.
+    Answers in the folder's log, from an earlier run of the same configuration, are not computed again.
 
     Raises:
         UserError: bad input of any kind; among them a folder that belongs to another model, plan or data.
     """
-    # What can be known to be wrong without weights or data, first.
-    folder = find_model(config.model)
-    kind = read_model_kind(folder)
-    decoder: DecoderConfig = kind.config.decoder
-    config.plan.validate(decoder.num_layers)
-    weights = model_hash(folder)
+    # Checks that need no weights come first.
+    folder = ModelFolder.find(config.model, Processes())
+    config.plan.validate(folder.kind.config.decoder.num_layers)
     datasets = load_datasets(
         config.data,
         cache_folder() / "data",
-        family=kind.model_type,
+        family=folder.kind.model_type,
         limit=config.limit,
         md5=config.md5,
     )
-    device = jax.devices()[0].device_kind
-    identity = {
-        "model_hash": weights,
-        "data": {dataset.name: f"{dataset.digest}, {len(dataset.indices)} questions" for dataset in datasets},
-        **config.settings(),
-        "device": device,
-        "jax": version("jax"),
-    }
-    with Answers.open(config.output, identity) as answers:
+    questions = {dataset.name: f"{dataset.digest}, {len(dataset.indices)} questions" for dataset in datasets}
+    with Answers.open(config.output, folder.identity({"data": questions, **config.settings()})) as answers:
         if answers.repaired:
             say(answers.repaired)
         model = load(
-            folder,
+            folder.path,
             dtype=config.dtype,
             batch_size=config.batch_size,
             chunk=config.chunk,
@@ -84,32 +80,40 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
             _answer(config, model, dataset, answers)
         for dataset in datasets:
             for variant in config.variants:
-                write_predictions(
-                    config.output / variant / f"{dataset.name}.tsv",
-                    dataset,
-                    _texts(answers, variant, dataset),
-                )
-        found = {dataset.name: _result(config, decoder, dataset, answers) for dataset in datasets}
+                texts = [answer.text for answer in answers.of(variant, dataset)]
+                write_predictions(config.output / variant / f"{dataset.name}.tsv", dataset, texts)
         times = _times(config, model, datasets[0]) if config.timing_repeats else None
-        finished = Evaluation(
-            config=config,
-            model_hash=weights,
-            model_type=kind.model_type,
-            num_layers=decoder.num_layers,
-            device=device,
-            versions=versions(),
-            datasets=found,
-            times=times,
-        )
-        if times is not None:
-            replace_file(config.output / "timing.json", timing_json(times).encode())
-        # Last: where it is, the evaluation is done.
-        replace_file(config.output / "evaluation.json", evaluation_json(finished).encode())
-    return finished
+        evaluation = _evaluation(config, folder, datasets, answers, times)
+        _write(evaluation)
+    return evaluation
+
+
+def _evaluation(
+    config: EvaluationConfig, folder: ModelFolder, datasets: Sequence[Dataset], answers: Answers, times: Times | None
+) -> Evaluation:
+    decoder: DecoderConfig = folder.kind.config.decoder
+    return Evaluation(
+        config=config,
+        model_hash=folder.weights_hash,
+        model_type=folder.kind.model_type,
+        num_layers=decoder.num_layers,
+        device=jax.devices()[0].device_kind,
+        versions=versions(),
+        datasets={dataset.name: _result(config, decoder, dataset, answers) for dataset in datasets},
+        times=times,
+    )
+
+
+def _write(evaluation: Evaluation) -> None:
+    output = evaluation.config.output
+    if evaluation.times is not None:
+        replace_file(output / "timing.json", timing_json(evaluation.times).encode())
+    # Written last: its presence means that the evaluation is complete.
+    replace_file(output / "evaluation.json", evaluation_json(evaluation).encode())
 
 
 def _answer(config: EvaluationConfig, model: DeployedModel, dataset: Dataset, answers: Answers) -> None:
-    """Answer all questions that are not answered yet."""
+    """Answer the questions whose answers are not in the log."""
     variants = config.variants
 
     def known(place: int, variant: str) -> bool:
@@ -124,8 +128,7 @@ def _answer(config: EvaluationConfig, model: DeployedModel, dataset: Dataset, an
                 continue
             split = model.prepare([dataset.sample(place) for place in window], config.max_new_tokens)
             for batch in split.batches:
-                numbers = np.asarray(batch.inputs.layout.sample)
-                members = [window[number] for number in numbers if number != FILLER]
+                members = [window[number] for number in _members(batch)]
                 for variant in missing:
                     if all(known(place, variant) for place in members):
                         continue
@@ -152,18 +155,16 @@ def _windows(count: int, size: int) -> Iterator[range]:
     return (range(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _logged(answers: Answers, variant: str, dataset: Dataset) -> list[LoggedAnswer]:
-    return [answers[variant, dataset.name, index] for index in dataset.indices]
-
-
-def _texts(answers: Answers, variant: str, dataset: Dataset) -> list[str]:
-    return [answer.text for answer in _logged(answers, variant, dataset)]
+def _members(batch: Batch) -> list[int]:
+    """Numbers of the samples in a batch."""
+    numbers = np.asarray(batch.inputs.layout.sample)
+    return numbers[numbers != FILLER].tolist()
 
 
 def _result(config: EvaluationConfig, decoder: DecoderConfig, dataset: Dataset, answers: Answers) -> DatasetResult:
     variants, scores = {}, {}
     for variant in config.variants:
-        logged = _logged(answers, variant, dataset)
+        logged = answers.of(variant, dataset)
         score = dataset.score([answer.text for answer in logged]) if dataset.scored else None
         interval = None
         if score is not None:
@@ -174,7 +175,7 @@ def _result(config: EvaluationConfig, decoder: DecoderConfig, dataset: Dataset, 
     if len(scores) == 2:
         draws = {"samples": config.bootstrap_samples, "seed": config.seed}
         difference = difference_interval(scores["plan"], scores["dense"], **draws)
-    prompts = [answer.prompt for answer in _logged(answers, "plan", dataset)]
+    prompts = [answer.prompt for answer in answers.of("plan", dataset)]
     return DatasetResult(
         digest=dataset.digest,
         questions=len(prompts),
@@ -187,34 +188,75 @@ def _result(config: EvaluationConfig, decoder: DecoderConfig, dataset: Dataset, 
 
 
 def _cost(config: EvaluationConfig, decoder: DecoderConfig, prompts: Sequence[tuple[int, int]]) -> Cost:
-    """Means over the prompts; padding is not counted, and a share saved is the mean of the prompts' shares."""
+    """Mean cost over the prompts, without padding; the shares saved are means of each prompt's share."""
     sizes = LayerSizes(decoder.width, decoder.num_kv_heads * decoder.head_dim, decoder.ffn_width)
 
-    def cost(given: PlanFile, with_probes: bool) -> np.ndarray:
+    def cost(reduced: PlanFile, with_probes: bool) -> np.ndarray:
         costs = [
             prefill_cost(
                 sizes,
                 text,
-                visual_in_layer(given.pruning, visual, decoder.num_layers),
-                given.plan,
-                given.reduction,
+                visual_in_layer(reduced.pruning, visual, decoder.num_layers),
+                reduced.plan,
+                reduced.reduction,
                 with_probes=with_probes,
             )
             for text, visual in prompts
         ]
         return np.array(costs, float)
 
-    dense, reduced, with_probes = cost(PlanFile(), False), cost(config.plan, False), cost(config.plan, True)
+    dense, without_probes, with_probes = cost(PlanFile(), False), cost(config.plan, False), cost(config.plan, True)
     return Cost(
         dense=float(dense.mean()),
-        reduced=float(reduced.mean()),
+        reduced=float(without_probes.mean()),
         reduced_with_probes=float(with_probes.mean()),
-        saved=float((1 - reduced / dense).mean()),
+        saved=float((1 - without_probes / dense).mean()),
         saved_with_probes=float((1 - with_probes / dense).mean()),
     )
 
 
 def _times(config: EvaluationConfig, model: DeployedModel, dataset: Dataset) -> Times:
+    """Times of both variants on the fullest batch of the first questions of a dataset."""
     count = min(config.batch_size * model.programs.groups, len(dataset.indices))
     say(f"timing {count} prompts of {dataset.name}")
-    return time_variants(model, [dataset.sample(place) for place in range(count)], config.plan, config.timing_repeats)
+    split = model.prepare([dataset.sample(place) for place in range(count)], TIMED_TOKENS)
+    batch = max(split.batches, key=lambda batch: len(_members(batch)))
+    measured = time_side_by_side(_timed_calls(model, split, batch, (PlanFile(), config.plan)), config.timing_repeats)
+    bucket, rows = batch.inputs.layout.bucket, len(batch.inputs.layout.sample)
+    return Times(
+        rows=rows,
+        prompts=len(_members(batch)),
+        text_slots=bucket.text,
+        visual_slots=bucket.visual,
+        dense=VariantTime(*measured[0::2]),
+        plan=VariantTime(*measured[1::2]),
+        decode_steps=TIMED_TOKENS - 1,
+    )
+
+
+def _timed_calls(
+    model: DeployedModel, split: Split, batch: Batch, plans: tuple[PlanFile, PlanFile]
+) -> list[Callable[[], Any]]:
+    """Prefill, time to the first token, and decoding; each under the dense plan and then under the other."""
+    samples = [split.samples[number] for number in _members(batch)]
+    visual = model.programs.put(batch.visual)
+
+    def prefill(plan: PlanFile) -> Any:
+        return model.programs.prefill(visual, batch.inputs, plan, TIMED_TOKENS)
+
+    def first_token(plan: PlanFile) -> Any:
+        prepared = model.prepare(samples, TIMED_TOKENS)
+        return [
+            model.programs.prefill(model.programs.put(part.visual), part.inputs, plan, TIMED_TOKENS).first
+            for part in prepared.batches
+        ]
+
+    def decode(prefilled: Any) -> Any:
+        return model.programs.decode(prefilled, batch.inputs, TIMED_TOKENS, to_the_end=True)
+
+    prefilled = [jax.block_until_ready(prefill(plan)) for plan in plans]
+    return [
+        *(partial(prefill, plan) for plan in plans),
+        *(partial(first_token, plan) for plan in plans),
+        *(partial(decode, states) for states in prefilled),
+    ]
