@@ -1,4 +1,4 @@
-"""From a configuration to finished studies: the model and its samples once, then study by study."""
+"""Runs studies: open the session, load the model, encode the samples, then measure and write study by study."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,6 @@ from rlens_jax.config import RunConfig
 from rlens_jax.console import Progress
 from rlens_jax.engine.inputs import build_split
 from rlens_jax.engine.programs import Programs
-from rlens_jax.engine.rounds import metrics_of
 from rlens_jax.engine.scoring import Scoring, TeacherForcing
 from rlens_jax.engine.session import Session, load, start
 from rlens_jax.engine.sizes import memory_explained
@@ -20,11 +19,11 @@ from rlens_jax.hosts.processes import Processes
 from rlens_jax.paper_studies.layer_studies import layers_study, strategies_study, text_study
 from rlens_jax.paper_studies.pruned_programs import PrunedForcing, PrunedPrograms
 from rlens_jax.paper_studies.reduction_studies import fraction_study, probes_study, pruning_study, range_study
-from rlens_jax.paper_studies.study import Case, Facts, Study, StudyName, Variant, study_json
+from rlens_jax.paper_studies.study import Facts, Study, StudyName, Variant, study_json
 from rlens_jax.paper_studies.study_bench import Bench
 from rlens_jax.paper_studies.study_plots import plot_study
 from rlens_jax.paper_studies.text_control import TextControlPrograms
-from rlens_jax.plan import Operator, Plan
+from rlens_jax.plan import Operator
 from rlens_jax.search.ranking_file import read_ranking
 from rlens_jax.versions import versions
 
@@ -40,53 +39,29 @@ STUDIES: Mapping[StudyName, Callable[[Bench], Study]] = {
 
 
 def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | None) -> list[Study]:
-    """Measure the studies one after another, and write each one's JSON and plots as soon as it is finished.
+    """Measure the studies one after another; the files of each are written when it is finished.
 
-    Everything that an earlier command of the same configuration measured in that folder is taken from its journal, for
-    whatever study it was.
+    Measurements in the folder's journal, from an earlier command of the same configuration and any study, are not repeated.
 
     Args:
-        names: of the studies.
-        config: as of a ranking run.
-        ranking: ranking.json of a finished run, with the orders of layers; without one they are searched.
+        names: the studies.
+        config: the configuration, as of a ranking run.
+        ranking: ranking.json of a finished run, with the orders of layers; None searches for them.
 
     Raises:
         UserError: bad input of any kind.
     """
-    compute, output = config.compute, Path(config.output)
-    processes = Processes()
-    start(compute, output, processes)
+    output, processes = Path(config.output), Processes()
+    start(config.compute, output, processes)
     with (
         Session.open(
             config.model, output, config.data, config.deciding_settings(), processes, seed=config.seed
         ) as session,
-        memory_explained(compute.batch_size, compute.model_shards),
+        memory_explained(config.compute.batch_size, config.compute.model_shards),
     ):
-        weights, decoder = session.folder.weights_hash, session.folder.kind.config.decoder
-        orders = {} if ranking is None else read_orders(ranking, weights)
-        loaded = load(session.folder, compute, config.reduction, config.search)
-        model, mesh, stop = loaded.module, loaded.mesh, loaded.chat.stop_token
-
-        def scoring_of(variant: Variant) -> Scoring:
-            return make_scoring(model, mesh, variant, config.seed, stop)
-
-        encoder = Programs(model, mesh, config.reduction, seed=config.seed, new_tokens=1, stop_token=stop)
-        splits = {}
-        for name, members in session.splits.items():
-            with Progress(f"preparing {name}", len(members), "samples") as shown:
-                splits[name] = build_split(members, loaded.preparer, encoder, loaded.shapes, True, shown.advance)
-        bench = Bench(config, decoder, splits, session.journal, scoring_of, orders)
-        dense = bench.measure("dense model", [])[Case(Plan(), bench.plain)]
-        facts = Facts(
-            model=config.model,
-            model_hash=weights,
-            num_layers=decoder.num_layers,
-            data_hash=session.data_hash,
-            samples=bench.samples,
-            dense=metrics_of(dense),
-            configuration=config.portable(),
-            versions=versions(),
-        )
+        orders = {} if ranking is None else read_orders(ranking, session.folder.weights_hash)
+        bench = _bench(config, session, orders)
+        facts = _facts(config, session, bench)
         studies = []
         for name in names:
             studies.append(STUDIES[name](bench))
@@ -94,8 +69,37 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
     return studies
 
 
+def _bench(config: RunConfig, session: Session, orders: Mapping[Operator, tuple[int, ...]]) -> Bench:
+    """Load the model and encode the samples."""
+    loaded = load(session.folder, config.compute, config.reduction, config.search)
+    model, mesh, stop = loaded.module, loaded.mesh, loaded.chat.stop_token
+    encoder = Programs(model, mesh, config.reduction, seed=config.seed, new_tokens=1, stop_token=stop)
+    splits = {}
+    for name, samples in session.splits.items():
+        with Progress(f"preparing {name}", len(samples), "samples") as shown:
+            splits[name] = build_split(samples, loaded.preparer, encoder, loaded.shapes, True, shown.advance)
+
+    def scoring_of(variant: Variant) -> Scoring:
+        return make_scoring(model, mesh, variant, config.seed, stop)
+
+    return Bench(config, session.folder.kind.config.decoder, splits, session.journal, scoring_of, orders)
+
+
+def _facts(config: RunConfig, session: Session, bench: Bench) -> Facts:
+    return Facts(
+        model=config.model,
+        model_hash=session.folder.weights_hash,
+        num_layers=bench.num_layers,
+        data_hash=session.data_hash,
+        samples=bench.samples,
+        dense=bench.dense(bench.measure("dense model", [])),
+        configuration=config.portable(),
+        versions=versions(),
+    )
+
+
 def read_orders(path: Path, model_hash: str) -> dict[Operator, tuple[int, ...]]:
-    """The order of the layers per operator that a ranking.json ranks. UserError unless it ranks the model with this hash."""
+    """The order of layers per operator in a ranking.json. UserError unless it ranks the model with this hash."""
     ranking = read_ranking(path)
     if ranking.model_hash != model_hash:
         raise UserError(f"{path} ranks the layers of another model; name one of this model")
@@ -103,7 +107,7 @@ def read_orders(path: Path, model_hash: str) -> dict[Operator, tuple[int, ...]]:
 
 
 def make_scoring(model: Any, mesh: Mesh, variant: Variant, seed: int, stop_token: int) -> Scoring:
-    """What evaluates plans under a variant."""
+    """The scoring that evaluates plans under a variant."""
     reduction, pruning = variant.reduction, variant.pruning
     if pruning is not None:
         return PrunedForcing(PrunedPrograms(model, mesh, reduction, pruning, seed=seed, stop_token=stop_token))
@@ -112,7 +116,7 @@ def make_scoring(model: Any, mesh: Mesh, variant: Variant, seed: int, stop_token
 
 
 def write_study(study: Study, facts: Facts, folder: Path) -> None:
-    """The study's plots and, last, its JSON file: when that is there, the study is done."""
+    """Write the study's plots and then its JSON file, whose presence means that the study is complete."""
     for kind in ("png", "svg"):
         replace_file(folder / f"{study.name}.{kind}", plot_study(study, facts, kind))
     replace_file(folder / f"{study.name}.json", study_json(study, facts).encode())
