@@ -1,9 +1,8 @@
-"""TPU slices by name, such as `v5e:16x16`: their chips, what those are published to do, and devices to compile for.
+"""TPU slices by name, such as `v5e:16x16`: their chips, published peak rates, and devices to compile for.
 
-Peak rates and memory are the vendor's published specifications (Google Cloud TPU documentation, the pages "TPU v4" ...
-"TPU v6e"; interconnect of v2 and v3: Jouppi et al., A Domain-Specific Supercomputer for Training Deep Neural Networks, CACM
-2020). What of the memory a program can use is what libtpu 0.0.42.1 says when one needs more.
-Only this module asks for libtpu, and only when it is to compile.
+Peak rates and memory are the vendor's specifications (Google Cloud TPU documentation, pages "TPU v4" ... "TPU v6e";
+interconnect of v2 and v3: Jouppi et al., A Domain-Specific Supercomputer for Training Deep Neural Networks, CACM 2020). The
+usable memory is the limit in the error messages of libtpu 0.0.42.1. Only `slice_devices` loads libtpu.
 """
 
 import difflib
@@ -19,13 +18,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class ChipKind:
-    """A generation of chips. Rates are per chip and second."""
+    """A generation of chips. Rates are per chip and per second."""
 
     name: str
     flops: float
     """Peak bfloat16 multiplications and additions."""
     memory_gib: int
-    """HBM as published."""
+    """Published HBM of a chip."""
     usable_gib: float
     """HBM of one device that a program can use."""
     memory_bytes: float
@@ -33,11 +32,11 @@ class ChipKind:
     link_bytes: float
     """Peak interconnect traffic in one direction, all links together."""
     shapes: tuple[str, ...]
-    """Topologies that can be asked for; the number of axes is that of the torus."""
+    """Available topologies; they have as many axes as the torus."""
     devices_per_chip: int = 1
-    """v2 and v3 show each of their two cores as a device, later chips are one."""
+    """Devices per chip: one per core on v2 and v3, else one."""
     config_name: str = "default"
-    """libtpu's name of the mode in which a chip is one device; Cloud TPUs of v4 run in `megacore`."""
+    """libtpu's name of the mode in which a chip is one device. Cloud TPU v4 runs in `megacore`."""
 
     @property
     def torus_axes(self) -> int:
@@ -64,7 +63,7 @@ CHIPS_PER_HOST = 4
 
 @dataclass(frozen=True)
 class Slice:
-    """A slice of one kind of chips."""
+    """A slice: a mesh of chips of one kind."""
 
     kind: ChipKind
     shape: tuple[int, ...]
@@ -83,7 +82,7 @@ class Slice:
 
     @property
     def num_devices(self) -> int:
-        """Devices as JAX sees them."""
+        """Number of JAX devices."""
         return self.chips * self.kind.devices_per_chip
 
     @property
@@ -93,22 +92,25 @@ class Slice:
 
     @property
     def flops(self) -> float:
-        """Peak bfloat16 operations of one device a second."""
+        """Peak bfloat16 operations per second of one device."""
         return self.kind.flops / self.kind.devices_per_chip
 
     @property
     def memory_rate(self) -> float:
-        """Peak bytes of HBM traffic of one device a second."""
+        """Peak HBM traffic of one device, in bytes per second."""
         return self.kind.memory_bytes / self.kind.devices_per_chip
 
     @property
     def link_rate(self) -> float:
-        """Bytes a second and direction that one device has along one axis of the torus (our assumption: links shared alike)."""
+        """Peak traffic of one device in one direction along one axis of the torus, in bytes per second.
+
+        All axes have equal shares of the links (our assumption).
+        """
         return self.kind.link_bytes / self.kind.torus_axes / self.kind.devices_per_chip
 
 
 def find_slice(name: str) -> Slice:
-    """The slice of this name. UserError, with the nearest names, when there is none."""
+    """The slice of this name. UserError with similar names if there is none."""
     known = [f"{kind.name}:{shape}" for kind in CHIP_KINDS.values() for shape in kind.shapes]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
@@ -127,21 +129,21 @@ def require_compiler() -> None:
         )
 
 
-def slice_devices(where: Slice) -> list[Any]:
-    """The devices of a slice that is not there, to lower and compile programs for.
+def slice_devices(target: Slice) -> list[Any]:
+    """Devices to lower and compile programs for. The slice itself is not needed.
 
     Raises:
-        UserError: libtpu is missing, or does not know the topology.
+        UserError: libtpu is missing or does not support the topology.
     """
     require_compiler()
     from jax.experimental import topologies
 
-    options: dict[str, Any] = {"chip_config_name": where.kind.config_name}
-    if where.chips == 1:  # libtpu takes hosts to have 2 x 2 chips unless it is told
+    options: dict[str, Any] = {"chip_config_name": target.kind.config_name}
+    if target.chips == 1:  # libtpu's default is hosts with 2 x 2 chips
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        description = topologies.get_topology_desc(platform="tpu", topology_name=where.name, **options)
-    except Exception as error:  # libtpu's own types of errors are not JAX's
+        description = topologies.get_topology_desc(platform="tpu", topology_name=target.name, **options)
+    except Exception as error:  # libtpu raises its own error types
         reason = str(error).splitlines()[0]
-        raise UserError(f"--dry-run {where.name}: the installed libtpu cannot compile for it ({reason})") from None
+        raise UserError(f"--dry-run {target.name}: the installed libtpu cannot compile for it ({reason})") from None
     return list(description.devices)
