@@ -15,7 +15,7 @@ from rlens_jax.console import run_command
 from rlens_jax.dry_run.process import Job, run_job
 from rlens_jax.dry_run.topology import find_slice
 from rlens_jax.files import replace_file
-from rlens_jax.hosts.cluster import several
+from rlens_jax.hosts.cluster import is_distributed
 from rlens_jax.hosts.supervisor import supervised
 
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     if options.json is not None or options.all_buckets:
         parser.error(f"{'--json' if options.json else '--all-buckets'} needs --dry-run TOPOLOGY")
-    if several(config.hosts):
+    if is_distributed(config.hosts):
         supervised(Path(config.output))
     from rlens_jax.hosts.processes import joined
     from rlens_jax.ranking.ranking_run import run

@@ -22,7 +22,7 @@ from rlens_jax.commands.run_options import RunParser
 from rlens_jax.config import RunConfig
 from rlens_jax.console import run_command
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.hosts.cluster import several
+from rlens_jax.hosts.cluster import is_distributed
 from rlens_jax.paper_studies.study import STUDY_NAMES
 
 ALL = "all"
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _check(config: RunConfig, name: str) -> None:
-    if several(config.hosts):
+    if is_distributed(config.hosts):
         raise UserError("studies run in one process; set --hosts.num_processes 1, or start them on one host")
     if config.search.objective != "teacher_forced":
         raise UserError("search.objective must be teacher_forced: studies score by teacher forcing only")

@@ -25,7 +25,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.layout import Bucket
 from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate
-from rlens_jax.sharding.mesh import groups_of, own_rows, put_rows
+from rlens_jax.sharding.mesh import groups_of, local_rows, put_rows
 from rlens_jax.sharding.model_axis import WORK
 
 Gather = Callable[[Any], list[Any]]
@@ -295,6 +295,6 @@ class _Encoder:
             for place, (_, _, image) in enumerate(images):
                 array[place] = image.arrays[number]
             stacked.append(array)
-        tokens = own_rows(self._programs.encode(*stacked))
+        tokens = local_rows(self._programs.encode(*stacked))
         for (sample, place, image), rows in zip(images, tokens, strict=False):
             self._encoded[sample][place] = rows[: image.num_tokens].copy()

@@ -29,9 +29,8 @@ from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import IGNORE, PromptBatch
 from rlens_jax.ops.attention import Kernel
 from rlens_jax.plan import Plan, Reduction
-from rlens_jax.sharding.mesh import ParameterLayout, put_rows, split_over
+from rlens_jax.sharding.mesh import ParameterLayout, fetch_blocks, put_rows, split_over
 from rlens_jax.sharding.model_axis import MODEL, WORK
-from rlens_jax.sharding.routing import fetch_blocks
 
 States = tuple[Float[Array, "B T D"], Bool[Array, " B"]]
 """The states that enter a layer, and whether all probe scores so far were numbers."""

@@ -1,7 +1,7 @@
-"""Whether this process is one of several; asked before JAX is imported.
+"""Detects whether this process is one of several, before JAX is imported.
 
-Where JAX finds the processes of a run by itself (SLURM, GKE, TPU VMs), the same signs are looked at here, but only for
-whether there is more than one: a single process starts no service and waits for nobody.
+JAX detects the processes of a run on SLURM, GKE and TPU VMs. The same environment variables are read here, but only to find out
+whether there is more than one process: a single process starts no coordination service and waits for no other.
 """
 
 import os
@@ -16,41 +16,41 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
 _METADATA = "http://{}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
 
 
-def several(hosts: HostsConfig) -> bool:
-    """Whether the run has more than one process: as the configuration says, else as a cluster says."""
+def is_distributed(hosts: HostsConfig) -> bool:
+    """Whether the run has more than one process, by the configuration if it says so, else by the cluster."""
     if hosts.num_processes is not None:
         return hosts.num_processes > 1
-    return detected(os.environ, tpu_workers) is not None
+    return cluster_type(os.environ, tpu_workers) is not None
 
 
-def detected(environ: Mapping[str, str], workers: Callable[[], str]) -> str | None:
-    """The kind of cluster that this is one of several processes of, None when there is none.
+def cluster_type(environ: Mapping[str, str], workers: Callable[[], str]) -> str | None:
+    """Cluster type if this is one of several processes, else None.
 
     Args:
         environ: the environment variables.
-        workers: the hosts of a TPU VM's slice, separated by commas; asked when no variable says more.
+        workers: returns the hosts of a TPU VM's slice, separated by commas; called if no variable decides.
 
     Returns:
-        The name that `jax.distributed.initialize` knows the kind of cluster by.
+        The name of the cluster type for `jax.distributed.initialize`.
     """
     if all(name in environ for name in _SLURM):
         return "slurm" if int(environ["SLURM_NTASKS"]) > 1 else None
-    named = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
-    if named is not None:
-        return "gketpu" if "," in named else None
-    # TPU_SKIP_MDS_QUERY: as JAX reads it, this is no TPU VM with a metadata server.
+    addresses = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
+    if addresses is not None:
+        return "gketpu" if "," in addresses else None
+    # JAX reads TPU_SKIP_MDS_QUERY as: this is no TPU VM with a metadata server.
     if "TPU_SKIP_MDS_QUERY" not in environ and "," in workers():
         return "gcetpu"
     return None
 
 
 def tpu_workers() -> str:
-    """The hosts of this TPU VM's slice, separated by commas; empty where there are no TPU chips."""
+    """The hosts of this TPU VM's slice, separated by commas; empty on machines without TPU chips."""
     if not (any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))):
         return ""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     request = urllib.request.Request(_METADATA.format(server), headers={"Metadata-Flavor": "Google"})
-    # The metadata server is the machine's own; no proxy leads to it.
+    # The metadata server belongs to the machine; proxies do not reach it.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(request, timeout=5) as answer:

@@ -1,7 +1,7 @@
-"""The processes of a run: how they join, agree, and end together.
+"""The processes of a run: they join, agree, and end together.
 
-Everything here goes through JAX's coordination service, not through the devices: it works before there are devices,
-waits as long as the slowest process needs, and a process that is lost meanwhile ends the others.
+All communication uses JAX's coordination service, not the devices: it works before devices exist, waits for the slowest process,
+and ends the others if a process is lost.
 """
 
 import itertools
@@ -19,36 +19,36 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
-from jax._src import distributed  # the service's client has no public name
+from jax._src import distributed  # the client of the coordination service has no public name
 from jax.experimental import multihost_utils
 
 from rlens_jax.config import HostsConfig
 from rlens_jax.console import BAD_INPUT, INTERRUPTED, STOPPED, StopRequested, mute
 from rlens_jax.errors import UserError
 from rlens_jax.files import json_leaves
-from rlens_jax.hosts.cluster import detected, several, tpu_workers
+from rlens_jax.hosts.cluster import cluster_type, is_distributed, tpu_workers
 from rlens_jax.hosts.supervisor import PORT_TAKEN, mark_joined
 
 T = TypeVar("T")
 
 _DAY_MS = 24 * 60 * 60 * 1000
 _STATUS = re.compile(r"[A-Z_]{6,}: ")
-"""How errors of XLA's runtime begin, one of which is what remains of a collective when a process is lost."""
+"""Start of an error message of XLA's runtime. A collective raises such an error if a process is lost."""
 
 
 class AgreedError(UserError):
-    """Bad input that all processes know of: each ends with exit code 2, and process 0 says why."""
+    """Bad input known to all processes: each ends with exit code 2, and process 0 prints the message."""
 
 
 class Processes:
-    """All processes of a run, seen from this one; a single process by default, which agrees with itself.
+    """All processes of a run, seen from this one; by default a single process.
 
-    All methods are collective: every process calls the same ones in the same order.
+    All methods are collective: every process calls the same methods in the same order.
 
     Attributes:
-        index: this process, from 0 on.
-        count: how many there are.
-        leads: whether this is process 0, which speaks and writes.
+        index: index of this process, from 0.
+        count: number of processes.
+        leads: whether this is process 0, which prints and writes.
     """
 
     def __init__(self, index: int = 0, count: int = 1):
@@ -57,22 +57,22 @@ class Processes:
         self._rounds = itertools.count()
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value (anything that JSON knows), in the order of the processes."""
+        """Every process's value (any JSON value), in the order of the processes."""
         if self.count == 1:
             return [value]
         client, name = distributed.global_state.client, f"rlens_jax/{next(self._rounds)}"
-        assert client is not None  # `joined` made it
+        assert client is not None  # set by `joined`
         client.key_value_set(f"{name}/{self.index}", json.dumps(value))
         client.wait_at_barrier(name, _DAY_MS)
         values = {int(key.rpartition("/")[2]): json.loads(text) for key, text in client.key_value_dir_get(f"{name}/")}
         return [values[index] for index in sorted(values)]
 
     def agreed(self, work: Callable[[], T]) -> T:
-        """What `work` returns here, once it has succeeded on all processes.
+        """The result of `work` on this process, after it succeeded on all processes.
 
         Raises:
-            AgreedError: on all processes, when `work` raised a UserError on any; says on which.
-            UserError: of a single process, as `work` raised it.
+            AgreedError: on all processes, if `work` raised a UserError on any; names the process.
+            UserError: as raised by `work`, if there is a single process.
         """
         if self.count == 1:
             return work()
@@ -84,28 +84,25 @@ class Processes:
         errors = self.gather([error, socket.gethostname()])
         failed = [(index, text, host) for index, (text, host) in enumerate(errors) if text is not None]
         if not failed:
-            return result  # type: ignore[return-value]  # there is one where there is no error
+            return result  # type: ignore[return-value]  # set if there is no error
         index, text, host = failed[0]
         if len(failed) < self.count or len({text for _, text, _ in failed}) > 1:
-            more = f" (and {len(failed) - 1} more of the processes cannot go on)" if len(failed) > 1 else ""
+            more = f" (and {len(failed) - 1} more processes failed)" if len(failed) > 1 else ""
             text = f"process {index} of {self.count}, host {host}: {text}{more}"
         raise AgreedError(text)
 
     def in_order(self, first: Callable[[], T], rest: Callable[[], T]) -> T:
-        """What `first` returns on process 0; after that, what `rest` returns on the others.
+        """The result of `first` on process 0; then the result of `rest` on all others.
 
         Raises:
             AgreedError: as `agreed`.
         """
         result = self.agreed(first if self.leads else _nothing)
         others = self.agreed(_nothing if self.leads else rest)
-        return result if self.leads else others  # type: ignore[return-value]  # not _nothing's
+        return result if self.leads else others  # type: ignore[return-value]  # not the result of _nothing
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
-        """Make sure that all processes work on the same.
-
-        Args:
-            facts: what must be the same everywhere, by name; nested, of JSON values.
+        """Check that `facts` (nested JSON values by name) are the same on all processes.
 
         Raises:
             AgreedError: naming each fact that differs, with every process's value.
@@ -116,47 +113,47 @@ class Processes:
         for name in names:
             values = [values.get(name, "not set") for values in by_process]
             if len(set(values)) > 1:
-                told = (f"{value} on {_those(values, value)}" for value in dict.fromkeys(values))
-                different.append(f"{name} is {', '.join(told)}")
+                by_value = (f"{value} on {_having(values, value)}" for value in dict.fromkeys(values))
+                different.append(f"{name} is {', '.join(by_value)}")
         if different:
             raise AgreedError(
                 f"the processes of the run were started with different configurations: {'; '.join(different)}"
             )
 
     def check_shared(self, folder: Path) -> None:
-        """Make sure that all processes see the run's folder, by a file that process 0 writes there for a moment.
+        """Check that all processes share the run's folder, with a temporary file that process 0 writes.
 
         Raises:
-            AgreedError: the folder cannot be written, or is not the same on some process, naming it.
+            AgreedError: the folder cannot be written, or a process does not see the file; names the process.
         """
         if self.count == 1:
             return
         token: Path = folder / self.gather(f".shared-{secrets.token_hex(8)}")[0]
         self.agreed(lambda: _write_token(token) if self.leads else None)
-        blind = [index for index, sees in enumerate(self.gather(token.exists())) if not sees]
+        missing = [index for index, exists in enumerate(self.gather(token.exists())) if not exists]
         if self.leads:
             token.unlink()
-        if blind:
+        if missing:
             raise AgreedError(
-                f"the output folder {folder} is not shared: {_numbered(blind)} of {self.count} "
-                f"{'does' if len(blind) == 1 else 'do'} not see what process 0 wrote there; "
-                "name a folder on a file system that all hosts share, with --output"
+                f"the output folder {folder} is not shared: {_numbered(missing)} of {self.count} "
+                f"{'does' if len(missing) == 1 else 'do'} not see the file that process 0 wrote; "
+                "choose a folder on a file system that all hosts share, with --output"
             )
 
 
 class Stopper:
-    """Ends a run of several processes at the same point on all, after SIGTERM (or a preemption notice) on any."""
+    """Ends a run of several processes at the same step on all, after SIGTERM or a preemption notice on any."""
 
     def __init__(self) -> None:
         self._step = 0
 
     def check(self) -> None:
-        """To be called on every process at the same points of its work, as often as is useful: it costs microseconds.
+        """Count a step; every process calls this at the same steps. A call costs microseconds.
 
-        A single process is not ended here but by the signal itself.
+        A single process is ended by the signal itself instead.
 
         Raises:
-            StopRequested: on all processes at the same call, soon after the signal.
+            StopRequested: on all processes at the same step, soon after the signal.
         """
         self._step += 1
         if multihost_utils.reached_preemption_sync_point(self._step):
@@ -165,19 +162,19 @@ class Stopper:
 
 @contextmanager
 def joined(hosts: HostsConfig) -> Iterator[Processes]:
-    """The processes of the run, joined; however the body ends, no process is left waiting for this one.
+    """Join the processes of the run. However the body ends, no process is left waiting for this one.
 
-    A single process is left alone: nothing is started, nothing waits. Of several, all but the first are muted, and
-    - what all agree on (AgreedError, StopRequested) goes on to the caller on process 0, and ends the others with the
-      same exit code, silently;
-    - any other error is this process's own: it is told here, and the process ends at once, without JAX's shutdown,
-      which would wait for the others; they end when its heartbeat stops.
+    A single process starts nothing and waits for nothing. With several, all but the first are muted, and
+    - errors common to all (AgreedError, StopRequested) reach the caller on process 0, and end the others silently with the
+      same exit code;
+    - any other error belongs to this process. It is printed here, and the process ends at once, without JAX's shutdown, which
+      would wait for the others. They end when its heartbeat stops.
 
     Raises:
-        AgreedError: not all processes were told the same number of processes.
-        UserError: JAX cannot join the processes, as when the coordinator's port is in use.
+        AgreedError: the processes have different numbers of processes in their configuration.
+        UserError: JAX cannot join the processes, for example because the coordinator's port is in use.
     """
-    if not several(hosts):
+    if not is_distributed(hosts):
         yield Processes()
         return
     processes = _join(hosts)
@@ -193,23 +190,23 @@ def joined(hosts: HostsConfig) -> Iterator[Processes]:
     except KeyboardInterrupt:
         _end_alone(f"process {processes.index} of {processes.count} was interrupted\n", INTERRUPTED)
     except Exception as error:
-        told = traceback.format_exc()
+        message = traceback.format_exc()
         if _STATUS.match(str(error)):
-            # As a rule another process is lost; then JAX ends this one within the heartbeat, and its parent tells.
-            os.write(2, told.encode())
+            # Usually another process is lost. Then JAX ends this one within the heartbeat, and its parent reports it.
+            os.write(2, message.encode())
             time.sleep(hosts.heartbeat_seconds + 5)
-        _end_alone(told, 1)
+        _end_alone(message, 1)
 
 
 def _join(hosts: HostsConfig) -> Processes:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    told = hosts.num_processes is not None
+    configured = hosts.num_processes is not None
     try:
         jax.distributed.initialize(
             hosts.coordinator,
             hosts.num_processes,
             hosts.process_id,
-            cluster_detection_method="deactivate" if told else detected(os.environ, tpu_workers),
+            cluster_detection_method="deactivate" if configured else cluster_type(os.environ, tpu_workers),
             initialization_timeout=hosts.wait_seconds,
             heartbeat_timeout_seconds=hosts.heartbeat_seconds,
         )
@@ -218,8 +215,8 @@ def _join(hosts: HostsConfig) -> Processes:
         if "Failed to start RPC server" in reason:
             raise UserError(PORT_TAKEN) from None
         raise UserError(
-            f"JAX cannot join the processes of the run ({reason}); look at hosts.coordinator, hosts.num_processes and "
-            "hosts.process_id, or set them where a cluster's are wrong"
+            f"JAX cannot join the processes of the run ({reason}); check hosts.coordinator, hosts.num_processes and "
+            "hosts.process_id, or set them if the cluster's values are wrong"
         ) from None
     processes = Processes(distributed.global_state.process_id, distributed.global_state.num_processes)
     mark_joined(processes.index, processes.count)
@@ -228,8 +225,8 @@ def _join(hosts: HostsConfig) -> Processes:
     return processes
 
 
-def _end_alone(told: str, code: int) -> NoReturn:
-    sys.stderr.write(told)
+def _end_alone(message: str, code: int) -> NoReturn:
+    sys.stderr.write(message)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -243,7 +240,7 @@ def _write_token(token: Path) -> None:
         raise UserError(f"cannot write to the run folder {token.parent}: {error.strerror}") from None
 
 
-def _those(values: Sequence[str], value: str) -> str:
+def _having(values: Sequence[str], value: str) -> str:
     return _numbered([index for index, other in enumerate(values) if other == value])
 
 

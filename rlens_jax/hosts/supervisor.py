@@ -1,8 +1,8 @@
-"""The small parent of a run's process: it outlives what kills the process, and says it in one line.
+"""Runs a process of a distributed run as a child, and reports in one line why it died.
 
-A process whose peer is lost is ended by JAX's C++ runtime (SIGABRT): no handler in Python runs, and dozens of C++ lines
-are left. So the command starts itself again as a child. The child's Python writes to the terminal as ever; what C++
-writes is kept in a log, which is put into the run's folder when the child dies. The child dies with its parent.
+If a peer is lost, JAX's C++ runtime ends the process with SIGABRT: no Python handler runs, and dozens of C++ lines are printed.
+So the command starts itself again as a child. The child's Python writes to the terminal as usual. The output of C++ goes to a
+log, which is saved to the run's folder if the child dies. The child dies with its parent.
 """
 
 import os
@@ -20,9 +20,9 @@ from typing import IO, NoReturn
 from rlens_jax.console import BAD_INPUT, INTERRUPTED, RESUMABLE, STOPPED
 
 LOST = os.EX_TEMPFAIL
-"""Exit code (75) when a process of the run was lost: the same command, started again, goes on."""
+"""Exit code (75) if a process of the run was lost. The same command, started again, resumes the run."""
 
-PORT_TAKEN = "the port of hosts.coordinator is in use on this host; name another, on all hosts"
+PORT_TAKEN = "the port of hosts.coordinator is in use on this host; choose another, on all hosts"
 
 _TERMINAL = "RLENS_JAX_TERMINAL"
 _MEMBER = "rlens_jax: process {} of {}\n"
@@ -30,13 +30,13 @@ _AGAIN = "start the same command again on all hosts to resume"
 
 
 def supervised(folder: Path) -> None:
-    """Go on in a child process: returns in the child; the parent waits for it and exits.
+    """Continue in a child process: returns in the child, while the parent waits for it and exits.
 
-    SIGTERM and Ctrl-C reach the child as SIGTERM, which ends all processes of the run at an agreed point; Ctrl-C once
-    more kills it.
+    The child receives SIGTERM and Ctrl-C as SIGTERM, which ends all processes of the run at the same step. A second Ctrl-C
+    kills it.
 
-    The parent's exit code is that of the child (0, 2 bad input, 143 after SIGTERM on any process, 1 our mistake), or
-    130 after Ctrl-C here, or `LOST` when the child was killed or ended because another process was lost.
+    The parent's exit code is that of the child (0; 2 bad input; 143 after SIGTERM on any process; 1 an error in this program),
+    or 130 after Ctrl-C in the parent, or `LOST` if the child was killed or ended because another process was lost.
 
     Args:
         folder: the run's folder, for the log of a child that died.
@@ -49,7 +49,7 @@ def supervised(folder: Path) -> None:
 
 
 def mark_joined(index: int, count: int) -> None:
-    """Tell the parent that this process has joined the others, and as which."""
+    """Report to the parent that this process has joined the others, with its index."""
     os.write(2, _MEMBER.format(index, count).encode())
 
 
@@ -60,7 +60,7 @@ class _Parent:
         self._child: subprocess.Popen | None = None
 
     def wait(self) -> int:
-        """Start the child, wait for it, and say how it ended; the exit code."""
+        """Start the child, wait for it, report how it ended, and return the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._forward)
         streams = (os.dup(1), os.dup(2))
@@ -68,10 +68,10 @@ class _Parent:
             [sys.executable, *sys.orig_argv[1:]],
             env={**os.environ, _TERMINAL: ",".join(map(str, streams))},
             pass_fds=streams,
-            stdin=subprocess.PIPE,  # its end is how the child learns that this process is gone
+            stdin=subprocess.PIPE,  # closes with this process, which ends the child
             stdout=self._log,
             stderr=self._log,
-            start_new_session=True,  # Ctrl-C in a terminal comes here only
+            start_new_session=True,  # Ctrl-C in a terminal reaches the parent only
         )
         if self._received:
             self._child.kill()
@@ -82,9 +82,9 @@ class _Parent:
         if self._child is None:
             return
         interrupts = [moment for received, moment in self._received if received == signal.SIGINT]
-        # A terminal and a shell may both send the first one.
+        # A terminal and a shell may both send the first interrupt.
         impatient = bool(interrupts) and interrupts[-1] - interrupts[0] > 1
-        # Before it has joined the others, the child waits in C++ and hears nothing.
+        # Before it has joined the others, the child waits in C++ and handles no signals.
         joined = _member(self._text()) is not None
         self._child.send_signal(signal.SIGTERM if joined and not impatient else signal.SIGKILL)
 
@@ -103,7 +103,7 @@ class _Parent:
         return os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode(errors="replace")
 
     def _kept(self) -> str:
-        """Where the log is now: in the run's folder, or in a new one when that cannot be written."""
+        """Save the log to the run's folder, or to a new folder if that cannot be written, and return a note with its path."""
         text = self._text()
         member = _member(text)
         name = f"process-{member[0]}.log" if member else "process.log"
@@ -118,19 +118,19 @@ class _Parent:
 
 
 def explained(log: str, number: int) -> tuple[str, int]:
-    """Why a child died by a signal, as one line, and the exit code for it.
+    """One line that explains why a child died by a signal, and the exit code.
 
     Args:
-        log: what C++ wrote.
-        number: of the signal.
+        log: the output of C++.
+        number: number of the signal.
     """
     member = _member(log)
     if member is None and "Failed to add port to server" in log:
-        return PORT_TAKEN, BAD_INPUT  # JAX raises an error for it too, when it does not crash first
+        return PORT_TAKEN, BAD_INPUT  # JAX also raises an error for it, unless it crashes first
     if member is None and "RegisterTask" in log:
         return (
-            "the processes of the run did not all come within hosts.wait_seconds; start the same command on every "
-            "host, with the same hosts.coordinator (reachable from all) and hosts.num_processes",
+            "not all processes of the run joined within hosts.wait_seconds; start the same command on every host, with the "
+            "same hosts.coordinator (reachable from all hosts) and hosts.num_processes",
             LOST,
         )
     count = f" of {member[1]}" if member else ""
@@ -146,20 +146,20 @@ def explained(log: str, number: int) -> tuple[str, int]:
         return f"another process{count} was lost, and this one ended with it; {_AGAIN}", LOST
     cause = signal.Signals(number).name
     if number == signal.SIGKILL:
-        cause += ", as when the memory runs out"
+        cause += ", for example because memory ran out"
     this = f"process {member[0]}{count}" if member else "the process"
     return f"{this} was killed ({cause}); {_AGAIN}", LOST
 
 
 def _member(log: str) -> tuple[str, str] | None:
-    """This process's number and the number of processes, once it has joined."""
+    """Index of this process and number of processes, None before it has joined."""
     pattern = re.escape(_MEMBER.strip()).replace(r"\{\}", r"(\d+)")
     found = re.search(pattern, log)
     return (found[1], found[2]) if found else None
 
 
 def _take_terminal() -> None:
-    """In the child: Python's streams back to the terminal, and an end when the parent's pipe ends."""
+    """In the child: connect Python's streams to the terminal, and end with the parent."""
     out, err = map(int, os.environ.pop(_TERMINAL).split(","))
     for number in (out, err):
         os.set_inheritable(number, False)

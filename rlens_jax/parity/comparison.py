@@ -13,10 +13,10 @@ import numpy as np
 
 from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.console import Progress
+from rlens_jax.engine.session import start_jax
 from rlens_jax.errors import UserError
 from rlens_jax.families.reference_inputs import input_names, read_rows
 from rlens_jax.families.registry import ModelKind
-from rlens_jax.hosts.startup import start_jax
 from rlens_jax.layout import unpack_rows
 from rlens_jax.models.forward import States, forward, pack
 from rlens_jax.ops.ffn import Kept

@@ -1,1 +1,1 @@
-"""How parameters and batches are placed on a device mesh."""
+"""Placement of parameters and batches on a device mesh, and collectives over its axes."""

@@ -1,9 +1,9 @@
-"""The mesh (`work`, `model`) of a run, and how parameters and batches lie on it.
+"""The mesh (`work`, `model`) of a run, and the placement of parameters and batches on it (our decision).
 
-Batches lie along `work`: each group of devices has its own rows and all of the model. The model lies along `model`: heads, FFN
-units and vocabulary are cut, all else is whole on every device. One CPU is the mesh of size 1 x 1. (Our decision, design.md.)
+Batches are split over `work`: each work group of devices has some of the rows and a copy of the model. The model is split over
+`model`: heads, FFN units and vocabulary are sharded, and all else is replicated. A single device is a mesh of size 1 x 1.
 
-Axis letters as in `rlens_jax.models.decoder`; towers use the same letters for heads (N) and FFN units (F).
+Towers use the letters of decoders for heads (N) and FFN units (F).
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 
 from rlens_jax.errors import UserError
 from rlens_jax.sharding.model_axis import MODEL, WORK
@@ -20,14 +22,14 @@ from rlens_jax.sharding.model_axis import MODEL, WORK
 
 @dataclass(frozen=True)
 class AxisRules:
-    """Which mesh axis each logical axis lies along; axes without a rule are whole on every device."""
+    """Logical axis -> mesh axis that it is split over; axes without a rule are replicated."""
 
     mesh_axes: Mapping[str, str] = field(
         default_factory=lambda: {"B": WORK, "N": MODEL, "K": MODEL, "F": MODEL, "V": MODEL}
     )
 
     def spec(self, axes: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-        """The partition of an array whose last axes are named by `axes`; what does not divide is whole."""
+        """The partition of an array whose last axes are named by `axes`; an axis that does not divide is replicated."""
         names: list[str | None] = [None] * (len(shape) - len(axes))
         for letter, size in zip(axes, shape[len(names) :], strict=True):
             name = self.mesh_axes.get(letter)
@@ -40,11 +42,11 @@ RULES = AxisRules()
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """Where a model's parameters lie on a mesh.
+    """Placement of a model's parameters on a mesh.
 
     Attributes:
         mesh: the devices.
-        axes: the letters of each parameter by dotted path, without a stack's leading layer axis.
+        axes: axis letters of each parameter by dotted path, without a stack's leading layer axis.
         halves: parameters whose last axis D is kept as two, [2, D / 2], for a kernel (`rlens_jax.ops.ffn_tpu`).
     """
 
@@ -61,14 +63,14 @@ class ParameterLayout:
         )
 
     def held(self, path: str, shape: Sequence[int]) -> tuple[tuple[int, ...], str]:
-        """The shape and axis letters with which a parameter of this shape is kept."""
+        """Shape and axis letters of a parameter as it is stored, from its published shape."""
         shape, axes = self.shape(path, shape), self.axes[path]
         if path not in self.halves:
             return shape, axes
         return (*shape[:-1], 2, shape[-1] // 2), f"{axes[:-1]}2{axes[-1]}"
 
     def spec(self, path: str, shape: Sequence[int]) -> PartitionSpec:
-        """The partition of a parameter of this (padded) shape; it also is that of the halves."""
+        """The partition of a parameter of this (padded) shape; the halves have the same one."""
         return RULES.spec(self.axes[path], shape, self.mesh)
 
     def sharding(self, path: str, shape: Sequence[int]) -> NamedSharding:
@@ -82,7 +84,7 @@ def padded(size: int, shards: int) -> int:
 
 
 def make_mesh(devices: Sequence[Any], model_shards: int) -> Mesh:
-    """The mesh of some devices: consecutive ones, which are neighbours, share a copy of the model.
+    """The mesh of these devices. Consecutive devices, which are neighbours, share a copy of the model.
 
     Raises:
         UserError: `model_shards` does not divide the devices.
@@ -97,14 +99,14 @@ def make_mesh(devices: Sequence[Any], model_shards: int) -> Mesh:
 
 
 def check_fits(sizes: Mapping[str, int], model_shards: int) -> None:
-    """Whether a decoder's heads and widths can be cut into `model_shards`.
+    """Check that a decoder's heads and FFN units can be split into `model_shards`.
 
     Args:
-        sizes: by axis letter: N, K and F are looked at.
-        model_shards: the size of the mesh's `model` axis.
+        sizes: sizes by axis letter, with N, K and F.
+        model_shards: size of the mesh's `model` axis.
 
     Raises:
-        UserError: naming what does not divide.
+        UserError: naming the axes that do not divide.
     """
     wrong = []
     if sizes["N"] % model_shards:
@@ -126,30 +128,30 @@ def _divisors(number: int) -> list[int]:
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """Of an array whose leading axis is the batch, or the work groups."""
+    """The sharding of an array whose leading axis is the batch, or the work groups."""
     return NamedSharding(mesh, PartitionSpec(WORK))
 
 
 def groups_of(mesh: Mesh, process: int) -> list[int]:
-    """The work groups of which a process has devices."""
+    """The work groups with devices of a process."""
     return [g for g, row in enumerate(mesh.devices) if any(d.process_index == process for d in row)]
 
 
 def put_rows(arrays: Any, mesh: Mesh) -> Any:
-    """Host arrays with the rows of this process's groups, as global arrays over all groups."""
+    """Global arrays over all groups, from host arrays with the rows of this process's groups."""
     sharding, groups = rows_sharding(mesh), mesh.shape[WORK]
-    own = len(groups_of(mesh, jax.process_index()))
+    local_groups = len(groups_of(mesh, jax.process_index()))
 
     def put(array: np.ndarray) -> jax.Array:
         array = np.asarray(array)
-        shape = (array.shape[0] // own * groups, *array.shape[1:])
+        shape = (array.shape[0] // local_groups * groups, *array.shape[1:])
         return jax.make_array_from_process_local_data(sharding, array, shape)
 
     return jax.tree.map(put, arrays)
 
 
-def own_rows(array: jax.Array) -> np.ndarray:
-    """The rows of this process's groups of an array that lies along `work`, in order."""
+def local_rows(array: jax.Array) -> np.ndarray:
+    """The rows of this process's groups, in order, of an array that is split over `work`."""
     blocks = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(blocks[start]) for start in sorted(blocks)])
 
@@ -157,8 +159,8 @@ def own_rows(array: jax.Array) -> np.ndarray:
 def split_over(
     function: Callable[..., Any], mesh: Mesh, axes: Collection[str], in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """`function` on shards along `axes` (`jax.shard_map`); XLA partitions it along the others."""
-    # Replication is ours to know: its check does not follow branches that differ in their collectives.
+    """`function` on shards along `axes` (`jax.shard_map`); XLA partitions it along the other axes."""
+    # JAX's check of replication rejects branches with different collectives.
     return jax.shard_map(
         function,
         mesh=mesh,
@@ -167,3 +169,28 @@ def split_over(
         out_specs=out_specs,
         check_vma=False,
     )
+
+
+def fetch_blocks(x: Array, source: Int[Array, ""]) -> Array:
+    """In a `shard_map`: the block of work group `source`, bit for bit.
+
+    The groups send their blocks to all others one after another, so a device holds at most two blocks. An all-gather would hold
+    one per group.
+    """
+    groups = jax.lax.axis_size(WORK)
+    if groups == 1:
+        return x
+    this = jax.lax.axis_index(WORK)
+    # The sum of a number and zeros is exact for integers only, so the bits are sent as integers.
+    bits = x.astype(jnp.int8) if x.dtype == jnp.bool_ else _as_integers(x)
+
+    def receive(group: Array, fetched: Array) -> Array:
+        sent = jax.lax.psum(jnp.where(this == group, bits, jnp.zeros_like(bits)), WORK)
+        return jnp.where(source == group, sent, fetched)
+
+    fetched = jax.lax.fori_loop(0, groups, receive, jnp.zeros_like(bits))
+    return fetched.astype(bool) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(fetched, x.dtype)
+
+
+def _as_integers(x: Array) -> Array:
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))

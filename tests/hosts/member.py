@@ -8,7 +8,7 @@ from pathlib import Path
 from rlens_jax.commands.run_options import RunParser
 from rlens_jax.console import Progress, run_command, say
 from rlens_jax.errors import UserError
-from rlens_jax.hosts.cluster import several
+from rlens_jax.hosts.cluster import is_distributed
 from rlens_jax.hosts.supervisor import supervised
 from rlens_jax.plan import Plan
 from rlens_jax.search.journal import Journal, Record
@@ -21,7 +21,7 @@ def main(arguments):
     case, *options = arguments
     _, config = RunParser("member.py", "", "").parse_run(options)
     output = Path(config.output)
-    if several(config.hosts):
+    if is_distributed(config.hosts):
         supervised(output)
     from rlens_jax.hosts.processes import joined
 

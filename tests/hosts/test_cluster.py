@@ -2,7 +2,7 @@ import pytest
 
 from rlens_jax.config import HostsConfig
 from rlens_jax.hosts import cluster
-from rlens_jax.hosts.cluster import detected, several
+from rlens_jax.hosts.cluster import cluster_type, is_distributed
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -30,7 +30,7 @@ BATCH = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NOD
     ],
 )
 def test_a_cluster_is_one_when_it_has_more_than_one_process(environ, workers, kind):
-    assert detected(environ, lambda: workers) == kind
+    assert cluster_type(environ, lambda: workers) == kind
 
 
 def test_the_kinds_are_those_that_jax_knows():
@@ -39,10 +39,10 @@ def test_the_kinds_are_those_that_jax_knows():
     assert {"slurm", "gketpu", "gcetpu"} <= {kind.name for kind in ClusterEnv._cluster_types}
 
 
-def test_what_is_told_goes_before_what_is_found(monkeypatch):
-    monkeypatch.setattr(cluster, "detected", lambda *_: "slurm")
-    assert several(HostsConfig())
-    assert not several(HostsConfig(num_processes=1))
-    monkeypatch.setattr(cluster, "detected", lambda *_: None)
-    assert not several(HostsConfig())
-    assert several(HostsConfig("host:80", 2, 1))
+def test_the_configuration_precedes_the_cluster(monkeypatch):
+    monkeypatch.setattr(cluster, "cluster_type", lambda *_: "slurm")
+    assert is_distributed(HostsConfig())
+    assert not is_distributed(HostsConfig(num_processes=1))
+    monkeypatch.setattr(cluster, "cluster_type", lambda *_: None)
+    assert not is_distributed(HostsConfig())
+    assert is_distributed(HostsConfig("host:80", 2, 1))

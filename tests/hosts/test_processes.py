@@ -123,7 +123,7 @@ def test_all_agree_or_all_are_told_why(tmp_path):
     assert missing == f"process 1 of 2, host {socket.gethostname()}: {there}: no such folder"
     assert everywhere == "bad everywhere"
     # Each process names the folder as it knows it.
-    assert f"{both.output} is not shared: process 1 of 2 does not see what process 0 wrote" in told[0][4]
+    assert f"{both.output} is not shared: process 1 of 2 does not see the file that process 0 wrote" in told[0][4]
     assert "--output" in told[0][4]
     assert "elsewhere/run is not shared: process 1 of 2" in told[1][4]
     assert told[0][5] == told[1][5]
@@ -183,7 +183,9 @@ def test_who_loses_a_process_ends_too_and_says_so_in_one_line(tmp_path):
         (line,) = said(last.terminal(0), "error")
         assert line.startswith("process 1 of 2 was lost, and this one ended with it; start the same command again")
         (line,) = said(last.terminal(1), "error")
-        assert line.startswith("process 1 of 2 was killed (SIGKILL, as when the memory runs out); start the same")
+        assert line.startswith(
+            "process 1 of 2 was killed (SIGKILL, for example because memory ran out); start the same"
+        )
         (line,) = said(first.terminal(1), "error")
         assert line.startswith("process 0 of 2 was lost, and this one ended with it; start the same command again")
         (line,) = said(full.terminal(1), "error")
@@ -225,6 +227,6 @@ def test_a_process_that_waits_in_vain_says_for_what(tmp_path):
     (line,) = said(told[0], "error")
     assert line.startswith("the port of hosts.coordinator is in use on this host")
     (line,) = said(told[1], "error")
-    assert line.startswith("the processes of the run did not all come within hosts.wait_seconds")
+    assert line.startswith("not all processes of the run joined within hosts.wait_seconds")
     assert told[2].endswith("\n\ninterrupted; what is finished is kept, and the same command goes on from there\n")
     assert [len(text.splitlines()) for text in told] == [2, 2, 3], told  # the pid and the line

@@ -24,11 +24,11 @@ SILENT = "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartb
             LOST,
         ),
         (JOINED, signal.SIGSEGV, "process 2 of 16 was killed (SIGSEGV)", LOST),
-        ("", signal.SIGKILL, "the process was killed (SIGKILL, as when the memory runs out)", LOST),
+        ("", signal.SIGKILL, "the process was killed (SIGKILL, for example because memory ran out)", LOST),
         (
             "Deadline Exceeded\nRPC: /RegisterTask",
             signal.SIGABRT,
-            "the processes of the run did not all come",
+            "not all processes of the run joined",
             LOST,
         ),
         (
