@@ -1,14 +1,16 @@
-"""What the presets' static buckets cost: padding per model over a spread of image sizes: `python benchmarks/bucket_padding.py`.
+"""Measure the padding that the presets' static buckets cost: `python benchmarks/bucket_padding.py`.
 
-Sizes go from phone screenshots to A4 scans, charts and infographics. For each preset the share of slots that hold padding is
-printed, for the decoder's visual tokens and for the vision tower's patches. Nothing is computed on images.
+Prints, per preset, the share of slots that hold padding: for the decoder's visual tokens and for the vision tower's patches. The
+image sizes go from phone screenshots to A4 scans, charts and infographics, with one image per prompt. No image is computed; it
+takes a few seconds. Expect means of 2 to 20 % for the present presets; an image that fits no bucket ends it with an error.
 """
 
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 
+from rlens_jax.checkpoints.checkpoint import read_model_kind
 from rlens_jax.commands.run_options import read_config
 from rlens_jax.console import say
 from rlens_jax.families.internvl.model import closest_grid
@@ -22,12 +24,12 @@ SIZES = (
     *((800, 600), (850, 600), (310, 620), (1000, 300)),  # charts
     *((800, 3000), (1000, 5000), (600, 1200), (300, 60)),  # infographics, a line of words
 )
-"""Width, height."""
-PINPOINTS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
+"""Width and height in pixels."""
+LLAVA_ONEVISION = Path(__file__).with_name("models") / "llava_onevision_qwen2_7b_ov_hf"
 
 
 def qwen2_vl(width: int, height: int) -> tuple[int, int]:
-    """Visual tokens and patches, with the published bounds."""
+    """Visual tokens and patches, with the published bounds of the image size."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     sides = smart_resize(height, width, factor=28, min_pixels=3136, max_pixels=12845056)
@@ -37,9 +39,9 @@ def qwen2_vl(width: int, height: int) -> tuple[int, int]:
 
 def llava_onevision(width: int, height: int) -> tuple[int, int]:
     """Visual tokens and patches of all views."""
-    config = SimpleNamespace(side=27, pinpoints=PINPOINTS, image_size=384, most_tiles=9)
-    sources, _, views = image_sources(config, (height, width), alone=True)  # type: ignore[arg-type]
-    return len(sources), 729 * views
+    config = read_model_kind(LLAVA_ONEVISION).config
+    sources, _, views = image_sources(config, (height, width), alone=True)
+    return len(sources), config.side**2 * views
 
 
 def internvl2(width: int, height: int) -> tuple[int, int]:
@@ -50,9 +52,9 @@ def internvl2(width: int, height: int) -> tuple[int, int]:
 
 
 def minicpm_v(width: int, height: int) -> tuple[int, int]:
-    """Visual tokens, and patches of the largest view; views are padded to 1, 4, 7 or 10 besides."""
-    nothing = np.zeros(3, np.float32)
-    slicing = Slicing(9, 448, 14, nothing, nothing)
+    """Visual tokens, and patches of the largest view. Padding of the number of views to 1, 4, 7 or 10 is not counted."""
+    black = np.zeros(3, np.float32)
+    slicing = Slicing(9, 448, 14, black, black)
     grid = slicing.grid((width, height))
     sides = [slicing.view_size((width, height), enlarge=grid is None)]
     if grid is not None:
@@ -72,7 +74,7 @@ FAMILIES = {
 
 
 def main() -> None:
-    """Measure and print."""
+    """Count and print."""
     print(
         f"{'preset':<20}{'visual slots padded':>21}{'largest':>9}{'patch slots padded':>21}{'largest':>9}   buckets used"
     )

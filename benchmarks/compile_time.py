@@ -1,9 +1,10 @@
-"""Time and size of compiling the search's program of a decoder's layers for a TPU slice, for one number of layers and for twice.
+"""Measure how compile time and program size depend on the number of layers.
 
-    TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python benchmarks/compile_time.py      (libtpu must be installed; some minutes)
+    TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python benchmarks/compile_time.py      (needs libtpu; takes some minutes)
 
-The loop over layers is compiled once, so neither should depend on how many there are. Qwen2-VL-7B's sizes; seconds are those of
-all cores together, the least of `--repeats`, since the machine may have other work.
+Compiles the search's program of decoder layers, with the sizes of Qwen2-VL-7B, for a TPU slice that need not exist, with some
+number of layers and with twice that. The loop over layers is compiled once, so expect ratios of about 1. Seconds are CPU seconds
+of all cores, the minimum of `--repeats`.
 """
 
 import argparse
@@ -15,10 +16,10 @@ from layer_program import layer_program
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", default="v5e:4x4")
+    parser.add_argument("--topology", default="v5e:4x4", help="the TPU slice")
     parser.add_argument("--model", type=int, default=4, help="size of the model axis")
-    parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=28, help="the smaller number of layers")
+    parser.add_argument("--repeats", type=int, default=2, help="compilations per number of layers")
     options = parser.parse_args()
     seconds, size = {}, {}
     for layers in (options.layers, 2 * options.layers):

@@ -9,7 +9,7 @@ from rlens_jax.dry_run.topology import find_slice, slice_devices
 from rlens_jax.families.registry import ModelKind, read_kind
 from rlens_jax.sharding.mesh import make_mesh
 
-CONFIG = Path(__file__).parents[1] / "tests" / "dry_run" / "models" / "qwen2_vl_7b" / "config.json"
+CONFIG = Path(__file__).with_name("models") / "qwen2_vl_7b" / "config.json"
 TEXT, VISUAL = 384, 1664
 LAYERS = 5
 """Of 28, so that the model fits on a single chip; the loop's body is the same whatever their number. No batch has this size, so

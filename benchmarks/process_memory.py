@@ -1,4 +1,4 @@
-"""Time and memory of a Python process, looked at from outside."""
+"""Measures the time and memory of a Python process from outside; a part of other benchmarks."""
 
 import os
 import subprocess
@@ -7,11 +7,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-SECONDS_BETWEEN_LOOKS = 0.01
+SAMPLING_SECONDS = 0.01
 
 
 def measured(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[float, int, str]:
-    """Seconds of `python ARGUMENTS`, the peak of its anonymous and shared memory in bytes, and what it printed."""
+    """Run `python ARGUMENTS`; returns its seconds, the peak of its anonymous and shared memory in bytes, and its output."""
     began, peak = time.monotonic(), 0
     process = subprocess.Popen(
         [sys.executable, *arguments],
@@ -21,7 +21,7 @@ def measured(arguments: Sequence[str], environment: Mapping[str, str] | None = N
     )
     while process.poll() is None:
         peak = max(peak, memory_of(process.pid))
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(SAMPLING_SECONDS)
     seconds = time.monotonic() - began
     if process.returncode:
         sys.exit(f"python {' '.join(arguments)[:80]} failed with exit code {process.returncode}")
@@ -30,7 +30,7 @@ def measured(arguments: Sequence[str], environment: Mapping[str, str] | None = N
 
 
 def memory_of(pid: int) -> int:
-    """Anonymous and shared resident memory of a process, in bytes; 0 when it has just ended."""
+    """Anonymous and shared resident memory of a process, in bytes; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):

@@ -17,7 +17,7 @@ from rlens_jax.dry_run.topology import find_slice, slice_devices
 from rlens_jax.families.registry import read_kind
 from rlens_jax.sharding.mesh import make_mesh
 
-MODELS = Path(__file__).parent / "models"
+MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 CASES = (
     ("qwen2_vl_7b", 4),
     ("llava_onevision_qwen2_7b_ov_hf", 4),

@@ -19,7 +19,7 @@ from rlens_jax.layout import Bucket
 from rlens_jax.models.prompt import Prompt, collate
 from rlens_jax.sharding.mesh import make_mesh
 
-MODELS = Path(__file__).with_name("models")
+MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 LARGEST = {
     "internvl2_8b": 13312,
     "llava_onevision_qwen2_7b_ov_hf": 26973,
