@@ -46,13 +46,13 @@ def replace_file(path: Path, content: bytes) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. UserError when it cannot be read."""
+    """The text of a UTF-8 file, with or without a byte order mark. UserError when it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from error
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
 
 
 def read_json(path: Path) -> Any:
@@ -60,8 +60,8 @@ def read_json(path: Path) -> Any:
     return parse_json(read_text(path), path)
 
 
-def parse_json(text: str, path: Path) -> Any:
-    """The value of a JSON text; errors name `path`.
+def parse_json(text: str, where: Path | str) -> Any:
+    """The value of a JSON text; errors begin with `where`.
 
     Raises:
         UserError: the text is not valid JSON, has NaN or an infinity, or names a field of an object twice.
@@ -72,20 +72,20 @@ def parse_json(text: str, path: Path) -> Any:
         if len(fields) < len(pairs):
             names = [name for name, _ in pairs]
             repeated = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"{path}: field {repeated!r} is given twice")
+            raise UserError(f"{where}: field {repeated!r} is given twice")
         return fields
 
     def refuse(constant: str) -> NoReturn:
-        raise UserError(f"{path} is not valid JSON: JSON has no number {constant}")
+        raise UserError(f"{where}: not valid JSON: {constant} is not a number")
 
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error.msg}, line {error.lineno}") from error
+        raise UserError(f"{where}: not valid JSON: {error.msg}, line {error.lineno} character {error.colno}") from error
     except RecursionError as error:
-        raise UserError(f"{path} is not valid JSON: too deeply nested") from error
+        raise UserError(f"{where}: not valid JSON: too deeply nested") from error
     except ValueError as error:  # an integer of thousands of digits
-        raise UserError(f"{path} is not readable as JSON: {error}") from error
+        raise UserError(f"{where}: not readable as JSON: {error}") from error
 
 
 def check_schema(value: Any, schema: Path, path: Path) -> None:

@@ -96,7 +96,7 @@ def test_what_was_reduced_during_the_search_is_part_of_the_plan(tmp_path: Path) 
         ({"format": FORMAT, "pruning": {"method": "vtw"}}, "pruning.layer is missing"),
         ({"format": FORMAT, "pruning": {"method": "fastv", "share": 1.0}}, "share must be a decimal number"),
         ('{"format": "rlens-plan/1", "ffn": [1], "ffn": [2]}', "field 'ffn' is given twice"),
-        ('{"format": "rlens-plan/1",', "is not valid JSON"),
+        ('{"format": "rlens-plan/1",', "not valid JSON"),
         ([1, 2], "must hold one JSON object"),
         (ranking(), "say how many of its first layers to reduce, as in --first attention=K,ffn=K"),
         ({"schema": "rlens-ranking/1"}, "'rankings' is a required property"),

@@ -562,7 +562,7 @@ def test_bad_rankings(case: str, capsys) -> None:
     [
         ("1 0 x", "'x' is no layer number"),
         ("[1, 0, 1.5]", "1.5 is no layer number"),
-        ("[1, 0", "is not valid JSON"),
+        ("[1, 0", "not valid JSON"),
         ('{"schema": "other/1"}', "its schema must be 'rlens-ranking/1', not 'other/1'"),
         ('{"schema": "rlens-ranking/1"}', "'rankings' is a required property"),
     ],

@@ -1,40 +1,33 @@
-"""Samples from a user's own JSON Lines file.
+"""Samples from a user's JSON Lines file.
 
-One row per sample:
+Each row is a sample:
 
     {"image": "a.png", "question": "How many?", "answer": "7", "dataset": "mine"}
     {"image": ["a.png", "b.png"], "question": "Is <image> in <image>?", "answers": ["no", "not"], ...}
 
-Image paths are relative to the JSON Lines file; an optional "id" names the row. The format is our
-decision; it is read strictly, so that a misspelt field cannot silently change a ranking.
+Image paths are relative to the JSON Lines file. An optional "id" names the row. The format is our decision. Unknown
+fields are errors, so that a misspelt field cannot change a ranking unnoticed.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.errors import UserError, suggest
+from rlens_jax.files import parse_json, read_text
 
 _FIELDS = ("image", "question", "answer", "answers", "dataset", "id")
 _VIDEO_FIELDS = ("video", "videos")
 
 
 def read_jsonl(path: Path) -> list[Sample]:
-    """All rows of the file in order; blank lines are passed over.
+    """All rows of the file in order, without blank lines.
 
-    Raises UserError naming file, line and field at the first row that is not right.
+    Raises:
+        UserError: naming file, line and field of the first wrong row.
     """
-    try:
-        # Split at line feeds only: str.splitlines would also split at U+2028, which JSON strings may contain.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
+    # Split at line feeds only: str.splitlines would also split at U+2028, which JSON strings may contain.
+    lines = read_text(path).split("\n")
     samples: list[Sample] = []
     line_of_id: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
@@ -53,21 +46,8 @@ def read_jsonl(path: Path) -> list[Sample]:
 
 
 def _row(line: str, where: str) -> dict[str, Any]:
-    """The JSON object of a line, with known fields only."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            twice = next(name for name in fields if sum(other == name for other, _ in pairs) > 1)
-            raise UserError(f"{where}: field {twice!r} is given twice")
-        return fields
-
-    try:
-        row = json.loads(line, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: invalid JSON at character {error.pos + 1}: {error.msg}") from None
-    except RecursionError:
-        raise UserError(f"{where}: invalid JSON: nested too deeply") from None
+    """The JSON object of a line. UserError for an unknown field."""
+    row = parse_json(line, where)
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be a JSON object, not {_type_name(row)}")
     for name in row:
@@ -88,7 +68,7 @@ def _sample(row: dict[str, Any], path: Path, number: int) -> Sample:
     if marks not in (0, len(images)):
         raise UserError(
             f"{where}: field 'question' has {marks} {IMAGE_MARK} mark(s), but the row has {len(images)} "
-            "image(s); use one mark for each image, or none"
+            "image(s); use one mark per image, or none"
         )
     return Sample(
         id=_text(row, "id", where) if "id" in row else f"{path.name}:{number}",
@@ -102,8 +82,7 @@ def _sample(row: dict[str, Any], path: Path, number: int) -> Sample:
 def _images(row: dict[str, Any], folder: Path, where: str) -> tuple[Path, ...]:
     if "image" not in row or row["image"] == []:
         raise UserError(f"{where}: field 'image' is missing or empty: a prompt without an image has nothing to reduce")
-    given = row["image"]
-    names = given if isinstance(given, list) else [given]
+    names = row["image"] if isinstance(row["image"], list) else [row["image"]]
     for name in names:
         if not isinstance(name, str):
             raise UserError(f"{where}: field 'image' must be a path or a list of paths, but has {_type_name(name)}")

@@ -1,9 +1,8 @@
 """Pages of real handwritten digits, and questions about them whose answers are known.
 
-The digits are the 1797 test images of the UCI "Optical Recognition of Handwritten Digits" set that
-scikit-learn ships (8x8, 17 grey levels). A page is a grid of 16x16-pixel cells, one digit in one of four
-inks in each cell, so that reading it needs looking, and a question points at places by row and column.
-Everything here is our decision.
+The digits are the 1797 test images of the UCI "Optical Recognition of Handwritten Digits" set that scikit-learn ships
+(8x8 pixels, 17 grey levels). A page is a grid of cells of 16x16 pixels with one digit per cell, in one of four inks. A
+question names places by row and column, so the answer depends on the image. Everything here is our decision.
 """
 
 import functools
@@ -19,7 +18,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 DATASETS = ("pages_read", "pages_compare", "pages_yesno")
 INKS = ("black", "red", "green", "blue")
 GRIDS = ((4, 8), (8, 4))
-"""(rows, columns) a page may have."""
+"""(rows, columns) of a page."""
 CELL = 16
 """Side of a cell in pixels."""
 
@@ -27,7 +26,7 @@ READ_WEIGHTS = {"digit": 0.5, "ink": 0.15, "three": 0.35}
 COMPARE_WEIGHTS = {"largest": 0.55, "smallest": 0.25, "larger": 0.1, "how many": 0.1}
 YESNO_WEIGHTS = {"digit": 0.45, "ink": 0.2, "there": 0.35}
 COLUMN_SHARE = 0.3
-"""Share of the largest/smallest questions that ask about a column; the others ask about a row."""
+"""Share of the largest/smallest questions about a column; the others are about a row."""
 
 VOCABULARY: tuple[str, ...] = (
     *(str(digit) for digit in range(10)),
@@ -38,7 +37,7 @@ VOCABULARY: tuple[str, ...] = (
     *("largest", "smallest", "larger", "how", "many", "in", "or"),
     *("is", "a", "there", "yes", "no"),
 )
-"""Every word that a question, an answer or the chat template can contain."""
+"""All words of questions, answers and the chat template."""
 
 _SPLIT_SEED = 20250119
 _HELD_OUT_SHARE = 0.14
@@ -47,11 +46,12 @@ _INK_RGB = np.array([[30, 30, 34], [200, 34, 40], [24, 128, 48], [36, 60, 196]],
 
 @dataclass(frozen=True)
 class Page:
-    """A grid of digits: what is drawn, and what is written in each cell.
+    """A grid of digits.
 
-    pixels: uint8 [16 * rows, 16 * columns, 3], RGB.
-    digits: int64 [rows, columns].
-    inks: index into INKS, int64 [rows, columns].
+    Attributes:
+        pixels: uint8 [16 * rows, 16 * columns, 3], RGB.
+        digits: the digit in each cell, int64 [rows, columns].
+        inks: the ink of each cell as an index into INKS, int64 [rows, columns].
     """
 
     pixels: np.ndarray
@@ -61,10 +61,13 @@ class Page:
 
 @dataclass(frozen=True)
 class Question:
-    """`text` and `answer` are lower-case words of VOCABULARY with single spaces between them.
+    """A question about a page.
 
-    `places` says for each word of the answer which cells (row, column, from 0) one must look at to know it; `value` is the
-    digit or ink that the question names, for one that names any.
+    Attributes:
+        dataset: one of DATASETS.
+        text, answer: lower-case words of VOCABULARY, separated by single spaces.
+        places: for each word of the answer, the cells (row, column, from 0) that decide it.
+        value: the digit or ink that the question names, if any.
     """
 
     dataset: str
@@ -76,7 +79,7 @@ class Question:
 
 @functools.cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """Ink amount float32 [1797, 10, 10] in 0..1, with an empty border of one pixel; labels int64 [1797]."""
+    """Amount of ink, float32 [1797, 10, 10] in 0..1 with an empty border of one pixel, and labels, int64 [1797]."""
     images, labels = load_digits(return_X_y=True)
     amount = images.reshape(-1, 8, 8).astype(np.float32) / 16
     return np.pad(amount, ((0, 0), (1, 1), (1, 1))), labels.astype(np.int64)
@@ -84,9 +87,9 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def digit_sources(split: Split) -> np.ndarray:
-    """Sorted indices into `load_digits` of a split, int64 [about 1300, 250 or 250]; the splits are disjoint.
+    """The digits of a split: sorted indices into `load_digits`, int64 [about 1300, 250 or 250]. The splits are disjoint.
 
-    Drawn class by class with a fixed seed, so every split has the same mix of digits.
+    Each digit is split separately with a fixed seed, so every split has the same mix of digits.
     """
     _, labels = _digits()
     rng = np.random.default_rng(_SPLIT_SEED)
@@ -97,12 +100,12 @@ def digit_sources(split: Split) -> np.ndarray:
         validation, test, train = np.split(order, [held_out, 2 * held_out])
         chosen.append({"train": train, "validation": validation, "test": test}[split])
     indices = np.sort(np.concatenate(chosen))
-    indices.flags.writeable = False  # cached: a caller must not change it for everyone
+    indices.flags.writeable = False  # cached, so callers must not change it
     return indices
 
 
 def make_page(rng: np.random.Generator, split: Split, augment: bool) -> Page:
-    """One random page of the digits of `split`; `augment` (for training) also turns and slants each a little.
+    """A random page with digits of `split`; `augment` (for training) also rotates and slants each digit a little.
 
     Takes about half a millisecond.
     """
@@ -135,7 +138,7 @@ def make_page(rng: np.random.Generator, split: Split, augment: bool) -> Page:
 
 
 def _draw(rng: np.random.Generator, amount: np.ndarray, augment: bool) -> np.ndarray:
-    """Bilinear enlargement of float32 [cells, 10, 10] to [cells, 16, 16], each at its own size and place."""
+    """Enlarge float32 [cells, 10, 10] to [cells, 16, 16], bilinear, each digit with a random size and place."""
     cells = len(amount)
     size = rng.uniform(12, 15.5, cells)
     room = (CELL - size) / 2
@@ -149,7 +152,7 @@ def _draw(rng: np.random.Generator, amount: np.ndarray, augment: bool) -> np.nda
     away_y = pixel[None, :, None] - column(centre_y)
     away_x = pixel[None, None, :] - column(centre_x)
     scale = 8 / size
-    # Where each pixel of the cell looks in the source.
+    # The place in the source for each pixel of the cell.
     along, across = column(scale * np.cos(turn)), scale * np.sin(turn)
     middle = np.float32(4.5)  # of the padded source, in pixel indices
     source_y = along * away_y - column(across) * away_x + middle
@@ -166,7 +169,7 @@ def _draw(rng: np.random.Generator, amount: np.ndarray, augment: bool) -> np.nda
 
 
 def _texture(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    """Soft blotches of paper, float32 [16 * rows, 16 * columns, 1]: waves of a few grey levels."""
+    """Texture of the paper, float32 [16 * rows, 16 * columns, 1]: waves of a few grey levels."""
     y = np.arange(rows * CELL, dtype=np.float32)[:, None]
     x = np.arange(columns * CELL, dtype=np.float32)[None, :]
     frequency = rng.uniform(0.02, 0.15, 2).astype(np.float32)
@@ -181,7 +184,7 @@ def make_question(rng: np.random.Generator, page: Page, dataset: str) -> Questio
 
 
 def transcription(page: Page, rows: tuple[int, int] | None = None) -> Question:
-    """All digits of the page, or of the rows from `rows[0]` to `rows[1]` (counted from 1, both included)."""
+    """The question for all digits of a page, or of the rows from `rows[0]` to `rows[1]` (from 1, both included)."""
     first, last = rows or (1, len(page.digits))
     text = "read the page" if rows is None else f"read row {first} to row {last} ?"
     places: list[tuple[tuple[int, int], ...]] = []
@@ -201,7 +204,7 @@ def _line(page: Page, *, row: int | None = None, column: int | None = None) -> t
     return tuple((other, column) for other in range(rows))
 
 
-_Asked = tuple[str, str, tuple[tuple[tuple[int, int], ...], ...], str | None]
+_Parts = tuple[str, str, tuple[tuple[tuple[int, int], ...], ...], str | None]
 """Text, answer, places and value of a question."""
 
 
@@ -214,13 +217,13 @@ def _kind(rng: np.random.Generator, weights: dict[str, float]) -> str:
 
 
 def _place(rng: np.random.Generator, page: Page) -> tuple[tuple[int, int], str]:
-    """A random cell as an index, and its name in words."""
+    """A random cell: its index, and its name in words."""
     rows, columns = page.digits.shape
     row, column = int(rng.integers(rows)), int(rng.integers(columns))
     return (row, column), f"row {row + 1} column {column + 1}"
 
 
-def _read(rng: np.random.Generator, page: Page) -> _Asked:
+def _read(rng: np.random.Generator, page: Page) -> _Parts:
     kind = _kind(rng, READ_WEIGHTS)
     if kind == "three":
         rows, columns = page.digits.shape
@@ -234,7 +237,7 @@ def _read(rng: np.random.Generator, page: Page) -> _Asked:
     return f"digit at {place} ?", str(page.digits[cell]), ((cell,),), None
 
 
-def _compare(rng: np.random.Generator, page: Page) -> _Asked:
+def _compare(rng: np.random.Generator, page: Page) -> _Parts:
     kind = _kind(rng, COMPARE_WEIGHTS)
     rows, columns = page.digits.shape
     if kind == "larger":
@@ -261,14 +264,14 @@ def _compare(rng: np.random.Generator, page: Page) -> _Asked:
     return f"{kind} digit of {name} ?", str(extreme), (cells,), None
 
 
-def _yesno(rng: np.random.Generator, page: Page) -> _Asked:
-    """The answer is drawn first, evenly, and then a value that makes it right."""
+def _yesno(rng: np.random.Generator, page: Page) -> _Parts:
+    """A yes/no question: draws the answer first, evenly, and then a value that makes it right."""
     kind = _kind(rng, YESNO_WEIGHTS)
     yes = bool(rng.random() < 0.5)
     answer = "yes" if yes else "no"
     if kind == "there":
         row = int(rng.integers(len(page.digits)))
-        # A row has at most 8 cells, so of the ten digits one is always present and one always absent.
+        # A row has at most 8 cells, so at least one digit is present and at least one is absent.
         present = np.isin(np.arange(10), page.digits[row])
         digit = rng.choice(np.flatnonzero(present == yes))
         return f"is there a {digit} in row {row + 1} ?", answer, (_line(page, row=row),), str(digit)

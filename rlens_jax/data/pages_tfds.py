@@ -2,8 +2,8 @@
 
     samples = read_pages("pages_read", "validation", Path("data"), limit=100)
 
-The prepared files (array_record) take about 130 MB and 20 seconds. Change `Pages.VERSION` with every change
-of what is drawn or asked, because prepared data of the same version are used again.
+The prepared files (array_record) take about 130 MB and 20 seconds. Change `Pages.VERSION` whenever pages or questions
+change: prepared data of the same version are used again.
 """
 
 import io
@@ -22,11 +22,11 @@ from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError, suggest
 
 SAMPLES: dict[Split, int] = {"train": 2000, "validation": 150, "test": 300}
-"""Samples of each split, in each of the three datasets."""
+"""Samples per split, in each of the three datasets."""
 
 
 def draw(dataset: str, split: Split, count: int) -> Iterator[tuple[Page, Question]]:
-    """The content of a split, the same at each call; exactly half of the yes/no answers are yes."""
+    """The pages and questions of a split, the same in every call. Exactly half of the yes/no answers are yes."""
     rng = np.random.default_rng([DATASETS.index(dataset), SPLITS.index(split)])
     for yes in rng.permutation(np.arange(count) % 2 == 0):
         page = make_page(rng, split, augment=False)
@@ -37,7 +37,7 @@ def draw(dataset: str, split: Split, count: int) -> Iterator[tuple[Page, Questio
 
 
 class Pages(tfds.core.GeneratorBasedBuilder):
-    """One question about one page of handwritten digits per sample; the splits use different digits."""
+    """One question about a page of handwritten digits per sample. The splits use different digits."""
 
     VERSION = tfds.core.Version("1.2.0")
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=dataset) for dataset in DATASETS]  # noqa: RUF012 (tfds's way)
@@ -79,10 +79,11 @@ class Pages(tfds.core.GeneratorBasedBuilder):
 def read_pages(dataset: str, split: str, data_dir: Path, limit: int | None = None) -> list[Sample]:
     """The first `limit` samples (all by default) of a dataset's split, prepared in `data_dir` if needed.
 
-    The images are PNG bytes. Several processes may call this at the same time: one prepares, the others wait.
-    A killed preparation leaves nothing that is taken for data; the next one starts afresh.
+    The images are PNG bytes. Several processes may call this at the same time: one prepares, the others wait. After a
+    killed preparation the next one starts again.
 
-    Raises UserError for an unknown dataset or split, a limit below 1 and a folder that cannot be written.
+    Raises:
+        UserError: an unknown dataset or split, a limit below 1, or a folder that cannot be written.
     """
     if dataset not in DATASETS:
         raise UserError(f"unknown pages dataset {dataset!r}{suggest(dataset, DATASETS)}; known: {', '.join(DATASETS)}")

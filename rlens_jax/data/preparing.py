@@ -1,4 +1,4 @@
-"""Preparing a tensorflow-dataset once, by one of several processes."""
+"""Prepare a tensorflow-dataset once, in one of several processes."""
 
 import contextlib
 import fcntl
@@ -14,17 +14,18 @@ from rlens_jax.errors import UserError
 
 
 def prepared(make: Callable[[], Any], name: str, data_dir: Path, manual_dir: Path | None = None) -> Any:
-    """A builder whose files are on disk; they are made if need be.
+    """A builder whose files are on disk; they are made if necessary.
 
-    A killed preparation leaves nothing that is taken for data. Other processes wait until the one that prepares is done.
+    Files of a killed preparation are not used. While one process prepares, others wait.
 
     Args:
         make: makes the builder, for files in `data_dir`.
-        name: of the dataset, for complaints.
+        name: name of the dataset, for errors.
         data_dir: folder of the prepared files.
-        manual_dir: folder of the files that the builder reads, if it reads any.
+        manual_dir: folder of the files that the builder reads, if any.
 
-    Raises UserError when `data_dir` cannot be written.
+    Raises:
+        UserError: `data_dir` cannot be written.
     """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -32,16 +33,16 @@ def prepared(make: Callable[[], Any], name: str, data_dir: Path, manual_dir: Pat
         if Path(builder.data_path).exists():
             return builder
         # tfds writes to a temporary folder and renames it, which fails for the second of two processes. The
-        # operating system drops the lock when its holder ends, however it ends.
+        # operating system drops the lock when the process that holds it ends.
         with open(data_dir / f".{builder.name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            # Made again, because another process may have finished while this one waited.
+            # Made again: another process may have finished while this one waited.
             builder = make()
             for leftover in Path(builder.data_path).parent.glob("incomplete.*"):
                 shutil.rmtree(leftover)
             tfds.disable_progress_bar()
             with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(None):
-                # tfds prints about a download and makes a folder for it, though nothing is downloaded.
+                # tfds prints a message about downloads and makes a folder for them, although nothing is downloaded.
                 builder.download_and_prepare(
                     download_dir=downloads,
                     download_config=tfds.download.DownloadConfig(manual_dir=manual_dir),

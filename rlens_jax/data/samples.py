@@ -1,4 +1,4 @@
-"""What every data source hands out, and the only way an image is opened."""
+"""`Sample`, the output of every data source, and `load_image`, the only function that decodes an image."""
 
 import io
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from PIL import Image
 from rlens_jax.errors import UserError
 
 MAX_IMAGE_PIXELS = 100_000_000
-"""Default limit on width x height of an image file: far above any photo, and 300 MB when decoded."""
+"""Default limit of width x height of an image: far above any photo, and 300 MB when decoded."""
 
 IMAGE_MARK = "<image>"
-"""Where in a question an image goes."""
+"""Marks the place of an image in a question."""
 
-# Our limit replaces Pillow's, whose warning from 89 million pixels on would only add noise. Pillow's check
-# reads this module variable at each call, so setting it for one image only would race with other threads.
+# Our limit replaces Pillow's, which warns from 89 million pixels on. Pillow reads this module variable at each call, so
+# setting it for one image only would race with other threads.
 Image.MAX_IMAGE_PIXELS = None
 
 
@@ -23,10 +23,12 @@ Image.MAX_IMAGE_PIXELS = None
 class Sample:
     """One question about one or more images.
 
-    id: unique in the run, e.g. "pages_read/validation/000012" or "my.jsonl:17".
-    images: encoded image files, as bytes or as the path of the file.
-    question: "<image>" marks say where each image goes; without marks the images come first.
-    answers: any of them is right.
+    Attributes:
+        id: unique in the run, such as "pages_read/validation/000012" or "my.jsonl:17".
+        dataset: name of the dataset.
+        images: encoded image files, as bytes or as paths.
+        question: "<image>" marks the places of the images; without marks the images come first.
+        answers: right answers.
     """
 
     id: str
@@ -37,19 +39,20 @@ class Sample:
 
 
 def load_image(source: bytes | Path, sample_id: str, max_pixels_allowed: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Decode an image file to an RGB image of the size its file states.
+    """Decode an image file to RGB, in the size that its header states.
 
-    The size is checked from the header, before anything is decoded. The EXIF orientation is not applied,
-    nor do the Hugging Face processors apply it to an opened image (given a path, transformers 5.23 does).
+    The size is checked before anything is decoded. The EXIF orientation is not applied: the Hugging Face processors do
+    not apply it to an opened image either (transformers 5.23 applies it when it opens the file itself).
 
-    Raises UserError, naming `sample_id` and the file, when the image is missing, unreadable or larger than
-    `max_pixels_allowed` (width x height).
+    Raises:
+        UserError: naming `sample_id` and the file: the image is missing, unreadable or has more than
+            `max_pixels_allowed` pixels.
     """
     what = f"{sample_id}: image {source}" if isinstance(source, Path) else f"{sample_id}: image"
     with _opened(source, what, max_pixels_allowed) as opened:
         try:
             if opened.mode == "P":
-                # Same colours as going to RGB at once, without Pillow's warning about transparent palettes.
+                # The same colours as converting to RGB at once, without Pillow's warning about transparent palettes.
                 return opened.convert("RGBA").convert("RGB")
             return opened.convert("RGB")
         except Exception as error:
@@ -57,15 +60,16 @@ def load_image(source: bytes | Path, sample_id: str, max_pixels_allowed: int = M
 
 
 def check_image(content: bytes, what: str, max_pixels_allowed: int = MAX_IMAGE_PIXELS) -> None:
-    """UserError, beginning with `what`, unless the file's header is that of an image that is not too large.
+    """Check the header of an image file, without decoding it.
 
-    Nothing is decoded.
+    Raises:
+        UserError: beginning with `what`: it is not an image, or has more than `max_pixels_allowed` pixels.
     """
     _opened(content, what, max_pixels_allowed).close()
 
 
 def _opened(source: bytes | Path, what: str, max_pixels_allowed: int) -> Image.Image:
-    """An image of which only the header is read yet."""
+    """An opened image; only its header has been read."""
     try:
         opened = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a run is scored on: samples from the data source, split into validation (search) and test (held-out curves)."""
+"""The samples of a run, split into validation (for the search) and test (for the held-out curves)."""
 
 import hashlib
 from collections import defaultdict
@@ -15,7 +15,7 @@ from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
 
 PAGES = "pages"
-"""Names the data of the embedded model."""
+"""The data source of the embedded model."""
 
 Splits = Mapping[str, Sequence[Sample]]
 
@@ -32,17 +32,17 @@ def load_splits(
     family: str,
     step_by_step: bool,
 ) -> Splits:
-    """The samples of both splits.
+    """Load the samples of both splits.
 
     Args:
         source: `pages`, a JSONL file, or a mixture of benchmarks (JSON).
         cache: folder of prepared datasets.
-        validation_samples: most samples of each dataset for the search.
-        test_samples: most samples of each dataset for the curves.
-        held_out_share: share of a JSONL file's images that the search must not see.
-        seed: draws a JSONL file's split.
-        benchmarks: folder of the TSV files of a mixture, whose samples are those it lists, whatever the numbers above.
-        family: `model_type` of the model, which decides what the benchmarks' prompts are.
+        validation_samples: most samples per dataset for the search.
+        test_samples: most samples per dataset for the curves.
+        held_out_share: share of a JSONL file's images that the search does not see.
+        seed: seed of a JSONL file's split.
+        benchmarks: folder of the TSV files of a mixture. A mixture lists its samples; the numbers above do not apply.
+        family: `model_type` of the model, which decides the prompts of benchmarks.
         step_by_step: whether the model may reason before it answers; see `benchmarks.prompts.prompt`.
 
     Raises:
@@ -81,7 +81,7 @@ def split_samples(
     seed: int,
     where: str,
 ) -> Splits:
-    """Split by images: all questions about an image are on one side, so that the held-out images are unseen."""
+    """Split by images: all questions about an image are in one split, so that the search sees no held-out image."""
     rng = np.random.default_rng(seed)
     splits: dict[str, list[Sample]] = {"validation": [], "test": []}
     for dataset in dict.fromkeys(sample.dataset for sample in samples):
@@ -101,7 +101,7 @@ def split_samples(
 
 
 def samples_hash(splits: Splits) -> str:
-    """SHA-256, in hex, over everything that the samples of all splits say and show."""
+    """SHA-256, in hex, of all texts and images of the samples of all splits."""
     digest = hashlib.sha256()
     for split, samples in splits.items():
         for sample in samples:

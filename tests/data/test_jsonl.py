@@ -102,9 +102,9 @@ def without(field: str) -> dict[str, Any]:
             GOOD | {"image": ["a.png", "b.png"], "question": "<image> ?"},
             "has 1 <image> mark(s), but the row has 2 ",
         ),
-        ("{'image': 1}", "invalid JSON at character 2: "),
-        ('{"image": "a.png"', "invalid JSON at character 18: "),
-        ("[" * 100_000, "invalid JSON"),
+        ("{'image': 1}", "not valid JSON: Expecting property name enclosed in double quotes, line 1 character 2"),
+        ('{"image": "a.png"', "not valid JSON: Expecting ',' delimiter, line 1 character 18"),
+        ("[" * 100_000, "not valid JSON"),
         ("[1]", "a row must be a JSON object, not a list"),
         (json.dumps(GOOD)[:-1] + ', "answer": "8"}', "field 'answer' is given twice"),
     ],
@@ -133,9 +133,9 @@ def test_no_rows_is_an_empty_dataset(folder: Path, text: str):
 
 
 def test_unreadable_files(folder: Path):
-    with pytest.raises(UserError, match=r"gone\.jsonl: no such file"):
+    with pytest.raises(UserError, match=r"cannot read .*gone\.jsonl: No such file"):
         read_jsonl(folder / "gone.jsonl")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot read"):
         read_jsonl(folder)
     (folder / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')
     with pytest.raises(UserError, match=r"latin\.jsonl: not UTF-8 text \(byte 14\)"):

@@ -219,10 +219,10 @@ def test_what_is_missing_or_unreadable_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*timing\.json: No such file"):
         read_run(folder)
     for content, complaint in (
-        (b"{", r"ranking\.json is not valid JSON: Expecting property name.*, line 1"),
-        (b'{"schema": NaN}', r"ranking\.json is not valid JSON: JSON has no number NaN"),
-        (b"\xff", r"ranking\.json is not UTF-8 text"),
-        (b"[" * 100_000, r"ranking\.json is not valid JSON: too deeply nested"),
+        (b"{", r"ranking\.json: not valid JSON: Expecting property name.*, line 1"),
+        (b'{"schema": NaN}', r"ranking\.json: not valid JSON: NaN is not a number"),
+        (b"\xff", r"ranking\.json: not UTF-8 text"),
+        (b"[" * 100_000, r"ranking\.json: not valid JSON: too deeply nested"),
         (b"[]", r"ranking\.json is not the ranking\.json of a run .*, not None"),
     ):
         (folder / "ranking.json").write_bytes(content)

@@ -72,7 +72,7 @@ def test_it_is_read_as_it_was_written(results, tmp_path):
     ("content", "complaint"),
     [
         (None, "cannot read .*ranking.json: No such file"),
-        ("{", "is not valid JSON"),
+        ("{", "not valid JSON"),
         ("[1]", "is not the ranking.json of a run of rlens_jax.rank: its schema must be 'rlens-ranking/1', not None"),
         ('{"schema": "rlens-study/1"}', "must be 'rlens-ranking/1', not 'rlens-study/1'"),
         ('{"schema": "rlens-ranking/1"}', "'rankings' is a required property"),

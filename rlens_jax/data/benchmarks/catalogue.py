@@ -1,4 +1,4 @@
-"""What the eight benchmarks are: columns, published sums, what belongs together, and a row as an instance."""
+"""The eight benchmarks: their columns, published MD5 sums and groups of questions, and a row as an `Instance`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from rlens_jax.data.benchmarks.tsv import TsvRow, TsvTable, parse_list
 from rlens_jax.errors import UserError, suggest
 
 LETTERS = tuple(ascii_uppercase)
-"""Columns of the options of a multiple-choice question (VLMEvalKit takes every single capital letter)."""
+"""Columns of the options of a multiple-choice question (VLMEvalKit accepts every capital letter)."""
 L2_CATEGORIES = ("l2-category", "l2_category")
-"""Both spellings are in use."""
+"""Both spellings occur."""
 
 
 @dataclass(frozen=True)
@@ -21,23 +21,23 @@ class Benchmark:
 
     name: str
     md5: str
-    """Published by VLMEvalKit, in hex."""
+    """MD5 sum published by VLMEvalKit, in hex."""
     task: Literal["vqa", "yes_no", "choice"]
     answers: Literal["list", "single", "none"]
-    """Whether `answer` is a list of references, one text (or a list that can be read as one), or withheld by the makers."""
+    """Content of `answer`: a list of references, one text (or a text that looks like a list), or nothing, if withheld."""
     columns: tuple[str, ...] = ()
-    """Needed besides index, question, answer and image."""
+    """Required columns in addition to index, question, answer and image."""
     strata: tuple[str, ...] = ()
-    """Columns by which a sample of the benchmark is stratified."""
+    """Columns that define the strata of a sample of the benchmark."""
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """Columns that the file must have besides index and image."""
+        """Columns that the file must have in addition to index and image."""
         return ("question", *(() if self.answers == "none" else ("answer",)), *self.columns)
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """Columns that are kept if they are there."""
+        """Columns that are kept if the file has them."""
         extra = ("category", *L2_CATEGORIES, "split", "image_path", "hint", *self.strata)
         options = LETTERS if self.task == "choice" else ()
         return tuple(name for name in dict.fromkeys((*extra, *options)) if name not in self.needed)
@@ -95,11 +95,11 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
         )
     }
 )
-"""By VLMEvalKit's names, which are the names of the files without `.tsv`."""
+"""By VLMEvalKit's names, the names of the files without `.tsv`."""
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """The benchmark of this name. UserError, with the nearest name, when there is none."""
+    """The benchmark with this name. UserError, with the nearest name, if there is none."""
     if name not in BENCHMARKS:
         raise UserError(f"unknown benchmark {name!r}{suggest(name, BENCHMARKS)}; known: {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
@@ -109,11 +109,13 @@ def find_benchmark(name: str) -> Benchmark:
 class Instance:
     """One question of a benchmark.
 
-    answers: references, in the file's order and with repetitions (TextVQA has ten); empty where they are withheld.
-    options: letter -> text, of a multiple-choice question. As in VLMEvalKit, an option whose text pandas takes for a missing
-        value, such as "None", is left out.
-    fields: further columns, such as `category`.
-    images: encoded files, as they are in the TSV.
+    Attributes:
+        dataset, index, question: as in the file.
+        answers: references in the file's order, with repetitions (TextVQA has ten); empty if withheld.
+        options: text per letter of a multiple-choice question. As in VLMEvalKit, without options whose text pandas reads as
+            a missing value, such as "None".
+        fields: further columns, such as `category`.
+        images: encoded files, as in the TSV file.
     """
 
     dataset: str
@@ -126,20 +128,20 @@ class Instance:
 
     @property
     def id(self) -> str:
-        """Unique in a run, such as "MME/12"."""
+        """Unique id in a run, such as "MME/12"."""
         return f"{self.dataset}/{self.index}"
 
     @property
     def stratum(self) -> tuple[str, ...]:
-        """What a sample is stratified by."""
+        """The stratum of the instance when a sample is drawn."""
         return tuple(self.fields.get(name, "") for name in BENCHMARKS[self.dataset].strata)
 
     @property
     def group(self) -> tuple[str, ...]:
-        """Equal for questions that a metric scores together, so that a sample must have all of them or none.
+        """The group of questions that a metric scores together, so that a sample has all of them or none.
 
-        MME: the two questions about an image (acc+). HallusionBench: the questions of a set, which has whole figures (fAcc)
-        and whole questions (qAcc). All others: a group each.
+        MME: the two questions about an image (acc+). HallusionBench: the questions of a set, which contains whole figures
+        (fAcc) and whole questions (qAcc). Other benchmarks: each question is a group.
         """
         if self.dataset == "MME":
             return (self.fields["category"], self.fields["image_path"])
@@ -149,9 +151,10 @@ class Instance:
 
 
 def instance(benchmark: Benchmark, table: TsvTable, row: TsvRow) -> Instance:
-    """A row of the benchmark's file, without its images.
+    """A row of the benchmark's file as an instance without images.
 
-    Raises UserError, naming file, row and field, for a value that is missing or not what the benchmark has there.
+    Raises:
+        UserError: naming file, row and field: a value is missing or wrong for the benchmark.
     """
     for name in benchmark.needed:
         if row.value(name) is None and name not in ("answer", *LETTERS):
@@ -161,8 +164,8 @@ def instance(benchmark: Benchmark, table: TsvTable, row: TsvRow) -> Instance:
         raise UserError(f"{table.where(row, 'A')}: no option has a text")
     if benchmark.name == "HallusionBench" and len(row.index.split("_")) < 6:
         raise UserError(
-            f"{table.where(row, 'index')}: must have six parts with _ between them, the last three being set, figure "
-            "and question"
+            f"{table.where(row, 'index')}: must have six parts joined by _, the last three of them the ids of "
+            "set, figure and question"
         )
     others = [name for name in (*benchmark.columns, *benchmark.optional) if name not in LETTERS]
     return Instance(
@@ -187,7 +190,7 @@ def _answers(benchmark: Benchmark, table: TsvTable, row: TsvRow) -> tuple[str, .
     if not text:
         raise UserError(f"{where}: missing")
     if row.value("answer") is None:
-        return ("nan",)  # "None" and the like: what VLMEvalKit's str() makes of a missing value, and scores against
+        return ("nan",)  # "None" and the like: VLMEvalKit turns a missing value into this text and scores against it
     if not text.startswith("["):
         return (text,)
     try:
@@ -203,7 +206,7 @@ def _answers(benchmark: Benchmark, table: TsvTable, row: TsvRow) -> tuple[str, .
 
 
 def named_sum(text: str, error: Callable[[str], Any]) -> tuple[str, str]:
-    """A command's option --md5 NAME=SUM in its two parts; `error` complains of it."""
+    """The two parts of a command's option --md5 NAME=SUM; `error` reports a wrong option."""
     name, equals, md5 = text.partition("=")
     if not equals or len(md5) != 32:
         error(f"--md5 {text} must be NAME=SUM with 32 hexadecimal digits")

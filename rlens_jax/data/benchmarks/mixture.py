@@ -1,12 +1,12 @@
-"""The validation mixture: which instances of the benchmarks a ranking is searched and tested on, listed in a file.
+"""The validation mixture: a file with the instances of the benchmarks on which a ranking is searched and tested.
 
     python -m rlens_jax.data.benchmarks.mixture --data FOLDER --output mixture.json
 
-FOLDER has VLMEvalKit's TSV files. About --instances questions (the paper: 2350) are drawn evenly over the benchmarks, stratified
-by category, the pairs of MME and the sets of HallusionBench whole; and as many again, held out, about images that none of the
-first are about. The same files, seed and options draw the same instances.
+FOLDER contains VLMEvalKit's TSV files. About --instances questions (the paper: 2350) are drawn for the search, and about
+--held-out questions for the curves, about images that the search does not see. Each benchmark gets the same share, stratified
+by category. Pairs of MME and sets of HallusionBench stay whole. The same files, seed and options draw the same instances.
 
-The file is JSON, sorted as the TSV files are, so that any program can use the very same instances:
+The file is JSON in the order of the TSV files, so that other programs can use the same instances:
 
     {"format": "rlens_jax mixture 1", "seed": 0,
      "md5": {"MME": "b36b43c3f09801f5d368627fb92187c3", ...},         of the TSV files
@@ -39,14 +39,14 @@ from rlens_jax.files import json_text, read_json, replace_file
 
 FORMAT = "rlens_jax mixture 1"
 DATASETS = tuple(name for name, benchmark in BENCHMARKS.items() if benchmark.answers != "none")
-"""What a mixture is drawn from by default: the benchmarks whose answers are public."""
+"""Default benchmarks of a mixture: those with public answers."""
 INSTANCES = 2350
 SPLITS = ("validation", "test")
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Instances by dataset, as indices in the order of the TSV files."""
+    """Instances per dataset, as indices in the order of the TSV files."""
 
     seed: int
     md5: Mapping[str, str]
@@ -57,16 +57,16 @@ class Mixture:
 def draw(tables: Mapping[str, TsvTable], *, instances: int, held_out: int, seed: int) -> Mixture:
     """Draw a mixture.
 
-    A benchmark gives the same number of instances as the others, but in each split at most half of what it has. Within it,
-    strata are drawn in proportion to their size, groups (`Instance.group`) whole; so numbers are met to about half a group a
-    stratum. No held-out instance has an image that a validation instance has.
+    Every benchmark gives the same number of instances, but at most half of its own to each split. Strata are drawn in
+    proportion to their size and groups (`Instance.group`) as a whole, so a number may be off by about half a group per
+    stratum. No held-out instance shares an image with a validation instance.
 
-    Raises UserError for a row that is not what its benchmark has, for fewer instances than datasets, and when no instance can
-    be held out.
+    Raises:
+        UserError: a row is wrong for its benchmark, there are fewer instances than datasets, or no instance can be held out.
     """
     for name, number in (("instances", instances), ("held-out instances", held_out)):
         if number < len(tables):
-            raise UserError(f"{number} {name} of {len(tables)} datasets: at least one of each is needed")
+            raise UserError(f"{number} {name} for {len(tables)} datasets: each dataset needs at least one")
     splits: dict[str, dict[str, list[str]]] = {name: {} for name in SPLITS}
     for name, table in tables.items():
         rng = np.random.default_rng([seed, list(BENCHMARKS).index(name)])
@@ -83,14 +83,14 @@ def draw(tables: Mapping[str, TsvTable], *, instances: int, held_out: int, seed:
             ]
             drawn = _stratified(free, min(count, len(items) // 2), rng)
             if not drawn:
-                raise UserError(f"{table.path}: too few rows: none is left for the {split} instances")
+                raise UserError(f"{table.path}: too few rows: none are left for the {split} instances")
             splits[split][name] = [item.index for item in items if item.index in drawn]
             seen = {rows[index].image_hash for index in drawn}
     return Mixture(seed, {name: table.md5 for name, table in tables.items()}, **splits)
 
 
 def _stratified(groups: Sequence[Sequence[Instance]], count: int, rng: np.random.Generator) -> set[str]:
-    """Indices of about `count` instances in whole groups, from each stratum (of a group's first) in proportion."""
+    """Indices of about `count` instances in whole groups, from the strata (of the first instance) in proportion."""
     strata: dict[tuple[str, ...], list[Sequence[Instance]]] = defaultdict(list)
     for group in groups:
         strata[group[0].stratum].append(group)
@@ -100,7 +100,7 @@ def _stratified(groups: Sequence[Sequence[Instance]], count: int, rng: np.random
         taken = 0
         for place in rng.permutation(len(members)):
             group = members[place]
-            # The group that crosses the quota counts if that brings the number nearer to it.
+            # The group that crosses the quota is drawn if that brings the number nearer to it.
             if taken + len(group) / 2 <= quota or (quota and not taken):
                 drawn.update(item.index for item in group)
                 taken += len(group)
@@ -108,7 +108,7 @@ def _stratified(groups: Sequence[Sequence[Instance]], count: int, rng: np.random
 
 
 def _apportioned(sizes: np.ndarray, count: int) -> np.ndarray:
-    """`count` seats for strata of these sizes by largest remainders; no more than there are."""
+    """Shares of `count` for strata of these sizes by largest remainders, at most their sizes."""
     shares = sizes * (min(count, sizes.sum()) / max(1, sizes.sum()))
     seats = np.floor(shares).astype(int)
     rest = round(shares.sum()) - int(seats.sum())
@@ -168,7 +168,7 @@ def _check_indices(fields: Mapping[str, Any], path: Path) -> None:
                 raise UserError(f"{where}: must be a list of at least one index")
             for index in indices:
                 if not isinstance(index, str):
-                    raise UserError(f"{where}: {index!r} must be a text, as the column `index` has it")
+                    raise UserError(f"{where}: {index!r} must be a text, as in the column `index`")
                 if (dataset, index) in seen:
                     raise UserError(f"{where}: index {index!r} is in {seen[dataset, index]!r} already")
                 seen[dataset, index] = split
@@ -177,17 +177,17 @@ def _check_indices(fields: Mapping[str, Any], path: Path) -> None:
 def mixture_samples(
     path: Path, folder: Path, data_dir: Path, *, family: str, step_by_step: bool
 ) -> dict[str, list[Sample]]:
-    """The samples that a mixture lists, by split, with the questions that VLMEvalKit asks a model of this family.
+    """The samples that a mixture lists, by split, with VLMEvalKit's prompts for this model family.
 
     Args:
-        path: of the mixture.
-        folder: of the TSV files; looked at for benchmarks that are not prepared yet.
-        data_dir: of the prepared files.
+        path: the mixture file.
+        folder: folder of the TSV files, for benchmarks that are not prepared yet.
+        data_dir: folder of the prepared files.
         family: `model_type` of the model's config.json.
         step_by_step: see `prompts.prompt`.
 
-    Raises UserError for a mixture or TSV files that are not right, an index that the file does not have, and an instance
-    without an answer.
+    Raises:
+        UserError: the mixture or a TSV file is wrong, an index does not exist, or an instance has no answer.
     """
     mixture = read_mixture(path)
     samples: dict[str, list[Sample]] = {split: [] for split in SPLITS}
@@ -203,7 +203,7 @@ def mixture_samples(
 
 
 def to_sample(item: Instance, *, family: str, step_by_step: bool) -> Sample:
-    """An instance as a ranking takes it: the family's prompt, and each different answer that is not empty once."""
+    """An instance as a sample: the family's prompt, and its distinct answers that are not empty."""
     answers = tuple(dict.fromkeys(answer for answer in item.answers if answer.strip()))
     if not answers:
         raise UserError(f"{item.id}: no answer; the answers of {item.dataset} are withheld or empty")
@@ -214,28 +214,36 @@ def to_sample(item: Instance, *, family: str, step_by_step: bool) -> Sample:
 def main(arguments: Sequence[str]) -> None:
     """Parse, draw, write."""
     parser = ArgumentParser(prog="python -m rlens_jax.data.benchmarks.mixture", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="of VLMEvalKit's TSV files")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="the file to make")
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of VLMEvalKit's TSV files")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="the file to write")
     parser.add_argument(
         "--datasets",
         type=lambda text: text.split(","),
         default=DATASETS,
         metavar="LIST",
-        help=f"of {','.join(DATASETS)} (default: all)",
+        help=f"benchmarks among {','.join(DATASETS)} (default: all)",
     )
     parser.add_argument(
-        "--instances", type=int, default=INSTANCES, metavar="N", help="for the search (default: %(default)s)"
+        "--instances",
+        type=int,
+        default=INSTANCES,
+        metavar="N",
+        help="number of instances for the search (default: %(default)s)",
     )
     parser.add_argument(
-        "--held-out", type=int, default=INSTANCES, metavar="N", help="for the curves (default: %(default)s)"
+        "--held-out",
+        type=int,
+        default=INSTANCES,
+        metavar="N",
+        help="number of instances for the curves (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: %(default)s)")
     parser.add_argument(
         "--md5",
         action="append",
         default=[],
         metavar="NAME=SUM",
-        help="use a version of NAME.tsv that is not the published one; can be given several times",
+        help="MD5 sum of a version of NAME.tsv other than the published one; may be repeated",
     )
     options = parser.parse_args(arguments)
     if options.seed < 0:

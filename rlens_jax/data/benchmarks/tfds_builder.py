@@ -2,10 +2,10 @@
 
     source = read_benchmark("MMStar", folder=Path("LMUData"), data_dir=Path("prepared"))
     for i in range(len(source)):
-        instance = source[i]          # with its images, read from disk at this moment
+        instance = source[i]          # with its images, read from disk now
 
-A ShardBasedBuilder, because tfds's GeneratorBasedBuilder gathers up to 1 GB of a split in memory and beyond that asks for
-TensorFlow; a shard is written as it is read. Change `Benchmarks.VERSION` with every change of what is stored.
+`Benchmarks` is a ShardBasedBuilder, which writes a shard as it reads it: tfds's GeneratorBasedBuilder collects up to 1 GB of
+a split in memory and needs TensorFlow beyond that. Change `Benchmarks.VERSION` whenever the stored features change.
 """
 
 import functools
@@ -25,9 +25,9 @@ from rlens_jax.data.preparing import prepared
 from rlens_jax.errors import UserError
 
 ROWS = "rows"
-"""The one split: a file is one split of its benchmark already."""
+"""The only split: each file is one split of its benchmark."""
 SHARD_BYTES = 64_000_000
-"""About what a shard holds. tfds keeps the examples of the shard it writes in memory, to count them."""
+"""Approximate size of a shard. tfds keeps the examples of the current shard in memory to count them."""
 MEGABYTE = 1_000_000
 
 
@@ -35,7 +35,7 @@ class Benchmarks(tfds.core.ShardBasedBuilder):
     """The rows of a TSV file that have an image, in the file's order.
 
     Args:
-        md5: sum that the file must have; by default the published one.
+        md5: MD5 sum that the file must have; default: the published one.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -58,7 +58,7 @@ class Benchmarks(tfds.core.ShardBasedBuilder):
                     "answers": tfds.features.Sequence(text),
                     "options": tfds.features.Sequence({"letter": text, "text": text}),
                     "fields": tfds.features.Sequence({"name": text, "text": text}),
-                    # Bytes, not images: what they hold is decoded by load_image, within its limits.
+                    # Bytes, not images: load_image decodes them, within its limits.
                     "images": tfds.features.Sequence(tfds.features.Tensor(shape=(), dtype=np.object_)),
                 }
             ),
@@ -77,7 +77,7 @@ class Benchmarks(tfds.core.ShardBasedBuilder):
 
 
 def _examples(table: TsvTable, instances: Sequence[Instance], rows: range) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a shard."""
+    """The examples of a shard."""
     for i in rows:
         item = instances[i]
         yield (
@@ -94,7 +94,7 @@ def _examples(table: TsvTable, instances: Sequence[Instance], rows: range) -> It
 
 
 def _shards(table: TsvTable) -> list[range]:
-    """Consecutive rows of about SHARD_BYTES of image text."""
+    """Ranges of consecutive rows with about SHARD_BYTES of image text each."""
     shards, first, size = [], 0, 0
     for i, row in enumerate(table.rows):
         size += row.image_bytes
@@ -105,9 +105,10 @@ def _shards(table: TsvTable) -> list[range]:
 
 
 def read_table(benchmark: Benchmark, folder: Path, md5: str | None = None) -> TsvTable:
-    """The scanned TSV file of a benchmark in a folder, shown on the terminal while it takes.
+    """Scan the TSV file of a benchmark in a folder, with progress on the terminal.
 
-    Raises UserError for what `scan` refuses, and when the file's MD5 sum is not `md5`, or by default not the published one.
+    Raises:
+        UserError: `scan` refuses the file, or its MD5 sum is not `md5` (default: the published one).
     """
     path = folder / f"{benchmark.name}.tsv"
     _check_there(path)
@@ -122,11 +123,11 @@ def read_table(benchmark: Benchmark, folder: Path, md5: str | None = None) -> Ts
         table = scan(path, benchmark.needed, benchmark.optional, advance)
     if md5 is None and table.md5 != benchmark.md5:
         raise UserError(
-            f"{path}: the MD5 sum is {table.md5}, the published one {benchmark.md5}; download the file again, or, to use this "
-            f"version of it, say so with --md5 {benchmark.name}={table.md5}"
+            f"{path}: the MD5 sum is {table.md5}, the published one {benchmark.md5}; download the file again, or use this "
+            f"version with --md5 {benchmark.name}={table.md5}"
         )
     if md5 is not None and table.md5 != md5:
-        raise UserError(f"{path}: the MD5 sum is {table.md5}, but {md5} is asked for; find that version of the file")
+        raise UserError(f"{path}: the MD5 sum is {table.md5}, not {md5}; find that version of the file")
     return table
 
 
@@ -136,9 +137,10 @@ def _check_there(path: Path) -> None:
 
 
 class BenchmarkSource:
-    """The prepared instances of a benchmark, in the file's order; each is read when it is asked for.
+    """The prepared instances of a benchmark in the file's order, each read from disk on access.
 
-    indices: of all instances.
+    Attributes:
+        indices: column `index` of all instances.
     """
 
     def __init__(self, dataset: str, builder: Any):
@@ -170,15 +172,16 @@ def _pairs(columns: Mapping[str, Sequence[bytes]], key: str) -> dict[str, str]:
 
 
 def read_benchmark(dataset: str, folder: Path, data_dir: Path, md5: str | None = None) -> BenchmarkSource:
-    """The instances of a benchmark, prepared in `data_dir` from `folder`/DATASET.tsv if need be.
+    """The instances of a benchmark, prepared in `data_dir` from `folder`/DATASET.tsv if necessary.
 
     Args:
         dataset: VLMEvalKit's name.
-        folder: of the TSV files; looked at only when the benchmark is not prepared yet.
-        data_dir: of the prepared files, about 3/4 of the size of the TSV file.
-        md5: sum that the TSV file must have; by default the published one.
+        folder: folder of the TSV files; used only if the benchmark is not prepared yet.
+        data_dir: folder of the prepared files, about 3/4 of the size of the TSV file.
+        md5: MD5 sum that the TSV file must have; default: the published one.
 
-    Raises UserError, naming file, row and field, for whatever is wrong with the file.
+    Raises:
+        UserError: naming file, row and field of the first error in the file.
     """
     published = find_benchmark(dataset).md5
     # Another version of the file is another dataset.

@@ -1,12 +1,12 @@
-"""VLMEvalKit's TSV files, of any size, in little memory.
+"""Read VLMEvalKit's TSV files of any size in little memory.
 
     table = scan(Path("MMStar.tsv"), needed=("question", "answer"), optional=("hint",))
     for row in table.rows:
         row.cells["question"], table.images(row)
 
-The format is that of pandas.to_csv with tabs: a question a row; `image` holds a file in base64, or a Python list of such
-files, or, in at most 64 characters, the index of the row whose image is meant. The file is read twice: once to learn of every
-row where it begins and all that is not an image, and then an image at a time.
+The format is that of pandas.to_csv with tabs, one question per row. `image` contains a file in base64, or a Python list of
+such files, or, in at most 64 characters, the index of another row with the same image. The file is read twice: `scan` keeps
+the offset of every row and all cells except images, and `TsvTable.images` reads the images of one row.
 """
 
 import ast
@@ -24,32 +24,34 @@ from rlens_jax.data.samples import check_image
 from rlens_jax.errors import UserError, suggest
 
 REFERENCE_CHARS = 64
-"""An image cell of at most so many characters is the index of another row (VLMEvalKit, image_base.py)."""
+"""Most characters of an image cell that is the index of another row (VLMEvalKit, image_base.py)."""
 MAX_FIELD_CHARS = 64 * 2**20
-"""Of a cell in a row with quotation marks: image files of 48 MB. The csv module keeps 4 bytes a character while it reads it."""
+"""Most characters of a cell in a row with quotation marks: image files of 48 MB. The csv module needs 4 bytes per character."""
 MISSING = frozenset(
     (
         *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
         *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
     )
 )
-"""Texts that pandas.read_csv, and so VLMEvalKit, takes for a missing value."""
+"""Texts that pandas.read_csv, and so VLMEvalKit, reads as a missing value."""
 _MAX_LINE_BYTES = 2 * MAX_FIELD_CHARS
 
-# For the whole process, because the csv module knows no other limit; its default of 131072 is less than most images have. A
-# limit there must be: a quotation mark that is never closed would read the rest of the file into one cell.
+# The limit holds for the whole process; the csv module has no other. Its default of 131072 is less than most images need.
+# Without a limit, a quotation mark that is never closed would read the rest of the file into one cell.
 csv.field_size_limit(MAX_FIELD_CHARS)
 
 
 @dataclass(frozen=True)
 class TsvRow:
-    """A row that has an image.
+    """A row with an image.
 
-    number: of the row in the file, from 1 on, without the header.
-    cells: column -> text, of the columns asked for that the file has.
-    image_offset: byte at which the row begins that holds this row's image.
-    image_bytes: length of that image's text.
-    image_hash: equal for rows with the same image.
+    Attributes:
+        number: number of the row in the file, from 1, without the header.
+        index: the cell `index`.
+        cells: text per column, of the requested columns that the file has.
+        image_offset: offset in bytes of the row that contains this row's image.
+        image_bytes: length of the image's text.
+        image_hash: equal for rows with the same image.
     """
 
     number: int
@@ -60,7 +62,7 @@ class TsvRow:
     image_hash: bytes
 
     def value(self, column: str) -> str | None:
-        """The text of a cell; None where pandas would see a missing value, or no column."""
+        """The text of a cell; None if pandas reads it as missing or the file lacks the column."""
         text = self.cells.get(column, "")
         return None if text in MISSING else text
 
@@ -76,13 +78,14 @@ class TsvTable:
     """Names of all columns, in the file's order."""
 
     def where(self, row: TsvRow, field: str) -> str:
-        """The place of a cell, for complaints."""
+        """The place of a cell, for errors."""
         return _where(self.path, row.number, row.index, field)
 
     def images(self, row: TsvRow) -> tuple[bytes, ...]:
-        """The image files of a row, as they are, with size and format checked but not decoded.
+        """The encoded image files of a row, after a check of their size and format.
 
-        Raises UserError, naming file, row and field, for what is not base64, not an image or too large.
+        Raises:
+            UserError: naming file, row and field: an image is not base64, not an image, or too large.
         """
         where, place = self.where(row, "image"), self.columns.index("image")
         with _opened(self.path) as file:
@@ -104,17 +107,17 @@ def scan(
     optional: Sequence[str] = (),
     advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> TsvTable:
-    """Read a file once: where its rows are and all that is not an image. Rows without an image are left out.
+    """Read a file once and keep the places of its rows and all cells except images. Rows without an image are left out.
 
     Args:
         path: the file.
-        needed: columns, besides `index` and `image`, that the file must have.
+        needed: columns that the file must have in addition to `index` and `image`.
         optional: columns that are kept if the file has them.
         advance: called with the number of bytes read since the last call.
 
     Raises:
-        UserError: the file cannot be read; a column is missing or twice there; a row is cut off; an index is missing or twice
-            there; an image refers to no row with an image or, by way of others, to itself; no row has an image.
+        UserError: the file cannot be read; a column is missing or occurs twice; a row is cut off; an index is missing or
+            occurs twice; an image refers to no row with an image or, through others, to itself; no row has an image.
     """
     digest, header = hashlib.md5(usedforsecurity=False), None
     rows: dict[str, TsvRow] = {}
@@ -156,21 +159,21 @@ def scan(
 
 
 def parse_list(text: str, where: str) -> list[str]:
-    """The items of a Python list literal, numbers as texts. UserError when it is none."""
+    """The items of a Python list literal, numbers as texts. UserError for any other text."""
     try:
         with warnings.catch_warnings():
-            # LaTeX in a list may have backslashes that are no escapes; Python keeps them, as it does for VLMEvalKit.
+            # LaTeX in a list may have backslashes that are not escapes. Python keeps them, also in VLMEvalKit.
             warnings.simplefilter("ignore")
             items = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise UserError(f"{where}: {_short(text)} begins like a Python list but is none") from None
+        raise UserError(f"{where}: {_short(text)} begins like a Python list but is not one") from None
     if not isinstance(items, list) or not all(isinstance(item, str | int | float) for item in items):
         raise UserError(f"{where}: {_short(text)} must be a list of texts")
     return [str(item) for item in items]
 
 
 class _Lines:
-    """The decoded lines of a file; knows how far it was read and whether beyond the end."""
+    """The decoded lines of a file, with the offset of the next line and whether the end was passed."""
 
     def __init__(self, file: BinaryIO, path: Path, digest: Callable[[bytes], None] = lambda line: None):
         self._file, self._path, self._digest = file, path, digest
@@ -195,7 +198,7 @@ class _Lines:
 
 
 def _rows(lines: _Lines, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Where each row begins, and its fields, as pandas.read_csv would tell them apart."""
+    """The offset of each row, and its fields as pandas.read_csv separates them."""
     while True:
         begin = lines.offset
         line = next(lines, None)
@@ -206,18 +209,18 @@ def _rows(lines: _Lines, path: Path) -> Iterator[tuple[int, list[str]]]:
             fields = content.split("\t")  # the same, 20 times as fast
         else:
             fields = _quoted(line, lines, f"{path}: the row at byte {begin}")
-        if fields and (len(fields) > 1 or fields[0].strip(" ")):  # pandas passes over blank lines
+        if fields and (len(fields) > 1 or fields[0].strip(" ")):  # pandas skips blank lines
             yield begin, fields
 
 
 def _quoted(line: str, following: _Lines, where: str) -> list[str]:
-    """The fields of a row with quotation marks, which may go on for more lines."""
+    """The fields of a row with quotation marks, which may continue over several lines."""
     try:
         fields = next(csv.reader(chain((line,), following), delimiter="\t"))
     except csv.Error as error:
         hint = "; is a quotation mark not closed?" if "field limit" in str(error) else ""
         raise UserError(f"{where} cannot be read: {error}{hint}") from None
-    if following.ended:  # a complete row is handed out before the reader asks for a line more
+    if following.ended:  # the reader returns a complete row before it asks for another line
         raise UserError(f"{where} opens a quotation mark that is never closed")
     return fields
 
@@ -235,26 +238,26 @@ def _header(fields: Sequence[str], needed: Sequence[str], path: Path) -> Sequenc
 
 
 def _resolved(rows: Mapping[str, TsvRow], references: Mapping[str, str], path: Path) -> list[TsvRow]:
-    """The rows with the place of their image in stead of their own, by way of any number of references."""
+    """The rows with the offset of their image, which any number of references may lead to."""
     resolved = []
     for row in rows.values():
-        way = [row.index]
-        while way[-1] in references:
-            target = references[way[-1]]
+        visited = [row.index]
+        while visited[-1] in references:
+            target = references[visited[-1]]
             where = _where(path, row.number, row.index, "image")
             if target not in rows:
                 raise UserError(f"{where}: refers to index {_short(target)}, which no row with an image has")
-            if target in way:
-                raise UserError(f"{where}: the references go in a circle: {' -> '.join([*way, target])}")
-            way.append(target)
-        holder = rows[way[-1]]
+            if target in visited:
+                raise UserError(f"{where}: the references form a circle: {' -> '.join([*visited, target])}")
+            visited.append(target)
+        holder = rows[visited[-1]]
         resolved.append(replace(holder, number=row.number, index=row.index, cells=row.cells))
     return resolved
 
 
 def _image(text: str, where: str) -> bytes:
     try:
-        # Line breaks are what MIME encoders put in; anything else is damage, which b64decode would pass over by default.
+        # MIME encoders insert line breaks. Anything else is damage, which b64decode would ignore by default.
         content = base64.b64decode(text.strip().replace("\r", "").replace("\n", ""), validate=True)
     except ValueError as error:
         raise UserError(f"{where}: not base64: {error}") from None

@@ -132,11 +132,11 @@ def test_a_small_dataset_gives_half(tables: dict[str, TsvTable]) -> None:
 def test_nothing_to_hold_out(tmp_path: Path, tables: dict[str, TsvTable]) -> None:
     rows = benchmark_rows("DocVQA_VAL", images=1, questions=4)
     table = scan(write_tsv(tmp_path / "DocVQA_VAL.tsv", rows), ("question", "answer"))
-    with pytest.raises(UserError, match="too few rows: none is left for the test instances"):
+    with pytest.raises(UserError, match="too few rows: none are left for the test instances"):
         draw({"DocVQA_VAL": table}, instances=2, held_out=2, seed=0)
-    with pytest.raises(UserError, match="5 instances of 8 datasets"):
+    with pytest.raises(UserError, match="5 instances for 8 datasets"):
         draw(tables, instances=5, held_out=8, seed=0)
-    with pytest.raises(UserError, match="5 held-out instances of 8 datasets"):
+    with pytest.raises(UserError, match="5 held-out instances for 8 datasets"):
         draw(tables, instances=8, held_out=5, seed=0)
 
 
@@ -182,7 +182,7 @@ def by_hand(path: Path, **changes: object) -> Path:
         ({"test": {"MMStar": ["7"]}}, "fields 'md5' and 'test' must name the same datasets"),
         ({"md5": {"MME": "12"}}, "field 'md5': MME must have 32 hexadecimal digits"),
         ({"test": {"MME": []}}, "field 'test', MME: must be a list of at least one index"),
-        ({"test": {"MME": [7]}}, "field 'test', MME: 7 must be a text, as the column `index` has it"),
+        ({"test": {"MME": [7]}}, "field 'test', MME: 7 must be a text, as in the column `index`"),
         ({"test": {"MME": ["7", "1"]}}, "field 'test', MME: index '1' is in 'validation' already"),
         ({"test": {"MME": ["7", "7"]}}, "field 'test', MME: index '7' is in 'test' already"),
     ],
@@ -263,7 +263,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         "3",
     ]
     options += ["--datasets", "MME,MMStar"]
-    with pytest.raises(UserError, match=r"MME\.tsv: the MD5 sum is .* say so with --md5 MME="):
+    with pytest.raises(UserError, match=r"MME\.tsv: the MD5 sum is .* or use this version with --md5 MME="):
         main(options)
     sums = {name: md5_of(folder / f"{name}.tsv") for name in ("MME", "MMStar")}
     main([*options, *(f"--md5={name}={md5}" for name, md5 in sums.items())])

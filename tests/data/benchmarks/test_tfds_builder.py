@@ -84,7 +84,7 @@ def test_answers(tmp_path: Path, dataset: str, text: str, answers: tuple[str, ..
         (
             "DocVQA_VAL",
             {"answer": "['a', 'b'"},
-            "field 'answer': \"['a', 'b'\" begins like a Python list but is none",
+            "field 'answer': \"['a', 'b'\" begins like a Python list but is not one",
         ),
         ("DocVQA_VAL", {"answer": "[['a']]"}, "field 'answer': \"[['a']]\" must be a list of texts"),
         ("DocVQA_VAL", {"answer": "['a'], 'b'"}, "field 'answer': \"['a'], 'b'\" must be a list of texts"),
@@ -96,7 +96,7 @@ def test_answers(tmp_path: Path, dataset: str, text: str, answers: tuple[str, ..
         (
             "HallusionBench",
             {"index": "VD_chart_0_0_0"},
-            "field 'index': must have six parts with _ between them, the last three being set, figure and question",
+            "field 'index': must have six parts joined by _, the last three of them the ids of set, figure and question",
         ),
     ],
 )
@@ -128,10 +128,10 @@ def test_md5_sums(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         read_benchmark("MME", tmp_path, tmp_path / "prepared")
     assert str(caught.value) == (
-        f"{path}: the MD5 sum is {md5}, the published one {published}; download the file again, or, to use this version of "
-        f"it, say so with --md5 MME={md5}"
+        f"{path}: the MD5 sum is {md5}, the published one {published}; download the file again, or use this "
+        f"version with --md5 MME={md5}"
     )
-    with pytest.raises(UserError, match=f"the MD5 sum is {md5}, but {'0' * 32} is asked for"):
+    with pytest.raises(UserError, match=f"the MD5 sum is {md5}, not {'0' * 32}; find that version"):
         read_benchmark("MME", tmp_path, tmp_path / "prepared", "0" * 32)
 
 

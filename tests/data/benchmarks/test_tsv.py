@@ -190,9 +190,7 @@ def test_a_reference_to_no_row(tmp_path: Path) -> None:
 )
 def test_a_circle_of_references(tmp_path: Path, references: list[str], way: str) -> None:
     rows = (row(i, reference) for i, reference in enumerate(references, 1))
-    assert (
-        refusal(tmp_path, *rows) == f"MME.tsv: row 1 (index '1'), field 'image': the references go in a circle: {way}"
-    )
+    assert refusal(tmp_path, *rows) == f"MME.tsv: row 1 (index '1'), field 'image': the references form a circle: {way}"
 
 
 NO_LISTS = (
@@ -209,7 +207,7 @@ def test_a_list_of_images_that_is_none(tmp_path: Path, damage: str) -> None:
     """Python's parser has five ways to say so."""
     message = refusal(tmp_path, row(7, damage.format(encoded(picture(1)))))
     assert message.startswith("MME.tsv: row 1 (index '7'), field 'image': ")
-    assert message.endswith("begins like a Python list but is none")
+    assert message.endswith("begins like a Python list but is not one")
     assert len(message) < 250  # not the whole cell
 
 
