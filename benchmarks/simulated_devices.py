@@ -24,18 +24,18 @@ from flax import nnx
 
 from rlens_jax.checkpoints.checkpoint import find_model, load_model
 from rlens_jax.commands.run_options import read_config
-from rlens_jax.engine.evaluator import Evaluator
-from rlens_jax.engine.inputs import FILLER, Shapes, Split, build_split
+from rlens_jax.engine.evaluator import Evaluator, round_scorer
+from rlens_jax.engine.inputs import FILLER, Split, build_split
 from rlens_jax.engine.programs import Programs
-from rlens_jax.engine.rounds import metrics_of, round_scorer
 from rlens_jax.engine.scoring import TeacherForcing
 from rlens_jax.engine.session import read_splits
+from rlens_jax.engine.sizes import Shapes
 from rlens_jax.families.registry import FAMILIES
 from rlens_jax.models.prompt import IGNORE
 from rlens_jax.ops.ffn import hidden_units, probe_slots
 from rlens_jax.plan import OPERATORS, Plan, Reduction
 from rlens_jax.search.journal import Journal
-from rlens_jax.search.objective import PlanScore
+from rlens_jax.search.objective import PlanScore, dataset_metrics
 from rlens_jax.search.search import rank_layers
 from rlens_jax.sharding.mesh import make_mesh
 
@@ -90,7 +90,7 @@ def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
     programs = Programs(model, mesh, config.reduction, seed=0, new_tokens=1, stop_token=stop_token)
     members = read_splits(config.data, kind.model_type, seed=config.seed, step_by_step=False)["validation"]
     shapes = Shapes(config.compute.text_slots, config.compute.visual_slots, 8, kind.config.decoder.context)
-    split = build_split(members, preparer, programs, shapes, True, lambda: None)
+    split = build_split(members, preparer, programs, shapes, True)
     num_layers = kind.config.decoder.num_layers
     plans: dict[Plan, None] = {}
     rankings = {}
@@ -99,12 +99,10 @@ def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
             TeacherForcing(programs),
             {"validation": split},
             journal,
-            num_layers=num_layers,
             state_bytes=1e9,
-            advance=lambda _: None,
         )
 
-        (dense,) = map(metrics_of, evaluator.outcomes("validation", Plan(), [Plan()]))
+        (dense,) = map(dataset_metrics, evaluator.outcomes("validation", Plan(), [Plan()]))
         scorer = round_scorer(evaluator, "validation", dense, alpha=2.0, relative=True)
         plans[Plan()] = None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlens_jax.deployment.deployed_model import load
+    from rlens_jax.engine.deployed_model import load
     from rlens_jax.plan_file import read_plan
 
 __all__ = ["load", "read_plan"]
@@ -21,7 +21,7 @@ __path__.append(str(Path(__file__).parent / "commands"))
 
 
 # Imported on first use: `load` brings JAX, whose logs the commands set up first, and without which they report bad input.
-_HOMES = {"load": "rlens_jax.deployment.deployed_model", "read_plan": "rlens_jax.plan_file"}
+_HOMES = {"load": "rlens_jax.engine.deployed_model", "read_plan": "rlens_jax.plan_file"}
 
 
 def __getattr__(name: str) -> Any:

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
         parser.error("--prompt TEXT is missing")
     plan = read_plan_options(parser, options)
 
-    from rlens_jax.deployment.deployed_model import load
+    from rlens_jax.engine.deployed_model import load
     from rlens_jax.engine.session import start_jax
 
     start_jax("highest", cache_folder() / "compiled")

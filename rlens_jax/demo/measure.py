@@ -32,8 +32,9 @@ def measure(model: str, samples: int) -> dict[str, Any]:
 
     from rlens_jax.checkpoints.checkpoint import find_model, load_model
     from rlens_jax.data.pages_tfds import read_pages
-    from rlens_jax.engine.inputs import FILLER, Shapes, Split, build_split
+    from rlens_jax.engine.inputs import FILLER, Split, build_split
     from rlens_jax.engine.programs import Programs
+    from rlens_jax.engine.sizes import Shapes
     from rlens_jax.families.registry import FAMILIES
     from rlens_jax.plan import Plan, Reduction
     from rlens_jax.sharding.mesh import make_mesh
@@ -60,7 +61,7 @@ def measure(model: str, samples: int) -> dict[str, Any]:
     by_dataset = [read_pages(name, "test", cache_folder() / "data" / "pages", samples) for name in DATASETS]
     shapes = Shapes((TEXT_SLOTS,), (VISUAL_SLOTS,), BATCH, kind.config.decoder.context)
     asked, swapped = (
-        build_split(rows, preparer, programs, shapes, True, lambda: None)
+        build_split(rows, preparer, programs, shapes, True)
         for rows in (
             [sample for rows in by_dataset for sample in rows],
             [

@@ -17,7 +17,7 @@ from rlens_jax.config import RunConfig
 from rlens_jax.dry_run.collectives import Collective, find_collectives
 from rlens_jax.dry_run.costs import Cost, ProgramCost, program_cost, reduced, unreduced
 from rlens_jax.dry_run.hlo import Loops, parse_module
-from rlens_jax.engine.inputs import images_together
+from rlens_jax.engine.encoder import images_together
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.sizes import (
     Placed,
@@ -154,7 +154,7 @@ def program_specs(config: RunConfig, kind: ModelKind, mesh: Mesh, *, all_buckets
         yield ProgramSpec(
             "encode",
             f"patches {patches}",
-            lambda images=images: programs.lower("encode", images),  # type: ignore[misc]
+            lambda images=images: programs.encode_program.lower(images),  # type: ignore[misc]
             int(kind.config.vision.depth),
             num_images,
             weights + bytes_on_device(images),
@@ -170,15 +170,16 @@ def _decoder_specs(
     layers = programs.config.num_layers
     arguments = decoder_arguments(programs, bucket, rows)
     if config.search.objective == "teacher_forced":
-        del arguments["generate"]
+        del arguments[programs.generate_program]
     else:
-        del arguments["layers"], arguments["outcome"], arguments["embed"]
+        arguments = {programs.generate_program: arguments[programs.generate_program]}
     kernels = _kernel_flops(config, programs, bucket)
-    for name, inputs in arguments.items():
+    for program, inputs in arguments.items():
+        name = program.name
         yield ProgramSpec(
             name,
             f"text {bucket.text}, visual {bucket.visual}",
-            lambda name=name, inputs=inputs: programs.lower(name, *inputs),  # type: ignore[misc]
+            lambda program=program, inputs=inputs: program.lower(*inputs),  # type: ignore[misc]
             layers if name in ("layers", "generate") else 0,
             rows,
             weights + bytes_on_device(inputs),

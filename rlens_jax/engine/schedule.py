@@ -1,17 +1,19 @@
-"""Which work group evaluates which block of a batch under which plan, and when.
+"""Which work runs when, and from which stored states. No arrays: the dry run counts with the same functions.
 
-A batch has one block of rows a work group. While all groups have a block, all evaluate their own under the same plan, plan by
-plan: control flow is the same everywhere, and a plan is finished as early as can be. Of a batch with fewer blocks than groups,
-(plan, block) pairs are put side by side, those of about the same length together.
+A batch has one block of rows per work group. While all groups have a block, all evaluate their own block under the same plan,
+plan by plan: control flow is the same everywhere, and each plan is finished as early as possible. For a batch with fewer
+blocks than groups, pairs (plan, block) of about the same length run side by side.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlens_jax.plan import Plan
+
 
 @dataclass(frozen=True)
 class Item:
-    """One block of a batch under one plan (both by number)."""
+    """One block of a batch under one plan, both by number."""
 
     plan: int
     block: int
@@ -19,7 +21,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Step:
-    """What all groups do at the same time: an item a group, None for a group that has nothing to do."""
+    """The work of all groups at one time: one item per group, None for an idle group."""
 
     batch: int
     items: tuple[Item | None, ...]
@@ -30,7 +32,7 @@ def schedule(filled: Sequence[Sequence[bool]], costs: Sequence[int]) -> list[Ste
 
     Args:
         filled: for each batch, which groups' blocks have rows.
-        costs: of each plan, in layers that are computed anew.
+        costs: the number of layers to run for each plan.
     """
     groups = len(filled[0])
     load = [0] * groups
@@ -51,10 +53,52 @@ def schedule(filled: Sequence[Sequence[bool]], costs: Sequence[int]) -> list[Ste
         pairs.sort(key=lambda item: -costs[item.plan])
         for first in range(0, len(pairs), groups):
             items: list[Item | None] = [None] * groups
-            # The longest pair goes to the group that has had the least to do.
+            # The longest item goes to the group with the least load so far.
             by_load = sorted(range(groups), key=lambda group: load[group])
             for item, group in zip(pairs[first : first + groups], by_load, strict=False):
                 items[group] = item
                 load[group] += costs[item.plan]
             steps.append(Step(batch, tuple(items)))
     return steps
+
+
+def first_layer(base: Plan, plan: Plan, num_layers: int) -> int:
+    """The first layer to run for `plan` from the states of `base`: where they differ, else the last layer."""
+    difference = base.lowest_difference(plan)
+    return num_layers - 1 if difference is None else difference
+
+
+def memory_parts(state_bytes: Sequence[int], budget: float) -> list[range]:
+    """Batches, by number, whose base states are kept at the same time: all of them, or as many as fit into `budget`."""
+    if sum(state_bytes) <= budget:
+        return [range(len(state_bytes))]
+    size = max(1, int(budget // max(state_bytes)))
+    return [range(start, min(start + size, len(state_bytes))) for start in range(0, len(state_bytes), size)]
+
+
+@dataclass(frozen=True)
+class Upkeep:
+    """The work that makes some states available.
+
+    Attributes:
+        kept: how many stored states stay valid; 0 means that the prompts must be embedded.
+        layers: the layers to run after that, each from the states that enter it.
+    """
+
+    kept: int
+    layers: range
+
+
+class StoredStates:
+    """Which base states of a batch are stored: those that enter layers 0 .. `held` - 1 under `plan`."""
+
+    def __init__(self) -> None:
+        self.plan = Plan()
+        self.held = 0
+
+    def require(self, plan: Plan, layer: int) -> Upkeep:
+        """Record that the states entering `layer` under `plan` are stored from now on; returns what makes them."""
+        difference = self.plan.lowest_difference(plan)
+        kept = self.held if difference is None else min(self.held, difference + 1)
+        self.plan, self.held = plan, max(kept, layer + 1)
+        return Upkeep(kept, range(max(kept, 1) - 1, layer))

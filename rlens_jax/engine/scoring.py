@@ -1,135 +1,146 @@
-"""How a batch is evaluated under plans: by teacher forcing, or by generating.
+"""How a batch is evaluated under plans: by teacher forcing or by generating.
 
-Teacher forcing starts a candidate from its base's stored states at the layer in which they differ. Every layer goes through
-one compiled program, which makes that bit-equal to a run from the start.
+Teacher forcing starts a candidate from its base's stored states at the first layer in which they differ. Every layer goes
+through one compiled program, so the result is bit-equal to a run from the first layer.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.inputs import FILLER, Batch
 from rlens_jax.engine.programs import Programs, States
+from rlens_jax.engine.schedule import StoredStates, first_layer
 from rlens_jax.plan import Plan
+
+
+class RowOutcomes(NamedTuple):
+    """Outcomes of the rows of all groups, each [rows].
+
+    Attributes:
+        sample: the sample's number, or `FILLER`.
+        right: whether the answer is right.
+        scored: whether all probe scores were numbers.
+    """
+
+    sample: np.ndarray
+    right: np.ndarray
+    scored: np.ndarray
 
 
 @runtime_checkable
 class Scoring(Protocol):
-    """What the evaluator asks of an objective."""
+    """An objective, as the evaluator uses it."""
 
-    def first_layer(self, base: Plan, plan: Plan) -> int:
-        """The lowest layer that is computed anew for `plan`."""
+    def cost(self, base: Plan, plan: Plan) -> int:
+        """The number of layers to run for `plan`."""
 
     def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
-        """Hand work to the devices: group g evaluates `plans[g]` on block `blocks[g]` of the batch; returns what
-        `finish` needs.
-        """
+        """Start work on the devices: group g evaluates `plans[g]` on block `blocks[g]`; returns the input of `finish`."""
 
-    def finish(self, run: Any, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Per row of all groups: its sample's number or `FILLER`, is the answer right (bool), and were all probe
-        scores numbers (bool).
-        """
+    def finish(self, run: Any, samples: Sequence[Sample]) -> RowOutcomes:
+        """Wait for started work and read its outcomes."""
 
     def state_bytes(self, batch: Batch) -> int:
-        """Memory that the batch's base states take on a device."""
+        """Memory of the batch's base states on a device."""
 
     def release(self) -> None:
-        """Forget all base states."""
+        """Drop all base states."""
 
 
 class TeacherForcing:
-    """One pass over prompt and answer: greedy decoding would give exactly these tokens if each is the argmax."""
+    """One pass over prompt and answer: greedy decoding gives exactly these tokens if each is the argmax."""
 
     def __init__(self, programs: Programs):
-        self._programs = programs
-        self._states: dict[int, _BaseStates] = {}
+        self.programs = programs
+        self._states: dict[Batch, _BaseStates] = {}
 
-    def first_layer(self, base: Plan, plan: Plan) -> int:
-        difference = base.lowest_difference(plan)
-        return self._programs.config.num_layers - 1 if difference is None else difference
+    def cost(self, base: Plan, plan: Plan) -> int:
+        num_layers = self.programs.config.num_layers
+        return num_layers - first_layer(base, plan, num_layers)
 
     def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
-        programs, last = self._programs, self._programs.config.num_layers
-        firsts = [self.first_layer(base, plan) for plan in plans]
-        if id(batch) not in self._states:
-            self._states[id(batch)] = _BaseStates(programs, batch)
-        base_states = self._states[id(batch)]
+        programs, num_layers = self.programs, self.programs.config.num_layers
+        firsts = [first_layer(base, plan, num_layers) for plan in plans]
+        if batch not in self._states:
+            self._states[batch] = _BaseStates(programs, batch)
+        base_states = self._states[batch]
         inputs = programs.route(batch.inputs, blocks)
         entering: States | None = None
         for first in sorted(set(firsts)):
-            states = programs.route(base_states.at(base, first), blocks)
-            own = [first == layer for layer in firsts]
-            entering = states if entering is None else programs.choose(own, states, entering)
+            states = programs.route(base_states.entering(first, base), blocks)
+            mine = [first == layer for layer in firsts]
+            entering = states if entering is None else programs.choose(mine, states, entering)
         assert entering is not None
-        return programs.outcome(programs.layers(entering, inputs, plans, firsts, last), inputs)
+        return programs.outcome(programs.layers(entering, inputs, plans, firsts, num_layers), inputs)
 
-    def finish(self, run: Any, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def finish(self, run: Any, samples: Sequence[Sample]) -> RowOutcomes:
         return read_outcome(run)
 
     def state_bytes(self, batch: Batch) -> int:
-        slots = batch.inputs.layout.bucket.slots * len(batch.inputs.layout.sample) // self._programs.groups
-        config = self._programs.config
-        return slots * config.width * self._programs.dtype.itemsize * config.num_layers
+        slots = batch.inputs.layout.bucket.slots * len(batch.inputs.layout.sample) // self.programs.groups
+        config = self.programs.config
+        return slots * config.width * self.programs.dtype.itemsize * config.num_layers
 
     def release(self) -> None:
         self._states.clear()
 
 
-def read_outcome(run: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `Programs.outcome` returned, on the host and as `Scoring.finish` tells it."""
+def read_outcome(run: Any) -> RowOutcomes:
+    """The result of `Programs.outcome`, on the host."""
     sample, right, _, scored = (np.asarray(part) for part in run)
-    return sample, right, scored
+    return RowOutcomes(sample, right, scored)
 
 
 class Generating:
-    """Greedy generation from the bare prompt: right when the text is one of the sample's answers."""
+    """Greedy generation from the bare prompt: right if the text is one of the sample's answers. Stores no states."""
 
     def __init__(self, programs: Programs, decode_text: Callable[[Sequence[int]], str]):
-        self._programs = programs
+        self.programs = programs
         self._decode_text = decode_text
 
-    def first_layer(self, base: Plan, plan: Plan) -> int:
-        return 0  # every plan is generated from its prompt
+    def cost(self, base: Plan, plan: Plan) -> int:
+        return self.programs.config.num_layers  # every plan is generated from its prompt
 
     def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
-        inputs, visual = self._programs.route((batch.inputs, self._programs.put(batch.visual)), blocks)
-        return self._programs.generate(visual, inputs, plans)
+        inputs, visual = self.programs.route((batch.inputs, self.programs.put(batch.visual)), blocks)
+        return self.programs.generate(visual, inputs, plans)
 
-    def finish(self, run: Any, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def finish(self, run: Any, samples: Sequence[Sample]) -> RowOutcomes:
         numbers, tokens, scored = (np.asarray(part) for part in run)
         right = np.zeros(len(numbers), bool)
         for row in np.flatnonzero(numbers != FILLER):
             text = self._decode_text(tokens[row].tolist()).strip()
             right[row] = text in samples[numbers[row]].answers
-        return numbers, right, scored
+        return RowOutcomes(numbers, right, scored)
 
     def state_bytes(self, batch: Batch) -> int:
-        return 0  # nothing is kept
+        return 0
 
     def release(self) -> None:
-        """Nothing is kept."""
+        pass
 
 
 class _BaseStates:
-    """The inputs of the layers of one batch under one plan, made when they are first needed."""
+    """The states that enter the layers of one batch under one plan, made when they are first needed."""
 
     def __init__(self, programs: Programs, batch: Batch):
         self._programs = programs
         self._batch = batch
-        self._plan = Plan()
-        self._states = [programs.embed(batch.inputs.text_ids, batch.visual)]
+        self._stored = StoredStates()
+        self._states: list[States] = []
 
-    def at(self, plan: Plan, layer: int) -> States:
+    def entering(self, layer: int, plan: Plan) -> States:
         """The states that enter `layer` under `plan`."""
-        first = self._plan.lowest_difference(plan)
-        if first is not None:
-            del self._states[first + 1 :]
-            self._plan = plan
-        plans = [plan] * self._programs.groups
-        while len(self._states) <= layer:
-            last = len(self._states) - 1
-            starts = [last] * self._programs.groups
-            self._states.append(self._programs.layers(self._states[last], self._batch.inputs, plans, starts, last + 1))
+        programs, inputs = self._programs, self._batch.inputs
+        upkeep = self._stored.require(plan, layer)
+        del self._states[upkeep.kept :]
+        if not upkeep.kept:
+            self._states.append(programs.embed(inputs.text_ids, self._batch.visual))
+        plans = [plan] * programs.groups
+        for first in upkeep.layers:
+            starts = [first] * programs.groups
+            self._states.append(programs.layers(self._states[first], inputs, plans, starts, first + 1))
         return self._states[layer]

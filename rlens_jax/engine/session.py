@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 
 from rlens_jax.checkpoints.checkpoint import find_model, load_model, model_hash, read_model_kind
 from rlens_jax.config import ComputeConfig, DataConfig, SearchConfig
-from rlens_jax.console import say
+from rlens_jax.console import Progress, say
 from rlens_jax.data.splits import Splits, load_splits, samples_hash
-from rlens_jax.engine.inputs import Preparer, Shapes
-from rlens_jax.engine.sizes import device_bytes, fitting_batch_size
+from rlens_jax.engine.inputs import Preparer, Split, build_split, own_samples
+from rlens_jax.engine.programs import Programs
+from rlens_jax.engine.sizes import Shapes, device_bytes, fitting_batch_size
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import FAMILIES, ModelKind
 from rlens_jax.hosts.processes import Processes
@@ -181,7 +182,7 @@ class Session:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its mesh, and what prepares its inputs."""
+    """A model on its mesh, and the preparer of its inputs."""
 
     mesh: Mesh
     module: nnx.Module
@@ -189,6 +190,11 @@ class LoadedModel:
     chat: Any
     """The preparer's tokenizer."""
     shapes: Shapes
+
+    def programs(self, reduction: Reduction, *, seed: int, new_tokens: int) -> Programs:
+        """The programs of a search over this model; arguments as of `Programs`."""
+        stop_token = self.chat.stop_token
+        return Programs(self.module, self.mesh, reduction, seed=seed, new_tokens=new_tokens, stop_token=stop_token)
 
 
 def load(folder: ModelFolder, compute: ComputeConfig, reduction: Reduction, search: SearchConfig) -> LoadedModel:
@@ -205,3 +211,20 @@ def load(folder: ModelFolder, compute: ComputeConfig, reduction: Reduction, sear
     preparer = FAMILIES[kind.model_type].preparer(folder.path, kind.config, compute.patch_slots)
     shapes = Shapes(compute.text_slots, compute.visual_slots, rows, kind.config.decoder.context)
     return LoadedModel(mesh, module, preparer, preparer.chat, shapes)
+
+
+def encode_splits(session: Session, loaded: LoadedModel, programs: Programs, *, with_answers: bool) -> dict[str, Split]:
+    """Prepare, encode and batch the samples of all splits, with progress; arguments and errors as of `build_split`."""
+    splits = {}
+    for name, samples in session.splits.items():
+        with Progress(f"preparing {name}", len(own_samples(len(samples), programs)), "samples") as progress:
+            splits[name] = build_split(
+                samples,
+                loaded.preparer,
+                programs,
+                loaded.shapes,
+                with_answers,
+                progress.advance,
+                session.processes,
+            )
+    return splits

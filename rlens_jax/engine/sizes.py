@@ -19,12 +19,14 @@ from jax.typing import DTypeLike
 
 from rlens_jax.checkpoints.leaves import layout_of
 from rlens_jax.config import ComputeConfig, SearchConfig
+from rlens_jax.data.samples import Sample
+from rlens_jax.engine.model_programs import Program
 from rlens_jax.engine.programs import Programs
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
-from rlens_jax.layout import Bucket, TokenLayout
+from rlens_jax.layout import Bucket, TokenLayout, smallest_bucket
 from rlens_jax.models.decoder import TracedPlan
-from rlens_jax.models.prompt import PromptBatch
+from rlens_jax.models.prompt import Prompt, PromptBatch
 from rlens_jax.plan import Reduction
 from rlens_jax.sharding.mesh import rows_sharding
 
@@ -44,6 +46,38 @@ def slot_sizes(smallest: int, largest: int) -> tuple[int, ...]:
         power = 1 << (sizes[-1].bit_length() - 1)
         sizes.append(power * 3 // 2 if sizes[-1] == power else power * 2)
     return (*sizes[:-1], largest)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Static shapes of a run: bucket sizes, ascending, and rows per batch of one work group."""
+
+    text_slots: tuple[int, ...]
+    visual_slots: tuple[int, ...]
+    batch_size: int
+    context: int
+    """The longest sequence that the model was made for."""
+
+    def bucket(self, prompt: Prompt, sample: Sample) -> Bucket:
+        """The smallest bucket that holds the prompt; UserError if none does."""
+        if len(prompt.token_ids) > self.context:
+            raise UserError(
+                f"{sample.id}: {len(prompt.token_ids)} tokens, but the model's context is {self.context}; "
+                "leave the sample out or make its images smaller"
+            )
+
+        def fitting(kind: str, slots: tuple[int, ...], count: int) -> int:
+            size = smallest_bucket(slots, count)
+            if size is None:
+                raise UserError(
+                    f"{sample.id}: {count} {kind} tokens, but the largest bucket has {max(slots)}; "
+                    f"add a larger one to compute.{kind}_slots"
+                )
+            return size
+
+        return Bucket(
+            fitting("text", self.text_slots, prompt.num_text), fitting("visual", self.visual_slots, prompt.num_visual)
+        )
 
 
 @dataclass(frozen=True)
@@ -94,8 +128,8 @@ def abstract_batch(bucket: Bucket, rows: int, rope_axes: int, place: Placed) -> 
     )
 
 
-def decoder_arguments(programs: Programs, bucket: Bucket, rows: int) -> dict[str, tuple[Any, ...]]:
-    """The abstract arguments of each decoder program, by its name, for batches of `rows` rows in all."""
+def decoder_arguments(programs: Programs, bucket: Bucket, rows: int) -> dict[Program, tuple[Any, ...]]:
+    """The abstract arguments of each decoder program for batches of `rows` rows in all."""
     place, config = Placed(programs.mesh), programs.config
     batch = abstract_batch(bucket, rows, len(config.rope_sections), place)
     visual = place((rows, bucket.visual, config.width), programs.dtype)
@@ -104,10 +138,10 @@ def decoder_arguments(programs: Programs, bucket: Bucket, rows: int) -> dict[str
     bound = place((programs.groups,), jnp.int32)
     plans = TracedPlan(flags, flags)
     return {
-        "embed": (batch.text_ids, visual),
-        "layers": (states, batch, plans, bound, bound),
-        "outcome": (states, batch),
-        "generate": (visual, batch, plans),
+        programs.embed_program: (batch.text_ids, visual),
+        programs.layers_program: (states, batch, plans, bound, bound),
+        programs.outcome_program: (states, batch),
+        programs.generate_program: (visual, batch, plans),
     }
 
 
@@ -133,13 +167,13 @@ def fitting_batch_size(
     model = abstract_model(kind, compute.dtype, mesh)
     weights = bytes_on_device(nnx.state(model))
     programs = Programs(model, mesh, reduction, seed=0, new_tokens=search.max_new_tokens, stop_token=0)
-    name = "layers" if search.objective == "teacher_forced" else "generate"
+    program = programs.layers_program if search.objective == "teacher_forced" else programs.generate_program
     bucket = Bucket(compute.text_slots[-1], compute.visual_slots[-1])
 
     def needed(rows: int) -> int:
-        arguments: Any = decoder_arguments(programs, bucket, rows * programs.groups)[name]
+        arguments: Any = decoder_arguments(programs, bucket, rows * programs.groups)[program]
         held = weights + bytes_on_device(arguments)
-        lowered = programs.lower(name, *arguments)
+        lowered = program.lower(*arguments)
         try:
             sizes: Any = lowered.compile().memory_analysis()
         except jax.errors.JaxRuntimeError as error:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from rlens_jax.console import Progress, say
-from rlens_jax.deployment.deployed_model import DeployedModel, load
+from rlens_jax.engine.deployed_model import DeployedModel, load
 from rlens_jax.engine.inputs import FILLER, Batch, Split
 from rlens_jax.engine.session import ModelFolder
 from rlens_jax.engine.timing import time_side_by_side

@@ -7,14 +7,14 @@ Axis letters: B batch, T packed slots, P visual slots, D width.
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.inputs import Batch
-from rlens_jax.engine.programs import ROWS, Programs, States, own_plan
-from rlens_jax.engine.scoring import read_outcome
+from rlens_jax.engine.model_programs import ROWS
+from rlens_jax.engine.programs import Programs, States, own_plan
+from rlens_jax.engine.scoring import RowOutcomes, read_outcome
 from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.models.pruned import run_prompt
@@ -37,7 +37,7 @@ class PrunedPrograms(Programs):
     ):
         super().__init__(model, mesh, reduction, seed=seed, new_tokens=1, stop_token=stop_token)
         self._pruning = pruning
-        self._pruned = self._split("pruned", self._pruned_impl, (ROWS,) * 3, ROWS)
+        self._pruned = self.program("pruned", self._pruned_impl, (ROWS,) * 3, ROWS)
 
     def pruned(self, visual: Float[Array, "B P D"], batch: PromptBatch, plans: Sequence[Plan]) -> States:
         """The last states of each group under its plan; text slots are those of the batch."""
@@ -50,7 +50,7 @@ class PrunedPrograms(Programs):
             batch,
             own_plan(plans),
             self.reduction,
-            self._random_key(),
+            self.random_key(),
             self.kernel,
             self._pruning,
         )
@@ -63,14 +63,14 @@ class PrunedForcing:
     def __init__(self, programs: PrunedPrograms):
         self._programs = programs
 
-    def first_layer(self, base: Plan, plan: Plan) -> int:
-        return 0
+    def cost(self, base: Plan, plan: Plan) -> int:
+        return self._programs.config.num_layers
 
     def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
         inputs, visual = self._programs.route((batch.inputs, self._programs.put(batch.visual)), blocks)
         return self._programs.outcome(self._programs.pruned(visual, inputs, plans), inputs)
 
-    def finish(self, run: Any, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def finish(self, run: Any, samples: Sequence[Sample]) -> RowOutcomes:
         return read_outcome(run)
 
     def state_bytes(self, batch: Batch) -> int:

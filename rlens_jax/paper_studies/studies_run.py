@@ -7,11 +7,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from rlens_jax.config import RunConfig
-from rlens_jax.console import Progress
-from rlens_jax.engine.inputs import build_split
-from rlens_jax.engine.programs import Programs
+from rlens_jax.engine.programs import Programs, run_layers
 from rlens_jax.engine.scoring import Scoring, TeacherForcing
-from rlens_jax.engine.session import Session, load, start
+from rlens_jax.engine.session import Session, encode_splits, load, start
 from rlens_jax.engine.sizes import memory_explained
 from rlens_jax.errors import UserError
 from rlens_jax.files import replace_file
@@ -22,7 +20,7 @@ from rlens_jax.paper_studies.reduction_studies import fraction_study, probes_stu
 from rlens_jax.paper_studies.study import Facts, Study, StudyName, Variant, study_json
 from rlens_jax.paper_studies.study_bench import Bench
 from rlens_jax.paper_studies.study_plots import plot_study
-from rlens_jax.paper_studies.text_control import TextControlPrograms
+from rlens_jax.paper_studies.text_control import run_text_layers
 from rlens_jax.plan import Operator
 from rlens_jax.search.ranking_file import read_ranking
 from rlens_jax.versions import versions
@@ -73,11 +71,8 @@ def _bench(config: RunConfig, session: Session, orders: Mapping[Operator, tuple[
     """Load the model and encode the samples."""
     loaded = load(session.folder, config.compute, config.reduction, config.search)
     model, mesh, stop = loaded.module, loaded.mesh, loaded.chat.stop_token
-    encoder = Programs(model, mesh, config.reduction, seed=config.seed, new_tokens=1, stop_token=stop)
-    splits = {}
-    for name, samples in session.splits.items():
-        with Progress(f"preparing {name}", len(samples), "samples") as shown:
-            splits[name] = build_split(samples, loaded.preparer, encoder, loaded.shapes, True, shown.advance)
+    encoder = loaded.programs(config.reduction, seed=config.seed, new_tokens=1)
+    splits = encode_splits(session, loaded, encoder, with_answers=True)
 
     def scoring_of(variant: Variant) -> Scoring:
         return make_scoring(model, mesh, variant, config.seed, stop)
@@ -111,8 +106,9 @@ def make_scoring(model: Any, mesh: Mesh, variant: Variant, seed: int, stop_token
     reduction, pruning = variant.reduction, variant.pruning
     if pruning is not None:
         return PrunedForcing(PrunedPrograms(model, mesh, reduction, pruning, seed=seed, stop_token=stop_token))
-    programs = TextControlPrograms if variant.tokens == "text" else Programs
-    return TeacherForcing(programs(model, mesh, reduction, seed=seed, new_tokens=1, stop_token=stop_token))
+    layers = run_text_layers if variant.tokens == "text" else run_layers
+    programs = Programs(model, mesh, reduction, seed=seed, new_tokens=1, stop_token=stop_token, run_layers=layers)
+    return TeacherForcing(programs)
 
 
 def write_study(study: Study, facts: Facts, folder: Path) -> None:

@@ -11,9 +11,8 @@ import numpy as np
 
 from rlens_jax.config import RunConfig
 from rlens_jax.console import Progress
-from rlens_jax.engine.evaluator import Evaluator, Outcomes
+from rlens_jax.engine.evaluator import Evaluator, Outcomes, round_scorer
 from rlens_jax.engine.inputs import Split
-from rlens_jax.engine.rounds import metrics_of, num_evaluations, round_scorer
 from rlens_jax.engine.scoring import Scoring
 from rlens_jax.flops import LayerSizes, layer_cost, prefill_cost, visual_in_layer
 from rlens_jax.models.decoder import DecoderConfig
@@ -21,8 +20,8 @@ from rlens_jax.paper_studies.study import Case, Flops, Point, Series, Variant
 from rlens_jax.plan import Operator, Plan
 from rlens_jax.search.bootstrap import Interval, Statistic, bootstrap_interval, mean_over_datasets
 from rlens_jax.search.journal import Journal
-from rlens_jax.search.objective import plan_loss
-from rlens_jax.search.search import Ranking, rank_layers
+from rlens_jax.search.objective import dataset_metrics, plan_loss
+from rlens_jax.search.search import Ranking, num_evaluations, rank_layers
 
 VALIDATION, TEST = "validation", "test"
 
@@ -59,7 +58,6 @@ class Bench:
         self._scoring_of = scoring_of
         self._orders = dict(orders)
         self._scorings: dict[Variant, Scoring] = {}
-        self._progress: Progress | None = None
 
     @property
     def most_visual(self) -> int:
@@ -84,10 +82,15 @@ class Bench:
         label = f"ranking {operator}, L_p = {prior}"
         evaluator, scoring = self._evaluator(VALIDATION, self.plain)
         settings = self.config.search
-        with Progress(label, total * len(self._splits[VALIDATION].datasets), "evaluations") as self._progress:
-            (outcomes,) = evaluator.outcomes(VALIDATION, Plan(), [Plan()])
+        with Progress(label, total * len(self._splits[VALIDATION].datasets), "evaluations") as progress:
+            (outcomes,) = evaluator.outcomes(VALIDATION, Plan(), [Plan()], progress.advance)
             score_round = round_scorer(
-                evaluator, VALIDATION, metrics_of(outcomes), alpha=settings.penalty, relative=self._relative
+                evaluator,
+                VALIDATION,
+                dataset_metrics(outcomes),
+                progress.advance,
+                alpha=settings.penalty,
+                relative=self._relative,
             )
             ranking = rank_layers(self.num_layers, prior, operator, score_round)
         scoring.release()
@@ -98,21 +101,23 @@ class Bench:
         distinct = list(dict.fromkeys([Case(Plan(), self.plain), *map(self._canonical, cases)]))
         measured: dict[Case, Outcomes] = {}
         total = len(distinct) * len(self._splits[TEST].datasets)
-        with Progress(label, total, "evaluations") as self._progress:
+        with Progress(label, total, "evaluations") as progress:
             for variant in dict.fromkeys(case.variant for case in distinct):
                 evaluator, scoring = self._evaluator(TEST, variant)
                 for base, case in chained([case for case in distinct if case.variant == variant]):
-                    (measured[case],) = evaluator.outcomes(self._split_name(TEST, variant), base, [case.plan])
+                    (measured[case],) = evaluator.outcomes(
+                        self._split_name(TEST, variant), base, [case.plan], progress.advance
+                    )
                 scoring.release()
         return {case: measured[self._canonical(case)] for case in (Case(Plan(), self.plain), *cases)}
 
     def dense(self, measured: Measured) -> dict[str, float]:
         """The dense model's metrics on the held-out samples."""
-        return metrics_of(measured[Case(Plan(), self.plain)])
+        return dataset_metrics(measured[Case(Plan(), self.plain)])
 
     def loss(self, measured: Measured, case: Case) -> float:
         """Minus the mean change of a case against the dense model."""
-        return plan_loss(metrics_of(measured[case]), self.dense(measured), relative=self._relative)
+        return plan_loss(dataset_metrics(measured[case]), self.dense(measured), relative=self._relative)
 
     def series(
         self,
@@ -206,15 +211,9 @@ class Bench:
             scoring,
             {self._split_name(split, variant): self._splits[split]},
             self._journal,
-            num_layers=self.num_layers,
             state_bytes=self.config.compute.state_memory_gb * 1e9,
-            advance=self._advance,
         )
         return evaluator, scoring
-
-    def _advance(self, anew: bool) -> None:
-        if self._progress is not None:
-            self._progress.advance(anew=anew)
 
 
 def chained(cases: list[Case]) -> list[tuple[Plan, Case]]:

@@ -11,14 +11,11 @@ time. The control is no method to deploy.
 Axis letters: B batch, T packed slots (X text, P visual), D width, L layers.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from rlens_jax.engine.programs import Programs, States, own_plan
 from rlens_jax.layout import Slots, TokenLayout, visible
 from rlens_jax.models.decoder import Context, Decoder, DecoderLayer, TracedPlan, layer_at
 from rlens_jax.models.prompt import IGNORE, PromptBatch
@@ -29,20 +26,6 @@ from rlens_jax.sharding.model_axis import sum_over_shards
 
 TEXT_RANGE = 8
 """R is the number of prompt text tokens divided by this."""
-
-
-class TextControlPrograms(Programs):
-    """As `Programs`, but plans reduce the prompt's text. The weights must not be cut over devices."""
-
-    def _layers_impl(
-        self, model: Any, states: States, batch: PromptBatch, plans: TracedPlan, start: Array, stop: Array
-    ) -> States:
-        (x, scored), decoder = states, model.decoder
-        context = decoder.context(batch.layout, batch.rope_positions, self._random_key(), self.kernel)
-        plan = own_plan(plans)
-        prompt = num_prompt_text(batch)
-        x, now = run_text_layers(decoder, x, context, plan, self.reduction, prompt, start[0], stop[0])
-        return x, scored & now
 
 
 def num_prompt_text(batch: PromptBatch) -> Int[Array, " B"]:
@@ -56,13 +39,18 @@ def run_text_layers(
     decoder: Decoder,
     x: Float[Array, "B T D"],
     context: Context,
+    batch: PromptBatch,
     plan: TracedPlan,
     reduction: Reduction,
-    num_prompt: Int[Array, " B"],
     start: Int[Array, ""],
     stop: Int[Array, ""],
 ) -> tuple[Float[Array, "B T D"], Bool[Array, " B"]]:
-    """`Decoder.run_layers` with exchanged roles: the states, and whether all probe scores were numbers."""
+    """`engine.programs.run_layers` with exchanged roles. The weights must not be cut over devices.
+
+    Returns:
+        The states, and whether all probe scores were numbers.
+    """
+    num_prompt = num_prompt_text(batch)
     graph, stack = nnx.split(decoder.layers)
 
     def body(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -1,93 +1,68 @@
-"""The way of a ranking run, without turning back.
+"""A ranking run, in one direction.
 
-config -> weights -> model; data -> samples -> embeddings -> work items (plan, batch) -> outcomes -> search -> journal -> report.
+session (model folder, samples, journal) -> programs -> encoded samples -> ranker (search, curves) -> conclusion -> report
 """
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from rlens_jax.config import RunConfig
-from rlens_jax.console import Progress
-from rlens_jax.data.samples import load_image
+from rlens_jax.data.samples import Sample, load_image
 from rlens_jax.engine.evaluator import Evaluator
-from rlens_jax.engine.inputs import Split, build_split, own_samples
+from rlens_jax.engine.inputs import FILLER, Split, build_split
 from rlens_jax.engine.programs import Programs
-from rlens_jax.engine.rounds import metrics_of, num_evaluations, round_scorer
 from rlens_jax.engine.scoring import Generating, Scoring, TeacherForcing
-from rlens_jax.engine.session import Session, load, start
+from rlens_jax.engine.session import LoadedModel, Session, encode_splits, load, start
 from rlens_jax.engine.sizes import memory_explained
-from rlens_jax.engine.timing import time_plan
-from rlens_jax.flops import LayerSizes, saving
+from rlens_jax.engine.timing import time_plans
 from rlens_jax.hosts.processes import Processes, Stopper
-from rlens_jax.models.decoder import DecoderConfig
-from rlens_jax.plan import Operator, Plan
-from rlens_jax.ranking.shown_answers import examples_of, generated_answers
+from rlens_jax.plan import Plan
+from rlens_jax.ranking.ranker import TEST, VALIDATION, Comparison, Ranker, mean_flops_saved
 from rlens_jax.reporting.examples import MAX_IMAGES, Answer, Example, write_examples
 from rlens_jax.reporting.report_files import write_report
-from rlens_jax.search.curves import held_out_plans, operator_result, plan_saving
-from rlens_jax.search.results import OperatorResult, PrefillTime, Results, Saving, Timing
-from rlens_jax.search.search import Ranking, rank_layers
+from rlens_jax.search.results import PrefillTime, Results, Timing
 from rlens_jax.versions import versions
 
-VALIDATION, TEST = "validation", "test"
+NUM_EXAMPLES = 6
+"""Held-out samples whose answers the report shows."""
 
 
 @dataclass
-class _Clock:
-    """Seconds that each phase of the run took."""
+class Clock:
+    """Seconds per phase of a run; a new phase ends the one before."""
 
+    phase: str
     seconds: dict[str, float] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
-
-
-@dataclass
-class _Bar:
-    """What is told of every finished evaluation: the progress bar, which changes from phase to phase, and the end that
-    processes agree on.
-    """
-
-    stopper: Stopper
-    current: Progress | None = None
-
-    def advance(self, anew: bool) -> None:
-        if self.current is not None:
-            self.current.advance(anew=anew)
-        self.stopper.check()
-
-    @contextmanager
-    def show(self, label: str, total: int) -> Iterator[None]:
-        with Progress(label, total, "evaluations") as self.current:
-            yield
-        self.current = None
+    def enter(self, phase: str) -> None:
+        """End the current phase and begin another."""
+        now = time.monotonic()
+        self.seconds[self.phase] = now - self.began
+        self.phase, self.began = phase, now
 
 
 def run(config: RunConfig, processes: Processes) -> Results:
     """Search, compare on held-out samples, time, and write all results to `config.output`.
 
-    Everything that was finished by an earlier run of the same configuration in that folder is taken from its journal.
-    Of several processes each prepares its share of the samples, all decide alike, and the first writes.
+    Evaluations in the journal of that folder are not made again. Each process prepares its share of the samples, all of them
+    decide alike, and process 0 writes.
 
     Raises:
         UserError: bad input of any kind.
     """
-    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), _Clock()
-    output, compute = Path(config.output), config.compute
+    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), Clock("data")
+    output, compute, search, report = Path(config.output), config.compute, config.search, config.report
+    forced = search.objective == "teacher_forced"
     compilations = start(compute, output, processes)
     processes.check_same(config.portable() | {"output": config.output})
-    forced = config.search.objective == "teacher_forced"
     with (
         Session.open(
             config.model,
@@ -100,209 +75,110 @@ def run(config: RunConfig, processes: Processes) -> Results:
         ) as session,
         memory_explained(compute.batch_size, compute.model_shards),
     ):
-        journal, kind, splits = session.journal, session.folder.kind, session.splits
-        with clock.phase("load"):
-            loaded = load(session.folder, compute, config.reduction, config.search)
-            programs = Programs(
-                loaded.module,
-                loaded.mesh,
-                config.reduction,
-                seed=config.seed,
-                new_tokens=config.search.max_new_tokens,
-                stop_token=loaded.chat.stop_token,
-            )
-        decode_text = loaded.chat.decode
-        built: dict[str, Split] = {}
-        with clock.phase("encode"):
-            for name, samples in splits.items():
-                own = len(own_samples(len(samples), loaded.mesh))
-                with Progress(f"preparing {name}", own, "samples") as shown:
-                    built[name] = build_split(
-                        samples, loaded.preparer, programs, loaded.shapes, forced, shown.advance, processes
-                    )
-        scoring: Scoring = TeacherForcing(programs) if forced else Generating(programs, decode_text)
-        bar = _Bar(Stopper())
-        num_layers = kind.config.decoder.num_layers
+        clock.enter("load")
+        loaded = load(session.folder, compute, config.reduction, search)
+        programs = loaded.programs(config.reduction, seed=config.seed, new_tokens=search.max_new_tokens)
+        scoring: Scoring = TeacherForcing(programs) if forced else Generating(programs, loaded.chat.decode)
+        clock.enter("encode")
+        splits = encode_splits(session, loaded, programs, with_answers=forced)
+        clock.enter("search")
         evaluator = Evaluator(
-            scoring,
-            built,
-            journal,
-            num_layers=num_layers,
-            state_bytes=compute.state_memory_gb * 1e9,
-            advance=bar.advance,
+            scoring, splits, session.journal, state_bytes=compute.state_memory_gb * 1e9, checkpoint=Stopper().check
         )
-        search = _Search(config, num_layers, evaluator, built, bar)
-        with clock.phase("search"):
-            operators = config.search.operators
-            rankings = {operator: search.rank(operator, config.search.position_layers) for operator in operators}
-        with clock.phase("full search"):
-            compared = operators if config.report.full_search else ()
-            complete = {operator: search.rank(operator, 0) for operator in compared}
+        ranker = Ranker(evaluator, programs.config.num_layers, search, report, config.seed)
+        rankings = {operator: ranker.rank(operator, search.position_layers) for operator in search.operators}
+        clock.enter("full search")
+        complete = {operator: ranker.rank(operator, 0) for operator in search.operators if report.full_search}
         scoring.release()
-        flops_saved = partial(_flops_saved, config, kind.config.decoder, built[TEST])
-        with clock.phase("held-out curves"):
-            results, combined = search.compare(rankings, complete, flops_saved)
-        named = _recommended(results, combined)
-        with clock.phase("timing"):
-            prefill = _timed(config, programs, named, built[TEST])
-        recommended = named["both" if combined else operators[0]]
-        with clock.phase("examples"):
-            chosen = examples_of(splits[TEST])
-            asked = build_split(chosen, loaded.preparer, programs, loaded.shapes, False, lambda: None, processes)
-            answers = [generated_answers(programs, asked, plan, decode_text) for plan in (Plan(), recommended)]
-        timing = Timing(
-            started=started,
-            device=jax.devices()[0].device_kind,
-            num_devices=jax.device_count(),
-            num_cores=os.cpu_count() or 1,
-            seconds=clock.seconds,
-            evaluations=len(journal.records()) - session.resumed,
-            resumed=session.resumed,
-            compilations=compilations.compiled,
-            prefill=prefill,
-        )
-        finished = Results(
-            config=config,
-            model_hash=session.folder.weights_hash,
-            data_hash=session.data_hash,
-            num_layers=num_layers,
-            versions=versions(),
-            validation_samples=_sizes(built[VALIDATION]),
-            test_samples=_sizes(built[TEST]),
-            dense_validation=search.metrics(VALIDATION, Plan()),
-            dense_test=search.metrics(TEST, Plan()),
-            operators=results,
-            combined=combined,
-            timing=timing,
-        )
+        clock.enter("held-out curves")
+        flops_saved = mean_flops_saved(programs.config, config.reduction, splits[TEST])
+        comparison = ranker.compare(rankings, complete, flops_saved)
+        clock.enter("timing")
+        prefill = time_plans(programs, splits[TEST].batches[0], comparison.plans, report.timing_repeats)
+        clock.enter("examples")
+        examples = answer_examples(session, loaded, programs, comparison.recommended)
+        clock.enter("report")
+        timing = conclude_timing(session, started, clock, compilations.compiled, prefill)
+        results = conclude(config, session, splits, ranker, comparison, timing)
         if processes.leads:
-            examples = [
-                Example(
-                    sample.id,
-                    sample.dataset,
-                    sample.question,
-                    sample.answers,
-                    tuple(load_image(image, sample.id) for image in sample.images[:MAX_IMAGES]),
-                    *(Answer(text, float(text in sample.answers)) for text in pair),
-                )
-                for sample, *pair in zip(chosen, *answers, strict=True)
-            ]
-            write_examples(
-                output, examples, plan=recommended, model_hash=session.folder.weights_hash, data_hash=session.data_hash
-            )
-            write_report(finished, output)
-    return finished
+            hashes = {"model_hash": results.model_hash, "data_hash": results.data_hash}
+            write_examples(output, examples, plan=comparison.recommended, **hashes)
+            write_report(results, output)
+    return results
 
 
-class _Search:
-    """The questions a run asks its evaluator, and their answers as scores and results."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        num_layers: int,
-        evaluator: Evaluator,
-        splits: dict[str, Split],
-        bar: _Bar,
-    ):
-        self._config = config
-        self._num_layers = num_layers
-        self._evaluator = evaluator
-        self._datasets = {name: len(split.datasets) for name, split in splits.items()}
-        self._bar = bar
-        self._relative = config.search.change == "relative"
-
-    def metrics(self, split: str, plan: Plan) -> dict[str, float]:
-        """Each dataset's metric under a plan."""
-        (outcomes,) = self._evaluator.outcomes(split, Plan(), [plan])
-        return metrics_of(outcomes)
-
-    def rank(self, operator: Operator, position_layers: int | None) -> Ranking:
-        """One search on the validation samples."""
-        length = self._num_layers
-        prior = length // 4 if position_layers is None else position_layers
-        evaluations = num_evaluations(length, prior) + 1  # the dense plan is asked for twice
-        label = f"ranking {operator}" if position_layers != 0 else f"ranking {operator}, L_p = 0"
-        with self._bar.show(label, evaluations * self._datasets[VALIDATION]):
-            dense = self.metrics(VALIDATION, Plan())
-            score_round = round_scorer(
-                self._evaluator,
-                VALIDATION,
-                dense,
-                alpha=self._config.search.penalty,
-                relative=self._relative,
-            )
-            return rank_layers(length, position_layers, operator, score_round, self._config.search.base())
-
-    def compare(
-        self,
-        rankings: dict[Operator, Ranking],
-        complete: dict[Operator, Ranking],
-        flops_saved: Callable[[Plan, bool], float],
-    ) -> tuple[dict[Operator, OperatorResult], Saving | None]:
-        """Held-out curves of every operator, and what both operators' reductions save together."""
-        report, seed = self._config.report, self._config.seed
-        plans = {
-            operator: held_out_plans(ranking, report.random_rankings, seed, complete.get(operator))
-            for operator, ranking in rankings.items()
-        }
-        total = 1 + sum(map(len, plans.values())) + (len(rankings) == 2)
-        results: dict[Operator, OperatorResult] = {}
-        with self._bar.show("held-out curves", total * self._datasets[TEST]):
-            dense = self.metrics(TEST, Plan())
-            for operator, ranking in rankings.items():
-                outcomes = self._evaluator.outcomes(TEST, Plan(), plans[operator])
-                results[operator] = operator_result(
-                    ranking,
-                    dict(zip(plans[operator], outcomes, strict=True)),
-                    dense,
-                    flops_saved,
-                    num_random=report.random_rankings,
-                    seed=seed,
-                    search_all=complete.get(operator),
-                    bootstrap_samples=report.bootstrap_samples,
-                    relative=self._relative,
-                )
-            combined = None
-            if len(results) == 2:
-                plan = Plan(results["attention"].saving.plan.attention, results["ffn"].saving.plan.ffn)
-                metrics = self.metrics(TEST, plan)
-                combined = plan_saving(plan, metrics, dense, flops_saved, relative=self._relative)
-        return results, combined
-
-
-def _flops_saved(config: RunConfig, decoder: DecoderConfig, split: Split, plan: Plan, with_probes: bool) -> float:
-    """Share of the dense prefill's multiply-adds that a plan saves, mean over all samples (padding not counted)."""
-    sizes = LayerSizes(decoder.width, decoder.num_kv_heads * decoder.head_dim, decoder.ffn_width)
-    shares = [
-        saving(sizes, text, [visual] * decoder.num_layers, plan, config.reduction, with_probes=with_probes)
-        for text, visual in zip(split.num_text.tolist(), split.num_visual.tolist(), strict=True)
+def answer_examples(session: Session, loaded: LoadedModel, programs: Programs, plan: Plan) -> list[Example]:
+    """A few held-out samples with the answers that the model generates, dense and under `plan`; on every process."""
+    samples = example_samples(session.splits[TEST])
+    split = build_split(samples, loaded.preparer, programs, loaded.shapes, False, processes=session.processes)
+    answers: list[list[Answer]] = [[] for _ in samples]
+    for each in (Plan(), plan):
+        for batch in split.batches:
+            plans = [each] * programs.groups
+            numbers, tokens, _ = map(np.asarray, programs.generate(programs.put(batch.visual), batch.inputs, plans))
+            for row in np.flatnonzero(numbers != FILLER):
+                text = loaded.chat.decode(tokens[row].tolist()).strip()
+                answers[numbers[row]].append(Answer(text, float(text in samples[numbers[row]].answers)))
+    return [
+        Example(
+            sample.id,
+            sample.dataset,
+            sample.question,
+            sample.answers,
+            tuple(load_image(image, sample.id) for image in sample.images[:MAX_IMAGES]),
+            *pair,
+        )
+        for sample, pair in zip(samples, answers, strict=True)
     ]
-    return sum(shares) / len(shares)
 
 
-def _recommended(results: dict[Operator, OperatorResult], combined: Saving | None) -> dict[str, Plan]:
-    """The plans that the report recommends, by operator, and for "both"."""
-    named: dict[str, Plan] = {operator: result.saving.plan for operator, result in results.items()}
-    return named if combined is None else named | {"both": combined.plan}
+def example_samples(samples: Sequence[Sample]) -> list[Sample]:
+    """The first samples of all datasets in turn."""
+    by_dataset: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_dataset.setdefault(sample.dataset, []).append(sample)
+    rounds = max(map(len, by_dataset.values()))
+    in_turn = [members[i] for i in range(rounds) for members in by_dataset.values() if i < len(members)]
+    return in_turn[:NUM_EXAMPLES]
 
 
-def _timed(
+def conclude_timing(
+    session: Session, started: str, clock: Clock, compilations: int, prefill: Mapping[str, PrefillTime]
+) -> Timing:
+    """What differs from one run of the same configuration to the next."""
+    return Timing(
+        started=started,
+        device=jax.devices()[0].device_kind,
+        num_devices=jax.device_count(),
+        num_cores=os.cpu_count() or 1,
+        seconds=clock.seconds,
+        evaluations=len(session.journal.records()) - session.resumed,
+        resumed=session.resumed,
+        compilations=compilations,
+        prefill=prefill,
+    )
+
+
+def conclude(
     config: RunConfig,
-    programs: Programs,
-    named: dict[str, Plan],
-    split: Split,
-) -> dict[str, PrefillTime]:
-    """Measured prefill times of named plans."""
-    batch = split.batches[0]
-    bucket = batch.inputs.layout.bucket
-    times = {}
-    for name, plan in named.items():
-        dense, reduced = time_plan(programs, batch, plan, repeats=config.report.timing_repeats)
-        rows = len(batch.inputs.layout.sample)
-        times[name] = PrefillTime(dense, reduced, rows, bucket.text, bucket.visual)
-    return times
-
-
-def _sizes(split: Split) -> dict[str, int]:
-    return {name: len(members) for name, members in split.datasets.items()}
+    session: Session,
+    splits: Mapping[str, Split],
+    ranker: Ranker,
+    comparison: Comparison,
+    timing: Timing,
+) -> Results:
+    """The finished run as values."""
+    return Results(
+        config=config,
+        model_hash=session.folder.weights_hash,
+        data_hash=session.data_hash,
+        num_layers=ranker.num_layers,
+        versions=versions(),
+        validation_samples=splits[VALIDATION].sizes,
+        test_samples=splits[TEST].sizes,
+        dense_validation=ranker.metrics(VALIDATION, Plan()),
+        dense_test=ranker.metrics(TEST, Plan()),
+        operators=comparison.operators,
+        combined=comparison.combined,
+        timing=timing,
+    )

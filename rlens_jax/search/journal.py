@@ -1,22 +1,14 @@
-"""The journal of a run: every finished evaluation is one line on disk, and resuming is reading them back.
+"""The journal of a run: every finished evaluation is one line on disk, so resuming means reading them back.
 
-A run's folder holds `journal.jsonl`. Its first line is a header:
-
-    {"schema": "rlens-journal", "version": 1, "fingerprint": {...}}
-
-with whatever of the configuration decides the outcomes. Every other line is one evaluation, of one plan on
-one dataset of one split, and is written once:
+After the header of `rlens_jax.durable_log`, each line of `journal.jsonl` is one plan on one dataset of one split:
 
     {"split": "search", "attention": [6, 7], "ffn": [], "dataset": "doc", "outcomes": "5:b0", "seconds": 1.5}
 
-`outcomes` holds the per-sample outcomes in the dataset's order: when all are 0 or 1 as "<count>:<hex>", where
-the highest bit of the first byte is the first sample (so "5:b0" is 1 0 1 1 0), otherwise as a list of
-numbers, each written so that the same float64 is read back.
+`outcomes` holds the per-sample outcomes in the dataset's order. If all are 0 or 1 it is "<count>:<hex>", and the highest bit of
+the first byte is the first sample ("5:b0" is 1 0 1 1 0); else it is a list of numbers that read back as the same float64.
 
-Each line reaches the disk before `append` returns; how, and what a crash leaves, is told in `rlens_jax.durable_log`.
-
-Of a run's processes the first opens and writes the journal; the others follow it: they read what it holds at the
-start, and add to their memory the same evaluations that the first one writes.
+Process 0 of a run opens and writes the journal. The other processes follow it: they read it at the start, and add to their
+memory the evaluations that process 0 writes.
 """
 
 import json
@@ -42,8 +34,8 @@ Key = tuple[str, Plan, str]
 class Record:
     """One evaluation: the outcomes of `plan` on the samples of `dataset` in `split`.
 
-    Outcomes are finite float64 values, one a sample (or pair or group), in the dataset's order. `seconds` is
-    the time the evaluation took and takes no part in any result.
+    Outcomes are finite float64 values, one per sample (or pair or group), in the dataset's order. No result uses `seconds`, the
+    time that the evaluation took.
     """
 
     split: str
@@ -54,7 +46,7 @@ class Record:
 
     @property
     def key(self) -> Key:
-        """What no two records of a journal share: (split, plan, dataset)."""
+        """Unique in a journal."""
         return self.split, self.plan, self.dataset
 
 
@@ -62,45 +54,26 @@ class Journal:
     """The finished evaluations of a run. Made by `Journal.open` or `Journal.follow`; a context manager.
 
     Attributes:
-      path: the journal's file.
-      repaired: what was cut off a torn last line when opening, as one line for the user; None if nothing was.
+        repaired: a line for the user if a torn last line was cut off, else None.
     """
 
-    def __init__(self, path: Path, records: dict[Key, Record], writer: LogWriter | None, repaired: str | None = None):
-        self.path = path
+    def __init__(self, records: dict[Key, Record], writer: LogWriter | None, repaired: str | None = None):
         self.repaired = repaired
         self._records = records
         self._writer = writer
 
     @classmethod
     def open(cls, folder: Path, fingerprint: Mapping[str, Any]) -> "Journal":
-        """Open the journal of a run's folder, both made when missing, and read what it holds.
-
-        Args:
-          folder: the run's folder.
-          fingerprint: what of the configuration decides the outcomes; nested, of JSON values.
-
-        Raises:
-          UserError: when the folder cannot be written, another run holds it, it belongs to another
-            configuration, or a line other than a torn last one cannot be read.
-        """
-        records, writer, repaired = open_log(folder, _KIND, fingerprint)
-        return cls(folder / JOURNAL_NAME, records, writer, repaired)
+        """Open and read the journal of a run's folder, both made when missing; arguments and errors as of `open_log`."""
+        return cls(*open_log(folder, _KIND, fingerprint))
 
     @classmethod
     def follow(cls, folder: Path, fingerprint: Mapping[str, Any]) -> "Journal":
-        """The journal that another process of the same run has opened: read once, then kept in memory only.
-
-        Takes no lock and never writes. `append` does all that it does in an open journal, save writing.
-
-        Raises:
-          UserError: when there is no journal in the folder, or as in `open` it belongs to another configuration
-            or cannot be read.
-        """
-        return cls(folder / JOURNAL_NAME, read_log(folder, _KIND, fingerprint), writer=None)
+        """The journal that another process of the run has opened: read once, then kept in memory; errors as of `read_log`."""
+        return cls(read_log(folder, _KIND, fingerprint), writer=None)
 
     def get(self, split: str, plan: Plan, dataset: str) -> Record | None:
-        """The record of an evaluation, None when it has not been made."""
+        """The record of an evaluation, None if it has not been made."""
         return self._records.get((split, plan, dataset))
 
     def records(self) -> tuple[Record, ...]:
@@ -111,9 +84,8 @@ class Journal:
         """Write one evaluation; it is on disk when this returns.
 
         Raises:
-          ValueError: when the journal holds this evaluation already (nothing is ever evaluated twice), or an
-            outcome is not a finite number.
-          UserError: when the disk does not take it; the journal is then as before.
+            ValueError: the journal has this evaluation already, or an outcome is not a finite number.
+            UserError: it cannot be written; the journal is then as before.
         """
         if record.key in self._records:
             raise ValueError(f"evaluated twice: {record.plan.label()} on {record.dataset}, split {record.split}")
@@ -122,18 +94,14 @@ class Journal:
             self._writer.write(line)
         self._records[record.key] = record
 
-    def close(self) -> None:
-        """Close the journal and let go of the folder."""
-        if self._writer is not None:
-            self._writer.close()
-
     def __enter__(self) -> "Journal":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _encode(record: Record) -> bytes:
@@ -149,7 +117,7 @@ def _encode(record: Record) -> bytes:
 
 
 def _decode(line: bytes) -> Record:
-    """The record of a line; ValueError, saying what is wrong, when it is none."""
+    """The record of a line; ValueError, saying what is wrong, if it has none."""
     fields = json.loads(line)
     if not isinstance(fields, dict) or fields.keys() != set(_FIELDS):
         raise ValueError(f"not exactly the fields {', '.join(_FIELDS)}")

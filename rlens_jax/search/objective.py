@@ -8,17 +8,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from rlens_jax.errors import UserError
 
 
 @dataclass(frozen=True)
 class PlanScore:
-    """What one plan scored.
+    """The score of one plan.
 
     Attributes:
-      score: the search's objective, higher is better; 0 for the dense model.
-      loss: minus the mean change over the datasets, without the penalty; what reports show.
-      metrics: the plan's metric on each dataset.
+        score: the search's objective, higher is better; 0 for the dense model.
+        loss: minus the mean change over the datasets, without the penalty; what reports show.
+        metrics: the plan's metric on each dataset.
     """
 
     score: float
@@ -26,11 +28,16 @@ class PlanScore:
     metrics: Mapping[str, float]
 
 
-def dataset_metric(outcomes: Sequence[float | int]) -> float:
+def dataset_metric(outcomes: Sequence[float] | np.ndarray) -> float:
     """The metric of a dataset: the mean of its per-sample outcomes (a pair or group is one sample)."""
-    if not outcomes:
+    if not len(outcomes):
         raise ValueError("a dataset without outcomes has no metric")
     return math.fsum(outcomes) / len(outcomes)
+
+
+def dataset_metrics(outcomes: Mapping[str, Sequence[float] | np.ndarray]) -> dict[str, float]:
+    """The metric of each dataset."""
+    return {name: dataset_metric(values) for name, values in outcomes.items()}
 
 
 def relative_changes(
@@ -38,12 +45,12 @@ def relative_changes(
 ) -> dict[str, float]:
     """delta_d, the change of each dataset's metric against the dense model's.
 
-    Relative to the dense metric by default, so that metrics of different scales can be added (our decision);
-    with `relative=False` the plain difference.
+    Relative to the dense metric by default, so that metrics of different scales can be added (our decision); with
+    `relative=False` the plain difference.
 
     Raises:
-      UserError: when a change is to be relative and the dense model scores 0.
-      ValueError: when the two do not cover the same datasets.
+        UserError: the dense model scores 0, so there is no relative change.
+        ValueError: the two do not cover the same datasets.
     """
     if metrics.keys() != dense_metrics.keys():
         raise ValueError(f"metrics of {sorted(metrics)}, but dense metrics of {sorted(dense_metrics)}")
@@ -63,41 +70,23 @@ def phi(change: float, alpha: float = 2.0) -> float:
     return change if change >= 0 else alpha * change
 
 
-def plan_score(
-    metrics: Mapping[str, float],
-    dense_metrics: Mapping[str, float],
-    *,
-    alpha: float = 2.0,
-    relative: bool = True,
-) -> float:
-    """The search's objective: the sum of `phi` over the datasets. Errors as in `relative_changes`."""
-    changes = relative_changes(metrics, dense_metrics, relative=relative)
-    return math.fsum(phi(change, alpha) for change in changes.values())
-
-
 def plan_loss(metrics: Mapping[str, float], dense_metrics: Mapping[str, float], *, relative: bool = True) -> float:
-    """What a report calls the loss of a plan: minus the mean change, without penalty."""
+    """The loss of a plan in reports: minus the mean change, without penalty. Errors as of `relative_changes`."""
     changes = relative_changes(metrics, dense_metrics, relative=relative)
     return 0.0 - math.fsum(changes.values()) / len(changes)
 
 
 def score_plan(
-    metrics: Mapping[str, float],
-    dense_metrics: Mapping[str, float],
-    *,
-    alpha: float = 2.0,
-    relative: bool = True,
+    metrics: Mapping[str, float], dense_metrics: Mapping[str, float], *, alpha: float = 2.0, relative: bool = True
 ) -> PlanScore:
-    """A plan's score and loss, with the metrics they come from."""
-    return PlanScore(
-        score=plan_score(metrics, dense_metrics, alpha=alpha, relative=relative),
-        loss=plan_loss(metrics, dense_metrics, relative=relative),
-        metrics=dict(metrics),
-    )
+    """A plan's score (the sum of `phi` over the datasets) and loss. Errors as of `relative_changes`."""
+    changes = relative_changes(metrics, dense_metrics, relative=relative)
+    score = math.fsum(phi(change, alpha) for change in changes.values())
+    return PlanScore(score, plan_loss(metrics, dense_metrics, relative=relative), dict(metrics))
 
 
 def comparable(score: float) -> float:
-    """The score as comparisons see it: rounded to 12 digits, so that rounding breaks no tie."""
+    """The score in comparisons: rounded to 12 digits, so that rounding errors break no tie."""
     if not math.isfinite(score):
         raise ValueError(f"a plan scored {score}")
     return round(score, 12)

@@ -1,9 +1,7 @@
 """The Layer Ranking Algorithm: in which order the layers of one operator are best reduced.
 
-Pure Python over a scoring callable. The search hands out the plans of a whole round at once: they share their
-base and differ in one layer, which an evaluator can make use of.
-
-Evaluations with n = L - L_p searched layers: n (n + 1) / 2, plus the L_p prefixes, plus the base.
+Pure Python over a scoring callable. The search hands out the plans of a whole round at once. They share their base and differ
+in one layer, which an evaluator can use.
 """
 
 import random
@@ -18,7 +16,7 @@ from rlens_jax.search.objective import PlanScore, comparable
 ScoreRound = Callable[[Plan, list[Plan]], Sequence[PlanScore]]
 """`score_round(base, candidates)`: the candidates' scores, in their order.
 
-Each candidate is the base with one layer more; only the call that scores the base itself passes `[base]`.
+Each candidate is the base with one more layer, except in the call `score_round(base, [base])`.
 """
 
 
@@ -27,11 +25,11 @@ class Round:
     """One round of the greedy search.
 
     Attributes:
-      base: the plan that every candidate adds one layer to.
-      layers: the layers tried, ascending.
-      scores: their plans' scores, in the same order.
-      chosen: the layer appended to the ranking.
-      ties: the other layers whose plans scored the same as the chosen one's, after rounding.
+        base: the plan that every candidate adds one layer to.
+        layers: the layers tried, ascending.
+        scores: their plans' scores, in the same order.
+        chosen: the layer appended to the ranking.
+        ties: the other layers with the chosen layer's score, after rounding.
     """
 
     base: Plan
@@ -48,15 +46,15 @@ class Round:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The order in which an operator's layers are best reduced, and all scores it rests on.
+    """The order in which an operator's layers are best reduced, and all scores behind it.
 
     Attributes:
-      operator: the operator that was ranked.
-      base: the plan the ranking starts from; dense unless the other operator was reduced already.
-      order: all L layers, the best to reduce first.
-      base_score: the score of `base`.
-      prefix_scores: the scores of the first 1, 2, ... L_p layers, which are ranked by position.
-      rounds: the greedy rounds of the other layers.
+        operator: the ranked operator.
+        base: the plan that the ranking starts from; dense unless the other operator is reduced in every plan.
+        order: all L layers, the best to reduce first.
+        base_score: the score of `base`.
+        prefix_scores: the scores of the first 1, 2, ... L_p layers, which are ranked by position.
+        rounds: the greedy rounds of the other layers.
     """
 
     operator: Operator
@@ -80,20 +78,19 @@ def rank_layers(
 ) -> Ranking:
     """Rank all layers of `operator`: the last ones by position, the others by greedy search.
 
-    Each round tries every unranked layer on top of those ranked so far and appends the one whose plan scores
-    best; among equal scores (to 12 digits) the later layer (our decision). The last round has one candidate,
-    scored all the same for the curve.
+    Each round tries every unranked layer on top of the ranked ones and appends the layer whose plan scores best; among equal
+    scores (to 12 digits) the later layer (our decision). The last round has one candidate, which is scored for the curve.
 
     Args:
-      num_layers: L.
-      position_layers: L_p, how many of the last layers are ranked by position, last layer first. 0 searches
-        all, L none; None stands for L // 4 (our decision, the paper does not say).
-      operator: what to rank.
-      score_round: scores plans.
-      base: the plan to start from, dense by default; it may reduce the other operator only.
+        num_layers: decoder layers, L.
+        position_layers: L_p, how many of the last layers are ranked by position, last layer first. 0 searches all layers, L
+            none; None is L // 4 (our decision, the paper does not say).
+        operator: the operator to rank.
+        score_round: scores plans.
+        base: the plan to start from, dense by default; it may reduce the other operator only.
 
     Raises:
-      UserError: for `position_layers` outside 0..L, or a base that does not fit.
+        UserError: `position_layers` is outside 0..L, or the base does not fit.
     """
     base = Plan() if base is None else base
     position_layers = num_layers // 4 if position_layers is None else position_layers
@@ -128,9 +125,10 @@ def _scores(score_round: ScoreRound, base: Plan, candidates: list[Plan]) -> tupl
     return scores
 
 
-def one_at_a_time(score_plan: Callable[[Plan], PlanScore]) -> ScoreRound:
-    """The slow twin of a round-wise evaluator: score each plan by itself, without making use of the base."""
-    return lambda base, candidates: [score_plan(plan) for plan in candidates]
+def num_evaluations(num_layers: int, position_layers: int) -> int:
+    """Plans that one search evaluates: the base, L_p prefixes, and n (n + 1) / 2 candidates for n = L - L_p."""
+    searched = num_layers - position_layers
+    return searched * (searched + 1) // 2 + position_layers + 1
 
 
 def prefix_plans(operator: Operator, order: Sequence[int], base: Plan | None = None) -> list[Plan]:
@@ -147,6 +145,6 @@ def position_ranking(num_layers: int) -> tuple[int, ...]:
 
 
 def random_rankings(num_layers: int, count: int, seed: int) -> list[tuple[int, ...]]:
-    """`count` random orders of all layers, to compare with; the first k do not depend on `count`."""
+    """`count` random orders of all layers; the first k do not depend on `count`."""
     draw = random.Random(seed)
     return [tuple(draw.sample(range(num_layers), num_layers)) for _ in range(count)]

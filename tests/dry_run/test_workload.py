@@ -153,7 +153,7 @@ def test_against_the_evaluators_own_steps(groups: int, rows: int) -> None:
         ask(base, plans)
         todo = [plan for plan in plans if plan not in known]
         known.update(todo)
-        for step in schedule(filled, [LAYERS - scoring.first_layer(base, plan) for plan in todo]) if todo else []:
+        for step in schedule(filled, [scoring.cost(base, plan) for plan in todo]) if todo else []:
             items = [item or next(filter(None, step.items)) for item in step.items]
             batch = batches[step.batch]
             scoring.start(batch, base, [todo[item.plan] for item in items], [item.block for item in items])

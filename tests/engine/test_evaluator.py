@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlens_jax.console import StopRequested
 from rlens_jax.engine.evaluator import Evaluator, Outcomes
 from rlens_jax.engine.inputs import FILLER, Batch, Split, build_split
 from rlens_jax.engine.programs import Programs
@@ -15,7 +16,7 @@ from rlens_jax.engine.scoring import Generating, Scoring, TeacherForcing
 from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
 from rlens_jax.search.journal import Journal
-from rlens_jax.search.search import Ranking, one_at_a_time, rank_layers
+from rlens_jax.search.search import Ranking, rank_layers
 from tests.engine.toy import (
     LAYERS,
     SHAPES,
@@ -27,6 +28,7 @@ from tests.engine.toy import (
     toy_split,
     words,
 )
+from tests.toy_search import one_at_a_time
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +49,7 @@ def evaluator(
         scoring or TeacherForcing(programs),
         {"validation": split},
         journal,
-        num_layers=LAYERS,
         state_bytes=state_bytes,
-        advance=lambda _: None,
     )
     return made, journal
 
@@ -160,7 +160,7 @@ def test_any_reference_answer_makes_a_sample_right(programs: Programs, tmp_path:
     wrong = [replace(s, answers=("12 12",)) for s in short]
     both = [replace(s, answers=("12 12", s.answers[0], "3")) for s in short]
     for number, (members, expected) in enumerate([(wrong, 0.0), (both, 1.0)]):
-        built = build_split(members, ToyPreparer(), programs, SHAPES, True, lambda: None)
+        built = build_split(members, ToyPreparer(), programs, SHAPES, True)
         made, journal = evaluator(programs, built, tmp_path / str(number))
         with journal:
             (outcomes,) = made.outcomes("validation", Plan(), [Plan()])
@@ -169,8 +169,26 @@ def test_any_reference_answer_makes_a_sample_right(programs: Programs, tmp_path:
 
 def test_probe_scores_that_are_no_numbers_are_an_error(split: Split, tmp_path: Path) -> None:
     broken = toy_programs()
-    broken._leaves[:] = [jnp.full_like(leaf, jnp.nan) for leaf in broken._leaves]
+    broken.leaves[:] = [jnp.full_like(leaf, jnp.nan) for leaf in broken.leaves]
     made, journal = evaluator(broken, split, tmp_path)
     with journal, pytest.raises(UserError, match=r"s\d+: probe scores are not numbers under the plan ffn 2"):
         made.outcomes("validation", Plan(), [Plan((), (2,))])
     assert not (tmp_path / "journal.jsonl").read_text().count("outcomes")
+
+
+def test_a_checkpoint_may_end_the_run_after_any_evaluation(programs: Programs, split: Split, tmp_path: Path) -> None:
+    recorded: list[int] = []
+
+    with Journal.open(tmp_path, {"test": "1"}) as journal:
+
+        def checkpoint() -> None:
+            recorded.append(len(journal.records()))
+            if len(recorded) == 2:
+                raise StopRequested
+
+        made = Evaluator(
+            TeacherForcing(programs), {"validation": split}, journal, state_bytes=1e9, checkpoint=checkpoint
+        )
+        with pytest.raises(StopRequested):
+            made.outcomes("validation", Plan(), [Plan(), Plan((4,)), Plan((), (2,))])
+        assert recorded == [2, 4]  # the datasets of one plan, then of two

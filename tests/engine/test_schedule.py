@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from rlens_jax.engine.schedule import Step, schedule
+from rlens_jax.engine.schedule import Step, StoredStates, first_layer, memory_parts, schedule
+from rlens_jax.plan import Plan
 
 
 def filled(blocks: int, groups: int) -> list[tuple[bool, ...]]:
@@ -77,3 +78,38 @@ def test_long_and_short_items_do_not_wait_for_each_other() -> None:
     used = sum(costs[item.plan] for step in steps for item in step.items if item)
     waited = 64 * sum(max(costs[item.plan] for item in step.items if item) for step in steps)
     assert waited / used <= 1.25
+
+
+def test_stored_states_are_those_of_the_plan_and_no_layer_runs_in_vain() -> None:
+    """A state is known by what was done below its layer."""
+
+    def below(plan: Plan, layer: int) -> list[tuple[bool, bool]]:
+        return list(zip(*(flags[:layer].tolist() for flags in plan.flags(6)), strict=True))
+
+    rng = np.random.default_rng(0)
+    plans = [
+        Plan(tuple(np.flatnonzero(rng.random(6) < 0.5)), tuple(np.flatnonzero(rng.random(6) < 0.5))) for _ in "abcd"
+    ]
+    stored, states = StoredStates(), []
+    for _ in range(200):
+        plan, layer = plans[rng.integers(4)], int(rng.integers(6))
+        valid = next((i for i, state in enumerate(states) if state != below(plan, i)), len(states))
+        upkeep = stored.require(plan, layer)
+        assert upkeep.kept == valid
+        states = states[: upkeep.kept] or [[]]
+        for first in upkeep.layers:
+            assert first == len(states) - 1
+            states.append([*states[first], below(plan, 6)[first]])
+        assert len(states) == stored.held > layer
+        assert states[layer] == below(plan, layer)
+
+
+def test_the_first_layer_to_run() -> None:
+    assert first_layer(Plan((4,)), Plan((4,), (2,)), 6) == 2
+    assert first_layer(Plan((4,)), Plan((4,)), 6) == 5
+
+
+def test_parts_fit_into_the_budget() -> None:
+    assert memory_parts([3, 4, 5], 12) == [range(3)]
+    assert memory_parts([3, 4, 5, 1], 11) == [range(2), range(2, 4)]
+    assert memory_parts([3, 4], 0) == [range(1), range(1, 2)]

@@ -12,8 +12,9 @@ from PIL import Image
 from rlens_jax.checkpoints.leaves import place
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.evaluator import Outcomes
-from rlens_jax.engine.inputs import FILLER, Shapes, Split, build_split
+from rlens_jax.engine.inputs import FILLER, Split, build_split
 from rlens_jax.engine.programs import Programs
+from rlens_jax.engine.sizes import Shapes
 from rlens_jax.families.qwen2_vl.model import Qwen2VL, Qwen2VLConfig, VisionConfig, patch_places, rope_positions
 from rlens_jax.models.prompt import PreparedImage, Prompt
 from rlens_jax.plan import Plan, Reduction
@@ -118,7 +119,7 @@ def toy_samples() -> list[Sample]:
 
 def answered(samples: list[Sample], programs: Programs, shapes: Shapes = SHAPES) -> list[Sample]:
     """The samples with what the dense model generates as their answer, without the stop token."""
-    split = build_split(samples, ToyPreparer(), programs, shapes, False, lambda: None)
+    split = build_split(samples, ToyPreparer(), programs, shapes, False)
     texts: dict[str, str] = {}
     for batch in split.batches:
         plans = [Plan()] * programs.groups
@@ -137,7 +138,7 @@ def words(tokens: list[int]) -> str:
 
 def toy_split(programs: Programs, with_answers: bool = True) -> Split:
     samples = answered(toy_samples(), programs)
-    return build_split(samples, ToyPreparer(), programs, SHAPES, with_answers, lambda: None)
+    return build_split(samples, ToyPreparer(), programs, SHAPES, with_answers)
 
 
 def score(outcomes: Outcomes) -> PlanScore:

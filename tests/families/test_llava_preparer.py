@@ -17,8 +17,9 @@ from transformers import AutoTokenizer
 
 from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.data.samples import Sample
-from rlens_jax.engine.inputs import FILLER, Shapes, build_split
+from rlens_jax.engine.inputs import FILLER, build_split
 from rlens_jax.engine.programs import Programs
+from rlens_jax.engine.sizes import Shapes
 from rlens_jax.errors import UserError
 from rlens_jax.families.llava_onevision.model import Preparer, Size
 from rlens_jax.plan import Reduction
@@ -164,7 +165,7 @@ def test_visual_tokens_of_a_run(folder, theirs, loaded, preparer):
     programs = Programs(loaded[1], mesh, Reduction(), seed=0, new_tokens=1, stop_token=191)
     shapes = Shapes(text_slots=(32,), visual_slots=(64, 128), batch_size=2, context=512)
     samples = list(SAMPLES.values())
-    split = build_split(samples, preparer, programs, shapes, True, lambda: None)
+    split = build_split(samples, preparer, programs, shapes, True)
     seen = set()
     for batch in split.batches:
         for row, place in enumerate(batch.inputs.layout.sample.tolist()):

@@ -17,8 +17,9 @@ from PIL import Image
 from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.checkpoints.leaves import place
 from rlens_jax.data.samples import Sample
-from rlens_jax.engine.inputs import Shapes, build_split
+from rlens_jax.engine.inputs import build_split
 from rlens_jax.engine.programs import Programs
+from rlens_jax.engine.sizes import Shapes
 from rlens_jax.errors import UserError
 from rlens_jax.families.minicpm_v import model as minicpm_v
 from rlens_jax.families.minicpm_v.model import MiniCPMV, MiniCPMVConfig, Preparer, Slicing
@@ -350,7 +351,7 @@ def test_greedy_tokens(pair, plan, tmp_path):
     mesh = make_mesh(jax.devices()[:1], 1)
     programs = Programs(place(pair.ours, mesh), mesh, SMALL, seed=0, new_tokens=new_tokens, stop_token=-1)
     shapes = Shapes((128, 256), (48,), 2, 1024)
-    split = build_split([sample, other], pair.preparer, programs, shapes, False, lambda: None)
+    split = build_split([sample, other], pair.preparer, programs, shapes, False)
     grids = [pair.preparer.slicing.grid(size) for size in sizes]
     for row, (asked, used) in enumerate([(sample, slice(0, 2)), (other, slice(1, 2))]):
         (batch,) = [b for b in split.batches if row in b.inputs.layout.sample.tolist()]

@@ -9,9 +9,10 @@ import jax
 
 from rlens_jax.checkpoints.leaves import place
 from rlens_jax.config import ReportConfig, RunConfig, SearchConfig
-from rlens_jax.engine.inputs import Shapes, Split, build_split
+from rlens_jax.engine.inputs import Split, build_split
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import Scoring, TeacherForcing
+from rlens_jax.engine.sizes import Shapes
 from rlens_jax.paper_studies.studies_run import make_scoring
 from rlens_jax.paper_studies.study import Variant
 from rlens_jax.paper_studies.study_bench import Bench
@@ -50,7 +51,7 @@ class ToyRun:
         # An answer as long as the limit has no end that teacher forcing could confirm.
         right = [sample for sample in known if len(sample.answers[0].split()) < programs.new_tokens]
         right = [replace(sample, dataset=f"half {i % 2}") for i, sample in enumerate(right)]
-        split = build_split(right, ToyPreparer(), programs, ONE_BUCKET, True, lambda: None)
+        split = build_split(right, ToyPreparer(), programs, ONE_BUCKET, True)
         self.splits: dict[str, Split] = {"validation": split, "test": split}
         self._scorings: dict[Variant, Scoring] = {}
 
@@ -63,7 +64,7 @@ class ToyRun:
         """What is behind the scoring of a variant without pruning."""
         scoring = self.scoring(variant)
         assert isinstance(scoring, TeacherForcing)
-        return scoring._programs
+        return scoring.programs
 
     @contextmanager
     def bench(self, folder: Path, scoring_of: Callable[[Variant], Scoring] | None = None) -> Iterator[Bench]:

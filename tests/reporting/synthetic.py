@@ -11,7 +11,8 @@ from rlens_jax.plan import OPERATORS, Plan, Reduction
 from rlens_jax.search.curves import held_out_plans, operator_result, plan_saving
 from rlens_jax.search.objective import dataset_metric, score_plan
 from rlens_jax.search.results import PrefillTime, Results, Timing
-from rlens_jax.search.search import one_at_a_time, rank_layers
+from rlens_jax.search.search import rank_layers
+from tests.toy_search import one_at_a_time
 
 DATASETS = {"pages_read": 0.95, "pages_compare": 0.85, "pages_yesno": 0.92}
 SIZES = LayerSizes(width=128, kv_width=64, ffn_width=512)

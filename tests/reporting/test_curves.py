@@ -4,8 +4,9 @@ import pytest
 from rlens_jax.plan import Plan
 from rlens_jax.search.curves import held_out_plans, operator_result, random_points
 from rlens_jax.search.objective import PlanScore
-from rlens_jax.search.search import one_at_a_time, rank_layers
+from rlens_jax.search.search import rank_layers
 from tests.reporting.synthetic import synthetic_results, with_margin
+from tests.toy_search import one_at_a_time
 
 WORTH = [3, 0, 2, 1, 4, 5]
 """Right samples of 20 that reducing a layer costs."""

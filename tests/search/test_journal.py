@@ -198,8 +198,10 @@ def test_another_configuration_is_refused_field_by_field(tmp_path):
 
 
 def test_the_order_of_fields_and_the_kind_of_sequence_do_not_matter(tmp_path):
-    Journal.open(tmp_path, {"a": (1, 2), "b": {"c": None, "d": {}}}).close()
-    Journal.open(tmp_path, {"b": {"d": {}, "c": None}, "a": [1, 2]}).close()
+    with Journal.open(tmp_path, {"a": (1, 2), "b": {"c": None, "d": {}}}):
+        pass
+    with Journal.open(tmp_path, {"b": {"d": {}, "c": None}, "a": [1, 2]}):
+        pass
     for other in ({"a": [1, 2], "b": {"c": None}}, {"a": [2, 1], "b": {"c": None, "d": {}}}):
         with pytest.raises(UserError, match="another configuration"):
             Journal.open(tmp_path, other)
@@ -238,13 +240,15 @@ def test_a_folder_in_use_is_refused_and_free_after_a_kill(tmp_path):
             assert "\n" not in str(raised.value)
         finally:
             writer.kill()
-    Journal.open(tmp_path, {"seed": 0}).close()
+    with Journal.open(tmp_path, {"seed": 0}):
+        pass
 
 
 def test_one_process_cannot_open_a_folder_twice(tmp_path):
     with Journal.open(tmp_path, CONFIG), pytest.raises(UserError, match="another run"):
         Journal.open(tmp_path, CONFIG)
-    Journal.open(tmp_path, CONFIG).close()
+    with Journal.open(tmp_path, CONFIG):
+        pass
 
 
 def test_what_was_appended_survives_a_kill(tmp_path):
@@ -329,9 +333,9 @@ def test_the_other_processes_follow_the_first_ones_journal(tmp_path):
     write(tmp_path, RECORDS[:2])
     with Journal.open(tmp_path, CONFIG) as journal, Journal.follow(tmp_path, CONFIG) as follower:
         assert follower.records() == tuple(RECORDS[:2])
-        before = journal.path.read_bytes()
+        before = (tmp_path / JOURNAL_NAME).read_bytes()
         follower.append(RECORDS[2])
-        assert journal.path.read_bytes() == before
+        assert (tmp_path / JOURNAL_NAME).read_bytes() == before
         journal.append(RECORDS[2])
         assert follower.records() == journal.records()
         with pytest.raises(ValueError, match="evaluated twice"):

@@ -8,7 +8,6 @@ from rlens_jax.search.objective import (
     dataset_metric,
     phi,
     plan_loss,
-    plan_score,
     relative_changes,
     score_plan,
 )
@@ -43,17 +42,17 @@ def test_phi_doubles_a_drop():
 
 def test_score_has_the_penalty_and_loss_has_not():
     metrics = {"chart": 0.6, "doc": 55.0}
-    assert plan_score(metrics, DENSE) == pytest.approx(0.1 - 2 * 0.25)
-    assert plan_score(metrics, DENSE, alpha=1.0) == pytest.approx(0.1 - 0.25)
+    assert score_plan(metrics, DENSE).score == pytest.approx(0.1 - 2 * 0.25)
+    assert score_plan(metrics, DENSE, alpha=1.0).score == pytest.approx(0.1 - 0.25)
     assert plan_loss(metrics, DENSE) == pytest.approx((0.25 - 0.1) / 2)
-    assert plan_score(metrics, DENSE, relative=False) == pytest.approx(5.0 - 2 * 0.2)
+    assert score_plan(metrics, DENSE, relative=False).score == pytest.approx(5.0 - 2 * 0.2)
     assert plan_loss(metrics, DENSE, relative=False) == pytest.approx((0.2 - 5.0) / 2)
 
 
 def test_score_plan_collects_them():
     metrics = {"chart": 0.6, "doc": 55.0}
     scored = score_plan(metrics, DENSE, alpha=3.0, relative=False)
-    assert scored.score == plan_score(metrics, DENSE, alpha=3.0, relative=False)
+    assert scored.score == pytest.approx(5.0 - 3 * 0.2)
     assert scored.loss == plan_loss(metrics, DENSE, relative=False)
     assert scored.metrics == metrics
 
@@ -66,13 +65,13 @@ def test_the_dense_model_scores_zero():
 
 def test_a_dataset_the_dense_model_fails_is_refused():
     with pytest.raises(UserError, match="dataset doc: the dense model scores 0"):
-        plan_score({"chart": 1.0, "doc": 1.0}, {"chart": 0.5, "doc": 0.0})
-    assert plan_score({"doc": 1.0}, {"doc": 0.0}, relative=False) == 1.0
+        score_plan({"chart": 1.0, "doc": 1.0}, {"chart": 0.5, "doc": 0.0})
+    assert score_plan({"doc": 1.0}, {"doc": 0.0}, relative=False).score == 1.0
 
 
 def test_other_datasets_than_the_dense_model_is_a_mistake():
     with pytest.raises(ValueError, match="chart"):
-        plan_score({"chart": 0.8}, DENSE)
+        score_plan({"chart": 0.8}, DENSE)
 
 
 def test_comparisons_see_twelve_digits():

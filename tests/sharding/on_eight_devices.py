@@ -9,7 +9,8 @@ import pytest
 
 from rlens_jax.engine.evaluator import Evaluator
 from rlens_jax.engine.inputs import FILLER, Split
-from rlens_jax.engine.programs import ROWS, Programs
+from rlens_jax.engine.model_programs import ROWS
+from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import Generating, TeacherForcing
 from rlens_jax.models import vocabulary
 from rlens_jax.models.prompt import IGNORE
@@ -64,9 +65,7 @@ def ranking(
             TeacherForcing(programs),
             {"validation": split},
             journal,
-            num_layers=LAYERS,
             state_bytes=1e9,
-            advance=lambda _: None,
         )
 
         found = rank_layers(
@@ -125,7 +124,7 @@ def pruned_log_probabilities(programs: Programs, split: Split, pruning: Pruning)
         values = vocabulary.log_probability(model.decoder.logits(answers), targets)
         return jnp.where(counts, values, 0.0).sum(axis=1)
 
-    program = programs._split("pruned", run, (ROWS, ROWS), ROWS)
+    program = programs.program("pruned", run, (ROWS, ROWS), ROWS)
     found = np.full(len(split.samples), np.nan)
     for batch in split.batches:
         numbers = np.asarray(batch.inputs.layout.sample)
@@ -147,9 +146,7 @@ def test_pruning(one: Programs, pruning: Pruning) -> None:
 
 def test_the_vocabulary_is_padded_and_cut(many: Programs) -> None:
     shards = many.mesh.shape["model"]
-    tables = [
-        leaf for (path, _), leaf in zip(many._variables, many._leaves, strict=True) if path[-1] in ("embedding", "head")
-    ]
+    tables = [leaf for name, leaf in zip(many.names, many.leaves, strict=True) if name.endswith(("embedding", "head"))]
     assert len(tables) == 2
     for table in tables:
         assert table.shape[0] == -(-13 // shards) * shards

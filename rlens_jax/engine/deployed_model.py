@@ -16,8 +16,9 @@ import numpy as np
 
 from rlens_jax.checkpoints.checkpoint import find_model, load_model, read_model_kind
 from rlens_jax.data.samples import IMAGE_MARK, Sample
-from rlens_jax.deployment.deployed_programs import DeployedPrograms
-from rlens_jax.engine.inputs import FILLER, Batch, Shapes, Split, build_split
+from rlens_jax.engine.deployed_programs import DeployedPrograms
+from rlens_jax.engine.inputs import FILLER, Batch, Split, build_split
+from rlens_jax.engine.sizes import Shapes, slot_sizes
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import FAMILIES
 from rlens_jax.plan_file import PlanFile
@@ -119,7 +120,7 @@ class DeployedModel:
         rows = min(self.batch_size, 1 << (len(samples) - 1).bit_length())
         context = self.programs.config.context
         shapes = Shapes(slot_sizes(_LEAST_TEXT, context), slot_sizes(_LEAST_VISUAL, context), rows, context)
-        split = build_split(samples, self.preparer, self.programs, shapes, False, lambda: None)
+        split = build_split(samples, self.preparer, self.programs, shapes, False)
         for sample, length in zip(samples, (split.num_text + split.num_visual).tolist(), strict=True):
             if length + max_new_tokens > context:
                 raise UserError(
@@ -179,15 +180,6 @@ def load(
     preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, patches)
     programs = DeployedPrograms(module, mesh, seed=seed, stop_token=preparer.chat.stop_token, chunk=chunk)
     return DeployedModel(programs, preparer, batch_size)
-
-
-def slot_sizes(least: int, most: int) -> tuple[int, ...]:
-    """Bucket sizes 2^k and 3/2 2^k from `least` on, the last one `most`: each wastes a third of its slots at most."""
-    sizes = [least]
-    while sizes[-1] < most:
-        power = 1 << (sizes[-1].bit_length() - 1)
-        sizes.append(power * 3 // 2 if sizes[-1] == power else power * 2)
-    return (*sizes[:-1], most)
 
 
 def _sample(name: str, images: Sequence[Image], prompt: str) -> Sample:

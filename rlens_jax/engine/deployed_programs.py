@@ -3,7 +3,6 @@
 Axis letters: B batch (rows of all work groups), P visual slots, Y new tokens, D width; KVCache as in `models.decoder`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, no_type_check
 
@@ -11,7 +10,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from rlens_jax.engine.programs import ROWS, ModelPrograms
+from rlens_jax.engine.model_programs import ROWS, ModelPrograms, Program
 from rlens_jax.models.decoder import KVCache
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import PromptBatch
@@ -80,8 +79,8 @@ class DeployedPrograms(ModelPrograms):
         self._seed = seed
         self._stop_token = stop_token
         self._chunk = chunk
-        self._prefills: dict[tuple[Plan, Reduction, Pruning | None, int], Callable[..., Prefilled]] = {}
-        self._decoders: dict[tuple[int, int, int], Callable[..., Array]] = {}
+        self._prefills: dict[tuple[Plan, Reduction, Pruning | None, int], Program] = {}
+        self._decoders: dict[tuple[int, int, int], Program] = {}
 
     def prefill(
         self,
@@ -110,7 +109,7 @@ class DeployedPrograms(ModelPrograms):
                 )
                 return Prefilled(*made)
 
-            self._prefills[key] = self._split(
+            self._prefills[key] = self.program(
                 "prefill", run, (ROWS, ROWS), _lying(2 if isinstance(pruning, FastV | VTW) else 1)
             )
         return self._prefills[key](visual, batch)
@@ -135,7 +134,7 @@ class DeployedPrograms(ModelPrograms):
             def run(model: Any, prefilled: Prefilled, batch: PromptBatch) -> Array:
                 return decode(model.decoder, prefilled.first, prefilled.caches, batch, new_tokens, stop_token)
 
-            self._decoders[key] = self._split("decode", run, (_lying(parts), ROWS), ROWS)
+            self._decoders[key] = self.program("decode", run, (_lying(parts), ROWS), ROWS)
         return self._decoders[key](prefilled, batch)
 
     def _chunk_of(self, model: Any, batch: PromptBatch) -> int | None:

@@ -1,1 +1,0 @@
-"""A model under a static plan."""

@@ -1,0 +1,122 @@
+"""A model on a mesh as compiled programs.
+
+Every program runs on a mesh. The rows of a batch are split into one block per work group. One CPU is a mesh of one group. The
+vision tower is partitioned by XLA; the decoder runs inside one `shard_map` (`rlens_jax.sharding.model_axis`).
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from rlens_jax.checkpoints.leaves import axes_of
+from rlens_jax.ops.attention import Kernel
+from rlens_jax.sharding.mesh import ParameterLayout, groups_of, put_rows, split_over
+from rlens_jax.sharding.model_axis import MODEL, WORK
+
+ROWS, EVERYWHERE = PartitionSpec(WORK), PartitionSpec()
+
+
+class Program:
+    """A jitted function of a model's parameters and other arrays, bound to the parameters."""
+
+    def __init__(self, name: str, jitted: Any, leaves: list[Array]):
+        self.name = name
+        self._jitted = jitted
+        self._leaves = leaves
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._jitted(self._leaves, *arguments)
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """The program, traced for abstract arguments (shape, dtype, sharding); nothing runs."""
+        return self._jitted.lower(self._leaves, *arguments)
+
+
+class ModelPrograms:
+    """A model on a mesh, its vision tower as a program, and `program` to make others.
+
+    The parameters are flattened once and passed as plain arrays.
+
+    Args:
+        model: a family's module with `vision` and `decoder`, laid out on `mesh` (or abstract, to be lowered only).
+        mesh: the devices.
+    """
+
+    def __init__(self, model: Any, mesh: Mesh):
+        self._graph, state = nnx.split(model)
+        self._variables = nnx.to_flat_state(state)
+        self.names = [".".join(map(str, path)) for path, _ in self._variables]
+        self.leaves = [variable.get_value() for _, variable in self._variables]
+        layout = ParameterLayout(mesh, axes_of(model))
+        self._specs = [layout.spec(name, leaf.shape) for name, leaf in zip(self.names, self.leaves, strict=True)]
+        self.config = model.decoder.config
+        self.dtype = model.decoder.embedding.get_value().dtype
+        self.mesh = mesh
+        self.kernel: Kernel = "splash" if mesh.devices.flat[0].platform == "tpu" else "packed"
+        """The attention kernel of a prefill."""
+        self.traces: Counter[str] = Counter()
+        """How often each program was traced: once per bucket."""
+        # A tower may go image by image, so each group takes its own images. XLA cuts the tower along `model`.
+        self.encode_program = self.program("encode", _encode, (ROWS,), ROWS, cut=False)
+
+    @property
+    def groups(self) -> int:
+        """Work groups, W."""
+        return self.mesh.shape[WORK]
+
+    @property
+    def own_groups(self) -> list[int]:
+        """The work groups of this process."""
+        return groups_of(self.mesh, jax.process_index())
+
+    def encode(self, *arrays: np.ndarray) -> Float[Array, "I Z D"]:
+        """Visual tokens of a batch of prepared images of one bucket; each process gives the images of its groups."""
+        return self.encode_program(put_rows(arrays, self.mesh))
+
+    def put(self, rows: Float[np.ndarray, "rows P D"]) -> Float[Array, "B P D"]:
+        """Rows of this process's groups, on their devices."""
+        return put_rows(rows, self.mesh)
+
+    def program(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        in_specs: tuple[Any, ...],
+        out_specs: Any,
+        *,
+        cut: bool = True,
+    ) -> Program:
+        """Compile `function(model, *arguments)` for the rows of each group.
+
+        Args:
+            name: counts its traces.
+            function: gets the model and the rows of one group.
+            in_specs: how the arguments after the model lie on the mesh.
+            out_specs: how the results lie on it.
+            cut: the function gets shards of the model; else the whole model, which XLA cuts.
+        """
+
+        def counted(leaves: list[Array], *arguments: Any) -> Any:
+            self.traces[name] += 1
+            return function(self._model(leaves), *arguments)
+
+        model_specs = self._specs if cut else EVERYWHERE
+        axes = (WORK, MODEL) if cut else (WORK,)
+        jitted = jax.jit(split_over(counted, self.mesh, axes, (model_specs, *in_specs), out_specs))
+        return Program(name, jitted, self.leaves)
+
+    def _model(self, leaves: list[Array]) -> Any:
+        filled = [
+            (path, variable.replace(leaf)) for (path, variable), leaf in zip(self._variables, leaves, strict=True)
+        ]
+        return nnx.merge(self._graph, nnx.from_flat_state(filled))
+
+
+def _encode(model: Any, arrays: tuple[Array, ...]) -> Array:
+    return model.vision(*arrays)

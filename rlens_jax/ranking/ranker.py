@@ -1,0 +1,150 @@
+"""Ranks layers on the validation samples, and compares the rankings on held-out samples."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rlens_jax.config import ReportConfig, SearchConfig
+from rlens_jax.console import Progress
+from rlens_jax.engine.evaluator import Advance, Evaluator, round_scorer, unseen
+from rlens_jax.engine.inputs import Split
+from rlens_jax.flops import LayerSizes, saving
+from rlens_jax.models.decoder import DecoderConfig
+from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
+from rlens_jax.search.curves import FlopsSaved, held_out_plans, operator_result, plan_saving
+from rlens_jax.search.objective import dataset_metrics
+from rlens_jax.search.results import OperatorResult, Saving
+from rlens_jax.search.search import Ranking, num_evaluations, rank_layers
+
+VALIDATION, TEST = "validation", "test"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The rankings against other orders on the held-out samples.
+
+    Attributes:
+        operators: the result of each ranked operator.
+        combined: the saving of both operators' plans together, None if only one was ranked.
+    """
+
+    operators: Mapping[Operator, OperatorResult]
+    combined: Saving | None
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """The plan that the report recommends for each operator, and for "both" of them."""
+        plans: dict[str, Plan] = {operator: result.saving.plan for operator, result in self.operators.items()}
+        return plans if self.combined is None else plans | {"both": self.combined.plan}
+
+    @property
+    def recommended(self) -> Plan:
+        """The plan for both operators, or for the first one if only one was ranked."""
+        return self.combined.plan if self.combined else next(iter(self.plans.values()))
+
+
+class Ranker:
+    """The searches and comparisons of a run.
+
+    Args:
+        evaluator: evaluates plans on both splits.
+        num_layers: decoder layers, L.
+        search: the Layer Ranking Algorithm.
+        report: what the rankings are compared with.
+        seed: draws random rankings and bootstrap samples.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        num_layers: int,
+        search: SearchConfig,
+        report: ReportConfig,
+        seed: int,
+    ):
+        self.num_layers = num_layers
+        self._evaluator = evaluator
+        self._num_datasets = {name: len(split.datasets) for name, split in evaluator.splits.items()}
+        self._search = search
+        self._report = report
+        self._seed = seed
+        self._relative = search.change == "relative"
+
+    def metrics(self, split: str, plan: Plan, advance: Advance = unseen) -> dict[str, float]:
+        """Each dataset's metric under a plan."""
+        (outcomes,) = self._evaluator.outcomes(split, Plan(), [plan], advance)
+        return dataset_metrics(outcomes)
+
+    def rank(self, operator: Operator, position_layers: int | None) -> Ranking:
+        """Rank the layers of one operator; arguments as of `rank_layers`."""
+        length = self.num_layers
+        prior = length // 4 if position_layers is None else position_layers
+        evaluations = num_evaluations(length, prior) + 1  # the dense plan counts twice
+        label = f"ranking {operator}" if position_layers != 0 else f"ranking {operator}, L_p = 0"
+        with Progress(label, evaluations * self._num_datasets[VALIDATION], "evaluations") as progress:
+            score_round = round_scorer(
+                self._evaluator,
+                VALIDATION,
+                self.metrics(VALIDATION, Plan(), progress.advance),
+                progress.advance,
+                alpha=self._search.penalty,
+                relative=self._relative,
+            )
+            return rank_layers(length, position_layers, operator, score_round, self._search.base())
+
+    def compare(
+        self,
+        rankings: Mapping[Operator, Ranking],
+        complete: Mapping[Operator, Ranking],
+        flops_saved: FlopsSaved,
+    ) -> Comparison:
+        """Compare rankings with other orders on the held-out samples.
+
+        Args:
+            rankings: the ranking of each operator.
+            complete: rankings without position prior, where they are wanted.
+            flops_saved: the share of the FLOPs that a plan saves.
+        """
+        report = self._report
+        plans = {
+            operator: held_out_plans(ranking, report.random_rankings, self._seed, complete.get(operator))
+            for operator, ranking in rankings.items()
+        }
+        both = len(rankings) == len(OPERATORS)
+        total = (1 + sum(map(len, plans.values())) + both) * self._num_datasets[TEST]
+        results: dict[Operator, OperatorResult] = {}
+        combined = None
+        with Progress("held-out curves", total, "evaluations") as progress:
+            dense = self.metrics(TEST, Plan(), progress.advance)
+            for operator, ranking in rankings.items():
+                outcomes = self._evaluator.outcomes(TEST, Plan(), plans[operator], progress.advance)
+                results[operator] = operator_result(
+                    ranking,
+                    dict(zip(plans[operator], outcomes, strict=True)),
+                    dense,
+                    flops_saved,
+                    num_random=report.random_rankings,
+                    seed=self._seed,
+                    search_all=complete.get(operator),
+                    bootstrap_samples=report.bootstrap_samples,
+                    relative=self._relative,
+                )
+            if both:
+                plan = Plan(results["attention"].saving.plan.attention, results["ffn"].saving.plan.ffn)
+                metrics = self.metrics(TEST, plan, progress.advance)
+                combined = plan_saving(plan, metrics, dense, flops_saved, relative=self._relative)
+        return Comparison(results, combined)
+
+
+def mean_flops_saved(decoder: DecoderConfig, reduction: Reduction, split: Split) -> FlopsSaved:
+    """The share of the dense prefill's FLOPs that a plan saves, mean over all samples; padding does not count."""
+    sizes = LayerSizes(decoder.width, decoder.num_kv_heads * decoder.head_dim, decoder.ffn_width)
+    samples = list(zip(split.num_text.tolist(), split.num_visual.tolist(), strict=True))
+
+    def flops_saved(plan: Plan, with_probes: bool) -> float:
+        shares = [
+            saving(sizes, text, [visual] * decoder.num_layers, plan, reduction, with_probes=with_probes)
+            for text, visual in samples
+        ]
+        return sum(shares) / len(shares)
+
+    return flops_saved
