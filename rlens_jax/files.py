@@ -1,9 +1,13 @@
-"""Text and JSON files: read with errors that name the file, written whole or not at all."""
+"""Text and JSON files, read with errors that name the file; files and folders, written whole or not at all."""
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +18,8 @@ from jsonschema.exceptions import best_match
 from rlens_jax.errors import UserError
 
 _LONGEST_MESSAGE = 160
+_UNFINISHED = ".partial"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def json_text(value: Mapping[str, Any]) -> str:
@@ -116,3 +122,82 @@ def json_leaves(value: Any, name: str = "") -> dict[str, str]:
             leaves |= json_leaves(child, f"{name}.{key}" if name else key)
         return leaves
     return {name: json.dumps(value)}
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a hidden sibling to write into, which is renamed to `folder` at the end.
+
+    The sibling of a killed process stays until the next call for the same folder removes it. A sibling is locked while its
+    process lives, on whatever host.
+
+    Raises:
+        UserError: `folder` exists or cannot be created, or the disk is full.
+    """
+    folder = folder.absolute()
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; name a new folder or remove it")
+    partial = folder.parent / f".{folder.name}.{os.getpid()}{_UNFINISHED}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder)
+        partial.mkdir()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be created ({error.strerror})") from None
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield partial
+        _sync_files(partial)
+        if folder.exists():
+            raise UserError(f"{folder}: another process created it meanwhile; name a new folder or remove it")
+        partial.rename(folder)
+        _sync_names(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if _is_disk_full(error):
+            raise UserError(f"{folder}: the disk is full; nothing was kept, free some space first") from None
+        raise
+    finally:
+        os.close(lock)
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether `new_folder` is writing this folder, or was when its process was killed."""
+    return folder.name.startswith(".") and folder.name.endswith(_UNFINISHED)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes left of earlier attempts at `folder`."""
+    for partial in folder.parent.glob(f".{folder.name}.*{_UNFINISHED}"):
+        lock = os.open(partial, os.O_RDONLY)
+        try:
+            with suppress(BlockingIOError):  # locked: its process is alive
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(partial)
+        finally:
+            os.close(lock)
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Whether this is Python's error for a full disk or TensorStore's, which has the error code in its text only."""
+    if isinstance(error, OSError):
+        return error.errno in _DISK_FULL
+    return isinstance(error, ValueError) and any(f"os_error_code='{code}'" in str(error) for code in _DISK_FULL)
+
+
+def _sync_files(folder: Path) -> None:
+    """Flush all files of `folder` to disk, so that a power cut leaves no finished name on empty files."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_names(folder)
+
+
+def _sync_names(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

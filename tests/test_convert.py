@@ -23,8 +23,8 @@ from safetensors.numpy import load_file, save_file
 
 from rlens_jax.checkpoints import conversion, leaves, orbax_store
 from rlens_jax.checkpoints.checkpoint import find_model, load_model
-from rlens_jax.checkpoints.export import save_hf
 from rlens_jax.checkpoints.leaves import arrays_of
+from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.commands.convert import main
 from rlens_jax.console import run_command
 from rlens_jax.errors import UserError
@@ -208,7 +208,7 @@ def test_straight_into_a_mesh(good: Path, tmp_path: Path) -> None:
 def test_a_converted_folder_is_refused_as_source(good: Path, tmp_path: Path, capsys) -> None:
     assert convert(good, tmp_path / "converted") == 0
     assert "is converted already; --to-hf" in refusal(capsys, tmp_path / "converted", tmp_path / "again")
-    assert "is no converted folder" in refusal(capsys, good, tmp_path / "again", "--to-hf")
+    assert "is not a converted folder" in refusal(capsys, good, tmp_path / "again", "--to-hf")
     (tmp_path / "converted" / "conversion.json").unlink()
     message = refusal(capsys, tmp_path / "converted", tmp_path / "again", "--to-hf")
     assert "conversion.json: no such file" in message
@@ -305,7 +305,7 @@ BAD = {
     "neither folder nor hub name": (["nowhere", "x"], "nowhere: no such folder"),
     "not in the offline cache": (
         ["nobody/nothing", "x"],
-        "nobody/nothing: no such folder, and not to be had from the hub",
+        "nobody/nothing: no such folder, and the hub cannot provide it",
     ),
     "no target": (["embedded"], "DST"),
     "unknown dtype": (["embedded", "x", "--dtype=float8"], "float8"),
@@ -349,7 +349,7 @@ def test_killed_at_random_moments_and_rerun(source: Path, tmp_path: Path) -> Non
             break
         kills += 1
         (left,) = partial_folders(tmp_path)  # that of the kill before is gone
-        with pytest.raises(UserError, match="killed conversion left"):
+        with pytest.raises(UserError, match="a killed conversion left this folder"):
             find_model(left)
         if not (left / "conversion.json").exists():
             renamed = Path(shutil.copytree(left, tmp_path / "renamed"))

@@ -1,1 +1,1 @@
-"""Published checkpoints: reading, conversion, storage and placement on devices."""
+"""Model folders: find, load, save and convert them."""

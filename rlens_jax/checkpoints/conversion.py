@@ -1,21 +1,20 @@
-"""Published safetensors to our Orbax folder and back, tensor by tensor and bit for bit.
+"""Convert published safetensors to our Orbax store and back, tensor by tensor and bit for bit.
 
-A converted folder holds `orbax` (see orbax_store), the source's small files (config.json, tokenizer, processor, licence),
-`carried.safetensors` when the source has tensors that the model does not use, and `conversion.json`:
+A converted folder has `orbax` (see orbax_store), the small files of the source (config.json, tokenizer, processor, licence),
+`carried.safetensors` if the source has tensors that the model does not use, and `conversion.json`:
 
     format      "rlens-conversion/1"
-    source      name as given, without the folders above it; revision of the hub or null
+    source      name as typed, without parent folders; revision on the hub or null
     model_type  as in config.json
-    dtype       null, or the dtype that all used tensors were rounded to
-    versions    of the packages that took part
-    files       of the source: name, bytes, sha256
-    tensors     of the source, in its order and spelling: name, file, shape, dtype (as stored here)
+    dtype       null, or the dtype to which all used tensors were rounded
+    versions    versions of Python and of the recorded packages
+    files       files of the source: name, bytes, sha256
+    tensors     tensors of the source, in its order and spelling: name, file, shape, dtype (as stored here), num_bytes
     carried     tensors that the model does not use: name, reason
 """
 
-import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,17 +28,27 @@ from typing import Any
 import numpy as np
 
 from rlens_jax.checkpoints import orbax_store
-from rlens_jax.checkpoints.atomic import new_folder
-from rlens_jax.checkpoints.checkpoint import CONFIG, read_model_kind
-from rlens_jax.checkpoints.export import with_dtype
+from rlens_jax.checkpoints.checkpoint import read_model_kind
 from rlens_jax.checkpoints.leaves import leaf_name, shapes_of, together
-from rlens_jax.checkpoints.published import INDEX, PICKLED, Published, all_finite, opened, weight_files
+from rlens_jax.checkpoints.published import (
+    CONFIG,
+    INDEX,
+    PICKLED,
+    Published,
+    all_finite,
+    hf_json,
+    index_json,
+    opened,
+    weight_files,
+    with_dtype,
+)
 from rlens_jax.checkpoints.safetensors_file import DTYPES, Entry, Writer, dtype_name, entry_of, read_bytes
 from rlens_jax.errors import UserError
 from rlens_jax.families.hf_config import read_json
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.families.table import Problems, Table, Tensor
 from rlens_jax.families.tables import table_of
+from rlens_jax.files import json_text, new_folder
 from rlens_jax.versions import versions
 
 FORMAT = "rlens-conversion/1"
@@ -57,22 +66,22 @@ WEIGHTS = (
 READ_BYTES = 1 << 22
 
 Advance = Callable[[int], None]
-"""Called with the number of bytes that are done."""
+"""Called with the number of bytes that were converted since the last call."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion did."""
+    """Result of a conversion."""
 
     folder: Path
     num_tensors: int
     num_bytes: int
     carried: Mapping[str, str]
-    """Tensors that the model does not use, and why."""
+    """Reasons per tensor that the model does not use."""
 
 
 def source_bytes(source: Path) -> int:
-    """Size of a source's tensors: what a conversion's `advance` sums up to."""
+    """Total size of the weight files of a source."""
     files = orbax_store.files(source) if orbax_store.is_store(source) else weight_files(source)
     try:
         return sum(path.stat().st_size for path in files)
@@ -89,22 +98,22 @@ def to_orbax(
     name: str,
     revision: str | None = None,
 ) -> Converted:
-    """Writes `target`, a converted folder, whole or not at all; holds a layer or a tensor at a time.
+    """Convert published safetensors; `target` appears whole or not at all. One layer or tensor is in memory at a time.
 
     Args:
         source: a folder with published safetensors.
         target: must not exist yet.
-        dtype: rounds all tensors that the model uses; None leaves each as it is.
+        dtype: dtype to which all tensors that the model uses are rounded; None keeps each dtype.
         advance: progress.
-        name: of the source, for the record.
-        revision: of the source on the hub, for the record.
+        name: name of the source, for conversion.json.
+        revision: revision of the source on the hub, for conversion.json.
 
     Raises:
-        UserError: the source is not one complete checkpoint of finite numbers, or `target` cannot be written.
+        UserError: the source is not a complete checkpoint of finite numbers, or `target` cannot be written.
     """
     _check_folders(source, target)
     if orbax_store.is_store(source):
-        raise UserError(f"{source}: is converted already; --to-hf turns it back into safetensors")
+        raise UserError(f"{source}: is converted already; --to-hf converts it back to safetensors")
     kind, files, problems = read_model_kind(source), weight_files(source), Problems(str(source))
     table = table_of(kind)
     table.check_covers(shapes_of(kind.abstract(np.float32)))
@@ -127,69 +136,81 @@ def to_orbax(
             _write_carried(unfinished, published)
             _copy_small(small, unfinished, dtype)
             record["files"] = hashes()
-            _write_record(unfinished, record)
+            (unfinished / RECORD).write_text(json_text(record), encoding="utf-8")
     total = sum(tensor["num_bytes"] for tensor in record["tensors"])
     carried = {item["name"]: item["reason"] for item in record["carried"]}
     return Converted(target, len(record["tensors"]), total, carried)
 
 
 def to_safetensors(source: Path, target: Path, advance: Advance) -> Converted:
-    """Turns a converted folder back: the source's names, files, shapes, dtypes and bits.
+    """Convert a folder back, with the names, files, shapes, dtypes and bits of its source.
 
     Args:
-        source: a folder that `to_orbax` wrote.
+        source: a folder written by `to_orbax`.
         target: must not exist yet.
         advance: progress.
 
     Raises:
-        UserError: `source` is no converted folder or is damaged, or `target` cannot be written.
+        UserError: `source` is not a converted folder or is damaged, or `target` cannot be written.
     """
     _check_folders(source, target)
     if not orbax_store.is_store(source):
-        raise UserError(f"{source}: is no converted folder (it holds no {orbax_store.STORE!r})")
+        raise UserError(f"{source}: is not a converted folder (it has no {orbax_store.STORE!r})")
     kind, record = read_model_kind(source), _read_record(source)
-    table, reader = table_of(kind), orbax_store.Reader(source)
+    table = table_of(kind)
     carried = {item["name"]: item["reason"] for item in record["carried"]}
     listed = [
         (item["file"], Entry(item["name"], item["dtype"], tuple(item["shape"]), item["num_bytes"]))
         for item in record["tensors"]
     ]
+    spellings = _spellings(source, table, [(file, entry.name) for file, entry in listed if entry.name not in carried])
     total = sum(entry.num_bytes for _, entry in listed)
-    spelled: dict[str, list[tuple[str, str]]] = {}
-    for file, entry in listed:
-        if entry.name not in carried:
-            published = table.published_name(entry.name)
-            original = (table.copies or {}).get(published, published)
-            if original not in table.tensors:
-                raise UserError(f"{source / RECORD}: the tensor {entry.name} is not one of this model")
-            spelled.setdefault(original, []).append((file, entry.name))
     _check_space(target, total)
     with new_folder(target) as unfinished:
+        files = dict.fromkeys(file for file, _ in listed)
         with ExitStack() as stack:
-            files = dict.fromkeys(file for file, _ in listed)
             writers = {
                 file: stack.enter_context(Writer(unfinished / file, [e for name, e in listed if name == file]))
                 for file in files
             }
-            for group in _groups(table):
-                leaves = reader.read(leaf_name(place) for tensor in group for place in tensor.places)
-                for tensor in group:
-                    array = tensor.to_published([leaves[leaf_name(place)] for place in tensor.places])
-                    array = np.ascontiguousarray(array)
-                    for file, name in spelled[tensor.name]:
-                        writers[file].write(name, array)
-                    advance(array.nbytes)
+            _write_tensors(orbax_store.Reader(source), table, spellings, writers, advance)
             for file, entry in listed:
                 if entry.name in carried:
                     writers[file].write(entry.name, read_bytes(source / CARRIED, entry.name))
         if len(files) > 1:
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": {entry.name: file for file, entry in listed},
-            }
-            (unfinished / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            index = index_json(total, {entry.name: file for file, entry in listed})
+            (unfinished / INDEX).write_text(index, encoding="utf-8")
         _copy_small([path for path in _small_files(source) if path.name != RECORD], unfinished, None)
     return Converted(target, len(listed), total, carried)
+
+
+def _spellings(source: Path, table: Table, used: Sequence[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    """Files and names of each tensor in the source, copies included, by its name in the table."""
+    spellings: dict[str, list[tuple[str, str]]] = {}
+    for file, name in used:
+        published = table.published_name(name)
+        original = (table.copies or {}).get(published, published)
+        if original not in table.tensors:
+            raise UserError(f"{source / RECORD}: the tensor {name} is not one of this model")
+        spellings.setdefault(original, []).append((file, name))
+    return spellings
+
+
+def _write_tensors(
+    reader: orbax_store.Reader,
+    table: Table,
+    spellings: Mapping[str, Sequence[tuple[str, str]]],
+    writers: Mapping[str, Writer],
+    advance: Advance,
+) -> None:
+    for group in _groups(table):
+        leaves = reader.read(leaf_name(place) for tensor in group for place in tensor.places)
+        for tensor in group:
+            array = tensor.to_published([leaves[leaf_name(place)] for place in tensor.places])
+            array = np.ascontiguousarray(array)
+            for file, name in spellings[tensor.name]:
+                writers[file].write(name, array)
+            advance(array.nbytes)
 
 
 def _check_folders(source: Path, target: Path) -> None:
@@ -200,7 +221,7 @@ def _check_folders(source: Path, target: Path) -> None:
 
 
 def _check_space(target: Path, num_bytes: int) -> None:
-    """Refuses at once what the disk could not hold."""
+    """Raise UserError if the disk of `target` has too little free space."""
     existing = next(folder for folder in target.absolute().parents if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
@@ -208,7 +229,7 @@ def _check_space(target: Path, num_bytes: int) -> None:
 
 
 def _groups(table: Table) -> Iterator[list[Tensor]]:
-    """Tensors that are held together: those of one layer of a stack, one without layers, or several small such groups."""
+    """Tensors that are converted together: those of one layer, one that is in no layer, or several small groups of these."""
 
     def layer(tensor: Tensor) -> tuple[str, int]:
         place = tensor.places[0]
@@ -245,7 +266,7 @@ def _write_carried(folder: Path, published: Published) -> None:
 
 
 def _small_files(folder: Path) -> list[Path]:
-    """What is copied: all files at the top that hold no weights."""
+    """All files at the top of the folder that are not weights; these are copied."""
     return sorted(
         path
         for path in folder.iterdir()
@@ -256,8 +277,7 @@ def _small_files(folder: Path) -> list[Path]:
 def _copy_small(files: list[Path], folder: Path, dtype: np.dtype | None) -> None:
     for path in files:
         if path.name == CONFIG and dtype is not None:
-            fields = with_dtype(read_json(path), str(dtype))
-            (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            (folder / CONFIG).write_text(hf_json(with_dtype(read_json(path), str(dtype))), encoding="utf-8")
         else:
             shutil.copyfile(path, folder / path.name)
 
@@ -290,14 +310,10 @@ def _record(
     }
 
 
-def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
     if not path.exists():
-        raise UserError(f"{path}: no such file; only a folder that rlens_jax.convert wrote can be turned back")
+        raise UserError(f"{path}: no such file; only a folder written by rlens_jax.convert can be converted back")
     record = read_json(path)
     if record.get("format") != FORMAT:
         raise UserError(f"{path}: has the format {record.get('format')!r}, this version reads {FORMAT!r}")
@@ -306,7 +322,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _hashes(files: list[Path]) -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """Hashes files beside the work; the function waits for the results."""
+    """Hash files in a thread; the yielded function waits for the results."""
     stopped = Event()
 
     def digest(path: Path) -> dict[str, Any]:
@@ -326,5 +342,5 @@ def _hashes(files: list[Path]) -> Iterator[Callable[[], list[dict[str, Any]]]]:
 
 
 def dtype_of(name: str) -> np.dtype:
-    """The dtype that an option names."""
+    """The dtype of a name such as "bfloat16"."""
     return next(dtype for dtype in DTYPES.values() if str(dtype) == name)

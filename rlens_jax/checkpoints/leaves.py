@@ -1,4 +1,4 @@
-"""A model's parameters by dotted path: filled layer by layer when loading, read so when saving."""
+"""Parameters of a model by dotted path: filled layer by layer when a model is loaded, and read so when it is saved."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -18,16 +18,16 @@ from rlens_jax.sharding.model_axis import MODEL
 Item = TypeVar("Item")
 
 TOGETHER_BYTES = 1 << 28
-"""Small layers are read and written together up to this size: each call to Orbax costs as much as 100 MB."""
+"""Max bytes of small layers that are read or written together; a call to Orbax takes as long as 100 MB."""
 
 
 def shapes_of(model: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of all parameters, of a real or an abstract model."""
+    """Shapes of all parameters of a real or an abstract model."""
     return {path: tuple(leaf.shape) for path, leaf in arrays_of(model).items()}
 
 
 def arrays_of(model: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
-    """All parameters by dotted path; of an abstract model, their shapes and dtypes."""
+    """All parameters by dotted path; for an abstract model, their shapes and dtypes."""
     leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in leaves}
 
@@ -51,7 +51,7 @@ def layout_of(model: nnx.Module, mesh: Mesh) -> ParameterLayout:
 
 
 def place(model: nnx.Module, mesh: Mesh) -> nnx.Module:
-    """A model that was made in memory, its parameters laid out on a mesh as `load_model` does."""
+    """A model created in memory, with its parameters laid out on a mesh as `load_model` does."""
     filler = Filler(nnx.eval_shape(lambda: model), mesh)
     arrays = arrays_of(model)
     for target in unstacked(shapes_of(model)).values():
@@ -60,15 +60,15 @@ def place(model: nnx.Module, mesh: Mesh) -> nnx.Module:
 
 
 def read_place(arrays: Mapping[str, Any], place: Place) -> np.ndarray:
-    """A parameter, or one layer of a stacked one, on the host."""
+    """A parameter, or one layer of a stacked parameter, on the host."""
     leaf = arrays[place.path]
     return np.asarray(leaf if place.layer is None else leaf[place.layer])
 
 
 def leaf_name(place: Place) -> str:
-    """A place as one name: `decoder.layers.3.ffn_norm.scale`.
+    """The name of a place, such as `decoder.layers.3.ffn_norm.scale`.
 
-    A module called `layers` is a stack: its parameters have a leading layer axis.
+    Parameters of a module named `layers` are stacked: they have a leading layer axis.
     """
     if place.layer is None:
         return place.path
@@ -87,7 +87,7 @@ def unstacked(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
 
 
 def together(groups: Iterable[list[Item]], num_bytes: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Consecutive groups joined as long as they stay within `TOGETHER_BYTES`; a larger group stays alone."""
+    """Join consecutive groups up to `TOGETHER_BYTES` per joined group; a larger group stays alone."""
     joined: list[Item] = []
     size = 0
     for group in groups:
@@ -101,11 +101,11 @@ def together(groups: Iterable[list[Item]], num_bytes: Callable[[Item], int]) -> 
 
 
 class Filler:
-    """Fills an abstract model on its devices: a stack is allocated at its first layer and written in place.
+    """Fills an abstract model on its devices. A stack is allocated when its first layer arrives, and written in place.
 
     Args:
         abstract: the model, with shapes and dtypes in place of arrays.
-        mesh: where it goes; by default the first device.
+        mesh: the devices; None is the first device.
     """
 
     def __init__(self, abstract: nnx.Module, mesh: Mesh | None = None):
@@ -114,10 +114,10 @@ class Filler:
         self._layout = layout_of(abstract, mesh or make_mesh(jax.devices()[:1], 1))
         self._filled: dict[str, jax.Array] = {}
         self._open: dict[str, int] = {}
-        """How many layers a stack still lacks."""
+        """Number of missing layers of each stack."""
 
     def target(self, place: Place) -> jax.ShapeDtypeStruct:
-        """Shape, dtype and sharding of what goes to a place; the vocabulary is padded to fill its shards."""
+        """Shape, dtype and sharding of the array for a place; the vocabulary is padded to fill its shards."""
         leaf = self.leaves[place.path]
         shape = self._layout.shape(place.path, leaf.shape)
         sharding = self._layout.sharding(place.path, shape)
@@ -127,16 +127,16 @@ class Filler:
         return jax.ShapeDtypeStruct(shape[1:], leaf.dtype, sharding=sharding)
 
     def held(self, place: Place, array: np.ndarray) -> jax.Array:
-        """A host array, the same on every process, as `target` says; each process copies its own shards."""
+        """A host array, equal on all processes, on the devices as `target` describes; each process copies its own shards."""
         target = self.target(place)
         array = array.astype(target.dtype, order="C")
         if array.shape != target.shape:
-            room = [(0, size - own) for size, own in zip(target.shape, array.shape, strict=True)]
-            array = np.pad(array, room)
+            padding = [(0, padded - size) for padded, size in zip(target.shape, array.shape, strict=True)]
+            array = np.pad(array, padding)
         return jax.make_array_from_callback(target.shape, target.sharding, lambda index: array[index])
 
     def put(self, place: Place, array: jax.Array) -> jax.Array:
-        """Takes `array`, which is as `target` says, to its place; returns whether all its numbers are finite."""
+        """Put an array of the shape, dtype and sharding of `target` in its place; returns whether it is all finite."""
         path = place.path
         if place.layer is None:
             self._filled[path], self._open[path] = array, 0
@@ -180,7 +180,7 @@ def _allocate(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) 
 def _write(
     stack: jax.Array, array: jax.Array, layer: jax.Array, sharding: NamedSharding
 ) -> tuple[jax.Array, jax.Array]:
-    """The stack with one layer replaced, in the stack's own memory and form, and whether the layer is finite."""
+    """Replace one layer of a stack in place, in the form of the stack; returns the stack and whether the layer is finite."""
     written = jax.lax.dynamic_update_index_in_dim(stack, array.reshape(stack.shape[1:]), layer, axis=0)
     return jax.lax.with_sharding_constraint(written, sharding), jnp.isfinite(array).all()
 

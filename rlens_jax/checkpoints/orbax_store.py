@@ -1,11 +1,9 @@
-"""Our own format: an Orbax checkpoint, one leaf a layer, in `orbax` beside the source's config.json.
+"""Our format of model folders: an Orbax checkpoint in the subfolder `orbax`, next to the config.json of the source.
 
-Stacked parameters are cut into layers on disk, so that saving and loading hold one layer beside the model, and each layer
-goes straight into the sharding that it is asked for.
-Arrays come back bit for bit, bfloat16 included.
+Each layer of a stacked parameter is a leaf on disk. So saving and loading need the memory of the model and one layer, and each
+layer is loaded directly into its sharding. Arrays are restored bit for bit, bfloat16 included.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
@@ -18,17 +16,18 @@ import orbax.checkpoint.experimental.v1 as ocp
 import orbax.checkpoint.experimental.v1.partial as ocp_partial
 from flax import nnx
 
-from rlens_jax.checkpoints.atomic import new_folder
 from rlens_jax.checkpoints.leaves import Filler, arrays_of, read_place, shapes_of, together, unstacked
+from rlens_jax.checkpoints.published import CONFIG, hf_json
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.families.registry import read_kind
 from rlens_jax.families.table import Place, Problems
+from rlens_jax.files import new_folder
 
 Out = TypeVar("Out")
 
 STORE = "orbax"
 CHUNK_BYTES = 1 << 26
-"""Arrays are stored in chunks of at most this, so that a shard is read without reading the whole."""
+"""Max bytes per stored chunk; with small chunks a shard is read without the rest of its array."""
 
 
 def is_store(folder: Path) -> bool:
@@ -37,65 +36,65 @@ def is_store(folder: Path) -> bool:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a killed process left a store in a model folder before it was finished."""
+    """Whether a killed process left an unfinished store in a model folder."""
     return not is_store(folder) and any(folder.glob(f"{STORE}.*"))
 
 
 def files(folder: Path) -> list[Path]:
-    """All files of the weights, sorted."""
+    """All files of the store, sorted."""
     return sorted(path for path in (folder / STORE).rglob("*") if path.is_file())
 
 
 class Writer:
-    """Writes a store layer by layer; what is not finished does not look like a store."""
+    """Writes a store layer by layer; an unfinished store is not recognised as one."""
 
     def __init__(self, folder: Path):
         self._path = folder / STORE
         self._context = ocp.Context()
-        # Weights hardly compress, and trying takes four times as long as writing.
+        # Weights hardly compress, and compression takes four times as long as writing.
         self._context.array.saving.use_compression = False
         self._context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
 
     def add(self, leaves: Mapping[str, np.ndarray]) -> None:
-        """Writes some leaves, by `leaf_name`."""
+        """Write some leaves, by `leaf_name`."""
         with self._context:
             ocp_partial.save(self._path, dict(leaves))
 
     def finish(self) -> None:
-        """All leaves are there."""
+        """Complete the store after its last leaf."""
         with self._context:
             ocp_partial.finalize(self._path)
 
 
 def save(folder: str | Path, model: nnx.Module, config_json: Mapping[str, Any]) -> None:
-    """Writes `folder` whole or not at all; `load_model` reads it.
+    """Write a model in this format; `folder` appears whole or not at all.
 
     Args:
         folder: must not exist yet.
-        model: its parameters are written as they are.
-        config_json: the fields of the source's config.json, kept unchanged.
+        model: its parameters are written unchanged.
+        config_json: the fields of its config.json, written unchanged.
 
     Raises:
         UserError: the folder exists, or `config_json` describes no supported model.
-        ValueError: the model does not have the sizes that `config_json` says.
+        ValueError: the sizes of the model differ from those in `config_json`.
     """
     arrays, shapes = arrays_of(model), shapes_of(model)
-    if shapes != shapes_of(read_kind(config_json, "config.json").abstract(np.float32)):
-        raise ValueError("the model does not have the sizes that config_json says")
+    if shapes != shapes_of(read_kind(config_json, CONFIG).abstract(np.float32)):
+        raise ValueError("the sizes of the model differ from those in config_json")
     places = unstacked(shapes)
     with new_folder(Path(folder)) as unfinished:
         writer = Writer(unfinished)
         for names in _pieces(_layer_shapes(shapes, places)):
             writer.add({name: read_place(arrays, places[name]) for name in names})
         writer.finish()
-        (unfinished / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
+        (unfinished / CONFIG).write_text(hf_json(config_json), encoding="utf-8")
 
 
 def fill(folder: Path, filler: Filler, problems: Problems, check_finite: bool) -> None:
-    """Fills a model from a saved folder, rounding to its dtype.
+    """Fill a model from a store, rounded to the dtype of the model.
 
     Raises:
-        UserError: the store is damaged or does not fit the model; all that is wrong is in one message.
+        UserError: the store is damaged or does not fit the model; one message lists all problems.
     """
     path = folder / STORE
     shapes = shapes_of(filler.abstract)
@@ -125,25 +124,25 @@ def fill(folder: Path, filler: Filler, problems: Problems, check_finite: bool) -
 
 
 class Reader:
-    """Reads a store's leaves to the host, as they are stored; UserError when the store is damaged."""
+    """Reads leaves of a store to the host, in their stored dtypes. UserError when the store is damaged."""
 
     def __init__(self, folder: Path):
         self._path = folder / STORE
         self._stored = _metadata(self._path)
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Some leaves by name; UserError when one is missing."""
+        """Read some leaves by name. UserError when one is missing."""
         names = list(names)
         missing = [name for name in names if name not in self._stored]
         if missing:
-            raise UserError(f"{self._path}: holds no {missing[0]}; convert the model again")
+            raise UserError(f"{self._path}: {missing[0]} is missing; convert the model again")
         wanted = {name: leaf if name in names else ocp.PLACEHOLDER for name, leaf in self._stored.items()}
         loaded = _load(self._path, wanted)
         return {name: np.asarray(loaded[name]) for name in names}
 
 
 def _pieces(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
-    """Names that are written or read together: those of one layer, or of several small ones."""
+    """Names of leaves that are written or read together: those of one layer, or of several small layers."""
     layer = re.compile(r".*?\.layers\.\d+\.|.*")
 
     def piece(name: str) -> str:
@@ -154,7 +153,7 @@ def _pieces(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
 
 
 def _layer_shapes(shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
-    """Shapes of what is at each place."""
+    """Shape of the array at each place."""
     return {
         name: shapes[place.path] if place.layer is None else shapes[place.path][1:] for name, place in places.items()
     }
@@ -166,14 +165,14 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 def _load(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     context = ocp.Context()
-    # The only padding asked for is that of the vocabulary, which `fill` has compared with the stored shapes.
+    # Only the vocabulary is padded, and `fill` has compared its size with the stored shapes.
     context.array.loading.enable_padding_and_truncation = True
     with context:
         return _checked(path, lambda: dict(ocp.load(path, dict(wanted))))
 
 
 def _checked(path: Path, read: Callable[[], Out]) -> Out:
-    """The result of `read`. Orbax has several ways to say that a store is damaged (None for bad metadata)."""
+    """The result of `read`. Orbax raises several exceptions for a damaged store (TypeError for bad metadata)."""
     try:
         return read()
     except (OSError, ValueError, KeyError, TypeError) as error:

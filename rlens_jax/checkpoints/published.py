@@ -1,31 +1,44 @@
-"""The safetensors of a published checkpoint, opened together and matched with the family's table."""
+"""Model folders as Hugging Face publishes them: safetensors with the published names, and config.json."""
 
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
+from rlens_jax.checkpoints.leaves import arrays_of, read_place, shapes_of
 from rlens_jax.checkpoints.safetensors_file import DTYPES, Entry, entries
 from rlens_jax.errors import UserError
 from rlens_jax.families.hf_config import read_json
+from rlens_jax.families.registry import read_kind
 from rlens_jax.families.table import Found, Ignored, Problems, Table, match
+from rlens_jax.families.tables import table_of
+from rlens_jax.files import new_folder
 
+CONFIG = "config.json"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CHUNK = 1 << 22
-"""Numbers that are looked at together."""
+"""Numbers checked per step."""
+SHARD_BYTES = 5_000_000_000
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those of the index, or model.safetensors, or all there are."""
+    """The safetensors files of a folder: those of the index, or model.safetensors, or all."""
     if (folder / INDEX).exists():
         if (folder / SINGLE).exists():
-            raise UserError(f"{folder}: holds both {INDEX} and {SINGLE}; remove the one that does not belong")
+            raise UserError(
+                f"{folder}: has both {INDEX} and {SINGLE}; remove the one that does not belong to the model"
+            )
         weight_map = read_json(folder / INDEX).get("weight_map")
         names = set(weight_map.values()) if isinstance(weight_map, dict) else {""}
         if not all(isinstance(name, str) and name for name in names):
@@ -37,46 +50,45 @@ def weight_files(folder: Path) -> list[Path]:
     pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
     if not files and pickled:
         raise UserError(
-            f"{folder}: holds only pickled weights ({pickled[0]}), which can run code when opened and are "
-            "never read here; save the model again as safetensors"
+            f"{folder}: all weights are pickled ({pickled[0]}); pickles can run code when they are opened and are "
+            "never read here, so save the model again as safetensors"
         )
     if not files:
-        raise UserError(f"{folder}: holds no weights (*.safetensors)")
+        raise UserError(f"{folder}: has no weights (*.safetensors)")
     return files
 
 
 @dataclass(frozen=True)
 class Published:
-    """A checkpoint's tensors: those of the model, and those that the family is known not to need."""
+    """The tensors of a checkpoint: those of the model, and known ones that the model does not need."""
 
     table: Table
     matched: dict[str, Found]
-    """By the table's spelling; copies (a tied head) are among them."""
+    """By name in the table; includes copies, such as a tied head."""
     entries: list[tuple[Path, Entry]]
-    """All tensors of all files, in their order and spelling."""
+    """All tensors of all files, in the order and spelling of the files."""
     ignored: dict[str, Ignored]
-    """By the file's spelling."""
+    """By name in the file."""
     _read: Callable[[Found], np.ndarray]
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor, by the table's spelling."""
+        """Read a tensor, by its name in the table."""
         return self._read(self.matched[name])
 
     def check_copies(self, problems: Problems) -> None:
-        """Adds each copy that differs from its original."""
+        """Add a problem for each copy that differs from its original."""
         for name, original in (self.table.copies or {}).items():
             if name in self.matched and not _same_bits(self.read(name), self.read(original)):
                 item, other = self.matched[name], self.matched[original].name
-                problems.add(item.file, item.name, f"differs from {other}, though config.json says tie_word_embeddings")
+                problems.add(item.file, item.name, f"differs from {other}, but config.json has tie_word_embeddings")
 
 
 @contextmanager
-def opened(files: list[Path], table: Table, problems: Problems) -> Iterator[Published]:
-    """The tensors of `files`.
+def opened(files: Sequence[Path], table: Table, problems: Problems) -> Iterator[Published]:
+    """Open safetensors files and match their tensors with the table of the family.
 
     Raises:
-        UserError: a file is not complete, or the tensors are not those of the table; all that does not fit is in one
-            message.
+        UserError: a file is incomplete, or the tensors are not those of the table; one message lists all problems.
     """
     with ExitStack() as stack:
         handles = {path.name: stack.enter_context(_open(path)) for path in files}
@@ -89,14 +101,14 @@ def opened(files: list[Path], table: Table, problems: Problems) -> Iterator[Publ
             elif entry.dtype not in DTYPES:
                 supported = ", ".join(DTYPES)
                 problems.add(path.name, entry.name, f"has dtype {entry.dtype}, supported are {supported}")
-        found = [Found(entry.name, path.name, entry.shape) for path, entry in listed]
-        matched = match(table, found, problems)
+        tensors = [Found(entry.name, path.name, entry.shape) for path, entry in listed]
+        matched = match(table, tensors, problems)
         problems.raise_any()
         yield Published(table, matched, listed, ignored, lambda item: handles[item.file].get_tensor(item.name))
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """Whether a contiguous float array holds no NaN and no infinity; looks at the exponents' bits, which is fast."""
+    """Whether a contiguous float array has no NaN and no infinity; compares exponent bits, which is fast."""
     bits = array.reshape(-1).view({2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
     infinity = np.array(np.inf, array.dtype).view(bits.dtype)
     without_sign = np.array(np.iinfo(bits.dtype).max >> 1, bits.dtype)
@@ -119,3 +131,69 @@ def _open(path: Path) -> Any:
         raise UserError(f"{path}: no such file, though {INDEX} names it") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a complete safetensors file ({error})") from None
+
+
+def save_hf(
+    folder: str | Path, model: nnx.Module, config_json: Mapping[str, Any], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a model in the dtype of its parameters; `folder` appears whole or not at all.
+
+    Args:
+        folder: must not exist yet.
+        model: float32 or bfloat16 parameters.
+        config_json: the fields of its config.json; their dtype is set to the dtype of the model.
+        shard_bytes: a file is closed before it would grow larger; a single tensor is never split.
+
+    Raises:
+        UserError: the folder exists, or `config_json` describes no supported model.
+        ValueError: the sizes of the model differ from those in `config_json`.
+    """
+    table = table_of(read_kind(config_json, CONFIG))
+    table.check_covers(shapes_of(model))
+    arrays = arrays_of(model)
+    dtype = next(iter(arrays.values())).dtype
+    sizes = {name: prod(tensor.shape) * dtype.itemsize for name, tensor in table.tensors.items()}
+    files = _shards(sizes, shard_bytes)
+    with new_folder(Path(folder)) as partial:
+        config = partial / CONFIG
+        config.write_text(hf_json(with_dtype(config_json, str(dtype))), encoding="utf-8")
+        for file, names in files.items():
+            tensors = {}
+            for name in names:
+                parts = [read_place(arrays, place) for place in table.tensors[name].places]
+                tensors[name] = np.ascontiguousarray(table.tensors[name].to_published(parts))
+            save_file(tensors, partial / file, metadata={"format": "pt"})
+            (partial / file).chmod(config.stat().st_mode)  # save_file lets only the owner read it
+        if len(files) > 1:
+            weight_map = {name: file for file, names in files.items() for name in names}
+            (partial / INDEX).write_text(index_json(sum(sizes.values()), weight_map), encoding="utf-8")
+
+
+def _shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
+    """The tensors of each file, in order, by file name."""
+    shards: dict[int, list[str]] = defaultdict(list)
+    number = filled = 0
+    for name, size in sizes.items():
+        if filled and filled + size > shard_bytes:
+            number, filled = number + 1, 0
+        shards[number].append(name)
+        filled += size
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{number + 1:05}-of-{len(shards):05}.safetensors": names for number, names in shards.items()}
+
+
+def with_dtype(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The fields of a config.json and of its nested configs, with every dtype in them replaced."""
+    nested = {name: with_dtype(value, dtype) for name, value in fields.items() if isinstance(value, Mapping)}
+    return {**fields, **nested, **{name: dtype for name in ("dtype", "torch_dtype") if name in fields}}
+
+
+def hf_json(fields: Mapping[str, Any]) -> str:
+    """JSON as Hugging Face writes it."""
+    return json.dumps(fields, indent=2) + "\n"
+
+
+def index_json(num_bytes: int, weight_map: Mapping[str, str]) -> str:
+    """The index of a checkpoint in several files: the file of each tensor."""
+    return hf_json({"metadata": {"total_size": num_bytes}, "weight_map": weight_map})

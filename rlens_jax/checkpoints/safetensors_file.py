@@ -1,7 +1,7 @@
-"""Safetensors files piece by piece: which bytes belong to which tensor, and writing tensors in any order.
+"""Read and write safetensors files tensor by tensor, in any order.
 
-The format: 8 bytes with the length of a JSON header (little-endian), the header (name -> dtype, shape, offsets into what
-follows), then the tensors without gaps.
+The format: 8 bytes with the length of a JSON header (little-endian), the header (name -> dtype, shape, offsets into the data),
+then the data: all tensors without gaps.
 """
 
 import json
@@ -20,7 +20,7 @@ DTYPES: Mapping[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""Those that a model's parameters may have, as the format calls them."""
+"""Supported dtypes of parameters, by their names in the format."""
 METADATA = "__metadata__"
 
 
@@ -30,18 +30,18 @@ class Entry:
 
     name: str
     dtype: str
-    """As the format calls it, such as "BF16"."""
+    """Name in the format, such as "BF16"."""
     shape: tuple[int, ...]
     num_bytes: int
 
 
 def dtype_name(dtype: np.dtype) -> str:
-    """What the format calls a dtype of `DTYPES`."""
+    """Name of a dtype of `DTYPES` in the format."""
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the tensors begin, and the header; the file must be a complete one."""
+    """Offset of the data, and the header, of a complete file."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -50,7 +50,7 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def entries(path: Path) -> list[Entry]:
-    """The tensors of a complete file, in its order."""
+    """The tensors of a complete file, in order of their data."""
     _, header = _header(path)
     ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     return [
@@ -60,7 +60,7 @@ def entries(path: Path) -> list[Entry]:
 
 
 def read_bytes(path: Path, name: str) -> bytes:
-    """One tensor's bytes, whatever its dtype."""
+    """The bytes of one tensor of any dtype."""
     begin, header = _header(path)
     start, stop = header[name]["data_offsets"]
     with path.open("rb") as file:
@@ -69,7 +69,7 @@ def read_bytes(path: Path, name: str) -> bytes:
 
 
 class Writer:
-    """Writes a file whose tensors come one by one, in any order. A context manager."""
+    """Context manager that writes a file whose tensors arrive one by one, in any order."""
 
     def __init__(self, path: Path, tensors: list[Entry]):
         self._path = path
@@ -95,11 +95,11 @@ class Writer:
         return self
 
     def write(self, name: str, data: np.ndarray | bytes) -> None:
-        """A tensor's contiguous array, or its bytes; ValueError when it has another size than was announced."""
+        """Write a tensor, as a contiguous array or as bytes. ValueError if its size differs from its entry."""
         offset, num_bytes = self._places.pop(name)
         view = memoryview(data if isinstance(data, bytes) else data.reshape(-1).view(np.uint8).data)
         if view.nbytes != num_bytes:
-            raise ValueError(f"{name}: {view.nbytes} bytes where {num_bytes} were announced")
+            raise ValueError(f"{name}: {view.nbytes} bytes, but its entry has {num_bytes}")
         self._file.seek(len(self._start) + offset)
         self._file.write(view)
 
@@ -112,5 +112,5 @@ class Writer:
 
 
 def entry_of(name: str, dtype: str, shape: tuple[int, ...]) -> Entry:
-    """The entry of a tensor of a dtype of `DTYPES`."""
+    """The entry of a tensor whose dtype is in `DTYPES`."""
     return Entry(name, dtype, shape, prod(shape) * DTYPES[dtype].itemsize)

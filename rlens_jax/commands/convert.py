@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.to_hf and options.dtype:
         parser.error("--to-hf restores the published tensors; it takes no --dtype")
     from rlens_jax.checkpoints import conversion
-    from rlens_jax.checkpoints.hub import find_source
+    from rlens_jax.checkpoints.checkpoint import find_source
 
     source = find_source(options.source, options.revision)
     total = conversion.source_bytes(source.folder)

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from rlens_jax.checkpoints.export import save_hf
+from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.console import ArgumentParser, run_command
 from rlens_jax.demo.batches import VALUES, TrainBatch, batches
 from rlens_jax.demo.card import MODEL_CARD

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from rlens_jax.checkpoints.checkpoint import CONFIG, find_model, read_model_kind
+from rlens_jax.checkpoints.checkpoint import find_model, read_model_kind
+from rlens_jax.checkpoints.published import CONFIG
 from rlens_jax.config import RunConfig
 from rlens_jax.dry_run.collectives import bytes_sent
 from rlens_jax.dry_run.costs import Cost

@@ -35,9 +35,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from rlens_jax.checkpoints.atomic import new_folder
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.families.hf_config import read_json
+from rlens_jax.files import new_folder
 from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
 
 FORMAT = "rlens-reference/1"

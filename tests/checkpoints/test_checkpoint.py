@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rlens_jax.checkpoints.checkpoint import find_model, load_model, model_hash, read_model_kind
-from rlens_jax.checkpoints.export import save_hf
+from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.errors import UserError
 from tests.checkpoints import tiny
 
@@ -100,7 +100,7 @@ def test_weights_that_are_no_safetensors(folder):
 
 def test_no_weights(folder):
     (folder / "model.safetensors").unlink()
-    assert "holds no weights (*.safetensors)" in refusal(folder)
+    assert "has no weights (*.safetensors)" in refusal(folder)
 
 
 def test_pickled_weights_are_never_opened(folder):
@@ -108,7 +108,7 @@ def test_pickled_weights_are_never_opened(folder):
     with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
         archive.writestr("archive/data.pkl", b"cos\nsystem\n(S'touch pwned'\ntR.")
     message = refusal(folder)
-    assert "holds only pickled weights (pytorch_model.bin)" in message
+    assert "all weights are pickled (pytorch_model.bin)" in message
     assert "save the model again as safetensors" in message
     assert not Path("pwned").exists()
 
@@ -163,7 +163,7 @@ def test_index_without_file_names(folder, weight_map):
 
 def test_index_beside_a_single_file(folder):
     (folder / "model.safetensors.index.json").write_text("{}")
-    assert "holds both" in refusal(folder)
+    assert "has both" in refusal(folder)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

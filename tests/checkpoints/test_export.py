@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import pytest
 from safetensors.numpy import load_file
 
-from rlens_jax.checkpoints.atomic import new_folder
 from rlens_jax.checkpoints.checkpoint import load_model
-from rlens_jax.checkpoints.export import save_hf
+from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.errors import UserError
+from rlens_jax.files import new_folder
 from tests.checkpoints import tiny
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from rlens_jax.checkpoints.atomic import new_folder
+from rlens_jax.files import new_folder
 with new_folder(Path(sys.argv[1])) as partial:
     (partial / "config.json").write_text("{}")
     os.kill(os.getpid(), signal.SIGKILL)

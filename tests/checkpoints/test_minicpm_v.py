@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlens_jax.checkpoints.checkpoint import load_model
-from rlens_jax.checkpoints.export import save_hf
 from rlens_jax.checkpoints.leaves import shapes_of
+from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import read_kind
 from rlens_jax.families.tables import table_of

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rlens_jax.checkpoints.checkpoint import load_model
-from rlens_jax.checkpoints.export import save_hf
 from rlens_jax.checkpoints.leaves import shapes_of
+from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.families.registry import read_kind
 from rlens_jax.families.tables import table_of
 from tests.checkpoints.placement import Placement
