@@ -13,9 +13,9 @@ import numpy as np
 from rlens_jax.checkpoints.checkpoint import read_model_kind
 from rlens_jax.commands.run_options import read_config
 from rlens_jax.console import say
-from rlens_jax.families.internvl.model import closest_grid
-from rlens_jax.families.llava_onevision.model import image_sources
-from rlens_jax.families.minicpm_v.model import VIEW_STEP, Slicing
+from rlens_jax.families.internvl.preparer import closest_grid
+from rlens_jax.families.llava_onevision.preparer import image_sources
+from rlens_jax.families.minicpm_v.preparer import VIEW_STEP, Slicing
 
 SIZES = (
     *((640, 480), (480, 640), (1024, 768), (500, 375), (1600, 1200)),  # photos

@@ -23,7 +23,6 @@ from process_memory import measured
 
 from rlens_jax.checkpoints.safetensors_file import Writer, entry_of
 from rlens_jax.families.registry import read_kind
-from rlens_jax.families.tables import table_of
 
 CONFIG = json.loads((Path(__file__).parent / "models" / "qwen2_vl_7b" / "config.json").read_text())
 LAYER_BYTES, OTHER_BYTES = 466_117_632, 3_531_457_536
@@ -82,7 +81,7 @@ def make_checkpoint(folder: Path, size: float) -> int:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))
     shards: list[list] = [[]]
-    for name, tensor in table_of(read_kind(fields, "config.json")).tensors.items():
+    for name, tensor in read_kind(fields, "config.json").table().tensors.items():
         entry = entry_of(name, "BF16", tensor.shape)
         if shards[-1] and sum(e.num_bytes for e in shards[-1]) + entry.num_bytes > SHARD_BYTES:
             shards.append([])

@@ -30,7 +30,6 @@ from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import TeacherForcing
 from rlens_jax.engine.session import read_splits
 from rlens_jax.engine.sizes import Shapes
-from rlens_jax.families.registry import FAMILIES
 from rlens_jax.models.prompt import IGNORE
 from rlens_jax.ops.ffn import hidden_units, probe_slots
 from rlens_jax.plan import OPERATORS, Plan, Reduction
@@ -85,10 +84,10 @@ def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
     folder = find_model("embedded")
     mesh = make_mesh(jax.devices()[:devices], model_shards)
     kind, model = load_model(folder, jnp.float32, mesh=mesh)
-    preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, config.compute.patch_slots)
+    preparer = kind.preparer(folder, config.compute.patch_slots)
     stop_token = preparer.chat.stop_token
     programs = Programs(model, mesh, config.reduction, seed=0, new_tokens=1, stop_token=stop_token)
-    members = read_splits(config.data, kind.model_type, seed=config.seed, step_by_step=False)["validation"]
+    members = read_splits(config.data, kind, seed=config.seed, step_by_step=False)["validation"]
     shapes = Shapes(config.compute.text_slots, config.compute.visual_slots, 8, kind.config.decoder.context)
     split = build_split(members, preparer, programs, shapes, True)
     num_layers = kind.config.decoder.num_layers

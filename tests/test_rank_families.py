@@ -8,9 +8,9 @@ import pytest
 
 from rlens_jax.commands import convert, rank
 from rlens_jax.console import run_command
-from tests import internvl_support as internvl
-from tests import torch_minicpm_v as minicpm
-from tests.families import llava
+from tests.families import internvl
+from tests.families import llava_onevision as llava
+from tests.families import minicpm_v as minicpm
 from tests.families.test_llava_preparer import write_texts
 from tests.torch_support import save_tiny
 

@@ -9,7 +9,7 @@ from rlens_jax.families.qwen2_vl.model import read_config
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.torch_twin import decoder_layers, reduced
 from tests import torch_reductions
-from tests.families.prompts import Example, hf_inputs, make_example
+from tests.families.qwen2_vl import Example, hf_inputs, make_example
 from tests.numerics import assert_close, error
 from tests.torch_support import redraw, tiny_qwen2_vl
 

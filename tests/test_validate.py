@@ -25,7 +25,7 @@ from rlens_jax.resources import embedded_model
 from rlens_jax.search.ranking_file import ranking_fields
 from rlens_jax.torch_twin import reduced
 from tests.checkpoints import tiny
-from tests.families.prompts import hf_inputs, make_example
+from tests.families.qwen2_vl import hf_inputs, make_example
 from tests.parity.command import refusal, validate
 from tests.reporting.synthetic import synthetic_results
 from tests.torch_support import save_tiny, tiny_qwen2_vl

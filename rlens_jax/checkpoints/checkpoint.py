@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -17,8 +16,8 @@ from rlens_jax.errors import UserError, suggest
 from rlens_jax.families.hf_config import read_json
 from rlens_jax.families.registry import ModelKind, read_kind
 from rlens_jax.families.table import Problems
-from rlens_jax.families.tables import table_of
 from rlens_jax.files import is_unfinished
+from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.resources import embedded_model
 
 EMBEDDED = "embedded"
@@ -94,7 +93,7 @@ def load_model(
     dtype: DTypeLike,
     check_finite: bool = True,
     mesh: Mesh | None = None,
-) -> tuple[ModelKind, nnx.Module]:
+) -> tuple[ModelKind, VisionLanguageModel]:
     """Load a model with its weights rounded to `dtype`.
 
     Tensors are read one at a time and written into stacked parameters in place: the peak memory is the model and one tensor,
@@ -124,7 +123,7 @@ def load_model(
 def _fill_from_safetensors(
     files: Sequence[Path], kind: ModelKind, filler: Filler, problems: Problems, check_finite: bool
 ) -> None:
-    table = table_of(kind)
+    table = kind.table()
     table.check_covers(shapes_of(filler.abstract))
     with opened(files, table, problems) as published:
         published.check_copies(problems)

@@ -47,7 +47,6 @@ from rlens_jax.errors import UserError
 from rlens_jax.families.hf_config import read_json
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.families.table import Problems, Table, Tensor
-from rlens_jax.families.tables import table_of
 from rlens_jax.files import json_text, new_folder
 from rlens_jax.versions import versions
 
@@ -115,7 +114,7 @@ def to_orbax(
     if orbax_store.is_store(source):
         raise UserError(f"{source}: is converted already; --to-hf converts it back to safetensors")
     kind, files, problems = read_model_kind(source), weight_files(source), Problems(str(source))
-    table = table_of(kind)
+    table = kind.table()
     table.check_covers(shapes_of(kind.abstract(np.float32)))
     small = _small_files(source)
     with opened(files, table, problems) as published:
@@ -157,7 +156,7 @@ def to_safetensors(source: Path, target: Path, advance: Advance) -> Converted:
     if not orbax_store.is_store(source):
         raise UserError(f"{source}: is not a converted folder (it has no {orbax_store.STORE!r})")
     kind, record = read_model_kind(source), _read_record(source)
-    table = table_of(kind)
+    table = kind.table()
     carried = {item["name"]: item["reason"] for item in record["carried"]}
     listed = [
         (item["file"], Entry(item["name"], item["dtype"], tuple(item["shape"]), item["num_bytes"]))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from rlens_jax.sharding.mesh import ParameterLayout, make_mesh
 from rlens_jax.sharding.model_axis import MODEL
 
 Item = TypeVar("Item")
+Model = TypeVar("Model", bound=nnx.Module)
 
 TOGETHER_BYTES = 1 << 28
 """Max bytes of small layers that are read or written together; a call to Orbax takes as long as 100 MB."""
@@ -50,7 +51,7 @@ def layout_of(model: nnx.Module, mesh: Mesh) -> ParameterLayout:
     return ParameterLayout(mesh, axes_of(model), halves)
 
 
-def place(model: nnx.Module, mesh: Mesh) -> nnx.Module:
+def place(model: Model, mesh: Mesh) -> Model:
     """A model created in memory, with its parameters laid out on a mesh as `load_model` does."""
     filler = Filler(nnx.eval_shape(lambda: model), mesh)
     arrays = arrays_of(model)
@@ -100,7 +101,7 @@ def together(groups: Iterable[list[Item]], num_bytes: Callable[[Item], int]) -> 
         yield joined
 
 
-class Filler:
+class Filler(Generic[Model]):
     """Fills an abstract model on its devices. A stack is allocated when its first layer arrives, and written in place.
 
     Args:
@@ -108,7 +109,7 @@ class Filler:
         mesh: the devices; None is the first device.
     """
 
-    def __init__(self, abstract: nnx.Module, mesh: Mesh | None = None):
+    def __init__(self, abstract: Model, mesh: Mesh | None = None):
         self.abstract = abstract
         self.leaves = arrays_of(abstract)
         self._layout = layout_of(abstract, mesh or make_mesh(jax.devices()[:1], 1))
@@ -152,7 +153,7 @@ class Filler:
         self._open[path] -= 1
         return finite
 
-    def model(self) -> nnx.Module:
+    def model(self) -> Model:
         """The filled model.
 
         Raises:

@@ -21,7 +21,6 @@ from rlens_jax.errors import UserError
 from rlens_jax.families.hf_config import read_json
 from rlens_jax.families.registry import read_kind
 from rlens_jax.families.table import Found, Ignored, Problems, Table, match
-from rlens_jax.families.tables import table_of
 from rlens_jax.files import new_folder
 
 CONFIG = "config.json"
@@ -148,7 +147,7 @@ def save_hf(
         UserError: the folder exists, or `config_json` describes no supported model.
         ValueError: the sizes of the model differ from those in `config_json`.
     """
-    table = table_of(read_kind(config_json, CONFIG))
+    table = read_kind(config_json, CONFIG).table()
     table.check_covers(shapes_of(model))
     arrays = arrays_of(model)
     dtype = next(iter(arrays.values())).dtype

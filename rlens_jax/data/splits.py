@@ -2,11 +2,12 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from rlens_jax.data.benchmarks.catalogue import Instance
 from rlens_jax.data.benchmarks.mixture import mixture_samples
 from rlens_jax.data.jsonl import read_jsonl
 from rlens_jax.data.pages import DATASETS
@@ -29,8 +30,7 @@ def load_splits(
     held_out_share: float,
     seed: int,
     benchmarks: str | None,
-    family: str,
-    step_by_step: bool,
+    prompt: Callable[[Instance], str],
 ) -> Splits:
     """Load the samples of both splits.
 
@@ -42,8 +42,7 @@ def load_splits(
         held_out_share: share of a JSONL file's images that the search does not see.
         seed: seed of a JSONL file's split.
         benchmarks: folder of the TSV files of a mixture. A mixture lists its samples; the numbers above do not apply.
-        family: `model_type` of the model, which decides the prompts of benchmarks.
-        step_by_step: whether the model may reason before it answers; see `benchmarks.prompts.prompt`.
+        prompt: makes the user's turn of a benchmark question, as the family of the model does.
 
     Raises:
         UserError: the source cannot be read, or leaves a split without samples.
@@ -57,9 +56,7 @@ def load_splits(
     if source.endswith(".json"):
         if benchmarks is None:
             raise UserError(f"data.benchmarks must name the folder of the TSV files of {source}")
-        return mixture_samples(
-            Path(source), Path(benchmarks), cache / "benchmarks", family=family, step_by_step=step_by_step
-        )
+        return mixture_samples(Path(source), Path(benchmarks), cache / "benchmarks", prompt)
     if not source.endswith(".jsonl"):
         raise UserError(f"data.source: {source!r} is neither {PAGES!r} nor a .jsonl or .json file")
     return split_samples(

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from rlens_jax.data.pages import CELL, INKS, Page, Question, make_page, make_question, transcription
 from rlens_jax.demo.processor import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
-from rlens_jax.families.qwen2_vl.model import patch_places, rope_positions
+from rlens_jax.families.qwen2_vl.preparer import patch_places, rope_positions
 from rlens_jax.layout import Bucket, TokenLayout, pack_layout, pack_rows
 from rlens_jax.models.prompt import IGNORE
 

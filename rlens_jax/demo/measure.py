@@ -35,14 +35,13 @@ def measure(model: str, samples: int) -> dict[str, Any]:
     from rlens_jax.engine.inputs import FILLER, Split, build_split
     from rlens_jax.engine.programs import Programs
     from rlens_jax.engine.sizes import Shapes
-    from rlens_jax.families.registry import FAMILIES
     from rlens_jax.plan import Plan, Reduction
     from rlens_jax.sharding.mesh import make_mesh
 
     folder = find_model(model)
     mesh = make_mesh(jax.devices()[:1], 1)
     kind, loaded = load_model(folder, jnp.dtype("float32"), mesh=mesh)
-    preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, (PATCH_SLOTS,))
+    preparer = kind.preparer(folder, (PATCH_SLOTS,))
     stop_token = preparer.chat.stop_token
     programs = Programs(loaded, mesh, Reduction(), seed=0, new_tokens=1, stop_token=stop_token)
     num_layers = kind.config.decoder.num_layers

@@ -30,11 +30,13 @@ from rlens_jax.demo.batches import VALUES, TrainBatch, batches
 from rlens_jax.demo.card import MODEL_CARD
 from rlens_jax.demo.demo_model import embedded_config
 from rlens_jax.demo.processor import END_OF_TURN, TOKENS, write_processor
+from rlens_jax.families import qwen2_vl
 from rlens_jax.families.hf_config import ConfigReader
-from rlens_jax.families.qwen2_vl.model import Qwen2VL, read_config
+from rlens_jax.families.qwen2_vl.model import read_config
 from rlens_jax.layout import visible
 from rlens_jax.models.decoder import Decoder
 from rlens_jax.models.prompt import IGNORE
+from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.ops.attention import MASKED, masked_attention
 from rlens_jax.ops.ffn import dense_ffn
 
@@ -121,7 +123,7 @@ def pointing(decoder: Decoder, x: Array, batch: TrainBatch) -> tuple[Array, Arra
     return divergence.sum() / count, share.sum() / count
 
 
-def losses(model: Qwen2VL, heads: CellHeads, batch: TrainBatch) -> tuple[Array, dict[str, Array]]:
+def losses(model: VisionLanguageModel, heads: CellHeads, batch: TrainBatch) -> tuple[Array, dict[str, Array]]:
     """Loss of one micro-batch, and what the log shows."""
     decoder = model.decoder
     visual = model.vision(batch.patches, batch.places, batch.num_patches)
@@ -152,7 +154,7 @@ def losses(model: Qwen2VL, heads: CellHeads, batch: TrainBatch) -> tuple[Array, 
     return log["loss"] + CELL_WEIGHT * cell_loss + POINTING_WEIGHT * pointing_loss, log
 
 
-def calm(model: Qwen2VL) -> None:
+def calm(model: VisionLanguageModel) -> None:
     """Initialise for depth, in place: embeddings of unit scale beside branches whose outputs are scaled by (2 L)^-1/2."""
     decoder = model.decoder
     scale = (2 * decoder.config.num_layers) ** -0.5
@@ -222,7 +224,7 @@ def train(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = read_config(ConfigReader(embedded_config(), "embedded_config()"))
     rngs = nnx.Rngs(SEED)
-    modules = (Qwen2VL(config, dtype=jnp.float32, rngs=rngs), CellHeads(config.decoder.width, rngs=rngs))
+    modules = (qwen2_vl.FAMILY.model(config, dtype=jnp.float32, rngs=rngs), CellHeads(config.decoder.width, rngs=rngs))
     calm(modules[0])
     graph, state = nnx.split(modules)
     optimizer = optax.chain(
@@ -265,7 +267,7 @@ def train(folder: Path) -> None:
     publish(folder, model)
 
 
-def publish(folder: Path, model: Qwen2VL) -> None:
+def publish(folder: Path, model: VisionLanguageModel) -> None:
     """Write the trained model as a Hugging Face folder, `folder`/model: weights, tokenizer, image processor, card, log."""
     target = folder / "model"
     save_hf(target, model, embedded_config())

@@ -155,7 +155,7 @@ def program_specs(config: RunConfig, kind: ModelKind, mesh: Mesh, *, all_buckets
             "encode",
             f"patches {patches}",
             lambda images=images: programs.encode_program.lower(images),  # type: ignore[misc]
-            int(kind.config.vision.depth),
+            kind.config.vision.depth,
             num_images,
             weights + bytes_on_device(images),
         )

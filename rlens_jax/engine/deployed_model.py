@@ -20,7 +20,7 @@ from rlens_jax.engine.deployed_programs import DeployedPrograms
 from rlens_jax.engine.inputs import FILLER, Batch, Split, build_split
 from rlens_jax.engine.sizes import Shapes, slot_sizes
 from rlens_jax.errors import UserError
-from rlens_jax.families.registry import FAMILIES
+from rlens_jax.models.prompt import Preparer
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.sharding.mesh import check_fits, make_mesh
 
@@ -50,7 +50,7 @@ class Answer:
 class DeployedModel:
     """A model in memory and its compiled programs, which are made when a shape is first met. Made by `load`."""
 
-    def __init__(self, programs: DeployedPrograms, preparer: Any, batch_size: int):
+    def __init__(self, programs: DeployedPrograms, preparer: Preparer, batch_size: int):
         self.programs = programs
         self.preparer = preparer
         self.batch_size = batch_size
@@ -177,7 +177,7 @@ def load(
     mesh = make_mesh(jax.local_devices(), model_shards)
     kind, module = load_model(folder, jnp.dtype(dtype), mesh=mesh)
     patches = slot_sizes(_LEAST_PATCHES, _MOST_PATCHES)
-    preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, patches)
+    preparer = kind.preparer(folder, patches)
     programs = DeployedPrograms(module, mesh, seed=seed, stop_token=preparer.chat.stop_token, chunk=chunk)
     return DeployedModel(programs, preparer, batch_size)
 

@@ -14,6 +14,7 @@ from rlens_jax.engine.model_programs import ROWS, ModelPrograms, Program
 from rlens_jax.models.decoder import KVCache
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import PromptBatch
+from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.pruning import VTW, FastV, Pruning
@@ -74,7 +75,7 @@ class DeployedPrograms(ModelPrograms):
         chunk: tokens of each row that go through an FFN together in a prefill; None decides by size.
     """
 
-    def __init__(self, model: Any, mesh: Mesh, *, seed: int, stop_token: int, chunk: int | None = None):
+    def __init__(self, model: VisionLanguageModel, mesh: Mesh, *, seed: int, stop_token: int, chunk: int | None = None):
         super().__init__(model, mesh)
         self._seed = seed
         self._stop_token = stop_token
@@ -94,7 +95,7 @@ class DeployedPrograms(ModelPrograms):
         key = plan, reduction, pruning, new_tokens
         if key not in self._prefills:
 
-            def run(model: Any, visual: Array, batch: PromptBatch) -> Prefilled:
+            def run(model: VisionLanguageModel, visual: Array, batch: PromptBatch) -> Prefilled:
                 made = prefill(
                     model.decoder,
                     visual,
@@ -131,13 +132,13 @@ class DeployedPrograms(ModelPrograms):
         key = new_tokens, stop_token, parts
         if key not in self._decoders:
 
-            def run(model: Any, prefilled: Prefilled, batch: PromptBatch) -> Array:
+            def run(model: VisionLanguageModel, prefilled: Prefilled, batch: PromptBatch) -> Array:
                 return decode(model.decoder, prefilled.first, prefilled.caches, batch, new_tokens, stop_token)
 
             self._decoders[key] = self.program("decode", run, (_lying(parts), ROWS), ROWS)
         return self._decoders[key](prefilled, batch)
 
-    def _chunk_of(self, model: Any, batch: PromptBatch) -> int | None:
+    def _chunk_of(self, model: VisionLanguageModel, batch: PromptBatch) -> int | None:
         if self._chunk is not None:
             return self._chunk
         rows, units = batch.text_ids.shape[0], model.decoder.layers.ffn.weights.gate.shape[1]

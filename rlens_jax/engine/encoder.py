@@ -95,4 +95,4 @@ class Encoder:
         stacked = bucket.stacked([image for _, _, image in images], size)
         tokens = local_rows(self._programs.encode(*stacked))
         for (sample, place, image), rows in zip(images, tokens, strict=False):
-            self._encoded[sample][place] = rows[: image.num_tokens].copy()
+            self._encoded[sample][place] = rows[: image.tokens.count].copy()

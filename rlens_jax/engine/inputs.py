@@ -7,12 +7,10 @@ counts: batches per shape, and tokens per sample.
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
-from PIL.Image import Image
 
 from rlens_jax.data.samples import Sample, load_image
 from rlens_jax.engine.encoder import Encoder, Gather
@@ -20,27 +18,12 @@ from rlens_jax.engine.model_programs import ModelPrograms
 from rlens_jax.engine.sizes import Shapes
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.layout import Bucket
-from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate
+from rlens_jax.models.prompt import Preparer, Prompt, PromptBatch, collate
 from rlens_jax.sharding.mesh import groups_of, put_rows
 from rlens_jax.sharding.model_axis import WORK
 
 FILLER = -1
 """The sample number of rows that only fill a batch."""
-
-
-@runtime_checkable
-class Preparer(Protocol):
-    """What a model family does to images and texts before anything is computed."""
-
-    def images(self, pixels: Sequence[Image], sample_id: str) -> Sequence[tuple[PreparedImage, Any]]:
-        """All images of a sample, in order: each one's arrays, and what `prompt` must know of it.
-
-        They come together because what a family does to an image may depend on how many there are. Arrays of equal
-        shapes make a bucket: they are stacked and go through one program.
-        """
-
-    def prompt(self, sample: Sample, images: Sequence[Any], answer: str | None) -> Prompt:
-        """The prompt of a sample with what `images` told of its images, and a reference answer if one is given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,19 +97,19 @@ def build_split(
     """
     own = own_samples(len(samples), programs)
     gather = (processes or Processes()).gather
-    encoder, facts = Encoder(programs, shapes.batch_size, gather), {}
+    encoder, tokens = Encoder(programs, shapes.batch_size, gather), {}
     for turn in range(max(gather(len(own)))):
         if turn < len(own):
             sample = samples[own[turn]]
             images = preparer.images([load_image(source, sample.id) for source in sample.images], sample.id)
-            encoder.add(own[turn], [image for image, _ in images])
-            facts[own[turn]] = [about for _, about in images]
+            encoder.add(own[turn], images)
+            tokens[own[turn]] = [image.tokens for image in images]
             advance()
         if turn % shapes.batch_size == shapes.batch_size - 1:
             encoder.encode_full()
     visual = encoder.finish()
     rows = [
-        _Row(i, preparer.prompt(samples[i], facts[i], answer))
+        _Row(i, preparer.prompt(samples[i], tokens[i], answer))
         for i in own
         for answer in (samples[i].answers if with_answers else (None,))
     ]

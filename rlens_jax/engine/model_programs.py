@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from rlens_jax.checkpoints.leaves import axes_of
+from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.ops.attention import Kernel
 from rlens_jax.sharding.mesh import ParameterLayout, groups_of, put_rows, split_over
 from rlens_jax.sharding.model_axis import MODEL, WORK
@@ -48,7 +49,7 @@ class ModelPrograms:
         mesh: the devices.
     """
 
-    def __init__(self, model: Any, mesh: Mesh):
+    def __init__(self, model: VisionLanguageModel, mesh: Mesh):
         self._graph, state = nnx.split(model)
         self._variables = nnx.to_flat_state(state)
         self.names = [".".join(map(str, path)) for path, _ in self._variables]
@@ -111,12 +112,12 @@ class ModelPrograms:
         jitted = jax.jit(split_over(counted, self.mesh, axes, (model_specs, *in_specs), out_specs))
         return Program(name, jitted, self.leaves)
 
-    def _model(self, leaves: list[Array]) -> Any:
+    def _model(self, leaves: list[Array]) -> VisionLanguageModel:
         filled = [
             (path, variable.replace(leaf)) for (path, variable), leaf in zip(self._variables, leaves, strict=True)
         ]
         return nnx.merge(self._graph, nnx.from_flat_state(filled))
 
 
-def _encode(model: Any, arrays: tuple[Array, ...]) -> Array:
+def _encode(model: VisionLanguageModel, arrays: tuple[Array, ...]) -> Array:
     return model.vision(*arrays)

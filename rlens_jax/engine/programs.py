@@ -20,6 +20,7 @@ from rlens_jax.models import vocabulary
 from rlens_jax.models.decoder import Context, Decoder, TracedPlan
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import IGNORE, PromptBatch
+from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.sharding.mesh import fetch_blocks
 from rlens_jax.sharding.model_axis import WORK
@@ -58,7 +59,7 @@ class Programs(ModelPrograms):
 
     def __init__(
         self,
-        model: Any,
+        model: VisionLanguageModel,
         mesh: Mesh,
         reduction: Reduction,
         *,
@@ -136,7 +137,13 @@ class Programs(ModelPrograms):
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
     def _layers(
-        self, model: Any, states: States, batch: PromptBatch, plans: TracedPlan, start: Array, stop: Array
+        self,
+        model: VisionLanguageModel,
+        states: States,
+        batch: PromptBatch,
+        plans: TracedPlan,
+        start: Array,
+        stop: Array,
     ) -> States:
         x, scored = states
         context = model.decoder.context(batch.layout, batch.rope_positions, self.random_key(), self.kernel)
@@ -144,7 +151,9 @@ class Programs(ModelPrograms):
         x, now = self._run_layers(model.decoder, x, context, batch, plan, self.reduction, *bounds)
         return x, scored & now
 
-    def _generate(self, model: Any, visual: Array, batch: PromptBatch, plans: TracedPlan) -> tuple[Array, Array, Array]:
+    def _generate(
+        self, model: VisionLanguageModel, visual: Array, batch: PromptBatch, plans: TracedPlan
+    ) -> tuple[Array, Array, Array]:
         plan, key = own_plan(plans), self.random_key()
         first, cache, scored = prefill(
             model.decoder, visual, batch, plan, self.reduction, self.new_tokens, key, self.kernel
@@ -158,11 +167,11 @@ def own_plan(plans: TracedPlan) -> TracedPlan:
     return TracedPlan(plans.hollow[0], plans.dynamic[0])
 
 
-def _embed(model: Any, text_ids: Array, visual: Array) -> States:
+def _embed(model: VisionLanguageModel, text_ids: Array, visual: Array) -> States:
     return model.decoder.embed(text_ids, visual), jnp.ones(text_ids.shape[0], bool)
 
 
-def _outcome(model: Any, states: States, batch: PromptBatch) -> tuple[Array, ...]:
+def _outcome(model: VisionLanguageModel, states: States, batch: PromptBatch) -> tuple[Array, ...]:
     x, scored = states
     answers = jnp.take_along_axis(x, batch.answer_slots[:, :, None], axis=1)
     logits = model.decoder.logits(answers)
@@ -175,11 +184,11 @@ def _outcome(model: Any, states: States, batch: PromptBatch) -> tuple[Array, ...
     return _all_rows((batch.layout.sample, right & jnp.isfinite(total), total / count, scored))
 
 
-def _route(model: Any, arrays: Any, source: Array) -> Any:
+def _route(model: VisionLanguageModel, arrays: Any, source: Array) -> Any:
     return jax.tree.map(lambda x: fetch_blocks(x, source[0]), arrays)
 
 
-def _choose(model: Any, states: States, others: States, first: Array) -> States:
+def _choose(model: VisionLanguageModel, states: States, others: States, first: Array) -> States:
     return jax.tree.map(lambda x, other: jnp.where(first[0], x, other), states, others)
 
 

@@ -11,19 +11,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
 from rlens_jax.checkpoints.checkpoint import find_model, load_model, model_hash, read_model_kind
 from rlens_jax.config import ComputeConfig, DataConfig, SearchConfig
 from rlens_jax.console import Progress, say
 from rlens_jax.data.splits import Splits, load_splits, samples_hash
-from rlens_jax.engine.inputs import Preparer, Split, build_split, own_samples
+from rlens_jax.engine.inputs import Split, build_split, own_samples
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.sizes import Shapes, device_bytes, fitting_batch_size
 from rlens_jax.errors import UserError
-from rlens_jax.families.registry import FAMILIES, ModelKind
+from rlens_jax.families.registry import ModelKind
 from rlens_jax.hosts.processes import Processes
+from rlens_jax.models.prompt import Preparer
+from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Reduction
 from rlens_jax.resources import cache_folder
 from rlens_jax.search.journal import Journal
@@ -100,7 +101,7 @@ def start(compute: ComputeConfig, output: Path, processes: Processes) -> Compila
     return start_jax(compute.matmul_precision, Path(compute.compilation_cache or shared / "compiled"))
 
 
-def read_splits(data: DataConfig, model_type: str, *, seed: int, step_by_step: bool) -> Splits:
+def read_splits(data: DataConfig, kind: ModelKind, *, seed: int, step_by_step: bool) -> Splits:
     """The samples of a configuration; arguments and errors as of `load_splits`."""
     return load_splits(
         data.source,
@@ -110,8 +111,7 @@ def read_splits(data: DataConfig, model_type: str, *, seed: int, step_by_step: b
         held_out_share=data.held_out_share,
         seed=seed,
         benchmarks=data.benchmarks,
-        family=model_type,
-        step_by_step=step_by_step,
+        prompt=partial(kind.benchmark_prompt, step_by_step=step_by_step),
     )
 
 
@@ -164,7 +164,7 @@ class Session:
         """
         processes.check_shared(output)
         folder = ModelFolder.find(model, processes)
-        read = partial(read_splits, data, folder.kind.model_type, seed=seed, step_by_step=step_by_step)
+        read = partial(read_splits, data, folder.kind, seed=seed, step_by_step=step_by_step)
         # The first process to need a dataset prepares it in the cache, which the processes may share.
         splits = processes.in_order(read, read)
         data_hash = samples_hash(splits)
@@ -185,15 +185,13 @@ class LoadedModel:
     """A model on its mesh, and the preparer of its inputs."""
 
     mesh: Mesh
-    module: nnx.Module
+    module: VisionLanguageModel
     preparer: Preparer
-    chat: Any
-    """The preparer's tokenizer."""
     shapes: Shapes
 
     def programs(self, reduction: Reduction, *, seed: int, new_tokens: int) -> Programs:
         """The programs of a search over this model; arguments as of `Programs`."""
-        stop_token = self.chat.stop_token
+        stop_token = self.preparer.chat.stop_token
         return Programs(self.module, self.mesh, reduction, seed=seed, new_tokens=new_tokens, stop_token=stop_token)
 
 
@@ -208,9 +206,9 @@ def load(folder: ModelFolder, compute: ComputeConfig, reduction: Reduction, sear
     mesh = make_mesh(jax.devices(), compute.model_shards)
     rows = compute.batch_size or fitting_batch_size(compute, reduction, search, kind, mesh, device_bytes(mesh))
     _, module = load_model(folder.path, jnp.dtype(compute.dtype), mesh=mesh)
-    preparer = FAMILIES[kind.model_type].preparer(folder.path, kind.config, compute.patch_slots)
+    preparer = kind.preparer(folder.path, compute.patch_slots)
     shapes = Shapes(compute.text_slots, compute.visual_slots, rows, kind.config.decoder.context)
-    return LoadedModel(mesh, module, preparer, preparer.chat, shapes)
+    return LoadedModel(mesh, module, preparer, shapes)
 
 
 def encode_splits(session: Session, loaded: LoadedModel, programs: Programs, *, with_answers: bool) -> dict[str, Split]:

@@ -27,6 +27,7 @@ from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import Bucket, TokenLayout, smallest_bucket
 from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.prompt import Prompt, PromptBatch
+from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Reduction
 from rlens_jax.sharding.mesh import rows_sharding
 
@@ -90,7 +91,7 @@ class Placed:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows_sharding(self.mesh))
 
 
-def abstract_model(kind: ModelKind, dtype: DTypeLike, mesh: Mesh) -> nnx.Module:
+def abstract_model(kind: ModelKind, dtype: DTypeLike, mesh: Mesh) -> VisionLanguageModel:
     """The model as `load_model` lays it out, with shapes, dtypes and shardings in place of arrays."""
     graph, state = nnx.split(kind.abstract(dtype))
     layout = layout_of(nnx.merge(graph, state), mesh)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, L2_CATEGORIES, find_benchmark
-from rlens_jax.data.benchmarks.prompts import prompt
 from rlens_jax.data.benchmarks.tfds_builder import BenchmarkSource, read_benchmark
 from rlens_jax.data.jsonl import read_jsonl
 from rlens_jax.data.pages import DATASETS
@@ -15,6 +14,7 @@ from rlens_jax.data.pages_tfds import read_pages
 from rlens_jax.data.samples import Sample
 from rlens_jax.data.splits import PAGES, samples_hash
 from rlens_jax.errors import UserError
+from rlens_jax.families.registry import ModelKind
 from rlens_jax.metrics.score import Row, Score, mean_ratio
 from rlens_jax.metrics.scorers import score
 
@@ -54,21 +54,21 @@ class Benchmark:
     Args:
         source: its prepared instances.
         md5: MD5 sum of its TSV file.
-        family: `model_type` of the model, which selects the prompts.
+        kind: the model, which selects the prompts.
         limit: use at most this many questions, the first ones.
     """
 
-    def __init__(self, source: BenchmarkSource, md5: str, family: str, limit: int | None):
+    def __init__(self, source: BenchmarkSource, md5: str, kind: ModelKind, limit: int | None):
         self.name = source.dataset
-        self.digest = f"md5 {md5}, prompts for {family}"
+        self.digest = f"md5 {md5}, prompts for {kind.model_type}"
         self.indices: Sequence[str] = list(source.indices)[:limit]
         self._benchmark = BENCHMARKS[self.name]
         self.scored = self._benchmark.answers != "none"
-        self._source, self._family = source, family
+        self._source, self._kind = source, kind
 
     def sample(self, place: int) -> Sample:
         item = self._source[place]
-        return Sample(item.id, self.name, item.images, prompt(self._family, item), item.answers)
+        return Sample(item.id, self.name, item.images, self._kind.benchmark_prompt(item), item.answers)
 
     def columns(self, place: int) -> Mapping[str, str]:
         item, benchmark = self._source[place], self._benchmark
@@ -135,21 +135,21 @@ class ExactMatch:
 
 
 def load_datasets(
-    sources: Sequence[str], cache: Path, *, family: str, limit: int | None, md5: Mapping[str, str]
+    sources: Sequence[str], cache: Path, *, kind: ModelKind, limit: int | None, md5: Mapping[str, str]
 ) -> list[Dataset]:
     """The datasets of all sources, in order.
 
     Args:
         sources: each is `pages` (the embedded model's data), the path of a VLMEvalKit TSV file, or the path of a JSONL file.
         cache: folder of prepared datasets.
-        family: `model_type` of the model, which selects the prompts of benchmarks.
+        kind: the model, which selects the prompts of benchmarks.
         limit: use at most this many questions of each dataset, the first ones.
         md5: MD5 sums of TSV files that are not the published ones, by dataset.
 
     Raises:
         UserError: a source cannot be read, two datasets have the same name, or a sum belongs to no source.
     """
-    datasets = list(itertools.chain(*(_load(source, cache, family, limit, md5) for source in sources)))
+    datasets = list(itertools.chain(*(_load(source, cache, kind, limit, md5) for source in sources)))
     names = [dataset.name for dataset in datasets]
     for name in names:
         if names.count(name) > 1:
@@ -164,7 +164,7 @@ def load_datasets(
     return datasets
 
 
-def _load(source: str, cache: Path, family: str, limit: int | None, md5: Mapping[str, str]) -> list[Dataset]:
+def _load(source: str, cache: Path, kind: ModelKind, limit: int | None, md5: Mapping[str, str]) -> list[Dataset]:
     if source == PAGES:
         return [ExactMatch(name, read_pages(name, "test", cache / "pages", limit)) for name in DATASETS]
     path = Path(source)
@@ -172,7 +172,7 @@ def _load(source: str, cache: Path, family: str, limit: int | None, md5: Mapping
         benchmark = find_benchmark(path.stem)
         known = md5.get(benchmark.name)
         read = read_benchmark(benchmark.name, path.parent, cache / "benchmarks", known)
-        return [Benchmark(read, known or benchmark.md5, family, limit)]
+        return [Benchmark(read, known or benchmark.md5, kind, limit)]
     if path.suffix == ".jsonl":
         by_dataset: dict[str, list[Sample]] = defaultdict(list)
         for sample in read_jsonl(path):

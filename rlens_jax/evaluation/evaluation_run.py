@@ -60,7 +60,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     datasets = load_datasets(
         config.data,
         cache_folder() / "data",
-        family=folder.kind.model_type,
+        kind=folder.kind,
         limit=config.limit,
         md5=config.md5,
     )

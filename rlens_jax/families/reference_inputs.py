@@ -1,49 +1,59 @@
-"""Hugging Face's model inputs as ours: what all families share, and which file reads which family's."""
+"""Model inputs of other frameworks, as parity bundles hold them, read into ours: the record and what all families share."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
-from rlens_jax.errors import UserError, suggest
-from rlens_jax.families.internvl import reference as internvl
-from rlens_jax.families.llava_onevision import reference as llava_onevision
-from rlens_jax.families.minicpm_v import reference as minicpm_v
-from rlens_jax.families.qwen2_vl import reference as qwen2_vl
-from rlens_jax.families.reference_rows import TEXT_NAMES, FamilyInputs, Row
+from rlens_jax.errors import UserError
+from rlens_jax.models.prompt import PreparedImage, Prompt
+from rlens_jax.models.vision_language import FamilyConfig
 
-INPUTS: Mapping[str, FamilyInputs] = {
-    "internvl": internvl.HF_INPUTS,
-    "internvl_chat": internvl.NATIVE_INPUTS,
-    "llava_onevision": llava_onevision.INPUTS,
-    "minicpmv": minicpm_v.INPUTS,
-    "qwen2_vl": qwen2_vl.INPUTS,
-}
-"""By `model_type`."""
+ConfigT = TypeVar("ConfigT", bound=FamilyConfig)
+
+TEXT_NAMES = ("input_ids", "attention_mask")
 
 
-def input_names(model_type: str) -> tuple[str, ...]:
-    """What a family's inputs are called; UserError for a family whose bundles cannot be read."""
-    if model_type not in INPUTS:
-        raise UserError(
-            f"bundles of the family {model_type!r} are not supported{suggest(model_type, INPUTS)}; "
-            f"supported are: {', '.join(sorted(INPUTS))}"
-        )
-    return (*TEXT_NAMES, *INPUTS[model_type].names)
+@dataclass(frozen=True)
+class Row:
+    """One sample as our model reads it."""
+
+    prompt: Prompt
+    images: tuple[PreparedImage, ...]
 
 
-def read_rows(where: str, tensors: Mapping[str, np.ndarray], model_type: str, config: Any) -> list[Row]:
-    """All samples of a case.
+@dataclass(frozen=True)
+class ReferenceInputs(Generic[ConfigT]):
+    """Names and reader of a family's inputs."""
 
-    Args:
-        where: names the case in complaints.
-        tensors: the inputs by name.
-        model_type: the model's family.
-        config: the family's own, of our model.
+    image_names: tuple[str, ...]
+    """Inputs besides `TEXT_NAMES`, by their names in Hugging Face's or the published code."""
+    read_images: Callable[[str, Sequence[np.ndarray], Mapping[str, np.ndarray], ConfigT], list[Row]]
+    """`read_images(where, token_ids, tensors, config)`: token ids of each sample without padding, all input tensors, and the
+    config of the model. Raises UserError, beginning with `where`, if the inputs do not fit each other or the model."""
 
-    Raises:
-        UserError: the inputs do not fit each other or the model.
-    """
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all inputs."""
+        return (*TEXT_NAMES, *self.image_names)
+
+    def read(self, where: str, tensors: Mapping[str, np.ndarray], config: ConfigT) -> list[Row]:
+        """Read all samples of a case.
+
+        Args:
+            where: names the case in error messages.
+            tensors: the inputs by name.
+            config: of our model.
+
+        Raises:
+            UserError: the inputs do not fit each other or the model.
+        """
+        return self.read_images(where, _token_ids(where, tensors, config.decoder.vocabulary), tensors, config)
+
+
+def _token_ids(where: str, tensors: Mapping[str, np.ndarray], vocabulary: int) -> list[np.ndarray]:
+    """The token ids of each sample, int [T_i], without padding."""
     if "input_ids" not in tensors:
         raise UserError(f"{where}: holds no input_ids")
     ids = tensors["input_ids"]
@@ -57,8 +67,58 @@ def read_rows(where: str, tensors: Mapping[str, np.ndarray], model_type: str, co
     lengths = mask.sum(axis=1)
     if not np.array_equal(mask, np.arange(ids.shape[1])[None] < lengths[:, None]) or not lengths.all():
         raise UserError(f"{where}: attention_mask is not 1 ... 1 0 ... 0 in each row; bundles are right-padded")
-    vocabulary = config.decoder.vocabulary
     if ids.min() < 0 or ids.max() >= vocabulary:
         raise UserError(f"{where}: input_ids has tokens outside the model's vocabulary of {vocabulary}")
-    rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
-    return INPUTS[model_type].read(where, rows, tensors, config)
+    return [row[:length] for row, length in zip(ids, lengths, strict=True)]
+
+
+def checked(where: str, tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int | str, ...]) -> np.ndarray:
+    """An input of the expected shape, in which names stand for any size; empty if the bundle has no such input."""
+    array = tensors.get(name)
+    if array is None:
+        return np.zeros([size if isinstance(size, int) else 0 for size in shape], np.float32)
+    fits = [isinstance(size, str) or size == actual for size, actual in zip(shape, array.shape, strict=False)]
+    if array.ndim != len(shape) or not all(fits):
+        expected = ", ".join(map(str, shape))
+        raise UserError(f"{where}: {name} has shape {list(array.shape)}, expected [{expected}]")
+    return array
+
+
+def deal_images(
+    where: str, masks: Sequence[np.ndarray], images: Sequence[PreparedImage], source: str, unit: str
+) -> list[tuple[PreparedImage, ...]]:
+    """Give each row as many of the images, in order, as its visual tokens need.
+
+    Args:
+        where: names the case in error messages.
+        masks: the visual tokens of each row, bool [T_i].
+        images: of all rows, one after another.
+        source: the input that tells the number of images, and
+        unit: what it counts, for error messages.
+    """
+    dealt, first = [], 0
+    for number, mask in enumerate(masks):
+        stop, missing = first, int(mask.sum())
+        while missing > 0 and stop < len(images):
+            missing -= images[stop].tokens.count
+            stop += 1
+        if missing:
+            raise UserError(
+                f"{where}: row {number} of input_ids has {int(mask.sum())} image tokens, to which its images do not add up"
+            )
+        dealt.append(tuple(images[first:stop]))
+        first = stop
+    if first != len(images):
+        raise UserError(f"{where}: {source} has {len(images)} {unit}, input_ids has tokens for {first}")
+    return dealt
+
+
+def plain_prompt(ids: np.ndarray, is_visual: np.ndarray) -> Prompt:
+    """A prompt whose tokens have rotary positions 0, 1, 2, ..."""
+    positions = np.arange(len(ids), dtype=np.int32)[None]
+    return Prompt(ids.astype(np.int32), is_visual, positions, len(ids), 0)
+
+
+def zero_padded(array: np.ndarray, length: int) -> np.ndarray:
+    """`array` followed by zeros up to `length` along its first axis."""
+    return np.pad(array, [(0, length - len(array)), *[(0, 0)] * (array.ndim - 1)])

@@ -1,88 +1,91 @@
-"""The supported model families: which config.json belongs to which reader and module."""
+"""The supported model families, and the reading of a config.json as one of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from rlens_jax.data.benchmarks.catalogue import Instance
+from rlens_jax.data.samples import IMAGE_MARK
 from rlens_jax.errors import UserError, suggest
+from rlens_jax.families import internvl, llava_onevision, minicpm_v, qwen2_vl
+from rlens_jax.families.family import Family, ImageArrays
 from rlens_jax.families.hf_config import ConfigReader
-from rlens_jax.families.internvl import model as internvl
-from rlens_jax.families.llava_onevision import model as llava_onevision
-from rlens_jax.families.minicpm_v import model as minicpm_v
-from rlens_jax.families.qwen2_vl import model as qwen2_vl
+from rlens_jax.families.table import Table
+from rlens_jax.models.prompt import Preparer
+from rlens_jax.models.vision_language import FamilyConfig, VisionLanguageModel
 
-ImageArrays = Sequence[tuple[tuple[int, ...], DTypeLike]]
-"""Shape and dtype of each array that a tower takes of one image."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a model file offers."""
-
-    read_config: Callable[[ConfigReader], Any]
-    """Sizes and constants from config.json; UserError where it asks for what is not supported."""
-    module: Callable[..., nnx.Module]
-    """`module(config, *, dtype, rngs)`: the whole model, randomly initialised."""
-    preparer: Callable[..., Any]
-    """`preparer(folder, config, patch_slots)`: a `rlens_jax.engine.inputs.Preparer` by the checkpoint's own files."""
-    image_arrays: Callable[[Any, int], ImageArrays]
-    """`image_arrays(config, patches)`: what the preparer makes of an image, padded to a bucket of so many patches."""
-
-
-FAMILIES: Mapping[str, Family] = {
-    "internvl": Family(internvl.read_hf_config, internvl.InternVL, internvl.Preparer, internvl.image_arrays),
-    "internvl_chat": Family(internvl.read_native_config, internvl.InternVL, internvl.Preparer, internvl.image_arrays),
-    "llava_onevision": Family(
-        llava_onevision.read_config,
-        llava_onevision.LlavaOnevision,
-        llava_onevision.Preparer,
-        llava_onevision.image_arrays,
-    ),
-    "minicpmv": Family(minicpm_v.read_config, minicpm_v.MiniCPMV, minicpm_v.Preparer, minicpm_v.image_arrays),
-    "qwen2_vl": Family(qwen2_vl.read_config, qwen2_vl.Qwen2VL, qwen2_vl.Preparer, qwen2_vl.image_arrays),
-}
-"""By `model_type`, as config.json says it."""
+FAMILIES: tuple[Family[Any], ...] = (internvl.FAMILY, llava_onevision.FAMILY, minicpm_v.FAMILY, qwen2_vl.FAMILY)
+"""`Any`, because each family has its own type of config."""
 
 
 @dataclass(frozen=True)
 class ModelKind:
-    """Which model a config.json describes."""
+    """The model that a config.json describes."""
 
     model_type: str
-    config: Any
-    """The family's own frozen dataclass, such as `Qwen2VLConfig`."""
+    config: FamilyConfig
+    """An instance of the family's own dataclass."""
     fields: Mapping[str, Any]
-    """The whole config.json, to be kept beside converted weights."""
+    """The whole config.json, which is kept with converted weights."""
+    family: Family[Any]
 
-    def abstract(self, dtype: DTypeLike) -> nnx.Module:
-        """The module with shapes and dtypes in place of arrays; nothing is allocated."""
-        family = FAMILIES[self.model_type]
-        return nnx.eval_shape(lambda: family.module(self.config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    def abstract(self, dtype: DTypeLike) -> VisionLanguageModel:
+        """The model with shapes and dtypes in place of arrays; nothing is allocated."""
+        return nnx.eval_shape(lambda: self.family.model(self.config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
 
-    def image_arrays(self, patches: int) -> ImageArrays:
-        """Shapes and dtypes of one prepared image in a bucket of so many patches.
+    def preparer(self, folder: Path, patch_slots: Sequence[int]) -> Preparer:
+        """Prepares images and prompts.
+
+        Args:
+            folder: holds tokenizer and processor files.
+            patch_slots: bucket sizes, in patches per image.
 
         Raises:
-            UserError: the bucket is too small for this model.
+            UserError: a file is missing or does not fit config.json, or the buckets are too small.
         """
-        return FAMILIES[self.model_type].image_arrays(self.config, patches)
+        return self.family.preparer(folder, self.config, patch_slots)
+
+    def image_arrays(self, patches: int) -> ImageArrays:
+        """Shapes and dtypes of a prepared image in a bucket of `patches` patches; UserError if that is too small."""
+        return self.family.image_arrays(self.config, patches)
+
+    def table(self) -> Table:
+        """The mapping of the published tensors."""
+        return self.family.table(self.config)
+
+    def benchmark_prompt(self, instance: Instance, *, step_by_step: bool = True) -> str:
+        """The user's turn for a benchmark question; "<image>" marks are in it only where images do not come first.
+
+        Args:
+            instance: the question with its images.
+            step_by_step: use VLMEvalKit's chain-of-thought prompts, where it has them for the family. Teacher forcing scores
+                the first tokens of an answer, so it uses VLMEvalKit's prompts with `use_cot` off.
+
+        Raises:
+            UserError: the question itself contains an "<image>" mark.
+        """
+        if IMAGE_MARK in instance.question:
+            raise UserError(f"{instance.id}: the question contains {IMAGE_MARK}, which marks places of images")
+        return self.family.benchmark_prompt(instance, self.config, step_by_step)
 
 
 def read_kind(fields: Mapping[str, Any], where: str) -> ModelKind:
-    """The model that the fields of a config.json describe; `where` names their source in complaints.
+    """Read the fields of a config.json; `where` names their source in error messages.
 
     Raises:
-        UserError: the family is not supported, or a field is missing or asks for what is not supported.
+        UserError: the family is not supported, or a field is missing or asks for a computation that is not supported.
     """
+    families = {model_type: family for family in FAMILIES for model_type in family.model_types}
     model_type = str(fields.get("model_type"))
-    if model_type not in FAMILIES:
-        supported = ", ".join(sorted(FAMILIES))
+    if model_type not in families:
         raise UserError(
-            f"{where}: model_type {model_type!r} is not supported{suggest(model_type, FAMILIES)}; "
-            f"supported are: {supported}"
+            f"{where}: model_type {model_type!r} is not supported{suggest(model_type, families)}; "
+            f"supported are: {', '.join(sorted(families))}"
         )
-    return ModelKind(model_type, FAMILIES[model_type].read_config(ConfigReader(fields, where)), fields)
+    family = families[model_type]
+    return ModelKind(model_type, family.model_types[model_type](ConfigReader(fields, where)), fields, family)

@@ -1,9 +1,7 @@
-"""SigLIP's vision transformer (arXiv 2303.15343), the tower of LLaVA-OneVision and MiniCPM-V.
+"""The vision transformer of SigLIP (arXiv 2303.15343), the tower of LLaVA-OneVision and MiniCPM-V.
 
-How an image becomes patches, and where each patch's position embedding is, are the families' affairs: both come as data, so
-padding patches and grids of any proportions need no shape of their own.
-
-Axis letters: I images (or tiles), J patches (padded), C numbers of a patch, E width, N heads, H head dim, F FFN width.
+The families cut images into patches and choose the position embedding of each patch. Both come as data, so padding patches and
+grids of any proportions need no shapes of their own.
 """
 
 from dataclasses import dataclass
@@ -16,16 +14,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rlens_jax.families.hf_config import ConfigReader
+from rlens_jax.families.table import Part, Row
+from rlens_jax.families.weight_rows import QKV, linear, norm, pattern_sizes
 from rlens_jax.models.layers import LayerNorm, Linear
 from rlens_jax.ops.attention import masked_attention
 
-SCORES, LEAST_QUERIES = 1 << 26, 64
-"""Attention scores computed together (256 MB), and the fewest queries for it: each block is compiled by itself."""
+MAX_SCORES, MIN_QUERIES = 1 << 26, 64
+"""Attention scores computed at a time (256 MB), and the fewest queries per block: each block is compiled separately."""
 
 
 @dataclass(frozen=True)
 class SiglipConfig:
-    """Sizes and constants of the tower; a patch is channels x patch_size x patch_size numbers."""
+    """Sizes and constants of the tower; a patch has channels x patch_size x patch_size numbers."""
 
     depth: int
     width: int
@@ -34,23 +34,22 @@ class SiglipConfig:
     channels: int
     patch_size: int
     num_positions: int
-    """Rows of the position table: those of a square image of `image_size` pixels a side."""
+    """Rows of the position table: the patches of a square image of `image_size` pixels per side."""
     norm_eps: float
 
     @property
     def sizes(self) -> dict[str, int]:
         return {
-            "C": self.channels * self.patch_size**2,
+            "c": self.channels * self.patch_size**2,
             "E": self.width,
             "N": self.num_heads,
             "H": self.width // self.num_heads,
             "F": self.ffn_width,
-            "P": self.num_positions,
         }
 
 
 def read_siglip(vision: ConfigReader) -> SiglipConfig:
-    """Sizes from a `vision_config`.
+    """Read the sizes from a `vision_config`.
 
     Raises:
         UserError: a field is missing, or asks for a computation that is not supported.
@@ -70,7 +69,7 @@ def read_siglip(vision: ConfigReader) -> SiglipConfig:
 
 
 class SiglipLayer(nnx.Module):
-    """Pre-norm full attention within one image, and a GELU MLP."""
+    """Full attention within one image and a GELU MLP, each after a norm."""
 
     def __init__(self, config: SiglipConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         sizes = config.sizes
@@ -87,7 +86,7 @@ class SiglipLayer(nnx.Module):
         y = self.attention_norm(x)
         q, k, v = (project(y).swapaxes(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
         images, heads, patches, _ = q.shape
-        block = max(LEAST_QUERIES, SCORES // (images * heads * patches))
+        block = max(MIN_QUERIES, MAX_SCORES // (images * heads * patches))
         attended = []
         for start in range(0, patches, block):
             queries = q[:, :, start : start + block]
@@ -98,29 +97,29 @@ class SiglipLayer(nnx.Module):
 
 
 class SiglipTower(nnx.Module):
-    """Patch and position embeddings, and stacked layers; no family reads the norm or the head after them."""
+    """Patch and position embeddings, and stacked layers. No family uses the norm or the head that follow them."""
 
     def __init__(self, config: SiglipConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         sizes = config.sizes
-        self.patch_embed = Linear("IJC,CE->IJE", sizes, bias="E", dtype=dtype, rngs=rngs)
+        self.patch_embed = Linear("IJc,cE->IJE", sizes, bias="E", dtype=dtype, rngs=rngs)
         self.position_embedding = nnx.Param(
-            jax.random.normal(rngs.params(), (sizes["P"], sizes["E"]), dtype) * jnp.asarray(0.02, dtype)
+            jax.random.normal(rngs.params(), (config.num_positions, config.width), dtype) * jnp.asarray(0.02, dtype)
         )
         make = nnx.vmap(lambda rngs: SiglipLayer(config, dtype=dtype, rngs=rngs))
         self.layers = make(rngs.split(config.depth))
 
     def __call__(
         self,
-        patches: Float[Array | np.ndarray, "I J C"],
+        patches: Float[Array | np.ndarray, "I J c"],
         position_ids: Int[Array | np.ndarray, "I J"],
         num_patches: Int[Array | np.ndarray, " I"],
     ) -> Float[Array, "I J E"]:
-        """The states after the last layer, before any norm; those of padding patches are meaningless numbers.
+        """States after the last layer, before any norm; those of padding patches are meaningless.
 
         Args:
-            patches: pixel values of each patch in (channel, row, column) order, padded with anything finite.
-            position_ids: row of the position table of each patch.
-            num_patches: how many patches of each image are real; they come first.
+            patches: pixel values of each patch in (channel, row, column) order; padding may hold any finite numbers.
+            position_ids: row of the position table for each patch.
+            num_patches: number of real patches of each image; they come first.
         """
         is_patch = jnp.arange(patches.shape[1])[None] < num_patches[:, None]
         graph, stack = nnx.split(self.layers)
@@ -131,3 +130,40 @@ class SiglipTower(nnx.Module):
         x = self.patch_embed(jnp.asarray(patches, self.patch_embed.kernel.dtype))
         x = x + self.position_embedding[...][position_ids]
         return jax.lax.scan(body, x, stack)[0]
+
+
+def siglip_parts(config: SiglipConfig, source: str, target: str) -> tuple[Part, ...]:
+    """Rows of a mapping table for the tower.
+
+    Args:
+        config: sizes of the tower.
+        source: prefix of the published names, such as "vision_tower.vision_model.".
+        target: dotted path of our `SiglipTower`, with a dot at its end.
+    """
+    patch = {"channel": config.channels, "row": config.patch_size, "col": config.patch_size}
+    sizes = pattern_sizes(config.sizes) | patch | {"position": config.num_positions}
+    return (
+        Part(
+            f"{source}embeddings.",
+            target,
+            sizes,
+            (
+                *linear("patch_embedding", "patch_embed", "e channel row col -> (channel row col) e"),
+                Row("position_embedding.weight", "position_embedding", "position e -> position e"),
+            ),
+        ),
+        Part(
+            f"{source}encoder.layers.{{layer}}.",
+            f"{target}layers.",
+            sizes,
+            (
+                *norm("layer_norm1", "attention_norm", "e"),
+                *(row for name in QKV for row in linear(f"self_attn.{name}", name, "(n h) e -> e n h")),
+                *linear("self_attn.out_proj", "o_proj", "e (n h) -> n h e"),
+                *norm("layer_norm2", "mlp_norm", "e"),
+                *linear("mlp.fc1", "fc1", "f e -> e f"),
+                *linear("mlp.fc2", "fc2", "e f -> f e"),
+            ),
+            config.depth,
+        ),
+    )

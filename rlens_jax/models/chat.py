@@ -1,21 +1,16 @@
-"""From a question with images to token ids, through the checkpoint's own tokenizer and chat template.
-
-Published templates put one placeholder token per image; each is expanded to as many as the image has visual tokens.
-"""
+"""Chat prompts as token ids, written by the tokenizer and the chat template of a checkpoint."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.errors import UserError
 
 
 def question_content(question: str, num_images: int) -> list[dict[str, str]]:
-    """A user turn's parts: images stand where the marks are, or before the text when there is none."""
+    """Split a user turn into parts: images stand at the marks, or before the text if there are no marks."""
     parts = question.split(IMAGE_MARK)
     if len(parts) == 1:
         parts = [""] * num_images + parts
@@ -27,16 +22,19 @@ def question_content(question: str, num_images: int) -> list[dict[str, str]]:
 
 
 class Chat:
-    """A tokenizer and its chat template: token ids of a turn, and the text of token ids."""
+    """A tokenizer with its chat template."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
 
     def turn(self, sample: Sample, content: str | list[dict[str, str]], answer: str | None) -> tuple[list[int], int]:
-        """Ids of a user turn, followed by `answer` and the end of the turn if given, and how many belong to the answer.
+        """Token ids of a user turn, followed by `answer` and the end of the turn unless it is None.
+
+        Returns:
+            The token ids, and how many of them are the answer and the end of the turn.
 
         Raises:
-            UserError: the answer cannot be told from the prompt.
+            UserError: the tokenizer merges the first letters of the answer with the end of the prompt.
         """
         messages = [{"role": "user", "content": content}]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -49,7 +47,7 @@ class Chat:
         return ids, len(ids) - len(prompt)
 
     def ids(self, text: str) -> list[int]:
-        """Of a text as it stands."""
+        """Token ids of `text`, unchanged."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @property
@@ -58,28 +56,28 @@ class Chat:
         return int(self.tokenizer.eos_token_id)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of generated tokens, without special ones."""
+        """The text of token ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-class ChatTokenizer(Chat):
-    """Tokenizer and chat template of a model folder; the template has one placeholder an image."""
+class PlaceholderChat(Chat):
+    """A chat whose template writes one placeholder token per image.
 
-    def __init__(self, folder: Path, image_token: int):
-        try:
-            super().__init__(AutoTokenizer.from_pretrained(folder, local_files_only=True))
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{folder}: no usable tokenizer ({reason}); copy the tokenizer files beside config.json"
-            ) from None
+    Each placeholder is repeated until there is one per visual token of the image.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token: int):
+        super().__init__(tokenizer)
         self.image_token = image_token
 
     def encode(self, sample: Sample, tokens_per_image: Sequence[int], answer: str | None) -> tuple[np.ndarray, int]:
-        """Token ids int32 [T] of the prompt, followed by `answer` and the end of the turn if given, and their number.
+        """Token ids of a sample, followed by `answer` and the end of the turn unless it is None.
+
+        Returns:
+            The token ids, int32 [T], and how many of them are the answer and the end of the turn.
 
         Raises:
-            UserError: the text itself contains image placeholders, or the answer cannot be told from the prompt.
+            UserError: the text contains the placeholder of the model, or the answer merges with the prompt.
         """
         ids, num_answer = self.turn(sample, question_content(sample.question, len(sample.images)), answer)
         if ids.count(self.image_token) != len(tokens_per_image):

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from types import MappingProxyType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from rlens_jax.layout import Bucket, unpack_rows
 from rlens_jax.models.decoder import Context, layer_at
 from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate
+from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.ops.ffn import Kept
 from rlens_jax.plan import Operator, Plan, Reduction
 
@@ -32,7 +32,7 @@ DEFAULT = Reduction()
 
 
 def forward(
-    model: Any,
+    model: VisionLanguageModel,
     images: Sequence[Sequence[PreparedImage]],
     text: Sequence[Prompt],
     plan: Plan,
@@ -71,15 +71,15 @@ def feed(
     return nnx.merge(*layer_at(layers, layer)).feed(x, context, reduction, dynamic, layer, imposed)
 
 
-def encode(model: Any, images: Sequence[Sequence[PreparedImage]], slots: int) -> Float[Array, "B P D"]:
+def encode(model: VisionLanguageModel, images: Sequence[Sequence[PreparedImage]], slots: int) -> Float[Array, "B P D"]:
     """Visual tokens of each sample, images in order and zeros behind them; images of equal shapes are encoded together."""
     decoder, vision, alike = model.decoder, nnx.split(model.vision), defaultdict(list)
     packed = np.zeros((len(images), slots, decoder.config.width), decoder.embedding.dtype)
     for row, sample in zip(packed, images, strict=True):
-        stops = accumulate(image.num_tokens for image in sample)
+        stops = accumulate(image.tokens.count for image in sample)
         for image, stop in zip(sample, stops, strict=True):
             shapes = tuple(array.shape for array in image.arrays)
-            alike[shapes].append((image.arrays, row[stop - image.num_tokens : stop]))
+            alike[shapes].append((image.arrays, row[stop - image.tokens.count : stop]))
     for group in alike.values():
         arrays, places = zip(*group, strict=True)
         encoded = run_vision(vision, *map(np.stack, zip(*arrays, strict=True)))

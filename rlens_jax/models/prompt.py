@@ -1,45 +1,56 @@
-"""A sample on its way into a decoder: prepared images, tokens with their rotary positions, and batches of them.
-
-Axis letters: B batch, X text slots, P visual slots, T = X + P packed slots, A answer slots, D width.
-"""
+"""A sample before the decoder reads it: prepared images, prompts of token ids with rotary positions, and batches of prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import no_type_check
+from typing import Protocol, no_type_check, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
+from PIL.Image import Image
 
+from rlens_jax.data.samples import Sample
 from rlens_jax.layout import Bucket, TokenLayout, pack_layout, pack_rows
+from rlens_jax.models.chat import Chat
 
 IGNORE = -1
-"""Target of a slot that answers nothing."""
+"""Target of a slot that is not followed by an answer token."""
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The visual tokens of one image, as far as its prompt depends on them."""
+
+    count: int
+    grid: Grid = (0, 0)
+    """For Qwen2-VL: rows and columns of patches. For MiniCPM-V: columns and rows of slices, 0 without slices."""
 
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """What a vision tower reads of one image: arrays already padded to a bucket, and how many visual tokens it gives."""
+    """The input of a vision tower for one image: arrays padded to a bucket."""
 
     arrays: tuple[np.ndarray, ...]
-    num_tokens: int
+    tokens: ImageTokens
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One sequence of a sample: the prompt, or the prompt with a reference answer and the end-of-turn token after it."""
+    """One token sequence of a sample: its prompt, or its prompt with a reference answer and the end-of-turn token."""
 
     token_ids: np.ndarray
-    """int32 [T_i]; image tokens hold the family's placeholder."""
+    """int32 [T_i]; image tokens hold the placeholder of the family."""
     is_visual: np.ndarray
     """bool [T_i]."""
     rope_positions: np.ndarray
     """int32 [axes, T_i]."""
     next_rope: int
-    """Rotary position of the first token that would follow, the same on all axes."""
+    """Rotary position of the next token, the same on all axes."""
     answer_length: int
-    """How many of the last tokens are answer and end of turn; 0 in a bare prompt."""
+    """Number of tokens at the end that are the answer and the end of the turn; 0 without an answer."""
 
     @property
     def num_visual(self) -> int:
@@ -50,25 +61,51 @@ class Prompt:
         return len(self.is_visual) - self.num_visual
 
 
+@runtime_checkable
+class Preparer(Protocol):
+    """Turns images and texts into model inputs as one model family does."""
+
+    @property
+    def chat(self) -> Chat:
+        """Tokenizer and chat template of the model folder."""
+
+    def images(self, pixels: Sequence[Image], sample_id: str) -> Sequence[PreparedImage]:
+        """Prepare all images of a sample, in order.
+
+        One call per sample, because some families treat an image differently when there are several. Arrays of equal
+        shapes form a bucket: they are stacked and go through one program.
+
+        Raises:
+            UserError: an image does not fit the largest bucket.
+        """
+
+    def prompt(self, sample: Sample, images: Sequence[ImageTokens], answer: str | None) -> Prompt:
+        """Write the prompt of a sample, followed by `answer` and the end of the turn unless it is None.
+
+        Raises:
+            UserError: the text contains placeholders of the model, or the prompt is too long for it.
+        """
+
+
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PromptBatch:
-    """Sequences of one bucket, as arrays."""
+    """Prompts of one bucket, as arrays."""
 
     text_ids: Int[Array | np.ndarray, "B X"]
     layout: TokenLayout
     rope_positions: Int[Array | np.ndarray, "B axes T"]
-    """Packed like the states."""
+    """In packed order, like the states."""
     next_rope: Int[Array | np.ndarray, " B"]
     answer_slots: Int[Array | np.ndarray, "B A"]
-    """Text slots whose next token belongs to the answer; 0 where `answer_targets` is `IGNORE`."""
+    """Text slots that are followed by an answer token; 0 where `answer_targets` is `IGNORE`."""
     answer_targets: Int[Array | np.ndarray, "B A"]
-    """The next tokens."""
+    """Those answer tokens."""
 
     @property
     def last_prompt_slot(self) -> Int[Array, " B"]:
-        """Text slots of each prompt's last token, whether an answer follows or not."""
+        """Text slot of the last token before the answer, in each row."""
         last = jnp.asarray(self.layout.num_text) - 1
         if not self.answer_slots.shape[1]:
             return last
@@ -77,19 +114,19 @@ class PromptBatch:
 
 
 def collate(prompts: Sequence[Prompt], samples: Sequence[int], bucket: Bucket, answer_slots: int) -> PromptBatch:
-    """A batch of `prompts`, all of which must fit the bucket and the answer slots.
+    """Batch prompts that all fit the bucket and the answer slots.
 
     Args:
-        prompts: the sequences.
-        samples: the number that names each one's sample in the run.
-        bucket: static text and visual slots.
+        prompts: the rows of the batch.
+        samples: number of the sample of each row.
+        bucket: static numbers of text and visual slots.
         answer_slots: static number of answer tokens.
     """
     layout = pack_layout([prompt.is_visual for prompt in prompts], bucket, samples)
     slots = np.zeros((len(prompts), answer_slots), np.int32)
     targets = np.full((len(prompts), answer_slots), IGNORE, np.int32)
     for row, prompt in enumerate(prompts):
-        # The answer is the last run of text, so its tokens fill the last text slots of the row.
+        # The answer ends the prompt, so its tokens are in the last text slots of the row.
         count = prompt.answer_length
         slots[row, :count] = np.arange(prompt.num_text - count - 1, prompt.num_text - 1)
         targets[row, :count] = prompt.token_ids[len(prompt.token_ids) - count :]

@@ -70,7 +70,7 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
 def _bench(config: RunConfig, session: Session, orders: Mapping[Operator, tuple[int, ...]]) -> Bench:
     """Load the model and encode the samples."""
     loaded = load(session.folder, config.compute, config.reduction, config.search)
-    model, mesh, stop = loaded.module, loaded.mesh, loaded.chat.stop_token
+    model, mesh, stop = loaded.module, loaded.mesh, loaded.preparer.chat.stop_token
     encoder = loaded.programs(config.reduction, seed=config.seed, new_tokens=1)
     splits = encode_splits(session, loaded, encoder, with_answers=True)
 

@@ -6,7 +6,6 @@ Two arrays agree if |a - b| <= tolerance * max(1, max|b|), b the reference; diff
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +14,10 @@ from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.console import Progress
 from rlens_jax.engine.session import start_jax
 from rlens_jax.errors import UserError
-from rlens_jax.families.reference_inputs import input_names, read_rows
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import unpack_rows
 from rlens_jax.models.forward import States, forward, pack
+from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.ops.ffn import Kept
 from rlens_jax.parity.bundle import (
     KEPT,
@@ -136,7 +135,7 @@ def validate(model: str, bundle: Path, dtype: str, tolerance: float) -> Validati
 
 
 def compare(
-    manifest: Manifest, kind: ModelKind, model: Any, tolerance: float, advance: Callable[[], None]
+    manifest: Manifest, kind: ModelKind, model: VisionLanguageModel, tolerance: float, advance: Callable[[], None]
 ) -> list[CaseResult]:
     """Compare a model with all cases of a bundle.
 
@@ -154,7 +153,7 @@ def compare(
     """
     if manifest.family != kind.model_type:
         raise UserError(f"{manifest.folder}: the bundle is for {manifest.family!r}, the model is a {kind.model_type!r}")
-    inputs = input_names(kind.model_type)
+    inputs = kind.family.reference.names
     for case in manifest.cases:
         with open_case(manifest.folder, case, inputs) as file:
             _Reference(case, file, kind)
@@ -188,7 +187,7 @@ class _Reference:
             case.plan.validate(self._sizes.num_layers)
         except UserError as error:
             raise UserError(f"{file.path}: {error}") from None
-        self.inputs = read_rows(str(file.path), file.inputs, kind.model_type, kind.config)
+        self.inputs = kind.family.reference.read(str(file.path), file.inputs, kind.config)
         self._token_ids = file.inputs["input_ids"]
         self.imposed = self._read_kept_units()
         self._check_states()
@@ -273,7 +272,9 @@ class _Comparison:
         agreeing: earlier cases that are within the tolerance.
     """
 
-    def __init__(self, reference: _Reference, model: Any, tolerance: float, agreeing: Sequence[_Reference]):
+    def __init__(
+        self, reference: _Reference, model: VisionLanguageModel, tolerance: float, agreeing: Sequence[_Reference]
+    ):
         self._reference, self._model = reference, model
         self._tolerance, self._agreeing = tolerance, agreeing
         self._images = [inputs.images for inputs in reference.inputs]

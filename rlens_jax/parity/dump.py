@@ -16,7 +16,7 @@ from PIL import Image
 from rlens_jax.checkpoints import orbax_store
 from rlens_jax.checkpoints.checkpoint import find_model, read_model_kind
 from rlens_jax.errors import UserError
-from rlens_jax.families.reference_inputs import input_names
+from rlens_jax.families.registry import ModelKind
 from rlens_jax.parity.bundle import KEPT, LOGITS, new_bundle, states_name
 from rlens_jax.plan import Plan, Reduction
 
@@ -52,13 +52,13 @@ def dump(
     if orbax_store.is_store(folder):
         raise UserError(f"{folder}: is a converted folder, which PyTorch cannot read; convert it back with --to-hf")
     kind = read_model_kind(folder)
-    _check_class(folder, kind.model_type)
+    _check_class(folder, kind)
     for plan in plans:
         plan.validate(kind.config.decoder.num_layers)
     if bundle.exists():
         raise UserError(f"{bundle}: exists already; name a new folder or remove it")
     theirs = load_torch_model(folder)
-    inputs = make_inputs(folder, input_names(kind.model_type))
+    inputs = make_inputs(folder, kind.family.reference.names)
     framework = {name: version(name) for name in ("torch", "transformers")}
     named = {"name": "pytorch", "version": framework["torch"], "transformers": framework["transformers"]}
     name = folder.resolve().name
@@ -69,14 +69,14 @@ def dump(
     return bundle
 
 
-def _check_class(folder: Path, model_type: str) -> None:
+def _check_class(folder: Path, kind: ModelKind) -> None:
     """transformers knows the family; UserError when its model only comes as code with the checkpoint, which is never run."""
     from transformers import CONFIG_MAPPING
 
-    if model_type not in CONFIG_MAPPING:
+    if kind.model_type not in CONFIG_MAPPING:
         raise UserError(
-            f"{folder}: transformers has no class of model_type {model_type!r}; write a bundle with the published code "
-            f"({', '.join(input_names(model_type))} and results, see rlens_jax/parity/bundle.py)"
+            f"{folder}: transformers has no class of model_type {kind.model_type!r}; write a bundle with the published code "
+            f"({', '.join(kind.family.reference.names)} and results, see rlens_jax/parity/bundle.py)"
         )
 
 

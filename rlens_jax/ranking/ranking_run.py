@@ -78,7 +78,7 @@ def run(config: RunConfig, processes: Processes) -> Results:
         clock.enter("load")
         loaded = load(session.folder, compute, config.reduction, search)
         programs = loaded.programs(config.reduction, seed=config.seed, new_tokens=search.max_new_tokens)
-        scoring: Scoring = TeacherForcing(programs) if forced else Generating(programs, loaded.chat.decode)
+        scoring: Scoring = TeacherForcing(programs) if forced else Generating(programs, loaded.preparer.chat.decode)
         clock.enter("encode")
         splits = encode_splits(session, loaded, programs, with_answers=forced)
         clock.enter("search")
@@ -117,7 +117,7 @@ def answer_examples(session: Session, loaded: LoadedModel, programs: Programs, p
             plans = [each] * programs.groups
             numbers, tokens, _ = map(np.asarray, programs.generate(programs.put(batch.visual), batch.inputs, plans))
             for row in np.flatnonzero(numbers != FILLER):
-                text = loaded.chat.decode(tokens[row].tolist()).strip()
+                text = loaded.preparer.chat.decode(tokens[row].tolist()).strip()
                 answers[numbers[row]].append(Answer(text, float(text in samples[numbers[row]].answers)))
     return [
         Example(

@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from rlens_jax.checkpoints.leaves import arrays_of
-from rlens_jax.families.registry import FAMILIES, read_kind
+from rlens_jax.families.registry import read_kind
 
 
 def fields(**overrides) -> dict:
@@ -38,7 +38,7 @@ def fields(**overrides) -> dict:
 def model(config_json: dict, seed: int = 0, dtype=jnp.float32) -> nnx.Module:
     """A model whose parameters are all random, biases and norms too."""
     kind = read_kind(config_json, "config.json")
-    made = FAMILIES[kind.model_type].module(kind.config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    made = kind.family.model(kind.config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
     generator = np.random.default_rng(seed)
 
     def draw(leaf: jax.Array) -> jax.Array:

@@ -38,8 +38,7 @@ def load(source: str) -> Splits:
         held_out_share=0.5,
         seed=0,
         benchmarks=None,
-        family="qwen2_vl",
-        step_by_step=False,
+        prompt=lambda instance: instance.question,
     )
 
 

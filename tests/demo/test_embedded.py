@@ -11,7 +11,6 @@ from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.data.pages import DATASETS, make_page, make_question
 from rlens_jax.data.samples import Sample
 from rlens_jax.demo.measure import measure
-from rlens_jax.families.registry import FAMILIES
 from rlens_jax.layout import Bucket, unpack_rows
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import collate
@@ -38,14 +37,14 @@ def test_logits_and_answers_equal_those_of_hugging_face(questions: list[tuple[Im
     theirs = Qwen2VLForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
     processor = AutoProcessor.from_pretrained(folder)
     kind, ours = load_model(folder, jnp.float32)
-    preparer = FAMILIES[kind.model_type].preparer(folder, kind.config, (512,))
+    preparer = kind.preparer(folder, (512,))
     for image, text in questions:
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
         prompt_text = processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = processor(text=[prompt_text], images=[image], return_tensors="pt")
         sample = Sample("s", "d", (b"",), text, ("?",))
-        ((prepared, grid),) = preparer.images([image], "s")
-        prompt = preparer.prompt(sample, [grid], None)
+        (prepared,) = preparer.images([image], "s")
+        prompt = preparer.prompt(sample, [prepared.tokens], None)
         np.testing.assert_array_equal(prompt.token_ids, inputs["input_ids"][0].numpy())
         np.testing.assert_allclose(prepared.arrays[0][: len(inputs["pixel_values"])], inputs["pixel_values"], atol=1e-2)
 
@@ -56,7 +55,7 @@ def test_logits_and_answers_equal_those_of_hugging_face(questions: list[tuple[Im
             generated = theirs.generate(**inputs, do_sample=False, max_new_tokens=8)
         batch = jax.tree.map(jnp.asarray, collate([prompt], [0], Bucket(48, 128), 1))
         visual = ours.vision(*(jnp.asarray(array)[None] for array in prepared.arrays))
-        visual = visual[:, : prepared.num_tokens]
+        visual = visual[:, : prepared.tokens.count]
         visual = jnp.pad(visual, ((0, 0), (0, 128 - visual.shape[1]), (0, 0)))
         context = ours.decoder.context(batch.layout, batch.rope_positions, jax.random.key(0))
         x, _ = ours.decoder.prefill(ours.decoder.embed(batch.text_ids, visual), context, Plan(), Reduction())

@@ -1,6 +1,7 @@
 """A tiny random Qwen2-VL with samples whose answers are what the dense model says, so that reductions can change them."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
@@ -15,8 +16,12 @@ from rlens_jax.engine.evaluator import Outcomes
 from rlens_jax.engine.inputs import FILLER, Split, build_split
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.sizes import Shapes
-from rlens_jax.families.qwen2_vl.model import Qwen2VL, Qwen2VLConfig, VisionConfig, patch_places, rope_positions
-from rlens_jax.models.prompt import PreparedImage, Prompt
+from rlens_jax.families import qwen2_vl
+from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig, VisionConfig
+from rlens_jax.families.qwen2_vl.preparer import patch_places, rope_positions
+from rlens_jax.models.chat import Chat
+from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt
+from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.search.objective import PlanScore, dataset_metric
 from rlens_jax.sharding.mesh import make_mesh
@@ -52,13 +57,26 @@ REDUCTION = Reduction(attention_range=2, active_fraction=0.1, probe_fraction=0.2
 SHAPES = Shapes(text_slots=(8, 16), visual_slots=(8, 24), batch_size=4, context=512)
 
 
+class ToyChat(Chat):
+    """Token ids as text."""
+
+    stop_token = STOP
+
+    def __init__(self) -> None: ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return words(list(ids))
+
+
 class ToyPreparer:
     """Prompts from the sample's number alone: 1-3 images of different sizes, text around them."""
 
-    def images(self, pixels: list[Image.Image], sample_id: str) -> list[tuple[PreparedImage, tuple[int, int]]]:
+    chat = ToyChat()
+
+    def images(self, pixels: Sequence[Image.Image], sample_id: str) -> list[PreparedImage]:
         return [self.image(image) for image in pixels]
 
-    def image(self, pixels: Image.Image) -> tuple[PreparedImage, tuple[int, int]]:
+    def image(self, pixels: Image.Image) -> PreparedImage:
         grid = (pixels.height, pixels.width)
         rng = np.random.default_rng(pixels.height * 100 + pixels.width)
         patches = rng.standard_normal((grid[0] * grid[1], 6), np.float32)
@@ -68,10 +86,10 @@ class ToyPreparer:
             np.pad(patch_places(grid, 2), ((0, room), (0, 0))),
             np.array(len(patches), np.int32),
         )
-        return PreparedImage(arrays, len(patches) // 4), grid
+        return PreparedImage(arrays, ImageTokens(len(patches) // 4, grid))
 
-    def prompt(self, sample: Sample, grids: list[tuple[int, int]], answer: str | None) -> Prompt:
-        ids = []
+    def prompt(self, sample: Sample, images: Sequence[ImageTokens], answer: str | None) -> Prompt:
+        ids, grids = [], [image.grid for image in images]
         for number, (rows, columns) in enumerate(grids):
             ids += [3 + number, *[IMAGE] * (rows * columns // 4)]
         ids += [3 + (ord(letter) % 10) for letter in sample.question]
@@ -89,9 +107,9 @@ def png(rows: int, columns: int) -> bytes:
     return buffer.getvalue()
 
 
-def toy_model(seed: int = 0) -> Qwen2VL:
+def toy_model(seed: int = 0) -> VisionLanguageModel:
     """The random model; embeddings and head are large enough for clear argmaxes."""
-    model = Qwen2VL(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    model = qwen2_vl.FAMILY.model(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(seed))
     model.decoder.embedding[...] = model.decoder.embedding[...] * 30
     model.decoder.head[...] = model.decoder.head[...] * 30
     return model

@@ -12,12 +12,12 @@ import torch
 from flax import nnx
 
 from rlens_jax.checkpoints.checkpoint import load_model
-from rlens_jax.families.internvl.model import InternVL, InternVLConfig
+from rlens_jax.families.internvl.model import InternVLConfig
 from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.generation import decode, prefill
+from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Plan, Reduction
-from tests.families.pair import Pair, cut, make_pair
-from tests.internvl_support import (
+from tests.families.internvl import (
     SIX_B,
     Example,
     hf_inputs,
@@ -27,6 +27,7 @@ from tests.internvl_support import (
     save_native,
     tiny_internvl,
 )
+from tests.families.pair import Pair, cut, make_pair
 from tests.numerics import assert_close, error
 from tests.sequences import unpack
 from tests.torch_reductions import reduced
@@ -90,7 +91,7 @@ def visual_tokens(graph_state, patches, source):
     return tokens.reshape(-1, tokens.shape[-1])[source]
 
 
-def gather(model: InternVL, patches, source):
+def gather(model: VisionLanguageModel, patches, source):
     tokens = model.vision(patches)
     return tokens.reshape(-1, tokens.shape[-1])[source]
 
@@ -106,7 +107,7 @@ def run_prefill(graph, state, batch, patches, source, plan: Plan, reduction: Red
 
 
 def our_logits(
-    model: InternVL, config: InternVLConfig, examples: list[Example], plan=PLAIN, reduction=PAPER
+    model: VisionLanguageModel, config: InternVLConfig, examples: list[Example], plan=PLAIN, reduction=PAPER
 ) -> list[np.ndarray]:
     spare = (2, 3)
     batch, (patches, source) = our_batch(examples, spare), our_images(examples, config, spare[1])

@@ -13,9 +13,11 @@ from rlens_jax.checkpoints.checkpoint import load_model, read_model_kind
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
 from rlens_jax.families.hf_config import ConfigReader, read_qwen2_decoder
-from rlens_jax.families.internvl.model import Native, Preparer, closest_grid, cut_tiles
+from rlens_jax.families.internvl.model import Native
+from rlens_jax.families.internvl.preparer import InternVLPreparer, closest_grid, cut_tiles
 from rlens_jax.families.registry import read_kind
-from tests.internvl_support import (
+from rlens_jax.models.prompt import ImageTokens
+from tests.families.internvl import (
     HF_TEMPLATE,
     IMAGE_TOKEN,
     NATIVE,
@@ -133,8 +135,13 @@ def hf(tmp_path_factory) -> Path:
     return folder
 
 
-def preparer(folder: Path, patch_slots=(64, 256, 512)) -> Preparer:
-    return Preparer(folder, read_model_kind(folder).config, patch_slots)
+def tiles(*counts: int) -> list[ImageTokens]:
+    """Images of so many tiles, each with 16 visual tokens."""
+    return [ImageTokens(16 * count) for count in counts]
+
+
+def preparer(folder: Path, patch_slots=(64, 256, 512)) -> InternVLPreparer:
+    return InternVLPreparer(folder, read_model_kind(folder).config, patch_slots)
 
 
 def sample(question: str, images: int = 1) -> Sample:
@@ -177,7 +184,7 @@ def copied(folder: Path, tmp_path: Path, **fields) -> Path:
 
 
 def test_native_prompt_of_newer_models(native):
-    prompt = preparer(native).prompt(sample("Why?", 2), [3, 1], "So.")
+    prompt = preparer(native).prompt(sample("Why?", 2), tiles(3, 1), "So.")
     assert spelled(prompt.token_ids) == (
         f"<|im_start|>system\n{SYSTEM_2_5}<|im_end|>\n"
         "<|im_start|>user\n<img>[48]</img>\n<img>[16]</img>\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>"
@@ -192,7 +199,7 @@ def test_native_prompt_of_newer_models(native):
 @pytest.mark.parametrize("template", ["Hermes-2", "internlm2-chat"])
 def test_native_prompt_of_internvl2_has_no_newlines_between_turns(native, template, tmp_path):
     folder = copied(native, tmp_path, template=template)
-    prompt = preparer(folder).prompt(sample("Look: <image> Why?"), [1], None)
+    prompt = preparer(folder).prompt(sample("Look: <image> Why?"), tiles(1), None)
     assert spelled(prompt.token_ids) == (
         f"<|im_start|>system\n{SYSTEM_2}<|im_end|>"
         "<|im_start|>user\nLook: <img>[16]</img> Why?<|im_end|><|im_start|>assistant\n"
@@ -203,12 +210,12 @@ def test_native_prompt_of_internvl2_has_no_newlines_between_turns(native, templa
 def test_a_prompt_of_internlm2_begins_with_its_start_token(tmp_path):
     folder = save_native(tmp_path / "model", tiny_internvl(0, "llama", num_hidden_layers=1))
     save_tokenizer(folder)
-    prompt = preparer(folder).prompt(sample("Why?"), [1], None)
+    prompt = preparer(folder).prompt(sample("Why?"), tiles(1), None)
     assert spelled(prompt.token_ids).startswith("<s><|im_start|>system\n")
 
 
 def test_prompt_by_the_chat_template_of_the_hf_layout(hf):
-    prompt = preparer(hf).prompt(sample("Why?", 2), [3, 1], "So.")
+    prompt = preparer(hf).prompt(sample("Why?", 2), tiles(3, 1), "So.")
     assert spelled(prompt.token_ids) == (
         "<|im_start|>user\n<img>[48]</img>\n<img>[16]</img>\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>"
     )
@@ -220,25 +227,24 @@ def test_a_start_token_comes_once(hf, template, tmp_path):
     folder = copied(hf, tmp_path)
     save_tokenizer(folder, template, adds_start=True)
     prepare = preparer(folder)
-    ids = prepare.prompt(sample("Why?"), [1], "So.").token_ids
-    plain = preparer(hf).prompt(sample("Why?"), [1], "So.").token_ids
+    ids = prepare.prompt(sample("Why?"), tiles(1), "So.").token_ids
+    plain = preparer(hf).prompt(sample("Why?"), tiles(1), "So.").token_ids
     assert ids.tolist() == [prepare.chat.tokenizer.bos_token_id, *plain]
 
 
 def test_older_template_of_the_hf_layout(hf, tmp_path):
     folder = copied(hf, tmp_path)
     (folder / "chat_template.jinja").write_text(HF_TEMPLATE.replace("<IMG_CONTEXT>", "<image>"))
-    ours = preparer(folder).prompt(sample("Why?"), [1], None)
-    np.testing.assert_array_equal(ours.token_ids, preparer(hf).prompt(sample("Why?"), [1], None).token_ids)
+    ours = preparer(folder).prompt(sample("Why?"), tiles(1), None)
+    np.testing.assert_array_equal(ours.token_ids, preparer(hf).prompt(sample("Why?"), tiles(1), None).token_ids)
 
 
 @pytest.mark.parametrize("layout", ["native", "hf"])
 def test_image_in_the_smallest_bucket_of_tiles(layout, request):
     folder = request.getfixturevalue(layout)
-    image, count = preparer(folder).image(picture(2, 40, 90), "s:1")
+    (image,) = preparer(folder).images([picture(2, 40, 90)], "s:1")
     (patches,) = image.arrays
-    assert count == 3
-    assert image.num_tokens == 48
+    assert image.tokens.count == 48
     assert patches.shape == (4, 64, 12)
     expected = patches_of(cut_tiles(picture(2, 40, 90), TILE, NATIVE))
     assert_close(patches[:3], expected, 1e-6)
@@ -253,13 +259,13 @@ def test_from_picture_to_logits(native):
     from rlens_jax.layout import Bucket, unpack_rows
     from rlens_jax.models.prompt import collate
     from rlens_jax.plan import Plan, Reduction
-    from tests.internvl_support import Example
+    from tests.families.internvl import Example
 
     theirs, (kind, ours) = tiny_internvl(0, num_hidden_layers=1), load_model(native, jnp.float32)
-    prepare = Preparer(native, kind.config, (512,))
+    prepare = InternVLPreparer(native, kind.config, (512,))
     pictures = [picture(2, 40, 90), picture(3, 50, 11)]
-    images, tiles = zip(*(prepare.image(image, "s:1") for image in pictures), strict=True)
-    prompt = prepare.prompt(sample("a <image> b <image> c", 2), tiles, None)
+    images = prepare.images(pictures, "s:1")
+    prompt = prepare.prompt(sample("a <image> b <image> c", 2), [image.tokens for image in images], None)
     example = Example(
         prompt.token_ids, prompt.is_visual, [cut_tiles(image, TILE, kind.config.native) for image in pictures]
     )
@@ -267,7 +273,7 @@ def test_from_picture_to_logits(native):
         expected = theirs(**hf_inputs([example])).logits[0].numpy()
     batch = collate([prompt], [0], Bucket(300, prompt.num_visual), 1)
     tokens = ours.vision(jnp.stack([image.arrays[0] for image in images]))
-    own = [row[: image.num_tokens] for row, image in zip(tokens, images, strict=True)]
+    own = [row[: image.tokens.count] for row, image in zip(tokens, images, strict=True)]
     decoder, batch = ours.decoder, jax.tree.map(jnp.asarray, batch)
     context = decoder.context(batch.layout, batch.rope_positions, jax.random.key(0))
     x = decoder.embed(batch.text_ids, jnp.concatenate(own)[None])
@@ -285,7 +291,7 @@ def refusal(function, *arguments) -> str:
 
 
 def test_an_image_of_too_many_tiles(native):
-    message = refusal(preparer(native, (64, 200)).image, picture(2, 45, 30), "s:1")
+    message = refusal(preparer(native, (64, 200)).images, [picture(2, 45, 30)], "s:1")
     assert "s:1: an image has 7 tiles, the largest bucket 3; add 448 or more to compute.patch_slots" in message
 
 
@@ -294,12 +300,12 @@ def test_no_bucket_holds_a_tile(native):
 
 
 def test_a_video_is_refused(hf):
-    message = refusal(preparer(hf).prompt, sample("<video> What happens?"), [1], None)
+    message = refusal(preparer(hf).prompt, sample("<video> What happens?"), tiles(1), None)
     assert "s:1: <video> in the question; only images are supported" in message
 
 
 def test_an_image_token_in_the_question(hf):
-    message = refusal(preparer(hf).prompt, sample("Why <IMG_CONTEXT>?"), [1], None)
+    message = refusal(preparer(hf).prompt, sample("Why <IMG_CONTEXT>?"), tiles(1), None)
     assert "s:1: the text contains the model's image placeholder" in message
 
 
@@ -307,7 +313,7 @@ def test_a_prompt_beyond_the_reach_of_plain_rope(native, tmp_path):
     llm = json.loads((native / "config.json").read_text())["llm_config"]
     scaled = llm | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 200}
     folder = copied(native, tmp_path, llm_config=scaled)
-    message = refusal(preparer(folder).prompt, sample("Why?"), [3], None)
+    message = refusal(preparer(folder).prompt, sample("Why?"), tiles(3), None)
     assert "with dynamic RoPE scaling at most 200 are supported" in message
 
 

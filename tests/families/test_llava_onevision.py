@@ -10,10 +10,11 @@ import pytest
 import torch
 from flax import nnx
 
-from rlens_jax.families.llava_onevision import model as llava_onevision
-from rlens_jax.families.llava_onevision.model import LlavaOnevision, grid_sources
+from rlens_jax.families.llava_onevision import preparer as llava_onevision
+from rlens_jax.families.llava_onevision.preparer import grid_sources
+from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Plan, Reduction
-from tests.families.llava import (
+from tests.families.llava_onevision import (
     MOST_TILES,
     PINPOINTS,
     SIDE,
@@ -77,7 +78,7 @@ def run_prefill(graph, state, batch, arrays, source, plan: Plan, reduction: Redu
 
 
 def start(
-    model: LlavaOnevision,
+    model: VisionLanguageModel,
     examples: list[Example],
     plan: Plan = PLAIN,
     reduction: Reduction = PAPER,

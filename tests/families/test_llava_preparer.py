@@ -21,10 +21,12 @@ from rlens_jax.engine.inputs import FILLER, build_split
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.sizes import Shapes
 from rlens_jax.errors import UserError
-from rlens_jax.families.llava_onevision.model import Preparer, Size
+from rlens_jax.families.llava_onevision.preparer import LlavaOnevisionPreparer
+from rlens_jax.models.prompt import Grid as Size
+from rlens_jax.models.prompt import ImageTokens
 from rlens_jax.plan import Reduction
 from rlens_jax.sharding.mesh import make_mesh
-from tests.families.llava import (
+from tests.families.llava_onevision import (
     IMAGE_TOKEN,
     MOST_TILES,
     PINPOINTS,
@@ -90,8 +92,8 @@ def loaded(folder):
 
 
 @pytest.fixture
-def preparer(folder, loaded) -> Preparer:
-    return Preparer(folder, loaded[0].config, PATCH_SLOTS)
+def preparer(folder, loaded) -> LlavaOnevisionPreparer:
+    return LlavaOnevisionPreparer(folder, loaded[0].config, PATCH_SLOTS)
 
 
 def png(image: Image.Image) -> bytes:
@@ -143,7 +145,7 @@ def their_inputs(folder: Path, sample: Sample) -> dict[str, torch.Tensor]:
 def test_prompts_are_those_of_hugging_face(folder, preparer, name):
     sample = SAMPLES[name]
     pictures = [Image.open(io.BytesIO(data)) for data in sample.images]
-    tokens = [count for _, count in preparer.images(pictures, sample.id)]
+    tokens = [image.tokens for image in preparer.images(pictures, sample.id)]
     prompt = preparer.prompt(sample, tokens, None)
     expected = their_inputs(folder, sample)["input_ids"][0].numpy()
     np.testing.assert_array_equal(prompt.token_ids, expected)
@@ -188,9 +190,9 @@ def test_visual_tokens_of_a_run(folder, theirs, loaded, preparer):
 
 def test_buckets_count_patches(preparer):
     sizes = [(14, 14), (20, 33), (61, 47)]
-    views = [preparer.images([picture(0, size)], "s")[0][0].arrays[0].shape for size in sizes]
+    views = [preparer.images([picture(0, size)], "s")[0].arrays[0].shape for size in sizes]
     assert views == [(7, 9, 48), (7, 9, 48), (20, 9, 48)]
-    (first, _), (second, _) = preparer.images([picture(0, (14, 14)), picture(1, (61, 47))], "s")
+    first, second = preparer.images([picture(0, (14, 14)), picture(1, (61, 47))], "s")
     assert first.arrays[0].shape == second.arrays[0].shape == (1, 9, 48)
     assert preparer.images([], "s") == []
 
@@ -200,17 +202,17 @@ def test_no_image_outgrows_its_bucket(folder, loaded):
     from transformers.image_processing_utils import select_best_resolution
 
     slots = [count * SIDE**2 for count in range(1, 18)]
-    preparer = Preparer(folder, loaded[0].config, slots)
+    preparer = LlavaOnevisionPreparer(folder, loaded[0].config, slots)
     rng = np.random.default_rng(1)
     for size in [(14, 900), (900, 14), *(tuple(map(int, rng.integers(3, 90, 2))) for _ in range(60))]:
         height, width = select_best_resolution(size, PINPOINTS)
-        ((image, tokens),) = preparer.images([picture(0, size)], "s")
+        (image,) = preparer.images([picture(0, size)], "s")
         assert len(image.arrays[0]) == 1 + (height // VIEW) * (width // VIEW)
-        assert tokens == image.num_tokens <= len(image.arrays[1])
+        assert image.tokens.count <= len(image.arrays[1])
 
 
 def test_an_image_that_fits_no_bucket(folder, loaded):
-    preparer = Preparer(folder, loaded[0].config, (16, 40))
+    preparer = LlavaOnevisionPreparer(folder, loaded[0].config, (16, 40))
     with pytest.raises(UserError, match=r"s7: an image has 63 patches \(7 views\), the largest bucket 40; add a"):
         preparer.images([picture(0, (20, 33))], "s7")
 
@@ -218,7 +220,7 @@ def test_an_image_that_fits_no_bucket(folder, loaded):
 def test_videos_are_refused(preparer):
     sample = make_sample(5, [(20, 33)], "what is <video> this")
     with pytest.raises(UserError, match="s5: the text contains the model's video placeholder; videos are not"):
-        preparer.prompt(sample, [12], None)
+        preparer.prompt(sample, [ImageTokens(12)], None)
 
 
 def test_a_processor_of_another_checkpoint_is_refused(folder, loaded, tmp_path):
@@ -228,7 +230,7 @@ def test_a_processor_of_another_checkpoint_is_refused(folder, loaded, tmp_path):
     fields = json.loads(path.read_text())
     path.write_text(json.dumps({**fields, "image_grid_pinpoints": PINPOINTS[:3]}))
     with pytest.raises(UserError, match=r"preprocessor_config.json and config.json differ in image_grid_pinpoints"):
-        Preparer(tmp_path, loaded[0].config, PATCH_SLOTS)
+        LlavaOnevisionPreparer(tmp_path, loaded[0].config, PATCH_SLOTS)
     path.unlink()
     with pytest.raises(UserError, match=r"no usable preprocessor_config.json"):
-        Preparer(tmp_path, loaded[0].config, PATCH_SLOTS)
+        LlavaOnevisionPreparer(tmp_path, loaded[0].config, PATCH_SLOTS)

@@ -22,16 +22,19 @@ from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.sizes import Shapes
 from rlens_jax.errors import UserError
 from rlens_jax.families.minicpm_v import model as minicpm_v
-from rlens_jax.families.minicpm_v.model import MiniCPMV, MiniCPMVConfig, Preparer, Slicing
+from rlens_jax.families.minicpm_v import preparer as minicpm_v_preparer
+from rlens_jax.families.minicpm_v.model import MiniCPMVConfig
+from rlens_jax.families.minicpm_v.preparer import NO_SLICES, MiniCPMVPreparer, Slicing
 from rlens_jax.families.registry import read_kind
-from rlens_jax.models.prompt import PreparedImage, Prompt, collate
+from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt, collate
+from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.ops.attention import masked_attention
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.sharding.mesh import make_mesh
-from tests import torch_minicpm_v as reference
+from tests.families import minicpm_v as reference
+from tests.families.minicpm_v import NUM_QUERIES, config_json, cut_views, save_processing
 from tests.numerics import assert_close, error
 from tests.sequences import bucket_for, unpack
-from tests.torch_minicpm_v import NUM_QUERIES, config_json, cut_views, save_processing
 from tests.torch_reductions import reduced
 
 SIMPLE, WHOLE = 1e-5, 1e-4
@@ -58,10 +61,10 @@ class Pair:
 
     theirs: reference.MiniCPMV
     config: MiniCPMVConfig
-    preparer: Preparer
-    load: Callable[[], MiniCPMV]
+    preparer: MiniCPMVPreparer
+    load: Callable[[], VisionLanguageModel]
     """A fresh copy of our model, to be changed at will."""
-    ours: MiniCPMV
+    ours: VisionLanguageModel
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     theirs = reference.MiniCPMV(seed=0)
     theirs.save(folder)
     kind, ours = load_model(folder, jnp.float32)
-    preparer = Preparer(folder, kind.config, PATCH_SLOTS)
+    preparer = MiniCPMVPreparer(folder, kind.config, PATCH_SLOTS)
     return Pair(theirs, kind.config, preparer, lambda: load_model(folder, jnp.float32)[1], ours)
 
 
 LARGE, TALL, WIDE, LITTLE = (250, 240), (61, 150), (203, 90), (70, 40)
 """Of 10, 4, 7 and 1 views."""
+LITTLE_TOKENS = ImageTokens(NUM_QUERIES)
 BATCHES = {
     "one image": [("What is it?", (WIDE,))],
     "two images with text between": [("See <image> or\n<image>? Say.", (WIDE, LITTLE))],
@@ -108,9 +112,9 @@ def make_examples(pair: Pair, batch: str) -> list[Example]:
     for seed, (question, sizes) in enumerate(BATCHES[batch]):
         pictures = [picture(10 * seed + i, size) for i, size in enumerate(sizes)]
         prepared = pair.preparer.images(pictures, "s")
-        prompt = pair.preparer.prompt(sample_of(question, len(sizes)), [grid for _, grid in prepared], None)
+        prompt = pair.preparer.prompt(sample_of(question, len(sizes)), [image.tokens for image in prepared], None)
         visual = [pair.theirs.visual_tokens(cut_views(image)[0]) for image in pictures]
-        examples.append(Example(prompt, [image for image, _ in prepared], visual))
+        examples.append(Example(prompt, list(prepared), visual))
     return examples
 
 
@@ -127,11 +131,11 @@ def run_vision(graph, state, *arrays):
     return nnx.merge(graph, state)(*arrays)
 
 
-def our_visual(model: MiniCPMV, example: Example) -> list[np.ndarray]:
+def our_visual(model: VisionLanguageModel, example: Example) -> list[np.ndarray]:
     """Visual tokens of each image."""
     vision = nnx.split(model.vision)
     return [
-        np.asarray(run_vision(*vision, *(array[None] for array in filled(image)))[0, : image.num_tokens])
+        np.asarray(run_vision(*vision, *(array[None] for array in filled(image)))[0, : image.tokens.count])
         for image in example.images
     ]
 
@@ -145,7 +149,7 @@ def run_prefill(graph, state, batch, visual, plan: Plan, reduction: Reduction):
 
 
 def our_logits(
-    model: MiniCPMV, examples: Sequence[Example], plan: Plan = PLAIN, reduction: Reduction = SMALL
+    model: VisionLanguageModel, examples: Sequence[Example], plan: Plan = PLAIN, reduction: Reduction = SMALL
 ) -> list[np.ndarray]:
     """Logits of all tokens of each sample, from one padded batch."""
     prompts = [example.prompt for example in examples]
@@ -167,7 +171,7 @@ def their_logits(pair: Pair, examples: Sequence[Example]) -> list[np.ndarray]:
 @pytest.mark.parametrize("size", [LARGE, TALL, WIDE, LITTLE])
 def test_tower_and_resampler(pair, size):
     image = picture(3, size)
-    prepared, _ = pair.preparer.image(image, "s")
+    (prepared,) = pair.preparer.images([image], "s")
     views, _ = cut_views(image)
     patches, ids, places, counts = filled(prepared)
     features = np.asarray(jax.jit(pair.ours.vision.features)(patches, ids, counts))
@@ -183,32 +187,34 @@ def test_tower_and_resampler(pair, size):
             assert_close(tokens[row], pair.theirs.resampler(x, rows, columns), SIMPLE)
     whole = jax.jit(pair.ours.vision)(*(array[None] for array in (patches, ids, places, counts)))
     assert whole.shape == (1, len(counts) * NUM_QUERIES, pair.config.decoder.width)
-    assert_close(whole[0, : prepared.num_tokens], pair.theirs.visual_tokens(views), SIMPLE)
+    assert_close(whole[0, : prepared.tokens.count], pair.theirs.visual_tokens(views), SIMPLE)
 
 
 def test_images_of_one_bucket_are_encoded_together(pair):
-    images = [pair.preparer.image(picture(seed, WIDE), "s")[0] for seed in range(3)]
+    images = pair.preparer.images([picture(seed, WIDE) for seed in range(3)], "s")
     together = jax.jit(pair.ours.vision)(*map(np.stack, zip(*(i.arrays for i in images), strict=True)))
     for seed, tokens in enumerate(together):
         expected = pair.theirs.visual_tokens(cut_views(picture(seed, WIDE))[0])
-        assert_close(tokens[: images[seed].num_tokens], expected, SIMPLE)
+        assert_close(tokens[: images[seed].tokens.count], expected, SIMPLE)
 
 
 @pytest.mark.parametrize("side", [70, 32, 10])
 def test_position_buckets_are_those_of_torch(side):
     for patches in range(1, 401 if side == 70 else 71):
         expected = reference.position_buckets(patches, side).numpy()
-        np.testing.assert_array_equal(minicpm_v.position_buckets(patches, side), expected, err_msg=str(patches))
+        np.testing.assert_array_equal(
+            minicpm_v_preparer.position_buckets(patches, side), expected, err_msg=str(patches)
+        )
 
 
 def test_positions_go_row_by_row():
-    ids, places = minicpm_v.view_positions(2, 3, 70)
+    ids, places = minicpm_v_preparer.view_positions(2, 3, 70)
     assert ids.tolist() == [0, 23, 46, 35 * 70, 35 * 70 + 23, 35 * 70 + 46]
     assert places.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
 
 
 def test_positions_of_the_resampler_in_a_large_grid(pair):
-    _, places = minicpm_v.view_positions(2, 90, 70)
+    _, places = minicpm_v_preparer.view_positions(2, 90, 70)
     ours = minicpm_v.sincos_positions(places[None], 256)[0]
     assert_close(ours, pair.theirs.resampler.positions(2, 90), SIMPLE)
 
@@ -221,8 +227,8 @@ def published_slicing() -> Slicing:
 @pytest.mark.parametrize(
     ("size", "grid", "whole", "sliced"),
     [
-        ((448, 448), None, (448, 448), None),
-        ((100, 50), None, (630, 322), None),
+        ((448, 448), NO_SLICES, (448, 448), None),
+        ((100, 50), NO_SLICES, (630, 322), None),
         ((449, 448), (2, 1), (448, 448), (644, 630)),
         ((1920, 1080), (4, 2), (602, 336), (1680, 952)),
         ((1080, 1920), (2, 4), (336, 602), (952, 1680)),
@@ -235,7 +241,7 @@ def test_known_slices(size, grid, whole, sliced):
     views, seen = slicing.views(Image.new("RGB", size))
     assert seen == grid
     assert views[0].size == whole
-    if grid is not None:
+    if grid != NO_SLICES:
         assert slicing.sliced_size(size, grid) == sliced
         assert {view.size for view in views[1:]} == {(sliced[0] // grid[0], sliced[1] // grid[1])}
         assert len(views) == 1 + grid[0] * grid[1]
@@ -250,10 +256,10 @@ def test_slices_of_many_sizes_are_those_of_the_next_version(pair):
     for width, height in sizes:
         grid = slicing.grid((width, height))
         other = theirs.get_sliced_grid((height, width), 9, 448)
-        assert (grid and [grid[1], grid[0]]) == other
-        small = theirs.find_best_resize((height, width), 448, 14 / 4, "16x", grid is None)
-        assert slicing.view_size((width, height), enlarge=grid is None) == small[::-1]
-        if grid is not None:
+        assert (None if grid == NO_SLICES else [grid[1], grid[0]]) == other
+        small = theirs.find_best_resize((height, width), 448, 14 / 4, "16x", grid == NO_SLICES)
+        assert slicing.view_size((width, height), enlarge=grid == NO_SLICES) == small[::-1]
+        if grid != NO_SLICES:
             large = theirs.get_refine_size((height, width), other, 448, 14 / 4, "16x", True)
             assert slicing.sliced_size((width, height), grid) == large[::-1]
 
@@ -274,8 +280,8 @@ def test_patches_hold_the_pixels_of_their_view(pair, size):
 def test_an_image_is_text_around_its_views(pair):
     """The whole prompt, spelled out: image ids, slices row by row with a line for each row, images before the text."""
     sizes = [(100, 100), LITTLE]
-    grids = [pair.preparer.image(picture(0, size), "s")[1] for size in sizes]
-    assert grids == [(2, 2), None]
+    images = [image.tokens for image in pair.preparer.images([picture(0, size) for size in sizes], "s")]
+    assert [image.grid for image in images] == [(2, 2), NO_SLICES]
     slots = "<unk>" * NUM_QUERIES
     part = f"<slice>{slots}</slice>"
     user = (
@@ -285,7 +291,7 @@ def test_an_image_is_text_around_its_views(pair):
     turn = "<|im_start|>{}\n{}<|im_end|>\n"
     expected = turn.format("system", "You are a helpful assistant.") + turn.format("user", user)
     expected += "<|im_start|>assistant\n"
-    prompt = pair.preparer.prompt(sample_of("Which?", 2), grids, "An <unk>")
+    prompt = pair.preparer.prompt(sample_of("Which?", 2), images, "An <unk>")
     written = pair.preparer.chat.tokenizer.decode(prompt.token_ids)
     assert written == expected + "An <unk><|im_end|>"
     assert prompt.answer_length == len("An ") + 2
@@ -295,7 +301,7 @@ def test_an_image_is_text_around_its_views(pair):
     assert (np.diff(edges)[::2] == NUM_QUERIES).all() and len(edges) == 12
     assert prompt.rope_positions.tolist() == [list(range(len(prompt.token_ids)))]
     assert prompt.next_rope == len(prompt.token_ids)
-    marked = pair.preparer.prompt(sample_of("A <image>b<image>", 2), [None, None], None)
+    marked = pair.preparer.prompt(sample_of("A <image>b<image>", 2), [LITTLE_TOKENS] * 2, None)
     text = pair.preparer.chat.tokenizer.decode(marked.token_ids)
     image = f"<image>{slots}</image>"
     assert f"A <image_id>0</image_id>{image}b<image_id>1</image_id>{image}<|im_end|>" in text
@@ -316,7 +322,7 @@ def test_logits_of_a_model_with_tied_head(tmp_path):
     theirs = reference.MiniCPMV(seed=4, tie_word_embeddings=True)
     folder = theirs.save(save_processing(tmp_path), tie_word_embeddings=True)
     kind, ours = load_model(folder, jnp.float32)
-    pair = Pair(theirs, kind.config, Preparer(folder, kind.config, PATCH_SLOTS), lambda: ours, ours)
+    pair = Pair(theirs, kind.config, MiniCPMVPreparer(folder, kind.config, PATCH_SLOTS), lambda: ours, ours)
     examples = make_examples(pair, "two images with text between")
     assert_close(our_logits(ours, examples)[0], their_logits(pair, examples)[0], WHOLE)
 
@@ -352,12 +358,12 @@ def test_greedy_tokens(pair, plan, tmp_path):
     programs = Programs(place(pair.ours, mesh), mesh, SMALL, seed=0, new_tokens=new_tokens, stop_token=-1)
     shapes = Shapes((128, 256), (48,), 2, 1024)
     split = build_split([sample, other], pair.preparer, programs, shapes, False)
-    grids = [pair.preparer.slicing.grid(size) for size in sizes]
+    tokens = [ImageTokens(0, pair.preparer.slicing.grid(size)) for size in sizes]
     for row, (asked, used) in enumerate([(sample, slice(0, 2)), (other, slice(1, 2))]):
         (batch,) = [b for b in split.batches if row in b.inputs.layout.sample.tolist()]
         numbers, tokens, scored = programs.generate(programs.put(batch.visual), batch.inputs, [plan])
         assert scored.all()
-        prompt = pair.preparer.prompt(asked, grids[used], None)
+        prompt = pair.preparer.prompt(asked, tokens[used], None)
         views = [cut_views(picture(20 + i, size))[0] for i, size in enumerate(sizes)][used]
         visual = [pair.theirs.visual_tokens(image) for image in views]
         mask = torch.tensor(prompt.is_visual)
@@ -479,7 +485,7 @@ def test_views_in_another_order_miss_by_a_hundred_tolerances(pair):
     (example,) = make_examples(pair, "one image")
     (first,) = example.images
     order = [0, 1, 4, 2, 5, 3, 6]
-    wrong = PreparedImage(tuple(array[order] for array in first.arrays), first.num_tokens)
+    wrong = PreparedImage(tuple(array[order] for array in first.arrays), first.tokens)
     (theirs,) = their_logits(pair, [example])
     changed = Example(example.prompt, [wrong], example.visual)
     assert error(our_logits(pair.ours, [changed])[0], theirs) > 100 * WHOLE
@@ -517,31 +523,31 @@ def test_refused_config(fields, message):
 def test_refused_preprocessor_config(pair, fields, message, tmp_path):
     save_processing(tmp_path, **fields)
     with pytest.raises(UserError) as caught:
-        Preparer(tmp_path, pair.config, PATCH_SLOTS)
+        MiniCPMVPreparer(tmp_path, pair.config, PATCH_SLOTS)
     assert str(caught.value) == f"{tmp_path / 'preprocessor_config.json'}: {message}"
 
 
 def test_missing_files(pair, tmp_path):
     with pytest.raises(UserError, match=r"preprocessor_config.json: no such file"):
-        Preparer(tmp_path, pair.config, PATCH_SLOTS)
+        MiniCPMVPreparer(tmp_path, pair.config, PATCH_SLOTS)
     save_processing(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"no usable tokenizer \(.*\); copy tokenizer.json") as caught:
-        Preparer(tmp_path, pair.config, PATCH_SLOTS)
+    with pytest.raises(UserError, match=r"no usable tokenizer \(.*\); copy the files") as caught:
+        MiniCPMVPreparer(tmp_path, pair.config, PATCH_SLOTS)
     assert "\n" not in str(caught.value)
 
 
 def test_a_tokenizer_of_another_model(pair, tmp_path):
     save_processing(tmp_path, slice_start="<cut>")
     with pytest.raises(UserError, match=r"the tokenizer has no token '<cut>'"):
-        Preparer(tmp_path, pair.config, PATCH_SLOTS)
+        MiniCPMVPreparer(tmp_path, pair.config, PATCH_SLOTS)
     save_processing(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     fields = json.loads(path.read_text())
     del fields["chat_template"]
     path.write_text(json.dumps(fields))
     with pytest.raises(UserError, match=r"tokenizer_config.json has no chat_template"):
-        Preparer(tmp_path, pair.config, PATCH_SLOTS)
+        MiniCPMVPreparer(tmp_path, pair.config, PATCH_SLOTS)
 
 
 @pytest.mark.parametrize(
@@ -559,7 +565,7 @@ def test_a_tokenizer_of_another_model(pair, tmp_path):
 )
 def test_refused_text(pair, question, answer, message):
     with pytest.raises(UserError) as caught:
-        pair.preparer.prompt(sample_of(question, 1), [None], answer)
+        pair.preparer.prompt(sample_of(question, 1), [LITTLE_TOKENS], answer)
     assert str(caught.value).startswith(f"s: {message}")
     assert "\n" not in str(caught.value)
 
@@ -567,9 +573,9 @@ def test_refused_text(pair, question, answer, message):
 def test_an_answer_that_merges_with_the_prompt(pair, monkeypatch):
     monkeypatch.setattr(pair.preparer.chat, "ids", lambda text: [len(text)])
     with pytest.raises(UserError, match=r"s: the answer 'yes' merges with the prompt's last token"):
-        pair.preparer.prompt(sample_of("What?", 1), [None], "yes")
+        pair.preparer.prompt(sample_of("What?", 1), [LITTLE_TOKENS], "yes")
 
 
 def test_a_view_of_too_many_patches(pair):
     with pytest.raises(UserError, match=r"s: a view of an image has \d+ patches, the largest bucket 96; add"):
-        pair.preparer.image(picture(0, (2000, 2)), "s")
+        pair.preparer.images([picture(0, (2000, 2))], "s")

@@ -10,11 +10,13 @@ import pytest
 import torch
 from flax import nnx
 
-from rlens_jax.families.qwen2_vl.model import Qwen2VL, Qwen2VLConfig, patch_places, rope_positions
+from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig
+from rlens_jax.families.qwen2_vl.preparer import patch_places, rope_positions
 from rlens_jax.models.decoder import TracedPlan
+from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Plan, Reduction
 from tests.families.pair import Pair, cut, make_pair
-from tests.families.prompts import Example, hf_inputs, make_example, our_batch, our_images
+from tests.families.qwen2_vl import Example, hf_inputs, make_example, our_batch, our_images
 from tests.numerics import assert_close, error
 from tests.sequences import pack, unpack
 from tests.torch_reductions import reduced
@@ -52,7 +54,7 @@ def their_logits(pair: Pair, examples: list[Example]) -> list[np.ndarray]:
     return cut(pair.theirs(**hf_inputs(examples)).logits, examples)
 
 
-def embed(model: Qwen2VL, batch, tower_inputs, source):
+def embed(model: VisionLanguageModel, batch, tower_inputs, source):
     tokens = model.vision(*tower_inputs)
     return model.decoder.embed(batch.text_ids, tokens.reshape(-1, tokens.shape[-1])[source])
 
@@ -78,7 +80,7 @@ def run_traced(graph, state, batch, tower_inputs, source, plan: TracedPlan, redu
 
 
 def start(
-    model: Qwen2VL,
+    model: VisionLanguageModel,
     config: Qwen2VLConfig,
     examples: list[Example],
     plan: Plan | TracedPlan = PLAIN,

@@ -11,8 +11,7 @@ from rlens_jax.checkpoints.leaves import Filler, shapes_of
 from rlens_jax.errors import UserError
 from rlens_jax.families import siglip
 from rlens_jax.families.hf_config import ConfigReader
-from rlens_jax.families.siglip import SiglipTower, read_siglip
-from rlens_jax.families.siglip_weights import siglip_parts
+from rlens_jax.families.siglip import SiglipTower, read_siglip, siglip_parts
 from rlens_jax.families.table import Table
 from tests.numerics import assert_close, error
 from tests.torch_support import redraw
@@ -95,8 +94,8 @@ def test_features(theirs, ours, padding):
 
 
 def test_blocks_of_queries_do_not_matter(theirs, ours, monkeypatch):
-    monkeypatch.setattr(siglip, "SCORES", 1)
-    monkeypatch.setattr(siglip, "LEAST_QUERIES", 9)
+    monkeypatch.setattr(siglip, "MAX_SCORES", 1)
+    monkeypatch.setattr(siglip, "MIN_QUERIES", 9)
     assert_close(our_features(ours), their_features(theirs), TOLERANCE)
 
 

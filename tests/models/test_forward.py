@@ -12,8 +12,9 @@ from rlens_jax.layout import Bucket, unpack_rows
 from rlens_jax.models import forward as forward_module
 from rlens_jax.models.decoder import Decoder
 from rlens_jax.models.forward import attend, encode, feed, forward
-from rlens_jax.models.prompt import PreparedImage, Prompt, collate
+from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt, collate
 from rlens_jax.models.pruned import run_prompt
+from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Plan, Reduction
 from tests.numerics import assert_close, error
 from tests.sequences import run_length
@@ -37,14 +38,9 @@ class ToyVision(nnx.Module):
         return patches @ self.kernel[...]
 
 
-class ToyModel(nnx.Module):
-    def __init__(self) -> None:
-        self.vision, self.decoder = ToyVision(), random_decoder(TOY, 0.2)
-
-
 @pytest.fixture(scope="module")
-def model() -> ToyModel:
-    return ToyModel()
+def model() -> VisionLanguageModel:
+    return VisionLanguageModel(ToyVision(), random_decoder(TOY, 0.2))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +49,7 @@ def images() -> list[list[PreparedImage]]:
 
     def image(num_tokens: int) -> PreparedImage:
         patches = rng.standard_normal((-(-num_tokens // 12) * 12, NUMBERS_PER_PATCH)).astype(np.float32)
-        return PreparedImage((patches,), num_tokens)
+        return PreparedImage((patches,), ImageTokens(num_tokens))
 
     return [[image(count) for count in sample] for sample in IMAGES]
 
@@ -69,12 +65,12 @@ def text() -> list[Prompt]:
     ]
 
 
-def fast_logits(model: ToyModel, images, text, plan: Plan) -> list[np.ndarray]:
+def fast_logits(model: VisionLanguageModel, images, text, plan: Plan) -> list[np.ndarray]:
     """The prefill that deployment compiles, in a larger bucket, with every image encoded alone."""
     batch = collate(text, range(len(text)), Bucket(text=22, visual=37), 1)
     visual = np.zeros((len(text), 37, TOY.width), np.float32)
     for row, sample in zip(visual, images, strict=True):
-        tokens = [np.asarray(model.vision(image.arrays[0]))[: image.num_tokens] for image in sample]
+        tokens = [np.asarray(model.vision(image.arrays[0]))[: image.tokens.count] for image in sample]
         joined = np.concatenate([np.zeros((0, TOY.width), np.float32), *tokens])
         row[: len(joined)] = joined
     graph, state = nnx.split(model.decoder)
@@ -100,7 +96,7 @@ def test_equals_the_fast_prefill(model, images, text, plan: Plan) -> None:
 
 def test_images_of_one_sample_keep_their_order(model, images) -> None:
     packed = encode(model, images, 40)
-    expected = [np.asarray(model.vision(image.arrays[0]))[: image.num_tokens] for image in images[1]]
+    expected = [np.asarray(model.vision(image.arrays[0]))[: image.tokens.count] for image in images[1]]
     assert_close(packed[1, :18], np.concatenate(expected), 1e-5)
     assert not packed[1, 18:].any()
     assert not packed[2].any()

@@ -16,14 +16,14 @@ from safetensors.numpy import load_file, save_file
 
 from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.data.samples import Sample
-from rlens_jax.families.minicpm_v.model import Preparer as MiniCPMVPreparer
+from rlens_jax.families.minicpm_v.preparer import MiniCPMVPreparer
 from rlens_jax.parity.bundle import new_bundle
 from rlens_jax.parity.dump import run_case
 from rlens_jax.plan import Plan, Reduction
-from tests import internvl_support as internvl
-from tests import torch_minicpm_v as minicpm
 from tests import torch_reductions
-from tests.families import llava
+from tests.families import internvl
+from tests.families import llava_onevision as llava
+from tests.families import minicpm_v as minicpm
 from tests.families.test_llava_preparer import write_texts
 from tests.parity.command import refusal, validate
 from tests.torch_support import save_tiny
@@ -98,9 +98,9 @@ def make_minicpm(folder: Path) -> Reference:
     prompts, visual, views, bounds = [], [], [], []
     for row, (question, sizes) in enumerate(MINICPM_SAMPLES):
         pictures = [llava.picture(10 * row + i, (height, width)) for i, (width, height) in enumerate(sizes)]
-        grids = [preparer.image(image, "s")[1] for image in pictures]
+        images = [image.tokens for image in preparer.images(pictures, "s")]
         sample = Sample("s", "d", (b"",) * len(pictures), question, ("yes",))
-        prompts.append(preparer.prompt(sample, grids, None))
+        prompts.append(preparer.prompt(sample, images, None))
         cut = [minicpm.cut_views(image)[0] for image in pictures]
         visual.append([model.visual_tokens(image) for image in cut])
         views += [view for image in cut for view in image]
@@ -293,12 +293,12 @@ BAD = {
     "internvl: an input of the native layout": (
         "internvl",
         lambda t: t.update(img_context_token_id=np.array([260])),
-        "the tensor img_context_token_id is not known",
+        "holds img_context_token_id, but the model's config.json contains the image token",
     ),
     "native: no image token": (
         "internvl_chat",
         lambda t: t.pop("img_context_token_id"),
-        "holds no img_context_token_id, and the model's config.json does not tell it either",
+        "holds no img_context_token_id, and the model's config.json does not contain it either",
     ),
     "native: a long prompt": (
         "internvl_chat",

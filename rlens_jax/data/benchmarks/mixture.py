@@ -21,7 +21,7 @@ In PyTorch, with VLMEvalKit:
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ import numpy as np
 
 from rlens_jax.console import ArgumentParser, run_command, say
 from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Instance, find_benchmark, instance, named_sum
-from rlens_jax.data.benchmarks.prompts import prompt
 from rlens_jax.data.benchmarks.tfds_builder import read_benchmark, read_table
 from rlens_jax.data.benchmarks.tsv import TsvTable
 from rlens_jax.data.samples import Sample
@@ -175,7 +174,7 @@ def _check_indices(fields: Mapping[str, Any], path: Path) -> None:
 
 
 def mixture_samples(
-    path: Path, folder: Path, data_dir: Path, *, family: str, step_by_step: bool
+    path: Path, folder: Path, data_dir: Path, prompt: Callable[[Instance], str]
 ) -> dict[str, list[Sample]]:
     """The samples that a mixture lists, by split, with VLMEvalKit's prompts for this model family.
 
@@ -198,17 +197,16 @@ def mixture_samples(
             for index in getattr(mixture, split)[dataset]:
                 if index not in place:
                     raise UserError(f"{path}: field {split!r}: {dataset} has no row with index {index!r} and an image")
-                samples[split].append(to_sample(source[place[index]], family=family, step_by_step=step_by_step))
+                samples[split].append(to_sample(source[place[index]], prompt))
     return samples
 
 
-def to_sample(item: Instance, *, family: str, step_by_step: bool) -> Sample:
+def to_sample(item: Instance, prompt: Callable[[Instance], str]) -> Sample:
     """An instance as a sample: the family's prompt, and its distinct answers that are not empty."""
     answers = tuple(dict.fromkeys(answer for answer in item.answers if answer.strip()))
     if not answers:
         raise UserError(f"{item.id}: no answer; the answers of {item.dataset} are withheld or empty")
-    question = prompt(family, item, step_by_step=step_by_step)
-    return Sample(item.id, item.dataset, item.images, question, answers)
+    return Sample(item.id, item.dataset, item.images, prompt(item), answers)
 
 
 def main(arguments: Sequence[str]) -> None:

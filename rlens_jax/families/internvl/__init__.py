@@ -1,1 +1,18 @@
-"""InternVL."""
+"""InternVL2, 2.5 and 3 (arXiv 2404.16821, 2412.05271, 2504.10479), in both layouts of a model folder."""
+
+from rlens_jax.families.family import Family
+from rlens_jax.families.internvl.model import InternVLConfig, VisionTower, read_hf_config, read_native_config
+from rlens_jax.families.internvl.preparer import InternVLPreparer, benchmark_prompt, image_arrays
+from rlens_jax.families.internvl.reference import REFERENCE
+from rlens_jax.families.internvl.weights import table
+
+FAMILY = Family[InternVLConfig](
+    model_types={"internvl": read_hf_config, "internvl_chat": read_native_config},
+    vision=VisionTower,
+    preparer=InternVLPreparer,
+    image_arrays=image_arrays,
+    table=table,
+    reference=REFERENCE,
+    benchmark_prompt=benchmark_prompt,
+    preset="internvl2_8b",
+)

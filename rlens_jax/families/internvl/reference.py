@@ -1,61 +1,60 @@
-"""InternVL's inputs: the tiles of all images one after another, those of an image under one run of image tokens.
+"""Reference inputs of InternVL: the tiles of all images; each run of image tokens belongs to the tiles of one image.
 
-A native config.json does not tell the image token, which the published code keeps in the model: there the input
-`img_context_token_id`, int [1], tells it.
+A native config.json does not contain the image token, which the published code keeps in the model. In that layout the input
+`img_context_token_id`, int [1], holds it.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from einops import rearrange
 
 from rlens_jax.errors import UserError
 from rlens_jax.families.internvl.model import InternVLConfig
-from rlens_jax.families.reference_rows import FamilyInputs, Row, checked, plain_prompt, take_images
-from rlens_jax.models.prompt import PreparedImage
+from rlens_jax.families.internvl.preparer import cut_patches
+from rlens_jax.families.reference_inputs import ReferenceInputs, Row, checked, deal_images, plain_prompt
+from rlens_jax.models.prompt import ImageTokens, PreparedImage
 
 TOKEN_NAME = "img_context_token_id"
 
 
-def read(
+def read_images(
     where: str, token_ids: Sequence[np.ndarray], tensors: Mapping[str, np.ndarray], config: InternVLConfig
 ) -> list[Row]:
-    """See `FamilyInputs.read`."""
+    """See `ReferenceInputs.read_images`."""
     vision = config.vision
-    image_token = config.image_token
-    if image_token is None:
-        image_token = _given_token(where, tensors)
+    image_token = _image_token(where, tensors, config)
     shape = ("tiles", vision.channels, vision.image_size, vision.image_size)
-    pixels = checked(where, tensors, "pixel_values", shape)
-    side = vision.patch_size
-    patches = rearrange(pixels, "Y c (r y) (q x) -> Y (r q) (c y x)", y=side, x=side)
+    patches = cut_patches(checked(where, tensors, "pixel_values", shape), vision.patch_size)
     # The tower sees each tile alone, so each is an image of one tile here.
-    tiles = [PreparedImage((tile[None],), vision.tile_tokens) for tile in patches]
-    rows, first = [], 0
-    for number, ids in enumerate(token_ids):
-        if config.max_tokens is not None and len(ids) > config.max_tokens:
+    tiles = [PreparedImage((tile[None],), ImageTokens(vision.tile_tokens)) for tile in patches]
+    masks = [ids == image_token for ids in token_ids]
+    for number, is_visual in enumerate(masks):
+        if config.max_tokens is not None and len(is_visual) > config.max_tokens:
             raise UserError(
-                f"{where}: row {number} of input_ids has {len(ids)} tokens; with dynamic RoPE scaling at most "
+                f"{where}: row {number} of input_ids has {len(is_visual)} tokens; with dynamic RoPE scaling at most "
                 f"{config.max_tokens} are supported"
             )
-        is_visual = ids == image_token
         _check_runs(where, number, is_visual, vision.tile_tokens)
-        own = take_images(where, number, int(is_visual.sum()), tiles, first)
-        rows.append(Row(plain_prompt(ids, is_visual), own))
-        first += len(own)
-    if first != len(tiles):
-        raise UserError(f"{where}: pixel_values has {len(tiles)} tiles, input_ids has tokens for {first}")
-    return rows
+    dealt = deal_images(where, masks, tiles, "pixel_values", "tiles")
+    return [
+        Row(plain_prompt(ids, is_visual), images)
+        for ids, is_visual, images in zip(token_ids, masks, dealt, strict=True)
+    ]
 
 
-def _given_token(where: str, tensors: Mapping[str, np.ndarray]) -> int:
-    if TOKEN_NAME not in tensors:
-        raise UserError(f"{where}: holds no {TOKEN_NAME}, and the model's config.json does not tell it either")
-    return int(checked(where, tensors, TOKEN_NAME, (1,))[0])
+def _image_token(where: str, tensors: Mapping[str, np.ndarray], config: InternVLConfig) -> int:
+    """From config.json or, in the native layout, from the inputs."""
+    if config.image_token is None:
+        if TOKEN_NAME not in tensors:
+            raise UserError(f"{where}: holds no {TOKEN_NAME}, and the model's config.json does not contain it either")
+        return int(checked(where, tensors, TOKEN_NAME, (1,))[0])
+    if TOKEN_NAME in tensors:
+        raise UserError(f"{where}: holds {TOKEN_NAME}, but the model's config.json contains the image token")
+    return config.image_token
 
 
 def _check_runs(where: str, number: int, is_visual: np.ndarray, tile_tokens: int) -> None:
-    """Each run of image tokens is an image of whole tiles."""
+    """Check that each run of image tokens is as long as some whole tiles."""
     edges = np.flatnonzero(np.diff(is_visual.astype(np.int8), prepend=0, append=0))
     for start, stop in edges.reshape(-1, 2).tolist():
         if (stop - start) % tile_tokens:
@@ -65,5 +64,4 @@ def _check_runs(where: str, number: int, is_visual: np.ndarray, tile_tokens: int
             )
 
 
-HF_INPUTS = FamilyInputs(("pixel_values",), read)
-NATIVE_INPUTS = FamilyInputs(("pixel_values", TOKEN_NAME), read)
+REFERENCE = ReferenceInputs(("pixel_values", TOKEN_NAME), read_images)

@@ -1,10 +1,10 @@
-"""Published names of InternVL, in the native layout (remote code) and in that of transformers, and newer spellings."""
+"""Published names of InternVL in the native layout and in that of transformers, older and newer spellings."""
 
 from dataclasses import replace
 
-from rlens_jax.families.decoder_weights import EMBEDDING, HEAD, decoder_parts
 from rlens_jax.families.internvl.model import InternVLConfig, VisionConfig
 from rlens_jax.families.table import Ignored, Part, Row, Table
+from rlens_jax.families.weight_rows import EMBEDDING, HEAD, QKV, decoder_parts, linear, norm, pattern_sizes
 from rlens_jax.models.decoder import DecoderConfig
 
 LANGUAGE = "language_model."
@@ -13,7 +13,7 @@ RENAMES = (
     (r"^model\.language_model\.", LANGUAGE + "model."),
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
 )
-"""What newer versions of transformers write, to what its published checkpoints hold; native names stay as they are."""
+"""From the names of newer versions of transformers to those of its published checkpoints; native names do not change."""
 NAMES = {
     "tower": ("vision_model.", "vision_tower."),
     "class": ("class_embedding", "cls_token"),
@@ -31,7 +31,7 @@ NAMES = {
     "connector_fc1": ("1", "linear_1"),
     "connector_fc2": ("3", "linear_2"),
 }
-"""Native, transformers."""
+"""Names in the native layout and in that of transformers."""
 INTERNLM2 = {
     EMBEDDING: "model.tok_embeddings.weight",
     HEAD: "output.weight",
@@ -43,8 +43,7 @@ INTERNLM2 = {
     "mlp.up_proj.weight": "feed_forward.w3.weight",
     "mlp.down_proj.weight": "feed_forward.w2.weight",
 }
-"""A Llama's names to those of InternLM2."""
-QKV = ("q_proj", "k_proj", "v_proj")
+"""From a Llama's names to those of InternLM2."""
 QUERIES, KEYS = "group d k h -> d (k group) h", "1 d k h -> d k h"
 
 
@@ -67,18 +66,14 @@ def table(config: InternVLConfig) -> Table:
 def _vision_parts(vision: VisionConfig, *, native: bool) -> tuple[Part, ...]:
     names = {key: pair[0 if native else 1] for key, pair in NAMES.items()}
     side, at = vision.patch_size, names["attention"]
-    patch = {"channel": vision.channels, "row": side, "col": side, "j": 1 + vision.num_patches}
-    sizes = {letter.lower(): size for letter, size in vision.sizes.items()} | patch
+    patch = {"channel": vision.channels, "row": side, "col": side, "position": 1 + vision.num_patches}
+    sizes = pattern_sizes(vision.sizes) | patch
     if native:
-        qkv = [Row(f"{at}qkv.weight", tuple(f"{x}.kernel" for x in QKV), "(three n h) e -> three e n h")]
-        if vision.qkv_bias:
-            qkv.append(Row(f"{at}qkv.bias", tuple(f"{x}.bias" for x in QKV), "(three n h) -> three n h"))
+        qkv = linear(f"{at}qkv", QKV, "(three n h) e -> three e n h", bias=vision.qkv_bias)
     else:
-        qkv = [Row(f"{at}{x}.weight", f"{x}.kernel", "(n h) e -> e n h") for x in QKV]
-        if vision.qkv_bias:
-            qkv += [Row(f"{at}{x}.bias", f"{x}.bias", "(n h) -> n h") for x in QKV]
+        qkv = tuple(row for x in QKV for row in linear(at + x, x, "(n h) e -> e n h", bias=vision.qkv_bias))
     if vision.qk_norm:
-        qkv += [Row(f"{at}{x}.weight", f"{x}.scale", "e -> e") for x in ("q_norm", "k_norm")]
+        qkv += tuple(row for x in ("q_norm", "k_norm") for row in norm(at + x, x, "e", bias=False))
     return (
         Part(
             names["tower"] + "embeddings.",
@@ -86,8 +81,8 @@ def _vision_parts(vision: VisionConfig, *, native: bool) -> tuple[Part, ...]:
             sizes,
             (
                 Row(names["class"], "class_token", "1 1 e -> e"),
-                Row(names["position"], "position", "1 j e -> j e"),
-                *_linear(names["patch"], "patch_embed", "e channel row col -> (channel row col) e", "e"),
+                Row(names["position"], "position", "1 position e -> position e"),
+                *linear(names["patch"], "patch_embed", "e channel row col -> (channel row col) e"),
             ),
         ),
         Part(
@@ -95,13 +90,13 @@ def _vision_parts(vision: VisionConfig, *, native: bool) -> tuple[Part, ...]:
             "vision.layers.",
             sizes,
             (
-                *_norm(names["norm1"], "attention_norm", "e", bias=not vision.rms_norm),
+                *norm(names["norm1"], "attention_norm", "e", bias=not vision.rms_norm),
                 *qkv,
-                *_linear(f"{at}{names['proj']}", "o_proj", "e (n h) -> n h e", "e"),
+                *linear(f"{at}{names['proj']}", "o_proj", "e (n h) -> n h e"),
                 Row(names["scale1"], "attention_scale", "e -> e"),
-                *_norm(names["norm2"], "mlp_norm", "e", bias=not vision.rms_norm),
-                *_linear("mlp.fc1", "fc1", "f e -> e f", "f"),
-                *_linear("mlp.fc2", "fc2", "e f -> f e", "e"),
+                *norm(names["norm2"], "mlp_norm", "e", bias=not vision.rms_norm),
+                *linear("mlp.fc1", "fc1", "f e -> e f"),
+                *linear("mlp.fc2", "fc2", "e f -> f e"),
                 Row(names["scale2"], "mlp_scale", "e -> e"),
             ),
             vision.depth,
@@ -111,28 +106,16 @@ def _vision_parts(vision: VisionConfig, *, native: bool) -> tuple[Part, ...]:
             "vision.",
             sizes,
             (
-                *_norm(names["connector_norm"], "connector_norm", "g", bias=True),
-                *_linear(names["connector_fc1"], "connector_fc1", "m g -> g m", "m"),
-                *_linear(names["connector_fc2"], "connector_fc2", "d m -> m d", "d"),
+                *norm(names["connector_norm"], "connector_norm", "g"),
+                *linear(names["connector_fc1"], "connector_fc1", "m g -> g m"),
+                *linear(names["connector_fc2"], "connector_fc2", "d m -> m d"),
             ),
         ),
     )
 
 
-def _linear(source: str, target: str, pattern: str, bias: str) -> tuple[Row, ...]:
-    return (
-        Row(f"{source}.weight", f"{target}.kernel", pattern),
-        Row(f"{source}.bias", f"{target}.bias", f"{bias} -> {bias}"),
-    )
-
-
-def _norm(source: str, target: str, axis: str, *, bias: bool) -> tuple[Row, ...]:
-    rows = (Row(f"{source}.weight", f"{target}.scale", f"{axis} -> {axis}"),)
-    return (*rows, Row(f"{source}.bias", f"{target}.bias", f"{axis} -> {axis}")) if bias else rows
-
-
 def _internlm2_parts(config: DecoderConfig) -> tuple[Part, ...]:
-    """InternLM2: a Llama by other names, q, k and v of each kv head standing together."""
+    """InternLM2 is a Llama with other names, and q, k and v of each kv head are fused."""
     fused = Row(
         "attention.wqkv.weight",
         tuple(f"attention.{x}.kernel" for x in QKV),

@@ -1,1 +1,18 @@
-"""LLaVA-OneVision."""
+"""LLaVA-OneVision (arXiv 2408.03326)."""
+
+from rlens_jax.families.family import Family
+from rlens_jax.families.llava_onevision.model import LlavaOnevisionConfig, VisionTower, read_config
+from rlens_jax.families.llava_onevision.preparer import LlavaOnevisionPreparer, benchmark_prompt, image_arrays
+from rlens_jax.families.llava_onevision.reference import REFERENCE
+from rlens_jax.families.llava_onevision.weights import table
+
+FAMILY = Family[LlavaOnevisionConfig](
+    model_types={"llava_onevision": read_config},
+    vision=VisionTower,
+    preparer=LlavaOnevisionPreparer,
+    image_arrays=image_arrays,
+    table=table,
+    reference=REFERENCE,
+    benchmark_prompt=benchmark_prompt,
+    preset="llava_onevision_7b",
+)

@@ -1,15 +1,15 @@
 """Published names of LLaVA-OneVision (the -hf repositories): `language_model.*`, `vision_tower.*` and so on.
 
-transformers writes these or, newer, `model.language_model.*`, `model.vision_tower.*`, and from version 5 the tower with or
+Newer versions of transformers write `model.language_model.*` and `model.vision_tower.*`, and version 5 writes the tower with or
 without its level `vision_model`.
 """
 
 from dataclasses import replace
 
-from rlens_jax.families.decoder_weights import EMBEDDING, HEAD, decoder_parts
 from rlens_jax.families.llava_onevision.model import LlavaOnevisionConfig
-from rlens_jax.families.siglip_weights import siglip_parts
+from rlens_jax.families.siglip import siglip_parts
 from rlens_jax.families.table import Ignored, Part, Row, Table
+from rlens_jax.families.weight_rows import EMBEDDING, HEAD, decoder_parts, linear, pattern_sizes
 
 DECODER, TOWER = "language_model.", "vision_tower.vision_model."
 RENAMES = (
@@ -22,7 +22,6 @@ RENAMES = (
 
 def table(config: LlavaOnevisionConfig) -> Table:
     """The mapping for a model of these sizes."""
-    sizes = {letter.lower(): size for letter, size in config.sizes.items()}
     tower = TOWER.replace(".", r"\.")
     return Table(
         parts=(
@@ -31,12 +30,10 @@ def table(config: LlavaOnevisionConfig) -> Table:
             Part(
                 "",
                 "vision.",
-                sizes,
+                pattern_sizes(config.sizes),
                 (
-                    Row("multi_modal_projector.linear_1.weight", "projector_fc1.kernel", "m e -> e m"),
-                    Row("multi_modal_projector.linear_1.bias", "projector_fc1.bias", "m -> m"),
-                    Row("multi_modal_projector.linear_2.weight", "projector_fc2.kernel", "d m -> m d"),
-                    Row("multi_modal_projector.linear_2.bias", "projector_fc2.bias", "d -> d"),
+                    *linear("multi_modal_projector.linear_1", "projector_fc1", "m e -> e m"),
+                    *linear("multi_modal_projector.linear_2", "projector_fc2", "d m -> m d"),
                     Row("image_newline", "image_newline", "d -> d"),
                 ),
             ),
@@ -44,7 +41,7 @@ def table(config: LlavaOnevisionConfig) -> Table:
         renames=RENAMES,
         ignored=(
             Ignored(tower + r"post_layernorm\..*", "visual tokens are made of the states before this norm"),
-            Ignored(tower + r"head\..*", "pools an image into one vector, which no visual token is made of"),
+            Ignored(tower + r"head\..*", "pools an image into one vector, which visual tokens do not use"),
             Ignored(r".*\.(inv_freq|position_ids)", "follows from config.json"),
         ),
         copies={DECODER + HEAD: DECODER + EMBEDDING} if config.decoder.tied_head else None,

@@ -1,1 +1,18 @@
-"""MiniCPM-V."""
+"""MiniCPM-V 2.6 (arXiv 2408.01800)."""
+
+from rlens_jax.families.family import Family
+from rlens_jax.families.minicpm_v.model import MiniCPMVConfig, VisionTower, read_config
+from rlens_jax.families.minicpm_v.preparer import MiniCPMVPreparer, benchmark_prompt, image_arrays
+from rlens_jax.families.minicpm_v.reference import REFERENCE
+from rlens_jax.families.minicpm_v.weights import table
+
+FAMILY = Family[MiniCPMVConfig](
+    model_types={"minicpmv": read_config},
+    vision=VisionTower,
+    preparer=MiniCPMVPreparer,
+    image_arrays=image_arrays,
+    table=table,
+    reference=REFERENCE,
+    benchmark_prompt=benchmark_prompt,
+    preset="minicpm_v_2_6",
+)

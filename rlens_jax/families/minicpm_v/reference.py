@@ -1,10 +1,10 @@
-"""MiniCPM-V 2.6's inputs: those of its published code, whose lists are stacked here.
+"""Reference inputs of MiniCPM-V 2.6: those of its published code, with lists stacked.
 
-pixel_values   float [views, 3, patch, length]: each view's patches side by side, row by row, as the published processor
-               gives them, padded on the right; length is a multiple of patch
-tgt_sizes      int [views, 2]: rows and columns of a view's patches
-image_bound    int [views, 3]: row of input_ids, and the first token of the view and the one after its last; ours, as
-               published it is a list of pairs for each row. In the order of views.
+pixel_values   float [v, 3, side, length]: the patches of each view next to each other, row by row, as the published
+               processor makes them, padded on the right; length is a multiple of side
+tgt_sizes      int [v, 2]: rows and columns of the patches of each view
+image_bound    int [v, 3]: for each view, in order, its row of input_ids, its first token and the token after its last one
+               (our form; the published code has a list of pairs per row)
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,30 +13,34 @@ from math import isqrt
 import numpy as np
 
 from rlens_jax.errors import UserError
-from rlens_jax.families.minicpm_v.model import MiniCPMVConfig, view_positions
-from rlens_jax.families.reference_rows import FamilyInputs, Row, checked, padded, plain_prompt, take_images
-from rlens_jax.models.prompt import PreparedImage
+from rlens_jax.families.minicpm_v.model import MiniCPMVConfig
+from rlens_jax.families.minicpm_v.preparer import view_positions
+from rlens_jax.families.reference_inputs import (
+    ReferenceInputs,
+    Row,
+    checked,
+    deal_images,
+    plain_prompt,
+    zero_padded,
+)
+from rlens_jax.models.prompt import ImageTokens, PreparedImage
 
 
-def read(
+def read_images(
     where: str, token_ids: Sequence[np.ndarray], tensors: Mapping[str, np.ndarray], config: MiniCPMVConfig
 ) -> list[Row]:
-    """See `FamilyInputs.read`."""
+    """See `ReferenceInputs.read_images`."""
     bounds = checked(where, tensors, "image_bound", ("views", 3)).astype(np.int64)
     views = _views(where, tensors, config)
     if len(bounds) != len(views):
         raise UserError(f"{where}: image_bound has {len(bounds)} views where pixel_values has {len(views)}")
-    marked = _visual_tokens(where, token_ids, bounds, config.resampler.num_queries)
-    rows, first = [], 0
-    for number, (ids, is_visual) in enumerate(zip(token_ids, marked, strict=True)):
-        own = take_images(where, number, int(is_visual.sum()), views, first)
-        rows.append(Row(plain_prompt(ids, is_visual), own))
-        first += len(own)
-    return rows
+    masks = _visual_tokens(where, token_ids, bounds, config.resampler.num_queries)
+    dealt = deal_images(where, masks, views, "pixel_values", "views")
+    return [Row(plain_prompt(ids, mask), taken) for ids, mask, taken in zip(token_ids, masks, dealt, strict=True)]
 
 
 def _views(where: str, tensors: Mapping[str, np.ndarray], config: MiniCPMVConfig) -> list[PreparedImage]:
-    """Each view as an image of its own: the tower sees it alone."""
+    """Each view as an image: the tower sees it alone."""
     side = config.vision.patch_size
     pixels = checked(where, tensors, "pixel_values", ("views", 3, side, "length"))
     grids = checked(where, tensors, "tgt_sizes", ("views", 2)).astype(np.int64)
@@ -55,16 +59,16 @@ def _views(where: str, tensors: Mapping[str, np.ndarray], config: MiniCPMVConfig
                 f"{where}: view {number} has tgt_sizes [{rows}, {columns}], pixel_values room for {slots} patches"
             )
         ids, places = view_positions(rows, columns, isqrt(config.vision.num_positions))
-        arrays = (values, padded(ids, slots), padded(places, slots), np.array(real, np.int32))
-        views.append(PreparedImage(tuple(array[None] for array in arrays), config.resampler.num_queries))
+        arrays = (values, zero_padded(ids, slots), zero_padded(places, slots), np.array(real, np.int32))
+        views.append(PreparedImage(tuple(array[None] for array in arrays), ImageTokens(config.resampler.num_queries)))
     return views
 
 
 def _visual_tokens(
     where: str, token_ids: Sequence[np.ndarray], bounds: np.ndarray, num_queries: int
 ) -> list[np.ndarray]:
-    """Which tokens of each row are visual, bool [T_i] each."""
-    marked = [np.zeros(len(ids), bool) for ids in token_ids]
+    """The visual tokens of each row, bool [T_i] each."""
+    masks = [np.zeros(len(ids), bool) for ids in token_ids]
     last = (0, 0)
     for number, (row, start, stop) in enumerate(bounds.tolist()):
         here = f"{where}: image_bound {number} is [{row}, {start}, {stop}]"
@@ -76,9 +80,9 @@ def _visual_tokens(
             raise UserError(f"{here}; a view has {num_queries} tokens")
         if (row, start) < last:
             raise UserError(f"{here}; bounds must go row by row, and forward in each without overlap")
-        marked[row][start:stop] = True
+        masks[row][start:stop] = True
         last = (row, stop)
-    return marked
+    return masks
 
 
-INPUTS = FamilyInputs(("pixel_values", "tgt_sizes", "image_bound"), read)
+REFERENCE = ReferenceInputs(("pixel_values", "tgt_sizes", "image_bound"), read_images)

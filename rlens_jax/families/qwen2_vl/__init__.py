@@ -1,1 +1,18 @@
-"""Qwen2-VL."""
+"""Qwen2-VL (arXiv 2409.12191)."""
+
+from rlens_jax.families.family import Family
+from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig, VisionTower, read_config
+from rlens_jax.families.qwen2_vl.preparer import Qwen2VLPreparer, benchmark_prompt, image_arrays
+from rlens_jax.families.qwen2_vl.reference import REFERENCE
+from rlens_jax.families.qwen2_vl.weights import table
+
+FAMILY = Family[Qwen2VLConfig](
+    model_types={"qwen2_vl": read_config},
+    vision=VisionTower,
+    preparer=Qwen2VLPreparer,
+    image_arrays=image_arrays,
+    table=table,
+    reference=REFERENCE,
+    benchmark_prompt=benchmark_prompt,
+    preset="qwen2_vl_7b",
+)

@@ -1,15 +1,11 @@
-"""Qwen2-VL (arXiv 2409.12191): vision tower with 2-D RoPE and dynamic resolution, 2x2 merger, mRoPE positions.
+"""Qwen2-VL's vision tower with 2-D RoPE and dynamic resolution, and its 2 x 2 merger.
 
-Images never give a shape to a compiled program: each is padded to a bucket of patches, with its real number of patches and
-their grid places as data. Patches come in merge order (each 4 consecutive ones become one visual token), as Hugging Face's
-image processor hands them out, so padding stays at the end.
-
-Axis letters: I images, J patches (padded), E tower width, N heads, H head dim, D decoder width, B batch, T packed slots.
+The sizes of an image are data, not shapes of a compiled program: its patches are padded to a bucket, and their number and their
+places in the image are arrays. Patches come in merge order, as Hugging Face's image processor makes them: each 4 consecutive
+ones become one visual token, so padding stays at the end.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +13,21 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
-from PIL.Image import Image
 
-from rlens_jax.data.samples import Sample
-from rlens_jax.errors import UserError
 from rlens_jax.families.hf_config import ConfigReader, read_qwen2_decoder
-from rlens_jax.models.chat import ChatTokenizer
-from rlens_jax.models.decoder import Decoder, DecoderConfig
+from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import LayerNorm, Linear, rotate, rotation
-from rlens_jax.models.prompt import PreparedImage, Prompt
 from rlens_jax.ops.attention import masked_attention
 
 VISION_ROPE_THETA = 10000.0
 VISION_NORM_EPS = 1e-6
 QUERY_BLOCK = 1024
-"""Patches that query together: a large image's whole score matrix would not fit in memory."""
+"""Max queries per step of attention: the score matrix of a large image would not fit in memory."""
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the vision tower; a patch is channels x temporal_patch x patch_size x patch_size numbers."""
+    """Sizes of the vision tower; a patch has channels x temporal_patch x patch_size x patch_size numbers."""
 
     depth: int
     width: int
@@ -52,13 +43,13 @@ class VisionConfig:
     def sizes(self) -> dict[str, int]:
         group = self.merge_size**2 * self.width
         return {
-            "C": self.channels * self.temporal_patch * self.patch_size**2,
+            "c": self.channels * self.temporal_patch * self.patch_size**2,
             "E": self.width,
             "N": self.num_heads,
             "H": self.width // self.num_heads,
             "F": self.ffn_width,
-            "G": group,
-            "M": group,
+            "g": group,
+            "m": group,
             "D": self.out_width,
         }
 
@@ -74,7 +65,7 @@ class Qwen2VLConfig:
 
 
 def read_config(config: ConfigReader) -> Qwen2VLConfig:
-    """Sizes from config.json.
+    """Read the sizes from config.json.
 
     Raises:
         UserError: a field is missing, or asks for a computation that is not supported.
@@ -102,7 +93,7 @@ def read_config(config: ConfigReader) -> Qwen2VLConfig:
 
 
 class VisionLayer(nnx.Module):
-    """Pre-norm full attention within one image, and a quick-GELU MLP."""
+    """Full attention within one image and a quick-GELU MLP, each after a norm."""
 
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         sizes = config.sizes
@@ -135,15 +126,15 @@ def _attend(
     v: Float[Array, "I N J H"],
     is_patch: Bool[Array, "I J"],
 ) -> Float[Array, "I N J H"]:
-    """Every patch attends to all patches of its image; those of a large image query in equal blocks, one after the other.
+    """Attention of every patch to all patches of its image; the queries of a large image go block by block.
 
-    The blocks are a loop, so that 64 of them are compiled no longer than one.
+    The blocks are a loop, so 64 of them compile as fast as one.
     """
     images, heads, patches, head_dim = q.shape
     count = -(-patches // QUERY_BLOCK)
     size = -(-patches // count)
 
-    def attend(block: Float[Array, "I N b H"]) -> Float[Array, "I N b H"]:
+    def attend(block: Float[Array, "I N block H"]) -> Float[Array, "I N block H"]:
         mask = jnp.broadcast_to(is_patch[:, None], (images, block.shape[2], patches))
         return masked_attention(block, k, v, mask)
 
@@ -158,28 +149,28 @@ def _attend(
 class VisionTower(nnx.Module):
     """Patches to visual tokens: patch embedding, stacked layers, and the merger (the connector)."""
 
-    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        sizes = config.sizes
-        self.config = config
-        self.patch_embed = Linear("IJC,CE->IJE", sizes, dtype=dtype, rngs=rngs)
-        make = nnx.vmap(lambda rngs: VisionLayer(config, dtype=dtype, rngs=rngs))
-        self.layers = make(rngs.split(config.depth))
-        self.merger_norm = LayerNorm(config.width, eps=VISION_NORM_EPS, dtype=dtype)
-        self.merger_fc1 = Linear("IJG,GM->IJM", sizes, bias="M", dtype=dtype, rngs=rngs)
-        self.merger_fc2 = Linear("IJM,MD->IJD", sizes, bias="D", dtype=dtype, rngs=rngs)
+    def __init__(self, config: Qwen2VLConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        vision, sizes = config.vision, config.vision.sizes
+        self.config = vision
+        self.patch_embed = Linear("IJc,cE->IJE", sizes, dtype=dtype, rngs=rngs)
+        make = nnx.vmap(lambda rngs: VisionLayer(vision, dtype=dtype, rngs=rngs))
+        self.layers = make(rngs.split(vision.depth))
+        self.merger_norm = LayerNorm(vision.width, eps=VISION_NORM_EPS, dtype=dtype)
+        self.merger_fc1 = Linear("IJg,gm->IJm", sizes, bias="m", dtype=dtype, rngs=rngs)
+        self.merger_fc2 = Linear("IJm,mD->IJD", sizes, bias="D", dtype=dtype, rngs=rngs)
 
     def features(
         self,
-        patches: Float[Array | np.ndarray, "I J C"],
+        patches: Float[Array | np.ndarray, "I J c"],
         places: Int[Array | np.ndarray, "I J 2"],
         num_patches: Int[Array | np.ndarray, " I"],
     ) -> Float[Array, "I J E"]:
-        """The tower's output before the merger.
+        """States of the tower before the merger.
 
         Args:
-            patches: flattened pixel values of each patch, in merge order, padded with anything.
+            patches: flattened pixel values of each patch, in merge order; padding may hold any finite numbers.
             places: row and column of each patch in its image.
-            num_patches: how many patches of each image are real.
+            num_patches: number of real patches of each image.
         """
         head_dim = self.config.width // self.config.num_heads
         quarter = head_dim // 4
@@ -195,8 +186,8 @@ class VisionTower(nnx.Module):
         x = self.patch_embed(jnp.asarray(patches, self.patch_embed.kernel.dtype))
         return jax.lax.scan(body, x, stack)[0]
 
-    def merge(self, x: Float[Array, "I J E"]) -> Float[Array, "I j D"]:
-        """The connector: each merge_size ** 2 consecutive patches become one visual token of the decoder's width."""
+    def merge(self, x: Float[Array, "I J E"]) -> Float[Array, "I Z D"]:
+        """Apply the connector: merge_size ** 2 consecutive patches become one visual token."""
         images, patches, width = x.shape
         group = self.config.merge_size**2
         x = self.merger_norm(x).reshape(images, patches // group, group * width)
@@ -204,113 +195,9 @@ class VisionTower(nnx.Module):
 
     def __call__(
         self,
-        patches: Float[Array | np.ndarray, "I J C"],
+        patches: Float[Array | np.ndarray, "I J c"],
         places: Int[Array | np.ndarray, "I J 2"],
         num_patches: Int[Array | np.ndarray, " I"],
-    ) -> Float[Array, "I j D"]:
-        """Visual tokens of each image; those of padding patches are meaningless numbers."""
+    ) -> Float[Array, "I Z D"]:
+        """Visual tokens of each image; those of padding patches are meaningless."""
         return self.merge(self.features(patches, places, num_patches))
-
-
-class Qwen2VL(nnx.Module):
-    """The whole model: `vision` makes visual tokens, `decoder` reads them with the text."""
-
-    def __init__(self, config: Qwen2VLConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.vision = VisionTower(config.vision, dtype=dtype, rngs=rngs)
-        self.decoder = Decoder(config.decoder, dtype=dtype, rngs=rngs)
-
-
-def patch_places(grid: tuple[int, int], merge_size: int) -> np.ndarray:
-    """Row and column of each patch of an image, int32 [J, 2], in merge order.
-
-    Args:
-        grid: rows and columns of patches.
-        merge_size: side of the square of patches that becomes one visual token.
-    """
-    rows, columns = grid
-    places = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1)
-    m = merge_size
-    places = places.reshape(rows // m, m, columns // m, m, 2).transpose(0, 2, 1, 3, 4)
-    return places.reshape(-1, 2).astype(np.int32)
-
-
-def rope_positions(is_visual: np.ndarray, grids: Sequence[tuple[int, int]], merge_size: int) -> tuple[np.ndarray, int]:
-    """mRoPE positions of a prompt: int32 [3, T] (time, height, width), and the position of the token after it.
-
-    Text counts up on all three axes; an image's tokens share one time, count rows and columns of merged patches, and the
-    text after it goes on past its largest position.
-
-    Args:
-        is_visual: bool [T], True for image tokens.
-        grids: rows and columns of patches of each image, in order.
-        merge_size: side of the square of patches that becomes one visual token.
-    """
-    positions = np.zeros((3, len(is_visual)), np.int32)
-    images = iter(grids)
-    token, following = 0, 0
-    while token < len(is_visual):
-        if not is_visual[token]:
-            positions[:, token] = following
-            token, following = token + 1, following + 1
-            continue
-        rows, columns = (side // merge_size for side in next(images))
-        span = slice(token, token + rows * columns)
-        positions[0, span] = following
-        positions[1, span] = following + np.repeat(np.arange(rows), columns)
-        positions[2, span] = following + np.tile(np.arange(columns), rows)
-        token, following = token + rows * columns, following + max(rows, columns)
-    return positions, following
-
-
-def image_arrays(config: Qwen2VLConfig, patches: int) -> list[tuple[tuple[int, ...], DTypeLike]]:
-    """Shapes and dtypes of an image as `Preparer` pads it to a bucket of so many patches."""
-    channels = config.vision.sizes["C"]
-    return [((patches, channels), jnp.float32), ((patches, 2), jnp.int32), ((), jnp.int32)]
-
-
-class Preparer:
-    """Images and prompts of a Qwen2-VL checkpoint, by its own image processor (the one without torch) and tokenizer."""
-
-    def __init__(self, folder: Path, config: Qwen2VLConfig, patch_slots: Sequence[int]):
-        # Imported here because it pulls in torchvision where that is installed; a model alone needs none of it.
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-        self.config = config
-        self.patch_slots = sorted(patch_slots)
-        self.chat = ChatTokenizer(folder, config.image_token)
-        try:
-            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{folder}: no usable preprocessor_config.json ({reason})") from None
-
-    def images(self, pixels: Sequence[Image], sample_id: str) -> list[tuple[PreparedImage, tuple[int, int]]]:
-        """All images of a sample: each as padded patches [J, C], places [J, 2] and their number; and its grid of patches."""
-        return [self._image(image, sample_id) for image in pixels]
-
-    def _image(self, pixels: Image, sample_id: str) -> tuple[PreparedImage, tuple[int, int]]:
-        features = self.image_processor(images=[pixels], return_tensors="np")
-        _, rows, columns = (int(side) for side in features["image_grid_thw"][0])
-        grid = rows, columns
-        patches = np.asarray(features["pixel_values"], np.float32)
-        slots = next((n for n in self.patch_slots if n >= len(patches)), None)
-        if slots is None:
-            raise UserError(
-                f"{sample_id}: an image has {len(patches)} patches, the largest bucket {self.patch_slots[-1]}; "
-                "add a larger one to compute.patch_slots or lower max_pixels in preprocessor_config.json"
-            )
-        arrays = (
-            np.pad(patches, ((0, slots - len(patches)), (0, 0))),
-            np.pad(patch_places(grid, self.config.vision.merge_size), ((0, slots - len(patches)), (0, 0))),
-            np.array(len(patches), np.int32),
-        )
-        return PreparedImage(arrays, len(patches) // self.config.vision.merge_size**2), grid
-
-    def prompt(self, sample: Sample, grids: Sequence[tuple[int, int]], answer: str | None) -> Prompt:
-        """The prompt of a sample whose images have these grids, with a reference answer if one is given."""
-        merge = self.config.vision.merge_size
-        tokens_per_image = [rows * columns // merge**2 for rows, columns in grids]
-        ids, answer_length = self.chat.encode(sample, tokens_per_image, answer)
-        is_visual = ids == self.config.image_token
-        positions, following = rope_positions(is_visual, grids, merge)
-        return Prompt(ids, is_visual, positions, following, answer_length)

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from rlens_jax.data.benchmarks.tsv import TsvTable, scan
 from rlens_jax.data.splits import load_splits
 from rlens_jax.errors import UserError
 from tests.data.benchmarks.files import benchmark_rows, md5_of, picture, write_tsv
+from tests.families.published import kind_of
 
 IMAGES = {"OCRBench": 30, "MME": 24, "HallusionBench": 24}
 SUMS = {"validation": {"MME": ["0", "1"]}, "test": {"MME": ["2", "3"]}}
@@ -211,7 +213,7 @@ def test_the_samples_of_a_ranking(tmp_path: Path) -> None:
     validation, test = {"OCRBench": ["1"], "MME": ["0", "1"]}, {"OCRBench": ["3"], "MME": ["2", "3"]}
     path = by_hand(tmp_path / "m.json", md5=sums, validation=validation, test=test)
 
-    def load(family: str, step_by_step: bool) -> Mapping[str, Sequence[object]]:
+    def load(model_type: str, step_by_step: bool) -> Mapping[str, Sequence[object]]:
         return load_splits(
             str(path),
             tmp_path / "cache",
@@ -220,8 +222,7 @@ def test_the_samples_of_a_ranking(tmp_path: Path) -> None:
             held_out_share=0.5,
             seed=0,
             benchmarks=str(tmp_path),
-            family=family,
-            step_by_step=step_by_step,
+            prompt=partial(kind_of(model_type).benchmark_prompt, step_by_step=step_by_step),
         )
 
     samples = load("internvl_chat", False)
@@ -237,14 +238,14 @@ def test_the_samples_of_a_ranking(tmp_path: Path) -> None:
     assert load("minicpmv", False)["test"][2].question.startswith("Answer the question using")
     by_hand(path, md5=sums, validation=validation, test={**test, "MME": ["2", "9"]})
     with pytest.raises(UserError, match=r"m\.json: field 'test': MME has no row with index '9' and an image"):
-        mixture_samples(path, tmp_path, tmp_path / "cache" / "benchmarks", family="qwen2_vl", step_by_step=True)
+        mixture_samples(path, tmp_path, tmp_path / "cache" / "benchmarks", kind_of("qwen2_vl").benchmark_prompt)
 
 
 def test_empty_answers_are_no_answers() -> None:
     item = Instance("TextVQA_VAL", "1", "q", ("a", "", "b", "a", " "), {}, {}, (b"i",))
-    assert to_sample(item, family="qwen2_vl", step_by_step=True).answers == ("a", "b")
+    assert to_sample(item, kind_of("qwen2_vl").benchmark_prompt).answers == ("a", "b")
     with pytest.raises(UserError, match="TextVQA_VAL/1: no answer"):
-        to_sample(replace(item, answers=("",)), family="qwen2_vl", step_by_step=True)
+        to_sample(replace(item, answers=("",)), kind_of("qwen2_vl").benchmark_prompt)
 
 
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,42 +14,14 @@ from rlens_jax.checkpoints.leaves import shapes_of
 from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import read_kind
-from rlens_jax.families.tables import table_of
-from tests import torch_minicpm_v as reference
-from tests.checkpoints.placement import Placement
 from tests.checkpoints.tiny import assert_same
+from tests.families import minicpm_v as reference
+from tests.families import published as published_files
+from tests.families.placement import Placement
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "checkpoints" / "minicpm-v-2_6"
+FACTS = published_files.FACTS / "minicpm-v-2_6"
 PUBLISHED_BYTES = 16198350304
 """Of 789 bfloat16 tensors."""
-PUBLISHED = {
-    "model_type": "minicpmv",
-    "version": 2.6,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 151666,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1000000.0,
-    "hidden_act": "silu",
-    "use_sliding_window": False,
-    "tie_word_embeddings": False,
-    "drop_vision_last_layer": False,
-    "slice_mode": True,
-    "query_num": 64,
-    "vision_config": {
-        "hidden_size": 1152,
-        "image_size": 980,
-        "intermediate_size": 4304,
-        "model_type": "siglip",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 27,
-        "patch_size": 14,
-    },
-}
 
 
 def published_shapes() -> dict[str, list[int]]:
@@ -100,17 +72,17 @@ def published_shapes() -> dict[str, list[int]]:
 
 
 def test_published_names_map_completely():
-    kind = read_kind(PUBLISHED, "config.json")
-    table = table_of(kind)
+    kind = read_kind(published_files.MINICPM_V, "config.json")
+    table = kind.table()
     ours = shapes_of(kind.abstract(jnp.bfloat16))
     table.check_covers(ours)
     mapped = {name: list(tensor.shape) for name, tensor in table.tensors.items()}
     assert mapped == published_shapes()
     assert len(mapped) == 789
     assert sum(int(np.prod(shape)) for shape in ours.values()) * 2 == PUBLISHED_BYTES
-    if SHARED.exists():
-        assert mapped == json.loads((SHARED / "tensor_shapes.json").read_text())["shapes"]
-        fields = json.loads((SHARED / "config.json").read_text())
+    if FACTS.exists():
+        assert mapped == json.loads((FACTS / "tensor_shapes.json").read_text())["shapes"]
+        fields = json.loads((FACTS / "config.json").read_text())
         assert read_kind(fields, "config.json").config == kind.config
 
 

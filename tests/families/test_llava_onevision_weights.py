@@ -14,57 +14,19 @@ from rlens_jax.checkpoints.leaves import shapes_of
 from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import read_kind
-from rlens_jax.families.tables import table_of
-from tests.checkpoints.placement import Placement
 from tests.checkpoints.tiny import assert_same, change
-from tests.families.llava import tiny_llava
+from tests.families import published as published_files
+from tests.families.llava_onevision import tiny_llava
+from tests.families.placement import Placement
 from tests.torch_support import save_tiny
 
-FACTS = Path(__file__).parents[2].parent / "shared/checkpoints/llava-onevision-qwen2-7b-ov-hf"
+FACTS = published_files.FACTS / "llava-onevision-qwen2-7b-ov-hf"
 POST_NORM = [f"vision_tower.vision_model.post_layernorm.{name}" for name in ("weight", "bias")]
 SPELLINGS = {
     "published": {},
     "in memory": {"save_original_format": False},
     "sharded": {"max_shard_size": "200KB"},
 }
-
-
-def published_config(**overrides) -> dict:
-    """The 7B model's, with the fields that transformers leaves out of nested configs left out."""
-    return {
-        "model_type": "llava_onevision",
-        "text_config": {
-            "model_type": "qwen2",
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_attention_heads": 28,
-            "num_hidden_layers": 28,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 32768,
-            "rope_theta": 1000000.0,
-            "vocab_size": 152128,
-        },
-        "vision_config": {
-            "model_type": "siglip_vision_model",
-            "hidden_size": 1152,
-            "image_size": 384,
-            "intermediate_size": 4304,
-            "num_attention_heads": 16,
-            "num_hidden_layers": 26,
-            "patch_size": 14,
-            "vision_use_head": False,
-        },
-        "image_grid_pinpoints": [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)],
-        "image_token_index": 151646,
-        "video_token_index": 151647,
-        "projector_hidden_act": "gelu",
-        "tie_word_embeddings": False,
-        "use_image_newline_parameter": True,
-        "vision_aspect_ratio": "anyres_max_9",
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
-        **overrides,
-    }
 
 
 def published_shapes() -> dict[str, list[int]]:
@@ -110,8 +72,8 @@ def published_shapes() -> dict[str, list[int]]:
 
 
 def test_published_names_map_completely():
-    kind = read_kind(published_config(), "config.json")
-    table = table_of(kind)
+    kind = read_kind(published_files.llava_onevision(), "config.json")
+    table = kind.table()
     table.check_covers(shapes_of(kind.abstract(jnp.bfloat16)))
     mapped = {name: list(tensor.shape) for name, tensor in table.tensors.items()}
     shapes = published_shapes()
@@ -125,8 +87,8 @@ def test_published_names_map_completely():
 
 
 def test_the_published_small_model_is_tied_by_its_text_config_alone():
-    text = {**published_config()["text_config"], "tie_word_embeddings": True}
-    table = table_of(read_kind(published_config(text_config=text), "config.json"))
+    text = {**published_files.llava_onevision()["text_config"], "tie_word_embeddings": True}
+    table = read_kind(published_files.llava_onevision(text_config=text), "config.json").table()
     assert "language_model.lm_head.weight" not in table.tensors
     assert table.copies == {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
 
@@ -237,7 +199,7 @@ def test_transformers_loads_what_we_write(reference, published, tmp_path):
 )
 def test_what_is_not_supported_is_refused(fields, complaint):
     with pytest.raises(UserError) as error:
-        read_kind(published_config(**fields), "config.json")
+        read_kind(published_files.llava_onevision(**fields), "config.json")
     assert complaint in str(error.value)
     assert str(error.value).startswith("config.json")
     assert "\n" not in str(error.value)

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from rlens_jax.families.internvl.model import InternVLConfig, Native, cut_tiles
+from rlens_jax.families.internvl.model import InternVLConfig, Native
+from rlens_jax.families.internvl.preparer import cut_tiles
 from rlens_jax.models.prompt import Prompt, PromptBatch, collate
 from tests.families.pair import text_inputs
 from tests.sequences import bucket_for
@@ -250,7 +251,7 @@ def our_images(examples: Sequence[Example], config: InternVLConfig, spare: int =
     The latter are indices into the flattened visual tokens; padding points at a real one.
     """
     flat = [patches_of(tiles) for example in examples for tiles in example.tiles]
-    flat = flat or [np.zeros((1, config.vision.num_patches, config.vision.sizes["C"]), np.float32)]
+    flat = flat or [np.zeros((1, config.vision.num_patches, config.vision.sizes["c"]), np.float32)]
     slots = max(map(len, flat)) + 1
     patches = np.full((len(flat), slots, *flat[0].shape[1:]), 1e3, np.float32)
     for row, tiles in zip(patches, flat, strict=True):

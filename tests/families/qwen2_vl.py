@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig, patch_places, rope_positions
+from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig
+from rlens_jax.families.qwen2_vl.preparer import patch_places, rope_positions
 from rlens_jax.models.prompt import Prompt, PromptBatch, collate
 from tests.families.pair import text_inputs
 from tests.sequences import bucket_for

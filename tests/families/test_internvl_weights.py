@@ -13,86 +13,14 @@ from rlens_jax.checkpoints.leaves import shapes_of
 from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import read_kind
-from rlens_jax.families.tables import table_of
-from tests.checkpoints.placement import Placement
 from tests.checkpoints.tiny import assert_same, change
-from tests.internvl_support import SIX_B, save_native, tiny_internvl
+from tests.families import published as published_files
+from tests.families.internvl import SIX_B, save_native, tiny_internvl
+from tests.families.placement import Placement
 from tests.torch_support import save_tiny
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "checkpoints"
 NUMBERS = {"internvl2-8b": 16150730752 // 2, "internvl3-1b-hf": 938193024}
 """Parameters of the published files; the 8B is published in bfloat16 with 16150730752 bytes."""
-
-
-def published_config(name: str) -> dict:
-    vision = {
-        "hidden_act": "gelu",
-        "hidden_size": 1024,
-        "image_size": 448,
-        "intermediate_size": 4096,
-        "layer_norm_eps": 1e-6,
-        "norm_type": "layer_norm",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24,
-        "patch_size": 14,
-    }
-    if name == "internvl2-8b":
-        return {
-            "model_type": "internvl_chat",
-            "downsample_ratio": 0.5,
-            "dynamic_image_size": True,
-            "force_image_size": 448,
-            "llm_config": {
-                "bias": False,
-                "hidden_act": "silu",
-                "hidden_size": 4096,
-                "intermediate_size": 14336,
-                "max_position_embeddings": 32768,
-                "model_type": "internlm2",
-                "num_attention_heads": 32,
-                "num_hidden_layers": 32,
-                "num_key_value_heads": 8,
-                "rms_norm_eps": 1e-05,
-                "rope_scaling": {"factor": 2.0, "type": "dynamic"},
-                "rope_theta": 1000000,
-                "tie_word_embeddings": False,
-                "vocab_size": 92553,
-            },
-            "max_dynamic_patch": 12,
-            "min_dynamic_patch": 1,
-            "ps_version": "v2",
-            "select_layer": -1,
-            "template": "internlm2-chat",
-            "use_thumbnail": True,
-            "vision_config": {**vision, "qk_normalization": False, "qkv_bias": True},
-        }
-    return {
-        "model_type": "internvl",
-        "downsample_ratio": 0.5,
-        "image_token_id": 151667,
-        "text_config": {
-            "hidden_act": "silu",
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "max_position_embeddings": 32768,
-            "model_type": "qwen2",
-            "num_attention_heads": 14,
-            "num_hidden_layers": 24,
-            "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-06,
-            "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
-            "rope_theta": 1000000.0,
-            "tie_word_embeddings": False,
-            "vocab_size": 151674,
-        },
-        "vision_config": {
-            **vision,
-            "attention_bias": True,
-            "image_size": [448, 448],
-            "patch_size": [14, 14],
-            "use_qk_norm": False,
-        },
-    }
 
 
 def linear(name: str, rows: int, columns: int) -> dict[str, list[int]]:
@@ -177,17 +105,17 @@ def hf_1b_shapes() -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_published_names_map_completely(name):
-    kind = read_kind(published_config(name), "config.json")
-    table = table_of(kind)
+    kind = read_kind(published_files.internvl(name), "config.json")
+    table = kind.table()
     ours = shapes_of(kind.abstract(jnp.bfloat16))
     table.check_covers(ours)
     mapped = {name: list(tensor.shape) for name, tensor in table.tensors.items()}
     assert mapped == (native_8b_shapes() if name == "internvl2-8b" else hf_1b_shapes())
     assert sum(int(np.prod(shape)) for shape in ours.values()) == NUMBERS[name]
-    facts = SHARED / name / "tensor_shapes.json"
+    facts = published_files.FACTS / name / "tensor_shapes.json"
     if facts.exists():
         assert mapped == json.loads(facts.read_text())["shapes"]
-    published = SHARED / name / "config.json"
+    published = published_files.FACTS / name / "config.json"
     if published.exists():
         assert read_kind(json.loads(published.read_text()), "config.json").config == kind.config
 

@@ -12,49 +12,16 @@ from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.checkpoints.leaves import shapes_of
 from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.families.registry import read_kind
-from rlens_jax.families.tables import table_of
-from tests.checkpoints.placement import Placement
 from tests.checkpoints.tiny import assert_same
+from tests.families import published as published_files
+from tests.families.placement import Placement
 from tests.torch_support import save_tiny, tiny_qwen2_vl
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "checkpoints"
-PUBLISHED = {
-    "qwen2-vl-2b": {"D": 1536, "F": 8960, "N": 12, "K": 2, "V": 151936, "tied": True, "numbers": 2208985600},
-    "qwen2-vl-7b": {
-        "D": 3584,
-        "F": 18944,
-        "N": 28,
-        "K": 4,
-        "V": 152064,
-        "tied": False,
-        "numbers": 16582751232 // 2,
-    },
-}
-"""Sizes and number of parameters; the 7B file is published in bfloat16 with 16582751232 bytes."""
 SPELLINGS = {
     "published": {},
     "in memory": {"save_original_format": False},
     "sharded": {"max_shard_size": "200KB"},
 }
-
-
-def published_config(sizes: dict) -> dict:
-    return {
-        "model_type": "qwen2_vl",
-        "hidden_size": sizes["D"],
-        "intermediate_size": sizes["F"],
-        "num_hidden_layers": 28,
-        "num_attention_heads": sizes["N"],
-        "num_key_value_heads": sizes["K"],
-        "vocab_size": sizes["V"],
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "tie_word_embeddings": sizes["tied"],
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "vision_config": {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "patch_size": 14},
-    }
 
 
 def published_shapes(sizes: dict) -> dict[str, list[int]]:
@@ -104,17 +71,17 @@ def published_shapes(sizes: dict) -> dict[str, list[int]]:
     return shapes
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", published_files.QWEN2_VL_SIZES)
 def test_published_names_map_completely(name):
-    sizes = PUBLISHED[name]
-    kind = read_kind(published_config(sizes), "config.json")
-    table = table_of(kind)
+    sizes = published_files.QWEN2_VL_SIZES[name]
+    kind = read_kind(published_files.qwen2_vl(sizes), "config.json")
+    table = kind.table()
     ours = shapes_of(kind.abstract(jnp.bfloat16))
     table.check_covers(ours)
     mapped = {name: list(tensor.shape) for name, tensor in table.tensors.items()}
     assert mapped == published_shapes(sizes)
     assert sum(int(np.prod(shape)) for shape in ours.values()) == sizes["numbers"]
-    facts = SHARED / name / "tensor_shapes.json"
+    facts = published_files.FACTS / name / "tensor_shapes.json"
     if facts.exists():
         assert mapped == json.loads(facts.read_text())["shapes"]
 

@@ -1,6 +1,7 @@
-"""The tokenizer of a model folder whose own tokenizer class is remote code, from files that are data."""
+"""Tokenizers and image processors of a model folder, read by transformers without network, torch or remote code."""
 
 from pathlib import Path
+from typing import Protocol, TypeVar, runtime_checkable
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
@@ -12,29 +13,67 @@ from rlens_jax.errors import UserError
 from rlens_jax.families.hf_config import read_json
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-"""How sentencepiece writes a space."""
+"""A space, as sentencepiece writes it."""
+PROCESSOR_FILE = "preprocessor_config.json"
+
+Loaded = TypeVar("Loaded")
+Loaded_co = TypeVar("Loaded_co", covariant=True)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder, without its remote code: tokenizer.json, Qwen2's two files or tokenizer.model.
+@runtime_checkable
+class Loader(Protocol[Loaded_co]):
+    """A class of transformers that reads its objects from a folder."""
+
+    def from_pretrained(self, folder: Path, *, local_files_only: bool) -> Loaded_co: ...
+
+
+def read_folder(loader: Loader[Loaded], folder: Path, content: str) -> Loaded:
+    """Read an object of a transformers class from a model folder.
+
+    Args:
+        loader: the class.
+        folder: the model folder.
+        content: the file that is read, or what several files hold together, for error messages.
+
+    Raises:
+        UserError: the files are missing or cannot be read.
+    """
+    try:
+        return loader.from_pretrained(folder, local_files_only=True)
+    except (
+        Exception
+    ) as error:  # the libraries raise errors of many types for broken files, some of them bare exceptions
+        raise unusable(folder, content, error) from None
+
+
+def unusable(folder: Path, content: str, error: Exception) -> UserError:
+    """The one-line message for files that a library could not read."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"{folder}: no usable {content} ({reason}); copy the files of the published model beside config.json"
+    )
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder whose tokenizer class may be remote code, from files that are data.
+
+    Reads tokenizer.json, or Qwen2's vocab.json and merges.txt, or tokenizer.model.
 
     Raises:
         UserError: the folder holds none of these, or one that cannot be read.
     """
     names = {path.name for path in folder.glob("*")}
-    try:
-        if "tokenizer.json" in names:
-            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        if {"vocab.json", "merges.txt"} <= names:
-            return Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
-        if {"tokenizer.model", "tokenizer_config.json"} <= names:
+    if "tokenizer.json" in names:
+        return read_folder(PreTrainedTokenizerFast, folder, "tokenizer")
+    if {"vocab.json", "merges.txt"} <= names:
+        return read_folder(Qwen2TokenizerFast, folder, "tokenizer")
+    if {"tokenizer.model", "tokenizer_config.json"} <= names:
+        try:
             return _read_sentencepiece(folder)
-    except UserError:
-        raise
-    # The libraries raise errors of many types for broken files, one of them bare exceptions.
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: no usable tokenizer ({reason})") from None
+        except UserError:
+            raise
+        except Exception as error:  # of protobuf and tokenizers, of many types
+            raise unusable(folder, "tokenizer", error) from None
     raise UserError(
         f"{folder}: no tokenizer; copy tokenizer.json, or vocab.json and merges.txt, or tokenizer.model and "
         "tokenizer_config.json beside config.json"
@@ -42,9 +81,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def _read_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
-    """InternLM2's tokenizer, whose own class is remote code: a sentencepiece BPE, some unused pieces renamed.
+    """Read InternLM2's tokenizer: a sentencepiece BPE with some unused pieces renamed.
 
-    The added tokens of tokenizer_config.json take the place of the pieces with their numbers, or follow them.
+    The added tokens of tokenizer_config.json replace the pieces with their numbers, or follow the last piece.
     """
     proto = sentencepiece_model_pb2_new.ModelProto()
     proto.ParseFromString((folder / "tokenizer.model").read_bytes())

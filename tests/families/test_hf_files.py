@@ -9,8 +9,8 @@ from tokenizers import pre_tokenizers
 from transformers.utils import sentencepiece_model_pb2_new
 
 from rlens_jax.errors import UserError
-from rlens_jax.families.tokenizer_files import SPACE, load_tokenizer
-from tests.internvl_support import SPECIAL, save_tokenizer
+from rlens_jax.families.hf_files import SPACE, read_tokenizer
+from tests.families.internvl import SPECIAL, save_tokenizer
 
 TEXTS = [
     "<|im_start|>user\n<img><IMG_CONTEXT></img>\nhello  world<|im_end|>",
@@ -90,7 +90,7 @@ def restated(text: str, prefix: bool) -> list[str]:
 @pytest.mark.parametrize("prefix", [False, True])
 @pytest.mark.parametrize("text", TEXTS)
 def test_sentencepiece_model_of_internlm2(text, prefix, tmp_path):
-    tokenizer = load_tokenizer(sentencepiece(tmp_path / "model", prefix=prefix))
+    tokenizer = read_tokenizer(sentencepiece(tmp_path / "model", prefix=prefix))
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == restated(text, prefix)
     if not prefix:
@@ -98,7 +98,7 @@ def test_sentencepiece_model_of_internlm2(text, prefix, tmp_path):
 
 
 def test_renamed_pieces_keep_their_numbers(tmp_path):
-    tokenizer = load_tokenizer(sentencepiece(tmp_path / "model"))
+    tokenizer = read_tokenizer(sentencepiece(tmp_path / "model"))
     number = 3 + 256 + len(SCORED) + len(LETTERS)
     assert tokenizer.convert_tokens_to_ids(list(SPECIAL)) == list(range(number, number + len(SPECIAL)))
     assert tokenizer.convert_tokens_to_ids("[UNUSED_TOKEN_0]") == 0
@@ -120,14 +120,14 @@ def test_vocabulary_and_merges_give_what_tokenizer_json_gives(text, tmp_path):
     fields = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added, "eos_token": "<|im_end|>"}
     fields |= {"unk_token": "<|im_end|>", "pad_token": "<|im_end|>"}
     (two / "tokenizer_config.json").write_text(json.dumps(fields))
-    ids = [load_tokenizer(tmp_path / name)(text)["input_ids"] for name in ("one", "two")]
+    ids = [read_tokenizer(tmp_path / name)(text)["input_ids"] for name in ("one", "two")]
     assert ids[0] == ids[1]
     assert max(ids[0], default=0) < 256 + len(SPECIAL)
 
 
 def refusal(folder: Path) -> str:
     with pytest.raises(UserError) as error:
-        load_tokenizer(folder)
+        read_tokenizer(folder)
     assert "\n" not in str(error.value)
     return str(error.value)
 

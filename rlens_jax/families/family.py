@@ -1,0 +1,61 @@
+"""The record of a model family: what the rest of the package needs to know of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar, runtime_checkable
+
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from rlens_jax.data.benchmarks.catalogue import Instance
+from rlens_jax.families.hf_config import ConfigReader
+from rlens_jax.families.reference_inputs import ReferenceInputs
+from rlens_jax.families.table import Table
+from rlens_jax.models.decoder import Decoder
+from rlens_jax.models.prompt import Preparer
+from rlens_jax.models.vision_language import FamilyConfig, VisionLanguageModel
+
+ConfigT = TypeVar("ConfigT", bound=FamilyConfig)
+ConfigT_contra = TypeVar("ConfigT_contra", bound=FamilyConfig, contravariant=True)
+
+ImageArrays = Sequence[tuple[tuple[int, ...], DTypeLike]]
+"""Shape and dtype of each array of a prepared image."""
+
+
+@runtime_checkable
+class MakeVision(Protocol[ConfigT_contra]):
+    """Makes a vision module with random parameters."""
+
+    def __call__(
+        self, config: ConfigT_contra, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> Callable[..., Float[Array, "I Z D"]]: ...
+
+
+@dataclass(frozen=True)
+class Family(Generic[ConfigT]):
+    """A model family. `ConfigT` is its own frozen dataclass of sizes and constants."""
+
+    model_types: Mapping[str, Callable[[ConfigReader], ConfigT]]
+    """Reader of config.json by `model_type`; it raises UserError for a computation that is not supported."""
+    vision: MakeVision[ConfigT]
+    """Vision tower and connector, from the arrays of prepared images to visual tokens."""
+    preparer: Callable[[Path, ConfigT, Sequence[int]], Preparer]
+    """`preparer(folder, config, patch_slots)`: prepares images and prompts with the files of a model folder."""
+    image_arrays: Callable[[ConfigT, int], ImageArrays]
+    """`image_arrays(config, patches)`: the arrays of an image that `preparer` pads to a bucket of `patches` patches."""
+    table: Callable[[ConfigT], Table]
+    """Mapping between published tensors and our parameters."""
+    reference: ReferenceInputs[ConfigT]
+    """Model inputs of other frameworks, as parity bundles hold them."""
+    benchmark_prompt: Callable[[Instance, ConfigT, bool], str]
+    """`benchmark_prompt(instance, config, step_by_step)`: the user's turn for a benchmark question."""
+    preset: str
+    """File in configs/, without its ending, with the settings of the paper's model of this family."""
+
+    def model(self, config: ConfigT, *, dtype: DTypeLike, rngs: nnx.Rngs) -> VisionLanguageModel:
+        """A model with random parameters."""
+        return VisionLanguageModel(
+            self.vision(config, dtype=dtype, rngs=rngs), Decoder(config.decoder, dtype=dtype, rngs=rngs)
+        )

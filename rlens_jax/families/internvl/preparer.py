@@ -1,0 +1,251 @@
+"""Images and prompts of an InternVL checkpoint: a grid of tiles, and a thumbnail of the whole image if there are several.
+
+The tokens of all tiles of an image are one run in the prompt.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from PIL.Image import Image, Resampling
+
+from rlens_jax.data.benchmarks.catalogue import Instance
+from rlens_jax.data.benchmarks.prompts import (
+    CHINESE_LETTER,
+    LETTER,
+    SHORT_ANSWER,
+    hint,
+    is_chinese,
+    is_choice,
+    options,
+)
+from rlens_jax.data.samples import IMAGE_MARK, Sample
+from rlens_jax.errors import UserError
+from rlens_jax.families.family import ImageArrays
+from rlens_jax.families.hf_files import PROCESSOR_FILE, read_folder, read_tokenizer
+from rlens_jax.families.internvl.model import InternVLConfig, Native
+from rlens_jax.models.chat import PlaceholderChat
+from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt
+
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+IMAGE_TOKEN, IMAGE_START, IMAGE_END, TURN_END = "<IMG_CONTEXT>", "<img>", "</img>", "<|im_end|>"
+VIDEO_MARK = "<video>"
+SYSTEM_2 = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"  # noqa: RUF001
+)
+SYSTEM_2_5 = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: RUF001
+)
+CONVERSATIONS = {
+    "Hermes-2": (SYSTEM_2, TURN_END),
+    "internlm2-chat": (SYSTEM_2, TURN_END),
+    "internvl2_5": (SYSTEM_2_5, TURN_END + "\n"),
+}
+"""System prompt and end of a turn, by `template` (source: conversation.py of OpenGVLab/InternVL)."""
+
+
+def closest_grid(width: int, height: int, tile: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
+    """Choose columns and rows of tiles by aspect ratio, as OpenGVLab's code does.
+
+    Of grids that are equally close, a later one wins if the image has more than half as many pixels as its tiles.
+
+    Args:
+        width: pixels of the image.
+        height: pixels of the image.
+        tile: pixels per side of a tile.
+        min_tiles: smallest number of tiles, without the thumbnail.
+        max_tiles: largest number of tiles, without the thumbnail.
+    """
+    grids = {
+        (columns, rows)
+        for n in range(min_tiles, max_tiles + 1)
+        for columns in range(1, n + 1)
+        for rows in range(1, n + 1)
+        if min_tiles <= columns * rows <= max_tiles
+    }
+    # Grids of equal area stay in the order of the set, as in the published code.
+    best, smallest = (1, 1), float("inf")
+    for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+        distance = abs(width / height - columns / rows)
+        large = width * height > 0.5 * tile * tile * columns * rows
+        if distance < smallest or (distance == smallest and large):
+            best, smallest = (columns, rows), distance
+    return best
+
+
+def cut_tiles(image: Image, tile: int, native: Native) -> np.ndarray:
+    """Cut an RGB image into normalised tiles, float32 [v, 3, tile, tile]: row by row, the thumbnail last.
+
+    Source: `dynamic_preprocess` and `build_transform` of OpenGVLab/InternVL.
+    """
+    columns, rows = closest_grid(*image.size, tile, native.min_tiles, native.max_tiles)
+    whole = image.resize((columns * tile, rows * tile), Resampling.BICUBIC)
+    pixels = rearrange(np.asarray(whole), "(r y) (c x) z -> (r c) z y x", r=rows, c=columns)
+    if native.thumbnail and len(pixels) > 1:
+        thumbnail = np.asarray(image.resize((tile, tile), Resampling.BICUBIC)).transpose(2, 0, 1)
+        pixels = np.concatenate([pixels, thumbnail[None]])
+    scaled = pixels.astype(np.float32) / np.float32(255)
+    return (scaled - IMAGENET_MEAN[:, None, None]) / IMAGENET_STD[:, None, None]
+
+
+class InternVLChat(PlaceholderChat):
+    """A chat with the template of the checkpoint or, in the native layout, with the template of OpenGVLab's code.
+
+    The native template is the one of `InternVLChatModel.chat` (conversation.py). The template in tokenizer_config.json
+    belongs to the text model.
+    """
+
+    def __init__(self, folder: Path, config: InternVLConfig):
+        tokenizer = read_tokenizer(folder)
+        vocabulary = tokenizer.get_vocab()
+        for token in (IMAGE_TOKEN, IMAGE_START, IMAGE_END, TURN_END):
+            if token not in vocabulary:
+                raise UserError(f"{folder}: the tokenizer has no token {token}, so it is not that of an InternVL")
+        super().__init__(tokenizer, vocabulary[IMAGE_TOKEN])
+        self.images_end_lines = config.native is not None
+        if config.image_token not in (None, self.image_token):
+            raise UserError(
+                f"{folder}: config.json says image_token_id {config.image_token}, but the tokenizer's {IMAGE_TOKEN} "
+                f"is {self.image_token}"
+            )
+        # The end token of the text model ends a document, not a turn.
+        self.tokenizer.eos_token = TURN_END
+        if config.native is not None:
+            start = "<s>" if config.text_model == "internlm2" else ""
+            self.tokenizer.chat_template = _native_template(config.native.template, start)
+        elif self.tokenizer.chat_template is None:
+            raise UserError(f"{folder}: no chat template; copy chat_template.jinja beside config.json")
+
+    def encode(self, sample: Sample, tokens_per_image: Sequence[int], answer: str | None) -> tuple[np.ndarray, int]:
+        """See `PlaceholderChat.encode`; each image is enclosed in `<img>` and `</img>`."""
+        if VIDEO_MARK in sample.question:
+            raise UserError(f"{sample.id}: {VIDEO_MARK} in the question; only images are supported")
+        if self.images_end_lines and IMAGE_MARK not in sample.question:
+            question = f"{IMAGE_MARK}\n" * len(sample.images) + sample.question
+            sample = replace(sample, question=question)
+        return super().encode(sample, tokens_per_image, answer)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of `text`, with the tokenizer's start token before a text that does not begin with it."""
+        # Older templates of transformers contain <image>.
+        text = text.replace(IMAGE_MARK, IMAGE_TOKEN)
+        text = text.replace(IMAGE_TOKEN, IMAGE_START + IMAGE_TOKEN + IMAGE_END)
+        begins = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+        return list(self.tokenizer(text, add_special_tokens=not begins)["input_ids"])
+
+
+def _native_template(name: str, start: str) -> str:
+    """A `Conversation` of OpenGVLab's conversation.py as a Jinja template; `ids` adds the brackets around images."""
+    system, end = CONVERSATIONS[name]
+    part = f"{{{{ '{IMAGE_TOKEN}' if part['type'] == 'image' else part['text'] }}}}"
+    return (
+        f"{start}<|im_start|>system\n{system}{end}"
+        "{% for message in messages %}"
+        f"<|im_start|>{{{{ message['role'] }}}}\n{{% for part in message['content'] %}}{part}{{% endfor %}}{end}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
+def image_arrays(config: InternVLConfig, patches: int) -> ImageArrays:
+    """See `Family.image_arrays`."""
+    vision = config.vision
+    tiles = patches // vision.num_patches
+    if not tiles:
+        raise UserError(f"compute.patch_slots: {patches} patches hold no tile of {vision.num_patches} patches")
+    return [((tiles, vision.num_patches, vision.sizes["c"]), jnp.float32)]
+
+
+def cut_patches(tiles: np.ndarray, side: int) -> np.ndarray:
+    """Tiles [v, 3, h, w] as patches of `side` pixels per side, [v, J, c]: row by row, each as channel, row, column."""
+    return rearrange(tiles, "v c (r y) (q x) -> v (r q) (c y x)", y=side, x=side)
+
+
+class InternVLPreparer:
+    """See `Preparer`. A bucket holds whole tiles: with 1024 patches per tile, 12 tiles and a thumbnail need 13312 patches."""
+
+    def __init__(self, folder: Path, config: InternVLConfig, patch_slots: Sequence[int]):
+        vision, native = config.vision, config.native
+        self.config = config
+        self.tile_slots = sorted({slots // vision.num_patches for slots in patch_slots} - {0})
+        if not self.tile_slots:
+            raise UserError(
+                f"compute.patch_slots: none of {list(patch_slots)} holds a tile of {vision.num_patches} patches"
+            )
+        self.chat = InternVLChat(folder, config)
+        self._cut: Callable[[Image], np.ndarray] = (
+            _hf_cutter(folder, vision.image_size)
+            if native is None
+            else lambda image: cut_tiles(image, vision.image_size, native)
+        )
+
+    def images(self, pixels: Sequence[Image], sample_id: str) -> list[PreparedImage]:
+        """Each image as the patches of its tiles, [v, J, c]."""
+        return [self._image(image, sample_id) for image in pixels]
+
+    def _image(self, pixels: Image, sample_id: str) -> PreparedImage:
+        vision = self.config.vision
+        patches = cut_patches(self._cut(pixels), vision.patch_size)
+        slots = next((n for n in self.tile_slots if n >= len(patches)), None)
+        if slots is None:
+            needed = len(patches) * vision.num_patches
+            raise UserError(
+                f"{sample_id}: an image has {len(patches)} tiles, the largest bucket {self.tile_slots[-1]}; add "
+                f"{needed} or more to compute.patch_slots or lower the model's largest number of tiles"
+            )
+        padded = np.pad(patches, ((0, slots - len(patches)), (0, 0), (0, 0)))
+        return PreparedImage((padded,), ImageTokens(len(patches) * vision.tile_tokens))
+
+    def prompt(self, sample: Sample, images: Sequence[ImageTokens], answer: str | None) -> Prompt:
+        """See `Preparer.prompt`."""
+        ids, answer_length = self.chat.encode(sample, [image.count for image in images], answer)
+        limit = self.config.max_tokens
+        if limit is not None and len(ids) > limit:
+            raise UserError(f"{sample.id}: {len(ids)} tokens; with dynamic RoPE scaling at most {limit} are supported")
+        positions = np.arange(len(ids), dtype=np.int32)[None]
+        return Prompt(ids, ids == self.chat.image_token, positions, len(ids), answer_length)
+
+
+def _hf_cutter(folder: Path, tile: int) -> Callable[[Image], np.ndarray]:
+    """Cuts an image into tiles by preprocessor_config.json, with the image processor of transformers that needs no torch."""
+    # Imported here: where torchvision is installed this import loads it, and a model without images needs neither.
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    processor = read_folder(GotOcr2ImageProcessorPil, folder, PROCESSOR_FILE)
+    if (processor.size["height"], processor.size["width"]) != (tile, tile):
+        raise UserError(
+            f"{folder / PROCESSOR_FILE}: size {dict(processor.size)} is not supported, the position "
+            f"embedding is for {tile} x {tile}"
+        )
+
+    def cut(image: Image) -> np.ndarray:
+        # InternVLProcessor of transformers always crops, whatever the file says.
+        features = processor(images=[image], crop_to_patches=True, return_tensors="np")
+        return np.asarray(features["pixel_values"], np.float32)
+
+    return cut
+
+
+def benchmark_prompt(instance: Instance, config: InternVLConfig, step_by_step: bool) -> str:
+    """The prompts of VLMEvalKit's vlm/internvl/internvl_chat.py and utils.py."""
+    question = instance.question
+    if is_choice(instance):
+        text = "\n".join((*hint(instance, ""), question, *options(instance)))
+        text = f"{text}\n{CHINESE_LETTER if is_chinese(text) else LETTER}"
+    elif instance.dataset == "HallusionBench":
+        text = f"{question} Please answer yes or no. {SHORT_ANSWER}"
+    elif instance.dataset == "MME":
+        text = f"{question} {SHORT_ANSWER}"
+    else:
+        text = f"{question}\n{SHORT_ANSWER}"
+    if len(instance.images) < 2:
+        return text
+    # The native template ends no line after an image; the template of transformers does.
+    line_end = "" if config.native is None else "\n"
+    names = (f"Image-{number}: {IMAGE_MARK}{line_end}" for number in range(1, len(instance.images) + 1))
+    return "".join((*names, text))

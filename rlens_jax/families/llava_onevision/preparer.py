@@ -1,0 +1,207 @@
+"""Images and prompts of a LLaVA-OneVision checkpoint: its own image processor, chat template and tokenizer."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from PIL.Image import Image
+from transformers import AutoTokenizer
+
+from rlens_jax.data.benchmarks.catalogue import Instance
+from rlens_jax.data.benchmarks.prompts import default_prompt
+from rlens_jax.data.samples import Sample
+from rlens_jax.errors import UserError
+from rlens_jax.families.family import ImageArrays
+from rlens_jax.families.hf_config import read_json
+from rlens_jax.families.hf_files import PROCESSOR_FILE, read_folder
+from rlens_jax.families.llava_onevision.model import NEWLINE, LlavaOnevisionConfig
+from rlens_jax.models.chat import PlaceholderChat
+from rlens_jax.models.prompt import Grid, ImageTokens, PreparedImage, Prompt
+
+MAX_EXCESS = 1.1
+"""A grid is scaled down when its side exceeds the allowed side by more than this factor (from transformers)."""
+
+
+def cut_patches(views: np.ndarray, patch_size: int) -> np.ndarray:
+    """Views [v, 3, h, w] as patches [v, J, c], each in (channel, row, column) order, without incomplete patches."""
+    count, channels, *shape = views.shape
+    rows, columns = (side // patch_size for side in shape)
+    whole = views[:, :, : rows * patch_size, : columns * patch_size]
+    whole = whole.reshape(count, channels, rows, patch_size, columns, patch_size)
+    return whole.transpose(0, 2, 4, 1, 3, 5).reshape(count, rows * columns, -1)
+
+
+def _interpolation(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each new index: the two old indices around it, int, and its distance from the first, float32.
+
+    Equal to torch's `interpolate(mode="bilinear", align_corners=False)`, with its float32 arithmetic.
+    """
+    scale = np.float32(size) / np.float32(new_size)
+    exact = scale * (np.arange(new_size, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
+    exact = np.maximum(exact, np.float32(0))
+    low = np.minimum(exact.astype(np.int64), size - 1)
+    return low, np.minimum(low + 1, size - 1), np.clip(exact - low.astype(np.float32), 0, 1)
+
+
+def _unpadded(grid: np.ndarray, image_size: Grid) -> np.ndarray:
+    """The middle of a grid [rows, columns] that an image of this size (in pixels) fills, without its padding."""
+    height, width = image_size
+    rows, columns = grid.shape
+    # The same floating-point expressions as in transformers, because rounding decides.
+    if width / height > columns / rows:
+        padding = (rows - int(round(height * (columns / width), 7))) // 2
+        return grid[padding : rows - padding]
+    padding = (columns - int(round(width * (rows / height), 7))) // 2
+    return grid[:, padding : columns - padding]
+
+
+def base_sources(side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Visual tokens of the base view: rows of the table and their weights, [Z, corners] each; see `VisionTower`."""
+    sources = np.zeros((side**2, 4), np.int32)
+    sources[:, 0] = 1 + np.arange(side**2)
+    return sources, np.tile(np.array([1, 0, 0, 0], np.float32), (side**2, 1))
+
+
+def grid_sources(image_size: Grid, tiles: Grid, side: int, max_tiles: int) -> tuple[np.ndarray, np.ndarray]:
+    """Visual tokens of the grid of tiles, with a newline after each row: rows of the table and weights, [Z, corners] each.
+
+    Args:
+        image_size: height and width of the image in pixels, before any scaling.
+        tiles: rows and columns of tiles.
+        side: patches per side of a tile.
+        max_tiles: the grid keeps about as many visual tokens as this number of tiles has.
+    """
+    row, column = np.ogrid[: tiles[0] * side, : tiles[1] * side]
+    view = 1 + (row // side) * tiles[1] + column // side
+    grid = _unpadded(1 + view * side**2 + (row % side) * side + column % side, image_size)
+    rows, columns = grid.shape
+    excess = math.sqrt(rows * columns / (max_tiles * side**2))
+    new_rows, new_columns = rows, columns
+    if excess > MAX_EXCESS:
+        new_rows, new_columns = int(rows // excess), int(columns // excess)
+    top, bottom, down = _interpolation(rows, new_rows)
+    left, right, across = _interpolation(columns, new_columns)
+    sources = np.full((new_rows, new_columns + 1, 4), NEWLINE, np.int32)
+    weights = np.zeros(sources.shape, np.float32)
+    weights[:, -1, 0] = 1
+    corners = (
+        (top, 1 - down, left, 1 - across),
+        (top, 1 - down, right, across),
+        (bottom, down, left, 1 - across),
+        (bottom, down, right, across),
+    )
+    for q, (vertical, vertical_share, horizontal, horizontal_share) in enumerate(corners):
+        sources[:, :-1, q] = grid[np.ix_(vertical, horizontal)]
+        weights[:, :-1, q] = np.outer(vertical_share, horizontal_share)
+    return sources.reshape(-1, 4), weights.reshape(-1, 4)
+
+
+def image_sources(config: LlavaOnevisionConfig, image_size: Grid, alone: bool) -> tuple[np.ndarray, np.ndarray, int]:
+    """Visual tokens of an image as rows of the table and weights, [Z, corners] each, and its number of views.
+
+    Args:
+        config: of the model.
+        image_size: height and width of the image in pixels, before any scaling.
+        alone: whether it is the only image of its prompt, so that it also has a grid of tiles.
+    """
+    # Imported here: where torchvision is installed this import loads it, and a model without images needs neither.
+    from transformers.image_processing_utils import select_best_resolution
+
+    sources, weights = base_sources(config.side)
+    if alone:
+        height, width = select_best_resolution(image_size, config.pinpoints)
+        rows, columns = height // config.image_size, width // config.image_size
+        more = grid_sources(image_size, (rows, columns), config.side, config.max_tiles)
+        views = 1 + rows * columns
+    else:
+        more = np.full((1, 4), NEWLINE, np.int32), np.array([[1, 0, 0, 0]], np.float32)
+        views = 1
+    return np.concatenate([sources, more[0]]), np.concatenate([weights, more[1]]), views
+
+
+def max_tokens(config: LlavaOnevisionConfig, views: int) -> int:
+    """Upper bound of the visual tokens of an image of `views` views: the limit of the grid, and a newline per row of patches."""
+    side, max_height = config.side, max(height for height, _ in config.pinpoints)
+    rows = min((views - 1) * side, max_height // config.image_size * side)
+    limit = math.floor(MAX_EXCESS**2 * config.max_tiles * side**2) + 1
+    return side**2 + min((views - 1) * side**2, limit) + max(1, rows)
+
+
+def image_arrays(config: LlavaOnevisionConfig, patches: int) -> ImageArrays:
+    """See `Family.image_arrays`."""
+    per_view = config.side**2
+    views = patches // per_view
+    if not views:
+        raise UserError(f"compute.patch_slots: {patches} patches hold no view of {per_view} patches")
+    tokens = max_tokens(config, views)
+    values = (views, per_view, config.vision.sizes["c"])
+    return [(values, jnp.float32), ((tokens, 4), jnp.int32), ((tokens, 4), jnp.float32)]
+
+
+class LlavaOnevisionPreparer:
+    """See `Preparer`. A bucket of n patches holds n // J views, with J = 729 in the published models."""
+
+    def __init__(self, folder: Path, config: LlavaOnevisionConfig, patch_slots: Sequence[int]):
+        # Imported here: where torchvision is installed this import loads it, and a model without images needs neither.
+        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+            LlavaOnevisionImageProcessorPil,
+        )
+
+        self.config = config
+        self.patch_slots = sorted(patch_slots)
+        self.chat = PlaceholderChat(read_folder(AutoTokenizer, folder, "tokenizer"), config.image_token)
+        # The processor's template overrides that of the tokenizer, which may belong to the language model alone.
+        if (folder / "chat_template.json").exists():
+            self.chat.tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
+        self.image_processor = read_folder(LlavaOnevisionImageProcessorPil, folder, PROCESSOR_FILE)
+        pinpoints = tuple((height, width) for height, width in self.image_processor.image_grid_pinpoints)
+        size = self.image_processor.size
+        if pinpoints != config.pinpoints or {size.height, size.width} != {config.image_size}:
+            raise UserError(
+                f"{folder}: {PROCESSOR_FILE} and config.json differ in image_grid_pinpoints or in the "
+                "size of a view; take both from the same checkpoint"
+            )
+
+    def images(self, pixels: Sequence[Image], sample_id: str) -> list[PreparedImage]:
+        """Each image as views [v, J, c], sources [Z, corners] and weights [Z, corners]; see `VisionTower`."""
+        if not pixels:
+            return []
+        features = self.image_processor(images=[list(pixels)], return_tensors="np")
+        prepared = []
+        for views, size in zip(features["pixel_values"], features["image_sizes"], strict=True):
+            image_size = int(size[0]), int(size[1])
+            sources, weights, _ = image_sources(self.config, image_size, alone=len(pixels) == 1)
+            patches = cut_patches(views, self.config.vision.patch_size)
+            prepared.append(self._padded(patches, sources, weights, sample_id))
+        return prepared
+
+    def _padded(self, patches: np.ndarray, sources: np.ndarray, weights: np.ndarray, sample_id: str) -> PreparedImage:
+        count, per_view, _ = patches.shape
+        slots = next((n // per_view for n in self.patch_slots if n // per_view >= count), None)
+        if slots is None:
+            raise UserError(
+                f"{sample_id}: an image has {count * per_view} patches ({count} views), the largest bucket "
+                f"{self.patch_slots[-1]}; add a larger one to compute.patch_slots or make the image smaller"
+            )
+        room = max_tokens(self.config, slots) - len(sources)
+        arrays = (
+            np.pad(patches.astype(np.float32), ((0, slots - count), (0, 0), (0, 0))),
+            np.pad(sources, ((0, room), (0, 0))),
+            np.pad(weights, ((0, room), (0, 0))),
+        )
+        return PreparedImage(arrays, ImageTokens(len(sources)))
+
+    def prompt(self, sample: Sample, images: Sequence[ImageTokens], answer: str | None) -> Prompt:
+        """See `Preparer.prompt`."""
+        ids, answer_length = self.chat.encode(sample, [image.count for image in images], answer)
+        if (ids == self.config.video_token).any():
+            raise UserError(f"{sample.id}: the text contains the model's video placeholder; videos are not supported")
+        positions = np.arange(len(ids), dtype=np.int32)
+        return Prompt(ids, ids == self.config.image_token, positions[None], len(ids), answer_length)
+
+
+def benchmark_prompt(instance: Instance, config: LlavaOnevisionConfig, step_by_step: bool) -> str:
+    """VLMEvalKit's default prompts: its vlm/llava/llava.py has none of its own."""
+    return default_prompt(instance)

@@ -1,0 +1,118 @@
+"""Images and prompts of a Qwen2-VL checkpoint: its own image processor and tokenizer, and mRoPE positions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from PIL.Image import Image
+from transformers import AutoTokenizer
+
+from rlens_jax.data.benchmarks.catalogue import Instance
+from rlens_jax.data.benchmarks.prompts import CHINESE_LETTER, SELECT, is_chinese, is_choice, question_and_options
+from rlens_jax.data.samples import Sample
+from rlens_jax.errors import UserError
+from rlens_jax.families.family import ImageArrays
+from rlens_jax.families.hf_files import PROCESSOR_FILE, read_folder
+from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig
+from rlens_jax.models.chat import PlaceholderChat
+from rlens_jax.models.prompt import Grid, ImageTokens, PreparedImage, Prompt
+
+
+def patch_places(grid: Grid, merge_size: int) -> np.ndarray:
+    """Row and column of each patch of an image, in merge order: int32 [J, 2].
+
+    Args:
+        grid: rows and columns of patches.
+        merge_size: patches per side of the square that becomes one visual token.
+    """
+    rows, columns = grid
+    places = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1)
+    m = merge_size
+    places = places.reshape(rows // m, m, columns // m, m, 2).transpose(0, 2, 1, 3, 4)
+    return places.reshape(-1, 2).astype(np.int32)
+
+
+def rope_positions(is_visual: np.ndarray, grids: Sequence[Grid], merge_size: int) -> tuple[np.ndarray, int]:
+    """mRoPE positions of a prompt: int32 [3, T] (time, height, width), and the position of the next token.
+
+    Text tokens count up on all three axes. The tokens of an image share one time and count rows and columns of merged patches.
+    The text after an image continues after its largest position.
+
+    Args:
+        is_visual: bool [T], True for image tokens.
+        grids: rows and columns of patches of each image, in order.
+        merge_size: patches per side of the square that becomes one visual token.
+    """
+    positions = np.zeros((3, len(is_visual)), np.int32)
+    images = iter(grids)
+    token, following = 0, 0
+    while token < len(is_visual):
+        if not is_visual[token]:
+            positions[:, token] = following
+            token, following = token + 1, following + 1
+            continue
+        rows, columns = (side // merge_size for side in next(images))
+        span = slice(token, token + rows * columns)
+        positions[0, span] = following
+        positions[1, span] = following + np.repeat(np.arange(rows), columns)
+        positions[2, span] = following + np.tile(np.arange(columns), rows)
+        token, following = token + rows * columns, following + max(rows, columns)
+    return positions, following
+
+
+def image_arrays(config: Qwen2VLConfig, patches: int) -> ImageArrays:
+    """See `Family.image_arrays`."""
+    return [((patches, config.vision.sizes["c"]), jnp.float32), ((patches, 2), jnp.int32), ((), jnp.int32)]
+
+
+class Qwen2VLPreparer:
+    """See `Preparer`; the image processor is the one of transformers that needs no torch."""
+
+    def __init__(self, folder: Path, config: Qwen2VLConfig, patch_slots: Sequence[int]):
+        # Imported here: where torchvision is installed this import loads it, and a model without images needs neither.
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        self.config = config
+        self.patch_slots = sorted(patch_slots)
+        self.chat = PlaceholderChat(read_folder(AutoTokenizer, folder, "tokenizer"), config.image_token)
+        self.image_processor = read_folder(Qwen2VLImageProcessorPil, folder, PROCESSOR_FILE)
+
+    def images(self, pixels: Sequence[Image], sample_id: str) -> list[PreparedImage]:
+        """Each image as patches [J, c], places [J, 2] and the number of real patches []."""
+        return [self._image(image, sample_id) for image in pixels]
+
+    def _image(self, pixels: Image, sample_id: str) -> PreparedImage:
+        features = self.image_processor(images=[pixels], return_tensors="np")
+        _, rows, columns = (int(side) for side in features["image_grid_thw"][0])
+        grid, merge = (rows, columns), self.config.vision.merge_size
+        patches = np.asarray(features["pixel_values"], np.float32)
+        slots = next((n for n in self.patch_slots if n >= len(patches)), None)
+        if slots is None:
+            raise UserError(
+                f"{sample_id}: an image has {len(patches)} patches, the largest bucket {self.patch_slots[-1]}; "
+                f"add a larger one to compute.patch_slots or lower max_pixels in {PROCESSOR_FILE}"
+            )
+        room = ((0, slots - len(patches)), (0, 0))
+        arrays = np.pad(patches, room), np.pad(patch_places(grid, merge), room), np.array(len(patches), np.int32)
+        return PreparedImage(arrays, ImageTokens(len(patches) // merge**2, grid))
+
+    def prompt(self, sample: Sample, images: Sequence[ImageTokens], answer: str | None) -> Prompt:
+        """See `Preparer.prompt`."""
+        ids, answer_length = self.chat.encode(sample, [image.count for image in images], answer)
+        is_visual = ids == self.config.image_token
+        grids = [image.grid for image in images]
+        positions, following = rope_positions(is_visual, grids, self.config.vision.merge_size)
+        return Prompt(ids, is_visual, positions, following, answer_length)
+
+
+def benchmark_prompt(instance: Instance, config: Qwen2VLConfig, step_by_step: bool) -> str:
+    """The prompts of VLMEvalKit's vlm/qwen2_vl/prompt.py."""
+    if is_choice(instance):
+        text = question_and_options(instance)
+        return text + (CHINESE_LETTER if is_chinese(text) else SELECT)
+    if instance.dataset == "HallusionBench":
+        return f"{instance.question} Please answer yes or no."
+    if instance.dataset == "MME":
+        return instance.question
+    return f"{instance.question}\nPlease try to answer the question with short words or phrases if possible."

@@ -1,0 +1,195 @@
+"""config.json of the published checkpoints of each family."""
+
+from pathlib import Path
+
+from rlens_jax.families.registry import ModelKind, read_kind
+
+FACTS = Path(__file__).parents[2].parent / "shared" / "checkpoints"
+"""Names and shapes of published tensors, where the work place has them."""
+
+QWEN2_VL_SIZES = {
+    "qwen2-vl-2b": {"D": 1536, "F": 8960, "N": 12, "K": 2, "V": 151936, "tied": True, "numbers": 2208985600},
+    "qwen2-vl-7b": {
+        "D": 3584,
+        "F": 18944,
+        "N": 28,
+        "K": 4,
+        "V": 152064,
+        "tied": False,
+        "numbers": 16582751232 // 2,
+    },
+}
+"""Sizes and number of parameters; the 7B file is published in bfloat16 with 16582751232 bytes."""
+
+
+def qwen2_vl(sizes: dict) -> dict:
+    return {
+        "model_type": "qwen2_vl",
+        "hidden_size": sizes["D"],
+        "intermediate_size": sizes["F"],
+        "num_hidden_layers": 28,
+        "num_attention_heads": sizes["N"],
+        "num_key_value_heads": sizes["K"],
+        "vocab_size": sizes["V"],
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "tie_word_embeddings": sizes["tied"],
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "vision_config": {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "patch_size": 14},
+    }
+
+
+def internvl(name: str) -> dict:
+    vision = {
+        "hidden_act": "gelu",
+        "hidden_size": 1024,
+        "image_size": 448,
+        "intermediate_size": 4096,
+        "layer_norm_eps": 1e-6,
+        "norm_type": "layer_norm",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+    }
+    if name == "internvl2-8b":
+        return {
+            "model_type": "internvl_chat",
+            "downsample_ratio": 0.5,
+            "dynamic_image_size": True,
+            "force_image_size": 448,
+            "llm_config": {
+                "bias": False,
+                "hidden_act": "silu",
+                "hidden_size": 4096,
+                "intermediate_size": 14336,
+                "max_position_embeddings": 32768,
+                "model_type": "internlm2",
+                "num_attention_heads": 32,
+                "num_hidden_layers": 32,
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-05,
+                "rope_scaling": {"factor": 2.0, "type": "dynamic"},
+                "rope_theta": 1000000,
+                "tie_word_embeddings": False,
+                "vocab_size": 92553,
+            },
+            "max_dynamic_patch": 12,
+            "min_dynamic_patch": 1,
+            "ps_version": "v2",
+            "select_layer": -1,
+            "template": "internlm2-chat",
+            "use_thumbnail": True,
+            "vision_config": {**vision, "qk_normalization": False, "qkv_bias": True},
+        }
+    return {
+        "model_type": "internvl",
+        "downsample_ratio": 0.5,
+        "image_token_id": 151667,
+        "text_config": {
+            "hidden_act": "silu",
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "max_position_embeddings": 32768,
+            "model_type": "qwen2",
+            "num_attention_heads": 14,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+            "rope_theta": 1000000.0,
+            "tie_word_embeddings": False,
+            "vocab_size": 151674,
+        },
+        "vision_config": {
+            **vision,
+            "attention_bias": True,
+            "image_size": [448, 448],
+            "patch_size": [14, 14],
+            "use_qk_norm": False,
+        },
+    }
+
+
+def llava_onevision(**overrides) -> dict:
+    """The 7B model's, with the fields that transformers leaves out of nested configs left out."""
+    return {
+        "model_type": "llava_onevision",
+        "text_config": {
+            "model_type": "qwen2",
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_attention_heads": 28,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rope_theta": 1000000.0,
+            "vocab_size": 152128,
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "image_size": 384,
+            "intermediate_size": 4304,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 26,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        "image_grid_pinpoints": [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)],
+        "image_token_index": 151646,
+        "video_token_index": 151647,
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": False,
+        "use_image_newline_parameter": True,
+        "vision_aspect_ratio": "anyres_max_9",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        **overrides,
+    }
+
+
+MINICPM_V = {
+    "model_type": "minicpmv",
+    "version": 2.6,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 151666,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "tie_word_embeddings": False,
+    "drop_vision_last_layer": False,
+    "slice_mode": True,
+    "query_num": 64,
+    "vision_config": {
+        "hidden_size": 1152,
+        "image_size": 980,
+        "intermediate_size": 4304,
+        "model_type": "siglip",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+    },
+}
+
+
+BY_MODEL_TYPE = {
+    "internvl": internvl("internvl3-1b-hf"),
+    "internvl_chat": internvl("internvl2-8b"),
+    "llava_onevision": llava_onevision(),
+    "minicpmv": MINICPM_V,
+    "qwen2_vl": qwen2_vl(QWEN2_VL_SIZES["qwen2-vl-7b"]),
+}
+"""One published checkpoint per `model_type`."""
+
+
+def kind_of(model_type: str) -> ModelKind:
+    """A published model of this `model_type`."""
+    return read_kind(BY_MODEL_TYPE[model_type], "config.json")
