@@ -1,38 +1,39 @@
-"""Held-out curves: which plans they need, and what the outcomes of these plans say.
+"""Held-out curves: the plans they need, and the results of these plans.
 
-The curves rest on samples that the search never saw. All strategies are drawn on the same samples.
+Curves use samples that the search never saw. All strategies share the same bootstrap draws.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from rlens_jax.plan import Plan
-from rlens_jax.search.bootstrap import Interval, area_under_curve, bootstrap_interval, mean_over_datasets
+from rlens_jax.search.bootstrap import Interval, Statistic, area_under_curve, bootstrap_interval, mean_over_datasets
 from rlens_jax.search.objective import dataset_metric, plan_loss
 from rlens_jax.search.results import Curve, Metrics, OperatorResult, RandomCurves, Saving, Strategy
 from rlens_jax.search.search import Ranking, position_ranking, prefix_plans, random_rankings
 
 Outcomes = Mapping[Plan, Mapping[str, Sequence[float] | np.ndarray]]
-"""Plan -> dataset -> one outcome a held-out sample."""
+"""Plan -> dataset -> outcomes, one per held-out sample."""
 FlopsSaved = Callable[[Plan, bool], float]
 """Maps (plan, whether probes count) to the share of the dense prefill's multiply-adds that is saved."""
 
 
 def random_points(num_layers: int) -> tuple[int, ...]:
-    """At how many reduced layers random rankings are tried: L/6, L/3, L/2, 2L/3, 5L/6, rounded."""
+    """The numbers of reduced layers at which random rankings are evaluated: L/6, L/3, L/2, 2L/3, 5L/6, rounded."""
     sixths = (1, 2, 3, 4, 5)
     return tuple(sorted({max(1, (2 * num_layers * sixth + 6) // 12) for sixth in sixths}))
 
 
 def held_out_plans(ranking: Ranking, num_random: int, seed: int, search_all: Ranking | None) -> list[Plan]:
-    """Every plan that `operator_result` asks the outcomes of, each once; the base comes first.
+    """All plans whose outcomes `operator_result` needs, each once, the base first.
 
     Args:
       ranking: the searched ranking.
-      num_random: how many random rankings.
-      seed: of the random rankings.
-      search_all: the ranking with L_p = 0, to compare with.
+      num_random: number of random rankings.
+      seed: seed of the random rankings.
+      search_all: the ranking with L_p = 0, for comparison.
     """
     orders = [*_orders(ranking, search_all).values()]
     plans = [plan for order in orders for plan in prefix_plans(ranking.operator, order, ranking.base)]
@@ -54,65 +55,34 @@ def operator_result(
     bootstrap_samples: int,
     relative: bool,
 ) -> OperatorResult:
-    """One operator's curves, areas and saving, from the outcomes of `held_out_plans` with the same arguments.
+    """Curves, areas and saving of one operator, from the outcomes of `held_out_plans` with the same arguments.
 
     Args:
       ranking, num_random, search_all: as in `held_out_plans`.
-      outcomes: of the plans, on held-out samples.
-      dense: the dense model's held-out metrics.
-      flops_saved: what a plan saves.
-      seed: of the random rankings, and of the bootstrap.
-      bootstrap_samples: how many draws.
-      relative: whether losses are relative to the dense metrics (as the search's changes).
+      outcomes: outcomes of the plans on held-out samples.
+      dense: held-out metrics of the dense model.
+      flops_saved: the saving of a plan.
+      seed: seed of the random rankings and of the bootstrap.
+      bootstrap_samples: number of bootstrap draws.
+      relative: whether losses are relative to the dense metrics, as changes are in the search.
     """
-    datasets = list(dense)
+    held_out = _HeldOut(outcomes, dense, relative, bootstrap_samples, seed)
+    orders = _orders(ranking, search_all)
+    prefixes = {name: prefix_plans(ranking.operator, order, ranking.base) for name, order in orders.items()}
+    curves = {name: held_out.curve(order, prefixes[name]) for name, order in orders.items()}
 
-    def table(plans: Sequence[Plan]) -> dict[str, np.ndarray]:
-        return {name: np.array([outcomes[plan][name] for plan in plans], np.float64) for name in datasets}
+    num_layers, points = len(ranking.order), random_points(len(ranking.order))
+    random_orders = random_rankings(num_layers, num_random, seed)
+    random_prefixes = [prefix_plans(ranking.operator, order, ranking.base) for order in random_orders]
+    means = (tuple(held_out.mean(plans[k]) for k in points) for plans in random_prefixes)
+    random = RandomCurves(orders=tuple(random_orders), num_reduced=points, means=tuple(means))
 
-    def metrics(plan: Plan) -> Metrics:
-        return {name: dataset_metric(np.asarray(outcomes[plan][name]).tolist()) for name in datasets}
-
-    prefixes = {
-        strategy: prefix_plans(ranking.operator, order, ranking.base)
-        for strategy, order in _orders(ranking, search_all).items()
-    }
-    curves: dict[Strategy, Curve] = {}
-    for strategy, plans in prefixes.items():
-        points = tuple(metrics(plan) for plan in plans)
-        curves[strategy] = Curve(
-            order=_orders(ranking, search_all)[strategy],
-            metrics=points,
-            losses=tuple(plan_loss(point, dense, relative=relative) for point in points),
-            mean=bootstrap_interval(table(plans), mean_over_datasets, samples=bootstrap_samples, seed=seed),
-        )
-
-    num_layers = len(ranking.order)
-    orders = random_rankings(num_layers, num_random, seed)
-    random_prefixes = [prefix_plans(ranking.operator, order, ranking.base) for order in orders]
-    random = RandomCurves(
-        orders=tuple(orders),
-        num_reduced=random_points(num_layers),
-        means=tuple(
-            tuple(dataset_metric(list(metrics(plans[k]).values())) for k in random_points(num_layers))
-            for plans in random_prefixes
-        ),
-    )
-
-    # With no layer and with all, every order gives the same plan; between, compare where random is known.
-    area_points = (0, *(k for k in random_points(num_layers) if k < num_layers), num_layers)
-    at_points = {strategy: table([plans[k] for k in area_points]) for strategy, plans in prefixes.items()}
-    drawn = [table([plans[k] for k in area_points]) for plans in random_prefixes]
-    at_points["random"] = {name: np.mean([values[name] for values in drawn], axis=0) for name in datasets}
+    # All orders give the same plan with no layer and with all layers; between, compare at the points of random rankings.
+    area_points = (0, *(k for k in points if k < num_layers), num_layers)
+    tables = {name: held_out.table([plans[k] for k in area_points]) for name, plans in prefixes.items()}
+    random_tables = [held_out.table([plans[k] for k in area_points]) for plans in random_prefixes]
+    tables["random"] = {name: np.mean([table[name] for table in random_tables], axis=0) for name in dense}
     area = area_under_curve(area_points)
-    count = len(area_points)
-
-    def interval(values: Mapping[str, np.ndarray], statistic: Callable[[np.ndarray], np.ndarray]) -> Interval:
-        return bootstrap_interval(values, statistic, samples=bootstrap_samples, seed=seed)
-
-    def margin(other: Mapping[str, np.ndarray]) -> Interval:
-        both = {name: np.concatenate([at_points["searched"][name], other[name]]) for name in datasets}
-        return interval(both, lambda drawn: area(drawn[:, :count]) - area(drawn[:, count:]))
 
     searched = curves["searched"]
     saved = prefixes["searched"][searched.allowed]
@@ -121,20 +91,61 @@ def operator_result(
         curves=curves,
         random=random,
         area_points=area_points,
-        areas={strategy: interval(values, area) for strategy, values in at_points.items()},
-        margins={strategy: margin(values) for strategy, values in at_points.items() if strategy != "searched"},
+        areas={name: held_out.interval(table, area) for name, table in tables.items()},
+        margins={
+            name: held_out.difference(tables["searched"], table, area)
+            for name, table in tables.items()
+            if name != "searched"
+        },
         saving=plan_saving(saved, searched.metrics[searched.allowed], dense, flops_saved, relative=relative),
     )
 
 
 def plan_saving(plan: Plan, metrics: Metrics, dense: Metrics, flops_saved: FlopsSaved, *, relative: bool) -> Saving:
-    """What a plan saves and loses, from its held-out metrics."""
+    """The saving and the loss of a plan, from its held-out metrics."""
     return Saving(
         plan=plan,
         loss=plan_loss(metrics, dense, relative=relative),
         flops=flops_saved(plan, False),
         flops_with_probes=flops_saved(plan, True),
     )
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Statistics of held-out outcomes; the fields are arguments of `operator_result`."""
+
+    outcomes: Outcomes
+    dense: Metrics
+    relative: bool
+    bootstrap_samples: int
+    seed: int
+
+    def table(self, plans: Sequence[Plan]) -> dict[str, np.ndarray]:
+        """Outcomes per dataset: float64[plans, samples]."""
+        return {name: np.array([self.outcomes[plan][name] for plan in plans], np.float64) for name in self.dense}
+
+    def metrics(self, plan: Plan) -> Metrics:
+        return {name: dataset_metric(np.asarray(self.outcomes[plan][name]).tolist()) for name in self.dense}
+
+    def mean(self, plan: Plan) -> float:
+        return dataset_metric(list(self.metrics(plan).values()))
+
+    def curve(self, order: tuple[int, ...], plans: Sequence[Plan]) -> Curve:
+        points = tuple(self.metrics(plan) for plan in plans)
+        losses = tuple(plan_loss(point, self.dense, relative=self.relative) for point in points)
+        return Curve(order, points, losses, mean=self.interval(self.table(plans), mean_over_datasets))
+
+    def interval(self, table: Mapping[str, np.ndarray], statistic: Statistic) -> Interval:
+        return bootstrap_interval(table, statistic, samples=self.bootstrap_samples, seed=self.seed)
+
+    def difference(
+        self, table: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], statistic: Statistic
+    ) -> Interval:
+        """The interval of the statistic of `table` minus that of `other`, on the same draws."""
+        both = {name: np.concatenate([table[name], other[name]]) for name in table}
+        count = len(next(iter(table.values())))
+        return self.interval(both, lambda drawn: statistic(drawn[:, :count]) - statistic(drawn[:, count:]))
 
 
 def _orders(ranking: Ranking, search_all: Ranking | None) -> dict[Strategy, tuple[int, ...]]:

@@ -1,7 +1,6 @@
-"""A finished run as values: everything the report shows, and nothing that computes it.
+"""A finished run as values: everything that reports show.
 
-All that is in `Results` is decided by configuration, model and data, but for `Timing`, which holds whatever
-differs from one run to the next.
+Configuration, model and data decide all of `Results` except `Timing`, which holds what differs between runs.
 """
 
 from collections.abc import Mapping
@@ -20,18 +19,18 @@ Metrics = Mapping[str, float]
 """Dataset -> metric."""
 
 ALLOWED_LOSS = 0.01
-"""What the report calls no loss worth speaking of: less than 1 % (our decision)."""
+"""Losses below this count as none in reports: 1 % (our decision)."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """How the held-out score falls as an order's layers are reduced one after another.
+    """The held-out score as the layers of an order are reduced one after another.
 
     Attributes:
       order: the layers, the first to reduce first.
-      metrics: each dataset's metric with the first 0, 1, ... L layers reduced.
-      losses: the loss against the dense model at the same points.
-      mean: the mean over the datasets, with its bootstrap interval, float64[L + 1].
+      metrics: metrics per dataset with the first 0, 1, ... L layers reduced.
+      losses: losses against the dense model at the same points.
+      mean: mean over the datasets with its bootstrap interval, float64[L + 1].
     """
 
     order: tuple[int, ...]
@@ -41,7 +40,7 @@ class Curve:
 
     @property
     def allowed(self) -> int:
-        """The largest number of reduced layers with a loss below `ALLOWED_LOSS`; a smaller one may lose more."""
+        """The largest number of reduced layers with a loss below `ALLOWED_LOSS`; smaller numbers may lose more."""
         return max(k for k, loss in enumerate(self.losses) if k == 0 or loss < ALLOWED_LOSS)
 
 
@@ -52,7 +51,7 @@ class RandomCurves:
     Attributes:
       orders: the random rankings.
       num_reduced: the numbers of reduced layers.
-      means: per ranking, the mean over the datasets at each of them.
+      means: mean over the datasets, per ranking and number.
     """
 
     orders: tuple[tuple[int, ...], ...]
@@ -62,13 +61,13 @@ class RandomCurves:
 
 @dataclass(frozen=True)
 class Saving:
-    """What a plan saves, and what it costs, on held-out samples.
+    """The saving of a plan and its loss on held-out samples.
 
     Attributes:
-      plan: the layers reduced.
-      loss: minus the mean over the datasets of the change against the dense model.
-      flops: share of the dense prefill's multiply-adds saved, as the field counts (without probes).
-      flops_with_probes: the same with the probes' work counted, which is what is really computed.
+      plan: the reduced layers.
+      loss: minus the mean change against the dense model, over the datasets.
+      flops: share of the dense prefill's multiply-adds that is saved, without the probes' work, as is usual.
+      flops_with_probes: the same with the probes' work, which is computed as well.
     """
 
     plan: Plan
@@ -79,16 +78,16 @@ class Saving:
 
 @dataclass(frozen=True)
 class OperatorResult:
-    """One operator's ranking and its held-out curves.
+    """The ranking of one operator and its held-out curves.
 
     Attributes:
-      ranking: what the search found on the validation samples.
-      curves: of the strategies that give one order; "searched" and "position" are always there.
-      random: of random orders.
+      ranking: the result of the search on the validation samples.
+      curves: curves of the strategies with one order; always "searched" and "position".
+      random: curves of random orders.
       area_points: the numbers of reduced layers over which areas are taken, the same for all strategies.
-      areas: area under the curve per strategy; random is the mean of its rankings.
-      margins: area of "searched" minus that of each other strategy, drawn on the same samples.
-      saving: with the first `curves["searched"].allowed` layers reduced.
+      areas: area under the curve per strategy; for random, of the mean of its rankings.
+      margins: area of "searched" minus the area of each other strategy, on the same draws.
+      saving: saving of the first `curves["searched"].allowed` layers.
     """
 
     ranking: Ranking
@@ -106,12 +105,12 @@ class OperatorResult:
 
     @property
     def tied_share(self) -> float:
-        """Share of a round's other candidates that scored as well as the winner, mean over the rounds."""
+        """Share of the other candidates of a round with the winner's score, mean over the rounds."""
         shares = [len(r.ties) / (len(r.layers) - 1) for r in self.ranking.rounds if len(r.layers) > 1]
         return sum(shares) / len(shares) if shares else 0.0
 
     def first_round_spread(self, samples: Mapping[str, int]) -> float:
-        """By how many right samples the best and the worst candidate of the first round differ."""
+        """Difference between the best and the worst candidate of the first round, in right samples."""
         if not self.ranking.rounds:
             return 0.0
         scores = self.ranking.rounds[0].scores
@@ -122,11 +121,11 @@ class OperatorResult:
 
 @dataclass(frozen=True)
 class PrefillTime:
-    """Times of one prefill, measured side by side: the dense model's, and with a plan's work skipped.
+    """Times of one prefill, measured side by side: dense, and with a plan's work skipped.
 
     Attributes:
-      dense, reduced: seconds, one value a repeat.
-      samples, text_slots, visual_slots: the batch that was timed, padding included.
+      dense, reduced: seconds, one value per repeat.
+      samples, text_slots, visual_slots: shape of the timed batch, padding included.
     """
 
     dense: tuple[float, ...]
@@ -137,24 +136,24 @@ class PrefillTime:
 
     @property
     def saved(self) -> float:
-        """The share of the dense prefill's time that is saved, of the medians."""
+        """The share of the dense prefill's time that is saved, from the medians."""
         return 1 - median(self.reduced) / median(self.dense)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What differs from one run of the same configuration to the next.
+    """Everything that differs between two runs of one configuration.
 
     Attributes:
       started: date and time, ISO 8601.
-      device: the kind of device, and how many.
-      num_devices: devices used.
-      num_cores: CPU cores of the host.
-      seconds: per phase of the run; of this process only, when the run was resumed.
-      evaluations: made by this process.
-      resumed: evaluations read from the journal.
-      compilations: programs compiled by this process.
-      prefill: measured for the plan of an operator's saving, or of "both".
+      device: device kind.
+      num_devices: number of devices used.
+      num_cores: number of CPU cores of the host.
+      seconds: seconds per phase; of this process only, if the run was resumed.
+      evaluations: number of evaluations by this process.
+      resumed: number of evaluations read from the journal.
+      compilations: number of programs compiled by this process.
+      prefill: prefill times per plan of `Results.savings`, if measured.
     """
 
     started: str
@@ -173,15 +172,15 @@ class Results:
     """A finished run.
 
     Attributes:
-      config: what was asked for.
-      model_hash, data_hash: of the weights and of the samples.
+      config: configuration of the run.
+      model_hash, data_hash: hashes of the weights and of the samples.
       num_layers: L.
-      versions: package -> version.
-      validation_samples, test_samples: dataset -> how many samples the search and the curves rest on.
-      dense_validation, dense_test: the dense model's metrics on them.
-      operators: per ranked operator.
-      combined: both operators' layers reduced at once; None when only one was ranked.
-      timing: this run's own.
+      versions: version per package.
+      validation_samples, test_samples: number of samples per dataset, for the search and for the curves.
+      dense_validation, dense_test: metrics of the dense model on these samples.
+      operators: results per ranked operator.
+      combined: saving of both operators at once; None if only one was ranked.
+      timing: times of this run.
     """
 
     config: RunConfig
@@ -199,6 +198,6 @@ class Results:
 
     @property
     def savings(self) -> dict[str, Saving]:
-        """Per operator, and for "both" at once."""
+        """The saving per operator, and of "both" at once."""
         savings: dict[str, Saving] = {name: result.saving for name, result in self.operators.items()}
         return savings if self.combined is None else {**savings, "both": self.combined}
