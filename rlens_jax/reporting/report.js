@@ -1,5 +1,5 @@
 "use strict";
-// Hover values of charts and heat maps, for pointer, touch and keyboard, and the theme button. The page is complete without it.
+// Values of charts and heat maps on hover, touch and keyboard focus, and the theme button. The page is complete without them.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -10,7 +10,7 @@ function element(name, attributes, text) {
   return made;
 }
 
-// Put a tip beside a place of its holder (pixels), on the side with more room, and never beyond the holder.
+// Put a tip next to a point of its holder (pixels), on the side with more room, inside the holder.
 function place(tip, holder, left, top) {
   tip.hidden = false;
   const room = holder.clientWidth - tip.offsetWidth;
@@ -28,9 +28,9 @@ function chart(figure) {
   const box = svg.viewBox.baseVal;
   let at = -1;
 
-  // A slider is what it is to a keyboard: arrows move a place along an axis, and its value is read out.
+  // For keyboards and screen readers the plot is a slider: arrows move along the axis, and the value is read out.
   for (const [key, value] of Object.entries({
-    tabindex: 0, role: "slider", "aria-label": svg.getAttribute("aria-label") + "; arrow keys tell the values",
+    tabindex: 0, role: "slider", "aria-label": svg.getAttribute("aria-label") + "; arrow keys read the values",
     "aria-valuemin": 0, "aria-valuemax": steps.length - 1, "aria-valuenow": 0, "aria-valuetext": steps[0].title,
   })) plot.setAttribute(key, value);
 
@@ -65,7 +65,7 @@ function chart(figure) {
     }
     const scale = svg.clientWidth / box.width;
     place(tip, plot, step.left * scale, 0);
-    // Curves fall from the upper left: the lower end of the plot is where least is covered.
+    // Curves fall from the upper left, so a tip at the lower edge covers least.
     tip.style.top = Math.max(0, (svg.dataset.bottom - 6) * scale - tip.offsetHeight) + "px";
     plot.setAttribute("aria-valuenow", at);
     plot.setAttribute("aria-valuetext", [...tip.children].map((row) => row.textContent).join("; "));
@@ -103,9 +103,9 @@ function heatMap(table) {
 
   function show(cell) {
     tip.textContent = cell.dataset.tip;
-    const own = cell.getBoundingClientRect();
+    const box = cell.getBoundingClientRect();
     const holder = figure.getBoundingClientRect();
-    place(tip, figure, own.left + own.width / 2 - holder.left, own.bottom - holder.top + 6);
+    place(tip, figure, box.left + box.width / 2 - holder.left, box.bottom - holder.top + 6);
   }
 
   for (const kind of ["pointerover", "pointerdown", "focusin"]) {
@@ -126,7 +126,7 @@ function heatMap(table) {
     const rows = [...table.tBodies[0].rows];
     let row = rows.indexOf(cell.parentElement) + by[0];
     let column = cell.cellIndex + by[1];
-    // Layers that were ranked already are passed over.
+    // Skip the layers that were ranked already.
     while (rows[row] && rows[row].cells[column] && !rows[row].cells[column].dataset.tip) {
       row += by[0];
       column += by[1];
