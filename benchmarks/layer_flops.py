@@ -25,7 +25,7 @@ from rlens_jax.dry_run.costs import program_cost, reduced
 from rlens_jax.dry_run.hlo import Loops, parse_module
 from rlens_jax.dry_run.program import CompiledProgram, compile_program
 from rlens_jax.errors import UserError
-from rlens_jax.flops import LayerSizes, layer_cost
+from rlens_jax.flops import layer_cost
 from rlens_jax.layout import TokenLayout
 from rlens_jax.ops.ffn import dynamic_ffn, shard_capacity
 from rlens_jax.ops.ffn_tpu import HEADROOM, TILE, HalvedStack, HalvedUnits
@@ -74,7 +74,7 @@ def whole_layer(topology: str, model: int) -> dict[str, float]:
     assert isinstance(made, CompiledProgram), made
     assert made.dense.layer is not None and made.reduced.layer is not None
     decoder = model_kind().config.decoder
-    sizes = LayerSizes(decoder.width, decoder.num_kv_heads * decoder.head_dim, decoder.ffn_width)
+    sizes = decoder.layer_sizes
     formula = partial(layer_cost, sizes, TEXT, VISUAL, REDUCTION, with_probes=True)
     return {
         "dense": made.dense.layer.flops * model / (2 * formula(hollow=False, dynamic=False)),

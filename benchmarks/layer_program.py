@@ -7,7 +7,7 @@ from rlens_jax.config import ComputeConfig, RunConfig
 from rlens_jax.dry_run.program import ProgramSpec, program_specs
 from rlens_jax.dry_run.topology import find_slice, slice_devices
 from rlens_jax.families.registry import ModelKind, read_kind
-from rlens_jax.sharding.mesh import make_mesh
+from rlens_jax.sharding.mesh import FfnForm, make_mesh
 
 CONFIG = Path(__file__).with_name("models") / "qwen2_vl_7b" / "config.json"
 TEXT, VISUAL = 384, 1664
@@ -21,13 +21,15 @@ def model_kind(layers: int = LAYERS) -> ModelKind:
     return read_kind(json.loads(CONFIG.read_text()) | {"num_hidden_layers": layers}, "Qwen2-VL-7B")
 
 
-def layer_program(topology: str, model: int, batch: int, layers: int = LAYERS) -> tuple[ProgramSpec, tuple[int, int]]:
+def layer_program(
+    topology: str, model: int, batch: int, layers: int = LAYERS, ffn_form: FfnForm | None = None
+) -> tuple[ProgramSpec, tuple[int, int]]:
     """The program in bfloat16, `batch` samples a work group, and the sizes of the mesh's two axes."""
     devices = slice_devices(find_slice(topology))
     compute = ComputeConfig(
         dtype="bfloat16", batch_size=batch, model_shards=model, text_slots=(TEXT,), visual_slots=(VISUAL,)
     )
     mesh = make_mesh(devices, model)
-    specs = program_specs(RunConfig(compute=compute), model_kind(layers), mesh, all_buckets=False)
+    specs = program_specs(RunConfig(compute=compute), model_kind(layers), mesh, all_buckets=False, ffn_form=ffn_form)
     (program,) = (spec for spec in specs if spec.name == "layers")
     return program, (len(devices) // model, model)

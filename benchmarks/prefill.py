@@ -82,7 +82,7 @@ def stacks(num_layers: int, plan: Plan) -> dict[str, Callable[[], Any]]:
 
             def body(x: Any, weights: Any) -> tuple[Any, tuple[Any, Any]]:
                 layer = nnx.merge(layers, weights)
-                q, k, v = layer.attention.project(layer.input_norm(x), context.turn)
+                q, k, v = layer.attention.project(layer.input_norm(x), context.rotary)
                 x = x + layer.attention.o_proj(attend(q, k, v))
                 return x + dense_ffn(layer.ffn_norm(x), layer.ffn.weights), (k, v)
 

@@ -14,7 +14,6 @@ rows for an even share of the kept units. Not counted: tiles for units over the 
 import argparse
 import math
 from dataclasses import dataclass, field
-from unittest import mock
 
 from layer_program import LAYERS, layer_program, model_kind
 
@@ -22,6 +21,7 @@ from rlens_jax.dry_run.costs import bytes_read
 from rlens_jax.dry_run.hlo import Computation, Instruction, Loops, Module, Shape, parse_module
 from rlens_jax.ops.ffn_tpu import TILE
 from rlens_jax.plan import Reduction
+from rlens_jax.sharding.mesh import FfnForm
 
 DECODER = model_kind().config.decoder
 
@@ -38,10 +38,9 @@ def main() -> None:
         weights = weight_size() / model
         print(f"\n{options.topology}, model = {model}: {weights / 1e6:.1f} MB of weights a layer and chip")
         for batch in options.batch:
-            report(options.topology, model, batch, weights, options.verbose)
+            report(options.topology, model, batch, None, weights, options.verbose)
             if options.rows:
-                with mock.patch("rlens_jax.checkpoints.leaves.fetches", return_value=False):
-                    report(options.topology, model, batch, weights, options.verbose)
+                report(options.topology, model, batch, "rows", weights, options.verbose)
 
 
 def weight_size() -> int:
@@ -51,9 +50,9 @@ def weight_size() -> int:
     return 2 * sizes["D"] * (heads + 3 * sizes["F"])
 
 
-def report(topology: str, model: int, batch: int, weights: float, verbose: bool) -> None:
+def report(topology: str, model: int, batch: int, ffn_form: FfnForm | None, weights: float, verbose: bool) -> None:
     """Compile the program and print what its dense and its reduced layers move."""
-    spec, _ = layer_program(topology, model, batch)
+    spec, _ = layer_program(topology, model, batch, ffn_form=ffn_form)
     text = spec.lower().compile().as_text()
     module = parse_module(text)
     kernel = "fetched_ffn" in text

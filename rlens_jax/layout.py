@@ -11,12 +11,14 @@ Axis letters: B batch, X text slots, P visual slots, T = X + P packed query slot
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, no_type_check
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
+
+from rlens_jax.pytrees import pytree
 
 PADDING_POSITION = 2**30
 """Sequence position of an empty slot: later than every token, so no token sees it."""
@@ -42,9 +44,7 @@ def smallest_bucket(sizes: Iterable[int], count: int) -> int | None:
     return min((size for size in sizes if size >= count), default=None)
 
 
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class Slots:
     """Some slots of a batch: int32 sequence positions, and visual ordinals (-1 for text)."""
 
@@ -52,9 +52,7 @@ class Slots:
     ordinal: Int[Array, "B T"]
 
 
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class TokenLayout:
     """The packing of a batch. Positions are int32 sequence indices; empty slots are at `PADDING_POSITION`."""
 

@@ -11,8 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlens_jax.families.table import Place
-from rlens_jax.ops.ffn_tpu import fetches
-from rlens_jax.sharding.mesh import ParameterLayout, make_mesh
+from rlens_jax.models.decoder import FFN
+from rlens_jax.models.layers import UnitRows
+from rlens_jax.ops.ffn_tpu import suited_form
+from rlens_jax.sharding.mesh import FfnForm, ParameterLayout, make_mesh
 from rlens_jax.sharding.model_axis import MODEL
 
 Item = TypeVar("Item")
@@ -39,21 +41,30 @@ def axes_of(model: nnx.Module) -> dict[str, str]:
     return {".".join(map(str, path)): leaf.get_metadata().get("axes", "") for path, leaf in leaves}
 
 
-def layout_of(model: nnx.Module, mesh: Mesh) -> ParameterLayout:
-    """How a model's parameters are kept on a mesh; the units of its decoder's FFN in halves where a kernel fetches them."""
-    (device_kind,) = {device.device_kind for device in mesh.devices.flat}
-    halves = [
-        path
-        for path, leaf in arrays_of(model).items()
-        if path.startswith("decoder.layers.ffn.")
-        and fetches(leaf.shape[1] // mesh.shape[MODEL], leaf.shape[2], leaf.dtype, device_kind)
-    ]
-    return ParameterLayout(mesh, axes_of(model), halves)
+def layout_of(model: nnx.Module, mesh: Mesh, ffn_form: FfnForm | None = None) -> ParameterLayout:
+    """How a model's parameters lie on a mesh; `ffn_form` None is the form that suits the devices, sizes and dtype."""
+    leaves = nnx.to_flat_state(nnx.state(model, UnitRows))
+    units = {".".join(map(str, path)): leaf.get_value() for path, leaf in leaves}
+    if ffn_form is None:
+        (device_kind,) = {device.device_kind for device in mesh.devices.flat}
+        forms = {
+            suited_form(leaf.shape[1] // mesh.shape[MODEL], leaf.shape[2], leaf.dtype, device_kind)
+            for leaf in units.values()
+        }
+        ffn_form = "halves" if forms == {"halves"} else "rows"
+    return ParameterLayout(mesh, axes_of(model), units.keys(), ffn_form)
 
 
-def place(model: Model, mesh: Mesh) -> Model:
-    """A model created in memory, with its parameters laid out on a mesh as `load_model` does."""
-    filler = Filler(nnx.eval_shape(lambda: model), mesh)
+def set_ffn_form(model: nnx.Module, form: FfnForm) -> None:
+    """Records in the model's FFNs how their units are stored."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, FFN):
+            module.form = form
+
+
+def place(model: Model, mesh: Mesh, ffn_form: FfnForm | None = None) -> Model:
+    """A model created in memory, with its parameters laid out on a mesh as `load_model` does; `ffn_form` as in `layout_of`."""
+    filler = Filler(nnx.eval_shape(lambda: model), mesh, ffn_form)
     arrays = arrays_of(model)
     for target in unstacked(shapes_of(model)).values():
         filler.put(target, filler.held(target, read_place(arrays, target)))
@@ -107,12 +118,13 @@ class Filler(Generic[Model]):
     Args:
         abstract: the model, with shapes and dtypes in place of arrays.
         mesh: the devices; None is the first device.
+        ffn_form: as in `layout_of`.
     """
 
-    def __init__(self, abstract: Model, mesh: Mesh | None = None):
+    def __init__(self, abstract: Model, mesh: Mesh | None = None, ffn_form: FfnForm | None = None):
         self.abstract = abstract
         self.leaves = arrays_of(abstract)
-        self._layout = layout_of(abstract, mesh or make_mesh(jax.devices()[:1], 1))
+        self._layout = layout_of(abstract, mesh or make_mesh(jax.devices()[:1], 1), ffn_form)
         self._filled: dict[str, jax.Array] = {}
         self._open: dict[str, int] = {}
         """Number of missing layers of each stack."""
@@ -169,7 +181,9 @@ class Filler(Generic[Model]):
             name = ".".join(map(str, path))
             _, axes = self._layout.held(name, self.leaves[name].shape)
             filled.append((path, leaf.replace(self._filled[name], axes=axes)))
-        return nnx.merge(graph, nnx.from_flat_state(filled))
+        model = nnx.merge(graph, nnx.from_flat_state(filled))
+        set_ffn_form(model, self._layout.ffn_form)
+        return model
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

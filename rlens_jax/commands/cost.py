@@ -68,7 +68,7 @@ def find_decoder(model: str) -> tuple[int, LayerSizes]:
         known = (*PUBLISHED_DECODERS, EMBEDDED)
         raise UserError(f"{model}: neither a folder nor one of {', '.join(known)}{suggest(model, known)}")
     decoder = read_model_kind(model).config.decoder
-    return decoder.num_layers, LayerSizes(decoder.width, decoder.num_kv_heads * decoder.head_dim, decoder.ffn_width)
+    return decoder.num_layers, decoder.layer_sizes
 
 
 def _pruning(options: Namespace) -> Pruning | None:

@@ -7,7 +7,6 @@ Axis letters: A micro-batches, B samples, X text slots, P visual slots, J patche
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import no_type_check
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ from rlens_jax.demo.processor import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 from rlens_jax.families.qwen2_vl.preparer import patch_places, rope_positions
 from rlens_jax.layout import Bucket, TokenLayout, pack_layout, pack_rows
 from rlens_jax.models.prompt import IGNORE
+from rlens_jax.pytrees import pytree
 
 VALUES = (*map(str, range(10)), *INKS)
 """What a cell can hold: a digit, and an ink."""
@@ -35,10 +35,7 @@ def transcribed_share(step: int) -> float:
     return 0.4 if step < READING_STEPS else 0.05
 
 
-# As in layout.py: jax.tree.map rebuilds it with other leaves.
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class TrainBatch:
     """One batch, as arrays [B, ...] (stacked micro-batches [A, B, ...] on their way to the device)."""
 

@@ -89,12 +89,12 @@ def forward(decoder: Decoder, x: Array, batch: TrainBatch, layers: slice) -> Arr
     slots = batch.layout.slots
     question, key = batch.segments[:, :, None], batch.segments[:, None, :]
     mask = visible(slots, slots, None) & ((key == 0) | (key == question))
-    turn = decoder.context(batch.layout, batch.rope, jax.random.key(0)).turn
+    rotary = decoder.context(batch.layout, batch.rope, jax.random.key(0)).rotary
     graph, stack = nnx.split(decoder.layers)
 
     def body(x: Array, layer: PyTree) -> tuple[Array, None]:
         module = nnx.merge(graph, layer)
-        q, k, v = module.attention.project(module.input_norm(x), turn)
+        q, k, v = module.attention.project(module.input_norm(x), rotary)
         x = x + module.attention.o_proj(masked_attention(q, k, v, mask))
         return x + dense_ffn(module.ffn_norm(x), module.ffn.weights), None
 
@@ -109,8 +109,8 @@ def pointing(decoder: Decoder, x: Array, batch: TrainBatch) -> tuple[Array, Arra
     """
     graph, stack = nnx.split(decoder.layers)
     layer = nnx.merge(graph, jax.tree.map(lambda p: p[POINTING_LAYER], stack))
-    turn = decoder.context(batch.layout, batch.rope, jax.random.key(0)).turn
-    q, k, _ = layer.attention.project(layer.input_norm(x), turn)
+    rotary = decoder.context(batch.layout, batch.rope, jax.random.key(0)).rotary
+    q, k, _ = layer.attention.project(layer.input_norm(x), rotary)
     num_text, num_visual = batch.text_ids.shape[1], batch.layout.num_visual
     scores = jnp.einsum("BXH,BPH->BXP", q[:, 0, :num_text], k[:, 0, num_text:]) * decoder.config.head_dim**-0.5
     is_token = jnp.arange(scores.shape[2])[None, None] < num_visual[:, None, None]

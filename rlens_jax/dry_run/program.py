@@ -30,6 +30,7 @@ from rlens_jax.engine.sizes import (
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import Bucket
 from rlens_jax.ops.attention_tpu import kernel_flops
+from rlens_jax.sharding.mesh import FfnForm
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,9 @@ class RefusedProgram:
 Program = CompiledProgram | RefusedProgram
 
 
-def program_specs(config: RunConfig, kind: ModelKind, mesh: Mesh, *, all_buckets: bool) -> Iterator[ProgramSpec]:
+def program_specs(
+    config: RunConfig, kind: ModelKind, mesh: Mesh, *, all_buckets: bool, ffn_form: FfnForm | None = None
+) -> Iterator[ProgramSpec]:
     """The programs of a run.
 
     Args:
@@ -133,9 +136,10 @@ def program_specs(config: RunConfig, kind: ModelKind, mesh: Mesh, *, all_buckets
         kind: the model.
         mesh: the slice's devices.
         all_buckets: yield the programs of every bucket, not only of the largest.
+        ffn_form: how FFN units are stored; None is the form that suits the devices.
     """
     compute = config.compute
-    model = abstract_model(kind, compute.dtype, mesh)
+    model = abstract_model(kind, compute.dtype, mesh, ffn_form)
     weights = bytes_on_device(nnx.state(model))
     programs = Programs(
         model,

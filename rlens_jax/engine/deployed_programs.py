@@ -3,8 +3,7 @@
 Axis letters: B batch (rows of all work groups), P visual slots, Y new tokens, D width; KVCache as in `models.decoder`.
 """
 
-from dataclasses import dataclass
-from typing import Any, no_type_check
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
@@ -18,6 +17,7 @@ from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.pruning import VTW, FastV, Pruning
+from rlens_jax.pytrees import pytree, unchecked
 from rlens_jax.sharding.model_axis import MODEL, WORK
 
 HIDDEN_BYTES = 64_000_000
@@ -28,9 +28,7 @@ _NO_TOKEN = -1
 """Ends no turn."""
 
 
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class Prefilled:
     """A batch whose prompts are in the cache."""
 
@@ -43,7 +41,7 @@ class Prefilled:
 
 
 _HEADS = PartitionSpec(None, WORK, MODEL)
-_CACHE: Any = KVCache(_HEADS, _HEADS, ROWS)  # type: ignore[arg-type]  # partitions in place of arrays
+_CACHE = unchecked(KVCache, k=_HEADS, v=_HEADS, position=ROWS)
 """How a cache lies on the mesh."""
 
 
@@ -141,10 +139,10 @@ class DeployedPrograms(ModelPrograms):
     def _chunk_of(self, model: VisionLanguageModel, batch: PromptBatch) -> int | None:
         if self._chunk is not None:
             return self._chunk
-        rows, units = batch.text_ids.shape[0], model.decoder.layers.ffn.weights.gate.shape[1]
+        rows, units = batch.text_ids.shape[0], model.decoder.layers.ffn.gate_proj.kernel.shape[1]
         return automatic_chunk(rows, batch.layout.bucket.slots, units, self.dtype.itemsize)
 
 
 def _lying(parts: int) -> Any:
     """How a prefilled batch with so many caches lies on the mesh."""
-    return Prefilled(ROWS, (_CACHE,) * parts, ROWS)  # type: ignore[arg-type]  # partitions in place of arrays
+    return unchecked(Prefilled, first=ROWS, caches=(_CACHE,) * parts, scored=ROWS)

@@ -84,7 +84,7 @@ def _programs(published: PublishedDecoder) -> dict[str, Callable[[], Any]]:
 
     def other(attend: Attend, state: Any, context: Context) -> Array:
         layer = nnx.merge(graph, state)
-        attended = attend(*layer.attention.project(layer.input_norm(x), context.turn))
+        attended = attend(*layer.attention.project(layer.input_norm(x), context.rotary))
         y = x + layer.attention.o_proj(attended)
         return y + dense_ffn(layer.ffn_norm(y), layer.ffn.weights)
 

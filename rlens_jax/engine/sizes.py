@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from rlens_jax.checkpoints.leaves import layout_of
+from rlens_jax.checkpoints.leaves import layout_of, set_ffn_form
 from rlens_jax.config import ComputeConfig, SearchConfig
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.model_programs import Program
@@ -29,7 +29,8 @@ from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.prompt import Prompt, PromptBatch
 from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Reduction
-from rlens_jax.sharding.mesh import rows_sharding
+from rlens_jax.pytrees import unchecked
+from rlens_jax.sharding.mesh import FfnForm, rows_sharding
 
 ANSWER_SLOTS = 16
 """Answer tokens of a row (our assumption; a run takes the next power of two of its longest reference answer)."""
@@ -91,10 +92,14 @@ class Placed:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows_sharding(self.mesh))
 
 
-def abstract_model(kind: ModelKind, dtype: DTypeLike, mesh: Mesh) -> VisionLanguageModel:
+def abstract_model(
+    kind: ModelKind, dtype: DTypeLike, mesh: Mesh, ffn_form: FfnForm | None = None
+) -> VisionLanguageModel:
     """The model as `load_model` lays it out, with shapes, dtypes and shardings in place of arrays."""
-    graph, state = nnx.split(kind.abstract(dtype))
-    layout = layout_of(nnx.merge(graph, state), mesh)
+    model = kind.abstract(dtype)
+    layout = layout_of(model, mesh, ffn_form)
+    set_ffn_form(model, layout.ffn_form)
+    graph, state = nnx.split(model)
 
     def placed(path: tuple[Any, ...], variable: Any) -> Any:
         name, leaf = ".".join(map(str, path)), variable.get_value()
@@ -119,9 +124,18 @@ def abstract_batch(bucket: Bucket, rows: int, rope_axes: int, place: Placed) -> 
     def numbers(*shape: int) -> Any:
         return place((rows, *shape), jnp.int32)
 
-    return PromptBatch(
+    layout = unchecked(
+        TokenLayout,
+        text_position=numbers(bucket.text),
+        visual_position=numbers(bucket.visual),
+        num_text=numbers(),
+        num_visual=numbers(),
+        sample=numbers(),
+    )
+    return unchecked(
+        PromptBatch,
         text_ids=numbers(bucket.text),
-        layout=TokenLayout(numbers(bucket.text), numbers(bucket.visual), numbers(), numbers(), numbers()),
+        layout=layout,
         rope_positions=numbers(rope_axes, bucket.slots),
         next_rope=numbers(),
         answer_slots=numbers(ANSWER_SLOTS),
@@ -135,9 +149,9 @@ def decoder_arguments(programs: Programs, bucket: Bucket, rows: int) -> dict[Pro
     batch = abstract_batch(bucket, rows, len(config.rope_sections), place)
     visual = place((rows, bucket.visual, config.width), programs.dtype)
     states = (place((rows, bucket.slots, config.width), programs.dtype), place((rows,), jnp.bool_))
-    flags: Any = place((programs.groups, config.num_layers), jnp.bool_)
+    flags = place((programs.groups, config.num_layers), jnp.bool_)
     bound = place((programs.groups,), jnp.int32)
-    plans = TracedPlan(flags, flags)
+    plans = unchecked(TracedPlan, hollow=flags, dynamic=flags)
     return {
         programs.embed_program: (batch.text_ids, visual),
         programs.layers_program: (states, batch, plans, bound, bound),

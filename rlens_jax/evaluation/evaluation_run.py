@@ -31,7 +31,7 @@ from rlens_jax.evaluation.evaluation_results import (
     timing_json,
 )
 from rlens_jax.files import replace_file
-from rlens_jax.flops import LayerSizes, prefill_cost, visual_in_layer
+from rlens_jax.flops import prefill_cost, visual_in_layer
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.plan_file import PlanFile
@@ -189,7 +189,7 @@ def _result(config: EvaluationConfig, decoder: DecoderConfig, dataset: Dataset, 
 
 def _cost(config: EvaluationConfig, decoder: DecoderConfig, prompts: Sequence[tuple[int, int]]) -> Cost:
     """Mean cost over the prompts, without padding; the shares saved are means of each prompt's share."""
-    sizes = LayerSizes(decoder.width, decoder.num_kv_heads * decoder.head_dim, decoder.ffn_width)
+    sizes = decoder.layer_sizes
 
     def cost(reduced: PlanFile, with_probes: bool) -> np.ndarray:
         costs = [

@@ -1,19 +1,18 @@
-"""The one decoder of all families: GQA, RoPE or mRoPE, SwiGLU, RMSNorm, KV cache, and the two reductions.
+"""The decoder of all families: GQA, RoPE or mRoPE, SwiGLU, RMSNorm, KV cache, and the two reductions.
 
-Layers are stacked (one leading axis L on every parameter) and run in a loop that indexes the stack, so one layer is compiled
-whatever their number. Inside of a mesh every array is a shard: heads, units and vocabulary are cut over its `model` axis, and
-a layer's two sums over it are all that layers exchange beside probe scores. A plan is either *static* (`Plan`: each run of
-equal layers is its own loop with only what is left of it compiled, for deployment) or *traced* (`TracedPlan`: one program for
-all plans and start layers, real `lax.cond` per layer, for the search).
+Layers are stacked: every parameter has a leading axis L. A loop indexes the stack, so one layer is compiled for any number of
+them. On a mesh every array is a shard: heads, units and vocabulary are cut over its `model` axis. Layers exchange two sums over
+this axis, and the probes' scores.
 
-Axis letters: B batch, T packed slots (X text, P visual), S cache slots, N query heads, K kv heads, H head dim, D width,
-F FFN units, V vocabulary, L layers, U kept units.
+A plan is *static* or *traced*. With a static plan (`Plan`, for deployment) each run of equal layers is a separate loop, which
+contains only the work that the plan leaves. A traced plan (`TracedPlan`, for the search) is data: one program serves all plans
+and start layers, with a real `lax.cond` per layer.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar, no_type_check
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +21,21 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from rlens_jax.flops import LayerSizes
 from rlens_jax.layout import PADDING_POSITION, Slots, TokenLayout, visible
 from rlens_jax.models import vocabulary
-from rlens_jax.models.layers import Linear, RMSNorm, rope_angles, rotate, rotation
+from rlens_jax.models.layers import Linear, RMSNorm, Rotary, UnitRows, rope_angles, rotate, rotation
 from rlens_jax.ops.attention import Kernel, attend, masked_attention
 from rlens_jax.ops.ffn import FfnWeights, Kept, Units, dense_ffn, dynamic_ffn
 from rlens_jax.ops.ffn_tpu import HalvedStack, HalvedUnits
 from rlens_jax.plan import Plan, Reduction
+from rlens_jax.pytrees import pytree
+from rlens_jax.sharding.mesh import FfnForm
 from rlens_jax.sharding.model_axis import num_shards, shard_index, sum_over_shards
 
 Out = TypeVar("Out")
 Flags = Callable[[Array], tuple[bool | Array, bool | Array]]
-"""Whether a layer is hollow and whether it is dynamic: known beforehand, or data."""
+"""Whether the layer of a number is hollow and whether it is dynamic: static, or data."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class DecoderConfig:
     ffn_width: int
     vocabulary: int
     context: int
-    """The longest sequence the model was made for, in tokens."""
+    """Max sequence length in tokens for which the model was made."""
     norm_eps: float
     rope_theta: float
     rope_sections: tuple[int, ...]
@@ -58,6 +60,7 @@ class DecoderConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
+        """Sizes by axis letter."""
         return {
             "D": self.width,
             "N": self.num_heads,
@@ -67,56 +70,51 @@ class DecoderConfig:
             "V": self.vocabulary,
         }
 
+    @property
+    def layer_sizes(self) -> LayerSizes:
+        """The widths that determine a layer's cost."""
+        return LayerSizes(self.width, self.num_kv_heads * self.head_dim, self.ffn_width)
 
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+
+@pytree
 class TracedPlan:
     """A plan as data: which layers use Hollow Attention and which a Dynamic FFN."""
 
-    hollow: Bool[Array, " L"]
-    dynamic: Bool[Array, " L"]
+    hollow: Bool[Array, "*W L"]
+    dynamic: Bool[Array, "*W L"]
 
 
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class Context:
-    """What every layer needs beside the states: the packing, and the rotary cosines and sines."""
+    """What all layers of a prefill share."""
 
     layout: TokenLayout
-    turn: tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+    rotary: Rotary
     random_key: Array
     """Seeds random probes; each layer folds in its number."""
     kernel: Kernel = field(default="packed", metadata={"static": True})
-    """What computes the attention of a prefill."""
+    """What computes the attention."""
     chunk: int | None = field(default=None, metadata={"static": True})
-    """How many tokens of a sample are in an FFN at a time; None is all at once, and attention in whatever order. A long prompt
-    goes chunk by chunk *within* each layer, because a reduced layer looks at all visual tokens.
+    """Max tokens per sample in an FFN at a time, for long prompts; None is all. Attention then runs in chunks too. Chunks are
+    processed *within* each layer, because a reduced layer looks at all visual tokens.
     """
-    stored: HalvedStack | None = None
-    """The FFN units of all layers, where they are kept for a kernel."""
+    halved: HalvedStack | None = None
+    """The FFN units of all layers, if they are stored as half rows."""
 
 
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class KVCache:
-    """Keys (already rotated) and values of consecutive layers that hold the same tokens, and the sequence position of each slot.
-
-    Slots of the prefill are followed by those of new tokens.
-    """
+    """Rotated keys, and values, of consecutive layers that hold the same tokens: slots of the prefill, then of new tokens."""
 
     k: Float[Array, "L B K S H"]
     v: Float[Array, "L B K S H"]
     position: Int[Array, "B S"]
+    """Sequence position of each slot."""
 
 
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class LayerRecord:
-    """What a layer hands out beside its states."""
+    """What a layer returns in addition to its states."""
 
     k: Float[Array, "*L B K T H"]
     v: Float[Array, "*L B K T H"]
@@ -125,7 +123,7 @@ class LayerRecord:
 
 
 class Attention(nnx.Module):
-    """Projections of grouped-query attention; how the heads attend is the caller's choice."""
+    """Projections of grouped-query attention; the caller chooses how the heads attend."""
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         sizes, bias = config.sizes, config.qkv_bias
@@ -136,15 +134,15 @@ class Attention(nnx.Module):
         self.o_proj = Linear("BNTH,NHD->BTD", sizes, dtype=dtype, rngs=rngs)
 
     def project(
-        self, x: Float[Array, "B T D"], turn: tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+        self, x: Float[Array, "B T D"], rotary: Rotary
     ) -> tuple[Float[Array, "B N T H"], Float[Array, "B K T H"], Float[Array, "B K T H"]]:
-        """Rotated queries and keys, and values; heads before tokens, which the CPU multiplies faster."""
-        q, k, v = self.q_proj(x), self._own(self.k_proj(x)), self._own(self.v_proj(x))
-        q, k = rotate(q, turn), rotate(k, turn)
+        """Rotated queries and keys, and values. Heads come before tokens; a CPU multiplies this order faster."""
+        q, k, v = self.q_proj(x), self._local_heads(self.k_proj(x)), self._local_heads(self.v_proj(x))
+        q, k = rotate(q, rotary), rotate(k, rotary)
         return q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)
 
-    def _own(self, x: Float[Array, "B T K H"]) -> Float[Array, "B T K_own H"]:
-        """The kv heads that this shard's query heads use: of fewer kv heads than shards, each shard makes all and uses one."""
+    def _local_heads(self, x: Float[Array, "B T K H"]) -> Float[Array, "B T local H"]:
+        """The kv heads of this shard's query heads. With fewer kv heads than shards, each shard computes all and uses one."""
         shards = num_shards()
         if shards <= self.num_kv_heads:
             return x
@@ -152,26 +150,29 @@ class Attention(nnx.Module):
 
 
 class FFN(nnx.Module):
-    """The weights of a gated FFN, one row a unit: [F, D], or [F, 2, D / 2] where `weights/leaves.py` keeps them so for a TPU."""
+    """The weights of a gated FFN, one row per unit."""
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.gate_proj = Linear("BTD,FD->BTF", config.sizes, dtype=dtype, rngs=rngs)
-        self.up_proj = Linear("BTD,FD->BTF", config.sizes, dtype=dtype, rngs=rngs)
-        self.down_proj = Linear("BTF,FD->BTD", config.sizes, dtype=dtype, rngs=rngs)
+        self.form: FfnForm = "rows"
+        """How the rows are stored: [F, D], or [F, 2, D / 2]. Whoever stores them in halves sets it (`checkpoints.leaves`)."""
+        sizes = config.sizes
+        self.gate_proj = Linear("BTD,FD->BTF", sizes, kind=UnitRows, dtype=dtype, rngs=rngs)
+        self.up_proj = Linear("BTD,FD->BTF", sizes, kind=UnitRows, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear("BTF,FD->BTD", sizes, kind=UnitRows, dtype=dtype, rngs=rngs)
 
     @property
     def kernels(self) -> tuple[Array, Array, Array]:
-        """Gate, up and down as they are kept."""
+        """Gate, up and down as they are stored."""
         return self.gate_proj.kernel[...], self.up_proj.kernel[...], self.down_proj.kernel[...]
 
     @property
     def weights(self) -> FfnWeights:
-        """Of a single layer, as [F, D]."""
+        """The matrices [F, D] of a single layer."""
         return FfnWeights(*(kernel.reshape(kernel.shape[0], -1) for kernel in self.kernels))
 
-    def units(self, stored: HalvedStack | None, layer: Int[Array, ""]) -> Units:
-        """Of layer number `layer`: its own weights, or where all layers' are `stored`, its place among them."""
-        return self.weights if stored is None else HalvedUnits(stored, layer)
+    def units(self, halved: HalvedStack | None, layer: Int[Array, ""]) -> Units:
+        """The units of layer number `layer`: this module's weights, or the layer's place in the stack of half rows."""
+        return self.weights if halved is None else HalvedUnits(halved, layer)
 
 
 class DecoderLayer(nnx.Module):
@@ -192,25 +193,26 @@ class DecoderLayer(nnx.Module):
         dynamic: bool | Bool[Array, ""],
         layer: Int[Array, ""],
     ) -> tuple[Float[Array, "B T D"], LayerRecord]:
-        """One layer of a prefill; `hollow` and `dynamic` say which reductions it uses, `layer` its number."""
+        """Layer number `layer` of a prefill; `hollow` and `dynamic` say which reductions it uses."""
         x, k, v = self.attend(x, context, reduction, hollow)
         x, kept = self.feed(x, context, reduction, dynamic, layer)
         return x, LayerRecord(k, v, kept)
 
+    @jax.named_scope("attention")
     def attend(
         self, x: Float[Array, "B T D"], context: Context, reduction: Reduction, hollow: bool | Bool[Array, ""]
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B K T H"], Float[Array, "B K T H"]]:
-        """The first half: states with attention added, and the keys and values."""
-        layout = context.layout
-        q, k, v = self.attention.project(self.input_norm(x), context.turn)
-        compute = partial(attend, q, k, v, layout, kernel=context.kernel, chunked=context.chunk is not None)
-        attended = _choose(
+        """The first half: states with attention added, keys and values."""
+        q, k, v = self.attention.project(self.input_norm(x), context.rotary)
+        compute = partial(attend, q, k, v, context.layout, kernel=context.kernel, chunked=context.chunk is not None)
+        attended = branch(
             hollow,
-            lambda: compute(reduction.attention_range, reduction.window),
+            jax.named_scope("hollow")(lambda: compute(reduction.attention_range, reduction.window)),
             lambda: compute(None),
         )
         return x + sum_over_shards(self.attention.o_proj(attended)), k, v
 
+    @jax.named_scope("ffn")
     def feed(
         self,
         x: Float[Array, "B T D"],
@@ -220,44 +222,45 @@ class DecoderLayer(nnx.Module):
         layer: Int[Array, ""],
         imposed: Int[Array, "B U"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Kept]:
-        """The second half: states with the FFN added, and what the probes chose, even where other units are `imposed`."""
+        """The second half: states with the FFN added, and what the probes chose, even if other units are `imposed`."""
         chunk, batch = context.chunk, x.shape[0]
-        y, units = self.ffn_norm(x), self.ffn.units(context.stored, layer)
+        y, units = self.ffn_norm(x), self.ffn.units(context.halved, layer)
         key = jax.random.fold_in(context.random_key, layer)
-        nothing = Kept(
-            jnp.zeros((batch, reduction.kept_units(units.number * num_shards())), jnp.int32),
-            jnp.ones(batch, bool),
-        )
-        y, kept = _choose(
+        num_kept = reduction.kept_units(units.number * num_shards())
+        none_kept = Kept(jnp.zeros((batch, num_kept), jnp.int32), jnp.ones(batch, bool))
+        y, kept = branch(
             dynamic,
-            lambda: dynamic_ffn(y, units, context.layout, reduction, key, imposed, chunk),
-            lambda: (dense_ffn(y, units, chunk), nothing),
+            jax.named_scope("dynamic")(lambda: dynamic_ffn(y, units, context.layout, reduction, key, imposed, chunk)),
+            lambda: (dense_ffn(y, units, chunk), none_kept),
         )
         return x + sum_over_shards(y), kept
 
     def decode(
         self,
         x: Float[Array, "B 1 D"],
-        turn: tuple[Float[Array, "B 1 half"], Float[Array, "B 1 half"]],
+        rotary: Rotary,
         k_cache: Float[Array, "B K S H"],
         v_cache: Float[Array, "B K S H"],
         mask: Bool[Array, "B 1 S"],
         slot: Int[Array, ""],
         units: Units,
     ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-        """One new token of each sample through the plain layer (paper: decoding is never reduced)."""
-        q, k, v = self.attention.project(self.input_norm(x), turn)
-        k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k, slot, axis=2)
-        v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v, slot, axis=2)
-        x = x + sum_over_shards(self.attention.o_proj(masked_attention(q, k_cache, v_cache, mask)))
-        return x + sum_over_shards(dense_ffn(self.ffn_norm(x), units)), k_cache, v_cache
+        """One new token per sample through the plain layer (paper: decoding is never reduced)."""
+        with jax.named_scope("attention"):
+            q, k, v = self.attention.project(self.input_norm(x), rotary)
+            k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k, slot, axis=2)
+            v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v, slot, axis=2)
+            x = x + sum_over_shards(self.attention.o_proj(masked_attention(q, k_cache, v_cache, mask)))
+        with jax.named_scope("ffn"):
+            x = x + sum_over_shards(dense_ffn(self.ffn_norm(x), units))
+        return x, k_cache, v_cache
 
 
-def _choose(flag: bool | Bool[Array, ""], yes: Callable[[], Out], no: Callable[[], Out]) -> Out:
-    """Only the chosen branch is compiled for a static flag, only the chosen one runs for a traced flag."""
+def branch(flag: bool | Bool[Array, ""], on_true: Callable[[], Out], on_false: Callable[[], Out]) -> Out:
+    """`lax.cond` for a traced flag; for a static one, only the chosen branch is compiled."""
     if isinstance(flag, bool):
-        return yes() if flag else no()
-    return jax.lax.cond(flag, yes, no)
+        return on_true() if flag else on_false()
+    return jax.lax.cond(flag, on_true, on_false)
 
 
 class Decoder(nnx.Module):
@@ -276,7 +279,7 @@ class Decoder(nnx.Module):
         )
 
     def embed(self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[Array, "B P D"]) -> Float[Array, "B T D"]:
-        """Packed embeddings: those of the text tokens, then the connector's outputs."""
+        """Packed states: embeddings of the text tokens, then the connector's outputs."""
         text = vocabulary.embed(self.embedding[...], jnp.asarray(text_ids))
         return jnp.concatenate([text, visual.astype(text.dtype)], axis=1)
 
@@ -288,18 +291,19 @@ class Decoder(nnx.Module):
         kernel: Kernel = "packed",
         chunk: int | None = None,
     ) -> Context:
-        """What all layers of one prefill share; `rope_positions` are packed like the states."""
-        return Context(layout, self._turn(rope_positions), random_key, kernel, chunk, self._stored())
+        """What all layers of a prefill share; `rope_positions` are packed like the states."""
+        return Context(layout, self._rotary(rope_positions), random_key, kernel, chunk, self._halved())
 
-    def _stored(self) -> HalvedStack | None:
-        """The FFN units of all layers, if they are kept for a kernel."""
-        stack = HalvedStack(*self.layers.ffn.kernels)
-        return stack if stack.gate.ndim == 4 else None
+    def layer(self, number: int) -> DecoderLayer:
+        """A single layer."""
+        graph, stack = nnx.split(self.layers)
+        return nnx.merge(graph, jax.tree.map(lambda p: p[number], stack))
 
-    def _turn(
-        self, rope_positions: Int[Array | np.ndarray, "B axes T"]
-    ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-        return rotation(rope_angles(rope_positions, self.config.rope_theta, self.config.rope_sections))
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Final norm and head, in float32; on a mesh, the logits of this shard's part of the vocabulary."""
+        head = self.embedding if self.head is None else self.head
+        logits = jnp.einsum("BTD,VD->BTV", self.norm(x), head[...], preferred_element_type=jnp.float32)
+        return vocabulary.hide_padding(logits, self.config.vocabulary)
 
     def prefill(
         self,
@@ -309,22 +313,11 @@ class Decoder(nnx.Module):
         reduction: Reduction,
         layers: range | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerRecord]:
-        """All layers, or the consecutive `layers`: the last states, and every layer's record, stacked."""
+        """All layers, or the consecutive `layers`: the last states, and the stacked records of these layers."""
         graph, stack = nnx.split(self.layers)
-        span = layers or range(self.config.num_layers)
-        if isinstance(plan, TracedPlan):
-            runs = [(span, lambda layer: (plan.hollow[layer], plan.dynamic[layer]))]
-        else:
-            clipped = [
-                (
-                    range(max(start, span.start), min(stop, span.stop)),
-                    lambda _, flags=(hollow, dynamic): flags,
-                )
-                for start, stop, hollow, dynamic in plan.runs(self.config.num_layers)
-            ]
-            runs = [(run, flags) for run, flags in clipped if run]
+        num_layers = self.config.num_layers
         records = []
-        for run, flags in runs:
+        for run, flags in _runs(plan, range(num_layers) if layers is None else layers, num_layers):
 
             def body(x: Array, layer: Array, flags: Flags = flags) -> tuple[Array, LayerRecord]:
                 module = nnx.merge(graph, layer_at(stack, layer))
@@ -343,7 +336,7 @@ class Decoder(nnx.Module):
         start: Int[Array, ""],
         stop: Int[Array, ""],
     ) -> tuple[Float[Array, "B T D"], Bool[Array, " B"]]:
-        """Layers `start` .. `stop` - 1 under a traced plan: the states, and whether all probe scores were numbers."""
+        """Layers `start` .. `stop` - 1 under a traced plan: the states, and whether all probe scores were finite."""
         graph, stack = nnx.split(self.layers)
 
         def body(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -353,17 +346,6 @@ class Decoder(nnx.Module):
             return x, scored & record.kept.scored
 
         return jax.lax.fori_loop(start, stop, body, (x, jnp.ones(x.shape[0], bool)))
-
-    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Final norm and head, in float32; inside of a mesh, of this shard's part of the vocabulary."""
-        head = self.embedding if self.head is None else self.head
-        logits = jnp.einsum("BTD,VD->BTV", self.norm(x), head[...], preferred_element_type=jnp.float32)
-        return vocabulary.hide_padding(logits, self.config.vocabulary)
-
-    def layer(self, number: int) -> DecoderLayer:
-        """One layer by itself."""
-        graph, stack = nnx.split(self.layers)
-        return nnx.merge(graph, jax.tree.map(lambda p: p[number], stack))
 
     def make_cache(self, record: LayerRecord, layout: TokenLayout, new_tokens: int) -> KVCache:
         """The cache of the layers of a prefill, with room for `new_tokens` more; plans drop nothing from it (paper)."""
@@ -379,20 +361,20 @@ class Decoder(nnx.Module):
         rope_position: Int[Array, "B axes"],
         room: Int[Array, ""],
     ) -> tuple[Float[Array, "B V"], tuple[KVCache, ...]]:
-        """One decoding step: logits of the next token and the caches with this one.
+        """One decoding step: logits of the next token, and the caches with this one.
 
         Args:
             token_ids: the newest token of each sample.
-            caches: keys and values of all earlier tokens; one for all layers, unless tokens were pruned between layers.
+            caches: keys and values of all earlier tokens, in one cache per group of layers that hold the same tokens.
             position: sequence positions of the newest tokens, later than all others.
             rope_position: their rotary positions.
-            room: how many slots at the end of each cache are free; the token goes into the first of them.
+            room: number of free slots at the end of each cache; the token goes into the first of them.
         """
-        turn = self._turn(rope_position[:, :, None])
+        rotary = self._rotary(rope_position[:, :, None])
         x = vocabulary.embed(self.embedding[...], token_ids)[:, None]
         first, advanced = 0, []
         for cache in caches:
-            x, cache = self._decode_layers(x, first, cache, turn, position, cache.position.shape[1] - room)
+            x, cache = self._decode_layers(x, first, cache, rotary, position, cache.position.shape[1] - room)
             first += cache.k.shape[0]
             advanced.append(cache)
         return self.logits(x)[:, 0], tuple(advanced)
@@ -402,25 +384,48 @@ class Decoder(nnx.Module):
         x: Float[Array, "B 1 D"],
         first: int,
         cache: KVCache,
-        turn: tuple[Float[Array, "B 1 half"], Float[Array, "B 1 half"]],
+        rotary: Rotary,
         position: Int[Array, " B"],
         slot: Int[Array, ""],
     ) -> tuple[Float[Array, "B 1 D"], KVCache]:
-        """The layers of one cache, from number `first` on."""
+        """The layers of one cache, which begin with number `first`."""
         graph, stack = nnx.split(self.layers)
         positions = jax.lax.dynamic_update_slice_in_dim(cache.position, position[:, None], slot, axis=1)
         query, key = (Slots(p, jnp.full_like(p, -1)) for p in (position[:, None], positions))
-        mask, stored = visible(query, key, None), self._stored()
+        mask, halved = visible(query, key, None), self._halved()
 
         def body(x: Array, layer: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
             number, k, v = layer
             module = nnx.merge(graph, layer_at(stack, number))
-            x, k, v = module.decode(x, turn, k, v, mask, slot, module.ffn.units(stored, number))
+            x, k, v = module.decode(x, rotary, k, v, mask, slot, module.ffn.units(halved, number))
             return x, (k, v)
 
         numbers = jnp.arange(first, first + cache.k.shape[0])
         x, (k, v) = jax.lax.scan(body, x, (numbers, cache.k, cache.v))
         return x, KVCache(k, v, positions)
+
+    def _rotary(self, rope_positions: Int[Array | np.ndarray, "B axes T"]) -> Rotary:
+        return rotation(rope_angles(rope_positions, self.config.rope_theta, self.config.rope_sections))
+
+    def _halved(self) -> HalvedStack | None:
+        """The FFN units of all layers, if they are stored as half rows."""
+        ffn = self.layers.ffn
+        return HalvedStack(*ffn.kernels) if ffn.form == "halves" else None
+
+
+def _runs(plan: Plan | TracedPlan, layers: range, num_layers: int) -> list[tuple[range, Flags]]:
+    """Consecutive layers that share a loop, and the loop's flags. Without layers, there is one loop without steps."""
+    if isinstance(plan, TracedPlan):
+        return [(layers, lambda layer: (plan.hollow[layer], plan.dynamic[layer]))]
+
+    def static(hollow: bool, dynamic: bool) -> Flags:
+        return lambda layer: (hollow, dynamic)
+
+    clipped = [
+        (range(max(start, layers.start), min(stop, layers.stop)), static(hollow, dynamic))
+        for start, stop, hollow, dynamic in plan.runs(num_layers)
+    ]
+    return [(run, flags) for run, flags in clipped if run] or [(layers, static(False, False))]
 
 
 def layer_at(stack: PyTree, layer: Int[Array, ""]) -> PyTree:

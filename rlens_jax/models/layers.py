@@ -1,7 +1,7 @@
-"""Building blocks that every tower and decoder shares: linear maps, norms, rotary embeddings.
+"""Building blocks of all towers and decoders: linear maps, norms, rotary embeddings.
 
-A parameter is declared in one place: its axes (letters of the module that makes it), sizes, dtype and initialiser. The axes
-stay with it as metadata, and say how it is cut over a mesh (`rlens_jax.sharding.mesh`).
+A parameter is declared in one place: axes, sizes, dtype and initialiser. The axis letters stay with it as metadata and determine
+how it is cut over a mesh (`rlens_jax.sharding.mesh`).
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 Sizes = Mapping[str, int]
+"""Sizes by axis letter."""
+Rotary = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+"""Cosine and sine of rotary angles, both float32."""
+
+
+class UnitRows(nnx.Param):
+    """FFN units, one row each, which may be stored as half rows (`rlens_jax.ops.ffn_tpu`)."""
 
 
 def _trailing(parameter: Array, ndim: int) -> Array:
@@ -22,9 +29,18 @@ def _trailing(parameter: Array, ndim: int) -> Array:
 
 
 class Linear(nnx.Module):
-    """`einsum(spec, x, kernel) + bias`; the spec is the layer: "BTD,DNH->BTNH" names all axes, "F" the bias's."""
+    """`einsum(spec, x, kernel) + bias`. The spec names all axes, as in "BTD,DNH->BTNH"; `bias` names those of the bias."""
 
-    def __init__(self, spec: str, sizes: Sizes, *, bias: str = "", dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        spec: str,
+        sizes: Sizes,
+        *,
+        bias: str = "",
+        kind: type[nnx.Param] = nnx.Param,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         inputs, axes = spec.split("->", maxsplit=1)[0].split(",")
         contracted = [axis for axis in axes if axis in inputs]
         fan_in = 1
@@ -32,9 +48,7 @@ class Linear(nnx.Module):
             fan_in *= sizes[axis]
         shape = tuple(sizes[axis] for axis in axes)
         self.spec = spec
-        self.kernel = nnx.Param(
-            jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype), axes=axes
-        )
+        self.kernel = kind(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros([sizes[axis] for axis in bias], dtype), axes=bias) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -71,7 +85,7 @@ class LayerNorm(nnx.Module):
         return (x32 * scale + bias).astype(x.dtype)
 
 
-def rotation(angles: Float[Array, "B T half"]) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+def rotation(angles: Float[Array, "B T half"]) -> Rotary:
     """Cosine and sine of rotary angles, both float32."""
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -79,9 +93,9 @@ def rotation(angles: Float[Array, "B T half"]) -> tuple[Float[Array, "B T half"]
 def rope_angles(
     positions: Int[Array | np.ndarray, "B axes T"], theta: float, sections: tuple[int, ...]
 ) -> Float[Array, "B T half"]:
-    """Rotary angles of a decoder: frequency i turns with the position axis its section belongs to.
+    """Rotary angles of a decoder. Each section of frequencies follows one position axis.
 
-    One section is plain RoPE; Qwen2-VL's mRoPE has three (time, height, width), in chunks.
+    One section is plain RoPE; Qwen2-VL's mRoPE has three: time, height and width.
     """
     half = sum(sections)
     frequency = 1.0 / theta ** (jnp.arange(half, dtype=jnp.float32) / half)
@@ -89,10 +103,8 @@ def rope_angles(
     return jnp.asarray(positions, jnp.float32).transpose(0, 2, 1)[:, :, axis] * _trailing(frequency, 3)
 
 
-def rotate(
-    x: Float[Array, "B T N H"], turn: tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
-) -> Float[Array, "B T N H"]:
+def rotate(x: Float[Array, "B T N H"], rotary: Rotary) -> Float[Array, "B T N H"]:
     """Rotary embedding by half-rotation (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), in float32."""
-    cos, sin = (t[:, :, None, :] for t in turn)
+    cos, sin = (t[:, :, None, :] for t in rotary)
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

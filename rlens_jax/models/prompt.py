@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, no_type_check, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
@@ -13,6 +12,7 @@ from PIL.Image import Image
 from rlens_jax.data.samples import Sample
 from rlens_jax.layout import Bucket, TokenLayout, pack_layout, pack_rows
 from rlens_jax.models.chat import Chat
+from rlens_jax.pytrees import pytree
 
 IGNORE = -1
 """Target of a slot that is not followed by an answer token."""
@@ -87,9 +87,7 @@ class Preparer(Protocol):
         """
 
 
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class PromptBatch:
     """Prompts of one bucket, as arrays."""
 

@@ -95,9 +95,9 @@ def _prefill_pruned(
         scored = jnp.ones(x.shape[0], bool)
     slots = _slots(layout, ordinals)
     x = _take(x, slots)
-    cos, sin = (_take(part, slots) for part in context.turn)
+    cos, sin = (_take(part, slots) for part in context.rotary)
     survivors = keep_visual(layout, ordinals, num_survivors(layout, pruning))
-    context = replace(context, layout=survivors, turn=(cos, sin))
+    context = replace(context, layout=survivors, rotary=(cos, sin))
     # Both reductions are the identity without visual tokens.
     rest = plan if survivors.bucket.visual else Plan()
     x, late = decoder.prefill(x, context, rest, reduction, range(pruning.layer, decoder.config.num_layers))
@@ -124,7 +124,7 @@ def _scored_layers(
         x, record = decoder.prefill(x, context, plan, reduction, range(last))
         records.append(record)
     row = query_slot[:, None]
-    cos, sin = (_take(part, row) for part in context.turn)
+    cos, sin = (_take(part, row) for part in context.rotary)
     module = decoder.layer(last)
     q, _, _ = module.attention.project(module.input_norm(_take(x, row)), (cos, sin))
     x, record = decoder.prefill(x, context, plan, reduction, range(last, num_layers))

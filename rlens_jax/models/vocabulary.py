@@ -1,9 +1,7 @@
 """Embedding and logits of a vocabulary whose rows are cut over the mesh's `model` axis.
 
-Each shard holds consecutive rows; the vocabulary is padded inside to a multiple of the shards, and the logits of padding are
-`MASKED`. No shard ever holds all logits of a batch.
-
-Axis letters: V a shard's rows of the vocabulary, D width, any other axes are `*B`.
+Each shard holds V consecutive rows. The vocabulary is padded to a multiple of the shards, and the logits of padding are `MASKED`.
+No shard ever holds all logits of a batch.
 """
 
 import jax
@@ -21,7 +19,7 @@ from rlens_jax.sharding.model_axis import (
 
 
 def embed(table: Float[Array, "V D"], ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-    """The rows of `ids` in the whole vocabulary; each comes from the one shard that holds it."""
+    """Embeddings of `ids`, which count the whole vocabulary; each comes from the shard that holds it."""
     if num_shards() == 1:
         return table[ids]
     place = ids - shard_index() * table.shape[0]
@@ -31,7 +29,7 @@ def embed(table: Float[Array, "V D"], ids: Int[Array, "*B"]) -> Float[Array, "*B
 
 
 def hide_padding(logits: Float[Array, "*B V"], vocabulary: int) -> Float[Array, "*B V"]:
-    """`MASKED` in place of the logits of padding, where the `vocabulary` does not fill all shards."""
+    """Replaces the logits of padding, if the `vocabulary` does not fill all shards, by `MASKED`."""
     rows = logits.shape[-1]
     if rows * num_shards() == vocabulary:
         return logits
@@ -60,14 +58,3 @@ def log_probability(logits: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Floa
     chosen = jnp.take_along_axis(logits, jnp.where(held, place, 0)[..., None], axis=-1)[..., 0]
     chosen = sum_over_shards(jnp.where(held, chosen, jnp.float32(0)))
     return chosen - highest - jnp.log(total)
-
-
-def divergence(logits: Float[Array, "*B V"], reference: Float[Array, "*A V"]) -> Float[Array, "*B"]:
-    """KL(softmax(logits) || softmax(reference)) in nats, in float32; leading axes of the reference may be 1."""
-    log_p, log_q = _log_softmax(logits), _log_softmax(reference)
-    return sum_over_shards((jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1))
-
-
-def _log_softmax(logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-    shifted = logits - max_over_shards(logits.max(axis=-1))[..., None]
-    return shifted - jnp.log(sum_over_shards(jnp.exp(shifted).sum(axis=-1)))[..., None]

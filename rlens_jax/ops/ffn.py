@@ -12,8 +12,7 @@ tiles the rest, so that any distribution is exact (our decision). With one shard
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, no_type_check, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlens_jax.layout import TokenLayout
 from rlens_jax.ops.attention import equal_parts
 from rlens_jax.plan import Reduction
+from rlens_jax.pytrees import pytree
 from rlens_jax.sharding.model_axis import join_shards, num_shards, shard_index
 
 HEADROOM = 1.05
@@ -57,9 +57,7 @@ class Units(Protocol):
         """Each sample's tokens through its kept units on this shard (`local_rows`); `num_units` counts those of all shards."""
 
 
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class FfnWeights:
     """The three matrices of a gated FFN, one row per unit."""
 
@@ -101,9 +99,7 @@ class FfnWeights:
         return in_tiles(x, rows, self.number, capacity, lambda x, rows: batched(x, self, rows))
 
 
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class Kept:
     """The units that the probes chose."""
 

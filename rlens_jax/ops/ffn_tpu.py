@@ -15,8 +15,6 @@ number of shards (benchmarks/weight_traffic.py).
 """
 
 import math
-from dataclasses import dataclass
-from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +25,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Bool, Float, Int
 
 from rlens_jax.ops.ffn import FfnWeights, in_tiles, shard_capacity, unit_scores
+from rlens_jax.pytrees import pytree
+from rlens_jax.sharding.mesh import FfnForm
 from rlens_jax.sharding.model_axis import num_shards
 
 PART_BYTES = 17 << 20
@@ -49,15 +49,14 @@ DEVICE_KINDS = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "T
 """Devices for which the kernel was compiled; JAX has two names for each."""
 
 
-def fetches(num_rows: int, width: int, dtype: DTypeLike, device_kind: str) -> bool:
-    """Whether a chip's [num_rows, width] matrices of a layer should be stored for the kernel, as [num_rows, 2, width / 2]."""
-    whole_tiles = num_rows % 16 == 0 and width % 256 == 0
-    return whole_tiles and jnp.dtype(dtype) == jnp.bfloat16 and device_kind in DEVICE_KINDS
+def suited_form(num_units: int, width: int, dtype: DTypeLike, device_kind: str) -> FfnForm:
+    """The form in which a device should store its units of a layer: "halves" where the kernel can fetch them."""
+    whole_tiles = num_units % 16 == 0 and width % 256 == 0
+    fetched = whole_tiles and jnp.dtype(dtype) == jnp.bfloat16 and device_kind in DEVICE_KINDS
+    return "halves" if fetched else "rows"
 
 
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class HalvedStack:
     """The three FFN matrices of all layers, each unit's row in two halves."""
 
@@ -66,9 +65,7 @@ class HalvedStack:
     down: Float[Array, "L F 2 half"]
 
 
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class HalvedUnits:
     """One layer's `rlens_jax.ops.ffn.Units` in the stack of all layers."""
 

@@ -14,7 +14,7 @@ from rlens_jax.console import Progress
 from rlens_jax.engine.evaluator import Evaluator, Outcomes, round_scorer
 from rlens_jax.engine.inputs import Split
 from rlens_jax.engine.scoring import Scoring
-from rlens_jax.flops import LayerSizes, layer_cost, prefill_cost, visual_in_layer
+from rlens_jax.flops import layer_cost, prefill_cost, visual_in_layer
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.paper_studies.study import Case, Flops, Point, Series, Variant
 from rlens_jax.plan import Operator, Plan
@@ -168,7 +168,7 @@ class Bench:
     def flops(self, case: Case) -> Flops:
         """The FLOPs that a case saves."""
         decoder, split, length = self._decoder, self._splits[TEST], self.num_layers
-        sizes = LayerSizes(decoder.width, decoder.num_kv_heads * decoder.head_dim, decoder.ffn_width)
+        sizes = decoder.layer_sizes
         plan, reduction = case.plan, case.variant.reduction
         hollow, dynamic = (bool(flags[-1]) for flags in plan.flags(length))
         shares = []

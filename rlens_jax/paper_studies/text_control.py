@@ -75,7 +75,7 @@ def attend_text(
     module: DecoderLayer, x: Float[Array, "B T D"], context: Context, num_prompt: Int[Array, " B"]
 ) -> Float[Array, "B T D"]:
     """A layer's first half with Hollow Attention for prompt text, simulated."""
-    q, k, v = module.attention.project(module.input_norm(x), context.turn)
+    q, k, v = module.attention.project(module.input_norm(x), context.rotary)
     attended = masked_attention(q, k, v, text_visible(context.layout, num_prompt))
     return x + sum_over_shards(module.attention.o_proj(attended))
 

@@ -7,7 +7,7 @@ from rlens_jax.config import ReportConfig, SearchConfig
 from rlens_jax.console import Progress
 from rlens_jax.engine.evaluator import Advance, Evaluator, round_scorer, unseen
 from rlens_jax.engine.inputs import Split
-from rlens_jax.flops import LayerSizes, saving
+from rlens_jax.flops import saving
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
 from rlens_jax.search.curves import FlopsSaved, held_out_plans, operator_result, plan_saving
@@ -137,7 +137,7 @@ class Ranker:
 
 def mean_flops_saved(decoder: DecoderConfig, reduction: Reduction, split: Split) -> FlopsSaved:
     """The share of the dense prefill's FLOPs that a plan saves, mean over all samples; padding does not count."""
-    sizes = LayerSizes(decoder.width, decoder.num_kv_heads * decoder.head_dim, decoder.ffn_width)
+    sizes = decoder.layer_sizes
     samples = list(zip(split.num_text.tolist(), split.num_visual.tolist(), strict=True))
 
     def flops_saved(plan: Plan, with_probes: bool) -> float:

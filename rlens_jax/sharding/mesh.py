@@ -8,7 +8,7 @@ Towers use the letters of decoders for heads (N) and FFN units (F).
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,9 @@ class AxisRules:
 
 RULES = AxisRules()
 
+FfnForm = Literal["rows", "halves"]
+"""How FFN units are stored: one row [D] each, or for a TPU's kernel as two half rows [2, D / 2] (`rlens_jax.ops.ffn_tpu`)."""
+
 
 @dataclass(frozen=True)
 class ParameterLayout:
@@ -47,12 +50,14 @@ class ParameterLayout:
     Attributes:
         mesh: the devices.
         axes: axis letters of each parameter by dotted path, without a stack's leading layer axis.
-        halves: parameters whose last axis D is kept as two, [2, D / 2], for a kernel (`rlens_jax.ops.ffn_tpu`).
+        units: paths of the parameters whose rows are FFN units.
+        ffn_form: how these are stored.
     """
 
     mesh: Mesh
     axes: Mapping[str, str]
-    halves: Collection[str] = ()
+    units: Collection[str] = ()
+    ffn_form: FfnForm = "rows"
 
     def shape(self, path: str, shape: Sequence[int]) -> tuple[int, ...]:
         """`shape` with the vocabulary padded so that every shard has as many rows."""
@@ -65,7 +70,7 @@ class ParameterLayout:
     def held(self, path: str, shape: Sequence[int]) -> tuple[tuple[int, ...], str]:
         """Shape and axis letters of a parameter as it is stored, from its published shape."""
         shape, axes = self.shape(path, shape), self.axes[path]
-        if path not in self.halves:
+        if self.ffn_form == "rows" or path not in self.units:
             return shape, axes
         return (*shape[:-1], 2, shape[-1] // 2), f"{axes[:-1]}2{axes[-1]}"
 

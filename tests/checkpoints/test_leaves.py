@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from rlens_jax.checkpoints import leaves
 from rlens_jax.models.decoder import Decoder
-from rlens_jax.ops.ffn_tpu import fetches
+from rlens_jax.ops.ffn_tpu import suited_form
 from rlens_jax.sharding.mesh import make_mesh
 from tests.toy_decoder import TOY
 
@@ -24,7 +24,7 @@ class Holder(nnx.Module):
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "dtype", "device_kind", "expected"),
+    ("units", "width", "dtype", "device_kind", "halves"),
     [
         (18944 // 4, 3584, jnp.bfloat16, "TPU v5 lite", True),
         (18944, 3584, jnp.bfloat16, "TPU v5", True),
@@ -37,17 +37,18 @@ class Holder(nnx.Module):
         (4864, 896, jnp.bfloat16, "TPU v5 lite", False),  # half a row is no whole number of lanes
     ],
 )
-def test_where_a_kernel_fetches_units(rows, width, dtype, device_kind, expected) -> None:
-    assert fetches(rows, width, dtype, device_kind) == expected
+def test_halves_suit_the_devices_whose_kernel_fetches_units(units, width, dtype, device_kind, halves) -> None:
+    assert suited_form(units, width, dtype, device_kind) == ("halves" if halves else "rows")
 
 
-def test_units_of_the_decoder_are_kept_in_halves_for_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ffn_units_can_be_stored_as_half_rows() -> None:
     """Row by row the same numbers; which axis is cut, and all other parameters, stay as they are."""
     given = Holder(Decoder(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     mesh = make_mesh(jax.devices()[:1], 1)
-    plain = leaves.arrays_of(leaves.place(given, mesh))
-    monkeypatch.setattr(leaves, "fetches", lambda *_: True)
-    placed = leaves.place(given, mesh)
+    rows = leaves.place(given, mesh)
+    plain = leaves.arrays_of(rows)
+    placed = leaves.place(given, mesh, "halves")
+    assert (rows.decoder.layers.ffn.form, placed.decoder.layers.ffn.form) == ("rows", "halves")
     units = {path for path in plain if ".ffn." in path}
     assert len(units) == 3
     kept, axes = leaves.arrays_of(placed), leaves.axes_of(placed)

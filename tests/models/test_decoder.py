@@ -10,9 +10,11 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
+from rlens_jax.checkpoints.leaves import place
 from rlens_jax.layout import visible
 from rlens_jax.models.decoder import Context, Decoder, TracedPlan
 from rlens_jax.plan import Plan, Reduction
+from rlens_jax.sharding.mesh import make_mesh
 from tests.numerics import assert_close, error
 from tests.sequences import make_layout, pack, random_rows, run_length, unpack
 from tests.toy_decoder import TOY as CONFIG
@@ -149,6 +151,16 @@ def test_a_static_prefill_can_stop_and_go_on(decoder, rows):
     np.testing.assert_array_equal(joined, record.kept.units)
 
 
+@pytest.mark.parametrize("plan", [Plan(), PLANS[2], as_data(PLANS[2])], ids=["dense", "static", "traced"])
+def test_a_prefill_of_no_layers_changes_nothing(decoder, rows, plan):
+    layout = make_layout(RAGGED)
+    states, record = prefill(decoder, rows, layout, plan, layers=range(2, 2))
+    np.testing.assert_array_equal(states, pack(rows, layout))
+    kept = REDUCTION.kept_units(CONFIG.ffn_width)
+    assert record.k.shape == (0, len(RAGGED), CONFIG.num_kv_heads, layout.bucket.slots, CONFIG.head_dim)
+    assert record.kept.units.shape == (0, len(RAGGED), kept)
+
+
 def test_only_reduced_layers_report_kept_units(decoder, rows):
     _, record = prefill(decoder, rows, make_layout(RAGGED), PLANS[2])
     kept = np.asarray(record.kept.units)
@@ -257,15 +269,19 @@ def test_decoding_equals_the_prefill_of_the_whole(decoder, plan):
     assert decode._cache_size() == 1
 
 
-def test_units_kept_in_halves_are_fetched_by_the_kernel(rows):
-    """As `load_model` keeps them on a TPU: in bfloat16, and run here by Pallas' interpreter of TPU memory."""
+class Holder(nnx.Module):
+    """A module with a stack at the path that loaders know."""
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+
+
+def test_units_stored_as_half_rows_are_fetched_by_the_kernel(rows):
+    """In bfloat16, as on a TPU, and run here by Pallas' interpreter of TPU memory."""
     plain = Decoder(replace(CONFIG, ffn_width=64), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    halved = nnx.clone(plain)
-    for linear in (halved.layers.ffn.gate_proj, halved.layers.ffn.up_proj, halved.layers.ffn.down_proj):
-        units = linear.kernel[...] * 4  # the FFN matters
-        linear.kernel.set_value(units.reshape(*units.shape[:2], 2, CONFIG.width // 2))
     for linear in (plain.layers.ffn.gate_proj, plain.layers.ffn.up_proj, plain.layers.ffn.down_proj):
-        linear.kernel.set_value(linear.kernel[...] * 4)
+        linear.kernel.set_value(linear.kernel[...] * 4)  # the FFN matters
+    halved = place(Holder(plain), make_mesh(jax.devices()[:1], 1), "halves").decoder
     layout = make_layout(RAGGED, spare=(2, 3))
     x = jnp.asarray(pack(rows, layout), jnp.bfloat16)
 

@@ -11,11 +11,10 @@ import torch
 from flax import nnx
 
 from rlens_jax.errors import UserError
-from rlens_jax.models.decoder import Decoder, TracedPlan
+from rlens_jax.models.decoder import Decoder
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import Prompt, PromptBatch, collate
 from rlens_jax.models.pruned import run_prompt
-from rlens_jax.models.vtw import choose_vtw_layer, withdrawal_divergences
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Folder
 from tests.numerics import assert_close, error
@@ -192,39 +191,6 @@ def test_merged_tokens_run_like_any_others(decoder, reference, prompts, vectors)
         x[kept] = torch.from_numpy(merged)
         expected = reference(x[left], is_visual[left], rope[left], 0, settings_for(PLAN, None))
         assert_close(ours, expected.logits, 1e-4)
-
-
-def test_vtw_takes_the_first_layer_that_hardly_matters(decoder, reference, prompts, vectors):
-    batch, visual = batch_of(prompts, vectors)
-    traced = TracedPlan(*map(jnp.asarray, PLAN.flags(CONFIG.num_layers)))
-
-    @jax.jit
-    def measure(visual, batch):
-        return withdrawal_divergences(decoder, visual, batch, traced, REDUCTION, KEY)
-
-    ours = np.asarray(measure(visual, batch))
-    assert ours.shape == (CONFIG.num_layers, len(prompts))
-    expected = np.zeros_like(ours)
-    for i, prompt in enumerate(prompts):
-        last = len(prompt.token_ids) - 1 - prompt.answer_length
-        inputs = torch_inputs(reference, prompt, vectors[i])
-
-        def answer(pruning, inputs=inputs, last=last):
-            done = reference(*inputs, last, settings_for(PLAN, pruning))
-            return done.logits[done.positions.index(last)].double().log_softmax(dim=0)
-
-        dense = answer(None)
-        for layer in range(1, CONFIG.num_layers):
-            withdrawn = answer(VTW(layer))
-            expected[layer - 1, i] = float((withdrawn.exp() * (withdrawn - dense)).sum())
-    assert_close(ours, expected, 1e-4)
-    assert (expected[:-1, 0] > 1e-2).all()
-    means = expected[:-1].mean(axis=1)
-    for threshold in (np.unique(means) + 1e-3).tolist():
-        first = next(layer for layer, mean in enumerate(means, 1) if mean < threshold)
-        assert choose_vtw_layer(ours, threshold) == VTW(first)
-    with pytest.raises(UserError, match=r"after no layer does VTW .* than 1e-05 nats"):
-        choose_vtw_layer(ours, 1e-5)
 
 
 @pytest.mark.parametrize("pruning", [FastV(4, 0.5), VTW(9)])

@@ -107,7 +107,7 @@ def test_the_mask(batch: PromptBatch) -> None:
 def test_attention_is_that_of_the_loops(decoder: Decoder, batch: PromptBatch, states: jax.Array) -> None:
     module, shared = layer_of(decoder), context(decoder, batch)
     got = unpack_rows(np.asarray(attend_text(module, states, shared, num_prompt_text(batch))), batch.layout)
-    q, k, v = module.attention.project(module.input_norm(states), shared.turn)
+    q, k, v = module.attention.project(module.input_norm(states), shared.rotary)
     rows = [np.asarray(x.swapaxes(1, 2)) for x in (q, k, v)]
     rows = [unpack_rows(x.reshape(*x.shape[:2], -1), batch.layout) for x in rows]
     weight = np.asarray(module.attention.o_proj.kernel[...], np.float64).reshape(-1, CONFIG.width)
