@@ -1,3 +1,10 @@
+"""The contract of every attention path, and what the packed path saves. A path is checked against the reference and PyTorch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +12,9 @@ import pytest
 import torch
 from jax.extend.core import jaxprs_in_params
 
-from rlens_jax.ops.attention import packed_attention, reference_attention
+from rlens_jax.layout import PADDING_POSITION, visible
+from rlens_jax.ops.attention import chunked_attention, packed_attention, reference_attention
+from rlens_jax.ops.attention_tpu import splash_attention
 from tests import torch_reductions
 from tests.numerics import assert_close
 from tests.sequences import make_layout, pack, random_rows, run_length, unpack
@@ -13,7 +22,74 @@ from tests.torch_reductions import hollow_mask
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
 RAGGED = [run_length(3, 41, 5), run_length(2, 17, 4, 23, 1, 11, 6), run_length(7), run_length(1, 1, 1)]
+"""One image; three images with text between, of odd lengths; no image; one visual token."""
+UNEVEN = [run_length(3, 31, 5), run_length(2, 7, 140, 11, 6), run_length(7), run_length(1, 1, 1)]
+"""The same, with more text between two images than a block has."""
+LONG = [run_length(3, 271, 5), run_length(2, 101, 4, 61, 1, 131, 37), run_length(7), run_length(1, 1, 1)]
+"""The same, in several of the kernel's blocks, which have 128 slots or more."""
 ABUNDANT = 1000
+
+
+@dataclass(frozen=True)
+class Path:
+    """An implementation and the inputs on which it is checked."""
+
+    attention: Callable[..., jax.Array]
+    """(q, k, v, layout, attention_range, window[, block])."""
+    masks: list[np.ndarray]
+    cases: tuple[tuple[int | None, str, int | None], ...]
+    """Ranges, windows and blocks for the equality with the reference."""
+    attention_range: int
+    """A range narrower than the images, for the other tests."""
+    block: int | None
+    rounding: float = 0.0
+    """Difference between results that are the same up to the order of sums."""
+    tolerance: float = 1e-5
+    bfloat16: float = 2**-7
+
+    def options(
+        self, attention_range: int | None, window: str = "ordinal", block: int | None = None
+    ) -> tuple[Any, ...]:
+        """Arguments after the layout."""
+        block = block or self.block
+        return (attention_range, window) if block is None else (attention_range, window, block)
+
+
+PACKED_CASES = (
+    *((r, "ordinal", 7) for r in (None, 1, 2, 8, 9, 50, 51)),
+    *((r, "ordinal", ABUNDANT) for r in (None, 11, ABUNDANT)),
+    *((r, "position", 13) for r in (2, 11, 51)),
+    (3, "ordinal", 1),
+)
+PATHS = {
+    "reference": Path(reference_attention, RAGGED, tuple((r, window, None) for r, window, _ in PACKED_CASES), 11, None),
+    "packed": Path(packed_attention, RAGGED, PACKED_CASES, 11, 13),
+    "chunked": Path(
+        chunked_attention,
+        UNEVEN,
+        ((None, "ordinal", 7), (3, "ordinal", 128), (3, "position", 7), (100, "ordinal", 7)),
+        3,
+        7,
+        rounding=1e-6,
+        tolerance=1e-6,
+    ),
+    "splash": Path(
+        partial(splash_attention, interpret=True),
+        LONG,
+        (
+            (None, "ordinal", 128),
+            (1, "ordinal", 128),
+            (131, "ordinal", 128),
+            (131, "position", 128),
+            (31, "ordinal", 512),
+            (1009, "ordinal", 512),
+        ),
+        131,
+        128,
+        bfloat16=2e-2,
+    ),
+}
+DIFFERENTIABLE = [name for name in PATHS if name != "splash"]
 
 
 def qkv_rows(seed: int, masks):
@@ -25,10 +101,17 @@ def packed_qkv(rows, layout, padding=np.zeros):
     return [jnp.asarray(pack(r, layout, padding).swapaxes(1, 2)) for r in rows]
 
 
+@cache
+def compiled(attention, *options):
+    """One program for all tests with these options and shapes."""
+    return jax.jit(lambda q, k, v, layout: attention(q, k, v, layout, *options))
+
+
 def run(attention, rows, layout, *options, padding=np.zeros):
     """[T_i, N, H] of each sample, in sequence order."""
-    compiled = jax.jit(lambda q, k, v, layout: attention(q, k, v, layout, *options))
-    return unpack(compiled(*packed_qkv(rows, layout, padding), layout).swapaxes(1, 2), layout)
+    y = compiled(attention, *options)(*packed_qkv(rows, layout, padding), layout)
+    assert np.isfinite(y).all()
+    return unpack(y.swapaxes(1, 2), layout)
 
 
 def torch_attention(rows, masks, attention_range, window="ordinal"):
@@ -40,119 +123,176 @@ def torch_attention(rows, masks, attention_range, window="ordinal"):
     return outputs
 
 
-@pytest.mark.parametrize(
-    ("attention_range", "window", "block"),
-    [
-        *((r, "ordinal", 7) for r in (None, 1, 2, 8, 9, 50, 51)),
-        *((r, "ordinal", ABUNDANT) for r in (None, 11, ABUNDANT)),
-        *((r, "position", 13) for r in (2, 11, 51)),
-        (3, "ordinal", 1),
-    ],
-)
-def test_measured_equals_reference_and_torch_on_a_ragged_batch(attention_range, block, window):
-    rows, layout = qkv_rows(0, RAGGED), make_layout(RAGGED, spare=(2, 3))
-    measured = run(packed_attention, rows, layout, attention_range, window, block)
-    reference = run(reference_attention, rows, layout, attention_range, window)
-    expected = torch_attention(rows, RAGGED, attention_range, window)
-    for ours, simulated, theirs in zip(measured, reference, expected, strict=True):
-        assert_close(ours, simulated, 1e-5)
-        assert_close(ours, theirs, 1e-5)
-        assert_close(simulated, theirs, 1e-5)
+@pytest.fixture(params=PATHS.values(), ids=PATHS)
+def path(request: pytest.FixtureRequest) -> Path:
+    return request.param
 
 
-@pytest.mark.parametrize("num_visual", [0, 1, 9, 10, 11, 31])
-def test_measured_equals_torch_for_every_number_of_visual_tokens(num_visual):
-    masks = [run_length(2, num_visual, 3)]
-    rows, layout = qkv_rows(num_visual, masks), make_layout(masks)
-    for attention_range in (1, 10, 11):
-        (ours,) = run(packed_attention, rows, layout, attention_range, "ordinal", 5)
-        (theirs,) = torch_attention(rows, masks, attention_range)
-        assert_close(ours, theirs, 1e-5)
+class TestAttentionContract:
+    """What holds for every path. Where a test has no cases of its own, dense and Hollow Attention are both checked."""
 
+    @pytest.mark.parametrize(
+        ("path", "case"),
+        [pytest.param(path, case, id=f"{name}-{case}") for name, path in PATHS.items() for case in path.cases],
+    )
+    def test_equals_reference_and_torch_on_a_ragged_batch(self, path: Path, case):
+        attention_range, window, _ = case
+        rows, layout = qkv_rows(0, path.masks), make_layout(path.masks, spare=(2, 3))
+        ours = run(path.attention, rows, layout, *path.options(*case))
+        reference = run(reference_attention, rows, layout, attention_range, window)
+        expected = torch_attention(rows, path.masks, attention_range, window)
+        for mine, simulated, theirs in zip(ours, reference, expected, strict=True):
+            assert_close(mine, simulated, path.tolerance)
+            assert_close(mine, theirs, 1e-5)
 
-def test_a_range_of_all_visual_tokens_is_dense_attention():
-    rows, layout = qkv_rows(1, RAGGED), make_layout(RAGGED)
-    most = max(int(mask.sum()) for mask in RAGGED)
-    dense = run(packed_attention, rows, layout, None, "ordinal", 13)
-    for ours, expected in zip(run(packed_attention, rows, layout, most, "ordinal", 13), dense, strict=True):
-        np.testing.assert_array_equal(ours, expected)
-    for ours, expected in zip(run(packed_attention, rows, layout, most - 1, "ordinal", 13), dense, strict=True):
-        changed = np.abs(ours - expected).max(axis=(1, 2)) > 0
-        assert changed.sum() == (len(expected) == len(RAGGED[1]))
+    @pytest.mark.parametrize("num_visual", [0, 1, 9, 10, 11, 31])
+    @pytest.mark.parametrize("name", DIFFERENTIABLE)
+    def test_equals_torch_for_every_number_of_visual_tokens(self, name, num_visual):
+        masks = [run_length(2, num_visual, 3)]
+        rows, layout = qkv_rows(num_visual, masks), make_layout(masks)
+        block = () if name == "reference" else (5,)
+        for attention_range in (1, 10, 11):
+            (ours,) = run(PATHS[name].attention, rows, layout, attention_range, "ordinal", *block)
+            (theirs,) = torch_attention(rows, masks, attention_range)
+            assert_close(ours, theirs, 1e-5)
 
+    def test_a_bucket_without_visual_slots_is_causal_attention(self, path: Path):
+        masks = [run_length(5), run_length(131)]
+        rows, layout = qkv_rows(5, masks), make_layout(masks, spare=(1, 0))
+        assert layout.bucket.visual == 0
+        expected = run(reference_attention, rows, layout, None, "ordinal")
+        for ours, causal in zip(run(path.attention, rows, layout, *path.options(7)), expected, strict=True):
+            assert_close(ours, causal, 1e-5)
 
-@pytest.mark.parametrize("attention", [packed_attention, reference_attention])
-def test_influence_is_exactly_what_the_mask_says(attention):
-    """Of every token on every output: exactly 0 outside the window, not 0 inside; text sees every image."""
-    is_visual = run_length(2, 7, 2, 6, 3)
-    (x,) = random_rows(np.random.default_rng(2), [is_visual], KV_HEADS, HEAD_DIM)
-    layout = make_layout([is_visual], spare=(1, 2))
-    weights = jnp.asarray(np.random.default_rng(3).standard_normal((KV_HEADS, HEAD_DIM)), jnp.float32)
-    options = (3, "ordinal", 4) if attention is packed_attention else (3,)
+    def test_a_range_of_all_visual_tokens_is_dense_attention(self, path: Path):
+        rows, layout = qkv_rows(1, path.masks), make_layout(path.masks)
+        counts = [int(mask.sum()) for mask in path.masks]
 
-    def output(x):
-        y = attention(x, x, x, layout, *options)[0]
-        return jnp.einsum("KTH,KH->T", y, weights)
+        def outputs(attention_range):
+            return run(path.attention, rows, layout, *path.options(attention_range))
 
-    packed = jnp.asarray(pack([x], layout).swapaxes(1, 2))
-    influence = np.abs(jax.jacrev(output)(packed)[:, 0]).max(axis=(1, 3))
-    (rows,) = unpack(influence[None], layout)
-    (columns,) = unpack(rows.T[None], layout)
-    influence = columns.T
-    expected = hollow_mask(torch.tensor(is_visual), 3).numpy()
-    np.testing.assert_array_equal(influence != 0, expected)
-    last_text = influence[-1]
-    assert (last_text[is_visual] > 0).all()
+        dense = outputs(None)
+        for ours, expected in zip(outputs(max(counts)), dense, strict=True):
+            assert_close(ours, expected, path.rounding)
+        # With one less, the last visual token of the longest sample no longer sees the first.
+        for count, ours, expected in zip(counts, outputs(max(counts) - 1), dense, strict=True):
+            changed = np.abs(ours - expected).max(axis=(1, 2)) > 10 * path.rounding
+            assert changed.sum() == (count == max(counts))
 
+    def test_weights_are_positive_exactly_where_the_mask_says(self, path: Path):
+        """With the identity for values, the output is the matrix of attention weights."""
+        is_visual = run_length(2, 7, 2, 6, 3)
+        layout = make_layout([is_visual], spare=(1, 2))
+        slots = layout.bucket.slots
+        rng = np.random.default_rng(2)
+        q, k = (jnp.asarray(rng.standard_normal((1, heads, slots, slots)), jnp.float32) for heads in (HEADS, KV_HEADS))
+        identity = jnp.broadcast_to(jnp.eye(slots), (1, KV_HEADS, slots, slots))
+        weights = np.asarray(compiled(path.attention, *path.options(3))(q, k, identity, layout))[0]
+        for head in weights:
+            np.testing.assert_array_equal(in_sequence(head, layout) > 0, hollow_mask(torch.tensor(is_visual), 3))
+            assert_close(in_sequence(head, layout).sum(axis=1), np.ones(len(is_visual)), 1e-5)
 
-@pytest.mark.parametrize("attention_range", [None, 11])
-def test_padding_never_leaks(attention_range):
-    rows, layout = qkv_rows(4, RAGGED), make_layout(RAGGED, spare=(3, 5))
-    rng = np.random.default_rng(5)
-    clean = run(packed_attention, rows, layout, attention_range, "ordinal", 13)
-    for scale in (1e3, 1e15):
-        garbage = run(
-            packed_attention,
-            rows,
+    @pytest.mark.parametrize("name", DIFFERENTIABLE)
+    def test_the_mask_is_the_support_of_the_jacobian(self, name):
+        """Influence of every token on every output: exactly 0 outside the window, not 0 inside; text sees every image."""
+        path = PATHS[name]
+        is_visual = run_length(2, 7, 2, 6, 3)
+        (x,) = random_rows(np.random.default_rng(2), [is_visual], KV_HEADS, HEAD_DIM)
+        layout = make_layout([is_visual], spare=(1, 2))
+        projection = jnp.asarray(np.random.default_rng(3).standard_normal((KV_HEADS, HEAD_DIM)), jnp.float32)
+        options = path.options(3, "ordinal", None if name == "reference" else 4)
+
+        def output(x):
+            return jnp.einsum("KTH,KH->T", path.attention(x, x, x, layout, *options)[0], projection)
+
+        packed = jnp.asarray(pack([x], layout).swapaxes(1, 2))
+        influence = in_sequence(np.abs(jax.jacrev(output)(packed)[:, 0]).max(axis=(1, 3)), layout)
+        np.testing.assert_array_equal(influence != 0, hollow_mask(torch.tensor(is_visual), 3).numpy())
+        assert (influence[-1][is_visual] > 0).all()
+
+    @pytest.mark.parametrize("hollow", [False, True], ids=["dense", "hollow"])
+    def test_padding_never_leaks(self, path: Path, hollow):
+        rows, layout = qkv_rows(4, path.masks), make_layout(path.masks, spare=(3, 5))
+        rng = np.random.default_rng(5)
+        options = path.options(path.attention_range if hollow else None)
+        clean = run(path.attention, rows, layout, *options)
+        for scale in (1e3, 1e15):
+
+            def garbage(shape, scale=scale):
+                return scale * rng.standard_normal(shape)
+
+            dirty = unpack(
+                compiled(path.attention, *options)(*packed_qkv(rows, layout, garbage), layout).swapaxes(1, 2), layout
+            )
+            for ours, expected in zip(dirty, clean, strict=True):
+                np.testing.assert_array_equal(ours, expected)
+
+    @pytest.mark.parametrize("hollow", [False, True], ids=["dense", "hollow"])
+    def test_a_sample_does_not_depend_on_its_batch(self, path: Path, hollow):
+        rows = qkv_rows(6, path.masks)
+        options = path.options(path.attention_range if hollow else None)
+        together = run(path.attention, rows, make_layout(path.masks, spare=(1, 4)), *options)
+        for i, mask in enumerate(path.masks):
+            (alone,) = run(path.attention, [[r[i]] for r in rows], make_layout([mask]), *options)
+            assert_close(together[i], alone, 1e-5)
+
+    @pytest.mark.parametrize("hollow", [False, True], ids=["dense", "hollow"])
+    def test_positions_may_have_gaps_as_pruning_leaves_them(self, path: Path, hollow):
+        """Every third position is gone."""
+        attention_range = path.attention_range if hollow else None
+        layout = make_layout(path.masks, spare=(2, 3))
+        q, k, v = packed_qkv(qkv_rows(5, path.masks), layout)
+
+        def thinned(position):
+            return np.where(position < PADDING_POSITION, position + position // 2, position)
+
+        gaps = replace(
             layout,
-            attention_range,
-            "ordinal",
-            13,
-            padding=lambda shape, scale=scale: scale * rng.standard_normal(shape),
+            text_position=thinned(layout.text_position),
+            visual_position=thinned(layout.visual_position),
         )
-        for ours, expected in zip(garbage, clean, strict=True):
-            np.testing.assert_array_equal(ours, expected)
+        ours = compiled(path.attention, *path.options(attention_range))(q, k, v, gaps)
+        expected = reference_attention(q, k, v, gaps, attention_range)
+        for mine, theirs in zip(*(unpack(x.swapaxes(1, 2), layout) for x in (ours, expected)), strict=True):
+            assert_close(mine, theirs, 1e-5)
+
+    @pytest.mark.parametrize("hollow", [False, True], ids=["dense", "hollow"])
+    def test_bfloat16_stays_bfloat16_and_sums_in_float32(self, path: Path, hollow):
+        attention_range = path.attention_range if hollow else None
+        masks = [*path.masks, run_length(3, 301, 4)]
+        layout = make_layout(masks, spare=(2, 3))
+        rows = [[r.astype(jnp.bfloat16).astype(np.float32) for r in rs] for rs in qkv_rows(7, masks)]
+        q, k, v = (x.astype(jnp.bfloat16) for x in packed_qkv(rows, layout))
+        y = compiled(path.attention, *path.options(attention_range))(q, k, v, layout)
+        assert y.dtype == jnp.bfloat16
+        ours = unpack(y.astype(jnp.float32).swapaxes(1, 2), layout)
+        for mine, theirs in zip(ours, torch_attention(rows, masks, attention_range), strict=True):
+            assert_close(mine, theirs, path.bfloat16)
 
 
-@pytest.mark.parametrize("attention_range", [None, 11])
-def test_a_sample_does_not_depend_on_its_batch(attention_range):
-    rows = qkv_rows(6, RAGGED)
-    together = run(packed_attention, rows, make_layout(RAGGED, spare=(1, 4)), attention_range, "ordinal", 13)
-    for i, mask in enumerate(RAGGED):
-        own = [[r[i]] for r in rows]
-        (alone,) = run(packed_attention, own, make_layout([mask]), attention_range, "ordinal", 13)
-        assert_close(together[i], alone, 1e-5)
+def in_sequence(matrix, layout):
+    """A packed [T, T] matrix of one sample with rows and columns in sequence order."""
+    (rows,) = unpack(matrix[None], layout)
+    (columns,) = unpack(rows.T[None], layout)
+    return columns.T
 
 
-def test_bfloat16_stays_bfloat16_and_sums_in_float32():
-    masks = [run_length(3, 301, 4)]
-    rows, layout = qkv_rows(7, masks), make_layout(masks)
-    rows = [[r.astype(jnp.bfloat16).astype(np.float32) for r in rs] for rs in rows]
-    q, k, v = (x.astype(jnp.bfloat16) for x in packed_qkv(rows, layout))
-    packed = packed_attention(q, k, v, layout, 64)
-    assert packed.dtype == jnp.bfloat16
-    (ours,) = unpack(packed.astype(jnp.float32).swapaxes(1, 2), layout)
-    assert_close(ours, torch_attention(rows, masks, 64)[0], 2**-7)
+def test_the_mask_of_the_layout_is_that_of_torch():
+    is_visual = run_length(2, 7, 2, 6, 3)
+    layout = make_layout([is_visual], spare=(1, 2))
+    mask = np.asarray(visible(layout.slots, layout.slots, 3))[0]
+    np.testing.assert_array_equal(in_sequence(mask, layout), hollow_mask(torch.tensor(is_visual), 3))
+
+
+def zeros(layout) -> list[jax.Array]:
+    return [jnp.zeros((1, heads, layout.bucket.slots, HEAD_DIM)) for heads in (HEADS, KV_HEADS, KV_HEADS)]
 
 
 def compiled_flops(attention, layout, *options) -> float:
-    slots = layout.bucket.slots
-    q, k, v = (jnp.zeros((1, heads, slots, HEAD_DIM)) for heads in (HEADS, KV_HEADS, KV_HEADS))
-    lowered = jax.jit(lambda q, k, v, layout: attention(q, k, v, layout, *options)).lower(q, k, v, layout)
-    return lowered.compile().cost_analysis()["flops"]
+    return compiled(attention, *options).lower(*zeros(layout), layout).compile().cost_analysis()["flops"]
 
 
-def test_the_measured_path_computes_less():
+def test_the_packed_path_computes_less():
     layout = make_layout([run_length(11, 1021, 6)])
     simulated = compiled_flops(reference_attention, layout, 64)
     dense = compiled_flops(packed_attention, layout, None, "ordinal", 64)
@@ -162,11 +302,9 @@ def test_the_measured_path_computes_less():
     assert hollow < wider < dense
 
 
-def axis_products(attention, layout, *options) -> set[tuple[int, ...]]:
+def formed_shapes(attention, layout, *options) -> set[tuple[int, ...]]:
     """Shapes of all values that the computation forms."""
-    slots = layout.bucket.slots
-    q, k, v = (jnp.zeros((1, heads, slots, HEAD_DIM)) for heads in (HEADS, KV_HEADS, KV_HEADS))
-    jaxpr = jax.make_jaxpr(lambda q, k, v, layout: attention(q, k, v, layout, *options))(q, k, v, layout)
+    jaxpr = jax.make_jaxpr(lambda *arrays: attention(*arrays, *options))(*zeros(layout), layout)
     shapes = set()
 
     def visit(jaxpr):
@@ -179,12 +317,13 @@ def axis_products(attention, layout, *options) -> set[tuple[int, ...]]:
     return shapes
 
 
-def test_the_measured_path_forms_no_square_of_the_visual_tokens():
+@pytest.mark.parametrize("name", ["packed", "chunked"])
+def test_no_square_of_the_visual_tokens_is_formed(name):
     num_visual = 499
     layout = make_layout([run_length(5, num_visual, 6)])
 
     def squares(shapes):
         return [shape for shape in shapes if sum(size >= num_visual for size in shape) > 1]
 
-    assert squares(axis_products(reference_attention, layout, 31))
-    assert not squares(axis_products(packed_attention, layout, 31, "ordinal", 64))
+    assert squares(formed_shapes(reference_attention, layout, 31))
+    assert not squares(formed_shapes(PATHS[name].attention, layout, 31, "ordinal", 64))

@@ -1,7 +1,6 @@
-"""The TPU's attention, run by Pallas' interpreters on the CPU."""
+"""What is particular to the TPU's attention, run by Pallas' interpreters on the CPU; its contract is in test_attention.py."""
 
 import functools
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import jaxprs_in_params
 
-from rlens_jax.layout import PADDING_POSITION, Bucket, Slots, visible
+from rlens_jax.layout import Bucket, Slots, visible
 from rlens_jax.ops.attention import attend, reference_attention
 from rlens_jax.ops.attention_tpu import block_size, kernel_flops, splash_attention, visited_blocks
 from tests.numerics import assert_close
@@ -38,36 +37,6 @@ def compiled(*options):
 def assert_rows_close(actual, expected, layout, tolerance: float) -> None:
     for ours, theirs in zip(*(unpack(x.swapaxes(1, 2), layout) for x in (actual, expected)), strict=True):
         assert_close(ours, theirs, tolerance)
-
-
-@pytest.mark.parametrize(
-    ("attention_range", "window", "block"),
-    [
-        (None, "ordinal", 128),
-        (1, "ordinal", 128),
-        (131, "ordinal", 128),
-        (131, "position", 128),
-        (31, "ordinal", None),
-        (1009, "ordinal", None),
-    ],
-)
-def test_equals_the_reference_on_a_ragged_batch(attention_range, window, block):
-    layout = make_layout(RAGGED, spare=(2, 3))
-    q, k, v = packed_qkv(0, RAGGED, layout)
-    ours = compiled(attention_range, window, block)(q, k, v, layout)
-    assert_rows_close(ours, reference_attention(q, k, v, layout, attention_range, window), layout, 1e-5)
-    assert np.isfinite(ours).all()
-
-
-@pytest.mark.parametrize("attention_range", [None, 131])
-def test_bfloat16_stays_bfloat16(attention_range):
-    layout = make_layout(RAGGED, spare=(2, 3))
-    q, k, v = (x.astype(jnp.bfloat16) for x in packed_qkv(1, RAGGED, layout))
-    ours = compiled(attention_range, "ordinal", 128)(q, k, v, layout)
-    assert ours.dtype == jnp.bfloat16
-    exact = (x.astype(jnp.float32) for x in (q, k, v))
-    expected = reference_attention(*exact, layout, attention_range)
-    assert_rows_close(ours.astype(jnp.float32), expected, layout, 2e-2)
 
 
 @pytest.mark.parametrize("attention_range", [None, 131])
@@ -107,34 +76,6 @@ def test_text_blocks_after_the_image_are_not_touched():
     run = compiled(131, "ordinal", 128)
     visual = slice(layout.bucket.text, None)
     np.testing.assert_array_equal(run(q, k, unseen, layout)[:, :, visual], run(q, k, v, layout)[:, :, visual])
-
-
-@pytest.mark.parametrize("attention_range", [None, 131])
-def test_positions_with_gaps_as_pruning_leaves_them(attention_range):
-    """Every third position is gone."""
-    layout = make_layout(RAGGED, spare=(2, 3))
-
-    def thinned(position):
-        return np.where(position < PADDING_POSITION, position + position // 2, position)
-
-    layout = replace(
-        layout,
-        text_position=thinned(layout.text_position),
-        visual_position=thinned(layout.visual_position),
-    )
-    q, k, v = packed_qkv(5, RAGGED, make_layout(RAGGED, spare=(2, 3)))
-    expected = reference_attention(q, k, v, layout, attention_range)
-    actual = compiled(attention_range, "ordinal", 128)(q, k, v, layout)
-    assert_rows_close(actual, expected, layout, 1e-5)
-
-
-def test_a_bucket_without_visual_slots_is_causal_attention():
-    masks = [run_length(5), run_length(131)]
-    layout = make_layout(masks, spare=(1, 0))
-    q, k, v = packed_qkv(5, masks, layout)
-    assert layout.bucket.visual == 0
-    expected = reference_attention(q, k, v, layout, None)
-    assert_rows_close(compiled(7, "ordinal", None)(q, k, v, layout), expected, layout, 1e-5)
 
 
 def test_runs_in_the_interpreter_of_tpu_memory():
