@@ -1,0 +1,57 @@
+"""Images of the toy family are as many patches as they have pixels; its text is bytes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from PIL.Image import Image
+
+from rlens_jax.data.benchmarks.catalogue import Instance
+from rlens_jax.data.samples import Sample
+from rlens_jax.errors import UserError
+from rlens_jax.families.family import ImageArrays
+from rlens_jax.models.chat import Chat
+from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt
+from tests.families.toy_family.model import COLOURS, IMAGE_TOKEN, STOP, ToyConfig
+
+
+def image_arrays(config: ToyConfig, patches: int) -> ImageArrays:
+    return [((patches, COLOURS), jnp.float32)]
+
+
+class ToyChat(Chat):
+    stop_token = STOP
+
+    def __init__(self) -> None: ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(token for token in ids if token < IMAGE_TOKEN).decode()
+
+
+class ToyPreparer:
+    def __init__(self, folder: Path, config: ToyConfig, patch_slots: Sequence[int]):
+        self.patch_slots = sorted(patch_slots)
+        self.chat = ToyChat()
+
+    def images(self, pixels: Sequence[Image], sample_id: str) -> list[PreparedImage]:
+        return [self._image(image, sample_id) for image in pixels]
+
+    def _image(self, pixels: Image, sample_id: str) -> PreparedImage:
+        patches = np.asarray(pixels, np.float32).reshape(-1, COLOURS) / 255
+        slots = next((n for n in self.patch_slots if n >= len(patches)), None)
+        if slots is None:
+            raise UserError(
+                f"{sample_id}: an image has {len(patches)} patches, the largest bucket {self.patch_slots[-1]}"
+            )
+        return PreparedImage((np.pad(patches, ((0, slots - len(patches)), (0, 0))),), ImageTokens(len(patches)))
+
+    def prompt(self, sample: Sample, images: Sequence[ImageTokens], answer: str | None) -> Prompt:
+        answered = [] if answer is None else [*answer.encode(), STOP]
+        visual = sum(image.count for image in images)
+        ids = np.array([*[IMAGE_TOKEN] * visual, *sample.question.encode(), *answered], np.int32)
+        return Prompt(ids, ids == IMAGE_TOKEN, np.arange(len(ids), dtype=np.int32)[None], len(ids), len(answered))
+
+
+def benchmark_prompt(instance: Instance, config: ToyConfig, step_by_step: bool) -> str:
+    return f"toy: {instance.question}"
