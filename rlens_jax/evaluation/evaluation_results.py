@@ -210,19 +210,15 @@ def _dataset(name: str, part: DatasetResult) -> dict[str, Any]:
             }
             for variant, scored in part.variants.items()
         },
-        "difference": None if part.difference is None else _interval(part.difference),
+        "difference": None if part.difference is None else part.difference.fields(),
     }
 
 
 def _score(score: Score, interval: Interval | None) -> dict[str, Any]:
     assert interval is not None
     return {
-        **_interval(interval),
+        **interval.fields(),
         "unit": score.unit,
         "harness": score.harness,
         "breakdown": dict(score.breakdown),
     }
-
-
-def _interval(interval: Interval) -> dict[str, float]:
-    return {"value": float(interval.value), "low": float(interval.low), "high": float(interval.high)}

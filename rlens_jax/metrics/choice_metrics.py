@@ -80,17 +80,17 @@ def mme(rows: Sequence[Row], per_sample: Sequence[float]) -> Aggregate:
     outcomes: dict[str, dict[str, list[float]]] = {category: defaultdict(list) for category in _MME_CATEGORIES}
     groups = []
     for row, outcome in zip(rows, per_sample, strict=True):
-        category = check_category("MME", row, _MME_CATEGORIES)
+        category = check_category(row, _MME_CATEGORIES)
         if not row.image:
-            raise UserError(f"MME: row {row.index}: no image_path, which pairs the questions")
+            raise UserError(f"row {row.index}: no image_path, which pairs the questions")
         groups.append(f"{category}/{row.image}")
         outcomes[category][groups[-1]].append(outcome)
     if missing := [category for category, images in outcomes.items() if not images]:
-        raise UserError(f"MME: no rows of {', '.join(missing)}; the score is a sum over all 14 categories")
+        raise UserError(f"no rows of {', '.join(missing)}; the score is a sum over all 14 categories")
     for images in outcomes.values():
         for image, pair in images.items():
             if len(pair) < 2:
-                raise UserError(f"MME: {image} has one question; keep the two questions of an image together")
+                raise UserError(f"{image} has one question; keep the two questions of an image together")
 
     ratios = []
     breakdown: dict[str, float] = {}
@@ -149,11 +149,11 @@ def _ids(row: Row) -> _Ids:
     parts = row.index.split("_")
     if len(parts) < 6:
         raise UserError(
-            f"HallusionBench: row {row.index}: the index must have six parts joined by '_', "
+            f"row {row.index}: the index must have six parts joined by '_', "
             "the last three of them the ids of set, figure and question"
         )
     if row.l2_category is None:
-        raise UserError(f"HallusionBench: row {row.index}: no l2-category, without which its ids are not unique")
+        raise UserError(f"row {row.index}: no l2-category, without which its ids are not unique")
     group = f"{row.l2_category}_{parts[3]}"
     return _Ids(group, (group, parts[4]), (group, parts[5]))
 
@@ -180,9 +180,9 @@ def choice_accuracy(row: Row) -> float:
       UserError: a row has no options, or not exactly one reference.
     """
     if not row.options:
-        raise UserError(f"MMStar: row {row.index}: no options")
+        raise UserError(f"row {row.index}: no options")
     if len(row.answers) != 1:
-        raise UserError(f"MMStar: row {row.index}: {len(row.answers)} answers; a choice has one, its letter")
+        raise UserError(f"row {row.index}: {len(row.answers)} answers; a choice has one, its letter")
     return float(extract_choice(row.prediction, row.options) == row.answers[0])
 
 

@@ -73,11 +73,11 @@ def outcomes_by(labels: Sequence[str | None], outcomes: Sequence[float]) -> dict
     return {label: by_label[label] for label in sorted(by_label)}
 
 
-def check_category(benchmark: str, row: Row, categories: Sequence[str]) -> str:
+def check_category(row: Row, categories: Sequence[str]) -> str:
     """The row's category. UserError unless it is one of `categories`."""
     if row.category is None or row.category not in categories:
         raise UserError(
-            f"{benchmark}: row {row.index}: unknown category {row.category!r}"
+            f"row {row.index}: unknown category {row.category!r}"
             f"{suggest(row.category or '', categories)}; known: {', '.join(categories)}"
         )
     return row.category

@@ -85,8 +85,11 @@ def score(dataset: str, rows: Sequence[Row]) -> Score:
                 else "complete the row"
             )
             raise UserError(f"{dataset}: row {row.index} has no answers; {remedy}")
-    per_sample = tuple(scorer.sample(row) for row in rows)
-    aggregate = scorer.aggregate(rows, per_sample)
+    try:
+        per_sample = tuple(scorer.sample(row) for row in rows)
+        aggregate = scorer.aggregate(rows, per_sample)
+    except UserError as error:
+        raise UserError(f"{dataset}: {error}") from None
     return Score(
         dataset=dataset,
         value=math.fsum(ratio.value for ratio in aggregate.ratios),

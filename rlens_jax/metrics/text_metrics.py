@@ -127,7 +127,7 @@ def contains_answer(row: Row) -> float:
     Raises:
       UserError: the row's category is not one of OCRBench's.
     """
-    check_category("OCRBench", row, _OCRBENCH_CATEGORIES)
+    check_category(row, _OCRBENCH_CATEGORIES)
     fold = _fold_formula if row.category == FORMULA else _fold_text
     prediction = fold(row.prediction)
     return float(any(fold(answer) in prediction for answer in row.answers))

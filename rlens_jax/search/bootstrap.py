@@ -24,6 +24,10 @@ class Interval:
     low: np.ndarray
     high: np.ndarray
 
+    def fields(self) -> dict[str, float]:
+        """The numbers of a float64[] interval as JSON values."""
+        return {"value": float(self.value), "low": float(self.low), "high": float(self.high)}
+
 
 def bootstrap_interval(
     outcomes_by_dataset: Mapping[str, np.ndarray],

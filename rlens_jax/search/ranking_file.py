@@ -12,7 +12,6 @@ from typing import Any
 from rlens_jax.errors import UserError
 from rlens_jax.files import check_schema, field_error, read_json
 from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
-from rlens_jax.search.bootstrap import Interval
 from rlens_jax.search.objective import PlanScore
 from rlens_jax.search.results import Curve, OperatorResult, RandomCurves, Results, Saving
 from rlens_jax.search.search import Ranking, Round
@@ -206,8 +205,8 @@ def _held_out(result: OperatorResult) -> dict[str, Any]:
         "curves": {name: _curve(curve) for name, curve in result.curves.items()},
         "random": _random(result.random),
         "area_points": list(result.area_points),
-        "areas": {name: _interval(area) for name, area in result.areas.items()},
-        "margins": {name: _interval(margin) for name, margin in result.margins.items()},
+        "areas": {name: area.fields() for name, area in result.areas.items()},
+        "margins": {name: margin.fields() for name, margin in result.margins.items()},
     }
 
 
@@ -237,10 +236,6 @@ def _random(random: RandomCurves) -> dict[str, Any]:
             for order, means in zip(random.orders, random.means, strict=True)
         ],
     }
-
-
-def _interval(interval: Interval) -> dict[str, float]:
-    return {"value": float(interval.value), "low": float(interval.low), "high": float(interval.high)}
 
 
 def _saving(saving: Saving) -> dict[str, Any]:
