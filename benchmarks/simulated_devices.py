@@ -24,8 +24,9 @@ from flax import nnx
 
 from rlens_jax.checkpoints.checkpoint import find_model, load_model
 from rlens_jax.commands.run_options import read_config
+from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.evaluator import Evaluator, round_scorer
-from rlens_jax.engine.inputs import FILLER, Split, build_split
+from rlens_jax.engine.inputs import Split, build_split
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import TeacherForcing
 from rlens_jax.engine.session import read_splits

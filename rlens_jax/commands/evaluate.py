@@ -16,7 +16,6 @@ from pathlib import Path
 
 from rlens_jax.commands.options import add_model_options, read_plan_options
 from rlens_jax.console import ArgumentParser, run_command
-from rlens_jax.resources import cache_folder
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -53,7 +52,6 @@ def main(arguments: Sequence[str]) -> None:
     plan = read_plan_options(parser, options)
 
     from rlens_jax.data.benchmarks.catalogue import named_sum
-    from rlens_jax.engine.session import start_jax
     from rlens_jax.evaluation.evaluation_config import EvaluationConfig
     from rlens_jax.evaluation.evaluation_results import summary
     from rlens_jax.evaluation.evaluation_run import evaluate
@@ -65,7 +63,6 @@ def main(arguments: Sequence[str]) -> None:
         md5=dict(named_sum(text, parser.error) for text in options.md5),
         **{name: getattr(options, name) for name in names},
     )
-    start_jax("highest", cache_folder() / "compiled")
     print(summary(evaluate(config)))
 
 

@@ -46,11 +46,11 @@ def main(arguments: Sequence[str]) -> None:
     if is_distributed(config.hosts):
         supervised(Path(config.output))
     from rlens_jax.hosts.processes import joined
-    from rlens_jax.ranking.ranking_run import run
+    from rlens_jax.ranking.ranking_run import rank
     from rlens_jax.reporting.report_text import summary
 
     with joined(config.hosts) as processes:
-        results = run(config, processes)
+        results = rank(config, processes)
         if processes.leads:
             print(summary(results, Path(config.output)))
 

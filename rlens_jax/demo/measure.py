@@ -32,7 +32,8 @@ def measure(model: str, samples: int) -> dict[str, Any]:
 
     from rlens_jax.checkpoints.checkpoint import find_model, load_model
     from rlens_jax.data.pages_tfds import read_pages
-    from rlens_jax.engine.inputs import FILLER, Split, build_split
+    from rlens_jax.engine.batches import FILLER
+    from rlens_jax.engine.inputs import Split, build_split
     from rlens_jax.engine.programs import Programs
     from rlens_jax.engine.sizes import Shapes
     from rlens_jax.plan import Plan, Reduction

@@ -17,7 +17,7 @@ from rlens_jax.config import RunConfig
 from rlens_jax.dry_run.collectives import Collective, find_collectives
 from rlens_jax.dry_run.costs import Cost, ProgramCost, program_cost, reduced, unreduced
 from rlens_jax.dry_run.hlo import Loops, parse_module
-from rlens_jax.engine.encoder import images_together
+from rlens_jax.engine.batches import images_together
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.sizes import (
     Placed,

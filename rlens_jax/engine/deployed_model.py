@@ -16,8 +16,9 @@ import numpy as np
 
 from rlens_jax.checkpoints.checkpoint import find_model, load_model, read_model_kind
 from rlens_jax.data.samples import IMAGE_MARK, Sample
+from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.deployed_programs import DeployedPrograms
-from rlens_jax.engine.inputs import FILLER, Batch, Split, build_split
+from rlens_jax.engine.inputs import Batch, Split, build_split
 from rlens_jax.engine.sizes import Shapes, slot_sizes
 from rlens_jax.errors import UserError
 from rlens_jax.models.prompt import Preparer

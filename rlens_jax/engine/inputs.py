@@ -5,25 +5,20 @@ counts: batches per shape, and tokens per sample.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float
 
 from rlens_jax.data.samples import Sample, load_image
-from rlens_jax.engine.encoder import Encoder, Gather
+from rlens_jax.engine.batches import Encoder, Row, batches_of_all, count_tokens, packed_rows
 from rlens_jax.engine.model_programs import ModelPrograms
 from rlens_jax.engine.sizes import Shapes
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.layout import Bucket
-from rlens_jax.models.prompt import Preparer, Prompt, PromptBatch, collate
-from rlens_jax.sharding.mesh import groups_of, put_rows
-from rlens_jax.sharding.model_axis import WORK
-
-FILLER = -1
-"""The sample number of rows that only fill a batch."""
+from rlens_jax.models.prompt import Preparer, PromptBatch
+from rlens_jax.sharding.mesh import put_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,12 +61,6 @@ class Split:
         return {name: len(members) for name, members in self.datasets.items()}
 
 
-@dataclass(frozen=True)
-class _Row:
-    sample: int
-    prompt: Prompt
-
-
 def build_split(
     samples: Sequence[Sample],
     preparer: Preparer,
@@ -109,21 +98,21 @@ def build_split(
             encoder.encode_full()
     visual = encoder.finish()
     rows = [
-        _Row(i, preparer.prompt(samples[i], tokens[i], answer))
+        Row(i, preparer.prompt(samples[i], tokens[i], answer))
         for i in own
         for answer in (samples[i].answers if with_answers else (None,))
     ]
-    num_text, num_visual = _num_tokens(rows, len(samples), gather)
+    num_text, num_visual = count_tokens(rows, len(samples), gather)
     longest = max(gather(max((row.prompt.answer_length for row in rows), default=0)))
     answer_slots = 1 << max(0, longest - 1).bit_length()
-    by_bucket: dict[Bucket, list[_Row]] = defaultdict(list)
+    by_bucket: dict[Bucket, list[Row]] = defaultdict(list)
     for row in rows:
         by_bucket[shapes.bucket(row.prompt, samples[row.sample])].append(row)
     size = shapes.batch_size * len(programs.own_groups)
     batches = []
-    for bucket, filled in _batches_of_all(by_bucket, shapes.batch_size, programs.mesh, gather):
+    for bucket, filled in batches_of_all(by_bucket, shapes.batch_size, programs.mesh, gather):
         chunk, by_bucket[bucket] = by_bucket[bucket][:size], by_bucket[bucket][size:]
-        inputs, packed = _arrays(chunk, size, visual, bucket, answer_slots, programs)
+        inputs, packed = packed_rows(chunk, size, visual, bucket, answer_slots, programs)
         batches.append(Batch(put_rows(inputs, programs.mesh), packed, filled))
     return Split(tuple(samples), num_text, num_visual, tuple(batches))
 
@@ -132,52 +121,3 @@ def own_samples(count: int, programs: ModelPrograms) -> range:
     """The samples that this process keeps on its groups; processes that share groups have the same ones."""
     groups = programs.own_groups
     return range(groups[0] // len(groups), count, programs.groups // len(groups))
-
-
-def _num_tokens(rows: Sequence[_Row], count: int, gather: Gather) -> tuple[np.ndarray, np.ndarray]:
-    """Text and visual tokens of all samples, on every process."""
-    num_text, num_visual = np.zeros(count, int), np.zeros(count, int)
-    for counts in gather([[row.sample, row.prompt.num_text, row.prompt.num_visual] for row in rows]):
-        for sample, text, visual in counts:
-            num_text[sample] = max(num_text[sample], text)
-            num_visual[sample] = visual
-    return num_text, num_visual
-
-
-def _batches_of_all(
-    by_bucket: Mapping[Bucket, Sequence[_Row]], batch_size: int, mesh: Mesh, gather: Gather
-) -> list[tuple[Bucket, tuple[bool, ...]]]:
-    """The bucket of every batch of the split, in the same order on every process, and which groups have rows in it."""
-    counts = gather([[bucket.visual, bucket.text, len(rows)] for bucket, rows in by_bucket.items()])
-    rows_of = [{Bucket(text, visual): count for visual, text, count in process} for process in counts]
-    buckets = {bucket for process in rows_of for bucket in process}
-    batches = []
-    for bucket in sorted(buckets, key=lambda b: (b.visual, b.text)):
-        blocks = np.zeros(mesh.shape[WORK], int)
-        """How many batches of the bucket each group has rows in."""
-        for process, num_rows in enumerate(rows_of):
-            groups = groups_of(mesh, process)
-            for block in range(-(-num_rows.get(bucket, 0) // batch_size)):
-                blocks[groups[block % len(groups)]] = block // len(groups) + 1
-        batches += [(bucket, tuple((blocks > step).tolist())) for step in range(blocks.max())]
-    return batches
-
-
-def _arrays(
-    chunk: Sequence[_Row],
-    size: int,
-    visual: Mapping[int, np.ndarray],
-    bucket: Bucket,
-    answer_slots: int,
-    programs: ModelPrograms,
-) -> tuple[PromptBatch, np.ndarray]:
-    """This process's rows of a batch, filled up to `size` rows: the prompts, and the visual tokens [size, P, D]."""
-    axes = len(programs.config.rope_sections)
-    filler = Prompt(np.zeros(1, np.int32), np.zeros(1, bool), np.zeros((axes, 1), np.int32), 1, 0)
-    room = size - len(chunk)
-    prompts = [*(row.prompt for row in chunk), *[filler] * room]
-    samples = [*(row.sample for row in chunk), *[FILLER] * room]
-    packed = np.zeros((size, bucket.visual, programs.config.width), programs.dtype)
-    for place, row in enumerate(chunk):
-        packed[place, : len(visual[row.sample])] = visual[row.sample]
-    return collate(prompts, samples, bucket, answer_slots), packed

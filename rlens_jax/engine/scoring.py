@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from rlens_jax.data.samples import Sample
-from rlens_jax.engine.inputs import FILLER, Batch
+from rlens_jax.engine.batches import FILLER
+from rlens_jax.engine.inputs import Batch
 from rlens_jax.engine.programs import Programs, States
 from rlens_jax.engine.schedule import StoredStates, first_layer
 from rlens_jax.plan import Plan

@@ -1,6 +1,5 @@
 """The start of a run: model files, samples, JAX, the identity of the work, its journal, and the model on its mesh."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from rlens_jax.data.splits import Splits, load_splits, samples_hash
 from rlens_jax.engine.inputs import Split, build_split, own_samples
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.sizes import Shapes, device_bytes, fitting_batch_size
-from rlens_jax.errors import UserError
+from rlens_jax.engine.startup import CompilationCounter, start_jax
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.models.prompt import Preparer
@@ -29,46 +28,6 @@ from rlens_jax.plan import Reduction
 from rlens_jax.resources import cache_folder
 from rlens_jax.search.journal import Journal
 from rlens_jax.sharding.mesh import check_fits, make_mesh
-
-_CACHE_MISS = "/jax/compilation_cache/cache_misses"
-
-
-class CompilationCounter:
-    """Counts the programs that XLA compiled, without those that the persistent cache had."""
-
-    def __init__(self) -> None:
-        self._events: Counter[str] = Counter()
-        jax.monitoring.register_event_listener(lambda event, **_: self._events.update([event]))
-
-    @property
-    def compiled(self) -> int:
-        return self._events[_CACHE_MISS]
-
-
-def start_jax(matmul_precision: str, compilation_cache: Path) -> CompilationCounter:
-    """Set matmul precision and compilation cache, and check that JAX has a device.
-
-    Raises:
-        UserError: there is no usable device, or the cache folder cannot be created.
-    """
-    try:
-        compilation_cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{compilation_cache}: the compilation cache cannot be created ({error.strerror}); "
-            "choose another folder with --compute.compilation_cache"
-        ) from None
-    jax.config.update("jax_default_matmul_precision", matmul_precision)
-    jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
-    # Small programs too, so that a restart compiles nothing.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    try:
-        jax.devices()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"JAX finds no usable device ({reason}); set JAX_PLATFORMS=cpu to compute on the CPU") from None
-    return CompilationCounter()
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ import jax
 import numpy as np
 
 from rlens_jax.console import Progress, say
+from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.deployed_model import DeployedModel, load
-from rlens_jax.engine.inputs import FILLER, Batch, Split
+from rlens_jax.engine.inputs import Batch, Split
 from rlens_jax.engine.session import ModelFolder
+from rlens_jax.engine.startup import start_jax
 from rlens_jax.engine.timing import time_side_by_side
 from rlens_jax.evaluation.answers import Answers, LoggedAnswer, write_predictions
 from rlens_jax.evaluation.datasets import Dataset, load_datasets
@@ -54,6 +56,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     Raises:
         UserError: bad input of any kind; among them a folder that belongs to another model, plan or data.
     """
+    start_jax("highest", cache_folder() / "compiled")
     # Checks that need no weights come first.
     folder = ModelFolder.find(config.model, Processes())
     config.plan.validate(folder.kind.config.decoder.num_layers)

@@ -15,8 +15,9 @@ import numpy as np
 
 from rlens_jax.config import RunConfig
 from rlens_jax.data.samples import Sample, load_image
+from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.evaluator import Evaluator
-from rlens_jax.engine.inputs import FILLER, Split, build_split
+from rlens_jax.engine.inputs import Split, build_split
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import Generating, Scoring, TeacherForcing
 from rlens_jax.engine.session import LoadedModel, Session, encode_splits, load, start
@@ -49,15 +50,20 @@ class Clock:
         self.phase, self.began = phase, now
 
 
-def run(config: RunConfig, processes: Processes) -> Results:
-    """Search, compare on held-out samples, time, and write all results to `config.output`.
+def rank(config: RunConfig, processes: Processes | None = None) -> Results:
+    """Rank layers: search, compare on held-out samples, time, and write all results to `config.output`.
 
     Evaluations in the journal of that folder are not made again. Each process prepares its share of the samples, all of them
     decide alike, and process 0 writes.
 
+    Args:
+        config: the configuration of the run.
+        processes: the processes of the run, if it has several.
+
     Raises:
         UserError: bad input of any kind.
     """
+    processes = processes or Processes()
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), Clock("data")
     output, compute, search, report = Path(config.output), config.compute, config.search, config.report
     forced = search.objective == "teacher_forced"

@@ -9,7 +9,7 @@ from rlens_jax.engine.session import ModelFolder, Session, load
 from rlens_jax.errors import UserError
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.plan import Plan, Reduction
-from rlens_jax.search.journal import Record
+from rlens_jax.search.record import Record
 
 ALONE = Processes()
 DATA = DataConfig(validation_samples=1, test_samples=1)

@@ -12,8 +12,9 @@ from PIL import Image
 
 from rlens_jax.checkpoints.leaves import place
 from rlens_jax.data.samples import Sample
+from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.evaluator import Outcomes
-from rlens_jax.engine.inputs import FILLER, Split, build_split
+from rlens_jax.engine.inputs import Split, build_split
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.sizes import Shapes
 from rlens_jax.families import qwen2_vl

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.data.samples import Sample
-from rlens_jax.engine.inputs import FILLER, build_split
+from rlens_jax.engine.batches import FILLER
+from rlens_jax.engine.inputs import build_split
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.sizes import Shapes
 from rlens_jax.errors import UserError

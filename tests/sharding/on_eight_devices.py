@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.evaluator import Evaluator
-from rlens_jax.engine.inputs import FILLER, Split
+from rlens_jax.engine.inputs import Split
 from rlens_jax.engine.model_programs import ROWS
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import Generating, TeacherForcing
@@ -17,7 +18,8 @@ from rlens_jax.models.prompt import IGNORE
 from rlens_jax.models.pruned import run_prompt
 from rlens_jax.plan import OPERATORS, Plan
 from rlens_jax.pruning import FastV, Pruning
-from rlens_jax.search.journal import Journal, Key
+from rlens_jax.search.journal import Journal
+from rlens_jax.search.record import Key
 from rlens_jax.search.search import Ranking, rank_layers
 from tests.engine.toy import LAYERS, score, toy_programs, toy_split, words
 

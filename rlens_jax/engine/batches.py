@@ -1,22 +1,29 @@
-"""Images to visual tokens: prepared images of equal shapes are stacked and go through the vision tower together."""
+"""Batches that all processes fill together: images for the vision tower, and rows of prompts for the decoder."""
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from rlens_jax.engine.model_programs import ModelPrograms
-from rlens_jax.models.prompt import PreparedImage
-from rlens_jax.sharding.mesh import local_rows
+from rlens_jax.layout import Bucket
+from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate
+from rlens_jax.sharding.mesh import groups_of, local_rows
+from rlens_jax.sharding.model_axis import WORK
 
 Gather = Callable[[Any], list[Any]]
 """Every process's value, in the order of the processes."""
 
 ENCODED_PATCHES = 16384
 """Max patches that a work group encodes together (our decision): more are not faster, and attention among them takes memory."""
+
+
+FILLER = -1
+"""The sample number of rows that only fill a batch."""
 
 
 def images_together(batch_size: int, patches: int) -> int:
@@ -96,3 +103,60 @@ class Encoder:
         tokens = local_rows(self._programs.encode(*stacked))
         for (sample, place, image), rows in zip(images, tokens, strict=False):
             self._encoded[sample][place] = rows[: image.tokens.count].copy()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt, and the number of its sample in the split."""
+
+    sample: int
+    prompt: Prompt
+
+
+def count_tokens(rows: Sequence[Row], count: int, gather: Gather) -> tuple[np.ndarray, np.ndarray]:
+    """Text and visual tokens of all samples, on every process."""
+    num_text, num_visual = np.zeros(count, int), np.zeros(count, int)
+    for counts in gather([[row.sample, row.prompt.num_text, row.prompt.num_visual] for row in rows]):
+        for sample, text, visual in counts:
+            num_text[sample] = max(num_text[sample], text)
+            num_visual[sample] = visual
+    return num_text, num_visual
+
+
+def batches_of_all(
+    by_bucket: Mapping[Bucket, Sequence[Row]], batch_size: int, mesh: Mesh, gather: Gather
+) -> list[tuple[Bucket, tuple[bool, ...]]]:
+    """The bucket of every batch of the split, in the same order on every process, and which groups have rows in it."""
+    counts = gather([[bucket.visual, bucket.text, len(rows)] for bucket, rows in by_bucket.items()])
+    rows_of = [{Bucket(text, visual): count for visual, text, count in process} for process in counts]
+    buckets = {bucket for process in rows_of for bucket in process}
+    batches = []
+    for bucket in sorted(buckets, key=lambda b: (b.visual, b.text)):
+        blocks = np.zeros(mesh.shape[WORK], int)
+        """How many batches of the bucket each group has rows in."""
+        for process, num_rows in enumerate(rows_of):
+            groups = groups_of(mesh, process)
+            for block in range(-(-num_rows.get(bucket, 0) // batch_size)):
+                blocks[groups[block % len(groups)]] = block // len(groups) + 1
+        batches += [(bucket, tuple((blocks > step).tolist())) for step in range(blocks.max())]
+    return batches
+
+
+def packed_rows(
+    chunk: Sequence[Row],
+    size: int,
+    visual: Mapping[int, np.ndarray],
+    bucket: Bucket,
+    answer_slots: int,
+    programs: ModelPrograms,
+) -> tuple[PromptBatch, np.ndarray]:
+    """This process's rows of a batch, filled up to `size` rows: the prompts, and the visual tokens [size, P, D]."""
+    axes = len(programs.config.rope_sections)
+    filler = Prompt(np.zeros(1, np.int32), np.zeros(1, bool), np.zeros((axes, 1), np.int32), 1, 0)
+    room = size - len(chunk)
+    prompts = [*(row.prompt for row in chunk), *[filler] * room]
+    samples = [*(row.sample for row in chunk), *[FILLER] * room]
+    packed = np.zeros((size, bucket.visual, programs.config.width), programs.dtype)
+    for place, row in enumerate(chunk):
+        packed[place, : len(visual[row.sample])] = visual[row.sample]
+    return collate(prompts, samples, bucket, answer_slots), packed
