@@ -1,1 +1,1 @@
-"""The embedded model and how it was trained."""
+"""The embedded model: its files, its training and its measurements."""

@@ -1,7 +1,6 @@
-"""Training batches for the embedded model: pages as patches, and lessons, many questions about a page in one sequence.
+"""Training batches of the embedded model: pages as patches, and lessons, which are many questions about a page in one sequence.
 
-Every question of a lesson sees the page and itself only, so one look at a page teaches many first questions.
-Axis letters: A micro-batches, B samples, X text slots, P visual slots, J patches, C numbers of a patch.
+A question of a lesson attends to the page and to itself only, so one pass over a page trains many questions.
 """
 
 import itertools
@@ -13,59 +12,59 @@ import numpy as np
 from jaxtyping import Array
 
 from rlens_jax.data.pages import CELL, INKS, Page, Question, make_page, make_question, transcription
-from rlens_jax.demo.processor import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
+from rlens_jax.demo.demo_model import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 from rlens_jax.families.qwen2_vl.preparer import patch_places, rope_positions
 from rlens_jax.layout import Bucket, TokenLayout, pack_layout, pack_rows
 from rlens_jax.models.prompt import IGNORE
 from rlens_jax.pytrees import pytree
 
 VALUES = (*map(str, range(10)), *INKS)
-"""What a cell can hold: a digit, and an ink."""
+"""Possible contents of a cell: digits, then inks."""
 Cells = tuple[tuple[int, int], ...]
 BUCKET = Bucket(text=256, visual=128)
 QUESTIONS = 15
 SHARES = {"pages_read": 0.25, "pages_compare": 0.4, "pages_yesno": 0.35}
-"""How often the questions of each dataset are asked: what is harder to learn more often."""
+"""Shares of the questions by dataset; harder ones are more frequent."""
 READING_STEPS = 600
-"""For so many steps many pages are read aloud as a whole, which is what makes learning start at all."""
+"""Number of first steps in which many pages are also transcribed as a whole; without them learning does not start."""
 
 
 def transcribed_share(step: int) -> float:
-    """Share of the pages that are also read as a whole, before the step counted from 0."""
+    """Share of the pages that are also transcribed as a whole, in a step counted from 0."""
     return 0.4 if step < READING_STEPS else 0.05
 
 
 @pytree
 class TrainBatch:
-    """One batch, as arrays [B, ...] (stacked micro-batches [A, B, ...] on their way to the device)."""
+    """One micro-batch as arrays [B, ...], or all micro-batches of a step, stacked, as arrays [micro, B, ...]."""
 
     text_ids: Array | np.ndarray
     """int32 [B, X]."""
     targets: Array | np.ndarray
-    """int32 [B, X]: the next token where it belongs to an answer, `IGNORE` elsewhere."""
-    looks: Array | np.ndarray
-    """bool [B, X, P]: the last corners of the cells that the next answer token depends on."""
+    """int32 [B, X]: the next token if it belongs to an answer, else `IGNORE`."""
+    relevant: Array | np.ndarray
+    """bool [B, X, P]: the last visual tokens of the cells on which the next answer token depends."""
     segments: Array | np.ndarray
-    """int32 [B, T], packed: 0 for the page, then the number of the question."""
+    """int32 [B, T], packed: 0 for the page, 1, 2, ... for the questions."""
     layout: TokenLayout
     rope: Array | np.ndarray
     """int32 [B, 3, T], packed."""
     patches: Array | np.ndarray
-    """float32 [B, J, C]."""
+    """float32 [B, J, c]."""
     places: Array | np.ndarray
     """int32 [B, J, 2]."""
     num_patches: Array | np.ndarray
     """int32 [B]."""
     cells: Array | np.ndarray
-    """int32 [B, P, 4]: digit, ink, row and column of the cell whose last corner a visual token is, else `IGNORE`."""
-    found: Array | np.ndarray
-    """float32 [B, X, 14]: shares of each digit and each ink in the cells that the next answer token depends on."""
+    """int32 [B, P, 4]: digit, ink, row and column of a cell at its last visual token, `IGNORE` at the others."""
+    contents: Array | np.ndarray
+    """float32 [B, X, 14]: shares of each digit and each ink in the cells on which the next answer token depends."""
     values: Array | np.ndarray
-    """int32 [B, X]: the digit or ink (10 and up) that the question names where its answer is due, else `IGNORE`."""
+    """int32 [B, X]: digit or ink (10 and up) in the question, at the token before its answer, else `IGNORE`."""
 
 
 def make_patches(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [h, w, 3] to float32 [J, C] in merge order, as Hugging Face's image processor does it (tested equal)."""
+    """Cut uint8 [height, width, 3] into float32 [J, c] in merge order, equal to Hugging Face's image processor (tested)."""
     rows, columns = (side // PATCH_SIZE for side in pixels.shape[:2])
     m, p = MERGE_SIZE, PATCH_SIZE
     x = (pixels.astype(np.float32) / 255 - 0.5) / 0.5
@@ -75,17 +74,14 @@ def make_patches(pixels: np.ndarray) -> np.ndarray:
 
 
 def cell_corners(page: Page) -> np.ndarray:
-    """int [rows, columns]: the ordinal of each cell's last (bottom right) visual token."""
+    """int [rows, columns]: ordinal of the last (bottom right) visual token of each cell."""
     side = CELL // (PATCH_SIZE * MERGE_SIZE)
     rows, columns = page.digits.shape
     return np.arange(rows * columns * side**2).reshape(rows, side, columns, side)[:, -1, :, -1]
 
 
 def cell_labels(page: Page) -> np.ndarray:
-    """int32 [visual tokens, 4]: digit, ink, row and column at the last (bottom right) visual token of each cell.
-
-    All other tokens hold `IGNORE`.
-    """
+    """int32 [P, 4]: digit, ink, row and column at the last visual token of each cell, `IGNORE` at the others."""
     side = CELL // (PATCH_SIZE * MERGE_SIZE)
     rows, columns = page.digits.shape
     labels = np.full((rows, side, columns, side, 4), IGNORE, np.int32)
@@ -96,17 +92,17 @@ def cell_labels(page: Page) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Lesson:
-    """A page and many questions about it, each asked as if it were the only one: it sees the page and itself.
+    """A page and many questions about it. Each question attends to the page and to itself only.
 
     Attributes:
         token_ids: int32 [T].
-        targets: int32 [T], the next token where it belongs to an answer, else `IGNORE`.
+        targets: int32 [T], the next token if it belongs to an answer, else `IGNORE`.
         is_visual: bool [T].
-        segments: int32 [T], 0 for the page and what stands before it, then 1, 2, ... a question.
+        segments: int32 [T], 0 for the page and the text before it, 1, 2, ... for the questions.
         rope: int32 [T, 3]; every question starts right after the page.
-        looks: bool [T, P], where a token is to be answered next: the last corners of the cells that one must look at.
-        found: float32 [T, 14], shares of each digit and each ink in these cells; zeros where there are none.
-        values: int32 [T], index into `VALUES` of what the question names, where its answer is due, else `IGNORE`.
+        relevant: bool [T, P], the last visual tokens of the cells on which the next answer token depends.
+        contents: float32 [T, 14], shares of each digit and each ink in these cells; zeros without such cells.
+        values: int32 [T], index into `VALUES` of the value in the question, at the token before its answer, else `IGNORE`.
     """
 
     token_ids: np.ndarray
@@ -114,13 +110,13 @@ class Lesson:
     is_visual: np.ndarray
     segments: np.ndarray
     rope: np.ndarray
-    looks: np.ndarray
-    found: np.ndarray
+    relevant: np.ndarray
+    contents: np.ndarray
     values: np.ndarray
 
 
 def make_lesson(page: Page, questions: list[Question], tokens: Mapping[str, int], budget: int) -> Lesson:
-    """The lesson of a page; questions that would take more than `budget` text tokens are left out."""
+    """The lesson of a page; questions that do not fit into `budget` text tokens are left out."""
     grid = (page.pixels.shape[0] // PATCH_SIZE, page.pixels.shape[1] // PATCH_SIZE)
     num_visual = grid[0] * grid[1] // MERGE_SIZE**2
     start = [tokens[t] for t in ("<|im_start|>", "user", "\n", "<|vision_start|>")]
@@ -128,7 +124,7 @@ def make_lesson(page: Page, questions: list[Question], tokens: Mapping[str, int]
     is_page = np.array(ids) == tokens["<|image_pad|>"]
     page_rope, following = rope_positions(is_page, [grid], MERGE_SIZE)
     corners = cell_corners(page)
-    looked: list[Cells] = [()] * len(ids)
+    cells: list[Cells] = [()] * len(ids)
     targets, segments, ropes = [IGNORE] * len(ids), [0] * len(ids), [page_rope.T]
     values = [IGNORE] * len(ids)
     for number, question in enumerate(questions, 1):
@@ -140,7 +136,7 @@ def make_lesson(page: Page, questions: list[Question], tokens: Mapping[str, int]
             continue
         ids += turn
         targets += [*[IGNORE] * (len(ask) - 1), *answer]
-        looked += [*[()] * (len(ask) - 1), *question.places, ()]
+        cells += [*[()] * (len(ask) - 1), *question.places, ()]
         values += [IGNORE] * len(turn)
         if question.value is not None:
             values[-len(answer)] = VALUES.index(question.value)
@@ -152,14 +148,14 @@ def make_lesson(page: Page, questions: list[Question], tokens: Mapping[str, int]
         np.array(ids, np.int32) == tokens["<|image_pad|>"],
         np.array(segments, np.int32),
         np.concatenate(ropes),
-        np.array([np.isin(np.arange(num_visual), [corners[cell] for cell in cells]) for cells in looked]),
-        np.stack([_shares(page, cells) for cells in looked]),
+        np.array([np.isin(np.arange(num_visual), [corners[cell] for cell in places]) for places in cells]),
+        np.stack([_shares(page, places) for places in cells]),
         np.array(values, np.int32),
     )
 
 
 def _shares(page: Page, cells: Cells) -> np.ndarray:
-    """float32 [14]: shares of each of `VALUES` in these cells; digits sum to 1 and inks to 1, or all are 0."""
+    """float32 [14]: shares of each of `VALUES` in these cells; digits and inks each sum to 1, or all are 0."""
     counts = np.zeros(len(VALUES), np.float32)
     for cell in cells:
         counts[page.digits[cell]] += 1
@@ -168,7 +164,7 @@ def _shares(page: Page, cells: Cells) -> np.ndarray:
 
 
 def make_batch(rng: np.random.Generator, size: int, tokens: Mapping[str, int], transcribed: float) -> TrainBatch:
-    """A fresh batch of augmented training pages, a share of them also read as a whole."""
+    """Draw a batch of augmented training pages; a share `transcribed` of them is also transcribed as a whole."""
     num_slots = BUCKET.visual * MERGE_SIZE**2
     lessons, cells = [], []
     patches = np.zeros((size, num_slots, 3 * TEMPORAL_PATCH_SIZE * PATCH_SIZE**2), np.float32)
@@ -189,13 +185,13 @@ def make_batch(rng: np.random.Generator, size: int, tokens: Mapping[str, int], t
     layout = pack_layout([lesson.is_visual for lesson in lessons], BUCKET, range(size))
     return TrainBatch(
         text_ids=pack_rows([lesson.token_ids for lesson in lessons], layout)[:, : BUCKET.text],
-        # Empty slots are filled with 0, which must come to mean IGNORE.
+        # Empty slots are filled with 0, which must become IGNORE.
         targets=pack_rows([lesson.targets - IGNORE for lesson in lessons], layout)[:, : BUCKET.text] + IGNORE,
         segments=pack_rows([lesson.segments for lesson in lessons], layout),
         layout=layout,
-        found=pack_rows([lesson.found for lesson in lessons], layout)[:, : BUCKET.text],
+        contents=pack_rows([lesson.contents for lesson in lessons], layout)[:, : BUCKET.text],
         values=pack_rows([lesson.values - IGNORE for lesson in lessons], layout)[:, : BUCKET.text] + IGNORE,
-        looks=pack_rows([lesson.looks for lesson in lessons], layout)[:, : BUCKET.text],
+        relevant=pack_rows([lesson.relevant for lesson in lessons], layout)[:, : BUCKET.text],
         rope=pack_rows([lesson.rope for lesson in lessons], layout).transpose(0, 2, 1),
         patches=patches,
         places=places,
@@ -205,9 +201,9 @@ def make_batch(rng: np.random.Generator, size: int, tokens: Mapping[str, int], t
 
 
 def batches(seed: int, start: int, micro_batches: int, size: int, tokens: Mapping[str, int]) -> Iterator[TrainBatch]:
-    """Endless training batches [A, B, ...] from step `start` on, counted from 0.
+    """Endless training batches [micro, B, ...] from step `start` on, counted from 0.
 
-    The one of a step depends on seed and step only, so a resumed run goes on alike.
+    A batch depends on seed and step only, so a resumed run continues with the same batches.
     """
     for step in itertools.count(start):
         rng = np.random.default_rng((seed, step))

@@ -1,8 +1,8 @@
-"""What the embedded model can do: `python -m rlens_jax.demo.measure [MODEL] [--samples 200] [--json FILE]`.
+"""Measure the embedded model: `python -m rlens_jax.demo.measure [MODEL] [--samples 200] [--json FILE]`.
 
-On held-out samples of each dataset of pages: exact match (teacher forced, which is what greedy decoding would answer), the same
-with every sample's image exchanged for the next one's, the share of the commonest answer, and what skipping any one layer
-costs. A model worth ranking reads its images, and needs its layers.
+For held-out samples of each dataset of pages: exact match (teacher forced, equal to greedy decoding), exact match with the image
+of another sample, the share of the most frequent answer, and exact match without each single layer. They show whether the model
+reads its images and needs its layers.
 """
 
 from collections import Counter
@@ -20,11 +20,11 @@ PATCH_SLOTS, TEXT_SLOTS, VISUAL_SLOTS, BATCH = 512, 48, 128, 16
 
 
 def measure(model: str, samples: int) -> dict[str, Any]:
-    """All shares, as the JSON file has them.
+    """Measure a model; returns the content of the JSON file.
 
     Args:
-        model: a model folder or the name of an embedded one.
-        samples: held-out samples of each dataset.
+        model: a model folder, or "embedded".
+        samples: number of held-out samples per dataset.
     """
     import jax
     import jax.numpy as jnp
@@ -60,7 +60,7 @@ def measure(model: str, samples: int) -> dict[str, Any]:
 
     by_dataset = [read_pages(name, "test", cache_folder() / "data" / "pages", samples) for name in DATASETS]
     shapes = Shapes((TEXT_SLOTS,), (VISUAL_SLOTS,), BATCH, kind.config.decoder.context)
-    asked, swapped = (
+    plain, swapped = (
         build_split(rows, preparer, programs, shapes, True)
         for rows in (
             [sample for rows in by_dataset for sample in rows],
@@ -72,31 +72,31 @@ def measure(model: str, samples: int) -> dict[str, Any]:
         )
     )
     say("dense ...")
-    own = accuracy(asked, None)
+    dense = accuracy(plain, None)
     results: dict[str, Any] = {
         "schema": "rlens-embedded/1",
-        "samples": {name: len(members) for name, members in asked.datasets.items()},
-        "accuracy": {**own, "overall": sum(own.values()) / len(own)},
+        "samples": {name: len(members) for name, members in plain.datasets.items()},
+        "accuracy": {**dense, "overall": sum(dense.values()) / len(dense)},
         "swapped_images": accuracy(swapped, None),
         "commonest_answer": {
-            name: max(Counter(asked.samples[i].answers[0] for i in members).values()) / len(members)
-            for name, members in asked.datasets.items()
+            name: max(Counter(plain.samples[i].answers[0] for i in members).values()) / len(members)
+            for name, members in plain.datasets.items()
         },
-        "visual_share": float(np.min(asked.num_visual / (asked.num_visual + asked.num_text))),
+        "visual_share": float(np.min(plain.num_visual / (plain.num_visual + plain.num_text))),
         "without_layer": [],
     }
     for layer in range(num_layers):
         say(f"without layer {layer} ...")
-        without = accuracy(asked, layer)
+        without = accuracy(plain, layer)
         results["without_layer"].append({**without, "overall": sum(without.values()) / len(without)})
     return results
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, measure, print."""
+    """Parse options, measure, print."""
     parser = ArgumentParser("python -m rlens_jax.demo.measure", __doc__)
     parser.add_argument("model", nargs="?", default="embedded", help="model folder")
-    parser.add_argument("--samples", type=int, default=200, help="held-out samples of each dataset")
+    parser.add_argument("--samples", type=int, default=200, help="number of held-out samples per dataset")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args(arguments)
     results = measure(options.model, options.samples)

@@ -1,9 +1,9 @@
 """Train the embedded model: `python -m rlens_jax.demo.train --output DIR` (our decision; one to two hours on two cores).
 
-The loss is that of the answers, plus, while training, auxiliary ones without which nothing but the language prior is learned in
-reasonable time: an early layer must tell what each cell holds and where it is, one attention head must look at the cells that an
-answer depends on, and a later layer must know what they hold and which value the question names. The classifiers are dropped
-afterwards. Kill the run at any moment: it goes on from its last checkpoint.
+The loss is the cross-entropy of the answers plus auxiliary losses. Without these, only the language prior is learned in
+reasonable time. An early layer must predict content and place of each cell, one attention head must attend to the cells on which
+an answer depends, and a later layer must predict the contents of these cells and the value in the question. The auxiliary
+classifiers are not part of the trained model. A killed run continues from its last checkpoint.
 """
 
 import json
@@ -27,9 +27,7 @@ from jaxtyping import Array, Float, PyTree
 from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.console import ArgumentParser, run_command
 from rlens_jax.demo.batches import VALUES, TrainBatch, batches
-from rlens_jax.demo.card import MODEL_CARD
-from rlens_jax.demo.demo_model import embedded_config
-from rlens_jax.demo.processor import END_OF_TURN, TOKENS, write_processor
+from rlens_jax.demo.demo_model import END_OF_TURN, TOKENS, embedded_config, write_processor
 from rlens_jax.families import qwen2_vl
 from rlens_jax.families.hf_config import ConfigReader
 from rlens_jax.families.qwen2_vl.model import read_config
@@ -41,13 +39,13 @@ from rlens_jax.ops.attention import MASKED, masked_attention
 from rlens_jax.ops.ffn import dense_ffn
 
 CELL_LAYERS = 3
-"""The auxiliary loss looks at the states after this many decoder layers, so that they, too, learn to read."""
+"""Number of decoder layers before the classifiers of the cells, so that these layers learn to read too."""
 CELL_WEIGHT = 0.3
 POINTING_LAYER, POINTING_WEIGHT = 6, 0.3
-"""One head of this layer is told where to look for each word of an answer: evenly at all cells it depends on."""
+"""Layer whose first head is trained to attend evenly to all cells on which the next answer token depends."""
 CELL_LABELS = {"digit": 10, "ink": 4, "row": 8, "column": 8}
-FOUND_LAYERS = 9
-"""After so many layers, what the cell asked for holds must be known where the answer is given."""
+CONTENT_LAYERS = 9
+"""Number of decoder layers before the classifiers of the contents of these cells."""
 SEED = 2501_19036
 MICRO_BATCHES, MICRO_BATCH = 2, 8
 STEPS, HOLD_UNTIL, WARMUP = 4640, 4320, 100
@@ -55,19 +53,52 @@ LEARNING_RATE = 1.2e-3
 CLIP = 1.0
 SAVE_EVERY, LOG_EVERY = 100, 10
 END = TOKENS.index(END_OF_TURN)
+MODEL_CARD = """\
+---
+license: apache-2.0
+pipeline_tag: image-text-to-text
+library_name: transformers
+---
+
+# rlens_jax embedded model
+
+A Qwen2-VL of 12 decoder layers, width 128, made to try RedundancyLens on a laptop: `python -m rlens_jax.rank` uses it when
+no other model is named. It reads pages of handwritten digits (32 cells of 16 x 16 pixels in a grid of 4 x 8 or 8 x 4, four
+inks) and answers questions such as `digit at row 3 column 5 ?`, `largest digit of row 2 ?`, `is there a 7 in row 4 ?`. It knows
+54 words and nothing else; it says something about the method, little about large models. What it can do, and what every one of
+its layers is worth, is measured by `python -m rlens_jax.demo.measure`.
+
+## How it was made
+
+`python -m rlens_jax.demo.train --output DIR` in the rlens_jax repository, on two CPU cores, from random weights, seed in the
+code; `training_log.jsonl` is its log. While training, auxiliary classifiers read what a cell holds, what the cells asked for
+hold, and which value a question names, and one attention head is told where to look; none of that is part of the model.
+
+The published weights are one line of checkpoints of this command, but not one undisturbed run of it: the command was improved
+while it ran, and training went on from the last checkpoint each time. Questions asked in parallel came in about step 1200, the
+head that is told where to look about step 1400 (looking evenly at all cells: step 4200), classifiers of inks and of the cells
+asked for at steps 2600 and 3300, more questions a page at step 3800, and the mix of questions changed at steps 3800 to 4300. A
+run from scratch with the command as it is now has these from its first step; it was not made in full.
+
+## Data and licences
+
+The handwritten digits are the 1797 images of the UCI "Optical Recognition of Handwritten Digits" test set (E. Alpaydin,
+C. Kaynak, 1998; CC BY 4.0) as scikit-learn ships them (`sklearn.datasets.load_digits`, BSD-3-Clause). 1297 of them were used
+for training, 250 each for validation and test. Pages, questions and weights are released under Apache-2.0.
+"""
 
 
 class CellHeads(nnx.Module):
-    """The auxiliary classifiers of the training, of a cell and of the cell asked for; not part of the model."""
+    """Auxiliary classifiers: of each cell, of the cells on which an answer depends, and of the value in the question."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.cell = nnx.List([nnx.Linear(width, kinds, rngs=rngs) for kinds in CELL_LABELS.values()])
-        self.found_digit, self.found_ink = nnx.Linear(width, 10, rngs=rngs), nnx.Linear(width, 4, rngs=rngs)
+        self.digit, self.ink = nnx.Linear(width, 10, rngs=rngs), nnx.Linear(width, 4, rngs=rngs)
         self.value = nnx.Linear(width, len(VALUES), rngs=rngs)
 
 
 def cross_entropy(logits: Float[Array, "*n V"], labels: Array | np.ndarray) -> tuple[Array, Array, Array]:
-    """Sum of losses, of right answers, and count, over the labels that are not `IGNORE`."""
+    """Sum of losses, number of correct predictions and number of labels, over the labels that are not `IGNORE`."""
     counts = labels != IGNORE
     safe = jnp.where(counts, labels, 0)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, safe)
@@ -76,16 +107,16 @@ def cross_entropy(logits: Float[Array, "*n V"], labels: Array | np.ndarray) -> t
 
 
 def shares_entropy(logits: Float[Array, "*n V"], shares: Array | np.ndarray) -> tuple[Array, Array]:
-    """Mean divergence of the softmax from given shares, and mean share of the likeliest, over rows that have any."""
+    """Mean divergence of the softmax from `shares`, and mean share of its argmax, over rows with nonzero shares."""
     counts = shares.any(axis=-1)
     total = jnp.maximum(1.0, counts.sum(dtype=shares.dtype))
-    surprise = jnp.where(shares > 0, shares * (jnp.log(jnp.maximum(shares, 1e-9)) - jax.nn.log_softmax(logits)), 0.0)
+    divergence = jnp.where(shares > 0, shares * (jnp.log(jnp.maximum(shares, 1e-9)) - jax.nn.log_softmax(logits)), 0.0)
     best = jnp.take_along_axis(shares, logits.argmax(-1, keepdims=True), axis=-1)
-    return jnp.where(counts, surprise.sum(-1), 0.0).sum() / total, best.sum() / total
+    return jnp.where(counts, divergence.sum(-1), 0.0).sum() / total, best.sum() / total
 
 
-def forward(decoder: Decoder, x: Array, batch: TrainBatch, layers: slice) -> Array:
-    """Some layers of the dense decoder, with every question of a lesson seeing the page and itself only."""
+def run_layers(decoder: Decoder, x: Array, batch: TrainBatch, layers: slice) -> Array:
+    """Run some layers of the dense decoder; each question of a lesson attends to the page and to itself only."""
     slots = batch.layout.slots
     question, key = batch.segments[:, :, None], batch.segments[:, None, :]
     mask = visible(slots, slots, None) & ((key == 0) | (key == question))
@@ -102,10 +133,10 @@ def forward(decoder: Decoder, x: Array, batch: TrainBatch, layers: slice) -> Arr
 
 
 def pointing(decoder: Decoder, x: Array, batch: TrainBatch) -> tuple[Array, Array]:
-    """How well one head of a layer, given the states before it, looks at the cells an answer depends on.
+    """How well the first head of `POINTING_LAYER` attends to the relevant cells; `x` are the states before that layer.
 
-    Returns the mean divergence of its attention to the page from an even look at each of these cells (one that looks at a
-    single cell of two would do for the share alone), and the mean share of its attention that falls on them.
+    Returns the mean divergence of its attention to the page from an even attention to the relevant cells (the share alone
+    would be satisfied by one of two cells), and the mean share of its attention to the page that is on these cells.
     """
     graph, stack = nnx.split(decoder.layers)
     layer = nnx.merge(graph, jax.tree.map(lambda p: p[POINTING_LAYER], stack))
@@ -115,28 +146,28 @@ def pointing(decoder: Decoder, x: Array, batch: TrainBatch) -> tuple[Array, Arra
     scores = jnp.einsum("BXH,BPH->BXP", q[:, 0, :num_text], k[:, 0, num_text:]) * decoder.config.head_dim**-0.5
     is_token = jnp.arange(scores.shape[2])[None, None] < num_visual[:, None, None]
     attention = jax.nn.log_softmax(jnp.where(is_token, scores, MASKED), axis=-1)
-    cells = batch.looks.sum(axis=-1, dtype=scores.dtype)
+    cells = batch.relevant.sum(axis=-1, dtype=scores.dtype)
     each = jnp.maximum(1.0, cells)
-    divergence = -jnp.where(batch.looks, attention, 0.0).sum(axis=-1) / each - jnp.log(each)
-    share = jnp.where(batch.looks, jnp.exp(attention), 0.0).sum(axis=-1)
+    divergence = -jnp.where(batch.relevant, attention, 0.0).sum(axis=-1) / each - jnp.log(each)
+    share = jnp.where(batch.relevant, jnp.exp(attention), 0.0).sum(axis=-1)
     count = jnp.maximum(1.0, (cells > 0).sum(dtype=scores.dtype))
     return divergence.sum() / count, share.sum() / count
 
 
 def losses(model: VisionLanguageModel, heads: CellHeads, batch: TrainBatch) -> tuple[Array, dict[str, Array]]:
-    """Loss of one micro-batch, and what the log shows."""
+    """Loss of one micro-batch, and the values for the log."""
     decoder = model.decoder
     visual = model.vision(batch.patches, batch.places, batch.num_patches)
-    middle = forward(decoder, decoder.embed(batch.text_ids, visual), batch, slice(0, CELL_LAYERS))
-    before = forward(decoder, middle, batch, slice(CELL_LAYERS, POINTING_LAYER))
+    middle = run_layers(decoder, decoder.embed(batch.text_ids, visual), batch, slice(0, CELL_LAYERS))
+    before = run_layers(decoder, middle, batch, slice(CELL_LAYERS, POINTING_LAYER))
     pointing_loss, pointed = pointing(decoder, before, batch)
-    after = forward(decoder, before, batch, slice(POINTING_LAYER, FOUND_LAYERS))
-    last = forward(decoder, after, batch, slice(FOUND_LAYERS, None))
+    after = run_layers(decoder, before, batch, slice(POINTING_LAYER, CONTENT_LAYERS))
+    last = run_layers(decoder, after, batch, slice(CONTENT_LAYERS, None))
     num_text = batch.text_ids.shape[1]
     read = [cross_entropy(head(middle[:, num_text:]), batch.cells[:, :, axis]) for axis, head in enumerate(heads.cell)]
     due = after[:, :num_text]
-    found_digit, digits_found = shares_entropy(heads.found_digit(due), batch.found[:, :, :10])
-    found_ink, inks_found = shares_entropy(heads.found_ink(due), batch.found[:, :, 10:])
+    found_digit, digits_found = shares_entropy(heads.digit(due), batch.contents[:, :, :10])
+    found_ink, inks_found = shares_entropy(heads.ink(due), batch.contents[:, :, 10:])
     value_loss, values_right, values = cross_entropy(heads.value(due), batch.values)
     logits = decoder.logits(last[:, :num_text])
     answer_loss, _, answers = cross_entropy(logits, batch.targets)
@@ -155,7 +186,7 @@ def losses(model: VisionLanguageModel, heads: CellHeads, batch: TrainBatch) -> t
 
 
 def calm(model: VisionLanguageModel) -> None:
-    """Initialise for depth, in place: embeddings of unit scale beside branches whose outputs are scaled by (2 L)^-1/2."""
+    """Rescale initial weights for depth, in place: embeddings to unit scale, outputs of the branches by (2 L)^-1/2."""
     decoder = model.decoder
     scale = (2 * decoder.config.num_layers) ** -0.5
     for kernel in (decoder.layers.attention.o_proj.kernel, decoder.layers.ffn.down_proj.kernel):
@@ -164,14 +195,14 @@ def calm(model: VisionLanguageModel) -> None:
 
 
 def learning_rate() -> optax.Schedule:
-    """Warmed up, held, and lowered over the last part of the training."""
+    """Learning rate schedule: warm-up, constant, linear decay over the last steps."""
     up = optax.linear_schedule(0.0, LEARNING_RATE, WARMUP)
     down = optax.linear_schedule(LEARNING_RATE, LEARNING_RATE / 40, STEPS - HOLD_UNTIL)
     return optax.join_schedules([up, optax.constant_schedule(LEARNING_RATE), down], [WARMUP, HOLD_UNTIL])
 
 
 def make_step(graph: Any, optimizer: optax.GradientTransformation) -> Any:
-    """The jitted update: gradients are averaged over micro-batches, which CPUs run faster than one large batch."""
+    """The jitted training step; gradients are averaged over micro-batches, which CPUs run faster than one large batch."""
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(state: PyTree, optimizer_state: optax.OptState, batch: TrainBatch) -> tuple[Any, Any, dict[str, Array]]:
@@ -193,7 +224,7 @@ def make_step(graph: Any, optimizer: optax.GradientTransformation) -> Any:
 
 
 def ahead(items: Iterator[Any], depth: int = 4) -> Iterator[Any]:
-    """The same items, made in a thread while the device computes."""
+    """Yield the same items, computed in a thread while the device is busy."""
     waiting: queue.Queue[Any] = queue.Queue(depth)
 
     def fill() -> None:
@@ -201,7 +232,7 @@ def ahead(items: Iterator[Any], depth: int = 4) -> Iterator[Any]:
             for item in items:
                 waiting.put(item)
         except BaseException as error:
-            waiting.put(error)  # raised where the items are used; they would wait for a dead thread for ever
+            waiting.put(error)  # raised in the consumer, which would otherwise wait forever
 
     threading.Thread(target=fill, daemon=True).start()
     while True:
@@ -212,14 +243,14 @@ def ahead(items: Iterator[Any], depth: int = 4) -> Iterator[Any]:
 
 
 def forget_after(log_file: Path, step: int) -> None:
-    """Drop the lines of steps that are trained again, and a torn one, from a log."""
+    """Remove an incomplete line, and the lines of steps that are trained again, from a log."""
     lines = log_file.read_text(encoding="utf-8").splitlines(keepends=True) if log_file.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     log_file.write_text("".join(kept), encoding="utf-8")
 
 
 def train(folder: Path) -> None:
-    """Train in `folder`, from its last checkpoint if it has one; appends to `training_log.jsonl`."""
+    """Train in `folder`, from its last checkpoint if there is one. Appends to `training_log.jsonl`."""
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     config = read_config(ConfigReader(embedded_config(), "embedded_config()"))

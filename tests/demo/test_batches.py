@@ -14,7 +14,7 @@ from rlens_jax.demo.batches import (
     make_lesson,
     make_patches,
 )
-from rlens_jax.demo.processor import TOKENS
+from rlens_jax.demo.demo_model import TOKENS
 
 IDS = {token: number for number, token in enumerate(TOKENS)}
 
@@ -28,7 +28,7 @@ def test_patches_are_those_of_the_image_processor(page: Page, tmp_path) -> None:
     from PIL import Image
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from rlens_jax.demo.processor import write_processor
+    from rlens_jax.demo.demo_model import write_processor
 
     write_processor(tmp_path / "model")
     processor = Qwen2VLImageProcessorPil.from_pretrained(tmp_path / "model")
@@ -57,12 +57,12 @@ def test_a_lesson(page: Page) -> None:
         assert " ".join(words[own[0] : own[0] + len(question.text.split())]) == question.text
         corners = cell_corners(page)
         for place, cells in zip(predicts, question.places, strict=False):
-            np.testing.assert_array_equal(np.flatnonzero(lesson.looks[place]), [corners[c] for c in cells])
+            np.testing.assert_array_equal(np.flatnonzero(lesson.relevant[place]), [corners[c] for c in cells])
             held = {VALUES.index(str(page.digits[cells[0]])), VALUES.index(INKS[page.inks[cells[0]]])}
-            assert set(np.flatnonzero(lesson.found[place])) == held
-        assert not lesson.looks[predicts[-1]].any()
-        assert not lesson.found[own[: -len(answer)]].any()
-        assert not lesson.found[predicts[-1]].any()
+            assert set(np.flatnonzero(lesson.contents[place])) == held
+        assert not lesson.relevant[predicts[-1]].any()
+        assert not lesson.contents[own[: -len(answer)]].any()
+        assert not lesson.contents[predicts[-1]].any()
         assert (lesson.values[own] != IGNORE).sum() == 0
         # Asked as if it were the only question: right after the page.
         first_rope = lesson.rope[lesson.segments == 0].max() + 1
@@ -78,7 +78,7 @@ def test_a_lesson_tells_shares_and_values(page: Page) -> None:
     assert TOKENS[lesson.targets[due]] == "yes"
     counts = [(page.digits[1] == digit).mean() for digit in range(10)]
     counts += [(page.inks[1] == ink).mean() for ink in range(len(INKS))]
-    np.testing.assert_allclose(lesson.found[due], counts, rtol=1e-6)
+    np.testing.assert_allclose(lesson.contents[due], counts, rtol=1e-6)
 
 
 def test_too_long_questions_are_left_out(page: Page) -> None:

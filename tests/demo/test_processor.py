@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlens_jax.data.pages import VOCABULARY
-from rlens_jax.demo.processor import SPECIAL_TOKENS, TOKENS, special_ids, write_processor
+from rlens_jax.demo.demo_model import SPECIAL_TOKENS, TOKENS, special_ids, write_processor
 
 CHAT = [
     {"role": "system", "content": "the page"},
@@ -152,7 +152,7 @@ def test_whole_processor_with_torch(folder: Path):
         import numpy as np
         from PIL import Image
         from transformers import AutoProcessor
-        from rlens_jax.demo.processor import special_ids
+        from rlens_jax.demo.demo_model import special_ids
 
         processor = AutoProcessor.from_pretrained(sys.argv[1])
         assert type(processor).__name__ == "Qwen2VLProcessor"
