@@ -1,8 +1,7 @@
-"""What a prefill costs: multiply-adds of the decoder layers, dense and reduced.
+"""The cost of a prefill: multiply-adds of the decoder layers, dense and reduced.
 
-The field's convention, so that numbers can be set beside published ones: every pair of tokens counts in dense
-attention (no causal halving), norms, rotary embedding, softmax, embeddings and vision tower count nothing. It
-says nothing about time.
+Counts follow the convention of the field, so that they compare with published ones. In dense attention every pair of tokens
+counts (no causal halving). Norms, rotary embedding, softmax, embeddings and vision tower are not counted. Time is not considered.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,9 +14,9 @@ from rlens_jax.pruning import Folder, Pruning
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Widths of one decoder layer: model width D, all kv heads together K * H, FFN width F.
+    """Widths of a decoder layer: D, K * H of all kv heads, and F.
 
-    The query heads together are taken to be as wide as the model (N * H = D), as in all supported families.
+    The width of all query heads, N * H, is assumed to equal D, as in all supported families.
     """
 
     width: int
@@ -27,7 +26,7 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class PublishedDecoder:
-    """The shape of a published model's decoder: L, D, N, K, H and F, and whether the projections to q, k and v have a bias."""
+    """Sizes of a published model's decoder: L, D, N, K, H and F, and whether the projections to q, k and v have a bias."""
 
     num_layers: int
     width: int
@@ -39,7 +38,7 @@ class PublishedDecoder:
 
     @property
     def layer_sizes(self) -> LayerSizes:
-        """The widths that decide what a layer costs."""
+        """The widths that determine a layer's cost."""
         return LayerSizes(self.width, self.num_kv_heads * self.head_dim, self.ffn_width)
 
 
@@ -69,13 +68,13 @@ def layer_cost(
 
     Args:
       sizes: the layer's widths.
-      num_text: text tokens T of the sample that reach this layer.
-      num_visual: visual tokens P of the sample that reach this layer.
-      reduction: the range and the shares that a reduced layer uses. The range is counted in visual tokens, so
-        with `window="position"` and text between images this is an upper bound.
-      hollow: the layer has Hollow Attention.
-      dynamic: the layer has the Dynamic FFN.
-      with_probes: count the gate and up projections of the probes too. The field usually leaves them out.
+      num_text: text tokens in this layer.
+      num_visual: visual tokens in this layer.
+      reduction: range and shares of a reduced layer. The range is counted in visual tokens, so with
+        `window="position"` and text between images the result is an upper bound.
+      hollow: the layer uses Hollow Attention.
+      dynamic: the layer uses a Dynamic FFN.
+      with_probes: include the gate and up projections of the probes, which the field usually omits.
     """
     num_tokens = num_text + num_visual
     projections = num_tokens * 2 * sizes.width * (sizes.width + sizes.kv_width)
@@ -90,7 +89,7 @@ def layer_cost(
 
 
 def visual_in_layer(pruning: Pruning | None, num_visual: int, num_layers: int) -> list[int]:
-    """How many of a sample's `num_visual` visual tokens reach each layer. UserError when there is no such layer."""
+    """Visual tokens in each layer, from `num_visual` before pruning. UserError if the pruned layer does not exist."""
     if pruning is None:
         return [num_visual] * num_layers
     pruning.validate(num_layers)
@@ -109,8 +108,8 @@ def prefill_cost(
 ) -> int:
     """Multiply-adds of all decoder layers in the prefill of one sample.
 
-    `visual_in_layer` holds the number of visual tokens that reach each of the L layers: the same number
-    everywhere, unless tokens are pruned (function `visual_in_layer`). Other arguments as in `layer_cost`.
+    `visual_in_layer` holds the number of visual tokens in each of the L layers; they differ only after pruning (function
+    `visual_in_layer`). Other arguments as in `layer_cost`.
     """
     hollow, dynamic = plan.flags(len(visual_in_layer))
     return sum(
@@ -137,10 +136,10 @@ def saving(
     with_probes: bool,
     num_visual: int | None = None,
 ) -> float:
-    """The share of the dense prefill's multiply-adds that is saved, 0 for nothing.
+    """The share of the dense prefill's multiply-adds that plan and pruning save.
 
-    The dense model carries `num_visual` visual tokens through all layers (those of the first layer if not given: all,
-    unless some are merged before it), so what pruning saves is part of the saving. Arguments as in `prefill_cost`.
+    The dense model has `num_visual` visual tokens in all layers; None is the number in the first layer, which is correct
+    unless tokens are merged before it. Other arguments as in `prefill_cost`.
     """
     unpruned = [visual_in_layer[0] if num_visual is None else num_visual] * len(visual_in_layer)
     dense = prefill_cost(sizes, num_text, unpruned, Plan(), reduction, with_probes=with_probes)

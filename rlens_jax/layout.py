@@ -1,12 +1,9 @@
-"""Where a sample's visual tokens are: `TokenLayout`, the value every room of the project shares.
+"""Where the text and the visual tokens of a batch are: `TokenLayout`, which all parts of the project share.
 
-All decoder states are kept *packed*: a batch of bucket (X text slots, P visual slots) is one array whose first X slots hold
-the text tokens and whose last P slots hold the visual tokens of all images of the sample, each in sequence order, with
-padding only at the end of either run. A visual token's slot within its run is its *ordinal*, so visual -> visual masks are
-static bands, whatever the images of a sample look like. What precedes what is data: the sequence position of each slot.
-(Our decision, method.md "Static and exact for ragged samples".)
-
-Axis letters: B batch, X text slots, P visual slots, T = X + P packed query slots, S packed key slots.
+All decoder states are *packed*. A batch with bucket (X text slots, P visual slots) is one array of T = X + P slots: the first X
+hold the text tokens, the last P the visual tokens of all images of the sample. Both runs are in sequence order, with padding at
+their end. The slot of a visual token within its run is its *ordinal*. Visual -> visual masks are therefore static bands for any
+images. The order of text and visual tokens is data: the sequence position of each slot. (Our decision, docs/method.md.)
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,11 +21,12 @@ PADDING_POSITION = 2**30
 """Sequence position of an empty slot: later than every token, so no token sees it."""
 
 Window = Literal["ordinal", "position"]
+"""How the distance between visual tokens is counted: in visual tokens (our reading of the paper), or in all tokens."""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """A static shape: how many text and visual slots each sample of a batch has."""
+    """A static shape: numbers of text and visual slots per sample."""
 
     text: int
     visual: int
@@ -46,7 +44,7 @@ def smallest_bucket(sizes: Iterable[int], count: int) -> int | None:
 
 @pytree
 class Slots:
-    """Some slots of a batch: int32 sequence positions, and visual ordinals (-1 for text)."""
+    """Some slots of a batch: int32 sequence positions, and visual ordinals, which are -1 for text."""
 
     position: Int[Array, "B T"]
     ordinal: Int[Array, "B T"]
@@ -61,7 +59,7 @@ class TokenLayout:
     num_text: Int[Array | np.ndarray, " B"]
     num_visual: Int[Array | np.ndarray, " B"]
     sample: Int[Array | np.ndarray, " B"]
-    """A number that names the sample in the run; random probes are drawn from it."""
+    """Number of the sample in the run; it seeds random probes."""
 
     @property
     def bucket(self) -> Bucket:
@@ -92,7 +90,7 @@ class TokenLayout:
 
 
 def visible(query: Slots, key: Slots, attention_range: int | None, window: Window = "ordinal") -> Bool[Array, "B T S"]:
-    """Which keys each query sees; `attention_range` None is plain causal attention (paper, Hollow Attention).
+    """Which keys each query sees (paper, Hollow Attention).
 
     Text `t`, visual `v`, R = 2, sequence `t v v v t v t`:
 
@@ -108,8 +106,8 @@ def visible(query: Slots, key: Slots, attention_range: int | None, window: Windo
     Args:
         query: slots of the queries.
         key: slots of the keys.
-        attention_range: R, or None for dense attention.
-        window: whether distance is counted in visual ordinals (our reading of the paper) or in absolute positions.
+        attention_range: R, or None for causal attention.
+        window: how distance is counted.
     """
     later = query.position[:, :, None] - key.position[:, None, :]
     causal = later >= 0
@@ -121,14 +119,12 @@ def visible(query: Slots, key: Slots, attention_range: int | None, window: Windo
 
 
 def keep_visual(layout: TokenLayout, ordinals: Int[Array, "B kept"], num_kept: Int[Array, " B"]) -> TokenLayout:
-    """The layout of what is left when only some visual tokens are.
-
-    It is packed like any other: survivors are numbered anew, and positions count the tokens that are left, text too.
+    """The layout after visual tokens were pruned: ordinals and positions count the remaining tokens again from 0.
 
     Args:
         layout: the layout before.
-        ordinals: the survivors of each sample, ascending; entries from `num_kept` on mean nothing.
-        num_kept: how many survive.
+        ordinals: the survivors of each sample, ascending; entries from `num_kept` on are ignored.
+        num_kept: number of survivors per sample.
     """
     slot = jax.lax.broadcasted_iota(jnp.int32, ordinals.shape, 1)
     survives = slot < jnp.asarray(num_kept)[:, None]
@@ -147,9 +143,9 @@ def pack_layout(is_visual: Sequence[np.ndarray], bucket: Bucket, samples: Sequen
     """The layout of a batch, as NumPy arrays.
 
     Args:
-        is_visual: for each sample bool[T_i], True where a token comes out of the connector.
-        bucket: the static shape; every sample must fit.
-        samples: the number that names each sample in the run.
+        is_visual: bool [T_i] per sample, True for the connector's tokens.
+        bucket: the static shape.
+        samples: number of each sample in the run.
 
     Raises:
         ValueError: a sample has more tokens than its bucket has slots.
@@ -166,7 +162,7 @@ def pack_layout(is_visual: Sequence[np.ndarray], bucket: Bucket, samples: Sequen
 
 
 def pack_rows(rows: Sequence[np.ndarray], layout: TokenLayout) -> np.ndarray:
-    """Per-token values in sequence order (each [T_i, ...]) to packed order [B, X + P, ...]; empty slots are 0."""
+    """Packs per-token values in sequence order, [T_i, ...] per sample, to [B, T, ...]; empty slots are 0."""
     bucket = layout.bucket
     packed = np.zeros((len(rows), bucket.slots, *rows[0].shape[1:]), rows[0].dtype)
     for i, row in enumerate(rows):
@@ -177,7 +173,7 @@ def pack_rows(rows: Sequence[np.ndarray], layout: TokenLayout) -> np.ndarray:
 
 
 def unpack_rows(packed: np.ndarray, layout: TokenLayout) -> list[np.ndarray]:
-    """The inverse of `pack_rows`: packed [B, X + P, ...] to one [T_i, ...] a sample, without padding."""
+    """The inverse of `pack_rows`: packed [B, T, ...] to [T_i, ...] per sample, without padding."""
     positions = np.concatenate([layout.text_position, layout.visual_position], axis=1)
     return [
         row[np.argsort(position, kind="stable")[: int(count)]]

@@ -9,8 +9,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.plan_file import PlanFile
 
 
-# As in config.py: fields are user input, which __post_init__ checks before a run-time type checker would.
-@no_type_check
+@no_type_check  # user input: __post_init__ checks it and raises UserError
 @dataclass(frozen=True)
 class EvaluationConfig:
     """An evaluation run.

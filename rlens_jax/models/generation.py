@@ -1,8 +1,6 @@
 """Greedy generation with a KV cache: one prefill under a plan, then plain decoding steps (paper: a plan drops nothing).
 
-Token pruning leaves later layers fewer tokens, so these have a cache of their own.
-
-Axis letters: B batch, X text slots, P visual slots, D width, Y new tokens.
+After token pruning, later layers hold fewer tokens and have a separate cache.
 """
 
 from typing import Any
@@ -33,9 +31,9 @@ def prefill(
     pruning: Pruning | None = None,
     chunk: int | None = None,
 ) -> tuple[Int[Array, " B"], tuple[KVCache, ...], Bool[Array, " B"]]:
-    """First new token of each prompt, caches with room for `new_tokens` more, and whether all scores were numbers.
+    """First new token of each prompt, caches with room for `new_tokens` more, and whether all scores were finite.
 
-    `kernel` and `chunk` are those of `Context`. Logits are made of the last token of each prompt only.
+    `kernel` and `chunk` are those of `Context`. Logits are computed for the last token of each prompt only.
     """
     states = run_prompt(decoder, visual, batch, plan, reduction, random_key, kernel, pruning, chunk)
     last_text = jnp.take_along_axis(states.x, (batch.layout.num_text - 1)[:, None, None], axis=1)
@@ -52,26 +50,26 @@ def decode(
     new_tokens: int,
     stop_token: int,
 ) -> Int[Array, "B Y"]:
-    """The `new_tokens` greedy tokens that begin with `first`; after a sample's `stop_token` it only repeats that.
+    """`new_tokens` greedy tokens, `first` included. After its `stop_token` a sample only repeats it.
 
-    The loop ends as soon as all samples have stopped.
+    The loop ends when all samples have stopped.
     """
     batch_size = first.shape[0]
     axes = batch.rope_positions.shape[1]
     tokens = jnp.full((batch_size, new_tokens), stop_token, jnp.int32).at[:, 0].set(first)
 
     def running(carry: Any) -> Array:
-        step, going_on, _, _, _ = carry
-        return (step < new_tokens) & going_on
+        step, any_unfinished, _, _, _ = carry
+        return (step < new_tokens) & any_unfinished
 
     def advance(carry: Any) -> Any:
         step, _, token, tokens, caches = carry
         position = batch.layout.num_tokens + step - 1
         rope = jnp.broadcast_to((batch.next_rope + step - 1)[:, None], (batch_size, axes))
         logits, caches = decoder.decode(token, caches, position, rope, new_tokens + 1 - step)
-        following = jnp.where(token == stop_token, stop_token, vocabulary.argmax(logits))
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, following[:, None], step, axis=1)
-        return step + 1, unfinished(following), following, tokens, caches
+        newest = jnp.where(token == stop_token, stop_token, vocabulary.argmax(logits))
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, newest[:, None], step, axis=1)
+        return step + 1, unfinished(newest), newest, tokens, caches
 
     def unfinished(token: Array) -> Array:
         return on_any_shard((token != stop_token).any())

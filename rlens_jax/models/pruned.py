@@ -1,10 +1,9 @@
-"""A prefill that is rid of visual tokens on its way: merged before the first layer, or dropped between two layers.
+"""A prefill with token pruning: visual tokens are merged before the first layer, or dropped between two layers.
 
-Layers run over packed states as always. Where tokens are dropped, the survivors are gathered into the smaller bucket that holds
-any sample's, and later layers, reduced or not, run there: nothing of the dropped tokens is computed or cached any more.
-Text slots stay where they are.
+Where tokens are dropped, the survivors are gathered into a smaller bucket that holds those of any sample. Later layers, reduced
+or not, run in this bucket: nothing is computed or cached for dropped tokens. Text slots stay where they are.
 
-Axis letters: B batch, T packed slots (X text, P visual), C slots for survivors, D width.
+Additional axis words: `survivors`, the slots for surviving visual tokens; `slots`, chosen packed slots.
 """
 
 from dataclasses import replace
@@ -24,20 +23,20 @@ from rlens_jax.pruning import VTW, FastV, Folder, Pruning
 
 
 class Part(NamedTuple):
-    """Consecutive layers of a prefill that saw the same tokens."""
+    """Consecutive layers of a prefill that hold the same tokens."""
 
     record: LayerRecord
     layout: TokenLayout
 
 
 class PromptStates(NamedTuple):
-    """What a prefill leaves."""
+    """The result of a prefill."""
 
     x: Float[Array, "B T D"]
-    """The last states, packed as the last part's layout says; text slots are those of the batch."""
+    """The last states, packed by the last part's layout; text slots are those of the batch."""
     parts: tuple[Part, ...]
     scored: Bool[Array, " B"]
-    """Whether all scores of probes, and those by which tokens were dropped, were numbers."""
+    """Whether all scores of probes and of pruned tokens were finite."""
 
 
 def run_prompt(
@@ -51,12 +50,13 @@ def run_prompt(
     pruning: Pruning | None = None,
     chunk: int | None = None,
 ) -> PromptStates:
-    """All layers over prompts, with answers behind them or without.
+    """All layers over prompts, with or without answers after them.
 
-    Tokens are chosen by the last token of the *prompt* in either case, so an answer is judged by what generation would see.
+    FastV chooses tokens by the last token of the *prompt* in both cases, so that an answer is scored with the tokens that
+    generation would see.
 
     Raises:
-        UserError: the pruning is for a deeper model.
+        UserError: the pruned layer does not exist.
     """
     layout, rope = batch.layout, jnp.asarray(batch.rope_positions)
     if isinstance(pruning, Folder) and layout.bucket.visual:
@@ -81,7 +81,7 @@ def _prefill_pruned(
     pruning: FastV | VTW,
     query_slot: Int[Array, " B"],
 ) -> PromptStates:
-    """All layers, with visual tokens dropped after `pruning.layer` of them, by the query in text slot `query_slot`."""
+    """All layers; visual tokens are dropped after `pruning.layer` layers. FastV's query is in text slot `query_slot`."""
     layout = context.layout
     if isinstance(pruning, FastV):
         x, early, received = _scored_layers(decoder, x, context, plan, reduction, pruning.layer, query_slot)
@@ -116,8 +116,8 @@ def _scored_layers(
 ) -> tuple[Float[Array, "B T D"], LayerRecord, Float[Array, "B T"]]:
     """The first layers: states, records, and the attention that all tokens receive from one text token in the last of them.
 
-    Text sees everything before it in a hollow layer too. The layer computes this row of weights, but among others and inside
-    of its kernel; one row is made again.
+    Text sees all earlier tokens, in a hollow layer too. The layer computes this row of weights inside its kernel, so the row is
+    computed again here.
     """
     last, records = num_layers - 1, []
     if last:
@@ -135,12 +135,12 @@ def _scored_layers(
     return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *records), received
 
 
-def _slots(layout: TokenLayout, ordinals: Int[Array, "B C"]) -> Int[Array, "B slots"]:
-    """The packed slots of all text and of the visual tokens of these ordinals."""
+def _slots(layout: TokenLayout, ordinals: Int[Array, "B survivors"]) -> Int[Array, "B slots"]:
+    """Packed slots of all text, and of the visual tokens with these ordinals."""
     text = jax.lax.broadcasted_iota(jnp.int32, layout.text_position.shape, 1)
     return jnp.concatenate([text, layout.bucket.text + ordinals], axis=1)
 
 
 def _take(x: Float[Array, "B T width"], slots: Int[Array, "B slots"]) -> Float[Array, "B slots width"]:
-    """Rows of packed states; a slot past the last is some row, for padding."""
+    """Rows of packed states. A slot past the end selects the last row, which serves as padding."""
     return jnp.take_along_axis(x, slots[:, :, None], axis=1, mode="clip")
