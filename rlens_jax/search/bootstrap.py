@@ -50,7 +50,7 @@ def bootstrap_interval(
     counts = _draw_counts([values.shape[1] for values in outcomes], samples, seed)
     drawn = [times @ values.T / values.shape[1] for times, values in zip(counts, outcomes, strict=True)]
     measured = np.stack([values.mean(axis=1) for values in outcomes], axis=-1)
-    return _interval(statistic(measured[np.newaxis])[0], statistic(np.stack(drawn, axis=-1)), level)
+    return _interval(statistic(measured[np.newaxis])[0], statistic(np.stack(drawn, axis=-1)), (1 - level) / 2)
 
 
 def mean_over_datasets(metrics: np.ndarray) -> np.ndarray:
@@ -76,15 +76,13 @@ def area_under_curve(num_reduced: Sequence[int]) -> Statistic:
 
 def score_interval(score: Score, *, samples: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
     """The interval of a benchmark's score, in the unit of the score. Arguments as in `bootstrap_interval`."""
-    return _interval(score.value, score_draws(score, samples=samples, seed=seed), level)
+    return _interval(score.value, score_draws(score, samples=samples, seed=seed), (1 - level) / 2)
 
 
-def difference_interval(
-    score: Score, other: Score, *, samples: int = 1000, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """The interval of `score` minus `other`, two scores of the same questions."""
+def difference_interval(score: Score, other: Score, *, samples: int = 1000, seed: int = 0) -> Interval:
+    """The 95 % interval of `score` minus `other`, two scores of the same questions."""
     drawn = score_draws(score, samples=samples, seed=seed) - score_draws(other, samples=samples, seed=seed)
-    return _interval(score.value - other.value, drawn, level)
+    return _interval(score.value - other.value, drawn, tail=0.025)
 
 
 def score_draws(score: Score, *, samples: int = 1000, seed: int = 0) -> np.ndarray:
@@ -112,7 +110,7 @@ def _draw_counts(sizes: Iterable[int], samples: int, seed: int) -> list[np.ndarr
     return [draw.multinomial(size, np.full(size, 1 / size), size=samples).astype(np.float64) for size in sizes]
 
 
-def _interval(value: np.ndarray | float, drawn: np.ndarray, level: float) -> Interval:
-    tail = (1 - level) / 2
+def _interval(value: np.ndarray | float, drawn: np.ndarray, tail: float) -> Interval:
+    """The percentile interval of the drawn values [draws, ...] with the share `tail` below and above it."""
     low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
     return Interval(np.asarray(value), np.asarray(low), np.asarray(high))
