@@ -1,4 +1,4 @@
-"""Pages and questions: what is asked is what is drawn."""
+"""Pages and questions: the answers agree with the drawn digits."""
 
 import re
 from collections import Counter
@@ -91,7 +91,7 @@ def test_augmentation_moves_ink():
 
 
 def answer_of(text: str, page: Page) -> str:
-    """The answer worked out from the words of the question, cell by cell."""
+    """The answer, computed from the words of the question cell by cell."""
     numbers = [int(word) for word in re.findall(r"\d+", text)]
     digits = [[int(digit) for digit in row] for row in page.digits]
     inks = [[INKS[ink] for ink in row] for row in page.inks]

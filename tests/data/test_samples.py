@@ -74,7 +74,7 @@ def test_the_limit_is_exact_and_replaces_that_of_pillow():
     assert load_image(data, "set:1", max_pixels_allowed=35).size == (7, 5)
     with pytest.raises(UserError, match="35 pixels, more than the 34 allowed"):
         load_image(data, "set:1", max_pixels_allowed=34)
-    # 95 million pixels: Pillow alone would warn, we complain of the missing pixels only.
+    # 95 million pixels: Pillow alone would warn; our error is about the missing pixels only.
     with pytest.raises(UserError, match="cannot be decoded"):
         load_image(header_only(9_500, 10_000), "set:1")
 

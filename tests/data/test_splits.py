@@ -1,4 +1,4 @@
-"""Splits: by image, no larger than asked, the same for the same seed, and a hash of all that a sample says and shows."""
+"""Splits: by image, within their limits, the same for the same seed; and the hash of all texts and images."""
 
 from dataclasses import replace
 from pathlib import Path

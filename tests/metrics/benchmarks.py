@@ -1,4 +1,4 @@
-"""Rows of the two benchmarks whose score is no mean over rows, from what was answered right."""
+"""Rows of MME and HallusionBench, whose scores are not means over rows, from the answers that are right."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,7 +6,7 @@ from rlens_jax.metrics.choice_metrics import PERCEPTION, REASONING
 from rlens_jax.metrics.score import Row
 
 Pairs = Sequence[Sequence[int]]
-"""By image: which of its questions were answered right."""
+"""Per image: 1 for each question with a right answer, else 0."""
 
 
 def mme_rows(pairs_of: Mapping[str, Pairs], others: Pairs = ((1, 1),)) -> list[Row]:
@@ -26,7 +26,7 @@ def mme_rows(pairs_of: Mapping[str, Pairs], others: Pairs = ((1, 1),)) -> list[R
 
 
 Hits = Mapping[tuple[str, str, str], int]
-"""By ids of set, figure and question."""
+"""1 for a right answer, else 0, by the ids of set, figure and question."""
 
 
 def hallusion_rows(hits: Hits, *, category: str = "VD", l2_category: str = "chart") -> list[Row]:

@@ -36,7 +36,7 @@ CASES = [
     ("The answer is (B).", "B"),
     ("Option B", "B"),
     ("B B B", "B"),
-    # With anything else beside it, it does not stand alone.
+    # A letter next to other characters does not stand alone.
     ("'B'", "Z"),
     ('"B"', "Z"),
     ("`B`", "Z"),

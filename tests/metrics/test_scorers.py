@@ -1,4 +1,4 @@
-"""The table of scorers, and what `score` refuses."""
+"""The table of scorers, and the rows that `score` refuses."""
 
 import pytest
 

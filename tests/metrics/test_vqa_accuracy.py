@@ -1,4 +1,4 @@
-"""VQA soft accuracy by hand: how an answer is normalised, and what it scores against ten people's."""
+"""VQA soft accuracy by hand: how an answer is normalised, and its score against the answers of ten people."""
 
 import pytest
 
@@ -95,7 +95,7 @@ NORMALISED = [
     ("*x*", "*x*"),
     ("50%", "50%"),
     ("$5 & #1", "$5 & #1"),
-    # Periods go unless a digit is beside them.
+    # Periods are removed unless a digit is next to them.
     ("end.", "end"),
     ("U.S.A.", "usa"),
     ("7 a.m.", "7 am"),

@@ -80,7 +80,7 @@ CASES = [
     ("yes-1,000", "Unknown"),
     ("yes 1,000", "Yes"),
     ("no,1,000", "Unknown"),
-    # Periods join words; beside a digit they stay.
+    # Periods join words; next to a digit they stay.
     ("Yes.No", "Unknown"),
     ("Yes.It is", "Unknown"),
     ("yes. no", "Unknown"),

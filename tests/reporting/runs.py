@@ -1,4 +1,4 @@
-"""Folders of made-up finished runs, with examples that try to break the page."""
+"""Folders of synthetic finished runs, with examples that try to break the page."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def examples(count=3, size=(900, 600)):
 
 
 def write_run(folder, results=None, kept=None):
-    """The files that a report is made of, in a new folder; `kept` are its examples, if any."""
+    """Write the files that a report reads to a new folder; `kept` are its examples, if any."""
     results = results or synthetic_results(samples=20)
     folder.mkdir()
     if kept:

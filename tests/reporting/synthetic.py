@@ -1,4 +1,4 @@
-"""A made-up finished run: layers of known cost, outcomes drawn from it, and the real search over them."""
+"""A synthetic finished run: layers of known cost, outcomes drawn from the costs, and the real search over them."""
 
 import dataclasses
 import functools
@@ -19,24 +19,24 @@ SIZES = LayerSizes(width=128, kv_width=64, ffn_width=512)
 
 
 def layer_costs(num_layers, operator):
-    """How much each layer hurts: much early, little late, with bumps that position alone cannot know."""
+    """The cost of reducing each layer: high for early layers, with bumps that a ranking by position misses."""
     layers = np.arange(num_layers)
     bump = np.random.default_rng(OPERATORS.index(operator)).uniform(0, 1, num_layers) ** 3
     return (0.3 * np.exp(-4 * layers / num_layers) + 0.25 * bump) * 12 / num_layers - 0.01 * (layers % 5 == 4)
 
 
 class World:
-    """Outcomes of any plan: a sample stays right while the plan's cost is below what the sample can bear."""
+    """Outcomes of any plan: a sample is right while the plan's cost is below the sample's tolerance."""
 
     def __init__(self, num_layers, samples, seed):
         self.costs = {operator: layer_costs(num_layers, operator) for operator in OPERATORS}
         draw = np.random.default_rng(seed)
-        self.bears = {name: 0.08 + draw.gamma(2.0, 0.5, samples) for name in DATASETS}
+        self.tolerance = {name: 0.08 + draw.gamma(2.0, 0.5, samples) for name in DATASETS}
         self.right = {name: draw.uniform(size=samples) < share for name, share in DATASETS.items()}
 
     def outcomes(self, plan):
         cost = sum(self.costs[operator][list(plan.layers(operator))].sum() for operator in OPERATORS)
-        return {name: (self.right[name] & (self.bears[name] > cost)).astype(float).tolist() for name in DATASETS}
+        return {name: (self.right[name] & (self.tolerance[name] > cost)).astype(float).tolist() for name in DATASETS}
 
     def metrics(self, plan):
         return {name: dataset_metric(values) for name, values in self.outcomes(plan).items()}

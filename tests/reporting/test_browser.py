@@ -62,7 +62,7 @@ def driver():
 
 @pytest.fixture
 def show(driver, pages):
-    """Opens a page at a size and theme; afterwards nothing was asked of the network, and the console is empty."""
+    """Opens a page with a size and theme; afterwards checks that it made no network request and logged nothing."""
 
     def open_page(name, size, theme="light"):
         width, height = size
@@ -79,9 +79,9 @@ def show(driver, pages):
     yield open_page
     assert driver.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    assert asked  # so the log is there at all
-    assert {url for url in asked if not url.startswith("data:")} <= {path.as_uri() for path in pages.values()}
+    requests = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert requests  # the log exists
+    assert {url for url in requests if not url.startswith("data:")} <= {path.as_uri() for path in pages.values()}
 
 
 def media(driver, theme, kind=""):
@@ -167,7 +167,7 @@ def test_dark_and_light_by_preference_and_by_button(show):
     button.click()
     assert lightness(driver, *page) < 0.15
     media(driver, "light")
-    assert lightness(driver, *page) < 0.15  # the button has the last word
+    assert lightness(driver, *page) < 0.15  # the button wins over the preference
     media(driver, "dark", "print")
     assert lightness(driver, *page) > 0.9  # paper is white
     assert not button.is_displayed()

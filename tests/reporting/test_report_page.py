@@ -79,7 +79,7 @@ def page(folder):
 
 @pytest.fixture
 def spoil(tmp_path):
-    """Writes a run whose files were changed by a function; returns its folder."""
+    """Writes a run, changes one of its files with a function, and returns the folder."""
 
     def write(file, change):
         folder = write_run(tmp_path / "run", kept=examples(1))
@@ -91,7 +91,7 @@ def spoil(tmp_path):
     return write
 
 
-def test_it_tells_what_the_files_tell(folder, page):
+def test_it_shows_the_values_of_the_files(folder, page):
     ranking = json.loads((folder / "ranking.json").read_text())
     words = Page(page).words.replace("\N{NO-BREAK SPACE}", " ")
     for saving in ranking["savings"].values():
@@ -137,7 +137,7 @@ def test_names_of_datasets_models_and_runs_are_escaped_too(tmp_path):
     assert evil in parsed.words
 
 
-def test_it_needs_nothing_else_and_a_browser_is_told_so(page):
+def test_it_needs_no_other_file_and_its_policy_forbids_them(page):
     for tag, attributes in Page(page).tags:
         for name in ("src", "href"):
             assert attributes.get(name, "#").startswith(("#", "data:")), (tag, attributes)
@@ -164,7 +164,7 @@ def test_two_runs_stand_side_by_side(folder, tmp_path):
     words = Page(page).words
     assert "2 runs side by side" in words and "A first" in words and "B other" in words
     assert 'search.operators ["attention", "ffn"] ["ffn"]' in words
-    assert "reduced layers, % of all" in words  # of unlike depths
+    assert "reduced layers, % of all" in words  # different numbers of layers
     same = Page(report_html([read_run(folder)] * 2)).words
     assert "Nowhere." in same and "% of all" not in same
 

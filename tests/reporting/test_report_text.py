@@ -23,7 +23,7 @@ def with_area(results, operator, strategy, value):
     )
 
 
-def test_the_report_tells_rankings_savings_and_what_there_was_to_find(results):
+def test_the_report_has_rankings_savings_and_differences(results):
     text = report_markdown(results)
     for result in results.operators.values():
         assert ", ".join(map(str, result.ranking.order)) in text
@@ -52,7 +52,7 @@ def test_time_that_was_not_measured_is_not_reported(results):
     assert "Time is *measured*" not in text
 
 
-def test_two_harmless_reductions_that_are_not_harmless_together_are_said_to_be(results):
+def test_two_harmless_reductions_with_a_loss_together_are_reported(results):
     combined = dataclasses.replace(results.combined, loss=0.052)
     assert "both at once lose 5.2 %" in report_markdown(dataclasses.replace(results, combined=combined))
 

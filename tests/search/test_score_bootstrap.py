@@ -57,7 +57,7 @@ def test_two_models_are_drawn_on_the_same_questions():
 
 
 def test_a_difference_is_of_the_same_questions():
-    # Both models answer every question alike, but for one: whatever is drawn, they differ by that one.
+    # Both models answer all questions alike except one, so every draw differs by that question.
     hits = np.array(drawn(100, 0.5))
     better, worse = hits.copy(), hits.copy()
     better[0], worse[0] = 1, 0
@@ -75,7 +75,7 @@ def test_mme_draws_images_within_their_category():
 
 
 def test_mme_draws_both_questions_of_an_image():
-    # One right answer an image: drawn by image, every draw has half of the answers and no image.
+    # One right answer per image: drawn by image, every draw has half of the answers and no image.
     rows = mme_rows({}, [(1, 0), (0, 1)] * 4)
     assert score_draws(score("MME", rows), samples=100) == pytest.approx(700)
 

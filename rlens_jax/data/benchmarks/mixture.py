@@ -128,7 +128,7 @@ def read_mixture(path: Path) -> Mixture:
     """Read a mixture file, made by this command or by hand.
 
     Raises:
-        UserError: naming file and field, for whatever differs from `Mixture` and the docstring of this module.
+        UserError: naming file and field: the file differs from `Mixture` or the docstring of this module.
     """
     fields = read_json(path)
     known = ("format", "seed", "md5", *SPLITS)

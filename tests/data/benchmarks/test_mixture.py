@@ -1,4 +1,4 @@
-"""The mixture: how it is drawn, that its file says exactly that, and the samples a ranking gets from it."""
+"""The mixture: its draw, its file, and the samples that a ranking gets from it."""
 
 import json
 from collections import Counter
@@ -205,7 +205,7 @@ def test_no_such_file_and_no_json(tmp_path: Path) -> None:
 
 
 def test_the_samples_of_a_ranking(tmp_path: Path) -> None:
-    """From a file written by hand, through the way that a ranking takes."""
+    """Loads a file written by hand as a ranking run does."""
     sums = {
         name: md5_of(write_tsv(tmp_path / f"{name}.tsv", benchmark_rows(name, images=2)))
         for name in ("MME", "OCRBench")
@@ -249,7 +249,7 @@ def test_empty_answers_are_no_answers() -> None:
 
 
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Files of other versions must be named; the rest is `draw`."""
+    """Other versions of the TSV files need --md5; `draw` does the rest."""
     output = tmp_path / "mixture.json"
     options = [
         "--data",

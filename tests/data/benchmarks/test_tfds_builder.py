@@ -1,4 +1,4 @@
-"""The benchmarks as tensorflow-datasets: what is stored, what a row must be, MD5 sums, shards, and no TensorFlow."""
+"""The benchmarks as tensorflow-datasets: stored fields, checks of rows, MD5 sums, shards, and no TensorFlow."""
 
 import subprocess
 import sys
@@ -112,7 +112,7 @@ def test_a_missing_column(tmp_path: Path) -> None:
 
 
 def test_damage_found_late_leaves_nothing_behind(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Images are looked at while the shards are written."""
+    """Images are checked while the shards are written."""
     rows = benchmark_rows("MME", images=3)
     rows[4]["image"] = encoded(picture(0)[:200])[:-1]
     assert refusal(tmp_path, "MME", rows).startswith("MME.tsv: row 5 (index '4'), field 'image': not base64")
@@ -136,7 +136,7 @@ def test_md5_sums(tmp_path: Path) -> None:
 
 
 def test_prepared_data_are_of_one_version_of_a_file(tmp_path: Path) -> None:
-    """Prepared once, a benchmark needs its TSV file no more; another version of the file is another dataset."""
+    """A prepared benchmark needs its TSV file no longer. Another version of the file is another dataset."""
     path = write_tsv(tmp_path / "MME.tsv", benchmark_rows("MME", images=1))
     first = md5_of(path)
     assert len(read_benchmark("MME", tmp_path, tmp_path / "prepared", first)) == 2
@@ -150,7 +150,7 @@ def test_prepared_data_are_of_one_version_of_a_file(tmp_path: Path) -> None:
 
 
 def test_published_sums() -> None:
-    """A look that none was mistyped: those of VLMEvalKit's DATASET_MD5, by their first digits."""
+    """Guards against typing errors: the first digits of the sums in VLMEvalKit's DATASET_MD5."""
     assert {name: benchmark.md5[:6] for name, benchmark in BENCHMARKS.items()} == {
         "OCRBench": "e953d9",
         "DocVQA_VAL": "d5ee77",

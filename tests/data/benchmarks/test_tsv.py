@@ -1,4 +1,4 @@
-"""The TSV reader: what VLMEvalKit's own reading gives, at any size, and one clear line for each kind of damage."""
+"""The TSV reader: the same cells as VLMEvalKit reads, at any size, and one clear error for each kind of damage."""
 
 import csv
 import re
@@ -32,7 +32,7 @@ def read_with_images(tmp_path: Path, *rows: Mapping[str, object]) -> None:
 
 
 def refusal(tmp_path: Path, *rows: Mapping[str, object]) -> str:
-    """The one line that says what is wrong, without the folder."""
+    """The error message, without the folder."""
     with pytest.raises(UserError) as caught:
         read_with_images(tmp_path, *rows)
     message = str(caught.value)
@@ -42,7 +42,7 @@ def refusal(tmp_path: Path, *rows: Mapping[str, object]) -> str:
 
 
 def test_images_are_the_bytes_that_were_encoded(tmp_path: Path) -> None:
-    """Own ones, by reference backwards, forwards and in a chain, and lists, each in the right row."""
+    """Images in the row, by reference backwards, forwards and in a chain, and lists: each in the right row."""
     a, b, c = picture(1), picture(2, "jpeg"), picture(3)
     table = read(
         tmp_path,
