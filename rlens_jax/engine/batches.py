@@ -4,12 +4,14 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from rlens_jax.engine.model_programs import ModelPrograms
+from rlens_jax.engine.schedule import filled_blocks
 from rlens_jax.layout import Bucket
 from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate
 from rlens_jax.sharding.mesh import groups_of, local_rows
@@ -130,15 +132,15 @@ def batches_of_all(
     counts = gather([[bucket.visual, bucket.text, len(rows)] for bucket, rows in by_bucket.items()])
     rows_of = [{Bucket(text, visual): count for visual, text, count in process} for process in counts]
     buckets = {bucket for process in rows_of for bucket in process}
-    batches = []
+    batches: list[tuple[Bucket, tuple[bool, ...]]] = []
     for bucket in sorted(buckets, key=lambda b: (b.visual, b.text)):
-        blocks = np.zeros(mesh.shape[WORK], int)
-        """How many batches of the bucket each group has rows in."""
+        has_rows: dict[int, tuple[bool, ...]] = {}  # of each group, in each batch of the bucket
         for process, num_rows in enumerate(rows_of):
             groups = groups_of(mesh, process)
-            for block in range(-(-num_rows.get(bucket, 0) // batch_size)):
-                blocks[groups[block % len(groups)]] = block // len(groups) + 1
-        batches += [(bucket, tuple((blocks > step).tolist())) for step in range(blocks.max())]
+            blocks = filled_blocks(num_rows.get(bucket, 0), batch_size, len(groups))
+            has_rows |= dict(zip(groups, zip(*blocks, strict=True), strict=False))
+        columns = [has_rows.get(group, ()) for group in range(mesh.shape[WORK])]
+        batches += [(bucket, filled) for filled in zip_longest(*columns, fillvalue=False)]
     return batches
 
 

@@ -62,6 +62,12 @@ def schedule(filled: Sequence[Sequence[bool]], costs: Sequence[int]) -> list[Ste
     return steps
 
 
+def filled_blocks(rows: int, batch_size: int, groups: int) -> list[list[bool]]:
+    """The batches of `rows` rows in one bucket: for each batch, which groups' blocks have rows."""
+    blocks = -(-rows // batch_size)
+    return [[start + group < blocks for group in range(groups)] for start in range(0, blocks, groups)]
+
+
 def first_layer(base: Plan, plan: Plan, num_layers: int) -> int:
     """The first layer to run for `plan` from the states of `base`: where they differ, else the last layer."""
     difference = base.lowest_difference(plan)

@@ -1,5 +1,6 @@
 """The counts of a dry run against the evaluator itself, over programs that only count."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 
 from rlens_jax.config import ComputeConfig, ReportConfig, RunConfig, SearchConfig
-from rlens_jax.dry_run.workload import Counter, Phase, Sizes, filled_blocks, workload
+from rlens_jax.dry_run.workload import Counter, Phase, Sizes, count_search, workload
 from rlens_jax.engine.inputs import Batch
 from rlens_jax.engine.programs import Programs, States
+from rlens_jax.engine.schedule import filled_blocks, memory_parts, schedule
+from rlens_jax.engine.scoring import TeacherForcing
 from rlens_jax.plan import Plan
 
 LAYERS = 8
@@ -41,11 +44,9 @@ def test_evaluations_are_those_of_the_algorithm() -> None:
 
 def test_layers_of_a_search_by_hand() -> None:
     config = run_config(position_layers=1, operators=("ffn",))
-    counted = Counter(Phase("one batch"), rows=1, batch_size=1, groups=1, num_layers=3, forced=True, keeps_states=True)
-    from rlens_jax.dry_run.workload import _rank
-
-    counted.ask(Plan(), [Plan()])
-    _rank(config, "ffn", 3, counted)
+    sizes = Sizes(num_layers=3, groups=1, block_bytes=1)
+    counted = Counter(Phase("one batch"), sizes, rows=1, batch_size=1, forced=True, state_bytes=3)
+    count_search(config, "ffn", 3, counted.evaluate)
     # dense: two states are made, one layer runs; the last layer alone; two rounds: from 0 and 1, then from 0
     assert counted.phase.layer_steps == (2 + 1) + 1 + (3 + 2) + 3
     assert (counted.phase.evaluations, counted.phase.states_made, counted.phase.embeddings) == (5, 2, 1)
@@ -82,11 +83,6 @@ def test_a_data_source_that_is_not_there_is_the_papers() -> None:
     samples = workload(missing, SIZES).samples["validation"]
     assert samples.samples == 2350
     assert "nowhere.jsonl is not there" in samples.source
-
-
-def test_blocks() -> None:
-    assert list(filled_blocks(25, 4, 3)) == [[True] * 3, [True] * 3, [True, False, False]]
-    assert list(filled_blocks(12, 4, 3)) == [[True] * 3]
 
 
 @dataclass
@@ -127,40 +123,33 @@ def empty_batch() -> Batch:
     return batch
 
 
+@pytest.mark.parametrize("state_bytes", [0, 1e9])
 @pytest.mark.parametrize(("groups", "rows"), [(1, 30), (3, 90), (4, 90), (4, 20)])
-def test_against_the_evaluators_own_steps(groups: int, rows: int) -> None:
-    from rlens_jax.dry_run.workload import _rank
-    from rlens_jax.engine.schedule import schedule
-    from rlens_jax.engine.scoring import TeacherForcing
-
-    counted = Counter(
-        Phase("counted"),
-        rows=rows,
-        batch_size=10,
-        groups=groups,
-        num_layers=LAYERS,
-        forced=True,
-        keeps_states=True,
-    )
+def test_against_the_evaluators_own_steps(groups: int, rows: int, state_bytes: float) -> None:
+    sizes = Sizes(num_layers=LAYERS, groups=groups, block_bytes=1)
+    counted = Counter(Phase("counted"), sizes, rows=rows, batch_size=10, forced=True, state_bytes=state_bytes)
     programs = CountingPrograms(groups)
     scoring = TeacherForcing(programs)
-    filled = list(filled_blocks(rows, 10, groups))
+    filled = filled_blocks(rows, 10, groups)
     batches = [empty_batch() for _ in filled]
-    known: set[Plan] = set()
-    ask = counted.ask
+    parts = memory_parts([LAYERS] * len(filled), state_bytes)
+    evaluated: set[Plan] = set()
 
-    def both(base: Plan, plans: list[Plan]) -> None:
-        ask(base, plans)
-        todo = [plan for plan in plans if plan not in known]
-        known.update(todo)
-        for step in schedule(filled, [scoring.cost(base, plan) for plan in todo]) if todo else []:
-            items = [item or next(filter(None, step.items)) for item in step.items]
-            batch = batches[step.batch]
-            scoring.start(batch, base, [todo[item.plan] for item in items], [item.block for item in items])
+    def both(base: Plan, plans: Sequence[Plan]) -> None:
+        """Count, and start the same steps as the evaluator."""
+        counted.evaluate(base, plans)
+        new = [plan for plan in plans if plan not in evaluated]
+        evaluated.update(new)
+        for part in parts if new else []:
+            if len(parts) > 1:
+                scoring.release()
+            costs = [scoring.cost(base, plan) for plan in new]
+            for step in schedule([filled[number] for number in part], costs):
+                items = [item or next(filter(None, step.items)) for item in step.items]
+                plans_of_groups, blocks = [new[item.plan] for item in items], [item.block for item in items]
+                scoring.start(batches[part[step.batch]], base, plans_of_groups, blocks)
 
-    counted.ask = both  # type: ignore[method-assign]
-    both(Plan(), [Plan()])
-    _rank(run_config(), "attention", LAYERS, counted)
+    count_search(run_config(), "attention", LAYERS, both)
     phase = counted.phase
     assert (programs.layer_steps, programs.embeddings, programs.outcomes) == (
         phase.layer_steps, phase.embeddings, phase.steps,

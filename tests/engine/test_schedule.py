@@ -5,19 +5,24 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from rlens_jax.engine.schedule import Step, StoredStates, first_layer, memory_parts, schedule
+from rlens_jax.engine.schedule import Step, StoredStates, filled_blocks, first_layer, memory_parts, schedule
 from rlens_jax.plan import Plan
 
 
-def filled(blocks: int, groups: int) -> list[tuple[bool, ...]]:
+def filled(blocks: int, groups: int) -> list[list[bool]]:
     """A bucket's batches: `blocks` full blocks, laid out batch after batch."""
-    batches = -(-blocks // groups)
-    return [tuple(batch * groups + group < blocks for group in range(groups)) for batch in range(batches)]
+    return filled_blocks(4 * blocks, 4, groups)
 
 
 def loads(steps: list[Step], costs: list[int]) -> np.ndarray:
     """Layer-steps of each group."""
     return np.array([[0 if item is None else costs[item.plan] for item in step.items] for step in steps]).sum(axis=0)
+
+
+def test_blocks() -> None:
+    assert filled_blocks(25, 4, 3) == [[True] * 3, [True] * 3, [True, False, False]]
+    assert filled_blocks(12, 4, 3) == [[True] * 3]
+    assert filled_blocks(0, 4, 3) == []
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 8])
