@@ -26,7 +26,7 @@ ROWS, EVERYWHERE = PartitionSpec(WORK), PartitionSpec()
 class Program:
     """A jitted function of a model's parameters and other arrays, bound to the parameters."""
 
-    def __init__(self, name: str, jitted: Any, leaves: list[Array]):
+    def __init__(self, name: str, jitted: Any, leaves: list[Array | jax.ShapeDtypeStruct]):
         self.name = name
         self._jitted = jitted
         self._leaves = leaves
