@@ -1,4 +1,4 @@
-"""Both reductions for PyTorch users: a plan inside a Hugging Face model (extra `torch`).
+"""Both reductions for PyTorch users: run a Hugging Face model under a plan (extra `torch`).
 
     from rlens_jax.plan import Plan, Reduction
     from rlens_jax.torch_twin import reduced
@@ -6,12 +6,10 @@
     with reduced(model, Plan(attention=(20, 21), ffn=(22, 23)), Reduction()):
         logits = model(**inputs).logits        # or model.generate(**inputs)
 
-For models with a `language_model` of Llama's or Qwen2's build behind an image tower: Qwen2-VL, LLaVA-OneVision, InternVL (-hf)
-and their like, with eager or SDPA attention, padded on either side. The Dynamic FFN computes gate, up and down of visual tokens
-on the kept units only; Hollow Attention is a mask here, so its saving is *simulated*. A prefill must see all visual tokens of
-its samples at once; decoding steps run the plain layers.
-
-Axis letters: B batch, T query tokens, S key tokens, D width, F FFN units, P visual tokens, M probes, U kept units.
+Supported are models with a `language_model` built like Llama or Qwen2: Qwen2-VL, LLaVA-OneVision, InternVL (-hf) and others,
+with eager or SDPA attention, padded on either side. The Dynamic FFN computes gate, up and down of visual tokens on the kept units
+only. Hollow Attention is a mask, so its saving is *simulated*. A prefill must contain all visual tokens of its samples; decoding
+steps run the plain layers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,10 +28,10 @@ ATTENTION_KINDS = ("eager", "sdpa")
 
 @dataclass
 class Record:
-    """What the probes of the latest prefill chose."""
+    """The selection of the probes in the latest prefill."""
 
     kept_units: dict[int, Tensor] = field(default_factory=dict)
-    """Per layer int64 [B, U], best first; 0 .. U - 1 for a sample without visual tokens."""
+    """Per layer int64 [B, U], highest score first; 0 ... U - 1 for a sample without visual tokens."""
 
 
 @contextmanager
@@ -46,18 +44,19 @@ def reduced(
     kept_units: Mapping[int, Tensor] | None = None,
     seed: int = 0,
 ) -> Iterator[Record]:
-    """The model with a plan's reductions, as long as the context is open.
+    """Reduce layers of a model while the context is open.
 
     Args:
         model: a Hugging Face model with a `language_model`.
         plan: the layers to reduce.
-        reduction: how.
-        image_token: the token that stands for a visual token; None takes it from the model's config.
-        kept_units: per layer int [B, U], used instead of what the probes choose (which is recorded all the same).
-        seed: of random probes; their draws are not those of the JAX package.
+        reduction: settings of the reduced layers.
+        image_token: id of the placeholder of a visual token; None takes it from the config of the model.
+        kept_units: per layer int [B, U], used instead of the selection of the probes, which is recorded anyway.
+        seed: seed of random probes; the JAX package draws other probes from the same seed.
 
     Raises:
-        UserError: the plan names a layer the model lacks, or its build or attention is not supported.
+        UserError: the plan names a layer that the model lacks, or the architecture or the attention of the model is not
+            supported.
     """
     layers = decoder_layers(model)
     plan.validate(len(layers))
@@ -69,7 +68,7 @@ def reduced(
     def look_at_inputs(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         ids = named.get("input_ids", arguments[0] if arguments else None)
         if ids is None:
-            raise UserError("a reduced model needs input_ids: they tell which tokens are visual")
+            raise UserError("a reduced model needs input_ids, which show which tokens are visual")
         state.begin(ids == token, named.get("past_key_values"))
 
     def replace(module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -93,7 +92,7 @@ def reduced(
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a multimodal model; UserError when it has none of the supported build."""
+    """The decoder layers of a multimodal model. UserError when its architecture is not supported."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "language_model":
             for inner in (module, getattr(module, "model", None)):
@@ -101,7 +100,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
                 if isinstance(layers, nn.ModuleList) and all(_fits(layer) for layer in layers):
                     return layers
     raise UserError(
-        f"{type(model).__name__}: holds no language_model with layers of self_attn and mlp (gate, up and down)"
+        f"{type(model).__name__}: has no language_model with layers of self_attn and mlp (gate, up and down)"
     )
 
 
@@ -117,7 +116,7 @@ def _image_token(model: nn.Module) -> int:
         token = getattr(model.config, name, None)
         if isinstance(token, int):
             return token
-    raise UserError(f"{type(model).__name__}: its config names no image token; give image_token")
+    raise UserError(f"{type(model).__name__}: its config has no image token; pass image_token")
 
 
 def _check_attention(model: nn.Module, plan: Plan) -> None:
@@ -131,23 +130,25 @@ def _check_attention(model: nn.Module, plan: Plan) -> None:
 
 
 class _Pass:
-    """The forward pass that is running: which tokens are visual, None when nothing is to be reduced."""
+    """The current forward pass: which tokens are visual, or None if it is not a prefill."""
 
     def __init__(self) -> None:
         self.is_visual: Tensor | None = None
         self.ordinal: Tensor | None = None
 
     def begin(self, is_visual: Tensor, cache: Any) -> None:
-        """`is_visual` is bool [B, T]; `cache` holds the tokens before."""
+        """Start a pass; `is_visual` is bool [B, T], `cache` has the earlier tokens."""
         first = cache is None or cache.get_seq_length() == 0
         if not first and bool(is_visual.any()):
-            raise UserError("visual tokens in a later pass cannot be reduced: the probes must see all of a sample's")
+            raise UserError(
+                "visual tokens after the first pass cannot be reduced: the probes need all visual tokens of a sample"
+            )
         self.is_visual = is_visual if first else None
         self.ordinal = is_visual.cumsum(dim=1) - is_visual.long()
 
 
 def _hollow(plain: Callable[..., Any], state: _Pass, reduction: Reduction) -> Callable[..., Any]:
-    """Attention whose visual tokens see only the last R visual tokens, themselves included, and all text before."""
+    """Attention in which visual tokens see all text before them and the last R visual tokens, themselves included."""
 
     def forward(hidden_states: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Any:
         if state.is_visual is None:
@@ -166,7 +167,7 @@ def _hollow(plain: Callable[..., Any], state: _Pass, reduction: Reduction) -> Ca
             mask = torch.zeros_like(attention_mask, dtype=hidden_states.dtype).masked_fill(~attention_mask, lowest)
         else:
             mask = attention_mask
-        # A cache of fixed size has keys beyond the prefill; the mask given hides them already.
+        # A cache of fixed size has keys after the prefill; the mask passed in hides them already.
         hidden = nn.functional.pad(hidden, (0, mask.shape[-1] - length))
         return plain(hidden_states=hidden_states, attention_mask=mask.masked_fill(hidden, lowest), **others)
 
@@ -183,7 +184,7 @@ def _dynamic(
     imposed: Tensor | None,
     seed: int,
 ) -> Callable[[Tensor], Tensor]:
-    """FFN whose visual tokens use only the units that their sample's probes choose."""
+    """FFN in which visual tokens use only the units that the probes of their sample choose."""
 
     def forward(x: Tensor) -> Tensor:
         if state.is_visual is None:
@@ -217,7 +218,7 @@ def _probes(num_visual: int, reduction: Reduction, draw: tuple[int, int, int]) -
 
 
 def _choose(mlp: Any, probes: Tensor, num_units: int, layer: int) -> Tensor:
-    """The units with the largest mean |H| over the probes [M, D]; ties go to the lower unit."""
+    """The units with the largest mean |H| over the probes [M, D]; ties go to the lower index."""
     hidden = mlp.act_fn(mlp.gate_proj(probes)) * mlp.up_proj(probes)
     scores = hidden.float().abs().mean(dim=0)
     if not bool(scores.isfinite().all()):
@@ -226,7 +227,7 @@ def _choose(mlp: Any, probes: Tensor, num_units: int, layer: int) -> Tensor:
 
 
 def _through(mlp: Any, x: Tensor, units: Tensor) -> Tensor:
-    """Visual tokens [P, D] through some units; output bias whole."""
+    """The FFN on visual tokens [P, D] with some units only, and with the whole output bias."""
 
     def rows(linear: Any) -> Tensor:
         bias = None if linear.bias is None else linear.bias[units]

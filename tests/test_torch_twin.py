@@ -226,7 +226,7 @@ def test_what_cannot_be_reduced_is_refused(model, examples) -> None:
         reduced(model, Plan(ffn=(5,)), SMALL),
     ):
         pass
-    with pytest.raises(UserError, match="Linear: holds no language_model"):
+    with pytest.raises(UserError, match="Linear: has no language_model"):
         decoder_layers(torch.nn.Linear(2, 2))
     model.config.text_config._attn_implementation = "flash_attention_2"
     with (
@@ -238,7 +238,7 @@ def test_what_cannot_be_reduced_is_refused(model, examples) -> None:
     inputs = hf_inputs(examples[:1])
     with reduced(model, BOTH, SMALL), torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
-        with pytest.raises(UserError, match="visual tokens in a later pass"):
+        with pytest.raises(UserError, match="visual tokens after the first pass"):
             model(input_ids=torch.tensor([[195]]), past_key_values=cache)
         with pytest.raises(UserError, match="needs input_ids"):
             model(inputs_embeds=torch.zeros(1, 3, 60))

@@ -399,7 +399,7 @@ BAD = {
         ),
         "so kept_units.2 is needed",
     ),
-    "no logits": (without("logits"), "case_03.safetensors: holds no logits"),
+    "no logits": (without("logits"), "case_03.safetensors: has no logits"),
     "logits of another vocabulary": (tensor("logits", lambda a: a[:, :, 1:]), "logits has shape"),
     "logits of another length": (tensor("logits", lambda a: a[:, 1:]), "logits has shape"),
     "logits in float16": (

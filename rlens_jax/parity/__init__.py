@@ -1,1 +1,1 @@
-"""Comparison with the results of other frameworks."""
+"""Compare our models and rankings with the results of other frameworks."""

@@ -1,29 +1,27 @@
-"""Bundles: a folder with another framework's inputs and results, format "rlens-reference/1".
+"""Bundles: folders with inputs and results of another framework, format "rlens-reference/1".
 
 `manifest.json`:
 
     format      "rlens-reference/1"
-    model       a name for people
-    family      `model_type` of the model's config.json
-    framework   name, version, and more if wanted
-    dtype       the reference's compute dtype, for people
+    model       name of the model, for the report
+    family      `model_type` in the config.json of the model
+    framework   name, version, and optional fields
+    dtype       compute dtype of the framework, for the report
     cases       one or more of: file, plan {attention, ffn: lists of layers}, attention_range, active_fraction,
                 probe_fraction, probe, window
 
-Further fields are allowed, shown in the report and ignored. Each case's file is a safetensors file in the folder, with
+Other fields are allowed; they appear in the report and have no effect. The file of each case is a safetensors file in the folder
+with these tensors, and no others:
 
-    (inputs)                    under Hugging Face's names, right-padded, such as input_ids int [B, T]
-    logits                      float32 [B, T, V], or [B, n, V] with
-    logits_positions            int [B, n]: positions in the sequence
-    kept_units.<layer>          optional, int [B, U]: then used in that layer instead of our own choice
-    hidden_states.<layer>       optional, float [B, T, D]: what decoder layer <layer> (from 0 on) hands to the next, before any
-                                final norm
-    hidden_states.<layer>.attention   optional, likewise within the layer, after attention and before the FFN
-
-and no other tensor. Further inputs are those of the family's file in rlens_jax/validation, such as qwen2_vl.py.
+    (inputs)                    named as in Hugging Face's models, right-padded, such as input_ids int [B, T]; the image inputs
+                                of each family are in rlens_jax/families/FAMILY/reference.py
+    logits                      float32 [B, T, V], or [B, positions, V] with
+    logits_positions            int [B, positions]: positions in the sequence
+    kept_units.<layer>          optional, int [B, U]: units that our model uses in that layer instead of its own selection
+    hidden_states.<layer>       optional, float [B, T, D]: states after decoder layer <layer> (from 0), before any final norm
+    hidden_states.<layer>.attention   optional, float [B, T, D]: states in that layer, after attention and before the FFN
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +35,7 @@ from safetensors.numpy import save_file
 
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.families.hf_config import read_json
-from rlens_jax.files import new_folder
+from rlens_jax.files import json_text, new_folder
 from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
 
 FORMAT = "rlens-reference/1"
@@ -59,18 +57,18 @@ RESULT_NAMES = (
 
 @dataclass(frozen=True)
 class Case:
-    """A file of a bundle, and what was computed in it."""
+    """An entry of the manifest: a file, and the plan that was computed."""
 
     file: str
     plan: Plan
     reduction: Reduction
     further: Mapping[str, Any]
-    """Fields that the format does not know."""
+    """Fields that are not part of the format."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle says of itself."""
+    """The content of manifest.json."""
 
     folder: Path
     model: str
@@ -79,14 +77,14 @@ class Manifest:
     dtype: str
     cases: tuple[Case, ...]
     further: Mapping[str, Any]
-    """Fields that the format does not know."""
+    """Fields that are not part of the format."""
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a bundle, checked.
+    """Read and check the manifest of a bundle.
 
     Raises:
-        UserError: no such folder, another format, or a field that is missing or cannot be used.
+        UserError: the folder is missing, it has another format, or a field is missing or not usable.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a bundle is a folder with {MANIFEST}")
@@ -103,7 +101,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise UserError(f"{where}: {name} must be {_KINDS[kind]}, not {fields[name]!r}")
     _require(fields["framework"], ("name", "version"), f"{where}: framework")
     if not fields["cases"]:
-        raise UserError(f"{where}: cases is empty; a bundle has one or more")
+        raise UserError(f"{where}: cases is empty; a bundle has at least one")
     cases = tuple(_read_case(case, f"{where}: case {number}") for number, case in enumerate(fields["cases"]))
     further = {name: value for name, value in fields.items() if name not in FIELDS}
     return Manifest(folder, fields["model"], fields["family"], fields["framework"], fields["dtype"], cases, further)
@@ -115,7 +113,7 @@ _KINDS = {str: "a text", dict: "an object", list: "a list"}
 def _require(fields: Mapping[str, Any], names: Sequence[str], where: str) -> None:
     for name in names:
         if name not in fields:
-            unknown = [given for given in fields if given not in names]
+            unknown = [field for field in fields if field not in names]
             near = suggest(name, unknown)
             raise UserError(f"{where}: the field {name} is missing" + near.replace("did you mean", "is it"))
 
@@ -144,12 +142,12 @@ def _read_case(fields: Any, where: str) -> Case:
 
 
 class CaseFile:
-    """The tensors of a case; each is read when it is asked for.
+    """The tensors of a case, read on demand.
 
     Args:
-        path: of the safetensors file.
+        path: the safetensors file.
         handle: the opened file.
-        inputs: which inputs the model's family has.
+        inputs: names of the inputs of the model family.
 
     Raises:
         UserError: an unknown tensor, or no logits.
@@ -166,31 +164,31 @@ class CaseFile:
                     f"{path}: the tensor {name} is not known{near}; known are {', '.join([*inputs, *RESULT_NAMES])}"
                 )
         if LOGITS not in self.names:
-            raise UserError(f"{path}: holds no {LOGITS}; without them there is nothing to compare")
+            raise UserError(f"{path}: has no {LOGITS}, so there is nothing to compare")
         self.inputs = {name: self.read(name) for name in self.names if name in inputs}
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor; floats as float32, whole numbers as int64."""
+        """Read a tensor: floats as float32, integers as int64."""
         array = self._handle.get_tensor(name)
         return array.astype(np.int64 if array.dtype.kind in "iub" else np.float32)
 
     def dtype(self, name: str) -> str:
-        """As safetensors calls it."""
+        """Dtype of a tensor, as safetensors names it."""
         return str(self._handle.get_slice(name).get_dtype())
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without reading it."""
+        """Shape of a tensor, without reading it."""
         return tuple(self._handle.get_slice(name).get_shape())
 
     def layers(self, pattern: re.Pattern[str]) -> dict[str, int]:
-        """The tensors of `KEPT` or `STATES` by name, each with its layer."""
+        """Layers of the tensors that match `KEPT` or `STATES`, by name."""
         matches = {name: pattern.fullmatch(name) for name in self.names}
-        return {name: int(found[1]) for name, found in matches.items() if found}
+        return {name: int(match[1]) for name, match in matches.items() if match}
 
 
 @contextmanager
 def open_case(folder: Path, case: Case, inputs: Sequence[str]) -> Iterator[CaseFile]:
-    """The file of a case; UserError when it is missing, broken or not as `CaseFile` wants it."""
+    """Open the file of a case. UserError when it is missing, damaged or refused by `CaseFile`."""
     path = folder / case.file
     try:
         handle = safe_open(path, framework="np")
@@ -203,7 +201,7 @@ def open_case(folder: Path, case: Case, inputs: Sequence[str]) -> Iterator[CaseF
 
 
 def states_name(layer: int, operator: Operator) -> str:
-    """What the states after a layer's attention, or after its FFN and so the layer, are called."""
+    """Name of the states after the attention of a layer, or after its FFN, which ends the layer."""
     return f"hidden_states.{layer}" + (".attention" if operator == "attention" else "")
 
 
@@ -211,7 +209,7 @@ def states_name(layer: int, operator: Operator) -> str:
 def new_bundle(
     folder: Path, *, model: str, family: str, framework: Mapping[str, str], dtype: str
 ) -> Iterator["BundleWriter"]:
-    """A bundle to fill, which appears whole or not at all; UserError when the folder exists or cannot be made."""
+    """Yield the writer of a new bundle, which appears whole or not at all. UserError when `folder` cannot be created."""
     with new_folder(folder) as unfinished:
         writer = BundleWriter(unfinished)
         yield writer
@@ -223,7 +221,7 @@ def new_bundle(
             "dtype": dtype,
             "cases": writer.cases,
         }
-        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (unfinished / MANIFEST).write_text(json_text(manifest), encoding="utf-8")
 
 
 class BundleWriter:
@@ -234,9 +232,9 @@ class BundleWriter:
         self.cases: list[dict[str, Any]] = []
 
     def add(self, plan: Plan, reduction: Reduction, tensors: Mapping[str, np.ndarray]) -> None:
-        """The next case."""
+        """Write the next case."""
         file = f"case_{len(self.cases):02}.safetensors"
         save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, self._folder / file)
-        (self._folder / file).chmod(0o644)  # safetensors makes it readable for its owner only
+        (self._folder / file).chmod(0o644)  # save_file lets only the owner read it
         layers = {operator: list(plan.layers(operator)) for operator in OPERATORS}
         self.cases.append({"file": file, "plan": layers, **asdict(reduction)})

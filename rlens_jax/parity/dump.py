@@ -1,7 +1,7 @@
-"""Bundles from a Hugging Face model in PyTorch, dense and under `torch_twin`'s reductions (extra `torch`).
+"""Write bundles with a Hugging Face model in PyTorch, dense and reduced by `torch_twin` (extra `torch`).
 
-Each bundle holds the same inputs in every case: two prompts of different lengths, with one and two textured images of different
-sizes, as the checkpoint's own processor and chat template prepare them.
+All cases have the same inputs: two prompts of different lengths, with one and with two textured images of different sizes,
+prepared by the processor and the chat template of the checkpoint.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ QUESTIONS = (
     ("what do you see ?", ((96, 160),)),
     ("where do these two pictures differ , and which one is the larger ?", ((64, 128), (128, 96))),
 )
-"""Texts, and heights and widths of the images that go with them."""
+"""Texts, and heights and widths of their images."""
 
 
 def dump(
@@ -35,18 +35,18 @@ def dump(
     with_states: bool,
     advance: Callable[[], None],
 ) -> Path:
-    """Writes a bundle of one case a plan.
+    """Write a bundle with one case per plan.
 
     Args:
         model: a folder as published (not a converted one), with tokenizer and processor files; or "embedded".
-        bundle: the folder to make.
-        plans: what to compute; `Plan()` is the dense model.
-        reduction: how.
+        bundle: the new folder.
+        plans: the plans; `Plan()` is the dense model.
+        reduction: settings of the reduced layers.
         with_states: also write the states after each half of each layer.
         advance: called after each case.
 
     Raises:
-        UserError: PyTorch or the processor is missing, the model is not one of Hugging Face's, or a plan does not fit it.
+        UserError: PyTorch or the processor is missing, transformers has no class for the model, or a plan does not fit it.
     """
     folder = find_model(model)
     if orbax_store.is_store(folder):
@@ -70,7 +70,7 @@ def dump(
 
 
 def _check_class(folder: Path, kind: ModelKind) -> None:
-    """transformers knows the family; UserError when its model only comes as code with the checkpoint, which is never run."""
+    """Raise UserError unless transformers has a class for the model. Code in a model folder is never run."""
     from transformers import CONFIG_MAPPING
 
     if kind.model_type not in CONFIG_MAPPING:
@@ -81,11 +81,11 @@ def _check_class(folder: Path, kind: ModelKind) -> None:
 
 
 def load_torch_model(folder: Path) -> Any:
-    """The Hugging Face model of a folder, in float32 with eager attention."""
+    """Load the Hugging Face model of a folder in float32, with eager attention."""
     try:
         from transformers import AutoModelForImageTextToText
 
-        import rlens_jax.torch_twin  # noqa: F401  (is PyTorch there?)
+        import rlens_jax.torch_twin  # noqa: F401  (fails without PyTorch)
     except ImportError as error:
         raise UserError(f"--dump runs PyTorch: install the extra torch ({error})") from None
     try:
@@ -102,7 +102,7 @@ def load_torch_model(folder: Path) -> Any:
 
 
 def make_inputs(folder: Path, names: Sequence[str]) -> dict[str, Any]:
-    """The model's inputs for `QUESTIONS`, by the checkpoint's own processor: right-padded PyTorch tensors."""
+    """Inputs of the model for `QUESTIONS` from the processor of the checkpoint: right-padded PyTorch tensors."""
     from transformers import AutoProcessor
 
     try:
@@ -114,20 +114,20 @@ def make_inputs(folder: Path, names: Sequence[str]) -> dict[str, Any]:
         texts = [processor.apply_chat_template(message, add_generation_prompt=True) for message in messages]
         rng = np.random.default_rng(0)
         images = [[texture(rng, *size) for size in sizes] for _, sizes in QUESTIONS]
-        # Said here, because a processor's own default goes before that of its tokenizer.
-        made = processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
+        # Set here, because the default of a processor overrides that of its tokenizer.
+        inputs = processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}: no usable processor ({_first_line(error)})") from None
-    unknown = [name for name in made if name not in names]
+    unknown = [name for name in inputs if name not in names]
     if unknown:
-        raise UserError(f"{folder}: its processor makes {', '.join(unknown)}, which bundles do not know")
-    return dict(made)
+        raise UserError(f"{folder}: its processor returns {', '.join(unknown)}, which bundles cannot hold")
+    return dict(inputs)
 
 
 def run_case(
     model: Any, inputs: Mapping[str, Any], plan: Plan, reduction: Reduction, with_states: bool
 ) -> dict[str, np.ndarray]:
-    """A case's tensors, from a Hugging Face model and its inputs as PyTorch tensors."""
+    """Run a Hugging Face model on PyTorch inputs; returns the tensors of a case."""
     from rlens_jax.torch_twin import decoder_layers, reduced
 
     with (
@@ -145,7 +145,7 @@ def run_case(
 
 @contextmanager
 def _states(layers: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """The states after each half of each layer of the pass that runs meanwhile."""
+    """Record the states after each half of each layer while the context is open."""
     states: dict[str, Any] = {}
     handles = []
 
@@ -163,7 +163,7 @@ def _states(layers: Iterable[Any]) -> Iterator[dict[str, Any]]:
 
     try:
         for number, layer in enumerate(layers):
-            # The second norm reads the stream to which attention has been added.
+            # The input of the second norm is the residual stream after attention.
             norm = layer.post_attention_layernorm
             handles.append(norm.register_forward_pre_hook(before_norm(states_name(number, "attention"))))
             handles.append(layer.register_forward_hook(after_layer(states_name(number, "ffn"))))
@@ -174,7 +174,7 @@ def _states(layers: Iterable[Any]) -> Iterator[dict[str, Any]]:
 
 
 def texture(rng: np.random.Generator, height: int, width: int) -> Image.Image:
-    """Waves, an edge and noise: no two patches are alike."""
+    """An image of waves, an edge and noise, in which all patches differ."""
     y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
     channels = []
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""What a validation found, for programs (JSON, see validation.schema.json), for papers (Markdown) and for the terminal."""
+"""Reports on validations and on compared rankings: JSON (see the schemas in this folder), Markdown and terminal text."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ RANKINGS_SCHEMA = "rlens-ranking-comparison/1"
 
 
 def validation_json(validation: Validation) -> str:
-    """The text of the JSON report."""
+    """The JSON report, following validation.schema.json."""
     manifest = validation.manifest
     return json_text(
         {
@@ -100,7 +100,7 @@ def _partings(validation: Validation) -> list[str]:
 
 
 def validation_text(validation: Validation) -> str:
-    """A table for the terminal, where the models part, and the verdict."""
+    """Text for the terminal: a table of the cases, the first differences and the verdict."""
     table = [HEADINGS, *_rows(validation)]
     widths = [max(len(row[column]) for row in table) for column in range(len(HEADINGS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
@@ -108,7 +108,7 @@ def validation_text(validation: Validation) -> str:
 
 
 def validation_markdown(validation: Validation) -> str:
-    """The report for people."""
+    """The Markdown report."""
     manifest = validation.manifest
     framework = ", ".join(f"{name} {value}" for name, value in manifest.framework.items())
     lines = [
@@ -116,8 +116,8 @@ def validation_markdown(validation: Validation) -> str:
         "",
         f"{_verdict(validation)}: |ours - reference| <= {validation.tolerance:g} * max(1, largest reference logit).",
         "",
-        f"Ours: {validation.dtype}. Reference: {framework}, {manifest.dtype}. Where the reference's kept units are known, "
-        "they are used in our model too, and the share that our own probes choose is shown.",
+        f"Ours: {validation.dtype}. Reference: {framework}, {manifest.dtype}. Where the bundle has kept units, our model "
+        "uses them too; the table shows the share of them that our probes choose.",
         "",
         *_table(HEADINGS, _rows(validation)),
         "",
@@ -147,17 +147,17 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def rankings_json(comparisons: Sequence[RankingComparison]) -> str:
-    """The text of the JSON report on two rankings."""
+    """The JSON report on two rankings, following rankings.schema.json."""
     return json_text({"schema": RANKINGS_SCHEMA, "comparisons": [asdict(comparison) for comparison in comparisons]})
 
 
 def rankings_text(comparisons: Sequence[RankingComparison]) -> str:
-    """For the terminal."""
+    """Text for the terminal on two rankings."""
     return "\n\n".join("\n".join(_ranking_lines(comparison)) for comparison in comparisons)
 
 
 def rankings_markdown(comparisons: Sequence[RankingComparison]) -> str:
-    """The report for people."""
+    """The Markdown report on two rankings."""
     parts = ["# Two rankings"]
     for comparison in comparisons:
         title = f"## {comparison.name}\n\n" if comparison.name else ""

@@ -1,4 +1,4 @@
-"""How two layer rankings compare. Rankings are lists of layers, most redundant first."""
+"""Compare two layer rankings. A ranking is a list of layers, most redundant first."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from rlens_jax.search.ranking_file import check_ranking
 
 @dataclass(frozen=True)
 class Source:
-    """The rankings of one argument: by operator from a ranking.json, else a single one named ""."""
+    """The rankings of one argument: one per operator from a ranking.json, else a single one with the name ""."""
 
     name: str
     rankings: Mapping[str, tuple[int, ...]]
@@ -22,32 +22,32 @@ class Source:
 
 @dataclass(frozen=True)
 class RankingComparison:
-    """Two rankings, `a` and `b`."""
+    """Comparison of the rankings `a` and `b`."""
 
     name: str
-    """The operator, or "" where neither says it."""
+    """The operator, or "" if neither argument names it."""
     a: tuple[int, ...]
     b: tuple[int, ...]
     kendall_tau: float
-    """Of the layers that both rank: 1 same order, 0 unrelated, -1 reversed."""
+    """Over the layers in both: 1 for the same order, 0 for unrelated orders, -1 for reversed orders."""
     overlaps: tuple[float, ...]
-    """For k = 1, 2, ...: the share of `a`'s first k that are among `b`'s first k."""
+    """For k = 1, 2, ...: share of the first k layers of `a` that are among the first k of `b`."""
     places_of_a_in_b: tuple[int | None, ...]
-    """For each layer of `a` in order: its place in `b`, from 1 on; None where it is not ranked."""
+    """For each layer of `a` in order: its place in `b`, from 1; None if `b` does not have it."""
     places_of_b_in_a: tuple[int | None, ...]
 
 
 def compare_rankings(a: str, b: str, num_layers: int | None) -> list[RankingComparison]:
-    """Compares what two arguments hold, operator by operator where both have operators.
+    """Compare the rankings of two arguments, per operator if both have operators.
 
     Args:
-        a: a ranking.json of ours, a list such as "27,26,25", or a file with such a list (separated by commas, spaces or
+        a: one of our ranking.json files, a list such as "27,26,25", or a file with a list (separated by commas, spaces or
             lines, or as JSON).
-        b: likewise.
-        num_layers: of the model; None takes it from a ranking.json, or else the length of the longer list.
+        b: the same.
+        num_layers: number of layers of the model; None takes it from a ranking.json, or else the length of the longer list.
 
     Raises:
-        UserError: an argument cannot be read, names a layer twice or one out of range, or nothing is comparable.
+        UserError: an argument is not readable, it names a layer twice or one out of range, or there is nothing to compare.
     """
     sources = [_read(argument) for argument in (a, b)]
     known = {source.num_layers for source in sources if source.num_layers is not None}
