@@ -47,7 +47,7 @@ def yes_no_accuracy(row: Row) -> float:
     """1 when the prediction says what the reference says.
 
     Raises:
-      UserError: the reference is neither "Yes" nor "No".
+        UserError: the reference is neither "Yes" nor "No".
     """
     if row.answers not in (("Yes",), ("No",)):
         raise UserError(f"row {row.index}: the answer must be 'Yes' or 'No', not {', '.join(map(repr, row.answers))}")
@@ -74,8 +74,8 @@ def mme(rows: Sequence[Row], per_sample: Sequence[float]) -> Aggregate:
     categories are fixed by the benchmark. VLMEvalKit's acc+ uses the first two questions of an image that has more.
 
     Raises:
-      UserError: a row has no image or an unknown category, an image has only one question, or a category has no rows
-        (the sum of the others would be on another scale).
+        UserError: a row has no image or an unknown category, an image has only one question, or a category has no rows
+            (the sum of the others would be on another scale).
     """
     outcomes: dict[str, dict[str, list[float]]] = {category: defaultdict(list) for category in _MME_CATEGORIES}
     groups = []
@@ -130,7 +130,7 @@ def hallusion_bench(rows: Sequence[Row], per_sample: Sequence[float]) -> Aggrega
     The breakdown has the three shares over all rows and under "category/..." and "l2_category/...".
 
     Raises:
-      UserError: an index lacks the ids, or a row lacks its l2-category.
+        UserError: an index lacks the ids, or a row lacks its l2-category.
     """
     ids = [_ids(row) for row in rows]
     ratios = _accuracies(ids, per_sample)
@@ -177,7 +177,7 @@ def choice_accuracy(row: Row) -> float:
     1 when the option that the prediction chooses is the reference.
 
     Raises:
-      UserError: a row has no options, or not exactly one reference.
+        UserError: a row has no options, or not exactly one reference.
     """
     if not row.options:
         raise UserError(f"row {row.index}: no options")

@@ -16,15 +16,15 @@ class Row:
     """One question of a benchmark's TSV file with a model's answer.
 
     Attributes:
-      index: the row's `index`, as text. HallusionBench's contains the ids of set, figure and question.
-      prediction: the model's answer as generated; each rule strips and folds it as needed.
-      answers: the references. Ten for TextVQA, one for ChartQA, MME, MMStar (a letter) and HallusionBench; none where
-        the makers withhold them.
-      category: OCRBench, MME, MMStar, HallusionBench.
-      l2_category: MMStar, HallusionBench.
-      split: ChartQA, `test_human` or `test_augmented`.
-      image: MME's `image_path`, which the two questions of a pair share.
-      options: MMStar, text per letter, without letters that have no text.
+        index: the row's `index`, as text. HallusionBench's contains the ids of set, figure and question.
+        prediction: the model's answer as generated; each rule strips and folds it as needed.
+        answers: the references. Ten for TextVQA, one for ChartQA, MME, MMStar (a letter) and HallusionBench; none where
+            the makers withhold them.
+        category: OCRBench, MME, MMStar, HallusionBench.
+        l2_category: MMStar, HallusionBench.
+        split: ChartQA, `test_human` or `test_augmented`.
+        image: MME's `image_path`, which the two questions of a pair share.
+        options: MMStar, text per letter, without letters that have no text.
     """
 
     index: str
@@ -88,10 +88,10 @@ class Aggregate:
     """The score of a dataset in parts.
 
     Attributes:
-      ratios: their values add up to the dataset's score.
-      breakdown: parts of the score by name: "perception", "category/color/acc+", "split/test_human", ...
-      groups: the group of each row. A bootstrap draws or leaves out whole groups.
-      strata: the stratum of each row. A draw keeps the number of groups per stratum.
+        ratios: their values add up to the dataset's score.
+        breakdown: parts of the score by name: "perception", "category/color/acc+", "split/test_human", ...
+        groups: the group of each row. A bootstrap draws or leaves out whole groups.
+        strata: the stratum of each row. A draw keeps the number of groups per stratum.
     """
 
     ratios: tuple[Ratio, ...]
@@ -105,11 +105,11 @@ class Score(Aggregate):
     """A dataset's score and its parts.
 
     Attributes:
-      dataset: VLMEvalKit's name.
-      value: the score on its published scale, in `unit`.
-      unit: "%", "of 1000" (OCRBench) or "of 2800" (MME).
-      per_sample: the score of each row, in [0, 1], in the order of the rows.
-      harness: the source of the rules.
+        dataset: VLMEvalKit's name.
+        value: the score on its published scale, in `unit`.
+        unit: "%", "of 1000" (OCRBench) or "of 2800" (MME).
+        per_sample: the score of each row, in [0, 1], in the order of the rows.
+        harness: the source of the rules.
     """
 
     dataset: str

@@ -32,10 +32,10 @@ class Scorer:
     """How a dataset is scored.
 
     Attributes:
-      sample: the score in [0, 1] of a row, which must have an answer.
-      aggregate: the dataset's score, from its rows and their scores.
-      unit: unit of the dataset's score.
-      withheld: whether only the benchmark's server has the answers.
+        sample: the score in [0, 1] of a row, which must have an answer.
+        aggregate: the dataset's score, from its rows and their scores.
+        unit: unit of the dataset's score.
+        withheld: whether only the benchmark's server has the answers.
     """
 
     sample: Callable[[Row], float]
@@ -65,8 +65,8 @@ def score(dataset: str, rows: Sequence[Row]) -> Score:
     """Score all or some of a dataset's rows.
 
     Raises:
-      UserError: the dataset is unknown, there are no rows, an index occurs twice, a row has no answers, or the
-        dataset's scorer refuses a row.
+        UserError: the dataset is unknown, there are no rows, an index occurs twice, a row has no answers, or the
+            dataset's scorer refuses a row.
     """
     if dataset not in SCORERS:
         raise UserError(f"unknown dataset {dataset!r}{suggest(dataset, SCORERS)}; known: {', '.join(SCORERS)}")

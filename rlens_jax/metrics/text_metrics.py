@@ -125,7 +125,7 @@ def contains_answer(row: Row) -> float:
     reference occurs in every prediction.
 
     Raises:
-      UserError: the row's category is not one of OCRBench's.
+        UserError: the row's category is not one of OCRBench's.
     """
     check_category(row, _OCRBENCH_CATEGORIES)
     fold = _fold_formula if row.category == FORMULA else _fold_text

@@ -25,12 +25,12 @@ class Series:
     """One curve; with `joined` False, separate points with whiskers.
 
     Attributes:
-      name: name in hover texts and tables.
-      label: text next to the curve.
-      style: CSS class of its colour.
-      x, y: coordinates of the points.
-      low, high: bounds of the band or the whiskers.
-      notes: further text per point; may be empty.
+        name: name in hover texts and tables.
+        label: text next to the curve.
+        style: CSS class of its colour.
+        x, y: coordinates of the points.
+        low, high: bounds of the band or the whiskers.
+        notes: further text per point; may be empty.
     """
 
     name: str
@@ -133,13 +133,13 @@ def curve_chart(
     """Lay out curves of shares (shown in percent) over 0 to `x_end`.
 
     Args:
-      title: description for screen readers.
-      series: the curves from back to front.
-      marks: points to ring.
-      x_end: end of the horizontal axis.
-      x_title, y_title: titles of the axes.
-      step_title: title of a step, with `{x}` for its place.
-      reference: the share that all curves are compared with, drawn as a horizontal line.
+        title: description for screen readers.
+        series: the curves from back to front.
+        marks: points to ring.
+        x_end: end of the horizontal axis.
+        x_title, y_title: titles of the axes.
+        step_title: title of a step, with `{x}` for its place.
+        reference: the share that all curves are compared with, drawn as a horizontal line.
     """
     lowest = min(reference, *(min(one.low) for one in series))
     highest = max(reference, *(max(one.high) for one in series))
@@ -269,10 +269,10 @@ class Cell:
     """A candidate of a heat map.
 
     Attributes:
-      shade: shade of its harm.
-      chosen: whether it won its round.
-      text: its score.
-      tip: the text on hover.
+        shade: shade of its harm.
+        chosen: whether it won its round.
+        text: its score.
+        tip: the text on hover.
     """
 
     shade: int
@@ -293,9 +293,9 @@ def heat_map(search: Mapping[str, Any], num_layers: int, worst: float) -> HeatMa
     """The heat map of one operator.
 
     Args:
-      search: the operator's part of ranking.json's `search`.
-      num_layers: L.
-      worst: the lowest score of all heat maps that share a legend.
+        search: the operator's part of ranking.json's `search`.
+        num_layers: L.
+        worst: the lowest score of all heat maps that share a legend.
     """
     rows = []
     for number, round_ in enumerate(search["rounds"], 1):

@@ -36,11 +36,11 @@ class Example:
     """One held-out sample with two answers.
 
     Attributes:
-      id, dataset, question: of the sample.
-      references: right answers.
-      images: decoded images of any size and mode; the file keeps thumbnails of the first `MAX_IMAGES`.
-      dense: the dense model's answer.
-      reduced: the answer under the plan of the file.
+        id, dataset, question: of the sample.
+        references: right answers.
+        images: decoded images of any size and mode; the file keeps thumbnails of the first `MAX_IMAGES`.
+        dense: the dense model's answer.
+        reduced: the answer under the plan of the file.
     """
 
     id: str
@@ -56,14 +56,14 @@ def write_examples(folder: Path, examples: Sequence[Example], *, plan: Plan, mod
     """Write examples.json, which `write_report` in the same folder then shows.
 
     Args:
-      folder: output folder of the run.
-      examples: at most `MAX_EXAMPLES` examples.
-      plan: the plan of the reduced answers.
-      model_hash, data_hash: as in ranking.json, to detect examples of another run.
+        folder: output folder of the run.
+        examples: at most `MAX_EXAMPLES` examples.
+        plan: the plan of the reduced answers.
+        model_hash, data_hash: as in ranking.json, to detect examples of another run.
 
     Raises:
-      UserError: the file cannot be written.
-      ValueError: there are too many examples.
+        UserError: the file cannot be written.
+        ValueError: there are too many examples.
     """
     if len(examples) > MAX_EXAMPLES:
         raise ValueError(f"{len(examples)} examples; a report shows at most {MAX_EXAMPLES}")

@@ -21,10 +21,10 @@ class RunFiles:
     """A finished run, as JSON values of its files.
 
     Attributes:
-      name: the report's name for the run.
-      ranking: fields of ranking.json, see `search/ranking.schema.json`.
-      timing: fields of timing.json, see `timing.schema.json`.
-      examples: fields of examples.json, see `examples.schema.json`; None without that file.
+        name: the report's name for the run.
+        ranking: fields of ranking.json, see `search/ranking.schema.json`.
+        timing: fields of timing.json, see `timing.schema.json`.
+        examples: fields of examples.json, see `examples.schema.json`; None without that file.
     """
 
     name: str
@@ -42,8 +42,8 @@ def read_run(folder: Path) -> RunFiles:
     """Read the files of a finished run.
 
     Raises:
-      UserError: naming file and field: the folder has no finished run, or a file cannot be read, is not JSON, does not
-        follow its schema, or contradicts itself or another file.
+        UserError: naming file and field: the folder has no finished run, or a file cannot be read, is not JSON, does not
+            follow its schema, or contradicts itself or another file.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; name the output folder of a ranking run")
@@ -61,7 +61,7 @@ def read_examples(folder: Path, ranking: Mapping[str, Any]) -> Mapping[str, Any]
     """The fields of a folder's examples.json, None without that file.
 
     Raises:
-      UserError: the file cannot be read, is wrong, or has the examples of another run than `ranking`.
+        UserError: the file cannot be read, is wrong, or has the examples of another run than `ranking`.
     """
     path = folder / EXAMPLES
     if not path.exists():

@@ -24,7 +24,7 @@ def write_report(results: Results, folder: Path) -> list[Path]:
     run. report.html also shows the folder's examples.json, if any.
 
     Raises:
-      UserError: a file cannot be written, or the folder has the examples of another run.
+        UserError: a file cannot be written, or the folder has the examples of another run.
     """
     ranking, timing = ranking_fields(results), timing_fields(results.timing)
     run = RunFiles(folder.resolve().name, ranking, timing, read_examples(folder, ranking))

@@ -102,7 +102,7 @@ def report_html(runs: Sequence[RunFiles]) -> str:
     """The whole page, a single file.
 
     Raises:
-      UserError: there are more than `MAX_RUNS` runs, or several that make more than `MAX_BYTES`.
+        UserError: there are more than `MAX_RUNS` runs, or several that make more than `MAX_BYTES`.
     """
     if len(runs) > MAX_RUNS:
         raise UserError(f"a report shows at most {MAX_RUNS} runs side by side, not {len(runs)}")

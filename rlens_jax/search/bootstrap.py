@@ -40,11 +40,11 @@ def bootstrap_interval(
     """The interval of a statistic of a curve.
 
     Args:
-      outcomes_by_dataset: per dataset, outcomes [points, samples of the dataset]. Their order decides the draws.
-      statistic: `mean_over_datasets`, `area_under_curve(...)`, or another of that form.
-      samples: number of draws.
-      seed: seed of the draws.
-      level: coverage of the interval.
+        outcomes_by_dataset: per dataset, outcomes [points, samples of the dataset]. Their order decides the draws.
+        statistic: `mean_over_datasets`, `area_under_curve(...)`, or another of that form.
+        samples: number of draws.
+        seed: seed of the draws.
+        level: coverage of the interval.
     """
     outcomes = [np.asarray(values, np.float64) for values in outcomes_by_dataset.values()]
     counts = _draw_counts([values.shape[1] for values in outcomes], samples, seed)

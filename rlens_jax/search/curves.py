@@ -30,10 +30,10 @@ def held_out_plans(ranking: Ranking, num_random: int, seed: int, search_all: Ran
     """All plans whose outcomes `operator_result` needs, each once, the base first.
 
     Args:
-      ranking: the searched ranking.
-      num_random: number of random rankings.
-      seed: seed of the random rankings.
-      search_all: the ranking with L_p = 0, for comparison.
+        ranking: the searched ranking.
+        num_random: number of random rankings.
+        seed: seed of the random rankings.
+        search_all: the ranking with L_p = 0, for comparison.
     """
     orders = [*_orders(ranking, search_all).values()]
     plans = [plan for order in orders for plan in prefix_plans(ranking.operator, order, ranking.base)]
@@ -58,13 +58,13 @@ def operator_result(
     """Curves, areas and saving of one operator, from the outcomes of `held_out_plans` with the same arguments.
 
     Args:
-      ranking, num_random, search_all: as in `held_out_plans`.
-      outcomes: outcomes of the plans on held-out samples.
-      dense: held-out metrics of the dense model.
-      flops_saved: the saving of a plan.
-      seed: seed of the random rankings and of the bootstrap.
-      bootstrap_samples: number of bootstrap draws.
-      relative: whether losses are relative to the dense metrics, as changes are in the search.
+        ranking, num_random, search_all: as in `held_out_plans`.
+        outcomes: outcomes of the plans on held-out samples.
+        dense: held-out metrics of the dense model.
+        flops_saved: the saving of a plan.
+        seed: seed of the random rankings and of the bootstrap.
+        bootstrap_samples: number of bootstrap draws.
+        relative: whether losses are relative to the dense metrics, as changes are in the search.
     """
     held_out = _HeldOut(outcomes, dense, relative, bootstrap_samples, seed)
     orders = _orders(ranking, search_all)

@@ -27,10 +27,10 @@ class Curve:
     """The held-out score as the layers of an order are reduced one after another.
 
     Attributes:
-      order: the layers, the first to reduce first.
-      metrics: metrics per dataset with the first 0, 1, ... L layers reduced.
-      losses: losses against the dense model at the same points.
-      mean: mean over the datasets with its bootstrap interval, float64[L + 1].
+        order: the layers, the first to reduce first.
+        metrics: metrics per dataset with the first 0, 1, ... L layers reduced.
+        losses: losses against the dense model at the same points.
+        mean: mean over the datasets with its bootstrap interval, float64[L + 1].
     """
 
     order: tuple[int, ...]
@@ -49,9 +49,9 @@ class RandomCurves:
     """Held-out scores of random orders, at a few numbers of reduced layers.
 
     Attributes:
-      orders: the random rankings.
-      num_reduced: the numbers of reduced layers.
-      means: mean over the datasets, per ranking and number.
+        orders: the random rankings.
+        num_reduced: the numbers of reduced layers.
+        means: mean over the datasets, per ranking and number.
     """
 
     orders: tuple[tuple[int, ...], ...]
@@ -64,10 +64,10 @@ class Saving:
     """The saving of a plan and its loss on held-out samples.
 
     Attributes:
-      plan: the reduced layers.
-      loss: minus the mean change against the dense model, over the datasets.
-      flops: share of the dense prefill's multiply-adds that is saved, without the probes' work, as is usual.
-      flops_with_probes: the same with the probes' work, which is computed as well.
+        plan: the reduced layers.
+        loss: minus the mean change against the dense model, over the datasets.
+        flops: share of the dense prefill's multiply-adds that is saved, without the probes' work, as is usual.
+        flops_with_probes: the same with the probes' work, which is computed as well.
     """
 
     plan: Plan
@@ -81,13 +81,13 @@ class OperatorResult:
     """The ranking of one operator and its held-out curves.
 
     Attributes:
-      ranking: the result of the search on the validation samples.
-      curves: curves of the strategies with one order; always "searched" and "position".
-      random: curves of random orders.
-      area_points: the numbers of reduced layers over which areas are taken, the same for all strategies.
-      areas: area under the curve per strategy; for random, of the mean of its rankings.
-      margins: area of "searched" minus the area of each other strategy, on the same draws.
-      saving: saving of the first `curves["searched"].allowed` layers.
+        ranking: the result of the search on the validation samples.
+        curves: curves of the strategies with one order; always "searched" and "position".
+        random: curves of random orders.
+        area_points: the numbers of reduced layers over which areas are taken, the same for all strategies.
+        areas: area under the curve per strategy; for random, of the mean of its rankings.
+        margins: area of "searched" minus the area of each other strategy, on the same draws.
+        saving: saving of the first `curves["searched"].allowed` layers.
     """
 
     ranking: Ranking
@@ -124,8 +124,8 @@ class PrefillTime:
     """Times of one prefill, measured side by side: dense, and with a plan's work skipped.
 
     Attributes:
-      dense, reduced: seconds, one value per repeat.
-      samples, text_slots, visual_slots: shape of the timed batch, padding included.
+        dense, reduced: seconds, one value per repeat.
+        samples, text_slots, visual_slots: shape of the timed batch, padding included.
     """
 
     dense: tuple[float, ...]
@@ -145,15 +145,15 @@ class Timing:
     """Everything that differs between two runs of one configuration.
 
     Attributes:
-      started: date and time, ISO 8601.
-      device: device kind.
-      num_devices: number of devices used.
-      num_cores: number of CPU cores of the host.
-      seconds: seconds per phase; of this process only, if the run was resumed.
-      evaluations: number of evaluations by this process.
-      resumed: number of evaluations read from the journal.
-      compilations: number of programs compiled by this process.
-      prefill: prefill times per plan of `Results.savings`, if measured.
+        started: date and time, ISO 8601.
+        device: device kind.
+        num_devices: number of devices used.
+        num_cores: number of CPU cores of the host.
+        seconds: seconds per phase; of this process only, if the run was resumed.
+        evaluations: number of evaluations by this process.
+        resumed: number of evaluations read from the journal.
+        compilations: number of programs compiled by this process.
+        prefill: prefill times per plan of `Results.savings`, if measured.
     """
 
     started: str
@@ -172,15 +172,15 @@ class Results:
     """A finished run.
 
     Attributes:
-      config: configuration of the run.
-      model_hash, data_hash: hashes of the weights and of the samples.
-      num_layers: L.
-      versions: version per package.
-      validation_samples, test_samples: number of samples per dataset, for the search and for the curves.
-      dense_validation, dense_test: metrics of the dense model on these samples.
-      operators: results per ranked operator.
-      combined: saving of both operators at once; None if only one was ranked.
-      timing: times of this run.
+        config: configuration of the run.
+        model_hash, data_hash: hashes of the weights and of the samples.
+        num_layers: L.
+        versions: version per package.
+        validation_samples, test_samples: number of samples per dataset, for the search and for the curves.
+        dense_validation, dense_test: metrics of the dense model on these samples.
+        operators: results per ranked operator.
+        combined: saving of both operators at once; None if only one was ranked.
+        timing: times of this run.
     """
 
     config: RunConfig
