@@ -42,6 +42,8 @@ class Path:
     attention_range: int
     """A range narrower than the images, for the other tests."""
     block: int | None
+    small: tuple[np.ndarray, int | None] = (run_length(2, 7, 2, 6, 3), 4)
+    """A sample whose visual tokens fill several blocks of the smallest size, and this size."""
     rounding: float = 0.0
     """Difference between results that are the same up to the order of sums."""
     tolerance: float = 1e-5
@@ -62,7 +64,14 @@ PACKED_CASES = (
     (3, "ordinal", 1),
 )
 PATHS = {
-    "reference": Path(reference_attention, RAGGED, tuple((r, window, None) for r, window, _ in PACKED_CASES), 11, None),
+    "reference": Path(
+        reference_attention,
+        RAGGED,
+        tuple((r, window, None) for r, window, _ in PACKED_CASES),
+        11,
+        None,
+        small=(run_length(2, 7, 2, 6, 3), None),
+    ),
     "packed": Path(packed_attention, RAGGED, PACKED_CASES, 11, 13),
     "chunked": Path(
         chunked_attention,
@@ -86,6 +95,7 @@ PATHS = {
         ),
         131,
         128,
+        small=(run_length(2, 131, 3, 67, 1), 128),
         bfloat16=2e-2,
     ),
 }
@@ -181,13 +191,13 @@ class TestAttentionContract:
 
     def test_weights_are_positive_exactly_where_the_mask_says(self, path: Path):
         """With the identity for values, the output is the matrix of attention weights."""
-        is_visual = run_length(2, 7, 2, 6, 3)
+        is_visual, block = path.small
         layout = make_layout([is_visual], spare=(1, 2))
         slots = layout.bucket.slots
         rng = np.random.default_rng(2)
         q, k = (jnp.asarray(rng.standard_normal((1, heads, slots, slots)), jnp.float32) for heads in (HEADS, KV_HEADS))
         identity = jnp.broadcast_to(jnp.eye(slots), (1, KV_HEADS, slots, slots))
-        weights = np.asarray(compiled(path.attention, *path.options(3))(q, k, identity, layout))[0]
+        weights = np.asarray(compiled(path.attention, *path.options(3, block=block))(q, k, identity, layout))[0]
         for head in weights:
             np.testing.assert_array_equal(in_sequence(head, layout) > 0, hollow_mask(torch.tensor(is_visual), 3))
             assert_close(in_sequence(head, layout).sum(axis=1), np.ones(len(is_visual)), 1e-5)
@@ -196,11 +206,11 @@ class TestAttentionContract:
     def test_the_mask_is_the_support_of_the_jacobian(self, name):
         """Influence of every token on every output: exactly 0 outside the window, not 0 inside; text sees every image."""
         path = PATHS[name]
-        is_visual = run_length(2, 7, 2, 6, 3)
+        is_visual, block = path.small
         (x,) = random_rows(np.random.default_rng(2), [is_visual], KV_HEADS, HEAD_DIM)
         layout = make_layout([is_visual], spare=(1, 2))
         projection = jnp.asarray(np.random.default_rng(3).standard_normal((KV_HEADS, HEAD_DIM)), jnp.float32)
-        options = path.options(3, "ordinal", None if name == "reference" else 4)
+        options = path.options(3, block=block)
 
         def output(x):
             return jnp.einsum("KTH,KH->T", path.attention(x, x, x, layout, *options)[0], projection)
