@@ -1,11 +1,13 @@
-"""FLOPs of a reduced layer on one chip against the formula with probes, off programs for a TPU slice that need not exist.
+"""Compare the FLOPs of a layer compiled for a TPU slice with the formula with probes.
 
-    TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python benchmarks/layer_flops.py      (libtpu must be installed)
+    TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python benchmarks/layer_flops.py      (needs libtpu; takes some minutes)
 
-Qwen2-VL-7B, 384 text and 1664 visual tokens, one sample a work group, as the decoder runs it on a TPU: a whole layer, and its FFN
-(ops/ffn_tpu.py) by itself. Of a compiled program all products count, with the trips of its loops; of the attention's kernel
-the blocks that it visits, of the FFN's what it declares: whole tiles for an even share of the kept units. How many tiles the
-busiest shard has when units are spread at random is drawn beside it.
+The slice need not exist. Qwen2-VL-7B, 384 text and 1664 visual tokens, one sample per work group: a whole layer, dense and
+reduced, and its FFN alone (ops/ffn_tpu.py). Counted are all matrix products with the iterations of their loops, the blocks that
+the attention kernel visits, and the declared cost of the FFN kernel: whole tiles for an even share of the kept units. The
+benchmark also draws how many tiles the busiest shard has if the kept units are spread at random.
+
+Expect ratios of about 1: a reduced layer computes what the formula says, plus the rest of its last tile.
 """
 
 import argparse
@@ -39,7 +41,7 @@ UNITS, PROBES = REDUCTION.kept_units(F), REDUCTION.probe_count(VISUAL)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", default="v5e:2x4")
+    parser.add_argument("--topology", default="v5e:2x4", help="the TPU slice")
     parser.add_argument("--model", type=int, nargs="+", default=[1, 4, 8], help="sizes of the model axis")
     options = parser.parse_args()
     devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=options.topology).devices)
@@ -48,7 +50,7 @@ def main() -> None:
             for kind, ratio in whole_layer(options.topology, model).items():
                 print(f"model = {model}: {kind} layer / formula {ratio:.3f}")
         except UserError as error:
-            print(f"model = {model}: the FFN alone, since {error}")
+            print(f"model = {model}: only the FFN, because {error}")
         counted = compiled_flops(Mesh(devices.reshape(-1, model), ("work", "model")))
         text = 6 * D * F * TEXT / model
         visual = (6 * D * UNITS * VISUAL + 4 * D * F * PROBES) / model
@@ -57,7 +59,7 @@ def main() -> None:
         tiles = tiles_of_the_busiest(model)
         drawn = [(counted - text + (n - declared) * tile) / visual for n in tiles]
         print(
-            f"    FFN {counted / 1e9:.1f} GFLOP a chip, / formula {counted / (text + visual):.3f}; "
+            f"    FFN {counted / 1e9:.1f} GFLOP per chip, / formula {counted / (text + visual):.3f}; "
             f"its visual part / formula {(counted - text) / visual:.3f} for an even share"
         )
         print(
@@ -67,7 +69,7 @@ def main() -> None:
 
 
 def whole_layer(topology: str, model: int) -> dict[str, float]:
-    """Of one layer of the search's program, over the formula. UserError where its heads cannot be cut so."""
+    """FLOPs of one layer of the search's program over the formula. UserError if its heads cannot be cut."""
     check_fits(model_kind().config.decoder.sizes, model)
     layers, mesh_shape = layer_program(topology, model, batch=1)
     made = compile_program(layers, mesh_shape, resident_bytes=0, memory_limit=sys.maxsize)
@@ -83,7 +85,7 @@ def whole_layer(topology: str, model: int) -> dict[str, float]:
 
 
 def compiled_flops(mesh: Mesh) -> float:
-    """What XLA counts for one chip."""
+    """FLOPs of the FFN on one chip."""
 
     def local(x: jax.Array, layout: TokenLayout, stack: HalvedStack, layer: jax.Array) -> jax.Array:
         y, _ = dynamic_ffn(x, HalvedUnits(stack, layer), layout, REDUCTION, jax.random.key(0))
@@ -101,12 +103,12 @@ def compiled_flops(mesh: Mesh) -> float:
     specs = jax.tree.map(lambda a: a.sharding.spec, arguments)
     sharded = partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=Spec("work"), check_vma=False)(local)
     module = parse_module(jax.jit(sharded).lower(*arguments).compile().as_text())
-    # No loop over layers here: of the one loop of unknown count, for units over the capacity, no trip is counted.
+    # There is no loop over layers. The one loop of unknown count, for units over the capacity, counts as no iteration.
     return program_cost(module, Loops(module, layers=0), reduced).total.flops
 
 
 def tiles_of_the_busiest(model: int) -> list[int]:
-    """Tiles of the shard with the most kept units, in 8000 samples; none of them needs the loop."""
+    """Tiles of the shard with the most kept units, in 8000 random samples; none of them needs the loop."""
     owned = np.random.default_rng(0).multivariate_hypergeometric([F // model] * model, UNITS, size=8000)
     assert owned.max() <= shard_capacity(UNITS, model, HEADROOM)
     return np.ceil(owned.max(axis=1) / TILE).astype(int).tolist()

@@ -1,4 +1,4 @@
-"""The search's program of Qwen2-VL-7B's decoder layers, compiled for a TPU slice that need not exist."""
+"""The search's program of Qwen2-VL-7B's decoder layers for a TPU slice that need not exist; a part of other benchmarks."""
 
 import json
 from pathlib import Path
@@ -12,19 +12,19 @@ from rlens_jax.sharding.mesh import FfnForm, make_mesh
 CONFIG = Path(__file__).with_name("models") / "qwen2_vl_7b" / "config.json"
 TEXT, VISUAL = 384, 1664
 LAYERS = 5
-"""Of 28, so that the model fits on a single chip; the loop's body is the same whatever their number. No batch has this size, so
-that stacks of layers can be told from batches by it."""
+"""Fewer than the model's 28, so that it fits on a single chip; the body of the loop is the same. No batch has this size, so that
+it distinguishes stacks of layers from batches."""
 
 
 def model_kind(layers: int = LAYERS) -> ModelKind:
-    """Qwen2-VL-7B with so many layers."""
+    """Qwen2-VL-7B with this number of layers."""
     return read_kind(json.loads(CONFIG.read_text()) | {"num_hidden_layers": layers}, "Qwen2-VL-7B")
 
 
 def layer_program(
     topology: str, model: int, batch: int, layers: int = LAYERS, ffn_form: FfnForm | None = None
 ) -> tuple[ProgramSpec, tuple[int, int]]:
-    """The program in bfloat16, `batch` samples a work group, and the sizes of the mesh's two axes."""
+    """The program in bfloat16 with `batch` samples per work group, and the sizes of the mesh's two axes."""
     devices = slice_devices(find_slice(topology))
     compute = ComputeConfig(
         dtype="bfloat16", batch_size=batch, model_shards=model, text_slots=(TEXT,), visual_slots=(VISUAL,)

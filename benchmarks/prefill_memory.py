@@ -1,8 +1,9 @@
-"""Memory that a prefill takes beside weights and results, in one piece and in chunks, as the compiler plans it.
+"""Compare the temporary memory of a prefill in one piece and in chunks, as planned by the compiler.
 
     python benchmarks/prefill_memory.py
 
-Four layers with the widths of Qwen2-VL-7B, a prompt of 256 text and 7936 visual tokens, float32, batch 1; nothing is computed.
+Four layers with the widths of Qwen2-VL-7B, a prompt of 256 text and 7936 visual tokens, float32, batch 1. Nothing is computed;
+it takes a minute. Expect chunks to need a small part of the memory.
 """
 
 from typing import Any
@@ -37,7 +38,7 @@ CONFIG = DecoderConfig(
 
 
 def temporary_bytes(plan: Plan, chunk: int | None) -> int:
-    """Memory of a compiled prefill for all that is neither argument nor result."""
+    """Memory of a compiled prefill without its arguments and results."""
     module = nnx.eval_shape(lambda: Decoder(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(module)
 

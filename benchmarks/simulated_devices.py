@@ -1,9 +1,13 @@
-"""Every mesh computes what one device computes: `python benchmarks/simulated_devices.py [--samples N] [--json FILE]`.
+"""Compare the results of every mesh with those of one device.
 
-Ranks the last layers of the embedded model on 1, 2, 4 and 8 simulated CPU devices, in all splits of (work, model), and compares
-every sample's outcome under every plan, the rankings, and the mean log-probability of each answer with those of one device. Also
-looks for samples whose outcome hangs on rounding: a logit margin below 1e-4, or a gap between the last kept and the first
-dropped unit below 1e-5 (relative), under any plan of the search.
+    python benchmarks/simulated_devices.py [--samples N] [--json FILE]
+
+Ranks the last layers of the embedded model on 1, 2, 4 and 8 simulated CPU devices, with all meshes (work, model). Compares the
+outcome of every sample under every plan, the rankings, and the mean log-probability of each answer. Also finds samples whose
+outcome depends on rounding under some plan of the search: with a logit margin below 1e-4, or a relative gap below 1e-5 between
+the last kept and the first dropped unit.
+
+Expect equal outcomes and rankings on all meshes, and log-probabilities that differ by about 1e-5; it takes some minutes.
 """
 
 import argparse
@@ -40,14 +44,14 @@ from rlens_jax.search.search import rank_layers
 from rlens_jax.sharding.mesh import make_mesh
 
 SEARCHED = 3
-"""Layers that are searched; the last ones are ranked by position."""
+"""Searched layers; the others are ranked by position."""
 LOGIT_MARGIN, UNIT_GAP = 1e-4, 1e-5
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=16, help="validation samples of each dataset")
+    parser.add_argument("--samples", type=int, default=16, help="validation samples per dataset")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
     splits = [(devices, model) for devices in (1, 2, 4, 8) for model in (1, 2, 4, 8) if model <= devices]
@@ -78,7 +82,7 @@ def main() -> None:
 
 
 def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
-    """Both rankings and everything they rest on."""
+    """Both rankings, with the outcomes and log-probabilities behind them."""
     config = read_config(
         [("config", "embedded"), ("data.validation_samples", str(samples)), ("data.test_samples", "1")]
     )
@@ -120,7 +124,7 @@ def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
         found |= {name: min(float(tie[name].min()) for tie in ties) for name in ("logit_margin", "unit_gap")}
         for plan, tie in zip(plans, ties, strict=True):
             for number in np.flatnonzero((tie["logit_margin"] < LOGIT_MARGIN) | (tie["unit_gap"] < UNIT_GAP)):
-                print(f"hangs on rounding: {split.samples[number].id} under {plan.label()}")
+                print(f"depends on rounding: {split.samples[number].id} under {plan.label()}")
     return found
 
 
@@ -137,7 +141,7 @@ def log_probabilities(programs: Programs, split: Split, plan: Plan) -> np.ndarra
 
 
 def nearest_to_a_tie(decoder: Any, split: Split, plan: Plan, reduction: Reduction) -> dict[str, np.ndarray]:
-    """By sample, the smallest lead of an answer token's best logit, and of the last kept unit over the first dropped."""
+    """Per sample, the smallest margin of an answer token's best logit, and the smallest gap of kept over dropped units."""
     margins, gaps = np.full(len(split.samples), np.inf), np.full(len(split.samples), np.inf)
     graph, stack = nnx.split(decoder.layers)
     hollow, dynamic = plan.flags(decoder.config.num_layers)

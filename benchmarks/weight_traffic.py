@@ -1,14 +1,17 @@
-"""Weight bytes that a reduced layer moves from HBM, against a dense one, off XLA's schedule for a TPU slice that need not exist.
+"""Measure the weight bytes that dense and reduced layers move from and to HBM, in XLA's schedule for a TPU slice.
 
-    TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python benchmarks/weight_traffic.py      (libtpu must be installed; some minutes)
+    TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python benchmarks/weight_traffic.py      (needs libtpu; takes some minutes)
 
-The search's program of Qwen2-VL-7B's layers, 384 text and 1664 visual tokens a sample, bfloat16, as a run compiles it, with FFN
-units as a TPU keeps them (ops/ffn_tpu.py); with --rows also with all weights as [F, D] and XLA's own gather.
+The slice need not exist: the search's program of Qwen2-VL-7B's layers is compiled as for a run, in bfloat16, with 384 text and
+1664 visual tokens per sample and FFN units in the TPU's form (ops/ffn_tpu.py); with --rows also with units as [F, D] and XLA's
+own gather.
 
-Counted: whatever an instruction of the loop over layers reads out of HBM that is a weight, or made of weights only (a copy, a
-gathered matrix), and what it writes of the latter to HBM; a prefetch into VMEM is a read, reads out of VMEM are not; what is made
-of weights before the loop is shared out among the layers. Of the kernel, which the schedule does not look into: whole tiles of
-rows for an even share of the kept units. Not counted: tiles for units over the capacity (none, for an even share).
+Counted are the reads from HBM of weights, and of arrays made of weights only (a copy, a gathered matrix), by the instructions of
+the loop over layers, and the writes of such arrays to HBM. A prefetch into VMEM counts as a read; reads from VMEM do not count.
+Work on weights before the loop is divided among the layers. The schedule says nothing about the kernel, which counts as whole
+tiles of rows for an even share of the kept units. Tiles for units over the capacity are not counted (an even share has none).
+
+Expect a dense layer to read each weight once, and a reduced layer to move 1.2 times its weights for one sample per work group.
 """
 
 import argparse
@@ -28,15 +31,15 @@ DECODER = model_kind().config.decoder
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--topology", default="v5e:2x2", help="the TPU slice")
     parser.add_argument("--model", type=int, nargs="+", default=[4, 2, 1], help="sizes of the model axis")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--rows", action="store_true", help="compile with weights kept as [F, D] too")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8], help="samples per work group")
+    parser.add_argument("--rows", action="store_true", help="also compile with units as [F, D]")
     parser.add_argument("--verbose", action="store_true", help="name every instruction that is counted")
     options = parser.parse_args()
     for model in options.model:
         weights = weight_size() / model
-        print(f"\n{options.topology}, model = {model}: {weights / 1e6:.1f} MB of weights a layer and chip")
+        print(f"\n{options.topology}, model = {model}: {weights / 1e6:.1f} MB of weights per layer and chip")
         for batch in options.batch:
             report(options.topology, model, batch, None, weights, options.verbose)
             if options.rows:
@@ -51,23 +54,23 @@ def weight_size() -> int:
 
 
 def report(topology: str, model: int, batch: int, ffn_form: FfnForm | None, weights: float, verbose: bool) -> None:
-    """Compile the program and print what its dense and its reduced layers move."""
+    """Compile the program and print the bytes that its dense and reduced layers move."""
     spec, _ = layer_program(topology, model, batch, ffn_form=ffn_form)
     text = spec.lower().compile().as_text()
     module = parse_module(text)
     kernel = "fetched_ffn" in text
-    found = {}
+    moved = {}
     for name, branch in (("dense", 0), ("reduced", -1)):
         if verbose:
             print(f"  {name}")
-        found[name] = Walk(module, branch, verbose).bytes_a_layer()
+        moved[name] = Walk(module, branch, verbose).bytes_per_layer()
     if kernel:
         units = math.ceil(Reduction().kept_units(DECODER.sizes["F"]) / model / TILE) * TILE
-        found["reduced"] += batch * units * 3 * DECODER.sizes["D"] * 2
-    for name, size in found.items():
+        moved["reduced"] += batch * units * 3 * DECODER.sizes["D"] * 2
+    for name, size in moved.items():
         print(
             f"batch {batch}  {name:8} {'kernel' if kernel else '[F, D]'} {size / 1e6:9.1f} MB   "
-            f"/ weights {size / weights:.3f}   / dense {size / found['dense']:.3f}",
+            f"/ weights {size / weights:.3f}   / dense {size / moved['dense']:.3f}",
             flush=True,
         )
 
@@ -82,7 +85,7 @@ NAMES = (
     "async-done",
     "custom-call",
 )
-"""What moves nothing by itself; and the kernel, which is counted apart."""
+"""Opcodes that move nothing, and the kernel, which is counted separately."""
 
 
 @dataclass
@@ -91,7 +94,7 @@ class Walk:
 
     module: Module
     branch: int
-    """Of every conditional."""
+    """The branch of every conditional that counts."""
     verbose: bool
     in_layer: bool = False
     loops: Loops = field(init=False)
@@ -99,8 +102,8 @@ class Walk:
     def __post_init__(self) -> None:
         self.loops = Loops(self.module, layers=LAYERS)
 
-    def bytes_a_layer(self) -> float:
-        """Of the loop's body, and a layer's share of what is made of weights before it."""
+    def bytes_per_layer(self) -> float:
+        """Bytes per layer: those of the loop's body, and a layer's share of the work on weights before the loop."""
         stacks = {
             item.name
             for item in self.module.entry
@@ -109,13 +112,13 @@ class Walk:
         return self.moved(self.module.entry, stacks) / LAYERS
 
     def moved(self, computation: Computation, weights: set[str]) -> float:
-        """Of one run of a computation, in which the arrays called `weights` are such; its loops multiplied in."""
+        """Bytes per run of a computation, with all iterations of its loops; `weights` names the arrays that are weights."""
         total = 0.0
         for item in computation:
             if item.opcode == "while":
                 body = self.module.computations[item.called["body"]]
                 is_layer = self.loops.is_layer_loop(item, self.in_layer)
-                # A loop of unknown count in a layer takes the units over the capacity: none here.
+                # A loop of unknown count inside a layer runs for units over the capacity: none here.
                 known = is_layer or self.loops.known[item.name] is not None
                 times = self.loops.trips(item, self.in_layer) if known else 0
                 self.in_layer |= is_layer
@@ -129,9 +132,9 @@ class Walk:
                 total += self.one(item, computation, weights)
         return total
 
-    def below(self, body: Computation, given: str, computation: Computation, weights: set[str]) -> float:
-        """Of a computation that is called with a tuple."""
-        arrays = computation.instructions[given].operands
+    def below(self, body: Computation, argument: str, computation: Computation, weights: set[str]) -> float:
+        """Bytes of a computation that is called with a tuple."""
+        arrays = computation.instructions[argument].operands
         inside = {
             item.name
             for item in body
@@ -142,7 +145,7 @@ class Walk:
         return self.moved(body, inside)
 
     def one(self, item: Instruction, computation: Computation, weights: set[str]) -> float:
-        """Of an instruction that is given weights; joins its result to them if it is made of nothing else."""
+        """Bytes of an instruction that reads weights. Its result joins `weights` if it is made of weights only."""
         others = [computation.instructions[name] for name in item.operands if name not in weights]
         numbers = [s for other in others for s in other.shapes if s.dtype in ("bf16", "f32") and s.dims]
         if item.opcode != "custom-call" and not numbers:
@@ -157,7 +160,7 @@ class Walk:
         return moved
 
     def read(self, item: Instruction, number: int, computation: Computation) -> float:
-        """Bytes that an instruction reads of one operand out of HBM."""
+        """Bytes of one operand that an instruction reads from HBM."""
         shape = computation.instructions[item.operands[number]].shapes[0]
         if item.opcode in NAMES or not shape.in_hbm:
             return 0
@@ -170,11 +173,11 @@ class Walk:
 
 
 def results(item: Instruction, computation: Computation) -> list[Shape]:
-    """The arrays that an instruction makes; an asynchronous one names its operands beside them."""
+    """The arrays that an instruction makes. An asynchronous one lists its operands before them."""
     if item.opcode == "copy-start":
         return [item.shapes[0]]
-    given = len(computation.operand_shapes(item)) if item.opcode.endswith("-start") else 0
-    return [shape for shape in item.shapes[given:] if shape.dtype in ("bf16", "f32")]
+    operands = len(computation.operand_shapes(item)) if item.opcode.endswith("-start") else 0
+    return [shape for shape in item.shapes[operands:] if shape.dtype in ("bf16", "f32")]
 
 
 if __name__ == "__main__":

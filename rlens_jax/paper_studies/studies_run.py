@@ -15,7 +15,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.files import replace_file
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.paper_studies.layer_studies import layers_study, strategies_study, text_study
-from rlens_jax.paper_studies.pruned_programs import PrunedForcing, PrunedPrograms
+from rlens_jax.paper_studies.pruned_forcing import PrunedForcing
 from rlens_jax.paper_studies.reduction_studies import fraction_study, probes_study, pruning_study, range_study
 from rlens_jax.paper_studies.study import Facts, Study, StudyName, Variant, study_json
 from rlens_jax.paper_studies.study_bench import Bench
@@ -103,12 +103,11 @@ def read_orders(path: Path, model_hash: str) -> dict[Operator, tuple[int, ...]]:
 
 def make_scoring(model: Any, mesh: Mesh, variant: Variant, seed: int, stop_token: int) -> Scoring:
     """The scoring that evaluates plans under a variant."""
-    reduction, pruning = variant.reduction, variant.pruning
-    if pruning is not None:
-        return PrunedForcing(PrunedPrograms(model, mesh, reduction, pruning, seed=seed, stop_token=stop_token))
     layers = run_text_layers if variant.tokens == "text" else run_layers
-    programs = Programs(model, mesh, reduction, seed=seed, new_tokens=1, stop_token=stop_token, run_layers=layers)
-    return TeacherForcing(programs)
+    programs = Programs(
+        model, mesh, variant.reduction, seed=seed, new_tokens=1, stop_token=stop_token, run_layers=layers
+    )
+    return TeacherForcing(programs) if variant.pruning is None else PrunedForcing(programs, variant.pruning)
 
 
 def write_study(study: Study, facts: Facts, folder: Path) -> None:

@@ -1,14 +1,12 @@
-"""The control of the paper: the reductions applied to the prompt's *text* tokens instead of the visual ones. Simulated.
+"""The control of the paper, simulated: the reductions applied to the prompt's *text* tokens instead of the visual tokens.
 
-Roles are exchanged: prompt text (template included) sees, of prompt text, only the previous R tokens by text ordinal, itself
+The roles are exchanged. A token of prompt text (template included) sees only the previous R tokens of prompt text, itself
 included, and passes only through the FFN units that probes among the prompt text choose. Visual tokens are dense, and so is the
-answer that teacher forcing appends. R is an eighth of the prompt's text tokens (our decision, after the paper's range of about
-P / 8 visual tokens), per sample; shares of units and of probes are those of the visual reduction.
+answer that teacher forcing appends. R is an eighth of a sample's prompt text tokens (our decision, after the paper's range of
+about P / 8 visual tokens). The shares of units and probes are those of the visual reduction.
 
-Everything is computed and then masked, from the plain references of rlens_jax/ops: nothing here is fast, or says anything about
-time. The control is no method to deploy.
-
-Axis letters: B batch, T packed slots (X text, P visual), D width, L layers.
+Everything is computed with the plain references of rlens_jax/ops and then masked, so its time says nothing. The control is not a
+method to deploy.
 """
 
 import jax
@@ -29,7 +27,7 @@ TEXT_RANGE = 8
 
 
 def num_prompt_text(batch: PromptBatch) -> Int[Array, " B"]:
-    """Text tokens of each prompt without its answer, which is the end of the text run."""
+    """Text tokens of each prompt without its answer; the answer is at the end of the text slots."""
     return jnp.asarray(batch.layout.num_text) - (jnp.asarray(batch.answer_targets) != IGNORE).sum(
         axis=1, dtype=jnp.int32
     )
@@ -81,7 +79,7 @@ def attend_text(
 
 
 def text_visible(layout: TokenLayout, num_prompt: Int[Array, " B"]) -> Bool[Array, "B T T"]:
-    """Which keys each query sees: `layout.visible` with exchanged roles, and a range of each sample's own."""
+    """Which keys each query sees: `layout.visible` with exchanged roles and one range per sample."""
     slots = layout.slots
     slot = jax.lax.broadcasted_iota(jnp.int32, slots.position.shape, 1)
     ordinal = jnp.where(is_prompt_text(layout, num_prompt), slot, -1)
@@ -93,7 +91,7 @@ def text_visible(layout: TokenLayout, num_prompt: Int[Array, " B"]) -> Bool[Arra
 
 
 def is_prompt_text(layout: TokenLayout, num_prompt: Int[Array, " B"]) -> Bool[Array, "B T"]:
-    """Which slots hold text of the prompt: the first of the text run, whose slots are text ordinals."""
+    """Which slots hold text of the prompt: the first text slots, which are in text order."""
     return jnp.arange(layout.bucket.slots)[None, :] < num_prompt[:, None]
 
 
@@ -119,6 +117,6 @@ def feed_text(
     turned = jnp.concatenate([y[:, num_text:], y[:, :num_text]], axis=1)
     reduced, kept = simulated_dynamic_ffn(turned, weights, exchanged, reduction, key)
     reduced = jnp.concatenate([reduced[:, num_visual:], reduced[:, :num_visual]], axis=1)
-    # The answer follows the prompt in the same run, and is dense.
+    # The answer follows the prompt in the text slots and is dense.
     chosen = jnp.where(is_prompt_text(layout, num_prompt)[:, :, None], reduced, dense_ffn(y, weights))
     return x + sum_over_shards(chosen), kept.scored
