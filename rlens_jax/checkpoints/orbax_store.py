@@ -14,14 +14,10 @@ from typing import Any, TypeVar
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import orbax.checkpoint.experimental.v1.partial as ocp_partial
-from flax import nnx
 
-from rlens_jax.checkpoints.leaves import Filler, arrays_of, read_place, shapes_of, together, unstacked
-from rlens_jax.checkpoints.published import CONFIG, hf_json
+from rlens_jax.checkpoints.leaves import Filler, shapes_of, together, unstacked
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.families.registry import read_kind
 from rlens_jax.families.table import Place, Problems
-from rlens_jax.files import new_folder
 
 Out = TypeVar("Out")
 
@@ -64,30 +60,6 @@ class Writer:
         """Complete the store after its last leaf."""
         with self._context:
             ocp_partial.finalize(self._path)
-
-
-def save(folder: str | Path, model: nnx.Module, config_json: Mapping[str, Any]) -> None:
-    """Write a model in this format; `folder` appears whole or not at all.
-
-    Args:
-        folder: must not exist yet.
-        model: its parameters are written unchanged.
-        config_json: the fields of its config.json, written unchanged.
-
-    Raises:
-        UserError: the folder exists, or `config_json` describes no supported model.
-        ValueError: the sizes of the model differ from those in `config_json`.
-    """
-    arrays, shapes = arrays_of(model), shapes_of(model)
-    if shapes != shapes_of(read_kind(config_json, CONFIG).abstract(np.float32)):
-        raise ValueError("the sizes of the model differ from those in config_json")
-    places = unstacked(shapes)
-    with new_folder(Path(folder)) as unfinished:
-        writer = Writer(unfinished)
-        for names in _pieces(_layer_shapes(shapes, places)):
-            writer.add({name: read_place(arrays, places[name]) for name in names})
-        writer.finish()
-        (unfinished / CONFIG).write_text(hf_json(config_json), encoding="utf-8")
 
 
 def fill(folder: Path, filler: Filler, problems: Problems, check_finite: bool) -> None:
