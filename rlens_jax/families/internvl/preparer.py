@@ -27,6 +27,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.families.family import ImageArrays
 from rlens_jax.families.hf_files import PROCESSOR_FILE, read_folder, read_tokenizer
 from rlens_jax.families.internvl.model import InternVLConfig, Native
+from rlens_jax.layout import smallest_bucket
 from rlens_jax.models.chat import PlaceholderChat
 from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt
 
@@ -191,7 +192,7 @@ class InternVLPreparer:
     def _image(self, pixels: Image, sample_id: str) -> PreparedImage:
         vision = self.config.vision
         patches = cut_patches(self._cut(pixels), vision.patch_size)
-        slots = next((n for n in self.tile_slots if n >= len(patches)), None)
+        slots = smallest_bucket(self.tile_slots, len(patches))
         if slots is None:
             needed = len(patches) * vision.num_patches
             raise UserError(

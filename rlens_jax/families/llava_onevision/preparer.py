@@ -17,6 +17,7 @@ from rlens_jax.families.family import ImageArrays
 from rlens_jax.families.hf_config import read_json
 from rlens_jax.families.hf_files import PROCESSOR_FILE, read_folder
 from rlens_jax.families.llava_onevision.model import NEWLINE, LlavaOnevisionConfig
+from rlens_jax.layout import smallest_bucket
 from rlens_jax.models.chat import PlaceholderChat
 from rlens_jax.models.prompt import Grid, ImageTokens, PreparedImage, Prompt
 
@@ -179,7 +180,7 @@ class LlavaOnevisionPreparer:
 
     def _padded(self, patches: np.ndarray, sources: np.ndarray, weights: np.ndarray, sample_id: str) -> PreparedImage:
         count, per_view, _ = patches.shape
-        slots = next((n // per_view for n in self.patch_slots if n // per_view >= count), None)
+        slots = smallest_bucket((n // per_view for n in self.patch_slots), count)
         if slots is None:
             raise UserError(
                 f"{sample_id}: an image has {count * per_view} patches ({count} views), the largest bucket "

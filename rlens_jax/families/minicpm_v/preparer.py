@@ -18,6 +18,7 @@ from rlens_jax.families.family import ImageArrays
 from rlens_jax.families.hf_config import ConfigReader, read_json
 from rlens_jax.families.hf_files import PROCESSOR_FILE, read_folder
 from rlens_jax.families.minicpm_v.model import VERSION, MiniCPMVConfig
+from rlens_jax.layout import smallest_bucket
 from rlens_jax.models.chat import Chat, question_content
 from rlens_jax.models.prompt import Grid, ImageTokens, PreparedImage, Prompt
 
@@ -281,7 +282,7 @@ class MiniCPMVPreparer:
         views, grid = self.slicing.views(pixels)
         patches = [self.slicing.patches(view) for view in views]
         largest = max(len(rows) for rows in patches)
-        slots = next((n for n in self.patch_slots if n >= largest), None)
+        slots = smallest_bucket(self.patch_slots, largest)
         if slots is None:
             raise UserError(
                 f"{sample_id}: a view of an image has {largest} patches, the largest bucket {self.patch_slots[-1]}; "

@@ -15,6 +15,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.families.family import ImageArrays
 from rlens_jax.families.hf_files import PROCESSOR_FILE, read_folder
 from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig
+from rlens_jax.layout import smallest_bucket
 from rlens_jax.models.chat import PlaceholderChat
 from rlens_jax.models.prompt import Grid, ImageTokens, PreparedImage, Prompt
 
@@ -87,7 +88,7 @@ class Qwen2VLPreparer:
         _, rows, columns = (int(side) for side in features["image_grid_thw"][0])
         grid, merge = (rows, columns), self.config.vision.merge_size
         patches = np.asarray(features["pixel_values"], np.float32)
-        slots = next((n for n in self.patch_slots if n >= len(patches)), None)
+        slots = smallest_bucket(self.patch_slots, len(patches))
         if slots is None:
             raise UserError(
                 f"{sample_id}: an image has {len(patches)} patches, the largest bucket {self.patch_slots[-1]}; "
