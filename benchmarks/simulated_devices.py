@@ -28,12 +28,12 @@ from flax import nnx
 
 from rlens_jax.checkpoints.checkpoint import find_model, load_model
 from rlens_jax.commands.run_options import read_config
+from rlens_jax.data.splits import load_splits
 from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.evaluator import Evaluator, round_scorer
 from rlens_jax.engine.inputs import Split, build_split
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import TeacherForcing
-from rlens_jax.engine.session import read_splits
 from rlens_jax.engine.sizes import Shapes
 from rlens_jax.models.prompt import IGNORE
 from rlens_jax.ops.ffn import hidden_units, probe_slots
@@ -92,7 +92,7 @@ def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
     preparer = kind.preparer(folder, config.compute.patch_slots)
     stop_token = preparer.chat.stop_token
     programs = Programs(model, mesh, config.reduction, seed=0, new_tokens=1, stop_token=stop_token)
-    members = read_splits(config.data, kind, seed=config.seed, step_by_step=False)["validation"]
+    members = load_splits(config.data, kind.benchmark_prompt, seed=config.seed)["validation"]
     shapes = Shapes(config.compute.text_slots, config.compute.visual_slots, 8, kind.config.decoder.context)
     split = build_split(members, preparer, programs, shapes, True)
     num_layers = kind.config.decoder.num_layers

@@ -170,3 +170,18 @@ def prefill_summary(
         reduced = prefill_cost(sizes, num_text, visual, plan, reduction, with_probes=with_probes)
         summary[name] = {"reduced": reduced, "share_of_dense": reduced / dense}
     return summary
+
+
+def mean_saving(
+    sizes: LayerSizes,
+    samples: Sequence[tuple[int, int]],
+    num_layers: int,
+    reduction: Reduction,
+    plan: Plan,
+    with_probes: bool,
+) -> float:
+    """`saving`, mean over `samples`, each with its numbers of text and visual tokens; padding does not count."""
+    shares = [
+        saving(sizes, text, [visual] * num_layers, plan, reduction, with_probes=with_probes) for text, visual in samples
+    ]
+    return sum(shares) / len(shares)

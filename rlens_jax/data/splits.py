@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rlens_jax.config import DataConfig
 from rlens_jax.data.benchmarks.catalogue import Instance
 from rlens_jax.data.benchmarks.mixture import mixture_samples
 from rlens_jax.data.jsonl import read_jsonl
@@ -14,6 +15,7 @@ from rlens_jax.data.pages import DATASETS
 from rlens_jax.data.pages_tfds import read_pages
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
+from rlens_jax.resources import cache_folder
 
 PAGES = "pages"
 """The data source of the embedded model."""
@@ -21,49 +23,35 @@ PAGES = "pages"
 Splits = Mapping[str, Sequence[Sample]]
 
 
-def load_splits(
-    source: str,
-    cache: Path,
-    *,
-    validation_samples: int,
-    test_samples: int,
-    held_out_share: float,
-    seed: int,
-    benchmarks: str | None,
-    prompt: Callable[[Instance], str],
-) -> Splits:
+def load_splits(data: DataConfig, prompt: Callable[[Instance], str], *, seed: int) -> Splits:
     """Load the samples of both splits.
 
     Args:
-        source: `pages`, a JSONL file, or a mixture of benchmarks (JSON).
-        cache: folder of prepared datasets.
-        validation_samples: most samples per dataset for the search.
-        test_samples: most samples per dataset for the curves.
-        held_out_share: share of a JSONL file's images that the search does not see.
-        seed: seed of a JSONL file's split.
-        benchmarks: folder of the TSV files of a mixture. A mixture lists its samples; the numbers above do not apply.
+        data: the source. A mixture of benchmarks lists its samples; the numbers of samples do not apply to it.
         prompt: makes the user's turn of a benchmark question, as the family of the model does.
+        seed: seed of a JSONL file's split.
 
     Raises:
         UserError: the source cannot be read, or leaves a split without samples.
     """
+    source, cache = data.source, Path(data.cache or cache_folder() / "data")
     if source == PAGES:
-        limits = {"validation": validation_samples, "test": test_samples}
+        limits = {"validation": data.validation_samples, "test": data.test_samples}
         return {
             split: [sample for name in DATASETS for sample in read_pages(name, split, cache / "pages", limit)]
             for split, limit in limits.items()
         }
     if source.endswith(".json"):
-        if benchmarks is None:
+        if data.benchmarks is None:
             raise UserError(f"data.benchmarks must name the folder of the TSV files of {source}")
-        return mixture_samples(Path(source), Path(benchmarks), cache / "benchmarks", prompt)
+        return mixture_samples(Path(source), Path(data.benchmarks), cache / "benchmarks", prompt)
     if not source.endswith(".jsonl"):
         raise UserError(f"data.source: {source!r} is neither {PAGES!r} nor a .jsonl or .json file")
     return split_samples(
         read_jsonl(Path(source)),
-        validation_samples=validation_samples,
-        test_samples=test_samples,
-        held_out_share=held_out_share,
+        validation_samples=data.validation_samples,
+        test_samples=data.test_samples,
+        held_out_share=data.held_out_share,
         seed=seed,
         where=source,
     )

@@ -166,16 +166,7 @@ def round_scorer(
     alpha: float,
     relative: bool,
 ) -> ScoreRound:
-    """The scores that `rank_layers` asks for, from the evaluator's outcomes.
-
-    Args:
-        evaluator: evaluates the plans.
-        split: the split with the samples.
-        dense: the dense model's metrics on them.
-        advance: shows progress.
-        alpha: the weight of a drop relative to a gain.
-        relative: whether changes are relative to the dense metrics.
-    """
+    """The scores that `rank_layers` asks for, on a split with the dense metrics `dense`; see `score_plan`."""
 
     def score_round(base: Plan, candidates: list[Plan]) -> list[PlanScore]:
         outcomes = evaluator.outcomes(split, base, candidates, advance)

@@ -56,6 +56,11 @@ class Split:
         return {name: np.array(members) for name, members in numbers.items()}
 
     @property
+    def num_tokens(self) -> list[tuple[int, int]]:
+        """Text and visual tokens of each sample."""
+        return list(zip(self.num_text.tolist(), self.num_visual.tolist(), strict=True))
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Samples per dataset."""
         return {name: len(members) for name, members in self.datasets.items()}

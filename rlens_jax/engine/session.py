@@ -60,20 +60,6 @@ def start(compute: ComputeConfig, output: Path, processes: Processes) -> Compila
     return start_jax(compute.matmul_precision, Path(compute.compilation_cache or shared / "compiled"))
 
 
-def read_splits(data: DataConfig, kind: ModelKind, *, seed: int, step_by_step: bool) -> Splits:
-    """The samples of a configuration; arguments and errors as of `load_splits`."""
-    return load_splits(
-        data.source,
-        Path(data.cache or cache_folder() / "data"),
-        validation_samples=data.validation_samples,
-        test_samples=data.test_samples,
-        held_out_share=data.held_out_share,
-        seed=seed,
-        benchmarks=data.benchmarks,
-        prompt=partial(kind.benchmark_prompt, step_by_step=step_by_step),
-    )
-
-
 @dataclass(frozen=True)
 class Session:
     """A run whose inputs are known and whose journal is open.
@@ -123,7 +109,8 @@ class Session:
         """
         processes.check_shared(output)
         folder = ModelFolder.find(model, processes)
-        read = partial(read_splits, data, folder.kind, seed=seed, step_by_step=step_by_step)
+        prompt = partial(folder.kind.benchmark_prompt, step_by_step=step_by_step)
+        read = partial(load_splits, data, prompt, seed=seed)
         # The first process to need a dataset prepares it in the cache, which the processes may share.
         splits = processes.in_order(read, read)
         data_hash = samples_hash(splits)

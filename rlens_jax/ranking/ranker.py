@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from rlens_jax.config import ReportConfig, SearchConfig
 from rlens_jax.console import Progress
 from rlens_jax.engine.evaluator import Advance, Evaluator, round_scorer, unseen
-from rlens_jax.engine.inputs import Split
-from rlens_jax.flops import saving
-from rlens_jax.models.decoder import DecoderConfig
-from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
+from rlens_jax.plan import OPERATORS, Operator, Plan
 from rlens_jax.search.curves import FlopsSaved, held_out_plans, operator_result, plan_saving
 from rlens_jax.search.objective import dataset_metrics
 from rlens_jax.search.results import OperatorResult, Saving
@@ -133,18 +130,3 @@ class Ranker:
                 metrics = self.metrics(TEST, plan, progress.advance)
                 combined = plan_saving(plan, metrics, dense, flops_saved, relative=self._relative)
         return Comparison(results, combined)
-
-
-def mean_flops_saved(decoder: DecoderConfig, reduction: Reduction, split: Split) -> FlopsSaved:
-    """The share of the dense prefill's FLOPs that a plan saves, mean over all samples; padding does not count."""
-    sizes = decoder.layer_sizes
-    samples = list(zip(split.num_text.tolist(), split.num_visual.tolist(), strict=True))
-
-    def flops_saved(plan: Plan, with_probes: bool) -> float:
-        shares = [
-            saving(sizes, text, [visual] * decoder.num_layers, plan, reduction, with_probes=with_probes)
-            for text, visual in samples
-        ]
-        return sum(shares) / len(shares)
-
-    return flops_saved

@@ -5,16 +5,17 @@ session (model folder, samples, journal) -> programs -> encoded samples -> ranke
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from rlens_jax.config import RunConfig
-from rlens_jax.data.samples import Sample, load_image
+from rlens_jax.data.samples import load_image
 from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.evaluator import Evaluator
 from rlens_jax.engine.inputs import Split, build_split
@@ -23,16 +24,14 @@ from rlens_jax.engine.scoring import Generating, Scoring, TeacherForcing
 from rlens_jax.engine.session import LoadedModel, Session, encode_splits, load, start
 from rlens_jax.engine.sizes import memory_explained
 from rlens_jax.engine.timing import time_plans
+from rlens_jax.flops import mean_saving
 from rlens_jax.hosts.processes import Processes, Stopper
 from rlens_jax.plan import Plan
-from rlens_jax.ranking.ranker import TEST, VALIDATION, Comparison, Ranker, mean_flops_saved
-from rlens_jax.reporting.examples import MAX_IMAGES, Answer, Example, write_examples
+from rlens_jax.ranking.ranker import TEST, VALIDATION, Comparison, Ranker
+from rlens_jax.reporting.examples import MAX_IMAGES, Answer, Example, choose_samples, write_examples
 from rlens_jax.reporting.report_files import write_report
 from rlens_jax.search.results import PrefillTime, Results, Timing
 from rlens_jax.versions import versions
-
-NUM_EXAMPLES = 6
-"""Held-out samples whose answers the report shows."""
 
 
 @dataclass
@@ -97,7 +96,8 @@ def rank(config: RunConfig, processes: Processes | None = None) -> Results:
         complete = {operator: ranker.rank(operator, 0) for operator in search.operators if report.full_search}
         scoring.release()
         clock.enter("held-out curves")
-        flops_saved = mean_flops_saved(programs.config, config.reduction, splits[TEST])
+        decoder, tokens = programs.config, splits[TEST].num_tokens
+        flops_saved = partial(mean_saving, decoder.layer_sizes, tokens, decoder.num_layers, config.reduction)
         comparison = ranker.compare(rankings, complete, flops_saved)
         clock.enter("timing")
         prefill = time_plans(programs, splits[TEST].batches[0], comparison.plans, report.timing_repeats)
@@ -115,7 +115,7 @@ def rank(config: RunConfig, processes: Processes | None = None) -> Results:
 
 def answer_examples(session: Session, loaded: LoadedModel, programs: Programs, plan: Plan) -> list[Example]:
     """A few held-out samples with the answers that the model generates, dense and under `plan`; on every process."""
-    samples = example_samples(session.splits[TEST])
+    samples = choose_samples(session.splits[TEST])
     split = build_split(samples, loaded.preparer, programs, loaded.shapes, False, processes=session.processes)
     answers: list[list[Answer]] = [[] for _ in samples]
     for each in (Plan(), plan):
@@ -136,16 +136,6 @@ def answer_examples(session: Session, loaded: LoadedModel, programs: Programs, p
         )
         for sample, pair in zip(samples, answers, strict=True)
     ]
-
-
-def example_samples(samples: Sequence[Sample]) -> list[Sample]:
-    """The first samples of all datasets in turn."""
-    by_dataset: dict[str, list[Sample]] = {}
-    for sample in samples:
-        by_dataset.setdefault(sample.dataset, []).append(sample)
-    rounds = max(map(len, by_dataset.values()))
-    in_turn = [members[i] for i in range(rounds) for members in by_dataset.values() if i < len(members)]
-    return in_turn[:NUM_EXAMPLES]
 
 
 def conclude_timing(

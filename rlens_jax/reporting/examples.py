@@ -11,11 +11,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from rlens_jax.data.samples import Sample
 from rlens_jax.files import json_text, replace_file
 from rlens_jax.plan import Plan
 from rlens_jax.reporting.reading import EXAMPLES
 
 SCHEMA = "rlens-examples/1"
+NUM_EXAMPLES = 6
+"""Samples that a ranking run shows."""
 MAX_EXAMPLES, MAX_IMAGES = 8, 2
 """Most examples per file and thumbnails per example. With `_BYTES` they limit the file to about 0.5 MB."""
 _SIDE = 448
@@ -50,6 +53,16 @@ class Example:
     images: tuple[Image.Image, ...]
     dense: Answer
     reduced: Answer
+
+
+def choose_samples(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples to show of a split: the first ones of all datasets in turn."""
+    by_dataset: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_dataset.setdefault(sample.dataset, []).append(sample)
+    rounds = max(map(len, by_dataset.values()))
+    in_turn = [members[i] for i in range(rounds) for members in by_dataset.values() if i < len(members)]
+    return in_turn[:NUM_EXAMPLES]
 
 
 def write_examples(folder: Path, examples: Sequence[Example], *, plan: Plan, model_hash: str, data_hash: str) -> Path:

@@ -1,10 +1,10 @@
 """Splits: by image, within their limits, the same for the same seed; and the hash of all texts and images."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
+from rlens_jax.config import DataConfig
 from rlens_jax.data.samples import Sample
 from rlens_jax.data.splits import Splits, load_splits, samples_hash, split_samples
 from rlens_jax.errors import UserError
@@ -30,16 +30,8 @@ def split(members: list[Sample], **changes: object) -> dict[str, list[Sample]]:
 
 
 def load(source: str) -> Splits:
-    return load_splits(
-        source,
-        cache=Path(),
-        validation_samples=1,
-        test_samples=1,
-        held_out_share=0.5,
-        seed=0,
-        benchmarks=None,
-        prompt=lambda instance: instance.question,
-    )
+    data = DataConfig(source, validation_samples=1, test_samples=1)
+    return load_splits(data, lambda instance: instance.question, seed=0)
 
 
 def test_no_image_is_on_both_sides() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rlens_jax.config import DataConfig
 from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Instance, instance
 from rlens_jax.data.benchmarks.mixture import (
     DATASETS,
@@ -214,16 +215,8 @@ def test_the_samples_of_a_ranking(tmp_path: Path) -> None:
     path = by_hand(tmp_path / "m.json", md5=sums, validation=validation, test=test)
 
     def load(model_type: str, step_by_step: bool) -> Mapping[str, Sequence[object]]:
-        return load_splits(
-            str(path),
-            tmp_path / "cache",
-            validation_samples=1,
-            test_samples=1,
-            held_out_share=0.5,
-            seed=0,
-            benchmarks=str(tmp_path),
-            prompt=partial(kind_of(model_type).benchmark_prompt, step_by_step=step_by_step),
-        )
+        data = DataConfig(str(path), str(tmp_path), 1, 1, cache=str(tmp_path / "cache"))
+        return load_splits(data, partial(kind_of(model_type).benchmark_prompt, step_by_step=step_by_step), seed=0)
 
     samples = load("internvl_chat", False)
     assert {split: [sample.id for sample in members] for split, members in samples.items()} == {
