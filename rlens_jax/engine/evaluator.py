@@ -7,10 +7,11 @@ batches at a time. All candidates of a round are evaluated on a part before the 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
+from rlens_jax.console import Progress
 from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.inputs import Batch, Split
 from rlens_jax.engine.schedule import Step, memory_parts, schedule
@@ -26,24 +27,12 @@ Outcomes = dict[str, np.ndarray]
 """The metric of each sample by dataset, float64 [samples]."""
 
 
-@runtime_checkable
-class Advance(Protocol):
-    """Shows that a plan is evaluated on one more dataset; such as `Progress.advance`."""
-
-    def __call__(self, *, anew: bool) -> None:
-        """`anew`: the evaluation was made now, not by an earlier run."""
-
-
-def unseen(*, anew: bool) -> None:
-    """Show no progress."""
-
-
 class Evaluator:
     """Outcomes of plans on the samples of each split.
 
     Args:
-        scoring: how a batch is evaluated under plans.
-        splits: samples and batches by the name of the split.
+        scoring: evaluates a batch under plans.
+        splits: samples and batches, by the name of the split.
         journal: keeps finished evaluations, which are not made again.
         state_bytes: memory for base states on a device.
         checkpoint: called after each plan whose outcomes are in the journal, at the same points on all processes; may
@@ -65,38 +54,32 @@ class Evaluator:
         self._state_bytes = state_bytes
         self._checkpoint = checkpoint
 
-    def outcomes(self, split: str, base: Plan, plans: Sequence[Plan], advance: Advance = unseen) -> list[Outcomes]:
+    def outcomes(
+        self, split: str, base: Plan, plans: Sequence[Plan], progress: Progress | None = None
+    ) -> list[Outcomes]:
         """Each plan's outcomes on all datasets of a split.
 
         Args:
             split: the name of the split.
             base: the plan whose states the others start from; a nearer plan saves more layers.
             plans: the plans to evaluate; one may equal `base`.
-            advance: shows progress.
+            progress: counts the evaluations: one per plan and dataset.
 
         Raises:
             UserError: a probe score was not a number, naming plan and sample.
         """
         datasets, todo = self.splits[split].datasets, []
         for plan in dict.fromkeys(plans):
-            known = [self._journal.get(split, plan, name) is not None for name in datasets]
-            for _ in filter(None, known):
-                advance(anew=False)
+            known = [(split, plan, name) in self._journal for name in datasets]
+            if progress is not None:
+                progress.advance(sum(known), anew=False)
             if not all(known):
                 todo.append(plan)
         if todo:
-            self._evaluate(split, base, todo, advance)
-        return [self._recorded(split, plan) for plan in plans]
+            self._evaluate(split, base, todo, progress)
+        return [{name: np.array(self._journal[split, plan, name].outcomes) for name in datasets} for plan in plans]
 
-    def _recorded(self, split: str, plan: Plan) -> Outcomes:
-        outcomes = {}
-        for name in self.splits[split].datasets:
-            record = self._journal.get(split, plan, name)
-            assert record is not None
-            outcomes[name] = np.array(record.outcomes)
-        return outcomes
-
-    def _evaluate(self, split: str, base: Plan, plans: Sequence[Plan], advance: Advance) -> None:
+    def _evaluate(self, split: str, base: Plan, plans: Sequence[Plan], progress: Progress | None) -> None:
         batches = self.splits[split].batches
         parts = memory_parts([self._scoring.state_bytes(batch) for batch in batches], self._state_bytes)
         costs = [self._scoring.cost(base, plan) for plan in plans]
@@ -113,7 +96,7 @@ class Evaluator:
                 for plan in (plan for plan, last in last_step.items() if last == i):
                     if part is parts[-1]:
                         seconds, began = time.monotonic() - began, time.monotonic()
-                        self._record(split, plans[plan], results[plan], seconds, advance)
+                        self._record(split, plans[plan], results[plan], seconds, progress)
                         self._checkpoint()
 
     def _running(
@@ -148,20 +131,21 @@ class Evaluator:
                     )
                 results[item.plan][number] = max(results[item.plan][number], float(rows.right[row]))
 
-    def _record(self, split: str, plan: Plan, result: np.ndarray, seconds: float, advance: Advance) -> None:
+    def _record(self, split: str, plan: Plan, result: np.ndarray, seconds: float, progress: Progress | None) -> None:
         """Write a plan's outcomes to the journal; its datasets share the seconds in proportion to their samples."""
         for name, members in self.splits[split].datasets.items():
-            if self._journal.get(split, plan, name) is None:
+            if (split, plan, name) not in self._journal:
                 share = seconds * len(members) / len(result)
                 self._journal.append(Record(split, plan, name, tuple(result[members].tolist()), share))
-                advance(anew=True)
+                if progress is not None:
+                    progress.advance()
 
 
 def round_scorer(
     evaluator: Evaluator,
     split: str,
     dense: Mapping[str, float],
-    advance: Advance = unseen,
+    progress: Progress | None = None,
     *,
     alpha: float,
     relative: bool,
@@ -169,7 +153,7 @@ def round_scorer(
     """The scores that `rank_layers` asks for, on a split with the dense metrics `dense`; see `score_plan`."""
 
     def score_round(base: Plan, candidates: list[Plan]) -> list[PlanScore]:
-        outcomes = evaluator.outcomes(split, base, candidates, advance)
+        outcomes = evaluator.outcomes(split, base, candidates, progress)
         return [score_plan(dataset_metrics(each), dense, alpha=alpha, relative=relative) for each in outcomes]
 
     return score_round

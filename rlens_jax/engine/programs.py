@@ -28,7 +28,7 @@ from rlens_jax.sharding.model_axis import WORK
 States = tuple[Float[Array, "B T D"], Bool[Array, " B"]]
 """The states that enter a layer, and whether all probe scores so far were numbers."""
 RunLayers = Callable[[Decoder, Array, Context, PromptBatch, TracedPlan, Reduction, Array, Array], tuple[Array, Array]]
-"""Runs decoder layers `start` .. `stop` - 1; see `run_layers`."""
+"""`run_layers`, or a function like it."""
 
 
 def run_layers(
@@ -41,15 +41,15 @@ def run_layers(
     start: Int[Array, ""],
     stop: Int[Array, ""],
 ) -> tuple[Float[Array, "B T D"], Bool[Array, " B"]]:
-    """The decoder's own layers: the states, and whether all probe scores were numbers."""
+    """Layers `start` .. `stop` - 1 of the decoder: the states, and whether all probe scores were numbers."""
     return decoder.run_layers(x, context, plan, reduction, start, stop)
 
 
 class Programs(ModelPrograms):
-    """The programs of a search over one model.
+    """The programs of a search over one model, as `ModelPrograms`.
 
     Args:
-        model, mesh: as in `ModelPrograms`.
+        model, mesh: the model and its devices.
         reduction: how reduced layers treat visual tokens.
         seed: draws random probes.
         new_tokens: most tokens that `generate` makes.
@@ -95,22 +95,15 @@ class Programs(ModelPrograms):
     def outcome(
         self, states: States, batch: PromptBatch
     ) -> tuple[Int[Array, " B"], Bool[Array, " B"], Float[Array, " B"], Bool[Array, " B"]]:
-        """The outcome of each row, from the last states; all rows on every device.
-
-        Returns:
-            The row's sample; whether every answer token is the argmax; the mean log-probability of the answer; whether every
-            probe score was a number.
+        """For each row, on every device: its sample; whether every answer token is the argmax; the mean log-probability of the
+        answer; whether every probe score was a number.
         """
         return self.outcome_program(states, batch)
 
     def generate(
         self, visual: Float[Array, "B P D"], batch: PromptBatch, plans: Sequence[Plan]
     ) -> tuple[Int[Array, " B"], Int[Array, "B Y"], Bool[Array, " B"]]:
-        """Greedy continuations of bare prompts; all rows on every device.
-
-        Returns:
-            The row's sample; its new tokens; whether every probe score was a number.
-        """
+        """For each row, on every device: its sample; the greedy new tokens; whether every probe score was a number."""
         return self.generate_program(visual, batch, self.traced(plans))
 
     def route(self, arrays: Any, sources: Sequence[int]) -> Any:

@@ -1,16 +1,15 @@
-"""How a batch is evaluated under plans: by teacher forcing or by generating.
+"""How a batch is evaluated under plans by teacher forcing (or by generating, `rlens_jax.engine.generating`).
 
 Teacher forcing starts a candidate from its base's stored states at the first layer in which they differ. Every layer goes
 through one compiled program, so the result is bit-equal to a run from the first layer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from rlens_jax.data.samples import Sample
-from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.inputs import Batch
 from rlens_jax.engine.programs import Programs, States
 from rlens_jax.engine.schedule import StoredStates, first_layer
@@ -18,13 +17,7 @@ from rlens_jax.plan import Plan
 
 
 class RowOutcomes(NamedTuple):
-    """Outcomes of the rows of all groups, each [rows].
-
-    Attributes:
-        sample: the sample's number, or `FILLER`.
-        right: whether the answer is right.
-        scored: whether all probe scores were numbers.
-    """
+    """For each row of all groups: its sample's number or `FILLER`, is the answer right, were all probe scores numbers."""
 
     sample: np.ndarray
     right: np.ndarray
@@ -65,9 +58,7 @@ class TeacherForcing:
     def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
         programs, num_layers = self.programs, self.programs.config.num_layers
         firsts = [first_layer(base, plan, num_layers) for plan in plans]
-        if batch not in self._states:
-            self._states[batch] = _BaseStates(programs, batch)
-        base_states = self._states[batch]
+        base_states = self._states.setdefault(batch, _BaseStates(programs, batch))
         inputs = programs.route(batch.inputs, blocks)
         entering: States | None = None
         for first in sorted(set(firsts)):
@@ -93,35 +84,6 @@ def read_outcome(run: Any) -> RowOutcomes:
     """The result of `Programs.outcome`, on the host."""
     sample, right, _, scored = (np.asarray(part) for part in run)
     return RowOutcomes(sample, right, scored)
-
-
-class Generating:
-    """Greedy generation from the bare prompt: right if the text is one of the sample's answers. Stores no states."""
-
-    def __init__(self, programs: Programs, decode_text: Callable[[Sequence[int]], str]):
-        self.programs = programs
-        self._decode_text = decode_text
-
-    def cost(self, base: Plan, plan: Plan) -> int:
-        return self.programs.config.num_layers  # every plan is generated from its prompt
-
-    def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
-        inputs, visual = self.programs.route((batch.inputs, self.programs.put(batch.visual)), blocks)
-        return self.programs.generate(visual, inputs, plans)
-
-    def finish(self, run: Any, samples: Sequence[Sample]) -> RowOutcomes:
-        numbers, tokens, scored = (np.asarray(part) for part in run)
-        right = np.zeros(len(numbers), bool)
-        for row in np.flatnonzero(numbers != FILLER):
-            text = self._decode_text(tokens[row].tolist()).strip()
-            right[row] = text in samples[numbers[row]].answers
-        return RowOutcomes(numbers, right, scored)
-
-    def state_bytes(self, batch: Batch) -> int:
-        return 0
-
-    def release(self) -> None:
-        pass
 
 
 class _BaseStates:

@@ -62,22 +62,14 @@ def start(compute: ComputeConfig, output: Path, processes: Processes) -> Compila
 
 @dataclass(frozen=True)
 class Session:
-    """A run whose inputs are known and whose journal is open.
-
-    Attributes:
-        folder: the model.
-        splits: the samples of each split.
-        data_hash: of all samples.
-        journal: the finished evaluations.
-        resumed: how many of them an earlier run made.
-        processes: the processes of the run.
-    """
+    """A run whose inputs are known and whose journal is open."""
 
     folder: ModelFolder
     splits: Splits
     data_hash: str
     journal: Journal
     resumed: int
+    """Evaluations in the journal that an earlier run made."""
     processes: Processes
 
     @classmethod
@@ -96,12 +88,9 @@ class Session:
         """Find the model, read the samples and open the journal in `output`; all processes agree on each.
 
         Args:
-            model: "embedded", or the folder of a checkpoint.
-            output: folder of the run.
-            data: where the samples are.
-            settings: what of the configuration decides the outcomes (`config.deciding_settings`).
+            model, output, data, seed: as in `RunConfig`.
+            settings: the values that decide the outcomes (`RunConfig.deciding_settings`).
             processes: the processes of the run.
-            seed: draws the split of a JSONL file.
             step_by_step: whether the model may reason before it answers.
 
         Raises:
@@ -161,14 +150,8 @@ def encode_splits(session: Session, loaded: LoadedModel, programs: Programs, *, 
     """Prepare, encode and batch the samples of all splits, with progress; arguments and errors as of `build_split`."""
     splits = {}
     for name, samples in session.splits.items():
-        with Progress(f"preparing {name}", len(own_samples(len(samples), programs)), "samples") as progress:
+        with Progress(f"preparing {name}", len(own_samples(len(samples), programs)), "samples") as bar:
             splits[name] = build_split(
-                samples,
-                loaded.preparer,
-                programs,
-                loaded.shapes,
-                with_answers,
-                progress.advance,
-                session.processes,
+                samples, loaded.preparer, programs, loaded.shapes, with_answers, bar.advance, session.processes
             )
     return splits

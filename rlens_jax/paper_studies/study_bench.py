@@ -83,12 +83,12 @@ class Bench:
         evaluator, scoring = self._evaluator(VALIDATION, self.plain)
         settings = self.config.search
         with Progress(label, total * len(self._splits[VALIDATION].datasets), "evaluations") as progress:
-            (outcomes,) = evaluator.outcomes(VALIDATION, Plan(), [Plan()], progress.advance)
+            (outcomes,) = evaluator.outcomes(VALIDATION, Plan(), [Plan()], progress)
             score_round = round_scorer(
                 evaluator,
                 VALIDATION,
                 dataset_metrics(outcomes),
-                progress.advance,
+                progress,
                 alpha=settings.penalty,
                 relative=self._relative,
             )
@@ -105,9 +105,7 @@ class Bench:
             for variant in dict.fromkeys(case.variant for case in distinct):
                 evaluator, scoring = self._evaluator(TEST, variant)
                 for base, case in chained([case for case in distinct if case.variant == variant]):
-                    (measured[case],) = evaluator.outcomes(
-                        self._split_name(TEST, variant), base, [case.plan], progress.advance
-                    )
+                    (measured[case],) = evaluator.outcomes(self._split_name(TEST, variant), base, [case.plan], progress)
                 scoring.release()
         return {case: measured[self._canonical(case)] for case in (Case(Plan(), self.plain), *cases)}
 

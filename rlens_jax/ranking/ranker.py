@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rlens_jax.config import ReportConfig, SearchConfig
 from rlens_jax.console import Progress
-from rlens_jax.engine.evaluator import Advance, Evaluator, round_scorer, unseen
+from rlens_jax.engine.evaluator import Evaluator, round_scorer
 from rlens_jax.plan import OPERATORS, Operator, Plan
 from rlens_jax.search.curves import FlopsSaved, held_out_plans, operator_result, plan_saving
 from rlens_jax.search.objective import dataset_metrics
@@ -17,15 +17,11 @@ VALIDATION, TEST = "validation", "test"
 
 @dataclass(frozen=True)
 class Comparison:
-    """The rankings against other orders on the held-out samples.
-
-    Attributes:
-        operators: the result of each ranked operator.
-        combined: the saving of both operators' plans together, None if only one was ranked.
-    """
+    """The rankings against other orders on the held-out samples."""
 
     operators: Mapping[Operator, OperatorResult]
     combined: Saving | None
+    """The saving of both operators' plans together, None if only one was ranked."""
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -40,15 +36,7 @@ class Comparison:
 
 
 class Ranker:
-    """The searches and comparisons of a run.
-
-    Args:
-        evaluator: evaluates plans on both splits.
-        num_layers: decoder layers, L.
-        search: the Layer Ranking Algorithm.
-        report: what the rankings are compared with.
-        seed: draws random rankings and bootstrap samples.
-    """
+    """The searches and comparisons of a run; `seed` draws random rankings and bootstrap samples."""
 
     def __init__(
         self,
@@ -60,15 +48,16 @@ class Ranker:
     ):
         self.num_layers = num_layers
         self._evaluator = evaluator
-        self._num_datasets = {name: len(split.datasets) for name, split in evaluator.splits.items()}
+        self.samples = {name: split.sizes for name, split in evaluator.splits.items()}
+        """Samples per dataset of each split."""
         self._search = search
         self._report = report
         self._seed = seed
         self._relative = search.change == "relative"
 
-    def metrics(self, split: str, plan: Plan, advance: Advance = unseen) -> dict[str, float]:
+    def metrics(self, split: str, plan: Plan, progress: Progress | None = None) -> dict[str, float]:
         """Each dataset's metric under a plan."""
-        (outcomes,) = self._evaluator.outcomes(split, Plan(), [plan], advance)
+        (outcomes,) = self._evaluator.outcomes(split, Plan(), [plan], progress)
         return dataset_metrics(outcomes)
 
     def rank(self, operator: Operator, position_layers: int | None) -> Ranking:
@@ -77,12 +66,12 @@ class Ranker:
         prior = length // 4 if position_layers is None else position_layers
         evaluations = num_evaluations(length, prior) + 1  # the dense plan counts twice
         label = f"ranking {operator}" if position_layers != 0 else f"ranking {operator}, L_p = 0"
-        with Progress(label, evaluations * self._num_datasets[VALIDATION], "evaluations") as progress:
+        with Progress(label, evaluations * len(self.samples[VALIDATION]), "evaluations") as progress:
             score_round = round_scorer(
                 self._evaluator,
                 VALIDATION,
-                self.metrics(VALIDATION, Plan(), progress.advance),
-                progress.advance,
+                self.metrics(VALIDATION, Plan(), progress),
+                progress,
                 alpha=self._search.penalty,
                 relative=self._relative,
             )
@@ -107,13 +96,13 @@ class Ranker:
             for operator, ranking in rankings.items()
         }
         both = len(rankings) == len(OPERATORS)
-        total = (1 + sum(map(len, plans.values())) + both) * self._num_datasets[TEST]
+        total = (1 + sum(map(len, plans.values())) + both) * len(self.samples[TEST])
         results: dict[Operator, OperatorResult] = {}
         combined = None
         with Progress("held-out curves", total, "evaluations") as progress:
-            dense = self.metrics(TEST, Plan(), progress.advance)
+            dense = self.metrics(TEST, Plan(), progress)
             for operator, ranking in rankings.items():
-                outcomes = self._evaluator.outcomes(TEST, Plan(), plans[operator], progress.advance)
+                outcomes = self._evaluator.outcomes(TEST, Plan(), plans[operator], progress)
                 results[operator] = operator_result(
                     ranking,
                     dict(zip(plans[operator], outcomes, strict=True)),
@@ -127,6 +116,6 @@ class Ranker:
                 )
             if both:
                 plan = Plan(results["attention"].saving.plan.attention, results["ffn"].saving.plan.ffn)
-                metrics = self.metrics(TEST, plan, progress.advance)
+                metrics = self.metrics(TEST, plan, progress)
                 combined = plan_saving(plan, metrics, dense, flops_saved, relative=self._relative)
         return Comparison(results, combined)

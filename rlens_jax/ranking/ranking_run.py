@@ -12,15 +12,13 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from rlens_jax.config import RunConfig
-from rlens_jax.data.samples import load_image
-from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.evaluator import Evaluator
-from rlens_jax.engine.inputs import Split, build_split
+from rlens_jax.engine.generating import Generating, generated_texts
+from rlens_jax.engine.inputs import build_split
 from rlens_jax.engine.programs import Programs
-from rlens_jax.engine.scoring import Generating, Scoring, TeacherForcing
+from rlens_jax.engine.scoring import Scoring, TeacherForcing
 from rlens_jax.engine.session import LoadedModel, Session, encode_splits, load, start
 from rlens_jax.engine.sizes import memory_explained
 from rlens_jax.engine.timing import time_plans
@@ -28,7 +26,7 @@ from rlens_jax.flops import mean_saving
 from rlens_jax.hosts.processes import Processes, Stopper
 from rlens_jax.plan import Plan
 from rlens_jax.ranking.ranker import TEST, VALIDATION, Comparison, Ranker
-from rlens_jax.reporting.examples import MAX_IMAGES, Answer, Example, choose_samples, write_examples
+from rlens_jax.reporting.examples import Answer, Example, choose_samples, write_examples
 from rlens_jax.reporting.report_files import write_report
 from rlens_jax.search.results import PrefillTime, Results, Timing
 from rlens_jax.versions import versions
@@ -52,12 +50,8 @@ class Clock:
 def rank(config: RunConfig, processes: Processes | None = None) -> Results:
     """Rank layers: search, compare on held-out samples, time, and write all results to `config.output`.
 
-    Evaluations in the journal of that folder are not made again. Each process prepares its share of the samples, all of them
-    decide alike, and process 0 writes.
-
-    Args:
-        config: the configuration of the run.
-        processes: the processes of the run, if it has several.
+    Evaluations in the journal of that folder are not made again. If the run has several `processes`, each prepares its share of
+    the samples, all decide alike, and process 0 writes.
 
     Raises:
         UserError: bad input of any kind.
@@ -105,7 +99,7 @@ def rank(config: RunConfig, processes: Processes | None = None) -> Results:
         examples = answer_examples(session, loaded, programs, comparison.recommended)
         clock.enter("report")
         timing = conclude_timing(session, started, clock, compilations.compiled, prefill)
-        results = conclude(config, session, splits, ranker, comparison, timing)
+        results = conclude(config, session, ranker, comparison, timing)
         if processes.leads:
             hashes = {"model_hash": results.model_hash, "data_hash": results.data_hash}
             write_examples(output, examples, plan=comparison.recommended, **hashes)
@@ -117,24 +111,11 @@ def answer_examples(session: Session, loaded: LoadedModel, programs: Programs, p
     """A few held-out samples with the answers that the model generates, dense and under `plan`; on every process."""
     samples = choose_samples(session.splits[TEST])
     split = build_split(samples, loaded.preparer, programs, loaded.shapes, False, processes=session.processes)
-    answers: list[list[Answer]] = [[] for _ in samples]
-    for each in (Plan(), plan):
-        for batch in split.batches:
-            plans = [each] * programs.groups
-            numbers, tokens, _ = map(np.asarray, programs.generate(programs.put(batch.visual), batch.inputs, plans))
-            for row in np.flatnonzero(numbers != FILLER):
-                text = loaded.preparer.chat.decode(tokens[row].tolist()).strip()
-                answers[numbers[row]].append(Answer(text, float(text in samples[numbers[row]].answers)))
+    decode = loaded.preparer.chat.decode
+    texts = [generated_texts(programs, split, each, decode) for each in (Plan(), plan)]
     return [
-        Example(
-            sample.id,
-            sample.dataset,
-            sample.question,
-            sample.answers,
-            tuple(load_image(image, sample.id) for image in sample.images[:MAX_IMAGES]),
-            *pair,
-        )
-        for sample, pair in zip(samples, answers, strict=True)
+        Example.of(sample, *(Answer(text, float(text in sample.answers)) for text in pair))
+        for sample, *pair in zip(samples, *texts, strict=True)
     ]
 
 
@@ -155,14 +136,7 @@ def conclude_timing(
     )
 
 
-def conclude(
-    config: RunConfig,
-    session: Session,
-    splits: Mapping[str, Split],
-    ranker: Ranker,
-    comparison: Comparison,
-    timing: Timing,
-) -> Results:
+def conclude(config: RunConfig, session: Session, ranker: Ranker, comparison: Comparison, timing: Timing) -> Results:
     """The finished run as values."""
     return Results(
         config=config,
@@ -170,8 +144,8 @@ def conclude(
         data_hash=session.data_hash,
         num_layers=ranker.num_layers,
         versions=versions(),
-        validation_samples=splits[VALIDATION].sizes,
-        test_samples=splits[TEST].sizes,
+        validation_samples=ranker.samples[VALIDATION],
+        test_samples=ranker.samples[TEST],
         dense_validation=ranker.metrics(VALIDATION, Plan()),
         dense_test=ranker.metrics(TEST, Plan()),
         operators=comparison.operators,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from rlens_jax.data.samples import Sample
+from rlens_jax.data.samples import Sample, load_image
 from rlens_jax.files import json_text, replace_file
 from rlens_jax.plan import Plan
 from rlens_jax.reporting.reading import EXAMPLES
@@ -53,6 +53,12 @@ class Example:
     images: tuple[Image.Image, ...]
     dense: Answer
     reduced: Answer
+
+    @classmethod
+    def of(cls, sample: Sample, dense: Answer, reduced: Answer) -> "Example":
+        """The example of a sample, with its images read."""
+        images = tuple(load_image(image, sample.id) for image in sample.images[:MAX_IMAGES])
+        return cls(sample.id, sample.dataset, sample.question, sample.answers, images, dense, reduced)
 
 
 def choose_samples(samples: Sequence[Sample]) -> list[Sample]:

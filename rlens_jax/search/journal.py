@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any
 
 from rlens_jax.durable_log import LogKind, LogWriter, open_log, read_log
-from rlens_jax.plan import Plan
 from rlens_jax.search.record import Key, Record, decode_record, encode_record
 
 
@@ -38,9 +37,11 @@ class Journal:
         """The journal that another process of the run has opened: read once, then kept in memory; errors as of `read_log`."""
         return cls(read_log(folder, _KIND, fingerprint), writer=None)
 
-    def get(self, split: str, plan: Plan, dataset: str) -> Record | None:
-        """The record of an evaluation, None if it has not been made."""
-        return self._records.get((split, plan, dataset))
+    def __contains__(self, key: Key) -> bool:
+        return key in self._records
+
+    def __getitem__(self, key: Key) -> Record:
+        return self._records[key]
 
     def records(self) -> tuple[Record, ...]:
         """All records, in the order in which they were written."""

@@ -1,7 +1,6 @@
 """How good a plan is: from per-sample outcomes to one score against the dense model.
 
-Everything here runs on the host in float64. Sums are exactly rounded (`math.fsum`), so that no order of
-samples, batches or datasets can change a score.
+Sums are exactly rounded (`math.fsum`), so that no order of samples, batches or datasets can change a score.
 """
 
 import math

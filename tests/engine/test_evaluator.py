@@ -11,9 +11,10 @@ import pytest
 from rlens_jax.console import StopRequested
 from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.evaluator import Evaluator, Outcomes
+from rlens_jax.engine.generating import Generating
 from rlens_jax.engine.inputs import Batch, Split, build_split
 from rlens_jax.engine.programs import Programs
-from rlens_jax.engine.scoring import Generating, Scoring, TeacherForcing
+from rlens_jax.engine.scoring import Scoring, TeacherForcing
 from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
 from rlens_jax.search.journal import Journal

@@ -41,9 +41,9 @@ def test_what_is_written_is_read_back(tmp_path):
         assert journal.records() == tuple(RECORDS)
         assert journal.repaired is None
         for record in RECORDS:
-            assert journal.get(record.split, record.plan, record.dataset) == record
-        assert journal.get("heldout", Plan(), "chart") is None
-        assert journal.get("validation", Plan(ffn=(2, 3)), "chart") is None
+            assert journal[record.split, record.plan, record.dataset] == record
+        assert ("heldout", Plan(), "chart") not in journal
+        assert ("validation", Plan(ffn=(2, 3)), "chart") not in journal
 
 
 def test_the_file_is_as_documented(tmp_path):
@@ -315,7 +315,7 @@ def test_a_failing_append_leaves_the_journal_as_it_was(tmp_path, monkeypatch, fu
             with pytest.raises(UserError, match=r"cannot write to the journal .*o space left"):
                 journal.append(RECORDS[-1])
         assert path.read_bytes() == before
-        assert journal.get("validation", RECORDS[-1].plan, "doc") is None
+        assert ("validation", RECORDS[-1].plan, "doc") not in journal
         journal.append(RECORDS[-1])
     assert reopen(tmp_path) == (tuple(RECORDS), None)
 

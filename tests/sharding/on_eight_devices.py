@@ -9,10 +9,11 @@ import pytest
 
 from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.evaluator import Evaluator
+from rlens_jax.engine.generating import Generating
 from rlens_jax.engine.inputs import Split
 from rlens_jax.engine.model_programs import ROWS
 from rlens_jax.engine.programs import Programs
-from rlens_jax.engine.scoring import Generating, TeacherForcing
+from rlens_jax.engine.scoring import TeacherForcing
 from rlens_jax.models import vocabulary
 from rlens_jax.models.prompt import IGNORE
 from rlens_jax.models.pruned import run_prompt

@@ -1,0 +1,55 @@
+"""How a batch is evaluated under plans by generating, and the texts that a model generates."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlens_jax.data.samples import Sample
+from rlens_jax.engine.batches import FILLER
+from rlens_jax.engine.inputs import Batch, Split
+from rlens_jax.engine.programs import Programs
+from rlens_jax.engine.scoring import RowOutcomes
+from rlens_jax.plan import Plan
+
+
+class Generating:
+    """Greedy generation from the bare prompt: right if the text is one of the sample's answers. Stores no states."""
+
+    def __init__(self, programs: Programs, decode_text: Callable[[Sequence[int]], str]):
+        self.programs = programs
+        self._decode_text = decode_text
+
+    def cost(self, base: Plan, plan: Plan) -> int:
+        return self.programs.config.num_layers  # every plan is generated from its prompt
+
+    def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
+        inputs, visual = self.programs.route((batch.inputs, self.programs.put(batch.visual)), blocks)
+        return self.programs.generate(visual, inputs, plans)
+
+    def finish(self, run: Any, samples: Sequence[Sample]) -> RowOutcomes:
+        numbers, tokens, scored = (np.asarray(part) for part in run)
+        right = np.zeros(len(numbers), bool)
+        for row in np.flatnonzero(numbers != FILLER):
+            text = self._decode_text(tokens[row].tolist()).strip()
+            right[row] = text in samples[numbers[row]].answers
+        return RowOutcomes(numbers, right, scored)
+
+    def state_bytes(self, batch: Batch) -> int:
+        return 0
+
+    def release(self) -> None:
+        pass
+
+
+def generated_texts(
+    programs: Programs, split: Split, plan: Plan, decode_text: Callable[[Sequence[int]], str]
+) -> list[str]:
+    """The greedy answer to each sample of a split of bare prompts, on every process."""
+    texts = [""] * len(split.samples)
+    for batch in split.batches:
+        plans = [plan] * programs.groups
+        numbers, tokens, _ = map(np.asarray, programs.generate(programs.put(batch.visual), batch.inputs, plans))
+        for row in np.flatnonzero(numbers != FILLER):
+            texts[numbers[row]] = decode_text(tokens[row].tolist()).strip()
+    return texts
