@@ -84,15 +84,12 @@ def memory_parts(state_bytes: Sequence[int], budget: float) -> list[range]:
 
 @dataclass(frozen=True)
 class Upkeep:
-    """The work that makes some states available.
-
-    Attributes:
-        kept: how many stored states stay valid; 0 means that the prompts must be embedded.
-        layers: the layers to run after that, each from the states that enter it.
-    """
+    """The work that makes some states available."""
 
     kept: int
+    """Stored states that stay valid; 0 means that the prompts must be embedded."""
     layers: range
+    """The layers to run after that, each from the states that enter it."""
 
 
 class StoredStates:

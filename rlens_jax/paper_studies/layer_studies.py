@@ -20,9 +20,9 @@ from rlens_jax.paper_studies.study import Bound, Case, Finding, Panel, Series, S
 from rlens_jax.paper_studies.study_bench import Bench, Measured
 from rlens_jax.plan import OPERATORS, Operator, Plan
 from rlens_jax.search.bootstrap import area_under_curve
-from rlens_jax.search.curves import random_points
+from rlens_jax.search.curves import random_points, random_rankings
 from rlens_jax.search.results import ALLOWED_LOSS
-from rlens_jax.search.search import position_ranking, prefix_plans, random_rankings
+from rlens_jax.search.search import position_ranking, prefix_plans
 
 TITLES = {
     "attention": "Hollow Attention",

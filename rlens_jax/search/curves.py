@@ -3,6 +3,7 @@
 Curves use samples that the search never saw. All strategies share the same bootstrap draws.
 """
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,12 +13,18 @@ from rlens_jax.plan import Plan
 from rlens_jax.search.bootstrap import Interval, Statistic, area_under_curve, bootstrap_interval, mean_over_datasets
 from rlens_jax.search.objective import dataset_metric, plan_loss
 from rlens_jax.search.results import Curve, Metrics, OperatorResult, RandomCurves, Saving, Strategy
-from rlens_jax.search.search import Ranking, position_ranking, prefix_plans, random_rankings
+from rlens_jax.search.search import Ranking, position_ranking, prefix_plans
 
 Outcomes = Mapping[Plan, Mapping[str, Sequence[float] | np.ndarray]]
 """Plan -> dataset -> outcomes, one per held-out sample."""
 FlopsSaved = Callable[[Plan, bool], float]
 """Maps (plan, whether probes count) to the share of the dense prefill's multiply-adds that is saved."""
+
+
+def random_rankings(num_layers: int, count: int, seed: int) -> list[tuple[int, ...]]:
+    """`count` random orders of all layers; the first k do not depend on `count`."""
+    draw = random.Random(seed)
+    return [tuple(draw.sample(range(num_layers), num_layers)) for _ in range(count)]
 
 
 def random_points(num_layers: int) -> tuple[int, ...]:

@@ -1,10 +1,8 @@
 """The Layer Ranking Algorithm: in which order the layers of one operator are best reduced.
 
-Pure Python over a scoring callable. The search hands out the plans of a whole round at once. They share their base and differ
-in one layer, which an evaluator can use.
+The search hands out the plans of a whole round at once: they share their base, which an evaluator can use.
 """
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -142,9 +140,3 @@ def prefix_plans(operator: Operator, order: Sequence[int], base: Plan | None = N
 def position_ranking(num_layers: int) -> tuple[int, ...]:
     """The ranking by position alone: the last layer first."""
     return tuple(reversed(range(num_layers)))
-
-
-def random_rankings(num_layers: int, count: int, seed: int) -> list[tuple[int, ...]]:
-    """`count` random orders of all layers; the first k do not depend on `count`."""
-    draw = random.Random(seed)
-    return [tuple(draw.sample(range(num_layers), num_layers)) for _ in range(count)]

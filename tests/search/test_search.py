@@ -2,11 +2,11 @@ import pytest
 
 from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
+from rlens_jax.search.curves import random_rankings
 from rlens_jax.search.objective import PlanScore
 from rlens_jax.search.search import (
     position_ranking,
     prefix_plans,
-    random_rankings,
     rank_layers,
 )
 from tests.toy_search import one_at_a_time
