@@ -1,4 +1,4 @@
-"""A model as a program uses it: load, read a plan, generate.
+"""A model as a Python program uses it: load, read a plan, generate.
 
 model = rlens_jax.load("embedded")
 plan = rlens_jax.read_plan("plan.json")
@@ -26,9 +26,9 @@ from rlens_jax.plan_file import PlanFile
 from rlens_jax.sharding.mesh import check_fits, make_mesh
 
 NEW_TOKENS = 128
-"""The longest answer by default."""
+"""Default max length of an answer."""
 BATCH_SIZE = 8
-"""The most prompts that are read together by default."""
+"""Default number of prompts per batch of a work group."""
 _LEAST_TEXT, _LEAST_VISUAL, _LEAST_PATCHES, _MOST_PATCHES = 32, 64, 256, 1 << 17
 
 Image = str | Path | bytes
@@ -36,11 +36,12 @@ Image = str | Path | bytes
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """An answer of a model.
 
-    text: without special tokens, as generated.
-    num_tokens: new tokens, the one that ends the turn included.
-    ended: whether the model ended its turn, and did not just run out of tokens.
+    Attributes:
+        text: the generated text without special tokens.
+        num_tokens: new tokens, including the one that ends the turn.
+        ended: whether the model ended its turn within the maximum length.
     """
 
     text: str
@@ -49,7 +50,7 @@ class Answer:
 
 
 class DeployedModel:
-    """A model in memory and its compiled programs, which are made when a shape is first met. Made by `load`."""
+    """A loaded model and its programs, which are compiled when a shape first occurs. Made by `load`."""
 
     def __init__(self, programs: DeployedPrograms, preparer: Preparer, batch_size: int):
         self.programs = programs
@@ -57,7 +58,7 @@ class DeployedModel:
         self.batch_size = batch_size
 
     @overload
-    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
+    def generate(  # type: ignore[overload-overlap]  # a text is also a sequence of texts
         self,
         images: Sequence[Image],
         prompt: str,
@@ -83,13 +84,13 @@ class DeployedModel:
 
         Args:
             images: paths of image files, or their content as bytes; for a list of prompts, a list of such lists.
-            prompt: what is asked; "<image>" marks say where each image goes, without marks the images come first.
+            prompt: the question. "<image>" marks place the images; without marks the images come first.
             plan: which layers are reduced, and how; None is the dense model.
-            max_new_tokens: the longest answer, in tokens.
+            max_new_tokens: max length of an answer.
 
         Raises:
-            UserError: an empty prompt, an image that cannot be read, a prompt that is longer than the model's context, a plan for
-                another number of layers, or probe scores that are not numbers.
+            UserError: an empty prompt, an unreadable image, a prompt longer than the model's context, a plan for another number
+                of layers, or probe scores that are not numbers.
         """
         single = isinstance(prompt, str)
         prompts, image_lists = ([prompt], [images]) if single else (list(prompt), list(images))
@@ -103,7 +104,7 @@ class DeployedModel:
         return texts[0] if single else texts
 
     def answer(self, samples: Sequence[Sample], plan: PlanFile, max_new_tokens: int) -> Iterator[tuple[int, Answer]]:
-        """The number of each sample and its answer, batch by batch; UserError as `generate`."""
+        """Yield the number of each sample and its answer, batch by batch; UserError as `generate`."""
         self.check(plan, max_new_tokens)
         if samples:
             split = self.prepare(samples, max_new_tokens)
@@ -111,13 +112,13 @@ class DeployedModel:
                 yield from self.answer_batch(split, batch, plan, max_new_tokens).items()
 
     def check(self, plan: PlanFile, max_new_tokens: int) -> None:
-        """UserError unless the plan is one for this model and `max_new_tokens` is a number of tokens."""
+        """Raise UserError unless the plan fits this model and `max_new_tokens` is positive."""
         plan.validate(self.programs.config.num_layers)
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
 
     def prepare(self, samples: Sequence[Sample], max_new_tokens: int) -> Split:
-        """Images encoded, prompts tokenised, all in batches of few shapes; UserError for a sample that cannot be used."""
+        """Encode images, tokenise prompts, and batch them in a few shapes; UserError for an unusable sample."""
         rows = min(self.batch_size, 1 << (len(samples) - 1).bit_length())
         context = self.programs.config.context
         shapes = Shapes(slot_sizes(_LEAST_TEXT, context), slot_sizes(_LEAST_VISUAL, context), rows, context)
@@ -131,7 +132,7 @@ class DeployedModel:
         return split
 
     def answer_batch(self, split: Split, batch: Batch, plan: PlanFile, max_new_tokens: int) -> dict[int, Answer]:
-        """The answers to a batch of `prepare`, by number of the sample."""
+        """The answers to a batch of `prepare`, by the number of the sample."""
         prefilled = self.programs.prefill(self.programs.put(batch.visual), batch.inputs, plan, max_new_tokens)
         tokens = np.asarray(self.programs.decode(prefilled, batch.inputs, max_new_tokens))
         scored, numbers = np.asarray(prefilled.scored), np.asarray(batch.inputs.layout.sample)
@@ -157,18 +158,18 @@ def load(
     model_shards: int = 1,
     seed: int = 0,
 ) -> DeployedModel:
-    """The model in a folder, ready to generate.
+    """Load a model to generate with.
 
     Args:
-        model: a folder, published or converted, or "embedded", the model that comes with the package.
-        dtype: of weights and computation, float32 or bfloat16.
-        batch_size: the most prompts that a work group reads together.
-        chunk: tokens of a prompt that go through an FFN together; None decides by size.
-        model_shards: over how many devices each copy of the model is cut; the copies share the prompts.
+        model: a published or converted folder, or "embedded", the model that comes with the package.
+        dtype: type of weights and computation, float32 or bfloat16.
+        batch_size: max prompts per batch of a work group.
+        chunk: tokens of a prompt per FFN call; None chooses by size.
+        model_shards: devices that share a copy of the model; the copies share the prompts.
         seed: draws random probes, where a plan has them.
 
     Raises:
-        UserError: there is no such model, or it cannot be used.
+        UserError: there is no such model, or it is not usable.
     """
     for name, value in (("batch_size", batch_size), ("chunk", chunk), ("model_shards", model_shards)):
         if value is not None and value < 1:

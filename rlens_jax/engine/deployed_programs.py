@@ -1,7 +1,4 @@
-"""The compiled programs of a deployed model: a prefill for each plan, and one decoding program for all of them.
-
-Axis letters: B batch (rows of all work groups), P visual slots, Y new tokens, D width; KVCache as in `models.decoder`.
-"""
+"""The compiled programs of a deployed model: a prefill per plan, and one decoding program for all plans."""
 
 from typing import Any
 
@@ -21,11 +18,11 @@ from rlens_jax.pytrees import pytree, unchecked
 from rlens_jax.sharding.model_axis import MODEL, WORK
 
 HIDDEN_BYTES = 64_000_000
-"""About what the hidden units of a chunk of tokens take on a device (our decision): more no longer makes the products faster."""
+"""Bytes of the hidden units of a chunk of tokens on a device (our decision): larger chunks are not faster."""
 LEAST_TOKENS = 1024
-"""Tokens of all rows that a chunk has at least: fewer no longer fill the machine."""
+"""Min tokens of a chunk, over all rows: fewer do not fill the machine."""
 _NO_TOKEN = -1
-"""Ends no turn."""
+"""A stop token that no model generates."""
 
 
 @pytree
@@ -35,24 +32,24 @@ class Prefilled:
     first: Int[Array, " B"]
     """The first new token of each row."""
     caches: tuple[KVCache, ...]
-    """One of all layers, or two where tokens were pruned between layers."""
+    """One cache for all layers, or two if tokens were pruned between layers."""
     scored: Bool[Array, " B"]
-    """Whether all scores of probes, and those by which tokens were pruned, were numbers."""
+    """Whether all scores of probes and of pruned tokens were numbers."""
 
 
 _HEADS = PartitionSpec(None, WORK, MODEL)
 _CACHE = unchecked(KVCache, k=_HEADS, v=_HEADS, position=ROWS)
-"""How a cache lies on the mesh."""
+"""The partition of a cache over the mesh."""
 
 
 def automatic_chunk(rows: int, slots: int, ffn_width: int, itemsize: int) -> int | None:
-    """Tokens of each row that go through an FFN together, a power of two; None where all of them may.
+    """Tokens of each row per FFN call, a power of two; None for all of them.
 
-    Chunks pay where the hidden units of the whole prompt would be large: they are several times as wide as the states, and all
-    else that a layer makes is as wide as the states or, in attention, made block by block in any case.
+    Chunks save memory if the hidden units of the whole prompt are large: they are several times as wide as the states. All
+    other intermediates of a layer are as wide as the states, or are made block by block (attention).
 
     Args:
-        rows: of a batch on a device.
+        rows: rows of a batch on a device.
         slots: packed slots of a row.
         ffn_width: FFN units on a device.
         itemsize: bytes of a number.
@@ -70,7 +67,7 @@ class DeployedPrograms(ModelPrograms):
         mesh: the devices, all of this process.
         seed: draws random probes.
         stop_token: the token that ends a turn.
-        chunk: tokens of each row that go through an FFN together in a prefill; None decides by size.
+        chunk: tokens of each row per FFN call in a prefill; None chooses by size.
     """
 
     def __init__(self, model: VisionLanguageModel, mesh: Mesh, *, seed: int, stop_token: int, chunk: int | None = None):
@@ -88,7 +85,7 @@ class DeployedPrograms(ModelPrograms):
         deployed: PlanFile,
         new_tokens: int,
     ) -> Prefilled:
-        """All prompts of a batch under a plan, in a program that knows this plan alone; room for `new_tokens` tokens."""
+        """Read all prompts of a batch, in a program for this plan alone; the caches have room for `new_tokens` tokens."""
         plan, reduction, pruning = deployed.plan, deployed.reduction, deployed.pruning
         key = plan, reduction, pruning, new_tokens
         if key not in self._prefills:
@@ -109,22 +106,22 @@ class DeployedPrograms(ModelPrograms):
                 return Prefilled(*made)
 
             self._prefills[key] = self.program(
-                "prefill", run, (ROWS, ROWS), _lying(2 if isinstance(pruning, FastV | VTW) else 1)
+                "prefill", run, (ROWS, ROWS), _partition(2 if isinstance(pruning, FastV | VTW) else 1)
             )
         return self._prefills[key](visual, batch)
 
     def decode(
         self, prefilled: Prefilled, batch: PromptBatch, new_tokens: int, *, to_the_end: bool = False
     ) -> Int[Array, "B Y"]:
-        """The greedy answers, in one program whatever plan the prompts were read under (paper: decoding is never reduced).
+        """The greedy answers, in one program for all plans (paper: decoding is never reduced).
 
-        Only pruning makes a difference, because it leaves smaller caches.
+        Only pruning needs another program, because it leaves smaller caches.
 
         Args:
-            prefilled: the batch.
-            batch: the same.
-            new_tokens: as in its `prefill`.
-            to_the_end: make all new tokens even if all answers have ended, as a measurement wants it.
+            prefilled: the result of `prefill` for `batch` and `new_tokens`.
+            batch: the prompts.
+            new_tokens: tokens to generate.
+            to_the_end: generate all new tokens even if all answers have ended, for measurements.
         """
         stop_token, parts = _NO_TOKEN if to_the_end else self._stop_token, len(prefilled.caches)
         key = new_tokens, stop_token, parts
@@ -133,7 +130,7 @@ class DeployedPrograms(ModelPrograms):
             def run(model: VisionLanguageModel, prefilled: Prefilled, batch: PromptBatch) -> Array:
                 return decode(model.decoder, prefilled.first, prefilled.caches, batch, new_tokens, stop_token)
 
-            self._decoders[key] = self.program("decode", run, (_lying(parts), ROWS), ROWS)
+            self._decoders[key] = self.program("decode", run, (_partition(parts), ROWS), ROWS)
         return self._decoders[key](prefilled, batch)
 
     def _chunk_of(self, model: VisionLanguageModel, batch: PromptBatch) -> int | None:
@@ -143,6 +140,6 @@ class DeployedPrograms(ModelPrograms):
         return automatic_chunk(rows, batch.layout.bucket.slots, units, self.dtype.itemsize)
 
 
-def _lying(parts: int) -> Any:
-    """How a prefilled batch with so many caches lies on the mesh."""
+def _partition(parts: int) -> Any:
+    """The partition of a prefilled batch with `parts` caches over the mesh."""
     return unchecked(Prefilled, first=ROWS, caches=(_CACHE,) * parts, scored=ROWS)
