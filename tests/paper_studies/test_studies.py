@@ -341,7 +341,7 @@ def test_a_case_starts_from_the_nearer_of_its_predecessor_and_the_dense_model() 
 class NoScoring:
     """Fails when it is asked to evaluate anything."""
 
-    def first_layer(self, base: Plan, plan: Plan) -> int:
+    def cost(self, base: Plan, plan: Plan) -> int:
         raise AssertionError("evaluated again")
 
     def start(self, *_: object) -> None:
