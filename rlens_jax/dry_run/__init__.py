@@ -1,1 +1,1 @@
-"""What a ranking run would need of a TPU slice, found by compiling its programs for the slice on a machine without one."""
+"""Dry runs: the memory, work and time of a ranking run on a TPU slice, from programs compiled on a machine without TPUs."""

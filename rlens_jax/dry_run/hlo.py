@@ -74,11 +74,11 @@ class Instruction:
 
     def attribute(self, name: str) -> str | None:
         """The value of an attribute that is a word or in braces; None if the instruction lacks it."""
-        found = re.search(
+        printed = re.search(
             rf"(?:^|[ ,]){re.escape(name)}=(\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|(?:\[[^\]]*\]|\([^)]*\)|[^\s,])+)",
             self.attributes,
         )
-        return found[1] if found else None
+        return printed[1] if printed else None
 
     @cached_property
     def called(self) -> Mapping[str, str]:
@@ -118,11 +118,11 @@ class Computation:
     @cached_property
     def users(self) -> Mapping[str, tuple[Instruction, ...]]:
         """The instructions that read each instruction's result."""
-        found: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
+        users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for item in self:
             for operand in dict.fromkeys(item.operands):
-                found[operand].append(item)
-        return {name: tuple(items) for name, items in found.items()}
+                users[operand].append(item)
+        return {name: tuple(items) for name, items in users.items()}
 
     def operand_shapes(self, item: Instruction) -> list[Shape]:
         """Shapes of the arrays that an instruction reads, with tuples flattened."""

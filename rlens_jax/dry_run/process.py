@@ -26,7 +26,7 @@ ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-"""Compile without a TPU, beside other processes that do the same."""
+"""Compile without a TPU, even while other processes do the same."""
 
 ANSWERS = "RLENS_JAX_ANSWERS"
 """Environment variable with the file descriptor of the pipe for answers."""

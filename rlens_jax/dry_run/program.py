@@ -263,5 +263,5 @@ def with_kernels(cost: ProgramCost, layers: int, flops: int) -> ProgramCost:
 def refusal(spec: ProgramSpec, message: str, seconds: float) -> RefusedProgram:
     """Summarise the compiler's error message."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    reason = lines[0] if lines else "no reason given"
+    reason = lines[0] if lines else "the compiler names no reason"
     return RefusedProgram(spec, reason, bytes_refused(message), is_out_of_memory(message), seconds)

@@ -1,4 +1,4 @@
-"""Abstract inputs against what the families' own preparers and a run's own arrays look like."""
+"""Abstract inputs of programs, compared with the arrays of the families' preparers and of a run."""
 
 import shutil
 from pathlib import Path

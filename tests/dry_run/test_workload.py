@@ -1,4 +1,4 @@
-"""The counts of a dry run against the evaluator itself, over programs that only count."""
+"""The counts of a dry run, compared with the evaluator's steps over programs that only count."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -116,7 +116,7 @@ class CountingPrograms(Programs):
 
 
 def empty_batch() -> Batch:
-    """A batch of which nothing is looked at."""
+    """A batch whose content is never read."""
     batch = object.__new__(Batch)
     for name, value in {"inputs": SimpleNamespace(text_ids=None), "visual": None}.items():
         object.__setattr__(batch, name, value)
