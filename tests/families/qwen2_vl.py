@@ -101,9 +101,9 @@ def our_images(examples: Sequence[Example], config: Qwen2VLConfig, spare: int = 
     vision = config.vision
     group = vision.merge_size**2
     flat = [(patches, grid) for e in examples for patches, grid in zip(e.patches, e.grids, strict=True)]
-    flat = flat or [(np.zeros((group, vision.sizes["C"]), np.float32), (vision.merge_size, vision.merge_size))]
+    flat = flat or [(np.zeros((group, vision.sizes["c"]), np.float32), (vision.merge_size, vision.merge_size))]
     slots = max(len(patches) for patches, _ in flat) + 3 * group
-    patches = np.full((len(flat), slots, vision.sizes["C"]), 1e3, np.float32)
+    patches = np.full((len(flat), slots, vision.sizes["c"]), 1e3, np.float32)
     places = np.zeros((len(flat), slots, 2), np.int32)
     for i, (values, grid) in enumerate(flat):
         patches[i, : len(values)] = values

@@ -1,7 +1,7 @@
 """The InternVL table against published names and shapes, and against a PyTorch model in every spelling."""
 
-import json
 from pathlib import Path
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from rlens_jax.checkpoints.checkpoint import load_model
-from rlens_jax.checkpoints.leaves import shapes_of
 from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.errors import UserError
-from rlens_jax.families.registry import read_kind
 from tests.checkpoints.tiny import assert_same, change
 from tests.families import published as published_files
+from tests.families.contract import PublishedFacts, WeightsContract
 from tests.families.internvl import SIX_B, save_native, tiny_internvl
 from tests.families.placement import Placement
 from tests.torch_support import save_tiny
@@ -103,23 +102,6 @@ def hf_1b_shapes() -> dict[str, list[int]]:
     return shapes
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-def test_published_names_map_completely(name):
-    kind = read_kind(published_files.internvl(name), "config.json")
-    table = kind.table()
-    ours = shapes_of(kind.abstract(jnp.bfloat16))
-    table.check_covers(ours)
-    mapped = {name: list(tensor.shape) for name, tensor in table.tensors.items()}
-    assert mapped == (native_8b_shapes() if name == "internvl2-8b" else hf_1b_shapes())
-    assert sum(int(np.prod(shape)) for shape in ours.values()) == NUMBERS[name]
-    facts = published_files.FACTS / name / "tensor_shapes.json"
-    if facts.exists():
-        assert mapped == json.loads(facts.read_text())["shapes"]
-    published = published_files.FACTS / name / "config.json"
-    if published.exists():
-        assert read_kind(json.loads(published.read_text()), "config.json").config == kind.config
-
-
 @pytest.fixture(scope="module")
 def reference() -> torch.nn.Module:
     return tiny_internvl(1, num_hidden_layers=3)
@@ -130,31 +112,34 @@ def published(reference, tmp_path_factory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("published") / "model", reference)
 
 
-def test_every_parameter_is_where_it_belongs(reference, published):
-    """Against the torch parameters, by reshapes written out."""
-    placed = Placement(load_model(published, jnp.float32)[1])
-    placed.check_decoder(reference.model.language_model, reference.lm_head, num_heads=6)
-    tower, connector = reference.model.vision_tower, reference.model.multi_modal_projector
-    placed.check("vision.class_token", tower.embeddings.cls_token[0, 0])
-    placed.check("vision.position", tower.embeddings.position_embeddings[0])
-    patch = tower.embeddings.patch_embeddings.projection
-    placed.check("vision.patch_embed.kernel", patch.weight.reshape(24, -1).T)
-    placed.check("vision.patch_embed.bias", patch.bias)
-    placed.check_norm("vision.connector_norm", connector.layer_norm)
-    placed.check_linear("vision.connector_fc1", connector.linear_1)
-    placed.check_linear("vision.connector_fc2", connector.linear_2)
-    for i, layer in enumerate(tower.encoder.layer):
-        at = "vision.layers."
-        for part in ("q_proj", "k_proj", "v_proj"):
-            placed.check_heads(at + part, getattr(layer.attention, part), i)
-        placed.check_mixed(at + "o_proj", layer.attention.projection_layer, i)
-        placed.check(at + "attention_scale", layer.lambda_1, i)
-        placed.check(at + "mlp_scale", layer.lambda_2, i)
-        placed.check_norm(at + "attention_norm", layer.layernorm_before, i)
-        placed.check_norm(at + "mlp_norm", layer.layernorm_after, i)
-        placed.check_linear(at + "fc1", layer.mlp.fc1, i)
-        placed.check_linear(at + "fc2", layer.mlp.fc2, i)
-    placed.assert_complete()
+class TestInternVLWeights(WeightsContract):
+    facts: ClassVar = {
+        name: PublishedFacts(published_files.internvl(name), shapes(), NUMBERS[name], name)
+        for name, shapes in {"internvl2-8b": native_8b_shapes, "internvl3-1b-hf": hf_1b_shapes}.items()
+    }
+
+    def place(self, placed: Placement, reference: torch.nn.Module) -> None:
+        placed.check_decoder(reference.model.language_model, reference.lm_head, num_heads=6)
+        tower, connector = reference.model.vision_tower, reference.model.multi_modal_projector
+        placed.check("vision.class_token", tower.embeddings.cls_token[0, 0])
+        placed.check("vision.position", tower.embeddings.position_embeddings[0])
+        patch = tower.embeddings.patch_embeddings.projection
+        placed.check("vision.patch_embed.kernel", patch.weight.reshape(24, -1).T)
+        placed.check("vision.patch_embed.bias", patch.bias)
+        placed.check_norm("vision.connector_norm", connector.layer_norm)
+        placed.check_linear("vision.connector_fc1", connector.linear_1)
+        placed.check_linear("vision.connector_fc2", connector.linear_2)
+        for i, layer in enumerate(tower.encoder.layer):
+            at = "vision.layers."
+            for part in ("q_proj", "k_proj", "v_proj"):
+                placed.check_heads(at + part, getattr(layer.attention, part), i)
+            placed.check_mixed(at + "o_proj", layer.attention.projection_layer, i)
+            placed.check(at + "attention_scale", layer.lambda_1, i)
+            placed.check(at + "mlp_scale", layer.lambda_2, i)
+            placed.check_norm(at + "attention_norm", layer.layernorm_before, i)
+            placed.check_norm(at + "mlp_norm", layer.layernorm_after, i)
+            placed.check_linear(at + "fc1", layer.mlp.fc1, i)
+            placed.check_linear(at + "fc2", layer.mlp.fc2, i)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from rlens_jax.families.llava_onevision import preparer as llava_onevision
 from rlens_jax.families.llava_onevision.preparer import grid_sources
 from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Plan, Reduction
+from tests.families.contract import BOTH, SIMPLE, WHOLE, ForwardContract, Logits, set_to, swap
 from tests.families.llava_onevision import (
     MOST_TILES,
     PINPOINTS,
@@ -33,9 +35,7 @@ from tests.numerics import assert_close, error
 from tests.sequences import unpack
 from tests.torch_reductions import reduced
 
-SIMPLE, WHOLE = 1e-5, 1e-4
 PLAIN, PAPER, SMALL = Plan(), Reduction(), Reduction(attention_range=5, active_fraction=0.3)
-PLAN = Plan(attention=(0, 2, 3), ffn=(1, 2, 4))
 KEY = jax.random.key(0)
 
 
@@ -132,95 +132,11 @@ def test_tower_and_connector(pair, name):
         np.testing.assert_array_equal(row[count:], 0)
 
 
-@pytest.mark.parametrize("name", BATCHES)
-def test_logits(pair, name):
-    examples = examples_of(name)
-    theirs = their_logits(pair, examples)
-    assert min(logits.std() for logits in theirs) >= 1
-    assert_all_close(our_logits(pair.ours, examples), theirs, WHOLE)
-
-
 def test_logits_of_a_model_with_tied_head_and_one_kv_head(tmp_path):
     pair = make_pair(tmp_path, tiny_llava(3, tie_word_embeddings=True, num_key_value_heads=1, rms_norm_eps=1e-6))
     assert pair.config.decoder.tied_head
     examples = examples_of("ragged")
     assert_all_close(our_logits(pair.ours, examples), their_logits(pair, examples), WHOLE)
-
-
-@pytest.mark.parametrize("name", ["ragged", "two images with text between"])
-def test_reduced_logits(pair, name):
-    """Newlines are visual tokens: they attend, probe and are reduced like the others."""
-    examples = examples_of(name)
-    masks = [torch.tensor(example.is_visual) for example in examples]
-    with reduced(pair.theirs, masks, PLAN.attention, PLAN.ffn, 5, "0.3", "0.1") as record:
-        theirs = their_logits(pair, examples)
-    assert record.smallest_gap() > 1e-4, "the example decides nothing: choose another seed"
-    assert_all_close(our_logits(pair.ours, examples, PLAN, SMALL), theirs, WHOLE)
-    for a, b, mask in zip(theirs, their_logits(pair, examples), masks, strict=True):
-        if mask.any():
-            assert error(a, b) > 100 * WHOLE
-        else:
-            assert_close(a, b, SIMPLE)
-
-
-MUTATIONS = {}
-
-
-def mutation(function):
-    MUTATIONS[function.__name__] = function
-    return function
-
-
-def zero(parameter) -> None:
-    parameter[...] = jnp.zeros_like(parameter[...])
-
-
-def swap(first, second) -> None:
-    first[...], second[...] = second[...], first[...]
-
-
-@mutation
-def dropped_query_bias(model):
-    zero(model.decoder.layers.attention.q_proj.bias)
-
-
-@mutation
-def dropped_tower_bias(model):
-    zero(model.vision.tower.layers.fc1.bias)
-
-
-@mutation
-def dropped_projector_bias(model):
-    zero(model.vision.projector_fc1.bias)
-
-
-@mutation
-def swapped_norms(model):
-    swap(model.decoder.layers.input_norm.scale, model.decoder.layers.ffn_norm.scale)
-
-
-@mutation
-def swapped_tower_norms(model):
-    swap(model.vision.tower.layers.attention_norm.scale, model.vision.tower.layers.mlp_norm.scale)
-
-
-@mutation
-def wrong_newline(model):
-    model.vision.image_newline[...] = jnp.roll(model.vision.image_newline[...], 1)
-
-
-@mutation
-def wrong_theta(model):
-    model.decoder.config = replace(model.decoder.config, rope_theta=1e6)
-
-
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_wrong_model_misses_by_a_hundred_tolerances(pair, name):
-    examples = examples_of("scaled down")
-    model = pair.load()
-    MUTATIONS[name](model)
-    (ours,), (theirs,) = our_logits(model, examples), their_logits(pair, examples)
-    assert error(ours, theirs) > 100 * WHOLE
 
 
 def _without_scaling(size: int, new_size: int):
@@ -284,7 +200,7 @@ def step_inputs(batch, step: int, new_tokens: int):
     return batch.layout.num_tokens + step, rope[:, None], jnp.int32(new_tokens - step)
 
 
-@pytest.mark.parametrize("plan", [PLAIN, PLAN], ids=Plan.label)
+@pytest.mark.parametrize("plan", [PLAIN, BOTH], ids=Plan.label)
 def test_greedy_tokens_with_two_images(pair, plan):
     new_tokens = 40
     (example,) = examples_of("two images with text between")
@@ -302,3 +218,39 @@ def test_greedy_tokens_with_two_images(pair, plan):
         row, cache = decode(jnp.asarray(tokens[-1:], jnp.int32), cache, *step_inputs(batch, step, new_tokens))
         tokens.append(int(row[0].argmax()))
     assert tokens == expected
+
+
+def wrong_newline(model: VisionLanguageModel) -> None:
+    model.vision.image_newline[...] = jnp.roll(model.vision.image_newline[...], 1)
+
+
+def wrong_theta(model: VisionLanguageModel) -> None:
+    model.decoder.config = replace(model.decoder.config, rope_theta=1e6)
+
+
+class TestLlavaOnevision(ForwardContract):
+    batches: ClassVar = BATCHES
+    reduced: ClassVar = [("ragged", BOTH), ("two images with text between", BOTH)]
+    mutations: ClassVar = {
+        "dropped_query_bias": lambda model: set_to(model.decoder.layers.attention.q_proj.bias, 0),
+        "dropped_tower_bias": lambda model: set_to(model.vision.tower.layers.fc1.bias, 0),
+        "dropped_projector_bias": lambda model: set_to(model.vision.projector_fc1.bias, 0),
+        "swapped_norms": lambda model: swap(model.decoder.layers.input_norm.scale, model.decoder.layers.ffn_norm.scale),
+        "swapped_tower_norms": lambda model: swap(
+            model.vision.tower.layers.attention_norm.scale, model.vision.tower.layers.mlp_norm.scale
+        ),
+        "wrong_newline": wrong_newline,
+        "wrong_theta": wrong_theta,
+    }
+    mutated: ClassVar = "scaled down"
+
+    def examples(self, pair: Pair, batch: str) -> list[Example]:
+        return examples_of(batch)
+
+    def ours(
+        self, model: VisionLanguageModel, pair: Pair, examples: list[Example], plan: Plan, reduction: Reduction
+    ) -> Logits:
+        return our_logits(model, examples, plan, reduction)
+
+    def theirs(self, pair: Pair, examples: list[Example]) -> Logits:
+        return their_logits(pair, examples)

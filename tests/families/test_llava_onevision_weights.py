@@ -1,8 +1,7 @@
 """The LLaVA-OneVision table against published names and shapes, and against a PyTorch model in every spelling."""
 
-import json
-import re
 from pathlib import Path
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,17 +9,16 @@ import pytest
 import torch
 
 from rlens_jax.checkpoints.checkpoint import load_model
-from rlens_jax.checkpoints.leaves import shapes_of
 from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import read_kind
 from tests.checkpoints.tiny import assert_same, change
 from tests.families import published as published_files
+from tests.families.contract import PublishedFacts, WeightsContract
 from tests.families.llava_onevision import tiny_llava
 from tests.families.placement import Placement
 from tests.torch_support import save_tiny
 
-FACTS = published_files.FACTS / "llava-onevision-qwen2-7b-ov-hf"
 POST_NORM = [f"vision_tower.vision_model.post_layernorm.{name}" for name in ("weight", "bias")]
 SPELLINGS = {
     "published": {},
@@ -71,21 +69,6 @@ def published_shapes() -> dict[str, list[int]]:
     return shapes
 
 
-def test_published_names_map_completely():
-    kind = read_kind(published_files.llava_onevision(), "config.json")
-    table = kind.table()
-    table.check_covers(shapes_of(kind.abstract(jnp.bfloat16)))
-    mapped = {name: list(tensor.shape) for name, tensor in table.tensors.items()}
-    shapes = published_shapes()
-    assert mapped == {name: shape for name, shape in shapes.items() if name not in POST_NORM}
-    assert all(any(re.fullmatch(i.source, name) for i in table.ignored) for name in POST_NORM)
-    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 8030807584
-    if FACTS.exists():
-        facts = json.loads((FACTS / "tensor_shapes.json").read_text())["shapes"]
-        assert shapes == facts
-        assert read_kind(json.loads((FACTS / "config.json").read_text()), "config.json").config == kind.config
-
-
 def test_the_published_small_model_is_tied_by_its_text_config_alone():
     text = {**published_files.llava_onevision()["text_config"], "tie_word_embeddings": True}
     table = read_kind(published_files.llava_onevision(text_config=text), "config.json").table()
@@ -103,15 +86,23 @@ def published(reference, tmp_path_factory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("published") / "model", reference)
 
 
-def test_every_parameter_is_where_it_belongs(reference, published):
-    """Against the torch parameters, by reshapes written out."""
-    placed = Placement(load_model(published, jnp.float32)[1])
-    placed.check_decoder(reference.model.language_model, reference.lm_head, num_heads=6)
-    placed.check("vision.image_newline", reference.model.image_newline)
-    placed.check_linear("vision.projector_fc1", reference.model.multi_modal_projector.linear_1)
-    placed.check_linear("vision.projector_fc2", reference.model.multi_modal_projector.linear_2)
-    placed.check_siglip("vision.tower.", reference.model.vision_tower)
-    placed.assert_complete()
+class TestLlavaOnevisionWeights(WeightsContract):
+    facts: ClassVar = {
+        "7b": PublishedFacts(
+            published_files.llava_onevision(),
+            published_shapes(),
+            8030807584,
+            "llava-onevision-qwen2-7b-ov-hf",
+            unused=POST_NORM,
+        )
+    }
+
+    def place(self, placed: Placement, reference: torch.nn.Module) -> None:
+        placed.check_decoder(reference.model.language_model, reference.lm_head, num_heads=6)
+        placed.check("vision.image_newline", reference.model.image_newline)
+        placed.check_linear("vision.projector_fc1", reference.model.multi_modal_projector.linear_1)
+        placed.check_linear("vision.projector_fc2", reference.model.multi_modal_projector.linear_2)
+        placed.check_siglip("vision.tower.", reference.model.vision_tower)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)

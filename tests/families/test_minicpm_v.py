@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,16 +33,16 @@ from rlens_jax.ops.attention import masked_attention
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.sharding.mesh import make_mesh
 from tests.families import minicpm_v as reference
+from tests.families.contract import BOTH, SIMPLE, WHOLE, ForwardContract, Logits, set_to, swap
 from tests.families.minicpm_v import NUM_QUERIES, config_json, cut_views, save_processing
 from tests.numerics import assert_close, error
 from tests.sequences import bucket_for, unpack
 from tests.torch_reductions import reduced
 
-SIMPLE, WHOLE = 1e-5, 1e-4
 PATCH_SLOTS = (96,)
 KEY = jax.random.key(0)
 SMALL = Reduction(attention_range=7, active_fraction=0.3)
-PLAIN, PLAN = Plan(), Plan(attention=(0, 2, 3), ffn=(1, 2, 4))
+PLAIN = Plan()
 
 
 def picture(seed: int, size: tuple[int, int]) -> Image.Image:
@@ -269,7 +270,7 @@ def test_patches_hold_the_pixels_of_their_view(pair, size):
     image = picture(5, size)
     views, grid = pair.preparer.slicing.views(image)
     expected, expected_grid = cut_views(image)
-    assert grid == expected_grid
+    assert grid == (expected_grid or NO_SLICES)
     for view, pixels in zip(views, expected, strict=True):
         rows, columns = (length // reference.PATCH for length in pixels.shape[1:])
         blocks = torch.nn.functional.unfold(pixels[None], reference.PATCH, stride=reference.PATCH)
@@ -309,15 +310,6 @@ def test_an_image_is_text_around_its_views(pair):
     assert pair.preparer.chat.stop_token == reference.id_of("<|im_end|>")
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-def test_logits(pair, batch):
-    examples = make_examples(pair, batch)
-    theirs = their_logits(pair, examples)
-    assert min(float(np.std(row)) for row in theirs) >= 1
-    for ours, expected in zip(our_logits(pair.ours, examples), theirs, strict=True):
-        assert_close(ours, expected, WHOLE)
-
-
 def test_logits_of_a_model_with_tied_head(tmp_path):
     theirs = reference.MiniCPMV(seed=4, tie_word_embeddings=True)
     folder = theirs.save(save_processing(tmp_path), tie_word_embeddings=True)
@@ -332,19 +324,7 @@ def language_model(pair: Pair) -> SimpleNamespace:
     return SimpleNamespace(model=SimpleNamespace(language_model=pair.theirs.llm.model))
 
 
-@pytest.mark.parametrize("batch", ["two images with text between", "most slices"])
-def test_reduced_logits(pair, batch):
-    """Text inside an image lies between visual tokens that see each other."""
-    (example,) = make_examples(pair, batch)
-    mask = torch.tensor(example.prompt.is_visual)
-    with reduced(language_model(pair), [mask], PLAN.attention, PLAN.ffn, 7, "0.3", "0.1") as record:
-        (theirs,) = their_logits(pair, [example])
-    assert record.smallest_gap() > 1e-4, "the example decides nothing: choose another seed"
-    assert_close(our_logits(pair.ours, [example], PLAN)[0], theirs, WHOLE)
-    assert error(theirs, their_logits(pair, [example])[0]) > 100 * WHOLE
-
-
-@pytest.mark.parametrize("plan", [PLAIN, PLAN], ids=Plan.label)
+@pytest.mark.parametrize("plan", [PLAIN, BOTH], ids=Plan.label)
 def test_greedy_tokens(pair, plan, tmp_path):
     """From image files to tokens, through what a run uses."""
     new_tokens, sizes = 40, (WIDE, LITTLE)
@@ -358,12 +338,12 @@ def test_greedy_tokens(pair, plan, tmp_path):
     programs = Programs(place(pair.ours, mesh), mesh, SMALL, seed=0, new_tokens=new_tokens, stop_token=-1)
     shapes = Shapes((128, 256), (48,), 2, 1024)
     split = build_split([sample, other], pair.preparer, programs, shapes, False)
-    tokens = [ImageTokens(0, pair.preparer.slicing.grid(size)) for size in sizes]
+    images = [ImageTokens(0, pair.preparer.slicing.grid(size)) for size in sizes]
     for row, (asked, used) in enumerate([(sample, slice(0, 2)), (other, slice(1, 2))]):
         (batch,) = [b for b in split.batches if row in b.inputs.layout.sample.tolist()]
         numbers, tokens, scored = programs.generate(programs.put(batch.visual), batch.inputs, [plan])
         assert scored.all()
-        prompt = pair.preparer.prompt(asked, tokens[used], None)
+        prompt = pair.preparer.prompt(asked, images[used], None)
         views = [cut_views(picture(20 + i, size))[0] for i, size in enumerate(sizes)][used]
         visual = [pair.theirs.visual_tokens(image) for image in views]
         mask = torch.tensor(prompt.is_visual)
@@ -374,68 +354,13 @@ def test_greedy_tokens(pair, plan, tmp_path):
         assert tokens[numbers.tolist().index(row)].tolist() == expected
 
 
-MUTATIONS, CHANGED_CODE = {}, {}
-
-
-def mutation(function):
-    """Changes the parameters of a model."""
-    MUTATIONS[function.__name__] = function
-    return function
+CHANGED_CODE = {}
 
 
 def changed_code(function):
     """Changes what the model calls."""
     CHANGED_CODE[function.__name__] = function
     return function
-
-
-def clear(parameter) -> None:
-    parameter[...] = jnp.zeros_like(parameter[...])
-
-
-def swap(first, second) -> None:
-    first[...], second[...] = second[...], first[...]
-
-
-@mutation
-def dropped_decoder_bias(model):
-    clear(model.decoder.layers.attention.q_proj.bias)
-
-
-@mutation
-def dropped_patch_bias(model):
-    clear(model.vision.tower.patch_embed.bias)
-
-
-@mutation
-def dropped_query_bias(model):
-    clear(model.vision.resampler.q_proj.bias)
-
-
-@mutation
-def dropped_value_bias(model):
-    clear(model.vision.resampler.v_proj.bias)
-
-
-@mutation
-def dropped_output_bias(model):
-    clear(model.vision.resampler.o_proj.bias)
-
-
-@mutation
-def swapped_query_and_kv_norm(model):
-    swap(model.vision.resampler.query_norm.scale, model.vision.resampler.kv_norm.scale)
-
-
-@mutation
-def swapped_kv_and_post_norm(model):
-    swap(model.vision.resampler.kv_norm.bias, model.vision.resampler.post_norm.bias)
-
-
-@mutation
-def transposed_projection(model):
-    kernel = model.vision.resampler.proj.kernel
-    kernel[...] = kernel[...].T
 
 
 @changed_code
@@ -454,15 +379,6 @@ def no_mask_over_padding(monkeypatch):
     monkeypatch.setattr(
         minicpm_v, "masked_attention", lambda q, k, v, mask: masked_attention(q, k, v, jnp.ones_like(mask))
     )
-
-
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_wrong_parameters_miss_by_a_hundred_tolerances(pair, name):
-    examples = make_examples(pair, "one image")
-    model = pair.load()
-    MUTATIONS[name](model)
-    (ours,), (theirs,) = our_logits(model, examples), their_logits(pair, examples)
-    assert error(ours, theirs) > 100 * WHOLE
 
 
 @pytest.fixture
@@ -579,3 +495,46 @@ def test_an_answer_that_merges_with_the_prompt(pair, monkeypatch):
 def test_a_view_of_too_many_patches(pair):
     with pytest.raises(UserError, match=r"s: a view of an image has \d+ patches, the largest bucket 96; add"):
         pair.preparer.images([picture(0, (2000, 2))], "s")
+
+
+def transposed_projection(model: VisionLanguageModel) -> None:
+    kernel = model.vision.resampler.proj.kernel
+    kernel[...] = kernel[...].T
+
+
+class TestMiniCPMV(ForwardContract):
+    batches: ClassVar = BATCHES
+    reduced: ClassVar = [("two images with text between", BOTH), ("most slices", BOTH)]
+    reduction: ClassVar = SMALL
+    mutations: ClassVar = {
+        "dropped_decoder_bias": lambda model: set_to(model.decoder.layers.attention.q_proj.bias, 0),
+        "dropped_patch_bias": lambda model: set_to(model.vision.tower.patch_embed.bias, 0),
+        "dropped_query_bias": lambda model: set_to(model.vision.resampler.q_proj.bias, 0),
+        "dropped_value_bias": lambda model: set_to(model.vision.resampler.v_proj.bias, 0),
+        "dropped_output_bias": lambda model: set_to(model.vision.resampler.o_proj.bias, 0),
+        "swapped_query_and_kv_norm": lambda model: swap(
+            model.vision.resampler.query_norm.scale, model.vision.resampler.kv_norm.scale
+        ),
+        "swapped_kv_and_post_norm": lambda model: swap(
+            model.vision.resampler.kv_norm.bias, model.vision.resampler.post_norm.bias
+        ),
+        "transposed_projection": transposed_projection,
+    }
+    mutated: ClassVar = "one image"
+
+    def examples(self, pair: Pair, batch: str) -> list[Example]:
+        return make_examples(pair, batch)
+
+    def ours(
+        self, model: VisionLanguageModel, pair: Pair, examples: list[Example], plan: Plan, reduction: Reduction
+    ) -> Logits:
+        return our_logits(model, examples, plan, reduction)
+
+    def theirs(self, pair: Pair, examples: list[Example]) -> Logits:
+        return their_logits(pair, examples)
+
+    def masks(self, examples: list[Example]) -> list[np.ndarray]:
+        return [example.prompt.is_visual for example in examples]
+
+    def torch_model(self, pair: Pair) -> SimpleNamespace:
+        return language_model(pair)

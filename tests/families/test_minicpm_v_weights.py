@@ -1,25 +1,22 @@
 """The MiniCPM-V 2.6 table against published names and shapes, and against a PyTorch model in the published layout."""
 
-import json
 from pathlib import Path
+from typing import ClassVar
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from rlens_jax.checkpoints.checkpoint import load_model
-from rlens_jax.checkpoints.leaves import shapes_of
 from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.errors import UserError
-from rlens_jax.families.registry import read_kind
 from tests.checkpoints.tiny import assert_same
-from tests.families import minicpm_v as reference
+from tests.families import minicpm_v
 from tests.families import published as published_files
+from tests.families.contract import PublishedFacts, WeightsContract
 from tests.families.placement import Placement
 
-FACTS = published_files.FACTS / "minicpm-v-2_6"
 PUBLISHED_BYTES = 16198350304
 """Of 789 bfloat16 tensors."""
 
@@ -68,59 +65,47 @@ def published_shapes() -> dict[str, list[int]]:
         shapes[at + "mlp.gate_proj.weight"] = shapes[at + "mlp.up_proj.weight"] = [ffn, width]
         shapes[at + "mlp.down_proj.weight"] = [width, ffn]
         shapes[at + "input_layernorm.weight"] = shapes[at + "post_attention_layernorm.weight"] = [width]
+    assert len(shapes) == 789
     return shapes
 
 
-def test_published_names_map_completely():
-    kind = read_kind(published_files.MINICPM_V, "config.json")
-    table = kind.table()
-    ours = shapes_of(kind.abstract(jnp.bfloat16))
-    table.check_covers(ours)
-    mapped = {name: list(tensor.shape) for name, tensor in table.tensors.items()}
-    assert mapped == published_shapes()
-    assert len(mapped) == 789
-    assert sum(int(np.prod(shape)) for shape in ours.values()) * 2 == PUBLISHED_BYTES
-    if FACTS.exists():
-        assert mapped == json.loads((FACTS / "tensor_shapes.json").read_text())["shapes"]
-        fields = json.loads((FACTS / "config.json").read_text())
-        assert read_kind(fields, "config.json").config == kind.config
+@pytest.fixture(scope="module")
+def reference() -> minicpm_v.MiniCPMV:
+    return minicpm_v.MiniCPMV(seed=1)
 
 
 @pytest.fixture(scope="module")
-def theirs() -> reference.MiniCPMV:
-    return reference.MiniCPMV(seed=1)
+def published(reference, tmp_path_factory) -> Path:
+    return reference.save(tmp_path_factory.mktemp("published") / "model")
 
 
-@pytest.fixture(scope="module")
-def published(theirs, tmp_path_factory) -> Path:
-    return theirs.save(tmp_path_factory.mktemp("published") / "model")
+class TestMiniCPMVWeights(WeightsContract):
+    facts: ClassVar = {
+        "2.6": PublishedFacts(published_files.MINICPM_V, published_shapes(), PUBLISHED_BYTES // 2, "minicpm-v-2_6")
+    }
 
-
-def test_every_parameter_is_where_it_belongs(theirs, published):
-    """Against the torch parameters, by reshapes written out."""
-    placed = Placement(load_model(published, jnp.float32)[1])
-    placed.check_decoder(theirs.llm.model, theirs.llm.lm_head, num_heads=8)
-    placed.check_siglip("vision.tower.", theirs.vpm)
-    placed.check_norm("vision.post_norm", theirs.vpm.post_layernorm)
-    at, resampler = "vision.resampler.", theirs.resampler
-    placed.check(at + "query", resampler.query)
-    placed.check(at + "kv_proj.kernel", resampler.kv_proj.weight.T)
-    placed.check_norm(at + "query_norm", resampler.ln_q)
-    placed.check_norm(at + "kv_norm", resampler.ln_kv)
-    placed.check_norm(at + "post_norm", resampler.ln_post)
-    for j, part in enumerate(("q_proj", "k_proj", "v_proj")):
-        rows = slice(j * 256, (j + 1) * 256)
-        placed.check(f"{at}{part}.kernel", resampler.attn.in_proj_weight[rows].T.reshape(256, 2, 128))
-        placed.check(f"{at}{part}.bias", resampler.attn.in_proj_bias[rows].reshape(2, 128))
-    placed.check(at + "o_proj.kernel", resampler.attn.out_proj.weight.T.reshape(2, 128, 256))
-    placed.check(at + "o_proj.bias", resampler.attn.out_proj.bias)
-    placed.check(at + "proj.kernel", resampler.proj)
-    placed.assert_complete()
+    def place(self, placed: Placement, reference: torch.nn.Module) -> None:
+        placed.check_decoder(reference.llm.model, reference.llm.lm_head, num_heads=8)
+        placed.check_siglip("vision.tower.", reference.vpm)
+        placed.check_norm("vision.post_norm", reference.vpm.post_layernorm)
+        at, resampler = "vision.resampler.", reference.resampler
+        placed.check(at + "query", resampler.query)
+        placed.check(at + "kv_proj.kernel", resampler.kv_proj.weight.T)
+        placed.check_norm(at + "query_norm", resampler.ln_q)
+        placed.check_norm(at + "kv_norm", resampler.ln_kv)
+        placed.check_norm(at + "post_norm", resampler.ln_post)
+        for j, part in enumerate(("q_proj", "k_proj", "v_proj")):
+            rows = slice(j * 256, (j + 1) * 256)
+            placed.check(f"{at}{part}.kernel", resampler.attn.in_proj_weight[rows].T.reshape(256, 2, 128))
+            placed.check(f"{at}{part}.bias", resampler.attn.in_proj_bias[rows].reshape(2, 128))
+        placed.check(at + "o_proj.kernel", resampler.attn.out_proj.weight.T.reshape(2, 128, 256))
+        placed.check(at + "o_proj.bias", resampler.attn.out_proj.bias)
+        placed.check(at + "proj.kernel", resampler.proj)
 
 
 def test_bfloat16_comes_and_goes_bit_for_bit(tmp_path):
-    theirs = reference.MiniCPMV(seed=2, num_hidden_layers=2, tie_word_embeddings=True).to(torch.bfloat16)
-    folder = theirs.save(tmp_path / "model", num_hidden_layers=2, tie_word_embeddings=True)
+    reference = minicpm_v.MiniCPMV(seed=2, num_hidden_layers=2, tie_word_embeddings=True).to(torch.bfloat16)
+    folder = reference.save(tmp_path / "model", num_hidden_layers=2, tie_word_embeddings=True)
     kind, model = load_model(folder, jnp.bfloat16)
     assert kind.config.decoder.tied_head
     save_hf(tmp_path / "back", model, kind.fields)
@@ -132,8 +117,8 @@ def test_bfloat16_comes_and_goes_bit_for_bit(tmp_path):
     assert_same(load_model(tmp_path / "back", jnp.bfloat16)[1], model)
 
 
-def test_what_is_not_needed_is_ignored_and_what_is_missing_is_told(theirs, published, tmp_path):
-    folder = theirs.save(tmp_path / "model")
+def test_what_is_not_needed_is_ignored_and_what_is_missing_is_told(reference, published, tmp_path):
+    folder = reference.save(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     tensors["resampler.pos_embed"] = torch.zeros(70, 70, 256)
     tensors["llm.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(16)

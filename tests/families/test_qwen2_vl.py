@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from rlens_jax.families.qwen2_vl.preparer import patch_places, rope_positions
 from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Plan, Reduction
+from tests.families.contract import SIMPLE, WHOLE, ForwardContract, Logits, set_to, swap
 from tests.families.pair import Pair, cut, make_pair
 from tests.families.qwen2_vl import Example, hf_inputs, make_example, our_batch, our_images
 from tests.numerics import assert_close, error
@@ -22,7 +24,6 @@ from tests.sequences import pack, unpack
 from tests.torch_reductions import reduced
 from tests.torch_support import tiny_qwen2_vl
 
-SIMPLE, WHOLE = 1e-5, 1e-4
 PLAIN, PAPER, SMALL = Plan(), Reduction(), Reduction(attention_range=5, active_fraction=0.3)
 KEY = jax.random.key(0)
 
@@ -171,13 +172,6 @@ def test_embeddings_and_each_layer(pair, name):
         assert_all_close(split(y, batch), cut(states[layer + 1], examples), SIMPLE)
 
 
-@pytest.mark.parametrize("name", BATCHES)
-def test_logits(pair, name):
-    examples = examples_of(name, pair.config)
-    ours = our_logits(pair.ours, pair.config, examples)
-    assert_all_close(ours, their_logits(pair, examples), WHOLE)
-
-
 def test_logits_of_a_model_with_tied_head_and_one_kv_head(tmp_path):
     pair = make_pair(tmp_path, tiny_qwen2_vl(3, tie_word_embeddings=True, num_key_value_heads=1, rms_norm_eps=1e-5))
     examples = examples_of("ragged", pair.config)
@@ -185,101 +179,6 @@ def test_logits_of_a_model_with_tied_head_and_one_kv_head(tmp_path):
 
 
 PLANS = [Plan(attention=(1, 3, 4)), Plan(ffn=(0, 2)), Plan(attention=(0, 2, 3), ffn=(1, 2, 4))]
-
-
-@pytest.mark.parametrize(
-    ("name", "plan"),
-    [
-        *(("ragged", plan) for plan in PLANS),
-        ("two images with text between", PLANS[2]),
-        ("500 tokens", PLANS[2]),
-    ],
-)
-def test_reduced_logits(pair, name, plan):
-    examples = examples_of(name, pair.config)
-    masks = [torch.tensor(example.is_visual) for example in examples]
-    with reduced(pair.theirs, masks, plan.attention, plan.ffn, 5, "0.3", "0.1") as record:
-        theirs = their_logits(pair, examples)
-    assert record.smallest_gap() > 1e-4, "the example decides nothing: choose another seed"
-    static = our_logits(pair.ours, pair.config, examples, plan, SMALL)
-    assert_all_close(static, theirs, WHOLE)
-    traced = TracedPlan(*map(jnp.asarray, plan.flags(pair.config.decoder.num_layers)))
-    assert_all_close(our_logits(pair.ours, pair.config, examples, traced, SMALL), theirs, WHOLE)
-    dense = their_logits(pair, examples)
-    for a, b, mask in zip(theirs, dense, masks, strict=True):
-        if mask.sum() > SMALL.attention_range:
-            assert error(a, b) > 100 * WHOLE
-        if not mask.any():
-            assert_close(a, b, SIMPLE)
-
-
-MUTATIONS = {}
-
-
-def mutation(function):
-    MUTATIONS[function.__name__] = function
-    return function
-
-
-@mutation
-def dropped_query_bias(model):
-    bias = model.decoder.layers.attention.q_proj.bias
-    bias[...] = jnp.zeros_like(bias[...])
-
-
-@mutation
-def dropped_key_bias_of_one_layer(model):
-    bias = model.decoder.layers.attention.k_proj.bias
-    bias[...] = bias[...].at[1].set(0)
-
-
-@mutation
-def dropped_vision_bias(model):
-    bias = model.vision.layers.fc1.bias
-    bias[...] = jnp.zeros_like(bias[...])
-
-
-@mutation
-def dropped_merger_bias(model):
-    bias = model.vision.merger_fc2.bias
-    bias[...] = jnp.zeros_like(bias[...])
-
-
-@mutation
-def swapped_norms(model):
-    first, second = model.decoder.layers.input_norm.scale, model.decoder.layers.ffn_norm.scale
-    first[...], second[...] = second[...], first[...]
-
-
-@mutation
-def swapped_vision_norms(model):
-    first, second = model.vision.layers.attention_norm.scale, model.vision.layers.mlp_norm.scale
-    first[...], second[...] = second[...], first[...]
-
-
-@mutation
-def swapped_gate_and_up(model):
-    gate, up = model.decoder.layers.ffn.gate_proj.kernel, model.decoder.layers.ffn.up_proj.kernel
-    gate[...], up[...] = up[...], gate[...]
-
-
-@mutation
-def wrong_theta(model):
-    model.decoder.config = replace(model.decoder.config, rope_theta=1e6)
-
-
-@mutation
-def wrong_sections(model):
-    model.decoder.config = replace(model.decoder.config, rope_sections=(2, 2, 1))
-
-
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_wrong_model_misses_by_a_hundred_tolerances(pair, name):
-    examples = examples_of("two images with text between", pair.config)
-    model = pair.load()
-    MUTATIONS[name](model)
-    (ours,), (theirs,) = our_logits(model, pair.config, examples), their_logits(pair, examples)
-    assert error(ours, theirs) > 100 * WHOLE
 
 
 def test_a_wrong_order_of_patches_misses_by_a_hundred_tolerances(pair):
@@ -350,3 +249,58 @@ def test_greedy_tokens(pair, plan):
         row, cache = decode(jnp.asarray(tokens[-1:], jnp.int32), cache, *step_inputs(batch, step, new_tokens))
         tokens.append(int(row[0].argmax()))
     assert tokens == expected
+
+
+def dropped_key_bias_of_one_layer(model: VisionLanguageModel) -> None:
+    bias = model.decoder.layers.attention.k_proj.bias
+    bias[...] = bias[...].at[1].set(0)
+
+
+def wrong_theta(model: VisionLanguageModel) -> None:
+    model.decoder.config = replace(model.decoder.config, rope_theta=1e6)
+
+
+def wrong_sections(model: VisionLanguageModel) -> None:
+    model.decoder.config = replace(model.decoder.config, rope_sections=(2, 2, 1))
+
+
+class TestQwen2VL(ForwardContract):
+    batches: ClassVar = BATCHES
+    reduced: ClassVar = [
+        *(("ragged", plan) for plan in PLANS),
+        ("two images with text between", PLANS[2]),
+        ("500 tokens", PLANS[2]),
+    ]
+    mutations: ClassVar = {
+        "dropped_query_bias": lambda model: set_to(model.decoder.layers.attention.q_proj.bias, 0),
+        "dropped_key_bias_of_one_layer": dropped_key_bias_of_one_layer,
+        "dropped_vision_bias": lambda model: set_to(model.vision.layers.fc1.bias, 0),
+        "dropped_merger_bias": lambda model: set_to(model.vision.merger_fc2.bias, 0),
+        "swapped_norms": lambda model: swap(model.decoder.layers.input_norm.scale, model.decoder.layers.ffn_norm.scale),
+        "swapped_vision_norms": lambda model: swap(
+            model.vision.layers.attention_norm.scale, model.vision.layers.mlp_norm.scale
+        ),
+        "swapped_gate_and_up": lambda model: swap(
+            model.decoder.layers.ffn.gate_proj.kernel, model.decoder.layers.ffn.up_proj.kernel
+        ),
+        "wrong_theta": wrong_theta,
+        "wrong_sections": wrong_sections,
+    }
+    mutated: ClassVar = "two images with text between"
+
+    def examples(self, pair: Pair, batch: str) -> list[Example]:
+        return examples_of(batch, pair.config)
+
+    def ours(
+        self, model: VisionLanguageModel, pair: Pair, examples: list[Example], plan: Plan, reduction: Reduction
+    ) -> Logits:
+        return our_logits(model, pair.config, examples, plan, reduction)
+
+    def theirs(self, pair: Pair, examples: list[Example]) -> Logits:
+        return their_logits(pair, examples)
+
+    def test_logits_reduced_by_a_traced_plan(self, pair: Pair, batch: str, plan: Plan) -> None:
+        examples = self.examples(pair, batch)
+        traced = TracedPlan(*map(jnp.asarray, plan.flags(pair.config.decoder.num_layers)))
+        ours = our_logits(pair.ours, pair.config, examples, traced, self.reduction)
+        assert_all_close(ours, self.theirs_reduced(pair, examples, plan), WHOLE)

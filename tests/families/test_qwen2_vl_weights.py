@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +10,10 @@ import pytest
 import torch
 
 from rlens_jax.checkpoints.checkpoint import load_model
-from rlens_jax.checkpoints.leaves import shapes_of
 from rlens_jax.checkpoints.published import save_hf
-from rlens_jax.families.registry import read_kind
 from tests.checkpoints.tiny import assert_same
 from tests.families import published as published_files
+from tests.families.contract import PublishedFacts, WeightsContract
 from tests.families.placement import Placement
 from tests.torch_support import save_tiny, tiny_qwen2_vl
 
@@ -71,21 +71,6 @@ def published_shapes(sizes: dict) -> dict[str, list[int]]:
     return shapes
 
 
-@pytest.mark.parametrize("name", published_files.QWEN2_VL_SIZES)
-def test_published_names_map_completely(name):
-    sizes = published_files.QWEN2_VL_SIZES[name]
-    kind = read_kind(published_files.qwen2_vl(sizes), "config.json")
-    table = kind.table()
-    ours = shapes_of(kind.abstract(jnp.bfloat16))
-    table.check_covers(ours)
-    mapped = {name: list(tensor.shape) for name, tensor in table.tensors.items()}
-    assert mapped == published_shapes(sizes)
-    assert sum(int(np.prod(shape)) for shape in ours.values()) == sizes["numbers"]
-    facts = published_files.FACTS / name / "tensor_shapes.json"
-    if facts.exists():
-        assert mapped == json.loads(facts.read_text())["shapes"]
-
-
 @pytest.fixture(scope="module")
 def reference() -> torch.nn.Module:
     return tiny_qwen2_vl(1)
@@ -96,27 +81,32 @@ def published(reference, tmp_path_factory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("published") / "model", reference)
 
 
-def test_every_parameter_is_where_it_belongs(reference, published):
-    """Against the torch parameters, by reshapes written out."""
-    placed = Placement(load_model(published, jnp.float32)[1])
-    placed.check_decoder(reference.model.language_model, reference.lm_head, num_heads=6)
-    vision = reference.model.visual
-    placed.check("vision.patch_embed.kernel", vision.patch_embed.proj.weight.reshape(24, -1).T)
-    placed.check_norm("vision.merger_norm", vision.merger.ln_q)
-    placed.check_linear("vision.merger_fc1", vision.merger.mlp[0])
-    placed.check_linear("vision.merger_fc2", vision.merger.mlp[2])
-    for i, block in enumerate(vision.blocks):
-        at = "vision.layers."
-        for j, part in enumerate(("q_proj", "k_proj", "v_proj")):
-            rows = slice(j * 24, (j + 1) * 24)
-            placed.check(f"{at}{part}.kernel", block.attn.qkv.weight[rows].T.reshape(24, 3, 8), i)
-            placed.check(f"{at}{part}.bias", block.attn.qkv.bias[rows].reshape(3, 8), i)
-        placed.check_mixed(at + "o_proj", block.attn.proj, i)
-        placed.check_linear(at + "fc1", block.mlp.fc1, i)
-        placed.check_linear(at + "fc2", block.mlp.fc2, i)
-        placed.check_norm(at + "attention_norm", block.norm1, i)
-        placed.check_norm(at + "mlp_norm", block.norm2, i)
-    placed.assert_complete()
+class TestQwen2VLWeights(WeightsContract):
+    facts: ClassVar = {
+        name: PublishedFacts(
+            published_files.qwen2_vl(sizes), published_shapes(sizes), sizes["numbers"], name, whole=False
+        )
+        for name, sizes in published_files.QWEN2_VL_SIZES.items()
+    }
+
+    def place(self, placed: Placement, reference: torch.nn.Module) -> None:
+        placed.check_decoder(reference.model.language_model, reference.lm_head, num_heads=6)
+        vision = reference.model.visual
+        placed.check("vision.patch_embed.kernel", vision.patch_embed.proj.weight.reshape(24, -1).T)
+        placed.check_norm("vision.merger_norm", vision.merger.ln_q)
+        placed.check_linear("vision.merger_fc1", vision.merger.mlp[0])
+        placed.check_linear("vision.merger_fc2", vision.merger.mlp[2])
+        for i, block in enumerate(vision.blocks):
+            at = "vision.layers."
+            for j, part in enumerate(("q_proj", "k_proj", "v_proj")):
+                rows = slice(j * 24, (j + 1) * 24)
+                placed.check(f"{at}{part}.kernel", block.attn.qkv.weight[rows].T.reshape(24, 3, 8), i)
+                placed.check(f"{at}{part}.bias", block.attn.qkv.bias[rows].reshape(3, 8), i)
+            placed.check_mixed(at + "o_proj", block.attn.proj, i)
+            placed.check_linear(at + "fc1", block.mlp.fc1, i)
+            placed.check_linear(at + "fc2", block.mlp.fc2, i)
+            placed.check_norm(at + "attention_norm", block.norm1, i)
+            placed.check_norm(at + "mlp_norm", block.norm2, i)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
