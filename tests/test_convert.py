@@ -233,7 +233,7 @@ def test_source_equal_to_target_and_existing_target(source: Path, tmp_path: Path
 
 
 def nothing_left(source: Path) -> bool:
-    """Whether there is nothing beside the source, hidden or not."""
+    """Whether there is nothing next to the source, not even a hidden file."""
     return list(source.parent.iterdir()) == [source]
 
 

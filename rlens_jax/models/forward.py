@@ -1,7 +1,8 @@
-"""One forward pass to read, from images and text to logits under a plan.
+"""The forward pass, from images and text to logits under a plan, written to be read.
 
-The comparison with other frameworks runs it. The fast path takes the same steps under the same names: `engine.programs` encodes
-and embeds in programs of their own, and `Decoder.prefill` and `Decoder.run_layers` attend and feed in one loop over all layers.
+The comparison with other frameworks (`rlens_jax.parity`) runs it. The fast path consists of the same steps under the same names:
+the programs of `rlens_jax.engine` encode, embed and run the layers separately, and `Decoder.prefill` and `Decoder.run_layers`
+attend and feed in one loop over all layers.
 """
 
 from collections import defaultdict
