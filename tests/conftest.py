@@ -1,23 +1,25 @@
-"""Strict JAX on the CPU, offline, and with a cache folder that only this run uses, also for processes that tests start."""
+"""Strict JAX on eight simulated CPU devices, offline, with a cache folder of this run only."""
 
 import os
 import tempfile
 
 import pytest
 
-# Before anything below imports what reads them.
+# These must be set before the imports below.
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "MPLBACKEND": "agg",
 }
-# Most of the tests' time is compiling; the code for the few numbers in them need not be fast. Tests that start others add to it.
+# Most of the tests' time is spent compiling, and the compiled code computes little.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax
 
 jax.config.update("jax_platforms", "cpu")
+# Not through XLA_FLAGS, which processes that tests start inherit: they have one device each.
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
