@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Several configurations one after another in one lease of a slice that create.sh and install.sh made; each writes to
-# OUTPUT/NAME. One that fails does not stop the rest; after a preemption the slice is created again (as resume.sh does,
-# at the same cost) and the same configuration goes on. Ends with a summary, and 1 if any failed.
+# Run several configurations in turn in one lease of a slice that create.sh and install.sh made; each writes to OUTPUT/NAME.
+# A failed configuration does not stop the rest. After a preemption the slice is created again (as resume.sh does, at the same
+# cost), and the same configuration resumes. Ends with a summary, and with exit code 1 if any failed.
 #   tpu_scripts/batch.sh --project P --zone Z --name N --accelerator-type v5litepod-16 --spot \
 #       --runtime-version v2-alpha-tpuv5-lite --output /mnt/shared/runs --delete-after -- qwen2_vl_7b mine.yaml
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Ask for a TPU slice (a queued resource with one node) and wait until it is there. Costs money from then on, by the
-# second and for every chip, until delete.sh: on demand at the list price, with --spot at a fraction of it.
-# Interrupting the wait does not withdraw the request; resume.sh waits again, delete.sh withdraws it.
+# Request a TPU slice (a queued resource with one node), and wait until it is ready. From then until delete.sh it costs money,
+# per second and chip: on demand at the list price, with --spot at a fraction of it.
+# Interrupting the wait does not withdraw the request; resume.sh waits again, and delete.sh withdraws it.
 #   tpu_scripts/create.sh --project P --zone Z --name N --accelerator-type v5litepod-16 \
 #       --runtime-version v2-alpha-tpuv5-lite --spot
 

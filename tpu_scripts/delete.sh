@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Delete a slice and its queued resource; that ends its cost. What is only on its disks is lost: fetch.sh first.
-# gcloud asks before it does so, unless --yes.
+# Delete a slice and its queued resource, which ends its cost. Data only on its disks is lost: run fetch.sh first.
+# gcloud asks for confirmation, unless --yes.
 #   tpu_scripts/delete.sh --project P --zone Z --name N
 
 # shellcheck source=tpu_scripts/lib/common.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Copy the results of a run here: from a bucket, or from the disk of a slice's first worker (then with the run's log).
-# Reading from a bucket costs its egress; nothing is changed there. Do this before delete.sh.
+# Copy the results of a run to this machine: from a bucket, or from the disk of a slice's first worker (then with the log).
+# Reading from a bucket costs its egress; nothing is changed there. Run this before delete.sh.
 #   tpu_scripts/fetch.sh --project P --output gs://BUCKET/runs/qwen2_vl_7b --to runs/qwen2_vl_7b
 #   tpu_scripts/fetch.sh --project P --zone Z --name N --output rlens_jax/runs/rank --to runs/rank
 

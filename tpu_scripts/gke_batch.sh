@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Several configurations as workloads of one GKE cluster, which runs them one after another; each writes to OUTPUT/NAME.
-# One that fails does not stop the rest. Ends with a summary, and 1 if any failed. Costs nothing beyond the cluster, which
-# goes on costing afterwards: gke_delete.sh --whole-cluster.
+# Run several configurations in turn as workloads of one GKE cluster; each writes to OUTPUT/NAME. A failed configuration does
+# not stop the rest. Ends with a summary, and with exit code 1 if any failed. Costs nothing beyond the cluster, which costs
+# money until gke_delete.sh --whole-cluster.
 #   tpu_scripts/gke_batch.sh --project P --zone Z --cluster C --accelerator-type v5litepod-16 --output /shared/runs \
 #       -- qwen2_vl_7b mine.yaml
 

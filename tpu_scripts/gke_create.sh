@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Create a GKE cluster with one TPU slice through XPK, and mount a bucket at /shared in its workloads. Costs money from
-# then on, also when nothing runs: the slice (on demand, or with --spot at a fraction of that) and the cluster's own
-# nodes, until gke_delete.sh --whole-cluster. Can be called again after a failure.
+# Create a GKE cluster with one TPU slice through XPK, and mount a bucket at /shared in its workloads. From then until
+# gke_delete.sh --whole-cluster it costs money, even if nothing runs: the slice (on demand, or with --spot at a fraction of
+# that) and the cluster's CPU nodes. Safe to repeat after a failure.
 #   tpu_scripts/gke_create.sh --project P --zone Z --cluster C --accelerator-type v5litepod-16 --bucket B --spot
 
 # shellcheck source=tpu_scripts/lib/common.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Delete a workload, or with --whole-cluster the cluster: only that ends its cost. The bucket and what is in it stay.
-# XPK asks before it does so, unless --yes.
+# Delete a workload, or with --whole-cluster the cluster; only the latter ends the cost. The bucket and its contents stay.
+# XPK asks for confirmation, unless --yes.
 #   tpu_scripts/gke_delete.sh --project P --zone Z --cluster C --workload qwen
 #   tpu_scripts/gke_delete.sh --project P --zone Z --cluster C --whole-cluster
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Start a ranking run as a workload of a GKE cluster: the last commit on a Python image, or an image of yours. It waits in
-# the cluster's queue until the slice is free, and after a preemption it is started again and resumes from its journal:
-# so --output must be in /shared. Costs nothing beyond the cluster, and the image's storage.
+# Start a ranking run as a workload of a GKE cluster, from the last commit on a Python image, or from your image. It waits in
+# the cluster's queue until the slice is free. After a preemption it starts again and resumes from its journal, so --output
+# must be in /shared. Costs nothing beyond the cluster, and the image's storage.
 #   tpu_scripts/gke_launch.sh --project P --zone Z --cluster C --accelerator-type v5litepod-16 --workload qwen \
 #       --config qwen2_vl_7b -- --output /shared/runs/qwen2_vl_7b
 

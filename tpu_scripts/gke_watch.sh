@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Follow the log of a workload's first worker, then wait until the workload has ended; costs and changes nothing, but
-# points your kubectl at the cluster. Ends with 0 when it succeeded, with 1 when not.
+# Follow the log of a workload's first worker, then wait until the workload ends. Costs and changes nothing, except that kubectl
+# is pointed at the cluster. Ends with exit code 0 if the workload succeeded, else 1.
 #   tpu_scripts/gke_watch.sh --project P --zone Z --cluster C --workload qwen
 
 # shellcheck source=tpu_scripts/lib/common.sh
@@ -12,5 +12,5 @@ parse_options "$@"
 run gcloud container clusters get-credentials "${opt[cluster]}" --location="${opt[zone]%-*}" --project="${opt[project]}"
 worker=xpk.google.com/workload=${opt[workload]},batch.kubernetes.io/job-completion-index=0
 run kubectl logs --selector="$worker" --follow --tail="${opt[lines]}" ||
-    note "no log can be followed now; waiting for the end (call this again to see it)"
+    note "the log is not available yet; waiting for the end (run this again to see it)"
 cluster workload list --wait-for-job-completion="${opt[workload]}" || fail "${opt[workload]} did not succeed"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install the last commit of this repository, with the extra `tpu`, on every worker of a slice, in ~/rlens_jax.
-# Costs nothing beyond the slice's own minutes. Safe to repeat, but not while a run is going on.
+# Costs nothing beyond the slice. Safe to repeat, but not during a run.
 #   tpu_scripts/install.sh --project P --zone Z --name N --setup 'sudo mount SERVER:/share /mnt/shared'
 
 # shellcheck source=tpu_scripts/lib/common.sh

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Start a ranking run on every worker of a slice, `python -m rlens_jax.rank`; it goes on when this terminal is closed.
-# Costs nothing beyond the slice. A run that still goes on is left alone, one that stopped resumes from its journal:
-# that is in --output, so give a folder that all workers share and that outlives the slice.
+# Start a ranking run, `python -m rlens_jax.rank`, on every worker of a slice; it continues if this terminal is closed. Costs
+# nothing beyond the slice. A run that is still active is left alone; a stopped run resumes from its journal in --output. So
+# choose a folder that all workers share and that outlives the slice.
 #   tpu_scripts/launch.sh --project P --zone Z --name N --config qwen2_vl_7b -- --output /mnt/shared/runs/qwen2_vl_7b
 
 # shellcheck source=tpu_scripts/lib/common.sh

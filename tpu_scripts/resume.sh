@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# After a preemption: delete what is left of the slice, create it again, install, and launch the same command, which
-# resumes from its journal. Costs money as create.sh does. Give it the options of create.sh, install.sh and launch.sh.
-# A slice that is still there is not touched: only the run is started, if it does not run.
+# After a preemption: delete the rest of the slice, create it again, install, and launch the same command, which resumes from
+# its journal. Costs money as create.sh does. Takes the options of create.sh, install.sh and launch.sh. A slice that still
+# exists is not touched: only the run is started, unless it is active.
 #   tpu_scripts/resume.sh --project P --zone Z --name N --accelerator-type v5litepod-16 \
 #       --runtime-version v2-alpha-tpuv5-lite --spot --config qwen2_vl_7b -- --output /mnt/shared/runs/qwen2_vl_7b
 

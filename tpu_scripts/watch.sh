@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Follow the log of a run until it ends; costs and changes nothing, and interrupting it leaves the run alone.
-# Ends with 0 when the run succeeded, with 3 when it failed; with 75 when it was stopped, or another code when the worker
-# cannot be reached, as after a preemption: then resume.sh goes on.
+# Follow the log of a run until it ends. Costs and changes nothing, and interrupting it leaves the run alone. Ends with exit
+# code 0 if the run succeeded, 3 if it failed, and 75 if it was stopped. Any other code means that the worker cannot be
+# reached, for example after a preemption; resume.sh then continues the run.
 #   tpu_scripts/watch.sh --project P --zone Z --name N --run rank
 
 # shellcheck source=tpu_scripts/lib/common.sh

@@ -73,7 +73,7 @@ def test_a_missing_setting_is_one_clear_line(cloud: Cloud, script: str, needed: 
         ("watch.sh", ["--"], "nothing may follow --"),
         ("create.sh", ["--zone", "--spot"], "--zone needs a value"),
         ("create.sh", ["--spot=no"], "--spot takes no value"),
-        ("launch.sh", ["--", "--print"], "--print must stand before --"),
+        ("launch.sh", ["--", "--print"], "--print must come before --"),
         ("launch.sh", ["--run", "a b"], "--run must be letters, digits, '.', '_' and '-', not 'a b'"),
         ("launch.sh", ["--config", "no/file.yaml"], "--config: there is no file no/file.yaml"),
         ("resume.sh", ["--config", "file.yml"], "--config: there is no file file.yml"),

@@ -58,7 +58,7 @@ def test_install_says_that_changes_are_left_out(cloud: Cloud) -> None:
     cloud.answer(("diff --quiet HEAD", 1, ""))
     result = cloud.work("install.sh")
     assert result.returncode == 0
-    assert "changes that are not committed are left out" in result.stderr
+    assert "uncommitted changes are left out" in result.stderr
 
 
 def test_launch_copies_a_configuration_of_this_machine(cloud: Cloud) -> None:
@@ -114,7 +114,7 @@ def test_resume_changes_nothing_when_the_state_is_unknown(cloud: Cloud) -> None:
     cloud.answer(("queued-resources describe", 1, ""))
     result = cloud.work("resume.sh")
     assert result.returncode == 1
-    assert "error: the state of N cannot be looked up" in result.stderr
+    assert "error: the state of N cannot be read" in result.stderr
     assert cloud.calls() == [DESCRIBE]
 
 

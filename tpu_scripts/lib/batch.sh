@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the two batch runners share. Sourced after common.sh.
+# Shared by the two batch runners. Sourced after common.sh.
 # shellcheck disable=SC2154  # what is not assigned here comes from there
 names=() codes=()
 

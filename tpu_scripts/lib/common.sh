@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the scripts of this folder share: commands that are shown before they run, and how workers are reached. Sourced.
+# Shared by the scripts of this folder: commands that are shown before they run, and access to workers. Sourced.
 set -euo pipefail
 
 fail() { echo "error: $1" >&2; exit "${2:-1}"; }
@@ -45,7 +45,7 @@ pass_options() {  # to the scripts that this one calls
 
 pack_source() {  # the last commit as dist/rlens_jax.tar.gz, in a folder source/
     local root=${here%/*}
-    git -C "$root" diff --quiet HEAD || note "changes that are not committed are left out"
+    git -C "$root" diff --quiet HEAD || note "uncommitted changes are left out"
     run mkdir -p "$root/dist"
     run git -C "$root" archive --format=tar.gz --prefix=source/ --output="$root/dist/rlens_jax.tar.gz" HEAD
 }

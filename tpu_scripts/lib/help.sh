@@ -1,19 +1,20 @@
 # shellcheck shell=bash
-# What --help says. Sourced by common.sh.
+# The text of --help. Sourced by common.sh.
 # shellcheck disable=SC2154  # what is not assigned here comes from options.sh
 declare -A about=(
     [project]="Google Cloud project" [zone]="zone of the slice or cluster" [name]="the slice (and its queued resource)"
-    [accelerator-type]="kind and size of the slice, such as v5litepod-16" [spot]="spot capacity: cheaper, can be preempted"
-    [runtime-version]="software of the TPU VMs, such as v2-alpha-tpuv5-lite" [valid-until-duration]="wait no longer, such as 6h"
+    [accelerator-type]="type and size of the slice, such as v5litepod-16" [spot]="spot capacity: cheaper, can be preempted"
+    [runtime-version]="software of the TPU VMs, such as v2-alpha-tpuv5-lite" [valid-until-duration]="max time to wait, such as 6h"
     [create-flags]="further flags of gcloud's create, after =, such as '--network=N --reserved'"
     [setup]="command for every worker before the installation, safe to repeat, such as one that mounts the shared folder"
     [config]="a preset's name, or a YAML file here" [run]="name of the run: its log is ~/rlens_jax/RUN.log"
     [output]="folder of the results" [to]="local folder" [worker]="number of a worker, or all" [lines]="earlier lines to show"
-    [poll-seconds]="how often the state is looked up" [attempts]="how often a configuration is started at most"
-    [delete-after]="delete the slice at the end" [yes]="do not ask" [print]="show each command, run none"
+    [poll-seconds]="seconds between checks of the state" [attempts]="max starts per configuration"
+    [delete-after]="delete the slice at the end" [yes]="do not ask for confirmation" [print]="show each command, run none"
     [cluster]="the GKE cluster" [workload]="the GKE workload: lower-case letters, digits, -" [whole-cluster]="the cluster itself"
-    [bucket]="Cloud Storage bucket to mount at /shared in every workload" [max-restarts]="of a workload, after preemptions"
-    [docker-image]="image with rlens_jax[tpu] inside" [base-docker-image]="image with Python 3.11+ that the last commit is put on"
+    [bucket]="Cloud Storage bucket to mount at /shared in every workload"
+    [max-restarts]="max restarts of a workload after preemptions"
+    [docker-image]="image with rlens_jax[tpu] inside" [base-docker-image]="image with Python 3.11+ to add the last commit to"
 )
 
 usage() {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What the other scripts run on a TPU VM, in ~/rlens_jax; it changes nothing elsewhere and costs nothing.
+# Runs on a TPU VM for the other scripts, in ~/rlens_jax; changes nothing elsewhere and costs nothing.
 #   on_worker.sh install | start RUN ARGUMENT... | watch RUN LINES
-# `watch` ends with the run: 0 when it succeeded, 75 when it was stopped and can go on (SIGTERM, a lost process), 3 when it
+# `watch` ends with the run: 0 if it succeeded, 75 if it was stopped and can resume (SIGTERM, a lost process), 3 if it
 # failed; so any other code is gcloud's or ssh's own.
 set -euo pipefail
 cd ~/rlens_jax

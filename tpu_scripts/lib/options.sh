@@ -35,7 +35,7 @@ parse_options() {
             --help:* | -h:*) usage ;;
             --:*)
                 [[ -n $rest ]] || refuse "nothing may follow --"
-                [[ " $* " != *" --print "* ]] || refuse "--print must stand before --"
+                [[ " $* " != *" --print "* ]] || refuse "--print must come before --"
                 # shellcheck disable=SC2034  # for the scripts
                 arguments=("${@:2}")
                 break

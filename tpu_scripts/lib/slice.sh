@@ -10,8 +10,8 @@ describe() {  # describe KIND FIELD ASSUMED: asked again and again, so only --pr
 
 slice_state() {  # of the queued resource, and once this is ACTIVE of its node: READY when it can be used
     local state
-    state=$(describe queued-resources state.state "${1:-ACTIVE}") || fail "the state of ${opt[name]} cannot be looked up"
-    [[ $state != ACTIVE ]] || state=$(describe tpu-vm state READY) || fail "the node of ${opt[name]} cannot be looked up"
+    state=$(describe queued-resources state.state "${1:-ACTIVE}") || fail "the state of ${opt[name]} cannot be read"
+    [[ $state != ACTIVE ]] || state=$(describe tpu-vm state READY) || fail "the node of ${opt[name]} cannot be read"
     echo "$state"
 }
 
