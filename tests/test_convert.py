@@ -31,6 +31,8 @@ from rlens_jax.errors import UserError
 from rlens_jax.sharding.mesh import make_mesh
 from tests.checkpoints import tiny
 
+pytestmark = pytest.mark.slow
+
 INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 

@@ -7,6 +7,8 @@ from rlens_jax.layout import Bucket, Slots, pack_layout, pack_rows, unpack_rows,
 from tests.sequences import bucket_for, make_layout, run_length, spell, unpack
 from tests.torch_reductions import hollow_mask
 
+pytestmark = pytest.mark.torch
+
 PICTURE = """
     t v v v t v t
 t   1 0 0 0 0 0 0

@@ -18,6 +18,8 @@ from PIL import Image
 from rlens_jax.commands.rank import main
 from rlens_jax.console import run_command
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
+
 SMALL = (
     "--data.validation_samples=6",
     "--data.test_samples=4",

@@ -14,6 +14,8 @@ from tests.families import minicpm_v as minicpm
 from tests.families.test_llava_preparer import write_texts
 from tests.torch_support import save_tiny
 
+pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.usefixtures("one_device")]
+
 SIZES = ((40, 90), (61, 47), (24, 20), (33, 70))
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from rlens_jax.hosts.supervisor import LOST
 
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
+
 SMALL = (
     "--data.validation_samples=6",
     "--data.test_samples=4",

@@ -13,6 +13,8 @@ from tests.families.qwen2_vl import Example, hf_inputs, make_example
 from tests.numerics import assert_close, error
 from tests.torch_support import redraw, tiny_qwen2_vl
 
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+
 SMALL = Reduction(attention_range=5, active_fraction=0.3)
 BOTH = Plan(attention=(0, 2, 3), ffn=(1, 2, 4))
 PLANS = [Plan(), Plan(attention=(1, 3, 4)), Plan(ffn=(0, 2)), BOTH]

@@ -30,6 +30,8 @@ from tests.parity.command import refusal, validate
 from tests.reporting.synthetic import synthetic_results
 from tests.torch_support import save_tiny, tiny_qwen2_vl
 
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+
 SMALL = Reduction(attention_range=5, active_fraction=0.3)
 PLANS = (Plan(), Plan(attention=(1, 3)), Plan(ffn=(0, 2)), Plan(attention=(0, 2, 3), ffn=(1, 2, 4)))
 PARTS = ([3, (6, 10), 5], [2, (4, 6), 1, (10, 2), 3, (2, 2), 11], [13])

@@ -17,6 +17,8 @@ from rlens_jax.models.prompt import collate
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.resources import embedded_model
 
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+
 TOLERANCE = 1e-4
 
 

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file
 from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.demo import train as training
 
+pytestmark = pytest.mark.slow
+
 STEPS, KILLED_AT = 4, 3
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from tests.dry_run.for_tpu import CASES
 
+pytestmark = [pytest.mark.tpu_compiler, pytest.mark.slow]
+
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[tuple[str, int], dict[str, Any]]:

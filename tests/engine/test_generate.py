@@ -19,6 +19,8 @@ from rlens_jax.engine.sizes import slot_sizes
 from rlens_jax.errors import UserError
 from rlens_jax.plan_file import FORMAT
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
+
 QUESTIONS = ("digit at row 1 column 2 ?", "largest digit of row 2 ?", "ink at row 2 column 1 ?")
 """Answers of one word."""
 TOKENS = 4

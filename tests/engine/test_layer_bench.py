@@ -9,6 +9,8 @@ from rlens_jax.commands.bench import main
 from rlens_jax.console import run_command
 from rlens_jax.engine import layer_bench
 
+pytestmark = pytest.mark.slow
+
 
 def test_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(layer_bench, "VISUAL", 320)

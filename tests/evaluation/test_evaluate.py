@@ -27,6 +27,8 @@ from rlens_jax.evaluation.answers import FILE_NAME, Answers
 from rlens_jax.flops import prefill_summary
 from rlens_jax.plan_file import FORMAT, read_plan
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
+
 SCHEMA = json.loads((Path(answers_module.__file__).parent / "evaluation.schema.json").read_text())
 PAGES = 9
 

@@ -12,6 +12,8 @@ from rlens_jax.errors import UserError
 from rlens_jax.families.hf_files import SPACE, read_tokenizer
 from tests.families.internvl import SPECIAL, save_tokenizer
 
+pytestmark = pytest.mark.torch
+
 TEXTS = [
     "<|im_start|>user\n<img><IMG_CONTEXT></img>\nhello  world<|im_end|>",
     " hello\n\n",

@@ -35,6 +35,8 @@ from tests.families.internvl import (
 from tests.numerics import assert_close
 from tests.torch_support import save_tiny
 
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+
 GRIDS = [
     # width, height, most tiles: columns, rows
     ((448, 448, 12), (1, 1)),

@@ -18,6 +18,8 @@ from tests.families.internvl import SIX_B, save_native, tiny_internvl
 from tests.families.placement import Placement
 from tests.torch_support import save_tiny
 
+pytestmark = pytest.mark.torch
+
 NUMBERS = {"internvl2-8b": 16150730752 // 2, "internvl3-1b-hf": 938193024}
 """Parameters of the published files; the 8B is published in bfloat16 with 16150730752 bytes."""
 

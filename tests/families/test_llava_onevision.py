@@ -35,6 +35,8 @@ from tests.numerics import assert_close, error
 from tests.sequences import unpack
 from tests.torch_reductions import reduced
 
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+
 PLAIN, PAPER, SMALL = Plan(), Reduction(), Reduction(attention_range=5, active_fraction=0.3)
 KEY = jax.random.key(0)
 

@@ -19,6 +19,8 @@ from tests.families.llava_onevision import tiny_llava
 from tests.families.placement import Placement
 from tests.torch_support import save_tiny
 
+pytestmark = pytest.mark.torch
+
 POST_NORM = [f"vision_tower.vision_model.post_layernorm.{name}" for name in ("weight", "bias")]
 SPELLINGS = {
     "published": {},

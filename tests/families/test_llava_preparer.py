@@ -41,6 +41,8 @@ from tests.families.llava_onevision import (
 from tests.numerics import assert_close
 from tests.torch_support import save_tiny
 
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+
 WORDS = ("user", "assistant", "what", "is", "this", "a", "page")
 SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|im_start|>", "\n", "<unk>", "<image>", "<video>")
 PATCH_SLOTS = (SIDE**2, 7 * SIDE**2, 20 * SIDE**2)

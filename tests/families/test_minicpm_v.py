@@ -39,6 +39,8 @@ from tests.numerics import assert_close, error
 from tests.sequences import bucket_for, unpack
 from tests.torch_reductions import reduced
 
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+
 PATCH_SLOTS = (96,)
 KEY = jax.random.key(0)
 SMALL = Reduction(attention_range=7, active_fraction=0.3)

@@ -17,6 +17,8 @@ from tests.families import published as published_files
 from tests.families.contract import PublishedFacts, WeightsContract
 from tests.families.placement import Placement
 
+pytestmark = pytest.mark.torch
+
 PUBLISHED_BYTES = 16198350304
 """Of 789 bfloat16 tensors."""
 

@@ -24,6 +24,8 @@ from tests.sequences import pack, unpack
 from tests.torch_reductions import reduced
 from tests.torch_support import tiny_qwen2_vl
 
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+
 PLAIN, PAPER, SMALL = Plan(), Reduction(), Reduction(attention_range=5, active_fraction=0.3)
 KEY = jax.random.key(0)
 

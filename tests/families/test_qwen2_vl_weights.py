@@ -17,6 +17,8 @@ from tests.families.contract import PublishedFacts, WeightsContract
 from tests.families.placement import Placement
 from tests.torch_support import save_tiny, tiny_qwen2_vl
 
+pytestmark = pytest.mark.torch
+
 SPELLINGS = {
     "published": {},
     "in memory": {"save_original_format": False},

@@ -16,6 +16,8 @@ from rlens_jax.families.table import Table
 from tests.numerics import assert_close, error
 from tests.torch_support import redraw
 
+pytestmark = pytest.mark.torch
+
 TOLERANCE = 1e-5
 FIELDS = {
     "hidden_size": 24,

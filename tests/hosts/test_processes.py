@@ -13,9 +13,13 @@ import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import pytest
+
 from rlens_jax.hosts.supervisor import LOST
 from rlens_jax.search.journal import JOURNAL_NAME, Journal
 from tests.hosts.member import IDENTITY
+
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 MEMBER = Path(__file__).parent / "member.py"
 LONG = 200

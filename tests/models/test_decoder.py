@@ -20,6 +20,8 @@ from tests.sequences import make_layout, pack, random_rows, run_length, unpack
 from tests.toy_decoder import TOY as CONFIG
 from tests.toy_decoder import random_decoder
 
+pytestmark = pytest.mark.slow
+
 REDUCTION = Reduction(attention_range=3, active_fraction=0.3)
 RAGGED = [run_length(3, 31, 5), run_length(2, 7, 4, 11, 6), run_length(7), run_length(1, 1, 1)]
 PLANS = [

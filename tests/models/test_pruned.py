@@ -23,6 +23,8 @@ from tests.sequences import bucket_for, pack, run_length, unpack
 from tests.torch_decoder import Settings, TorchDecoder
 from tests.toy_decoder import TOY, random_decoder
 
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+
 CONFIG = replace(TOY, num_layers=4, rope_sections=(1, 1))
 REDUCTION = Reduction(attention_range=3, active_fraction=0.3)
 MASKS = [run_length(3, 31, 5), run_length(2, 7, 4, 11, 6), run_length(7), run_length(1, 1, 3)]

@@ -20,6 +20,8 @@ from tests.numerics import assert_close
 from tests.sequences import make_layout, pack, random_rows, run_length, unpack
 from tests.torch_reductions import hollow_mask
 
+pytestmark = pytest.mark.torch
+
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
 RAGGED = [run_length(3, 41, 5), run_length(2, 17, 4, 23, 1, 11, 6), run_length(7), run_length(1, 1, 1)]
 """One image; three images with text between, of odd lengths; no image; one visual token."""

@@ -18,6 +18,8 @@ from tests import torch_reductions
 from tests.numerics import assert_close
 from tests.sequences import make_layout, pack, random_rows, run_length, unpack
 
+pytestmark = pytest.mark.torch
+
 WIDTH, UNITS = 12, 53
 RAGGED = [run_length(3, 41, 5), run_length(2, 17, 4, 23, 1, 11, 6), run_length(7), run_length(1, 1, 1)]
 KEY = jax.random.key(0)

@@ -24,6 +24,8 @@ from rlens_jax.search.objective import dataset_metric
 from tests.engine.toy import LAYERS, REDUCTION
 from tests.paper_studies.toy_bench import ToyRun
 
+pytestmark = pytest.mark.slow
+
 SCHEMA = json.loads(files("rlens_jax.paper_studies").joinpath("study.schema.json").read_text())
 
 ALL_PARTS = reduction_studies.RANGE_PARTS

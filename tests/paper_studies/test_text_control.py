@@ -22,6 +22,8 @@ from rlens_jax.plan import Reduction
 from tests.numerics import assert_close
 from tests.toy_decoder import TOY
 
+pytestmark = pytest.mark.slow
+
 CONFIG = replace(TOY, num_layers=2, width=8, num_heads=2, num_kv_heads=1, ffn_width=12, vocabulary=11, rope_theta=100.0)
 REDUCTION = Reduction(attention_range=1, active_fraction=0.25, probe_fraction=0.2)
 LENGTHS = (34, 9)

@@ -28,6 +28,8 @@ from tests.families.test_llava_preparer import write_texts
 from tests.parity.command import refusal, validate
 from tests.torch_support import save_tiny
 
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+
 SMALL = Reduction(attention_range=5, active_fraction=0.3)
 PLANS = (Plan(), Plan(attention=(0, 2, 3), ffn=(1, 2, 4)))
 

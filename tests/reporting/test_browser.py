@@ -17,6 +17,8 @@ from rlens_jax.reporting.report_page import report_html
 from tests.reporting.runs import examples, write_run
 from tests.reporting.synthetic import synthetic_results
 
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
 PHONE, DESKTOP = (390, 844), (1280, 900)
 OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),

@@ -24,6 +24,8 @@ from rlens_jax.search.record import Key
 from rlens_jax.search.search import Ranking, rank_layers
 from tests.engine.toy import LAYERS, score, toy_programs, toy_split, words
 
+pytestmark = pytest.mark.slow
+
 MESHES = {"8x1": (8, 1), "2x4": (8, 4)}
 PLAN = Plan(attention=(1, 3), ffn=(0, 3, 4))
 

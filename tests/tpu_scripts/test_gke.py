@@ -12,6 +12,8 @@ from tests.tpu_scripts.cloud import (
     pack,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def xpk(*words: str) -> list[str]:
     """A command of XPK's."""

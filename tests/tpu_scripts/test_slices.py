@@ -16,6 +16,8 @@ from tests.tpu_scripts.cloud import (
     ssh,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def test_create_on_demand_and_spot(cloud: Cloud) -> None:
     cloud.answer(*ACTIVE, *ACTIVE)
