@@ -26,7 +26,7 @@ KEY = jax.random.key(3)
 REDUCTION = Reduction(active_fraction=0.125)
 """11 of 88 units: as many as one of eight shards owns, and at most two of them fit its capacity."""
 SHARDS = (1, 2, 4, 8)
-WEIGHTS = FfnWeights(Spec("model"), Spec("model"), Spec("model"))
+WEIGHTS = Spec("model")
 
 
 def make_weights(seed: int) -> FfnWeights:
@@ -157,12 +157,12 @@ def layer_loop(reduction: Reduction):
 
 def test_inside_a_traced_layer_loop() -> None:
     stack = jax.tree.map(lambda *w: jnp.stack(w), make_weights(10), make_weights(11))
-    x, specs = make_states(12), FfnWeights(*[Spec(None, "model")] * 3)
+    x = make_states(12)
     sharded = jax.jit(
         jax.shard_map(
             layer_loop(REDUCTION),
             mesh=mesh_of(4),
-            in_specs=(Spec(), specs, Spec(), Spec()),
+            in_specs=(Spec(), Spec(None, "model"), Spec(), Spec()),
             out_specs=Spec(),
             check_vma=False,
         )
