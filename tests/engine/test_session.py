@@ -14,6 +14,8 @@ from rlens_jax.search.record import Record
 ALONE = Processes()
 DATA = DataConfig(validation_samples=1, test_samples=1)
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def folder() -> ModelFolder:
