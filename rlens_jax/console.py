@@ -1,6 +1,6 @@
-"""What a command says while it works, and how it ends.
+"""Messages, progress, options and exit codes of the commands.
 
-Progress and messages go to stderr, so that stdout holds nothing but a command's result.
+Progress and messages go to stderr, so that stdout holds only a command's result.
 """
 
 import argparse
@@ -25,7 +25,7 @@ BAD_INPUT, INTERRUPTED, STOPPED = 2, 130, 143
 
 
 class StopRequested(BaseException):
-    """SIGTERM, which is also how most schedulers announce a preemption: end now, and orderly."""
+    """SIGTERM, which most schedulers also send before a preemption: end now, in order."""
 
 
 def run_command(
@@ -33,15 +33,15 @@ def run_command(
 ) -> NoReturn:
     """Run a command and exit: 0 when done, 2 with one line for bad input, 130 after Ctrl-C, 143 after SIGTERM.
 
-    Any other exception is a mistake of ours and goes through, with its traceback. `main` must import JAX
-    itself and not its module at the top, so that JAX starts quietly and bad input is answered at once.
+    Any other exception is an error in this program and passes through, with its traceback. `main` imports JAX inside its body,
+    not at the top of its module, so that JAX starts quietly and bad input is reported at once.
 
     Args:
-      main: the command; is given the arguments.
-      interrupted: the line after Ctrl-C and SIGTERM.
-      argv: the arguments, those of the process by default.
+        main: the command; receives the arguments.
+        interrupted: the line printed after Ctrl-C and SIGTERM.
+        argv: the arguments; by default those of the process.
     """
-    # The C++ logs of XLA, on top of which nobody finds the one line that matters.
+    # XLA's C++ logs would hide the one line that matters.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     before = signal.signal(signal.SIGTERM, _stop)
     try:
@@ -101,21 +101,18 @@ _muted = threading.Event()
 
 
 def mute() -> None:
-    """No messages and no progress from here on: of a run's processes, the first speaks for all."""
+    """Print no messages and no progress from now on, on all processes of a run but the first."""
     _muted.set()
 
 
 def say(line: str) -> None:
-    """One line for the person at the terminal, above the progress bar if there is one."""
+    """Print a line to the terminal, above the progress bar if there is one."""
     if not _muted.is_set():
         tqdm.write(line, file=sys.stderr)
 
 
 class Progress:
-    """How far a piece of work is: a bar when stderr is a terminal, else a plain line now and then.
-
-    A context manager.
-    """
+    """Context manager that shows progress: a bar if stderr is a terminal, else a line every few seconds."""
 
     def __init__(
         self,

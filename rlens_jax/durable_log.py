@@ -1,10 +1,9 @@
-"""Files of finished work: a header that says what decides it, then one JSON object a line, each on disk before work goes on.
+"""Append-only logs of finished work: a header with all that decides the work, then one JSON object per line.
 
     {"schema": "rlens-journal", "version": 1, "fingerprint": {...}}
 
-A line reaches the disk (one write, one fsync) before `LogWriter.write` returns. A crash can tear the last line only, which is cut
-off when the log is opened again. The folder's lock is held while a log is open for writing; it goes with the process, however
-that ends.
+A line reaches the disk (one write, one fsync) before `LogWriter.write` returns. A crash can damage only the last line, which is
+cut off when the log is opened again. The folder's lock is held while a log is open for writing. It ends with the process.
 """
 
 import fcntl
@@ -23,14 +22,14 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class LogKind(Generic[Item]):
-    """What the lines of a log are.
+    """A kind of log.
 
     Attributes:
-        schema: names the kind in its header.
-        version: of the kind.
-        noun: what a log of this kind is called in complaints; its file is `noun`.jsonl, its lock `noun`.lock.
-        item: what a line is called.
-        decode: the key of a line, which no two lines share, and its item; ValueError, saying what is wrong, for any other line.
+        schema: name of the kind in the header.
+        version: version of the kind.
+        noun: name of the log in error messages; its file is `noun`.jsonl, its lock `noun`.lock.
+        item: name of a line in error messages.
+        decode: returns a line's key, which is unique in the log, and its item; ValueError for a bad line.
     """
 
     schema: str
@@ -59,7 +58,7 @@ class LogWriter:
         self._path, self._noun, self._file, self._lock = path, noun, file, lock
 
     def write(self, lines: bytes) -> None:
-        """Whole lines to the disk; UserError, and the file as before, when the disk does not take them."""
+        """Write whole lines to the disk. If that fails, the file is unchanged, and UserError is raised."""
         length = os.fstat(self._file).st_size
         try:
             if os.write(self._file, lines) != len(lines):
@@ -70,7 +69,7 @@ class LogWriter:
             raise UserError(f"cannot write to the {self._noun} {self._path}: {error.strerror}") from error
 
     def close(self) -> None:
-        """Close the file and let go of the folder."""
+        """Close the file and release the folder's lock."""
         os.close(self._file)
         os.close(self._lock)
 
@@ -127,7 +126,7 @@ def read_log(folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) 
 
 
 def _locked(folder: Path, name: str) -> int:
-    """A descriptor that holds the folder's lock; UserError when another one does."""
+    """A descriptor that holds the folder's lock. UserError if another process holds it."""
     lock = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -146,7 +145,7 @@ def _locked(folder: Path, name: str) -> int:
 
 
 def _write_header(path: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> None:
-    """Create the log with its header, whole or not at all."""
+    """Create the log with its header, atomically."""
     header = {"schema": kind.schema, "version": kind.version, "fingerprint": fingerprint}
     unfinished = path.with_suffix(".new")
     try:
@@ -209,7 +208,7 @@ def _check_header(path: Path, kind: LogKind[Item], line: bytes, fingerprint: Map
         raise UserError(
             f"{path} has version {header.get('version')}, this program reads {kind.version}; choose another folder"
         )
-    # What JSON makes of it (lists for tuples) is what a stored one is compared with.
+    # Compared after a round trip through JSON, which turns tuples into lists.
     stored, now = json_leaves(header.get("fingerprint")), json_leaves(json.loads(json.dumps(fingerprint)))
     names = [*stored, *(name for name in now if name not in stored)]
     differences = [

@@ -1,4 +1,4 @@
-"""Where the files that come with the package are: beside it in the repository, inside it in a wheel."""
+"""Paths of the files that come with the package: next to it in the repository, inside it in a wheel."""
 
 import os
 from pathlib import Path
@@ -9,13 +9,13 @@ _PACKAGE = Path(__file__).parent
 
 
 def _folder(name: str) -> Path:
-    """A folder inside the installed package, or beside it in the repository."""
+    """A folder inside the installed package, or next to it in the repository."""
     installed = _PACKAGE / "shipped" / name
     return installed if installed.is_dir() else _PACKAGE.parent / name
 
 
 def preset_path(name: str) -> Path:
-    """The YAML file of the preset `name`. UserError, with the nearest name, when there is none."""
+    """The YAML file of the preset `name`. UserError, with the nearest name, if there is none."""
     folder = _folder("configs")
     names = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in names:
@@ -24,14 +24,14 @@ def preset_path(name: str) -> Path:
 
 
 def embedded_model() -> Path:
-    """The folder of the model that comes with the package. UserError when this copy of it lacks the model."""
+    """The folder of the model that comes with the package. UserError if it is missing."""
     folder = _folder("checkpoints") / "embedded"
     if not folder.is_dir():
-        raise UserError(f"{folder}: the embedded model is missing; install the package anew or name another")
+        raise UserError(f"{folder}: the embedded model is missing; reinstall the package or name another model")
     return folder
 
 
 def cache_folder() -> Path:
-    """Where prepared datasets and compiled programs are kept unless the configuration says otherwise."""
+    """Default folder for prepared datasets and compiled programs."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "rlens_jax"

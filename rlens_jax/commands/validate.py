@@ -34,15 +34,9 @@ def main(arguments: Sequence[str]) -> None:
     )
     add_dtype_option(parser)
     parser.add_argument("--layers", metavar="N", type=int, help="--rankings: number of layers of the model")
-    parser.add_argument(
-        "--attention",
-        metavar="LIST",
-        type=_layers,
-        help="--dump: layers with Hollow Attention (default: the later half)",
-    )
-    parser.add_argument(
-        "--ffn", metavar="LIST", type=_layers, help="--dump: layers with the Dynamic FFN (default: the later half)"
-    )
+    for name, operator in (("attention", "Hollow Attention"), ("ffn", "the Dynamic FFN")):
+        text = f"--dump: layers with {operator} (default: the later half)"
+        parser.add_argument(f"--{name}", metavar="LIST", type=_layers, help=text)
     for name in ("attention_range", "active_fraction", "probe_fraction"):
         default = getattr(Reduction(), name)
         option = "--" + name.replace("_", "-")
