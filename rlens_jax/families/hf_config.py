@@ -1,7 +1,7 @@
-"""Reading a checkpoint's config.json strictly: what would change the computation and is not supported is an error.
+"""Strict reading of a checkpoint's config.json: a field that asks for an unsupported computation is an error.
 
-Published files are flat, re-saved ones nest the decoder's fields under `text_config` and write `rope_parameters`; both are
-read. A field that cannot change an inference result is ignored.
+Published files are flat. Files that transformers saved again nest the fields of the decoder under `text_config` and have
+`rope_parameters`. Both forms are read. Fields that cannot change an inference result are ignored.
 """
 
 import json
@@ -13,11 +13,11 @@ from rlens_jax.errors import UserError
 from rlens_jax.models.decoder import DecoderConfig
 
 _LONGEST = 2**31 - 1
-"""Context of a model whose config.json names none."""
+"""Context of a model whose config.json has none."""
 
 
 class ConfigReader:
-    """Reads fields of one JSON object and names file and field in every complaint."""
+    """Reads fields of one JSON object; error messages name file and field."""
 
     def __init__(self, fields: Mapping[str, Any], where: str):
         self.fields = fields
@@ -42,8 +42,8 @@ class ConfigReader:
             raise UserError(f"{self.where}: {name} must be a whole number, not {value!r}")
         return int(value)
 
-    def require(self, name: str, *allowed: Any) -> None:
-        """The field, where present, must hold a value this code computes; the first allowed value is the default."""
+    def require(self, name: str, *allowed: object) -> None:
+        """Check that a field has one of the supported values; the first of them is the default."""
         value = self.fields.get(name, allowed[0])
         if value not in allowed:
             supported = " or ".join(repr(v) for v in allowed)
@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_qwen2_decoder(config: ConfigReader) -> DecoderConfig:
-    """A Qwen2 decoder's sizes from flat or nested fields (biases on q, k and v only, SwiGLU, RMSNorm)."""
+    """Read the sizes of a Qwen2 decoder (biases on q, k and v only, SwiGLU, RMSNorm) from flat or nested fields."""
     text = ConfigReader({**config.fields, **(config.fields.get("text_config") or {})}, config.where)
     tied = bool(config.fields.get("tie_word_embeddings", text.fields.get("tie_word_embeddings", False)))
     return read_decoder(text, ("default", "mrope"), default_theta=1e6, qkv_bias=True, tied_head=tied)
@@ -85,14 +85,14 @@ def read_decoder(
     qkv_bias: bool,
     tied_head: bool,
 ) -> DecoderConfig:
-    """The sizes of a decoder as Qwen2 and Llama are one (SwiGLU, RMSNorm, full attention), from its own fields.
+    """Read the sizes of a decoder of the kind of Qwen2 and Llama (SwiGLU, RMSNorm, full attention).
 
     Args:
-        text: the fields.
+        text: the fields of the decoder.
         rope_types: kinds of RoPE scaling that change nothing, as the family uses the decoder.
-        default_theta: the rotary base where none is named; None if one must be.
-        qkv_bias: whether q, k and v have biases; no other map may have one.
-        tied_head: where that is said differs between families.
+        default_theta: the rotary base if the fields have none; None if they must have one.
+        qkv_bias: whether q, k and v have biases; no other linear map has one.
+        tied_head: read by the caller, because families store it in different places.
 
     Raises:
         UserError: a field is missing or asks for what is not supported.
@@ -123,14 +123,14 @@ def read_decoder(
 
 
 def rope_scaling(text: ConfigReader) -> Mapping[str, Any]:
-    """Under its old or its new name."""
+    """The fields of RoPE scaling, under their old or their new name."""
     return text.fields.get("rope_parameters") or text.fields.get("rope_scaling") or {}
 
 
 def _rope(
     text: ConfigReader, head_dim: int, types: tuple[str, ...], default_theta: float | None
 ) -> tuple[float, tuple[int, ...]]:
-    """Rotary base and sections; every kind of scaling but those in `types` changes the angles and is refused."""
+    """Rotary base and sections; a kind of scaling that is not in `types` changes the angles and is an error."""
     scaling = rope_scaling(text)
     rope = ConfigReader(scaling, f"{text.where}: rope_scaling")
     rope.require("type", *types)

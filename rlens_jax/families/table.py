@@ -1,8 +1,8 @@
 """Mapping tables between published tensors and our parameters: one set of rows for both directions.
 
 A row names a published tensor, our parameter, and the einops pattern from the first to the second, such as
-"(n h) d -> d n h"; read from right to left it is the way back. Whatever does not fit is collected, so that
-one message shows it all.
+"(n h) d -> d n h". Read from right to left, the pattern is the way back. All problems are collected, so that one message
+shows them.
 """
 
 import re
@@ -18,14 +18,14 @@ from einops import rearrange
 from rlens_jax.errors import UserError, suggest
 
 MAX_PROBLEMS = 20
-"""Lines shown of a list of problems."""
+"""Max number of problems shown in a message."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One published tensor and where it goes.
 
-    A fused tensor has several targets: the first axis right of the arrow is cut into one piece a target, and
+    A fused tensor has several targets: the first axis right of the arrow is cut into one piece per target, and
     `pieces` are the patterns of these pieces, each with its length first: a size or 1. Without `pieces` every
     target gets one slice. Flat q|k|v is `Row("qkv", ("q", "k", "v"), "(three n h) e -> three e n h")`; q|k|v
     within each of k groups is `Row("qkv", ("q", "k", "v"), "(k all h) d -> all d k h", (QUERY, KEY, KEY))` with
@@ -63,7 +63,7 @@ class Ignored:
 
 @dataclass(frozen=True)
 class Place:
-    """Our side of a published tensor: a parameter's dotted path, and the layer where it has a layer axis."""
+    """Our side of a published tensor: the dotted path of a parameter, and the layer if it has a layer axis."""
 
     path: str
     layer: int | None
@@ -103,13 +103,13 @@ def _map(pattern: str, sizes: Mapping[str, int]) -> Map:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A published tensor: its places with us and, from the sizes, its shape and the way there and back."""
+    """A published tensor: its places in our model and, from the sizes, its shape and the maps in both directions."""
 
     name: str
     places: tuple[Place, ...]
     whole: Map
     pieces: tuple[Map, ...]
-    """How each piece of a fused tensor goes on; empty when there is only one place."""
+    """Maps of the pieces of a fused tensor; empty if there is only one place."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -117,11 +117,11 @@ class Tensor:
 
     @property
     def place_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of what goes to the places."""
+        """Shapes of the arrays in the places."""
         return tuple(piece.out_shape for piece in self.pieces) or (self.whole.out_shape,)
 
     def to_ours(self, array: np.ndarray) -> list[np.ndarray]:
-        """What goes to each place; views of `array` where that is possible."""
+        """The array of each place; views of `array` where possible."""
         array = self.whole(array)
         if not self.pieces:
             return [array]
@@ -129,7 +129,7 @@ class Tensor:
         return [piece(part) for piece, part in zip(self.pieces, np.split(array, ends), strict=True)]
 
     def to_published(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """The published tensor from what is in our places."""
+        """The published tensor from the arrays in our places."""
         if not self.pieces:
             return self.whole.inverse(arrays[0])
         return self.whole.inverse(
@@ -152,11 +152,10 @@ def _resolve(part: Part, row: Row, layer: int | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Table:
-    """Everything that is known about a family's published tensors.
+    """All published tensors of a model.
 
-    Rows are spelled as checkpoints are published; `renames` bring other spellings to that: pairs of
-    regular expression and replacement, applied in order. `copies` are tensors that may be there and must then
-    equal another (a tied head).
+    Rows have the names of published checkpoints. `renames` turn other spellings into these: pairs of regular expression
+    and replacement, applied in order. `copies` are tensors that may be present and must then equal another (a tied head).
     """
 
     parts: tuple[Part, ...]
@@ -166,7 +165,7 @@ class Table:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors that must be there, by name; the layers of a row one after another."""
+        """All tensors that must be present, by name; the layers of a row one after another."""
         tensors = [
             _resolve(part, row, layer)
             for part in self.parts
@@ -182,7 +181,7 @@ class Table:
         return name
 
     def check_covers(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """ValueError, for a wrong table, unless it fills each parameter of a model (path -> shape) once."""
+        """Check that the table fills each parameter of a model (path -> shape) once; ValueError if not."""
         filled: dict[str, Counter[int | None]] = {path: Counter() for path in shapes}
         for tensor in self.tensors.values():
             for place, shape in zip(tensor.places, tensor.place_shapes, strict=True):
@@ -199,18 +198,18 @@ class Table:
 
 
 class Problems:
-    """Collects what is wrong with a checkpoint, to be told in one message."""
+    """Collects what is wrong with a checkpoint, for one message."""
 
     def __init__(self, subject: str):
         self.subject = subject
         self.lines: list[Callable[[], str]] = []
 
     def add(self, where: str, tensor: str, what: str | Callable[[], str]) -> None:
-        """One line; a function is only called if the line is shown."""
+        """Add one line; a function is called only if the line is shown."""
         self.lines.append(lambda: f"{where}: {tensor}: {what if isinstance(what, str) else what()}")
 
     def raise_any(self) -> None:
-        """UserError when something was added."""
+        """Raise UserError if a problem was added."""
         if not self.lines:
             return
         shown = [line() for line in self.lines[:MAX_PROBLEMS]]
@@ -234,7 +233,7 @@ def _not_known(name: str, missing: set[str], expected: Iterable[str]) -> str:
 
 
 def match(table: Table, found: Iterable[Found], problems: Problems) -> dict[str, Found]:
-    """Which found tensor is which published one (or copy); all that does not fit is added to `problems`."""
+    """Assign the tensors of a checkpoint to published names and copies; what does not fit is added to `problems`."""
     expected = {name: tensor.shape for name, tensor in table.tensors.items()}
     copies = {name: expected[original] for name, original in (table.copies or {}).items()}
     matched: dict[str, Found] = {}
