@@ -143,13 +143,13 @@ class Progress:
             self._print_line()
         return self
 
-    def advance(self, items: int = 1, *, anew: bool = True) -> None:
-        """Count `items` more as done; those that an earlier run did, not `anew`, do not count for the rate."""
+    def advance(self, items: int = 1, *, resumed: bool = False) -> None:
+        """Count `items` more as done. Items `resumed` from an earlier run do not count for the rate."""
         self._done += items
-        self._before += 0 if anew else items
+        self._before += items if resumed else 0
         if self._bar is not None:
-            self._bar.update(items if anew else 0)
-            if not anew:
+            self._bar.update(0 if resumed else items)
+            if resumed:
                 self._bar.initial += items
                 self._bar.n += items
         elif self._clock() - self._last_line >= self._interval and self._done < self._total:

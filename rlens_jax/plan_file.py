@@ -1,25 +1,25 @@
-"""Plan files: which layers of a model are reduced, and how, as JSON that a person can write by hand.
+"""Plan files: which layers of a model are reduced, and how, as JSON that can be written by hand.
 
     {"format": "rlens-plan/1",
-     "num_layers": 28,                     of the model; optional, and checked against the model if given
-     "attention": [14, 15, 16, 27],        layers with Hollow Attention, from 0 on
+     "num_layers": 28,                     optional; checked against the model
+     "attention": [14, 15, 16, 27],        layers with Hollow Attention, 0-based
      "ffn": [20, 21, 27],                  layers with the Probe-Activated Dynamic FFN
      "attention_range": 256,               R, in visual tokens
      "active_fraction": 0.2,               share of the FFN units that visual tokens keep
      "probe_fraction": 0.1,                share of the visual tokens that are probes
      "probe": "strided",                   or "random"
      "window": "ordinal",                  or "position"
-     "pruning": null}                      tokens dropped besides, see below
+     "pruning": null}                      token pruning, see below
 
-Only `format` must be there; without `attention` and `ffn` the plan is the dense model, and all else has the defaults of
-`Reduction`. The ranking.json of a run of rlens_jax.rank is a plan, too, together with how many of the first layers of each
-ranking are reduced.
+Only `format` is required. Without `attention` and `ffn` the plan is the dense model, and other fields have the defaults of
+`Reduction`. The ranking.json of a run of rlens_jax.rank is also a plan, together with the number of layers to reduce from each
+ranking.
 
-Pruning is one of (shares are exact decimals, and `layer` says how many layers see all visual tokens):
+Pruning is one of (shares are exact decimals; `layer` is the number of layers that see all visual tokens):
 
-    {"method": "fastv", "layer": 2, "share": 0.5}     FastV: that share of the visual tokens is dropped by attention
-    {"method": "vtw", "layer": 14}                    VTW: all of them are dropped
-    {"method": "folder", "share": 0.5}                FOLDER-style: so many are merged away before the first layer
+    {"method": "fastv", "layer": 2, "share": 0.5}     FastV: drop this share of the visual tokens, by attention
+    {"method": "vtw", "layer": 14}                    VTW: drop all visual tokens
+    {"method": "folder", "share": 0.5}                FOLDER-style: merge this share away before the first layer
 """
 
 import dataclasses
@@ -43,21 +43,21 @@ _METHODS: Mapping[str, type[Any]] = {"fastv": FastV, "vtw": VTW, "folder": Folde
 
 @dataclass(frozen=True)
 class PlanFile:
-    """What a deployed model is, beside its weights: static and hashable. `PlanFile()` is the dense model."""
+    """How a deployed model computes: static and hashable. `PlanFile()` is the dense model."""
 
     plan: Plan = field(default_factory=Plan)
     reduction: Reduction = field(default_factory=Reduction)
     num_layers: int | None = None
-    """Layers of the model that the plan was made for; None where the file does not say."""
+    """Number of layers of the plan's model, None if the file does not say."""
     pruning: Pruning | None = None
-    """How visual tokens are dropped or merged besides."""
+    """How visual tokens are dropped or merged, None for no pruning."""
 
     def validate(self, num_layers: int) -> None:
-        """Raise UserError unless the plan is one for a model with `num_layers` layers."""
+        """Raise UserError unless the plan fits a model with `num_layers` layers."""
         if self.num_layers not in (None, num_layers):
             raise UserError(
                 f"the plan is for a model with {self.num_layers} layers, but this one has {num_layers}; "
-                "name a plan that was made for it"
+                "choose a plan for this model"
             )
         self.plan.validate(num_layers)
         if self.pruning is not None:
@@ -69,7 +69,7 @@ class PlanFile:
         return ", ".join([self.plan.label(), *pruned])
 
     def fields(self) -> dict[str, Any]:
-        """All that decides what is computed, as JSON values with the names that a plan file has for them."""
+        """All settings of the computation, as JSON values with the names of a plan file."""
         pruning = None
         if self.pruning is not None:
             (method,) = (name for name, kind in _METHODS.items() if isinstance(self.pruning, kind))
@@ -129,7 +129,7 @@ def _from_plan(fields: Mapping[str, Any]) -> PlanFile:
         )
     num_layers = fields.get("num_layers")
     if num_layers is not None and (type(num_layers) is not int or num_layers < 1):
-        raise UserError(f"num_layers must be a whole number from 1 on, not {num_layers!r}")
+        raise UserError(f"num_layers must be a whole number, at least 1, not {num_layers!r}")
     for name in OPERATORS:
         if not isinstance(fields.get(name, []), list):
             raise UserError(f"{name} must be a list of layers, such as [20, 21], not {fields[name]!r}")
@@ -151,13 +151,13 @@ def _pruning(fields: Any) -> Pruning | None:
             f"pruning.method must be one of {', '.join(_METHODS)}, not {method!r}{suggest(method, _METHODS)}"
         )
     known = [item.name for item in dataclasses.fields(_METHODS[method])]
-    given = {name: value for name, value in fields.items() if name != "method"}
-    for name in given:
+    values = {name: value for name, value in fields.items() if name != "method"}
+    for name in values:
         if name not in known:
             raise UserError(f"unknown field pruning.{name}{suggest(name, known)}; {method} knows {', '.join(known)}")
-    if method == "vtw" and "layer" not in given:
-        raise UserError("pruning.layer is missing: vtw must be told after how many layers it drops visual tokens")
-    return _METHODS[method](**given)
+    if method == "vtw" and "layer" not in values:
+        raise UserError("pruning.layer is missing: vtw needs the number of layers that see the visual tokens")
+    return _METHODS[method](**values)
 
 
 def _from_ranking(ranking: RankingFile, first: Mapping[Operator, int] | None) -> PlanFile:

@@ -65,7 +65,7 @@ def test_without_a_terminal_progress_is_a_line_every_few_seconds(monkeypatch):
     stream, clock = io.StringIO(), Clock()
     monkeypatch.setattr(sys, "stderr", stream)
     with Progress("ranking ffn", 240, "plans", clock=clock) as progress:
-        progress.advance(40, anew=False)
+        progress.advance(40, resumed=True)
         for _ in range(100):
             clock.now += 0.2
             progress.advance()
@@ -89,7 +89,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     with Progress("ranking ffn", 10, "plans") as progress:
-        progress.advance(4, anew=False)
+        progress.advance(4, resumed=True)
         progress.advance(6)
     assert "ranking ffn: 100%" in stream.getvalue()
     assert "10/10" in stream.getvalue()

@@ -72,7 +72,7 @@ class Evaluator:
         for plan in dict.fromkeys(plans):
             known = [(split, plan, name) in self._journal for name in datasets]
             if progress is not None:
-                progress.advance(sum(known), anew=False)
+                progress.advance(sum(known), resumed=True)
             if not all(known):
                 todo.append(plan)
         if todo:

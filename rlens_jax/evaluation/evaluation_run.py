@@ -124,7 +124,7 @@ def _answer(config: EvaluationConfig, model: DeployedModel, dataset: Dataset, an
 
     places = range(len(dataset.indices))
     with Progress(f"answering {dataset.name}", len(places) * len(variants), "answers") as shown:
-        shown.advance(sum(known(place, variant) for place in places for variant in variants), anew=False)
+        shown.advance(sum(known(place, variant) for place in places for variant in variants), resumed=True)
         for window in _windows(len(places), WINDOW_BATCHES * config.batch_size * model.programs.groups):
             missing = [variant for variant in variants if not all(known(place, variant) for place in window)]
             if not missing:
