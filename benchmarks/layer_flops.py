@@ -7,7 +7,7 @@ reduced, and its FFN alone (ops/ffn_tpu.py). Counted are all matrix products wit
 the attention kernel visits, and the declared cost of the FFN kernel: whole tiles for an even share of the kept units. The
 benchmark also draws how many tiles the busiest shard has if the kept units are spread at random.
 
-Expect ratios of about 1: a reduced layer computes what the formula says, plus the rest of its last tile.
+Expect ratios near 1; a reduced layer also computes the rest of its last tile.
 """
 
 import argparse

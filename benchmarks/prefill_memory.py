@@ -3,7 +3,8 @@
     python benchmarks/prefill_memory.py
 
 Four layers with the widths of Qwen2-VL-7B, a prompt of 256 text and 7936 visual tokens, float32, batch 1. Nothing is computed;
-it takes a minute. Expect chunks to need a small part of the memory.
+it takes a minute. Expect 5.5 GB for the dense plan in one piece and 1.6 GB in
+chunks; 1.7 GB and 1.6 GB for the reduced plan.
 """
 
 from typing import Any

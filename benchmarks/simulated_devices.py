@@ -7,7 +7,7 @@ outcome of every sample under every plan, the rankings, and the mean log-probabi
 outcome depends on rounding under some plan of the search: with a logit margin below 1e-4, or a relative gap below 1e-5 between
 the last kept and the first dropped unit.
 
-Expect equal outcomes and rankings on all meshes, and log-probabilities that differ by about 1e-5; it takes some minutes.
+Expect equal outcomes and rankings on all meshes, and log-probabilities that differ by rounding; it takes some minutes.
 """
 
 import argparse
