@@ -65,19 +65,12 @@ def minicpm_v(width: int, height: int) -> tuple[int, int]:
     return 64 * views, max((w // 14) * (h // 14) for w, h in sides)
 
 
-FAMILIES = {
-    "qwen2_vl_7b": qwen2_vl,
-    "llava_onevision_7b": llava_onevision,
-    "internvl2_8b": internvl2,
-    "minicpm_v_2_6": minicpm_v,
-}
+FAMILIES = {"qwen2_vl_7b": qwen2_vl, "llava_onevision_7b": llava_onevision, "internvl2_8b": internvl2, "minicpm_v_2_6": minicpm_v}
 
 
 def main() -> None:
     """Count and print."""
-    print(
-        f"{'preset':<20}{'visual slots padded':>21}{'largest':>9}{'patch slots padded':>21}{'largest':>9}   buckets used"
-    )
+    print(f"{'preset':<20}{'visual slots padded':>21}{'largest':>9}{'patch slots padded':>21}{'largest':>9}   buckets used")
     for name, count in FAMILIES.items():
         compute = read_config([("config", name)]).compute
         shares: tuple[list[float], list[float]] = [], []

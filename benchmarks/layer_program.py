@@ -26,9 +26,7 @@ def layer_program(
 ) -> tuple[ProgramSpec, tuple[int, int]]:
     """The program in bfloat16 with `batch` samples per work group, and the sizes of the mesh's two axes."""
     devices = slice_devices(find_slice(topology))
-    compute = ComputeConfig(
-        dtype="bfloat16", batch_size=batch, model_shards=model, text_slots=(TEXT,), visual_slots=(VISUAL,)
-    )
+    compute = ComputeConfig(dtype="bfloat16", batch_size=batch, model_shards=model, text_slots=(TEXT,), visual_slots=(VISUAL,))
     mesh = make_mesh(devices, model)
     specs = program_specs(RunConfig(compute=compute), model_kind(layers), mesh, all_buckets=False, ffn_form=ffn_form)
     (program,) = (spec for spec in specs if spec.name == "layers")

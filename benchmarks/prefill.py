@@ -50,9 +50,7 @@ def main() -> None:
     seconds = {name: median(values) for name, values in measured.items()}
     dense = min(value for name, value in seconds.items() if name not in (REDUCED, TORCH))
     visual = [bench.VISUAL] * options.layers
-    flops_saved = saving(
-        DECODER.layer_sizes, bench.TEXT_BEFORE + bench.TEXT_AFTER, visual, plan, Reduction(), with_probes=True
-    )
+    flops_saved = saving(DECODER.layer_sizes, bench.TEXT_BEFORE + bench.TEXT_AFTER, visual, plan, Reduction(), with_probes=True)
     time_saved = 1 - seconds[REDUCED] / dense
     for name, value in seconds.items():
         print(f"{name:<34}{value * 1e3:9.1f} ms")
@@ -95,11 +93,7 @@ def stacks(num_layers: int, plan: Plan) -> dict[str, Callable[[], Any]]:
 
     causal = jnp.tril(jnp.ones((1, x.shape[1], x.shape[1]), bool))
     kinds = bench.dense_kinds(causal)
-    return {
-        OURS: ours(Plan()),
-        **{name: other(attend) for name, attend in kinds.items()},
-        REDUCED: ours(plan),
-    }
+    return {OURS: ours(Plan()), **{name: other(attend) for name, attend in kinds.items()}, REDUCED: ours(plan)}
 
 
 if __name__ == "__main__":

@@ -14,10 +14,7 @@ def measured(arguments: Sequence[str], environment: Mapping[str, str] | None = N
     """Run `python ARGUMENTS`; returns its seconds, the peak of its anonymous and shared memory in bytes, and its output."""
     began, peak = time.monotonic(), 0
     process = subprocess.Popen(
-        [sys.executable, *arguments],
-        env={**os.environ, **(environment or {})},
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, *arguments], env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, text=True
     )
     while process.poll() is None:
         peak = max(peak, memory_of(process.pid))

@@ -61,8 +61,7 @@ def main() -> None:
         found = search(options.samples, devices, model_shards)
         expected = expected or found
         difference = max(
-            float(np.abs(found["log_probability"][plan] - values).max())
-            for plan, values in expected["log_probability"].items()
+            float(np.abs(found["log_probability"][plan] - values).max()) for plan, values in expected["log_probability"].items()
         )
         results.append(
             {
@@ -83,9 +82,7 @@ def main() -> None:
 
 def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
     """Both rankings, with the outcomes and log-probabilities behind them."""
-    config = read_config(
-        [("config", "embedded"), ("data.validation_samples", str(samples)), ("data.test_samples", "1")]
-    )
+    config = read_config([("config", "embedded"), ("data.validation_samples", str(samples)), ("data.test_samples", "1")])
     folder = find_model("embedded")
     mesh = make_mesh(jax.devices()[:devices], model_shards)
     kind, model = load_model(folder, jnp.float32, mesh=mesh)
@@ -99,12 +96,7 @@ def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
     plans: dict[Plan, None] = {}
     rankings = {}
     with tempfile.TemporaryDirectory() as scratch, Journal.open(Path(scratch), {}) as journal:
-        evaluator = Evaluator(
-            TeacherForcing(programs),
-            {"validation": split},
-            journal,
-            state_bytes=1e9,
-        )
+        evaluator = Evaluator(TeacherForcing(programs), {"validation": split}, journal, state_bytes=1e9)
 
         (dense,) = map(dataset_metrics, evaluator.outcomes("validation", Plan(), [Plan()]))
         scorer = round_scorer(evaluator, "validation", dense, alpha=2.0, relative=True)

@@ -75,16 +75,7 @@ def report(topology: str, model: int, batch: int, ffn_form: FfnForm | None, weig
         )
 
 
-NAMES = (
-    "bitcast",
-    "tuple",
-    "get-tuple-element",
-    "copy-done",
-    "slice-done",
-    "dynamic-slice-done",
-    "async-done",
-    "custom-call",
-)
+NAMES = ("bitcast", "tuple", "get-tuple-element", "copy-done", "slice-done", "dynamic-slice-done", "async-done", "custom-call")
 """Opcodes that move nothing, and the kernel, which is counted separately."""
 
 
@@ -150,9 +141,7 @@ class Walk:
         numbers = [s for other in others for s in other.shapes if s.dtype in ("bf16", "f32") and s.dims]
         if item.opcode != "custom-call" and not numbers:
             weights.add(item.name)
-        moved = sum(
-            self.read(item, number, computation) for number, name in enumerate(item.operands) if name in weights
-        )
+        moved = sum(self.read(item, number, computation) for number, name in enumerate(item.operands) if name in weights)
         if item.name in weights and item.opcode not in NAMES:
             moved += sum(shape.bytes for shape in results(item, computation) if shape.in_hbm)
         if self.verbose and moved > 1e5:

@@ -123,9 +123,7 @@ class ComputeConfig:
         for name in ("text_slots", "visual_slots", "patch_slots"):
             slots = getattr(self, name)
             if not slots or slots[0] < 1 or list(slots) != sorted(set(slots)):
-                raise UserError(
-                    f"compute.{name} must be at least one size, each at least 1, ascending, not {shown(slots)}"
-                )
+                raise UserError(f"compute.{name} must be at least one size, each at least 1, ascending, not {shown(slots)}")
 
 
 @no_type_check  # user input: __post_init__ checks it and raises UserError
@@ -180,8 +178,7 @@ class HostsConfig:
             raise UserError(f"hosts.coordinator must be HOST:PORT, not {shown(self.coordinator)}")
         if self.process_id >= self.num_processes:
             raise UserError(
-                f"hosts.process_id must be below hosts.num_processes, which is {self.num_processes}, "
-                f"not {self.process_id}"
+                f"hosts.process_id must be below hosts.num_processes, which is {self.num_processes}, not {self.process_id}"
             )
 
 

@@ -132,13 +132,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         self._start = self._last_line = self._clock()
         if self._stream.isatty() and not _muted.is_set():
-            self._bar = tqdm(
-                desc=self._label,
-                total=self._total,
-                unit=f" {self._unit}",
-                file=self._stream,
-                dynamic_ncols=True,
-            )
+            self._bar = tqdm(desc=self._label, total=self._total, unit=f" {self._unit}", file=self._stream, dynamic_ncols=True)
         else:
             self._print_line()
         return self
@@ -155,9 +149,7 @@ class Progress:
         elif self._clock() - self._last_line >= self._interval and self._done < self._total:
             self._print_line()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.close()
         else:

@@ -74,9 +74,7 @@ class LogWriter:
         os.close(self._lock)
 
 
-def open_log(
-    folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]
-) -> tuple[dict[Any, Item], LogWriter, str | None]:
+def open_log(folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> tuple[dict[Any, Item], LogWriter, str | None]:
     """Open the log in a folder, both made when missing: its items by key, its writer, and what was cut off of a torn last line.
 
     Args:
@@ -104,9 +102,7 @@ def open_log(
         if torn:
             os.ftruncate(file, length)
             os.fsync(file)
-            repaired = (
-                f"{path}: cut off an unfinished last line of {torn} bytes; {len(items)} finished {kind.item}s are kept"
-            )
+            repaired = f"{path}: cut off an unfinished last line of {torn} bytes; {len(items)} finished {kind.item}s are kept"
     except OSError as error:
         os.close(lock)
         raise UserError(f"cannot use the {kind.noun} {path}: {error.strerror}") from error
@@ -205,9 +201,7 @@ def _check_header(path: Path, kind: LogKind[Item], line: bytes, fingerprint: Map
     if not isinstance(header, dict) or header.get("schema") != kind.schema or not line.endswith(b"\n"):
         raise UserError(f"{path}, line 1 is not the header of {_with_article(kind.noun)}; choose another folder")
     if header.get("version") != kind.version:
-        raise UserError(
-            f"{path} has version {header.get('version')}, this program reads {kind.version}; choose another folder"
-        )
+        raise UserError(f"{path} has version {header.get('version')}, this program reads {kind.version}; choose another folder")
     # Compared after a round trip through JSON, which turns tuples into lists.
     stored, now = json_leaves(header.get("fingerprint")), json_leaves(json.loads(json.dumps(fingerprint)))
     names = [*stored, *(name for name in now if name not in stored)]

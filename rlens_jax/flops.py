@@ -55,14 +55,7 @@ PUBLISHED_DECODERS: Mapping[str, PublishedDecoder] = {
 
 
 def layer_cost(
-    sizes: LayerSizes,
-    num_text: int,
-    num_visual: int,
-    reduction: Reduction,
-    *,
-    hollow: bool,
-    dynamic: bool,
-    with_probes: bool,
+    sizes: LayerSizes, num_text: int, num_visual: int, reduction: Reduction, *, hollow: bool, dynamic: bool, with_probes: bool
 ) -> int:
     """Multiply-adds of one layer in the prefill of one sample, an exact integer.
 
@@ -98,13 +91,7 @@ def visual_in_layer(pruning: Pruning | None, num_visual: int, num_layers: int) -
 
 
 def prefill_cost(
-    sizes: LayerSizes,
-    num_text: int,
-    visual_in_layer: Sequence[int],
-    plan: Plan,
-    reduction: Reduction,
-    *,
-    with_probes: bool,
+    sizes: LayerSizes, num_text: int, visual_in_layer: Sequence[int], plan: Plan, reduction: Reduction, *, with_probes: bool
 ) -> int:
     """Multiply-adds of all decoder layers in the prefill of one sample.
 
@@ -148,13 +135,7 @@ def saving(
 
 
 def prefill_summary(
-    sizes: LayerSizes,
-    num_layers: int,
-    num_text: int,
-    num_visual: int,
-    plan: Plan,
-    reduction: Reduction,
-    pruning: Pruning | None,
+    sizes: LayerSizes, num_layers: int, num_text: int, num_visual: int, plan: Plan, reduction: Reduction, pruning: Pruning | None
 ) -> dict[str, Any]:
     """Multiply-adds of the dense prefill, and of the reduced one without and with probes, as `rlens_jax.cost` writes them."""
     visual = visual_in_layer(pruning, num_visual, num_layers)
@@ -173,15 +154,8 @@ def prefill_summary(
 
 
 def mean_saving(
-    sizes: LayerSizes,
-    samples: Sequence[tuple[int, int]],
-    num_layers: int,
-    reduction: Reduction,
-    plan: Plan,
-    with_probes: bool,
+    sizes: LayerSizes, samples: Sequence[tuple[int, int]], num_layers: int, reduction: Reduction, plan: Plan, with_probes: bool
 ) -> float:
     """`saving`, mean over `samples`, each with its numbers of text and visual tokens; padding does not count."""
-    shares = [
-        saving(sizes, text, [visual] * num_layers, plan, reduction, with_probes=with_probes) for text, visual in samples
-    ]
+    shares = [saving(sizes, text, [visual] * num_layers, plan, reduction, with_probes=with_probes) for text, visual in samples]
     return sum(shares) / len(shares)

@@ -80,8 +80,7 @@ class TokenLayout:
         """All packed slots, text run first."""
         text, visual = self.text, self.visual
         return Slots(
-            jnp.concatenate([text.position, visual.position], axis=1),
-            jnp.concatenate([text.ordinal, visual.ordinal], axis=1),
+            jnp.concatenate([text.position, visual.position], axis=1), jnp.concatenate([text.ordinal, visual.ordinal], axis=1)
         )
 
     @property

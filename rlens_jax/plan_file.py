@@ -110,9 +110,7 @@ def parse_first(text: str) -> dict[Operator, int]:
         name, _, count = (piece.strip() for piece in part.partition("="))
         operator = next((known for known in OPERATORS if known == name), None)
         if operator is None or not count.isdecimal():
-            raise UserError(
-                f"the first layers must be given as attention=11,ffn=5, not {text!r}{suggest(name, OPERATORS)}"
-            )
+            raise UserError(f"the first layers must be given as attention=11,ffn=5, not {text!r}{suggest(name, OPERATORS)}")
         if operator in counts:
             raise UserError(f"the first layers of {operator} are given twice in {text!r}")
         counts[operator] = int(count)
@@ -124,9 +122,7 @@ def _from_plan(fields: Mapping[str, Any]) -> PlanFile:
         if name not in _FIELDS:
             raise UserError(f"unknown field {name!r}{suggest(name, _FIELDS)}; known: {', '.join(_FIELDS)}")
     if fields.get("format") != FORMAT:
-        raise UserError(
-            f"field 'format' must be {FORMAT!r}, not {fields.get('format')!r}; is this a plan, or a ranking.json?"
-        )
+        raise UserError(f"field 'format' must be {FORMAT!r}, not {fields.get('format')!r}; is this a plan, or a ranking.json?")
     num_layers = fields.get("num_layers")
     if num_layers is not None and (type(num_layers) is not int or num_layers < 1):
         raise UserError(f"num_layers must be a whole number, at least 1, not {num_layers!r}")
@@ -147,9 +143,7 @@ def _pruning(fields: Any) -> Pruning | None:
         raise UserError(f"pruning must be null or an object with a method, not {fields!r}")
     method = fields["method"]
     if method not in _METHODS:
-        raise UserError(
-            f"pruning.method must be one of {', '.join(_METHODS)}, not {method!r}{suggest(method, _METHODS)}"
-        )
+        raise UserError(f"pruning.method must be one of {', '.join(_METHODS)}, not {method!r}{suggest(method, _METHODS)}")
     known = [item.name for item in dataclasses.fields(_METHODS[method])]
     values = {name: value for name, value in fields.items() if name != "method"}
     for name in values:

@@ -30,9 +30,7 @@ def pytree(cls: type[T]) -> type[T]:
         return list(zip(keys, children, strict=True)), structure
 
     def unflatten(structure: tuple[Any, ...], children: Iterable[Any]) -> Any:
-        return unchecked(
-            dataclass, **dict(zip(static, structure, strict=True)), **dict(zip(leaves, children, strict=True))
-        )
+        return unchecked(dataclass, **dict(zip(static, structure, strict=True)), **dict(zip(leaves, children, strict=True)))
 
     jax.tree_util.register_pytree_with_keys(dataclass, flatten_with_keys, unflatten, flatten)
     return dataclass

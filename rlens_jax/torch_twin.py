@@ -99,16 +99,12 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
                 layers = getattr(inner, "layers", None)
                 if isinstance(layers, nn.ModuleList) and all(_fits(layer) for layer in layers):
                     return layers
-    raise UserError(
-        f"{type(model).__name__}: has no language_model with layers of self_attn and mlp (gate, up and down)"
-    )
+    raise UserError(f"{type(model).__name__}: has no language_model with layers of self_attn and mlp (gate, up and down)")
 
 
 def _fits(layer: nn.Module) -> bool:
     mlp = getattr(layer, "mlp", None)
-    return hasattr(layer, "self_attn") and all(
-        hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")
-    )
+    return hasattr(layer, "self_attn") and all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
 
 
 def _image_token(model: nn.Module) -> int:
@@ -140,9 +136,7 @@ class _Pass:
         """Start a pass; `is_visual` is bool [B, T], `cache` has the earlier tokens."""
         first = cache is None or cache.get_seq_length() == 0
         if not first and bool(is_visual.any()):
-            raise UserError(
-                "visual tokens after the first pass cannot be reduced: the probes need all visual tokens of a sample"
-            )
+            raise UserError("visual tokens after the first pass cannot be reduced: the probes need all visual tokens of a sample")
         self.is_visual = is_visual if first else None
         self.ordinal = is_visual.cumsum(dim=1) - is_visual.long()
 

@@ -5,17 +5,7 @@ from importlib.metadata import version
 
 from rlens_jax import __version__
 
-PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "numpy",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "pillow",
-    "orbax-checkpoint",
-)
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors", "pillow", "orbax-checkpoint")
 
 
 def versions() -> dict[str, str]:

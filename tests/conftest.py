@@ -7,12 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 # These must be set before the imports below.
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "MPLBACKEND": "agg",
-}
+os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "MPLBACKEND": "agg"}
 # Most of the tests' time is spent compiling, and the compiled code computes little.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 

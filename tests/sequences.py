@@ -39,9 +39,7 @@ def random_rows(rng: np.random.Generator, masks: Sequence[np.ndarray], *shape: i
 
 
 def pack(
-    rows: Sequence[np.ndarray],
-    layout: TokenLayout,
-    padding: Callable[[tuple[int, ...]], np.ndarray] = np.zeros,
+    rows: Sequence[np.ndarray], layout: TokenLayout, padding: Callable[[tuple[int, ...]], np.ndarray] = np.zeros
 ) -> np.ndarray:
     """`pack_rows`, with `padding(shape)` in the empty slots."""
     packed = pack_rows(rows, layout)

@@ -122,11 +122,5 @@ print("an error", file=sys.stderr)
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     for terminal in ([], ["terminal"]):
-        run = subprocess.run(
-            [sys.executable, "-c", code, *terminal],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=environment,
-        )
+        run = subprocess.run([sys.executable, "-c", code, *terminal], capture_output=True, text=True, check=True, env=environment)
         assert (run.stdout, run.stderr) == ("", "an error\n")

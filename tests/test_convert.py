@@ -185,11 +185,7 @@ def test_the_record(good: Path, tmp_path: Path) -> None:
     assert record["source"] == {"name": "model", "revision": None}
     assert record["versions"]["jax"] == jax.__version__
     expected = {
-        path.name: {
-            "name": path.name,
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        }
+        path.name: {"name": path.name, "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for path in good.iterdir()
         if path.name != "pytorch_model.bin"
     }
@@ -305,10 +301,7 @@ def test_a_disk_that_is_too_small_is_told_at_once(source: Path, tmp_path: Path, 
 
 BAD = {
     "neither folder nor hub name": (["nowhere", "x"], "nowhere: no such folder"),
-    "not in the offline cache": (
-        ["nobody/nothing", "x"],
-        "nobody/nothing: no such folder, and the hub cannot provide it",
-    ),
+    "not in the offline cache": (["nobody/nothing", "x"], "nobody/nothing: no such folder, and the hub cannot provide it"),
     "no target": (["embedded"], "DST"),
     "unknown dtype": (["embedded", "x", "--dtype=float8"], "float8"),
     "misspelt option": (["embedded", "x", "--dtyp=float32"], "did you mean '--dtype'?"),

@@ -41,12 +41,7 @@ def test_published_savings(
 
 @pytest.mark.parametrize(
     ("model", "drop", "percent"),
-    [
-        ("internvl2-8b", "0.3", 71.6),
-        ("qwen2-vl-7b", "0.3", 72.1),
-        ("internvl2-8b", "0.5", 53.2),
-        ("qwen2-vl-7b", "0.5", 53.9),
-    ],
+    [("internvl2-8b", "0.3", 71.6), ("qwen2-vl-7b", "0.3", 72.1), ("internvl2-8b", "0.5", 53.2), ("qwen2-vl-7b", "0.5", 53.9)],
 )
 def test_fastv_after_layer_two(tmp_path: Path, model: str, drop: str, percent: float) -> None:
     result = tmp_path / "cost.json"

@@ -64,12 +64,7 @@ def test_the_published_savings_are_about_half_the_layers(sizes, num_layers, redu
 
 @pytest.mark.parametrize(
     ("sizes", "num_layers", "dropped", "percent"),
-    [
-        (INTERNVL2_8B, 32, 0.3, 71.6),
-        (QWEN2_VL_7B, 28, 0.3, 72.1),
-        (INTERNVL2_8B, 32, 0.5, 53.2),
-        (QWEN2_VL_7B, 28, 0.5, 53.9),
-    ],
+    [(INTERNVL2_8B, 32, 0.3, 71.6), (QWEN2_VL_7B, 28, 0.3, 72.1), (INTERNVL2_8B, 32, 0.5, 53.2), (QWEN2_VL_7B, 28, 0.5, 53.9)],
 )
 def test_token_pruning_after_layer_two(sizes, num_layers, dropped, percent):
     visual = visual_in_layer(FastV(2, dropped), NUM_VISUAL, num_layers)

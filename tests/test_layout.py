@@ -84,11 +84,7 @@ def test_pack_layout_of_two_images():
     empty = 2**30
     np.testing.assert_array_equal(layout.text_position, [[0, 3, empty], [0, 1, empty]])
     np.testing.assert_array_equal(layout.visual_position, [[1, 2, 4, empty], [empty] * 4])
-    assert (layout.num_text.tolist(), layout.num_visual.tolist(), layout.sample.tolist()) == (
-        [2, 2],
-        [3, 0],
-        [7, 9],
-    )
+    assert (layout.num_text.tolist(), layout.num_visual.tolist(), layout.sample.tolist()) == ([2, 2], [3, 0], [7, 9])
     assert layout.num_tokens.tolist() == [5, 2]
     slots = make_layout([spell("tvvtv")]).slots
     assert isinstance(slots, Slots)

@@ -38,8 +38,4 @@ def test_how_many_visual_tokens_are_left():
 def test_pruning_is_hashable_and_says_what_it_is():
     assert {FastV(2, "0.50"), FastV(2, 0.5)} == {FastV()}
     labels = [pruning.label() for pruning in (FastV(3, 0.3), VTW(15), Folder(0.665))]
-    assert labels == [
-        "FastV after layer 3 drops 30 %",
-        "VTW after layer 15",
-        "FOLDER-style merging of 66.5 %",
-    ]
+    assert labels == ["FastV after layer 3 drops 30 %", "VTW after layer 15", "FOLDER-style merging of 66.5 %"]

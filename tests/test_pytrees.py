@@ -31,18 +31,7 @@ ROTARY = (jnp.zeros((2, LAYOUT.bucket.slots, 4)),) * 2
         lambda: LayerRecord(jnp.zeros((2, 1, 9, 4)), jnp.zeros((2, 1, 9, 4)), jnp.zeros((2, 5), int)),
         lambda: Context(LAYOUT, (ROTARY[0], ROTARY[1][:, 1:]), jax.random.key(0)),
     ],
-    ids=[
-        "Slots",
-        "TokenLayout",
-        "Kept",
-        "FfnWeights",
-        "HalvedStack",
-        "TracedPlan",
-        "dtype",
-        "KVCache",
-        "LayerRecord",
-        "Context",
-    ],
+    ids=["Slots", "TokenLayout", "Kept", "FfnWeights", "HalvedStack", "TracedPlan", "dtype", "KVCache", "LayerRecord", "Context"],
 )
 def test_a_wrong_shape_is_refused(make):
     with pytest.raises(TypeError, match="Type-check error"):

@@ -38,12 +38,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(cache: Path, output: Path) -> list[str]:
-    return [
-        f"--output={output}",
-        f"--data.cache={cache / 'data'}",
-        f"--compute.compilation_cache={cache / 'compiled'}",
-        *SMALL,
-    ]
+    return [f"--output={output}", f"--data.cache={cache / 'data'}", f"--compute.compilation_cache={cache / 'compiled'}", *SMALL]
 
 
 def rank(arguments: Sequence[str]) -> int:
@@ -188,9 +183,7 @@ def test_a_torn_last_line_is_repaired_and_said_so(
     assert (output / "ranking.json").read_bytes() == (finished / "ranking.json").read_bytes()
 
 
-def test_a_journal_of_another_configuration_is_refused(
-    finished: Path, cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_journal_of_another_configuration_is_refused(finished: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     assert rank([*options(cache, finished), "--reduction.attention_range=7"]) == 2
     message = capsys.readouterr().err
@@ -280,9 +273,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_clear_line(
-    case: str, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_clear_line(case: str, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make, expected = BAD[case]
     extra = make(tmp_path)
     output = tmp_path / "out"

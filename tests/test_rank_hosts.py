@@ -41,9 +41,7 @@ def start_all(folder: Path, output: Path, count: int, *more: Sequence[str]) -> l
     together = [f"--hosts.coordinator=localhost:{port}", f"--hosts.num_processes={count}"]
     together += ["--hosts.heartbeat_seconds=10"]
     options = more or ((),) * count
-    return [
-        start(folder, output, [*together, f"--hosts.process_id={index}", *options[index]]) for index in range(count)
-    ]
+    return [start(folder, output, [*together, f"--hosts.process_id={index}", *options[index]]) for index in range(count)]
 
 
 def ends(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:

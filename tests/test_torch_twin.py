@@ -97,14 +97,10 @@ def test_padding_side_does_not_matter(model, examples) -> None:
     length = inputs["input_ids"].shape[1]
     left = dict(inputs)
     for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-        left[name] = torch.stack(
-            [row.roll(length - len(e.token_ids)) for row, e in zip(inputs[name], examples, strict=True)]
-        )
+        left[name] = torch.stack([row.roll(length - len(e.token_ids)) for row, e in zip(inputs[name], examples, strict=True)])
     with reduced(model, BOTH, SMALL):
         right_padded, left_padded = logits(model, inputs), logits(model, left)
-    unrolled = torch.stack(
-        [row.roll(len(e.token_ids) - length, 0) for row, e in zip(left_padded, examples, strict=True)]
-    )
+    unrolled = torch.stack([row.roll(len(e.token_ids) - length, 0) for row, e in zip(left_padded, examples, strict=True)])
     assert_close(real(unrolled, examples), real(right_padded, examples), 1e-5)
 
 
@@ -153,11 +149,7 @@ def tiny_internvl() -> torch.nn.Module:
         "patch_size": [2, 2],
     }
     config = InternVLConfig(
-        vision_config=vision,
-        text_config=tiny_text(),
-        image_token_id=45,
-        image_seq_length=4,
-        attn_implementation="eager",
+        vision_config=vision, text_config=tiny_text(), image_token_id=45, image_seq_length=4, attn_implementation="eager"
     )
     return InternVLForConditionalGeneration(config)
 
@@ -203,9 +195,7 @@ def test_other_families(make) -> None:
         mask = torch.zeros(1, 1, ids.shape[1], ids.shape[1]).masked_fill(
             ~torch_reductions.hollow_mask(visual, 5), torch.finfo(torch.float32).min
         )
-        plain = torch.zeros_like(mask).masked_fill(
-            ~torch_reductions.hollow_mask(visual, None), torch.finfo(torch.float32).min
-        )
+        plain = torch.zeros_like(mask).masked_fill(~torch_reductions.hollow_mask(visual, None), torch.finfo(torch.float32).min)
         x = layers[0](x, attention_mask=mask, position_embeddings=turn)
         y = x + layers[1].self_attn(layers[1].input_layernorm(x), position_embeddings=turn, attention_mask=plain)[0]
         mlp = layers[1].mlp
@@ -223,18 +213,12 @@ def test_other_families(make) -> None:
 
 
 def test_what_cannot_be_reduced_is_refused(model, examples) -> None:
-    with (
-        pytest.raises(UserError, match=r"layer 5, but the model has 5 layers"),
-        reduced(model, Plan(ffn=(5,)), SMALL),
-    ):
+    with pytest.raises(UserError, match=r"layer 5, but the model has 5 layers"), reduced(model, Plan(ffn=(5,)), SMALL):
         pass
     with pytest.raises(UserError, match="Linear: has no language_model"):
         decoder_layers(torch.nn.Linear(2, 2))
     model.config.text_config._attn_implementation = "flash_attention_2"
-    with (
-        pytest.raises(UserError, match="load the model with attn_implementation eager or sdpa"),
-        reduced(model, BOTH, SMALL),
-    ):
+    with pytest.raises(UserError, match="load the model with attn_implementation eager or sdpa"), reduced(model, BOTH, SMALL):
         pass
     model.set_attn_implementation("eager")
     inputs = hf_inputs(examples[:1])
@@ -250,10 +234,7 @@ def test_scores_that_are_no_numbers(examples) -> None:
     spoilt = tiny_qwen2_vl(0)
     with torch.no_grad():
         decoder_layers(spoilt)[1].mlp.up_proj.weight[3, 4] = torch.nan
-    with (
-        pytest.raises(UserError, match="layer 1: probe scores are not numbers"),
-        reduced(spoilt, BOTH, SMALL),
-    ):
+    with pytest.raises(UserError, match="layer 1: probe scores are not numbers"), reduced(spoilt, BOTH, SMALL):
         logits(spoilt, hf_inputs(examples))
 
 

@@ -133,13 +133,7 @@ def test_agreement(model: Path, bundle: Path, tmp_path: Path, capsys) -> None:
         assert case["within_tolerance"] is True
         assert case["parting"] is None
     markdown = text.read_text()
-    for part in (
-        "| case_03.safetensors | attention 0+2-3, ffn 1-2+4 |",
-        "weather",
-        "rain",
-        "pytorch",
-        "## States",
-    ):
+    for part in ("| case_03.safetensors | attention 0+2-3, ffn 1-2+4 |", "weather", "rain", "pytorch", "## States"):
         assert part in markdown
 
 
@@ -230,9 +224,7 @@ def test_another_range_is_told_from_the_dense_case(theirs, model: Path, inputs, 
     assert "case_01.safetensors: they first differ in layer 1, in attention" in parting(capsys, model, bundle)
     for number in (0, 1):
         edit_case(bundle, number, forget_states)
-    assert "they differ in a layer with reduced attention: with that dense, they agree" in parting(
-        capsys, model, bundle
-    )
+    assert "they differ in a layer with reduced attention: with that dense, they agree" in parting(capsys, model, bundle)
 
 
 def test_kept_units_are_imposed_and_the_own_choice_reported(theirs, model: Path, inputs, tmp_path: Path) -> None:
@@ -369,45 +361,27 @@ BAD = {
         lambda b: edit_manifest(b, lambda m: m.update(family="llava_onevision")),
         "the bundle is for 'llava_onevision', the model is a 'qwen2_vl'",
     ),
-    "no version": (
-        lambda b: edit_manifest(b, lambda m: m["framework"].pop("version")),
-        "framework: the field version",
-    ),
+    "no version": (lambda b: edit_manifest(b, lambda m: m["framework"].pop("version")), "framework: the field version"),
     "file elsewhere": (in_case(file="../x.safetensors"), "file must be the name of a file in the bundle"),
-    "missing file": (
-        in_case(file="x.safetensors"),
-        "x.safetensors: no such file, though manifest.json names it",
-    ),
+    "missing file": (in_case(file="x.safetensors"), "x.safetensors: no such file, though manifest.json names it"),
     "cut file": (cut("case_03.safetensors"), "case_03.safetensors: not a complete safetensors file"),
     "layer twice": (in_case(plan={"attention": [1, 1], "ffn": []}), "plan.attention names layer 1 twice"),
     "layer out of range": (
         in_case(plan={"attention": [], "ffn": [5]}),
         "the plan reduces ffn in layer 5, but the model has 5 layers",
     ),
-    "plan without ffn": (
-        in_case(plan={"attention": [1], "fnn": []}),
-        "the field ffn is missing (is it 'fnn'?)",
-    ),
-    "another operator": (
-        in_case(plan={"attention": [1], "ffn": [], "mlp": []}),
-        "plan has no operator 'mlp'",
-    ),
+    "plan without ffn": (in_case(plan={"attention": [1], "fnn": []}), "the field ffn is missing (is it 'fnn'?)"),
+    "another operator": (in_case(plan={"attention": [1], "ffn": [], "mlp": []}), "plan has no operator 'mlp'"),
     "fraction": (in_case(active_fraction=2), "active_fraction must be a decimal number above 0"),
     "window": (in_case(window="ordinals"), "did you mean 'ordinal'?"),
     "random probes": (
-        lambda b: (
-            without("kept_units.2")(b),
-            edit_manifest(b, lambda m: m["cases"][3].update(probe="random")),
-        ),
+        lambda b: (without("kept_units.2")(b), edit_manifest(b, lambda m: m["cases"][3].update(probe="random"))),
         "so kept_units.2 is needed",
     ),
     "no logits": (without("logits"), "case_03.safetensors: has no logits"),
     "logits of another vocabulary": (tensor("logits", lambda a: a[:, :, 1:]), "logits has shape"),
     "logits of another length": (tensor("logits", lambda a: a[:, 1:]), "logits has shape"),
-    "logits in float16": (
-        tensor("logits", lambda a: a.astype(np.float16)),
-        "logits has dtype F16, expected F32",
-    ),
+    "logits in float16": (tensor("logits", lambda a: a.astype(np.float16)), "logits has dtype F16, expected F32"),
     "logits that are no numbers": (tensor("logits", with_value(np.nan)), "logits holds NaN"),
     "positions outside": (
         add("logits_positions", np.array([[99], [0], [0]])),
@@ -432,21 +406,12 @@ BAD = {
     ),
     "two frames": (tensor("image_grid_thw", with_value(2)), "image_grid_thw has 2 frames; only images"),
     "token types": (tensor("mm_token_type_ids", with_value(1)), "mm_token_type_ids"),
-    "unit out of range": (
-        tensor("kept_units.2", with_value(77)),
-        "kept_units.2 names a unit twice or one outside",
-    ),
+    "unit out of range": (tensor("kept_units.2", with_value(77)), "kept_units.2 names a unit twice or one outside"),
     "unit twice": (tensor("kept_units.2", np.zeros_like), "kept_units.2 names a unit twice"),
     "too few units": (tensor("kept_units.2", lambda a: a[:, 1:]), "kept_units.2 has shape [3, 22]"),
     "units of a dense layer": (add("kept_units.0", np.zeros((3, 23), np.int64)), "reduces no FFN in layer 0"),
-    "states of another width": (
-        tensor("hidden_states.1", lambda a: a[:, :, 1:]),
-        "hidden_states.1 has shape",
-    ),
-    "states of layer 5": (
-        add("hidden_states.5", np.zeros((3, 43, 60), np.float32)),
-        "hidden_states.5 is of a layer",
-    ),
+    "states of another width": (tensor("hidden_states.1", lambda a: a[:, :, 1:]), "hidden_states.1 has shape"),
+    "states of layer 5": (add("hidden_states.5", np.zeros((3, 43, 60), np.float32)), "hidden_states.5 is of a layer"),
 }
 
 
@@ -527,10 +492,7 @@ def test_rankings(tmp_path: Path, capsys) -> None:
 
 def test_rankings_of_the_same_operators_are_compared(tmp_path: Path, capsys) -> None:
     (tmp_path / "b").mkdir()
-    a, b = (
-        ranking_json(tmp_path, ffn=[3, 2, 1, 0]),
-        ranking_json(tmp_path / "b", ffn=[0, 1, 2, 3], attention=[0, 1, 2, 3]),
-    )
+    a, b = (ranking_json(tmp_path, ffn=[3, 2, 1, 0]), ranking_json(tmp_path / "b", ffn=[0, 1, 2, 3], attention=[0, 1, 2, 3]))
     assert validate("--rankings", a, b) == 0
     assert capsys.readouterr().out.startswith("ffn\nKendall's tau -1.000")
 

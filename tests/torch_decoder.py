@@ -67,15 +67,9 @@ class TorchDecoder:
         logits = self.rms_norm(x, self.weights["norm.scale"]) @ self.weights[head].T
         return Pass(logits, positions.tolist(), gap)
 
-    def layer(
-        self, x: Tensor, layer: int, is_visual: Tensor, rope: Tensor, settings: Settings
-    ) -> tuple[Tensor, Tensor]:
+    def layer(self, x: Tensor, layer: int, is_visual: Tensor, rope: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
         """States after the layer, and its attention weights [N, T, T]."""
-        w = {
-            name.removeprefix("layers."): value[layer]
-            for name, value in self.weights.items()
-            if name.startswith("layers.")
-        }
+        w = {name.removeprefix("layers."): value[layer] for name, value in self.weights.items() if name.startswith("layers.")}
         y = self.rms_norm(x, w["input_norm.scale"])
         q, k, v = (
             torch.einsum("td,dnh->nth", y, w[f"attention.{name}.kernel"]) + w[f"attention.{name}.bias"][:, None]
@@ -95,9 +89,7 @@ class TorchDecoder:
             y = (torch.nn.functional.silu(y @ gate.T) * (y @ up.T)) @ down
         return x + y, weights
 
-    def greedy(
-        self, x: Tensor, is_visual: Tensor, rope: Tensor, next_rope: int, count: int, settings: Settings
-    ) -> list[int]:
+    def greedy(self, x: Tensor, is_visual: Tensor, rope: Tensor, next_rope: int, count: int, settings: Settings) -> list[int]:
         """The tokens after a prompt, each by a pass over everything so far."""
         last, tokens = len(x) - 1, []
         for step in range(count):

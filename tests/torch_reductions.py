@@ -67,11 +67,7 @@ def choose_units(hidden: Tensor, active_fraction: str) -> Selection:
     width = len(scores)
     num_units = min(width, max(1, floor_product(width, active_fraction, "0.5")))
     ranked, order = torch.sort(scores, descending=True, stable=True)
-    gap = (
-        float("inf")
-        if num_units == width
-        else float((ranked[num_units - 1] - ranked[num_units]) / ranked[num_units - 1])
-    )
+    gap = float("inf") if num_units == width else float((ranked[num_units - 1] - ranked[num_units]) / ranked[num_units - 1])
     return Selection(order[:num_units], gap)
 
 
@@ -159,9 +155,7 @@ def reduced(
                 weights = (module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight)
                 record.selections[layer] = []
                 for sample, visual in enumerate(is_visual):
-                    row, selection = dynamic_ffn(
-                        x[sample, : len(visual)], *weights, visual, active_fraction, probe_fraction
-                    )
+                    row, selection = dynamic_ffn(x[sample, : len(visual)], *weights, visual, active_fraction, probe_fraction)
                     y[sample, : len(visual)] = row
                     record.selections[layer].append(selection)
             return y

@@ -89,10 +89,7 @@ def read_model_kind(model: str | Path) -> ModelKind:
 
 
 def load_model(
-    model: str | Path,
-    dtype: DTypeLike,
-    check_finite: bool = True,
-    mesh: Mesh | None = None,
+    model: str | Path, dtype: DTypeLike, check_finite: bool = True, mesh: Mesh | None = None
 ) -> tuple[ModelKind, VisionLanguageModel]:
     """Load a model with its weights rounded to `dtype`.
 

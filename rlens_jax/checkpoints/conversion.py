@@ -52,16 +52,7 @@ from rlens_jax.versions import versions
 
 FORMAT = "rlens-conversion/1"
 RECORD, CARRIED = "conversion.json", "carried.safetensors"
-WEIGHTS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    *PICKLED,
-    "*.bin.index.json",
-    "*.gguf",
-    "*.h5",
-    "*.msgpack",
-    "*.onnx",
-)
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", *PICKLED, "*.bin.index.json", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
 READ_BYTES = 1 << 22
 
 Advance = Callable[[int], None]
@@ -89,13 +80,7 @@ def source_bytes(source: Path) -> int:
 
 
 def to_orbax(
-    source: Path,
-    target: Path,
-    dtype: np.dtype | None,
-    advance: Advance,
-    *,
-    name: str,
-    revision: str | None = None,
+    source: Path, target: Path, dtype: np.dtype | None, advance: Advance, *, name: str, revision: str | None = None
 ) -> Converted:
     """Convert published safetensors; `target` appears whole or not at all. One layer or tensor is in memory at a time.
 
@@ -159,8 +144,7 @@ def to_safetensors(source: Path, target: Path, advance: Advance) -> Converted:
     table = kind.table()
     carried = {item["name"]: item["reason"] for item in record["carried"]}
     listed = [
-        (item["file"], Entry(item["name"], item["dtype"], tuple(item["shape"]), item["num_bytes"]))
-        for item in record["tensors"]
+        (item["file"], Entry(item["name"], item["dtype"], tuple(item["shape"]), item["num_bytes"])) for item in record["tensors"]
     ]
     spellings = _spellings(source, table, [(file, entry.name) for file, entry in listed if entry.name not in carried])
     total = sum(entry.num_bytes for _, entry in listed)
@@ -169,8 +153,7 @@ def to_safetensors(source: Path, target: Path, advance: Advance) -> Converted:
         files = dict.fromkeys(file for file, _ in listed)
         with ExitStack() as stack:
             writers = {
-                file: stack.enter_context(Writer(unfinished / file, [e for name, e in listed if name == file]))
-                for file in files
+                file: stack.enter_context(Writer(unfinished / file, [e for name, e in listed if name == file])) for file in files
             }
             _write_tensors(orbax_store.Reader(source), table, spellings, writers, advance)
             for file, entry in listed:
@@ -238,9 +221,7 @@ def _groups(table: Table) -> Iterator[list[Tensor]]:
     return together(groups, lambda tensor: 4 * prod(tensor.shape))
 
 
-def _read_group(
-    group: list[Tensor], published: Published, dtype: np.dtype | None, problems: Problems
-) -> dict[str, np.ndarray]:
+def _read_group(group: list[Tensor], published: Published, dtype: np.dtype | None, problems: Problems) -> dict[str, np.ndarray]:
     leaves = {}
     for tensor in group:
         array, item = published.read(tensor.name), published.matched[tensor.name]
@@ -281,9 +262,7 @@ def _copy_small(files: list[Path], folder: Path, dtype: np.dtype | None) -> None
             shutil.copyfile(path, folder / path.name)
 
 
-def _record(
-    kind: ModelKind, published: Published, dtype: np.dtype | None, name: str, revision: str | None
-) -> dict[str, Any]:
+def _record(kind: ModelKind, published: Published, dtype: np.dtype | None, name: str, revision: str | None) -> dict[str, Any]:
     tensors = []
     for path, entry in published.entries:
         if dtype is not None and entry.name not in published.ignored:

@@ -48,8 +48,7 @@ def layout_of(model: nnx.Module, mesh: Mesh, ffn_form: FfnForm | None = None) ->
     if ffn_form is None:
         (device_kind,) = {device.device_kind for device in mesh.devices.flat}
         forms = {
-            suited_form(leaf.shape[1] // mesh.shape[MODEL], leaf.shape[2], leaf.dtype, device_kind)
-            for leaf in units.values()
+            suited_form(leaf.shape[1] // mesh.shape[MODEL], leaf.shape[2], leaf.dtype, device_kind) for leaf in units.values()
         }
         ffn_form = "halves" if forms == {"halves"} else "rows"
     return ParameterLayout(mesh, axes_of(model), units.keys(), ffn_form)
@@ -91,9 +90,7 @@ def leaf_name(place: Place) -> str:
 def unstacked(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
     """All places of a model by `leaf_name`."""
     places = [
-        Place(path, layer)
-        for path, shape in shapes.items()
-        for layer in (range(shape[0]) if ".layers." in path else [None])
+        Place(path, layer) for path, shape in shapes.items() for layer in (range(shape[0]) if ".layers." in path else [None])
     ]
     return {leaf_name(place): place for place in places}
 
@@ -192,9 +189,7 @@ def _allocate(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) 
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _write(
-    stack: jax.Array, array: jax.Array, layer: jax.Array, sharding: NamedSharding
-) -> tuple[jax.Array, jax.Array]:
+def _write(stack: jax.Array, array: jax.Array, layer: jax.Array, sharding: NamedSharding) -> tuple[jax.Array, jax.Array]:
     """Replace one layer of a stack in place, in the form of the stack; returns the stack and whether the layer is finite."""
     written = jax.lax.dynamic_update_index_in_dim(stack, array.reshape(stack.shape[1:]), layer, axis=0)
     return jax.lax.with_sharding_constraint(written, sharding), jnp.isfinite(array).all()

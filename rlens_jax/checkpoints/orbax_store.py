@@ -126,9 +126,7 @@ def _pieces(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
 
 def _layer_shapes(shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
     """Shape of the array at each place."""
-    return {
-        name: shapes[place.path] if place.layer is None else shapes[place.path][1:] for name, place in places.items()
-    }
+    return {name: shapes[place.path] if place.layer is None else shapes[place.path][1:] for name, place in places.items()}
 
 
 def _metadata(path: Path) -> dict[str, Any]:

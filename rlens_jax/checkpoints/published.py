@@ -35,9 +35,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: those of the index, or model.safetensors, or all."""
     if (folder / INDEX).exists():
         if (folder / SINGLE).exists():
-            raise UserError(
-                f"{folder}: has both {INDEX} and {SINGLE}; remove the one that does not belong to the model"
-            )
+            raise UserError(f"{folder}: has both {INDEX} and {SINGLE}; remove the one that does not belong to the model")
         weight_map = read_json(folder / INDEX).get("weight_map")
         names = set(weight_map.values()) if isinstance(weight_map, dict) else {""}
         if not all(isinstance(name, str) and name for name in names):
@@ -132,9 +130,7 @@ def _open(path: Path) -> Any:
         raise UserError(f"{path}: not a complete safetensors file ({error})") from None
 
 
-def save_hf(
-    folder: str | Path, model: nnx.Module, config_json: Mapping[str, Any], shard_bytes: int = SHARD_BYTES
-) -> None:
+def save_hf(folder: str | Path, model: nnx.Module, config_json: Mapping[str, Any], shard_bytes: int = SHARD_BYTES) -> None:
     """Write a model in the dtype of its parameters; `folder` appears whole or not at all.
 
     Args:

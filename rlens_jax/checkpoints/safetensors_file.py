@@ -15,11 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-DTYPES: Mapping[str, np.dtype] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+DTYPES: Mapping[str, np.dtype] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 """Supported dtypes of parameters, by their names in the format."""
 METADATA = "__metadata__"
 
@@ -78,11 +74,7 @@ class Writer:
         offset = 0
         for entry in tensors:
             end = offset + entry.num_bytes
-            header[entry.name] = {
-                "dtype": entry.dtype,
-                "shape": list(entry.shape),
-                "data_offsets": [offset, end],
-            }
+            header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
             self._places[entry.name] = (offset, entry.num_bytes)
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -103,9 +95,7 @@ class Writer:
         self._file.seek(len(self._start) + offset)
         self._file.write(view)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
         if error is None and self._places:
             raise ValueError(f"{self._path}: not written: {sorted(self._places)}")

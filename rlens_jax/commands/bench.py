@@ -18,9 +18,7 @@ from rlens_jax.flops import PUBLISHED_DECODERS
 def main(arguments: Sequence[str]) -> None:
     """Parse, measure, print."""
     parser = ArgumentParser("python -m rlens_jax.bench", __doc__)
-    parser.add_argument(
-        "--layer", choices=PUBLISHED_DECODERS, default="qwen2-vl-2b", help="the model (default: %(default)s)"
-    )
+    parser.add_argument("--layer", choices=PUBLISHED_DECODERS, default="qwen2-vl-2b", help="the model (default: %(default)s)")
     parser.add_argument("--repeats", metavar="N", type=int, default=15, help="measurements per program (default: 15)")
     add_json_option(parser)
     options = parser.parse_args(arguments)

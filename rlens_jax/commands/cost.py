@@ -27,9 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--visual", metavar="N", type=int, default=1792, help="visual tokens (default: %(default)s)")
     add_plan_options(parser)
     group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--fastv", metavar=("K", "SHARE"), nargs=2, help="drop SHARE of the visual tokens after K layers"
-    )
+    group.add_argument("--fastv", metavar=("K", "SHARE"), nargs=2, help="drop SHARE of the visual tokens after K layers")
     group.add_argument("--vtw", metavar="K", type=int, help="drop all visual tokens after K layers")
     group.add_argument("--folder", metavar="SHARE", help="merge SHARE of the visual tokens away before the first layer")
     add_json_option(parser)

@@ -24,15 +24,9 @@ def main(arguments: Sequence[str]) -> None:
     add_model_options(parser)
     parser.add_argument("--data", metavar="DATA", nargs="+", default=["pages"], help="data sets (default: pages)")
     parser.add_argument(
-        "--output",
-        metavar="DIR",
-        type=Path,
-        default=Path("runs/evaluate"),
-        help="folder for results (default: %(default)s)",
+        "--output", metavar="DIR", type=Path, default=Path("runs/evaluate"), help="folder for results (default: %(default)s)"
     )
-    parser.add_argument(
-        "--baseline", action="store_true", help="also answer with the dense model, and report the differences"
-    )
+    parser.add_argument("--baseline", action="store_true", help="also answer with the dense model, and report the differences")
     parser.add_argument("--limit", metavar="N", type=int, help="use only the first N questions of each data set")
     parser.add_argument(
         "--md5",

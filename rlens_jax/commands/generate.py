@@ -25,9 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     add_model_options(parser)
     parser.add_argument("--image", metavar="FILE", nargs="+", type=Path, default=[], help="the images, in order")
     parser.add_argument("--prompt", metavar="TEXT", help="the question")
-    parser.add_argument(
-        "--max-new-tokens", metavar="N", type=int, default=128, help="max tokens of the answer (default: 128)"
-    )
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="max tokens of the answer (default: 128)")
     options = parser.parse_args(arguments)
     if options.prompt is None:
         parser.error("--prompt TEXT is missing")
@@ -37,9 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     from rlens_jax.engine.startup import start_jax
 
     start_jax("highest", cache_folder() / "compiled")
-    model = load(
-        options.model, dtype=options.dtype, chunk=options.chunk, model_shards=options.model_shards, seed=options.seed
-    )
+    model = load(options.model, dtype=options.dtype, chunk=options.chunk, model_shards=options.model_shards, seed=options.seed)
     print(model.generate(options.image, options.prompt, plan, max_new_tokens=options.max_new_tokens))
 
 

@@ -39,9 +39,7 @@ class RunParser(ArgumentParser):
         output: default of `--output`, in place of the configuration's.
     """
 
-    def __init__(
-        self, prog: str, usage: str, description: str, *, preset: str = DEFAULT_PRESET, output: str | None = None
-    ):
+    def __init__(self, prog: str, usage: str, description: str, *, preset: str = DEFAULT_PRESET, output: str | None = None):
         super().__init__(prog, description, add_help=False)
         self.usage = f"%(prog)s {usage} [--config FILE] [--GROUP.FIELD VALUE ...]"
         self.epilog = "Write lists as 16,32 (in YAML as [16, 32]) and no value as null."
@@ -63,13 +61,7 @@ class RunParser(ArgumentParser):
     def _add_setting(self, section: Any, name: str, metavar: str, *options: str, help: str = "") -> argparse.Action:
         # All settings go to one list, which keeps their order.
         return section.add_argument(
-            *options,
-            dest="settings",
-            action="append",
-            default=[],
-            type=partial(_setting, name),
-            metavar=metavar,
-            help=help,
+            *options, dest="settings", action="append", default=[], type=partial(_setting, name), metavar=metavar, help=help
         )
 
     def parse_run(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:

@@ -41,11 +41,7 @@ def main(arguments: Sequence[str]) -> None:
         default = getattr(Reduction(), name)
         option = "--" + name.replace("_", "-")
         parser.add_argument(
-            option,
-            metavar="X",
-            type=type(default),
-            default=default,
-            help="--dump: see rlens_jax.rank (default: %(default)s)",
+            option, metavar="X", type=type(default), default=default, help="--dump: see rlens_jax.rank (default: %(default)s)"
         )
     parser.add_argument("--no-states", action="store_true", help="--dump: write no hidden states")
     options = parser.parse_args(arguments)

@@ -35,9 +35,7 @@ def read_jsonl(path: Path) -> list[Sample]:
             continue
         sample = _sample(_row(line, f"{path}:{number}"), path, number)
         if sample.id in line_of_id:
-            raise UserError(
-                f"{path}:{number}: field 'id': line {line_of_id[sample.id]} has the id {sample.id!r} already"
-            )
+            raise UserError(f"{path}:{number}: field 'id': line {line_of_id[sample.id]} has the id {sample.id!r} already")
         line_of_id[sample.id] = number
         samples.append(sample)
     if not samples:
@@ -54,9 +52,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
         if name in _VIDEO_FIELDS:
             raise UserError(f"{where}: field {name!r}: videos are not supported, only images")
         if name not in _FIELDS:
-            raise UserError(
-                f"{where}: unknown field {name!r}{suggest(name, _FIELDS)}; known fields: {', '.join(_FIELDS)}"
-            )
+            raise UserError(f"{where}: unknown field {name!r}{suggest(name, _FIELDS)}; known fields: {', '.join(_FIELDS)}")
     return row
 
 

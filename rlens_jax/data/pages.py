@@ -244,12 +244,7 @@ def _compare(rng: np.random.Generator, page: Page) -> _Parts:
         one, other = rng.choice(rows * columns, 2, replace=False)
         names = [f"row {cell // columns + 1} column {cell % columns + 1}" for cell in (one, other)]
         both = ((int(one) // columns, int(one) % columns), (int(other) // columns, int(other) % columns))
-        return (
-            f"larger digit , {names[0]} or {names[1]} ?",
-            str(page.digits.ravel()[[one, other]].max()),
-            (both,),
-            None,
-        )
+        return (f"larger digit , {names[0]} or {names[1]} ?", str(page.digits.ravel()[[one, other]].max()), (both,), None)
     if kind == "how many":
         row, ink = int(rng.integers(rows)), int(rng.integers(len(INKS)))
         count = str(np.sum(page.inks[row] == ink))

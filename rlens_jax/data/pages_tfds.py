@@ -91,11 +91,7 @@ def read_pages(dataset: str, split: str, data_dir: Path, limit: int | None = Non
         raise UserError(f"unknown split {split!r}{suggest(split, SPLITS)}; known: {', '.join(SPLITS)}")
     if limit is not None and limit < 1:
         raise UserError(f"{dataset}: limit must be at least 1, not {limit}")
-    builder = prepared(
-        lambda: Pages(config=dataset, data_dir=os.fspath(data_dir), file_format="array_record"),
-        dataset,
-        data_dir,
-    )
+    builder = prepared(lambda: Pages(config=dataset, data_dir=os.fspath(data_dir), file_format="array_record"), dataset, data_dir)
     rows = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     return [
         Sample(

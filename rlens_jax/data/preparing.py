@@ -44,8 +44,7 @@ def prepared(make: Callable[[], Any], name: str, data_dir: Path, manual_dir: Pat
             with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(None):
                 # tfds prints a message about downloads and makes a folder for them, although nothing is downloaded.
                 builder.download_and_prepare(
-                    download_dir=downloads,
-                    download_config=tfds.download.DownloadConfig(manual_dir=manual_dir),
+                    download_dir=downloads, download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
                 )
     except OSError as error:
         raise UserError(f"{name} cannot be prepared in {data_dir}: {error}") from error

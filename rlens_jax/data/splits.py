@@ -58,13 +58,7 @@ def load_splits(data: DataConfig, prompt: Callable[[Instance], str], *, seed: in
 
 
 def split_samples(
-    samples: Sequence[Sample],
-    *,
-    validation_samples: int,
-    test_samples: int,
-    held_out_share: float,
-    seed: int,
-    where: str,
+    samples: Sequence[Sample], *, validation_samples: int, test_samples: int, held_out_share: float, seed: int, where: str
 ) -> Splits:
     """Split by images: all questions about an image are in one split, so that the search sees no held-out image."""
     rng = np.random.default_rng(seed)

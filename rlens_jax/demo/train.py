@@ -273,15 +273,7 @@ def train(folder: Path) -> None:
             nnx.replace_by_pure_dict(state, pure)
         log_file = folder / "training_log.jsonl"
         forget_after(log_file, start)
-        source = ahead(
-            batches(
-                SEED,
-                start,
-                MICRO_BATCHES,
-                MICRO_BATCH,
-                {token: number for number, token in enumerate(TOKENS)},
-            )
-        )
+        source = ahead(batches(SEED, start, MICRO_BATCHES, MICRO_BATCH, {token: number for number, token in enumerate(TOKENS)}))
         began = time.monotonic()
         for number in range(start + 1, STEPS + 1):
             state, optimizer_state, log = step(state, optimizer_state, next(source))
@@ -310,9 +302,7 @@ def publish(folder: Path, model: VisionLanguageModel) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Parse and train."""
     parser = ArgumentParser("python -m rlens_jax.demo.train", __doc__)
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder of checkpoints and log; resumed if it has any"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints and log; resumed if it has any")
     train(parser.parse_args(arguments).output)
 
 

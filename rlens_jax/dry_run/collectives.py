@@ -190,9 +190,7 @@ def mesh_axis(groups: list[tuple[int, ...]], mesh_shape: tuple[int, int]) -> Axi
     """The axis of a (work, model) mesh along which groups of devices lie; None if each group is one device."""
     over: set[str] = set()
     for group in groups:
-        rows, columns = (
-            {number[axis] for number in (divmod(device, mesh_shape[1]) for device in group)} for axis in (0, 1)
-        )
+        rows, columns = ({number[axis] for number in (divmod(device, mesh_shape[1]) for device in group)} for axis in (0, 1))
         over |= {name for name, places in (("work", rows), ("model", columns)) if len(places) > 1}
     if over == {"work", "model"}:
         return "work and model"

@@ -109,9 +109,7 @@ class _Walk:
 
     def _fused_flops(self, computation: Computation) -> float:
         return sum(
-            self._fused_flops(self._computations[item.called["calls"]])
-            if item.opcode == "fusion"
-            else flops(item, computation)
+            self._fused_flops(self._computations[item.called["calls"]]) if item.opcode == "fusion" else flops(item, computation)
             for item in computation
         )
 
@@ -191,9 +189,7 @@ def instruction_bytes(item: Instruction, computation: Computation) -> float:
         slice_ = item.shapes[1 if item.opcode == "slice-start" else 0]
         return _hbm(slice_) + (slice_.bytes if reads[0].shapes[0].in_hbm else 0)
     if item.opcode == "gather":
-        return (
-            _hbm(item.shapes[0]) + (item.shapes[0].bytes if reads[0].shapes[0].in_hbm else 0) + _hbm(reads[1].shapes[0])
-        )
+        return _hbm(item.shapes[0]) + (item.shapes[0].bytes if reads[0].shapes[0].in_hbm else 0) + _hbm(reads[1].shapes[0])
     if item.opcode == "dynamic-update-slice":
         update = reads[1].shapes[0]
         return _hbm(update) + (update.bytes if item.shapes[0].in_hbm else 0)

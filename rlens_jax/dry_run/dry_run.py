@@ -200,9 +200,7 @@ def _phase_seconds(phase: Phase, image_seconds: float, times: Mapping[str, Progr
 def advice(result: DryRun) -> list[str]:
     """Changes to the configuration that would help, each with the field's name; empty if everything fits."""
     shards = larger_shards(result)
-    lines = (
-        line for program in result.programs if not program.fits for line in _advice(program, result.config, shards)
-    )
+    lines = (line for program in result.programs if not program.fits for line in _advice(program, result.config, shards))
     return list(dict.fromkeys(lines))
 
 
@@ -231,9 +229,7 @@ def _advice(program: Program, config: RunConfig, shards: list[int]) -> list[str]
     if config.compute.batch_size > 1:
         lines.append(f"compute.batch_size: below {config.compute.batch_size}")
     if name == "encode":
-        lines.append(
-            "compute.patch_slots: a smaller largest size (and a preprocessor_config.json that keeps images to it)"
-        )
+        lines.append("compute.patch_slots: a smaller largest size (and a preprocessor_config.json that keeps images to it)")
     else:
         lines.append("compute.visual_slots and compute.text_slots: a smaller largest size")
     return lines

@@ -26,15 +26,7 @@ _WORK = "{:<9} {:<26} {:>10} {:>10} {:>12} {:>12}"
 def terminal(result: DryRun) -> str:
     """The tables, the estimate with its assumptions, and the advice."""
     changes = advice(result)
-    lines = [
-        *textwrap.wrap(_title(result), WIDTH),
-        "",
-        *_memory(result),
-        "",
-        *_work(result),
-        "",
-        *_layer_collectives(result),
-    ]
+    lines = [*textwrap.wrap(_title(result), WIDTH), "", *_memory(result), "", *_work(result), "", *_layer_collectives(result)]
     lines += ["", *textwrap.wrap(LEGEND, WIDTH), "", *_estimate(result)]
     if changes:
         lines += ["", "It does not fit. What would help:", *(f"  - {line}" for line in changes)]
@@ -110,19 +102,14 @@ def _work(result: DryRun) -> Iterator[str]:
         yield _row(name, bucket, program.dense.total, sent, time.run)
         if program.dense.layer is None or program.reduced.layer is None:
             continue
-        for label, dense, cost in (
-            ("dense", True, program.dense.layer),
-            ("reduced", False, program.reduced.layer),
-        ):
+        for label, dense, cost in (("dense", True, program.dense.layer), ("reduced", False, program.reduced.layer)):
             in_layer = sum(item.link_bytes for item in program.layer_collectives(dense=dense))
             yield _row("", f"  one {label} layer", cost, in_layer, time.layer if dense else None)
 
 
 def _row(name: str, bucket: str, cost: Cost, sent: float, seconds: float | None) -> str:
     time = "" if seconds is None else f"{seconds * 1e3:,.3f}"
-    return _WORK.format(
-        name, bucket, f"{cost.flops / 1e9:,.1f}", f"{cost.bytes / 1e6:,.1f}", f"{sent / 1e6:,.2f}", time
-    )
+    return _WORK.format(name, bucket, f"{cost.flops / 1e9:,.1f}", f"{cost.bytes / 1e6:,.1f}", f"{sent / 1e6:,.2f}", time)
 
 
 def _layer_collectives(result: DryRun) -> Iterator[str]:
@@ -139,8 +126,7 @@ def _layer_collectives(result: DryRun) -> Iterator[str]:
 
 def _described(items: Sequence[Collective]) -> Counter[str]:
     return Counter(
-        f"{item.kind} of {' and '.join(map(str, item.shapes))} ({item.bytes / 1e6:.2f} MB) over {item.axis}"
-        for item in items
+        f"{item.kind} of {' and '.join(map(str, item.shapes))} ({item.bytes / 1e6:.2f} MB) over {item.axis}" for item in items
     )
 
 
@@ -148,9 +134,7 @@ def _estimate(result: DryRun) -> Iterator[str]:
     if not result.estimates:
         yield "No estimate of the run, since not every program compiled."
         return
-    samples = ", ".join(
-        f"{split.samples} {name} samples ({split.source})" for name, split in result.workload.samples.items()
-    )
+    samples = ", ".join(f"{split.samples} {name} samples ({split.source})" for name, split in result.workload.samples.items())
     yield from textwrap.wrap(f"ESTIMATE of the whole run, not measured, {samples}:", WIDTH)
     for phase in result.workload.phases:
         if phase.evaluations:

@@ -75,8 +75,7 @@ class Instruction:
     def attribute(self, name: str) -> str | None:
         """The value of an attribute that is a word or in braces; None if the instruction lacks it."""
         printed = re.search(
-            rf"(?:^|[ ,]){re.escape(name)}=(\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|(?:\[[^\]]*\]|\([^)]*\)|[^\s,])+)",
-            self.attributes,
+            rf"(?:^|[ ,]){re.escape(name)}=(\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|(?:\[[^\]]*\]|\([^)]*\)|[^\s,])+)", self.attributes
         )
         return printed[1] if printed else None
 

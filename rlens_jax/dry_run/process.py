@@ -21,11 +21,7 @@ from rlens_jax.console import say
 from rlens_jax.dry_run.topology import Slice, require_compiler
 from rlens_jax.errors import UserError
 
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 """Compile without a TPU, even while other processes do the same."""
 
 ANSWERS = "RLENS_JAX_ANSWERS"
@@ -114,9 +110,7 @@ def do_job() -> None:
             from rlens_jax.dry_run.dry_run import dry_run
             from rlens_jax.dry_run.dry_run_report import document, terminal
 
-            result = dry_run(
-                job.config, job.target, all_buckets=job.all_buckets, progress=lambda line: send(progress=line)
-            )
+            result = dry_run(job.config, job.target, all_buckets=job.all_buckets, progress=lambda line: send(progress=line))
             send(text=terminal(result), json=document(result))
         except UserError as error:
             send(error=str(error))

@@ -19,14 +19,7 @@ from rlens_jax.dry_run.costs import Cost, ProgramCost, program_cost, reduced, un
 from rlens_jax.dry_run.hlo import Loops, parse_module
 from rlens_jax.engine.batches import images_together
 from rlens_jax.engine.programs import Programs
-from rlens_jax.engine.sizes import (
-    Placed,
-    abstract_model,
-    bytes_on_device,
-    bytes_refused,
-    decoder_arguments,
-    is_out_of_memory,
-)
+from rlens_jax.engine.sizes import Placed, abstract_model, bytes_on_device, bytes_refused, decoder_arguments, is_out_of_memory
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import Bucket
 from rlens_jax.ops.attention_tpu import kernel_flops
@@ -141,14 +134,7 @@ def program_specs(
     compute = config.compute
     model = abstract_model(kind, compute.dtype, mesh, ffn_form)
     weights = bytes_on_device(nnx.state(model))
-    programs = Programs(
-        model,
-        mesh,
-        config.reduction,
-        seed=config.seed,
-        new_tokens=config.search.max_new_tokens,
-        stop_token=0,
-    )
+    programs = Programs(model, mesh, config.reduction, seed=config.seed, new_tokens=config.search.max_new_tokens, stop_token=0)
     rows = compute.batch_size * programs.groups
     chosen = slice(None) if all_buckets else slice(-1, None)
     for patches in compute.patch_slots[chosen]:
@@ -168,9 +154,7 @@ def program_specs(
             yield from _decoder_specs(config, programs, Bucket(text, visual), rows, weights)
 
 
-def _decoder_specs(
-    config: RunConfig, programs: Programs, bucket: Bucket, rows: int, weights: int
-) -> Iterator[ProgramSpec]:
+def _decoder_specs(config: RunConfig, programs: Programs, bucket: Bucket, rows: int, weights: int) -> Iterator[ProgramSpec]:
     layers = programs.config.num_layers
     arguments = decoder_arguments(programs, bucket, rows)
     if config.search.objective == "teacher_forced":
@@ -199,8 +183,7 @@ def _kernel_flops(config: RunConfig, programs: Programs, bucket: Bucket) -> tupl
         return 0, 0
     heads = programs.config.num_heads // config.compute.model_shards * config.compute.batch_size
     dense, hollow = (
-        kernel_flops(bucket, reach, heads, programs.config.head_dim)
-        for reach in (None, config.reduction.attention_range)
+        kernel_flops(bucket, reach, heads, programs.config.head_dim) for reach in (None, config.reduction.attention_range)
     )
     return dense, hollow
 
@@ -211,9 +194,7 @@ def abstract_images(kind: ModelKind, patches: int, rows: int, mesh: Mesh) -> tup
     return tuple(place((rows, *shape), dtype) for shape, dtype in kind.image_arrays(patches))
 
 
-def compile_program(
-    spec: ProgramSpec, mesh_shape: tuple[int, int], *, resident_bytes: int, memory_limit: int
-) -> Program:
+def compile_program(spec: ProgramSpec, mesh_shape: tuple[int, int], *, resident_bytes: int, memory_limit: int) -> Program:
     """Compile one program and analyse it.
 
     Args:

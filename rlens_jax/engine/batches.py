@@ -145,12 +145,7 @@ def batches_of_all(
 
 
 def packed_rows(
-    chunk: Sequence[Row],
-    size: int,
-    visual: Mapping[int, np.ndarray],
-    bucket: Bucket,
-    answer_slots: int,
-    programs: ModelPrograms,
+    chunk: Sequence[Row], size: int, visual: Mapping[int, np.ndarray], bucket: Bucket, answer_slots: int, programs: ModelPrograms
 ) -> tuple[PromptBatch, np.ndarray]:
     """This process's rows of a batch, filled up to `size` rows: the prompts, and the visual tokens [size, P, D]."""
     axes = len(programs.config.rope_sections)

@@ -59,12 +59,7 @@ class DeployedModel:
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is also a sequence of texts
-        self,
-        images: Sequence[Image],
-        prompt: str,
-        plan: PlanFile | None = None,
-        *,
-        max_new_tokens: int = NEW_TOKENS,
+        self, images: Sequence[Image], prompt: str, plan: PlanFile | None = None, *, max_new_tokens: int = NEW_TOKENS
     ) -> str: ...
 
     @overload

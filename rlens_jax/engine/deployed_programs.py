@@ -78,13 +78,7 @@ class DeployedPrograms(ModelPrograms):
         self._prefills: dict[tuple[Plan, Reduction, Pruning | None, int], Program] = {}
         self._decoders: dict[tuple[int, int, int], Program] = {}
 
-    def prefill(
-        self,
-        visual: Float[Array, "B P D"],
-        batch: PromptBatch,
-        deployed: PlanFile,
-        new_tokens: int,
-    ) -> Prefilled:
+    def prefill(self, visual: Float[Array, "B P D"], batch: PromptBatch, deployed: PlanFile, new_tokens: int) -> Prefilled:
         """Read all prompts of a batch, in a program for this plan alone; the caches have room for `new_tokens` tokens."""
         plan, reduction, pruning = deployed.plan, deployed.reduction, deployed.pruning
         key = plan, reduction, pruning, new_tokens
@@ -110,9 +104,7 @@ class DeployedPrograms(ModelPrograms):
             )
         return self._prefills[key](visual, batch)
 
-    def decode(
-        self, prefilled: Prefilled, batch: PromptBatch, new_tokens: int, *, to_the_end: bool = False
-    ) -> Int[Array, "B Y"]:
+    def decode(self, prefilled: Prefilled, batch: PromptBatch, new_tokens: int, *, to_the_end: bool = False) -> Int[Array, "B Y"]:
         """The greedy answers, in one program for all plans (paper: decoding is never reduced).
 
         Only pruning needs another program, because it leaves smaller caches.

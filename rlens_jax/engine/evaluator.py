@@ -54,9 +54,7 @@ class Evaluator:
         self._state_bytes = state_bytes
         self._checkpoint = checkpoint
 
-    def outcomes(
-        self, split: str, base: Plan, plans: Sequence[Plan], progress: Progress | None = None
-    ) -> list[Outcomes]:
+    def outcomes(self, split: str, base: Plan, plans: Sequence[Plan], progress: Progress | None = None) -> list[Outcomes]:
         """Each plan's outcomes on all datasets of a split.
 
         Args:

@@ -42,9 +42,7 @@ class Generating:
         pass
 
 
-def generated_texts(
-    programs: Programs, split: Split, plan: Plan, decode_text: Callable[[Sequence[int]], str]
-) -> list[str]:
+def generated_texts(programs: Programs, split: Split, plan: Plan, decode_text: Callable[[Sequence[int]], str]) -> list[str]:
     """The greedy answer to each sample of a split of bare prompts, on every process."""
     texts = [""] * len(split.samples)
     for batch in split.batches:

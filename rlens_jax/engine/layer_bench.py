@@ -104,9 +104,7 @@ def _programs(published: PublishedDecoder) -> dict[str, Callable[[], Any]]:
     }
 
 
-def decoder_inputs(
-    published: PublishedDecoder, num_layers: int
-) -> tuple[Decoder, Float[Array, "1 T D"], Context, Context]:
+def decoder_inputs(published: PublishedDecoder, num_layers: int) -> tuple[Decoder, Float[Array, "1 T D"], Context, Context]:
     """A random decoder with such layers, states, and the contexts of packed tokens and of tokens in sequence order."""
     length = TEXT_BEFORE + VISUAL + TEXT_AFTER
     config = DecoderConfig(

@@ -85,13 +85,7 @@ class ModelPrograms:
         return put_rows(rows, self.mesh)
 
     def program(
-        self,
-        name: str,
-        function: Callable[..., Any],
-        in_specs: tuple[Any, ...],
-        out_specs: Any,
-        *,
-        cut: bool = True,
+        self, name: str, function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any, *, cut: bool = True
     ) -> Program:
         """Compile `function(model, *arguments)` for the rows of each group.
 
@@ -113,9 +107,7 @@ class ModelPrograms:
         return Program(name, jitted, self.leaves)
 
     def _model(self, leaves: list[Array]) -> VisionLanguageModel:
-        filled = [
-            (path, variable.replace(leaf)) for (path, variable), leaf in zip(self._variables, leaves, strict=True)
-        ]
+        filled = [(path, variable.replace(leaf)) for (path, variable), leaf in zip(self._variables, leaves, strict=True)]
         return nnx.merge(self._graph, nnx.from_flat_state(filled))
 
 

@@ -85,9 +85,7 @@ class Programs(ModelPrograms):
         """The states before the first layer; the visual tokens come from the host."""
         return self.embed_program(text_ids, self.put(visual))
 
-    def layers(
-        self, states: States, batch: PromptBatch, plans: Sequence[Plan], starts: Sequence[int], stop: int
-    ) -> States:
+    def layers(self, states: States, batch: PromptBatch, plans: Sequence[Plan], starts: Sequence[int], stop: int) -> States:
         """The states after layers `starts[g]` .. `stop` - 1 of each group g under its plan."""
         bounds = (np.array(starts, np.int32), np.full(self.groups, stop, np.int32))
         return self.layers_program(states, batch, self.traced(plans), *map(self._per_group, bounds))
@@ -130,13 +128,7 @@ class Programs(ModelPrograms):
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
     def _layers(
-        self,
-        model: VisionLanguageModel,
-        states: States,
-        batch: PromptBatch,
-        plans: TracedPlan,
-        start: Array,
-        stop: Array,
+        self, model: VisionLanguageModel, states: States, batch: PromptBatch, plans: TracedPlan, start: Array, stop: Array
     ) -> States:
         x, scored = states
         context = model.decoder.context(batch.layout, batch.rope_positions, self.random_key(), self.kernel)
@@ -148,9 +140,7 @@ class Programs(ModelPrograms):
         self, model: VisionLanguageModel, visual: Array, batch: PromptBatch, plans: TracedPlan
     ) -> tuple[Array, Array, Array]:
         plan, key = own_plan(plans), self.random_key()
-        first, cache, scored = prefill(
-            model.decoder, visual, batch, plan, self.reduction, self.new_tokens, key, self.kernel
-        )
+        first, cache, scored = prefill(model.decoder, visual, batch, plan, self.reduction, self.new_tokens, key, self.kernel)
         tokens = decode(model.decoder, first, cache, batch, self.new_tokens, self.stop_token)
         return _all_rows((batch.layout.sample, tokens, scored))
 

@@ -105,9 +105,7 @@ class Session:
         data_hash = samples_hash(splits)
         identity = folder.identity({"data_hash": data_hash, **settings})
         processes.check_same(identity)
-        with processes.in_order(
-            lambda: Journal.open(output, identity), lambda: Journal.follow(output, identity)
-        ) as journal:
+        with processes.in_order(lambda: Journal.open(output, identity), lambda: Journal.follow(output, identity)) as journal:
             if journal.repaired:
                 say(journal.repaired)
             resumed = len(journal.records())

@@ -77,9 +77,7 @@ class Shapes:
                 )
             return size
 
-        return Bucket(
-            fitting("text", self.text_slots, prompt.num_text), fitting("visual", self.visual_slots, prompt.num_visual)
-        )
+        return Bucket(fitting("text", self.text_slots, prompt.num_text), fitting("visual", self.visual_slots, prompt.num_visual))
 
 
 @dataclass(frozen=True)
@@ -92,9 +90,7 @@ class Placed:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows_sharding(self.mesh))
 
 
-def abstract_model(
-    kind: ModelKind, dtype: DTypeLike, mesh: Mesh, ffn_form: FfnForm | None = None
-) -> VisionLanguageModel:
+def abstract_model(kind: ModelKind, dtype: DTypeLike, mesh: Mesh, ffn_form: FfnForm | None = None) -> VisionLanguageModel:
     """The model as `load_model` lays it out, with shapes, dtypes and shardings in place of arrays."""
     model = kind.abstract(dtype)
     layout = layout_of(model, mesh, ffn_form)
@@ -113,9 +109,7 @@ def abstract_model(
 
 def bytes_on_device(arrays: Any) -> int:
     """Bytes of a tree of abstract arrays on one device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays)
-    )
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
 
 
 def abstract_batch(bucket: Bucket, rows: int, rope_axes: int, place: Placed) -> PromptBatch:

@@ -77,10 +77,7 @@ class Benchmark:
             answer = {"answer": str(list(item.answers))}
         elif benchmark.answers == "single":
             answer = {"answer": item.answers[0]}
-        others = {
-            name: item.options.get(name, item.fields.get(name, ""))
-            for name in (*benchmark.columns, *benchmark.optional)
-        }
+        others = {name: item.options.get(name, item.fields.get(name, "")) for name in (*benchmark.columns, *benchmark.optional)}
         return {"index": item.index, "question": item.question, **answer, **others}
 
     def score(self, predictions: Sequence[str]) -> Score:
@@ -155,9 +152,7 @@ def load_datasets(
         if names.count(name) > 1:
             raise UserError(f"--data names the dataset {name!r} twice")
         if "/" in name or name.startswith("."):
-            raise UserError(
-                f"dataset {name!r}: the name of a file of predictions must not contain a / or begin with a dot"
-            )
+            raise UserError(f"dataset {name!r}: the name of a file of predictions must not contain a / or begin with a dot")
     for name in md5:
         if name not in names:
             raise UserError(f"--md5 is for {name!r}, which is not among the data: {', '.join(names)}")

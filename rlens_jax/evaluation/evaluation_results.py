@@ -187,9 +187,7 @@ def summary(result: Evaluation) -> str:
         )
         for label, field in (("prefill", "prefill"), ("to first token", "first_token")):
             dense, plan = median(getattr(times.dense, field)), median(getattr(times.plan, field))
-            lines.append(
-                f"  {label:<15}{dense * 1e3:10.1f} ms -> {plan * 1e3:10.1f} ms ({1 - plan / dense:+.1%} saved)"
-            )
+            lines.append(f"  {label:<15}{dense * 1e3:10.1f} ms -> {plan * 1e3:10.1f} ms ({1 - plan / dense:+.1%} saved)")
         rates = [tokens_per_second(times, variant) for variant in (times.dense, times.plan)]
         lines.append(f"  {'decoding':<15}{rates[0]:10.1f} -> {rates[1]:10.1f} tokens/s")
     return "\n".join(lines)
@@ -216,9 +214,4 @@ def _dataset(name: str, part: DatasetResult) -> dict[str, Any]:
 
 def _score(score: Score, interval: Interval | None) -> dict[str, Any]:
     assert interval is not None
-    return {
-        **interval.fields(),
-        "unit": score.unit,
-        "harness": score.harness,
-        "breakdown": dict(score.breakdown),
-    }
+    return {**interval.fields(), "unit": score.unit, "harness": score.harness, "breakdown": dict(score.breakdown)}

@@ -60,13 +60,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     # Checks that need no weights come first.
     folder = ModelFolder.find(config.model, Processes())
     config.plan.validate(folder.kind.config.decoder.num_layers)
-    datasets = load_datasets(
-        config.data,
-        cache_folder() / "data",
-        kind=folder.kind,
-        limit=config.limit,
-        md5=config.md5,
-    )
+    datasets = load_datasets(config.data, cache_folder() / "data", kind=folder.kind, limit=config.limit, md5=config.md5)
     questions = {dataset.name: f"{dataset.digest}, {len(dataset.indices)} questions" for dataset in datasets}
     with Answers.open(config.output, folder.identity({"data": questions, **config.settings()})) as answers:
         if answers.repaired:
@@ -237,9 +231,7 @@ def _times(config: EvaluationConfig, model: DeployedModel, dataset: Dataset) -> 
     )
 
 
-def _timed_calls(
-    model: DeployedModel, split: Split, batch: Batch, plans: tuple[PlanFile, PlanFile]
-) -> list[Callable[[], Any]]:
+def _timed_calls(model: DeployedModel, split: Split, batch: Batch, plans: tuple[PlanFile, PlanFile]) -> list[Callable[[], Any]]:
     """Prefill, time to the first token, and decoding; each under the dense plan and then under the other."""
     samples = [split.samples[number] for number in _members(batch)]
     visual = model.programs.put(batch.visual)

@@ -28,9 +28,7 @@ ImageArrays = Sequence[tuple[tuple[int, ...], DTypeLike]]
 class MakeVision(Protocol[ConfigT_contra]):
     """Makes a vision module with random parameters."""
 
-    def __call__(
-        self, config: ConfigT_contra, *, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> Callable[..., Float[Array, "I Z D"]]: ...
+    def __call__(self, config: ConfigT_contra, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[..., Float[Array, "I Z D"]]: ...
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,4 @@ class Family(Generic[ConfigT]):
 
     def model(self, config: ConfigT, *, dtype: DTypeLike, rngs: nnx.Rngs) -> VisionLanguageModel:
         """A model with random parameters."""
-        return VisionLanguageModel(
-            self.vision(config, dtype=dtype, rngs=rngs), Decoder(config.decoder, dtype=dtype, rngs=rngs)
-        )
+        return VisionLanguageModel(self.vision(config, dtype=dtype, rngs=rngs), Decoder(config.decoder, dtype=dtype, rngs=rngs))

@@ -78,12 +78,7 @@ def read_qwen2_decoder(config: ConfigReader) -> DecoderConfig:
 
 
 def read_decoder(
-    text: ConfigReader,
-    rope_types: tuple[str, ...],
-    *,
-    default_theta: float | None,
-    qkv_bias: bool,
-    tied_head: bool,
+    text: ConfigReader, rope_types: tuple[str, ...], *, default_theta: float | None, qkv_bias: bool, tied_head: bool
 ) -> DecoderConfig:
     """Read the sizes of a decoder of the kind of Qwen2 and Llama (SwiGLU, RMSNorm, full attention).
 

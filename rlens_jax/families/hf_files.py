@@ -40,18 +40,14 @@ def read_folder(loader: Loader[Loaded], folder: Path, content: str) -> Loaded:
     """
     try:
         return loader.from_pretrained(folder, local_files_only=True)
-    except (
-        Exception
-    ) as error:  # the libraries raise errors of many types for broken files, some of them bare exceptions
+    except Exception as error:  # the libraries raise errors of many types for broken files, some of them bare exceptions
         raise unusable(folder, content, error) from None
 
 
 def unusable(folder: Path, content: str, error: Exception) -> UserError:
     """The one-line message for files that a library could not read."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(
-        f"{folder}: no usable {content} ({reason}); copy the files of the published model beside config.json"
-    )
+    return UserError(f"{folder}: no usable {content} ({reason}); copy the files of the published model beside config.json")
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -112,23 +108,13 @@ def _read_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
         [*([normalizers.Prepend(SPACE)] if prefix else []), normalizers.Replace(" ", SPACE)]
     )
     tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace(SPACE, " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            *([decoders.Strip(" ", 1, 0)] if prefix else []),
-        ]
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *([decoders.Strip(" ", 1, 0)] if prefix else [])]
     )
     tokenizer.add_tokens(
-        [
-            AddedToken(token["content"], normalized=False, special=bool(token.get("special")))
-            for _, token in sorted(added.items())
-        ]
+        [AddedToken(token["content"], normalized=False, special=bool(token.get("special"))) for _, token in sorted(added.items())]
     )
     for number, token in added.items():
         if tokenizer.token_to_id(token["content"]) != number:
-            raise UserError(
-                f"{folder / 'tokenizer_config.json'}: added token {token['content']!r} cannot get number {number}"
-            )
+            raise UserError(f"{folder / 'tokenizer_config.json'}: added token {token['content']!r} cannot get number {number}")
     special = {name: fields[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

@@ -61,9 +61,7 @@ def _token_ids(where: str, tensors: Mapping[str, np.ndarray], vocabulary: int) -
         raise UserError(f"{where}: input_ids has shape {list(ids.shape)}, expected whole numbers [B, T]")
     mask = tensors.get("attention_mask", np.ones_like(ids))
     if mask.shape != ids.shape:
-        raise UserError(
-            f"{where}: attention_mask has shape {list(mask.shape)}, expected {list(ids.shape)} as input_ids"
-        )
+        raise UserError(f"{where}: attention_mask has shape {list(mask.shape)}, expected {list(ids.shape)} as input_ids")
     lengths = mask.sum(axis=1)
     if not np.array_equal(mask, np.arange(ids.shape[1])[None] < lengths[:, None]) or not lengths.all():
         raise UserError(f"{where}: attention_mask is not 1 ... 1 0 ... 0 in each row; bundles are right-padded")

@@ -116,9 +116,7 @@ class Processes:
                 by_value = (f"{value} on {_having(values, value)}" for value in dict.fromkeys(values))
                 different.append(f"{name} is {', '.join(by_value)}")
         if different:
-            raise AgreedError(
-                f"the processes of the run were started with different configurations: {'; '.join(different)}"
-            )
+            raise AgreedError(f"the processes of the run were started with different configurations: {'; '.join(different)}")
 
     def check_shared(self, folder: Path) -> None:
         """Check that all processes share the run's folder, with a temporary file that process 0 writes.

@@ -13,18 +13,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.metrics.score import Aggregate, Ratio, Row, check_category, mean_ratio
 from rlens_jax.metrics.text_metrics import remove_punctuation
 
-PERCEPTION = (
-    "OCR",
-    "artwork",
-    "celebrity",
-    "color",
-    "count",
-    "existence",
-    "landmark",
-    "position",
-    "posters",
-    "scene",
-)
+PERCEPTION = ("OCR", "artwork", "celebrity", "color", "count", "existence", "landmark", "position", "posters", "scene")
 REASONING = ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")
 _MME_CATEGORIES = PERCEPTION + REASONING
 
@@ -160,10 +149,7 @@ def _ids(row: Row) -> _Ids:
 
 def _accuracies(ids: Sequence[_Ids], hits: Sequence[float]) -> dict[str, Ratio]:
     ratios = {"aAcc": mean_ratio(100, (place.group for place in ids), hits)}
-    for name, keys in (
-        ("fAcc", [place.figure for place in ids]),
-        ("qAcc", [place.question for place in ids]),
-    ):
+    for name, keys in (("fAcc", [place.figure for place in ids]), ("qAcc", [place.question for place in ids])):
         all_right: dict[tuple[str, str], float] = defaultdict(lambda: 1.0)
         for key, hit in zip(keys, hits, strict=True):
             all_right[key] = min(all_right[key], hit)

@@ -53,10 +53,7 @@ _CONTRACTED = """
     wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
 """
 _CONTRACTIONS = {
-    word[:place] + word[place + 1 :]: word
-    for word in _CONTRACTED.split()
-    for place, letter in enumerate(word)
-    if letter == "'"
+    word[:place] + word[place + 1 :]: word for word in _CONTRACTED.split() for place, letter in enumerate(word) if letter == "'"
 } | {"somebody'd": "somebodyd"}  # the wrong way round in the VQA evaluation
 
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
@@ -149,8 +146,7 @@ def ocrbench(rows: Sequence[Row], per_sample: Sequence[float]) -> Aggregate:
     """
     names = tuple(row.index for row in rows)
     right = {
-        category: math.fsum(outcomes)
-        for category, outcomes in outcomes_by([row.category for row in rows], per_sample).items()
+        category: math.fsum(outcomes) for category, outcomes in outcomes_by([row.category for row in rows], per_sample).items()
     }
     breakdown = {"Final Score": math.fsum(per_sample)}
     for group, categories in OCRBENCH_GROUPS.items():

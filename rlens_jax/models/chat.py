@@ -41,9 +41,7 @@ class Chat:
         prompt = self.ids(text)
         ids = prompt if answer is None else self.ids(text + answer + self.tokenizer.eos_token)
         if ids[: len(prompt)] != prompt:
-            raise UserError(
-                f"{sample.id}: the answer {answer!r} merges with the prompt's last token; change its first letters"
-            )
+            raise UserError(f"{sample.id}: the answer {answer!r} merges with the prompt's last token; change its first letters")
         return ids, len(ids) - len(prompt)
 
     def ids(self, text: str) -> list[int]:

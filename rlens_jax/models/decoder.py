@@ -206,9 +206,7 @@ class DecoderLayer(nnx.Module):
         q, k, v = self.attention.project(self.input_norm(x), context.rotary)
         compute = partial(attend, q, k, v, context.layout, kernel=context.kernel, chunked=context.chunk is not None)
         attended = branch(
-            hollow,
-            jax.named_scope("hollow")(lambda: compute(reduction.attention_range, reduction.window)),
-            lambda: compute(None),
+            hollow, jax.named_scope("hollow")(lambda: compute(reduction.attention_range, reduction.window)), lambda: compute(None)
         )
         return x + sum_over_shards(self.attention.o_proj(attended)), k, v
 
@@ -274,9 +272,7 @@ class Decoder(nnx.Module):
         make = nnx.vmap(lambda rngs: DecoderLayer(config, dtype=dtype, rngs=rngs))
         self.layers = make(rngs.split(config.num_layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
-        self.head = (
-            None if config.tied_head else nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale, axes="VD")
-        )
+        self.head = None if config.tied_head else nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale, axes="VD")
 
     def embed(self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[Array, "B P D"]) -> Float[Array, "B T D"]:
         """Packed states: embeddings of the text tokens, then the connector's outputs."""

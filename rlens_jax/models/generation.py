@@ -43,12 +43,7 @@ def prefill(
 
 
 def decode(
-    decoder: Decoder,
-    first: Int[Array, " B"],
-    caches: tuple[KVCache, ...],
-    batch: PromptBatch,
-    new_tokens: int,
-    stop_token: int,
+    decoder: Decoder, first: Int[Array, " B"], caches: tuple[KVCache, ...], batch: PromptBatch, new_tokens: int, stop_token: int
 ) -> Int[Array, "B Y"]:
     """`new_tokens` greedy tokens, `first` included. After its `stop_token` a sample only repeats it.
 

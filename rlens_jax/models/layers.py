@@ -32,14 +32,7 @@ class Linear(nnx.Module):
     """`einsum(spec, x, kernel) + bias`. The spec names all axes, as in "BTD,DNH->BTNH"; `bias` names those of the bias."""
 
     def __init__(
-        self,
-        spec: str,
-        sizes: Sizes,
-        *,
-        bias: str = "",
-        kind: type[nnx.Param] = nnx.Param,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        self, spec: str, sizes: Sizes, *, bias: str = "", kind: type[nnx.Param] = nnx.Param, dtype: DTypeLike, rngs: nnx.Rngs
     ):
         inputs, axes = spec.split("->", maxsplit=1)[0].split(",")
         contracted = [axis for axis in axes if axis in inputs]

@@ -9,13 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rlens_jax.ops.attention import MASKED
-from rlens_jax.sharding.model_axis import (
-    max_over_shards,
-    num_shards,
-    shard_index,
-    stack_shards,
-    sum_over_shards,
-)
+from rlens_jax.sharding.model_axis import max_over_shards, num_shards, shard_index, stack_shards, sum_over_shards
 
 
 def embed(table: Float[Array, "V D"], ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:

@@ -57,10 +57,7 @@ def attend(
 
 
 def masked_attention(
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    mask: Bool[Array, "B T S"],
+    q: Float[Array, "B N T H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Bool[Array, "B T S"]
 ) -> Float[Array, "B N T H"]:
     """Softmax attention in float32 with grouped kv heads, which are not repeated. Scores are scaled by H ** -0.5."""
     batch, num_heads, length, head_dim = q.shape

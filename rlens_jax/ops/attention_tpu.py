@@ -223,9 +223,7 @@ def _narrowed(
         raise ValueError(f"{length} visual slots and an attention range of {attention_range} exceed 31 bits")
     query = (jnp.arange(length, dtype=jnp.int32) << bits) | reach
     info = kernel.fwd_mask_info._replace(q_sequence=query)  # type: ignore[arg-type]  # may be data
-    return splash_attention_kernel.SplashAttentionKernel(
-        info, None, None, **(kernel.kwargs | {"mask_function": _within(bits)})
-    )
+    return splash_attention_kernel.SplashAttentionKernel(info, None, None, **(kernel.kwargs | {"mask_function": _within(bits)}))
 
 
 @functools.lru_cache
@@ -321,9 +319,6 @@ def kernel_flops(bucket: Bucket, attention_range: int | None, heads: int, head_d
     This is an upper bound: blocks between text and visual tokens depend on the sample, and all are counted.
     """
     text, visual = visited_blocks(bucket.text, None), visited_blocks(bucket.visual, attention_range)
-    rows = [
-        -(-slots // run.size) * run.size
-        for slots, run in zip((bucket.text, bucket.visual), (text, visual), strict=True)
-    ]
+    rows = [-(-slots // run.size) * run.size for slots, run in zip((bucket.text, bucket.visual), (text, visual), strict=True)]
     pairs = text.visited * text.size**2 + visual.visited * visual.size**2 + 2 * rows[0] * rows[1]
     return 4 * pairs * heads * head_dim

@@ -51,9 +51,7 @@ class Units(Protocol):
     def scores(self, probes: Float[Array, "B M D"], is_probe: Bool[Array, "B M"], chunk: int) -> Float[Array, "B F"]:
         """`unit_scores`, with at most as many hidden numbers in memory as `chunk` tokens have."""
 
-    def through_rows(
-        self, x: Float[Array, "B P D"], rows: Int[Array, "B rows"], num_units: int
-    ) -> Float[Array, "B P D"]:
+    def through_rows(self, x: Float[Array, "B P D"], rows: Int[Array, "B rows"], num_units: int) -> Float[Array, "B P D"]:
         """Each sample's tokens through its kept units on this shard (`local_rows`); `num_units` counts those of all shards."""
 
 
@@ -91,9 +89,7 @@ class FfnWeights:
         no_scores = jnp.zeros((probes.shape[0], self.number), jnp.float32)
         return jax.lax.scan(step, no_scores, jnp.asarray(starts))[0]
 
-    def through_rows(
-        self, x: Float[Array, "B P D"], rows: Int[Array, "B rows"], num_units: int
-    ) -> Float[Array, "B P D"]:
+    def through_rows(self, x: Float[Array, "B P D"], rows: Int[Array, "B rows"], num_units: int) -> Float[Array, "B P D"]:
         capacity = shard_capacity(num_units, num_shards(), HEADROOM)
         batched = jax.vmap(reduced_ffn, in_axes=(0, None, 0))
         return in_tiles(x, rows, self.number, capacity, lambda x, rows: batched(x, self, rows))
@@ -126,9 +122,7 @@ def dense_ffn(x: Float[Array, "B T D"], units: Units, chunk: int | None = None) 
 
 
 def over_tokens(
-    function: Callable[[Float[Array, "B chunk D"]], Float[Array, "B chunk D"]],
-    x: Float[Array, "B T D"],
-    chunk: int | None,
+    function: Callable[[Float[Array, "B chunk D"]], Float[Array, "B chunk D"]], x: Float[Array, "B T D"], chunk: int | None
 ) -> Float[Array, "B T D"]:
     """Applies `function`, which treats each token separately, to at most `chunk` tokens at a time; None: to all at once."""
     length = x.shape[1]
@@ -143,9 +137,7 @@ def over_tokens(
     return jax.lax.scan(step, jnp.zeros_like(x), jnp.asarray(starts))[0]
 
 
-def probe_slots(
-    layout: TokenLayout, reduction: Reduction, random_key: Array
-) -> tuple[Int[Array, "B M"], Bool[Array, "B M"]]:
+def probe_slots(layout: TokenLayout, reduction: Reduction, random_key: Array) -> tuple[Int[Array, "B M"], Bool[Array, "B M"]]:
     """Ordinals of the probes, and which entries are probes: samples differ in M, and the array has room for the largest.
 
     Strided probes lie at (i P) // M (our decision). Random probes (paper) are drawn without replacement. They follow from
@@ -190,11 +182,7 @@ def best_units(scores: Float[Array, "B F"], num_units: int) -> Kept:
 
 
 def simulated_dynamic_ffn(
-    x: Float[Array, "B T D"],
-    weights: FfnWeights,
-    layout: TokenLayout,
-    reduction: Reduction,
-    random_key: Array,
+    x: Float[Array, "B T D"], weights: FfnWeights, layout: TokenLayout, reduction: Reduction, random_key: Array
 ) -> tuple[Float[Array, "B T D"], Kept]:
     """The plain reference: computes all units for all tokens, then sets the dropped units of visual tokens to 0."""
     num_text = layout.bucket.text

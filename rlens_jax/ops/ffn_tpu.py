@@ -92,9 +92,7 @@ class HalvedUnits:
             return self._rows().scores(probes, is_probe, chunk)
         return self._in_parts(probes, is_probe)[1]
 
-    def through_rows(
-        self, x: Float[Array, "B P D"], rows: Int[Array, "B rows"], num_units: int
-    ) -> Float[Array, "B P D"]:
+    def through_rows(self, x: Float[Array, "B P D"], rows: Int[Array, "B rows"], num_units: int) -> Float[Array, "B P D"]:
         """As in the protocol; bfloat16 only."""
         stack = jax.tree.map(lambda matrix: matrix.reshape(-1, *matrix.shape[2:]), self.stack)
         typical = num_units // num_shards()
@@ -203,9 +201,7 @@ def _one_pass(x: Array, gate: Array, up: Array, down: Array, rows: Array, count:
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT),
         cost_estimate=pl.CostEstimate(
             flops=6 * batch * tokens * computed * width,
             transcendentals=batch * tokens * computed,

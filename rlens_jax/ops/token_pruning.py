@@ -28,9 +28,7 @@ def _survivors_of(layout: TokenLayout, pruning: Pruning) -> Int[Array, " counts"
     return jnp.asarray([pruning.kept(n) for n in range(layout.bucket.visual + 1)], jnp.int32)
 
 
-def attention_received(
-    q: Float[Array, "B N H"], k: Float[Array, "B K S H"], sees: Bool[Array, "B S"]
-) -> Float[Array, "B S"]:
+def attention_received(q: Float[Array, "B N H"], k: Float[Array, "B K S H"], sees: Bool[Array, "B S"]) -> Float[Array, "B S"]:
     """Attention weights of one query per sample, averaged over all heads of all shards, in float32 (FastV).
 
     Args:
@@ -105,9 +103,7 @@ def merge_similar(
 
         remains = is_token & (target[image] > 0)
         x, _, remains = jax.lax.while_loop(
-            unfinished,
-            partial(_merge_round, image, target),
-            (x.astype(jnp.float32), is_token.astype(jnp.float32), remains),
+            unfinished, partial(_merge_round, image, target), (x.astype(jnp.float32), is_token.astype(jnp.float32), remains)
         )
         ordinals = jnp.sort(jnp.where(remains, slot, num_slots))[:capacity]
         return x.at[ordinals].get(mode="clip").astype(visual.dtype), ordinals
@@ -117,9 +113,7 @@ def merge_similar(
 
 
 def _merge_round(
-    image: Int[Array, " P"],
-    target: Int[Array, " P"],
-    carry: tuple[Float[Array, "P D"], Float[Array, " P"], Bool[Array, " P"]],
+    image: Int[Array, " P"], target: Int[Array, " P"], carry: tuple[Float[Array, "P D"], Float[Array, " P"], Bool[Array, " P"]]
 ) -> tuple[Float[Array, "P D"], Float[Array, " P"], Bool[Array, " P"]]:
     """One round of `merge_similar` for one sample.
 

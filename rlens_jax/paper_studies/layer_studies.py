@@ -24,11 +24,7 @@ from rlens_jax.search.curves import random_points, random_rankings
 from rlens_jax.search.results import ALLOWED_LOSS
 from rlens_jax.search.search import position_ranking, prefix_plans
 
-TITLES = {
-    "attention": "Hollow Attention",
-    "ffn": "Dynamic FFN",
-    "both": "both: the first k of each order",
-}
+TITLES = {"attention": "Hollow Attention", "ffn": "Dynamic FFN", "both": "both: the first k of each order"}
 
 
 def first_layers(bench: Bench, which: str, count: int) -> Plan:
@@ -80,9 +76,7 @@ def _layers_findings(which: str, title: str, series: Series) -> list[Finding]:
     assert point.flops is not None
     return [
         Finding(
-            f"{which}_layers",
-            f"{title}: the largest number of layers with less than {100 * ALLOWED_LOSS:g} % loss",
-            allowed,
+            f"{which}_layers", f"{title}: the largest number of layers with less than {100 * ALLOWED_LOSS:g} % loss", allowed
         ),
         Finding(f"{which}_flops_saved", f"{title}: share of the prefill's FLOPs saved there", point.flops.saved),
         Finding(
@@ -99,9 +93,7 @@ def text_study(bench: Bench) -> Study:
     counts = sorted({0, half, *random_points(bench.num_layers), bench.num_layers})
     text = Variant(bench.config.reduction, tokens="text")
     names = {"visual tokens reduced": bench.plain, "prompt text reduced (simulated)": text}
-    cases = {
-        which: {name: curve_cases(bench, which, variant, counts) for name, variant in names.items()} for which in TITLES
-    }
+    cases = {which: {name: curve_cases(bench, which, variant, counts) for name, variant in names.items()} for which in TITLES}
     measured = bench.measure("text", [case for lines in cases.values() for line in lines.values() for case in line])
     panels, findings = [], []
     for which, title in TITLES.items():
@@ -139,11 +131,7 @@ def _text_findings(bench: Bench, which: str, title: str, measured: Measured, vis
             for name, *numbers in named
         ),
         Finding(
-            f"{which}_ratio",
-            f"{title} of the order searched for visual tokens: score lost, text over visual",
-            value,
-            low,
-            high,
+            f"{which}_ratio", f"{title} of the order searched for visual tokens: score lost, text over visual", value, low, high
         ),
     ]
 
@@ -178,9 +166,7 @@ def strategies_study(bench: Bench) -> Study:
     measured = bench.measure("strategies", flat)
     panels, findings = [], []
     for operator, lines in cases.items():
-        series = tuple(
-            bench.series(name, counts, line, measured, orders[operator][name]) for name, line in lines.items()
-        )
+        series = tuple(bench.series(name, counts, line, measured, orders[operator][name]) for name, line in lines.items())
         panels.append(Panel(TITLES[operator], series))
         findings += _strategies_findings(bench, operator, lines, measured, counts)
     return Study(
@@ -205,20 +191,14 @@ def _strategies(bench: Bench, operator: Operator) -> dict[str, list[tuple[int, .
     }
 
 
-def _strategy_cases(
-    bench: Bench, operator: Operator, orders: Sequence[Sequence[int]], counts: Sequence[int]
-) -> list[list[Case]]:
+def _strategy_cases(bench: Bench, operator: Operator, orders: Sequence[Sequence[int]], counts: Sequence[int]) -> list[list[Case]]:
     """Per number of reduced layers, one case per order."""
     prefixes = [prefix_plans(operator, order) for order in orders]
     return [[Case(plans[count], bench.plain) for plans in prefixes] for count in counts]
 
 
 def _strategies_findings(
-    bench: Bench,
-    operator: Operator,
-    lines: dict[str, list[list[Case]]],
-    measured: Measured,
-    counts: Sequence[int],
+    bench: Bench, operator: Operator, lines: dict[str, list[list[Case]]], measured: Measured, counts: Sequence[int]
 ) -> list[Finding]:
     """The area under each curve, and how much larger that of the searched order is on the same draws."""
     area, points = area_under_curve(counts), len(counts)

@@ -68,9 +68,7 @@ def range_values(longest: int) -> list[int]:
 def probes_study(bench: Bench) -> Study:
     """The study `probes`: how many probes choose the units, and whether strided or random probes choose better."""
     reduction, longest = bench.config.reduction, bench.most_visual
-    fractions = {
-        replace(reduction, probe_fraction=fraction).probe_count(longest): fraction for fraction in PROBE_FRACTIONS
-    }
+    fractions = {replace(reduction, probe_fraction=fraction).probe_count(longest): fraction for fraction in PROBE_FRACTIONS}
 
     def choosing(choice: Literal["strided", "random"]) -> Callable[[float], Reduction]:
         return lambda count: replace(reduction, probe=choice, probe_fraction=fractions[int(count)])

@@ -52,9 +52,7 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
     output, processes = Path(config.output), Processes()
     start(config.compute, output, processes)
     with (
-        Session.open(
-            config.model, output, config.data, config.deciding_settings(), processes, seed=config.seed
-        ) as session,
+        Session.open(config.model, output, config.data, config.deciding_settings(), processes, seed=config.seed) as session,
         memory_explained(config.compute.batch_size, config.compute.model_shards),
     ):
         orders = {} if ranking is None else read_orders(ranking, session.folder.weights_hash)
@@ -104,9 +102,7 @@ def read_orders(path: Path, model_hash: str) -> dict[Operator, tuple[int, ...]]:
 def make_scoring(model: Any, mesh: Mesh, variant: Variant, seed: int, stop_token: int) -> Scoring:
     """The scoring that evaluates plans under a variant."""
     layers = run_text_layers if variant.tokens == "text" else run_layers
-    programs = Programs(
-        model, mesh, variant.reduction, seed=seed, new_tokens=1, stop_token=stop_token, run_layers=layers
-    )
+    programs = Programs(model, mesh, variant.reduction, seed=seed, new_tokens=1, stop_token=stop_token, run_layers=layers)
     return TeacherForcing(programs) if variant.pruning is None else PrunedForcing(programs, variant.pruning)
 
 

@@ -188,11 +188,7 @@ def study_json(study: Study, facts: Facts) -> str:
             "x": {"label": study.x_label, "scale": study.x_scale},
             "panels": [_panel(panel) for panel in study.panels],
             "findings": [asdict(finding) for finding in study.findings],
-            "model": {
-                "path": facts.model,
-                "hash": facts.model_hash,
-                "num_layers": facts.num_layers,
-            },
+            "model": {"path": facts.model, "hash": facts.model_hash, "num_layers": facts.num_layers},
             "data": {"hash": facts.data_hash, "samples": dict(facts.samples)},
             "dense": dict(facts.dense),
             "configuration": dict(facts.configuration),

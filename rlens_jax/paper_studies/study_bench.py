@@ -85,12 +85,7 @@ class Bench:
         with Progress(label, total * len(self._splits[VALIDATION].datasets), "evaluations") as progress:
             (outcomes,) = evaluator.outcomes(VALIDATION, Plan(), [Plan()], progress)
             score_round = round_scorer(
-                evaluator,
-                VALIDATION,
-                dataset_metrics(outcomes),
-                progress,
-                alpha=settings.penalty,
-                relative=self._relative,
+                evaluator, VALIDATION, dataset_metrics(outcomes), progress, alpha=settings.penalty, relative=self._relative
             )
             ranking = rank_layers(self.num_layers, prior, operator, score_round)
         scoring.release()

@@ -41,13 +41,7 @@ def _figure(study: Study, facts: Facts) -> Figure:
 
 
 def _panel(axis: Axes, panel: Panel, study: Study, facts: Facts) -> None:
-    axis.axhline(
-        sum(facts.dense.values()) / len(facts.dense),
-        color="black",
-        linestyle=":",
-        linewidth=1.2,
-        label="dense model",
-    )
+    axis.axhline(sum(facts.dense.values()) / len(facts.dense), color="black", linestyle=":", linewidth=1.2, label="dense model")
     if panel.free is not None:
         axis.axvspan(*panel.free, color="#F0E442", alpha=0.35, linewidth=0, label="the last layer: free")
     for number, series in enumerate(panel.series):

@@ -28,9 +28,7 @@ TEXT_RANGE = 8
 
 def num_prompt_text(batch: PromptBatch) -> Int[Array, " B"]:
     """Text tokens of each prompt without its answer; the answer is at the end of the text slots."""
-    return jnp.asarray(batch.layout.num_text) - (jnp.asarray(batch.answer_targets) != IGNORE).sum(
-        axis=1, dtype=jnp.int32
-    )
+    return jnp.asarray(batch.layout.num_text) - (jnp.asarray(batch.answer_targets) != IGNORE).sum(axis=1, dtype=jnp.int32)
 
 
 def run_text_layers(

@@ -46,13 +46,7 @@ CASE_FIELDS = ("file", "plan", *REDUCTION_FIELDS)
 LOGITS, POSITIONS = "logits", "logits_positions"
 KEPT = re.compile(r"kept_units\.(0|[1-9]\d*)")
 STATES = re.compile(r"hidden_states\.(0|[1-9]\d*)(\.attention)?")
-RESULT_NAMES = (
-    LOGITS,
-    POSITIONS,
-    "kept_units.<layer>",
-    "hidden_states.<layer>",
-    "hidden_states.<layer>.attention",
-)
+RESULT_NAMES = (LOGITS, POSITIONS, "kept_units.<layer>", "hidden_states.<layer>", "hidden_states.<layer>.attention")
 
 
 @dataclass(frozen=True)
@@ -160,9 +154,7 @@ class CaseFile:
         for name in self.names:
             if name not in (*inputs, LOGITS, POSITIONS) and not KEPT.fullmatch(name) and not STATES.fullmatch(name):
                 near = suggest(name, [*inputs, *RESULT_NAMES])
-                raise UserError(
-                    f"{path}: the tensor {name} is not known{near}; known are {', '.join([*inputs, *RESULT_NAMES])}"
-                )
+                raise UserError(f"{path}: the tensor {name} is not known{near}; known are {', '.join([*inputs, *RESULT_NAMES])}")
         if LOGITS not in self.names:
             raise UserError(f"{path}: has no {LOGITS}, so there is nothing to compare")
         self.inputs = {name: self.read(name) for name in self.names if name in inputs}
@@ -206,9 +198,7 @@ def states_name(layer: int, operator: Operator) -> str:
 
 
 @contextmanager
-def new_bundle(
-    folder: Path, *, model: str, family: str, framework: Mapping[str, str], dtype: str
-) -> Iterator["BundleWriter"]:
+def new_bundle(folder: Path, *, model: str, family: str, framework: Mapping[str, str], dtype: str) -> Iterator["BundleWriter"]:
     """Yield the writer of a new bundle, which appears whole or not at all. UserError when `folder` cannot be created."""
     with new_folder(folder) as unfinished:
         writer = BundleWriter(unfinished)

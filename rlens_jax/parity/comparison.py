@@ -248,9 +248,7 @@ class _Reference:
             kept[layer] = np.clip(units, 0, width - 1)
         missing = [layer for layer in case.plan.ffn if layer not in kept]
         if missing and case.reduction.probe == "random":
-            raise UserError(
-                f"{file.path}: other frameworks draw other random probes, so kept_units.{missing[0]} is needed"
-            )
+            raise UserError(f"{file.path}: other frameworks draw other random probes, so kept_units.{missing[0]} is needed")
         return kept
 
     def _check_states(self) -> None:
@@ -272,9 +270,7 @@ class _Comparison:
         agreeing: earlier cases that are within the tolerance.
     """
 
-    def __init__(
-        self, reference: _Reference, model: VisionLanguageModel, tolerance: float, agreeing: Sequence[_Reference]
-    ):
+    def __init__(self, reference: _Reference, model: VisionLanguageModel, tolerance: float, agreeing: Sequence[_Reference]):
         self._reference, self._model = reference, model
         self._tolerance, self._agreeing = tolerance, agreeing
         self._images = [inputs.images for inputs in reference.inputs]
@@ -315,9 +311,7 @@ class _Comparison:
 
     def _overlap(self, ours: np.ndarray, theirs: np.ndarray) -> Overlap:
         shares = [
-            len(np.intersect1d(a, b)) / len(b)
-            for a, b, prompt in zip(ours, theirs, self._text, strict=True)
-            if prompt.num_visual
+            len(np.intersect1d(a, b)) / len(b) for a, b, prompt in zip(ours, theirs, self._text, strict=True) if prompt.num_visual
         ]
         return Overlap(float(np.mean(shares or [1.0])), min(shares, default=1.0))
 

@@ -28,12 +28,7 @@ QUESTIONS = (
 
 
 def dump(
-    model: str,
-    bundle: Path,
-    plans: Sequence[Plan],
-    reduction: Reduction,
-    with_states: bool,
-    advance: Callable[[], None],
+    model: str, bundle: Path, plans: Sequence[Plan], reduction: Reduction, with_states: bool, advance: Callable[[], None]
 ) -> Path:
     """Write a bundle with one case per plan.
 
@@ -90,11 +85,7 @@ def load_torch_model(folder: Path) -> Any:
         raise UserError(f"--dump runs PyTorch: install the extra torch ({error})") from None
     try:
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype="float32",
-            attn_implementation="eager",
-            local_files_only=True,
-            trust_remote_code=False,
+            folder, dtype="float32", attn_implementation="eager", local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: transformers cannot load it ({_first_line(error)})") from None
@@ -124,16 +115,11 @@ def make_inputs(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     return dict(inputs)
 
 
-def run_case(
-    model: Any, inputs: Mapping[str, Any], plan: Plan, reduction: Reduction, with_states: bool
-) -> dict[str, np.ndarray]:
+def run_case(model: Any, inputs: Mapping[str, Any], plan: Plan, reduction: Reduction, with_states: bool) -> dict[str, np.ndarray]:
     """Run a Hugging Face model on PyTorch inputs; returns the tensors of a case."""
     from rlens_jax.torch_twin import decoder_layers, reduced
 
-    with (
-        reduced(model, plan, reduction) as record,
-        _states(decoder_layers(model) if with_states else ()) as states,
-    ):
+    with reduced(model, plan, reduction) as record, _states(decoder_layers(model) if with_states else ()) as states:
         logits = model(**inputs).logits
     tensors = {**inputs, LOGITS: logits.float(), **states}
     for layer, units in record.kept_units.items():

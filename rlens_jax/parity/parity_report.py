@@ -51,10 +51,7 @@ def _case(result: CaseResult) -> dict[str, Any]:
         "logits": asdict(result.logits),
         "kept_units": [{"layer": layer, **asdict(overlap)} for layer, overlap in result.overlaps.items()],
         "hidden_states": [
-            {
-                **asdict(state),
-                "max_relative": state.max_relative if state.max_relative < float("inf") else None,
-            }
+            {**asdict(state), "max_relative": state.max_relative if state.max_relative < float("inf") else None}
             for state in result.states
         ],
         "within_tolerance": result.within_tolerance,
@@ -123,10 +120,7 @@ def validation_markdown(validation: Validation) -> str:
         "",
     ]
     lines += [f"- {line}" for line in _partings(validation)]
-    further = {
-        **manifest.further,
-        **{f"{r.case.file}: {k}": v for r in validation.results for k, v in r.case.further.items()},
-    }
+    further = {**manifest.further, **{f"{r.case.file}: {k}": v for r in validation.results for k, v in r.case.further.items()}}
     if further:
         lines += ["", "Further fields of the bundle:", ""]
         lines += [f"- {name}: {json.dumps(value)}" for name, value in further.items()]
@@ -177,10 +171,7 @@ def rankings_markdown(comparisons: Sequence[RankingComparison]) -> str:
 
 def _ranking_lines(comparison: RankingComparison) -> list[str]:
     overlaps = " ".join(f"{k}:{share:.0%}" for k, share in enumerate(comparison.overlaps, 1))
-    sides = (
-        ("A", comparison.a, "B", comparison.places_of_a_in_b),
-        ("B", comparison.b, "A", comparison.places_of_b_in_a),
-    )
+    sides = (("A", comparison.a, "B", comparison.places_of_a_in_b), ("B", comparison.b, "A", comparison.places_of_b_in_a))
     return [
         *([comparison.name] if comparison.name else []),
         f"Kendall's tau {comparison.kendall_tau:.3f}",

@@ -38,14 +38,7 @@ class Comparison:
 class Ranker:
     """The searches and comparisons of a run; `seed` draws random rankings and bootstrap samples."""
 
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        num_layers: int,
-        search: SearchConfig,
-        report: ReportConfig,
-        seed: int,
-    ):
+    def __init__(self, evaluator: Evaluator, num_layers: int, search: SearchConfig, report: ReportConfig, seed: int):
         self.num_layers = num_layers
         self._evaluator = evaluator
         self.samples = {name: split.sizes for name, split in evaluator.splits.items()}
@@ -78,10 +71,7 @@ class Ranker:
             return rank_layers(length, position_layers, operator, score_round, self._search.base())
 
     def compare(
-        self,
-        rankings: Mapping[Operator, Ranking],
-        complete: Mapping[Operator, Ranking],
-        flops_saved: FlopsSaved,
+        self, rankings: Mapping[Operator, Ranking], complete: Mapping[Operator, Ranking], flops_saved: FlopsSaved
     ) -> Comparison:
         """Compare rankings with other orders on the held-out samples.
 

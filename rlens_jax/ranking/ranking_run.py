@@ -64,13 +64,7 @@ def rank(config: RunConfig, processes: Processes | None = None) -> Results:
     processes.check_same(config.portable() | {"output": config.output})
     with (
         Session.open(
-            config.model,
-            output,
-            config.data,
-            config.deciding_settings(),
-            processes,
-            seed=config.seed,
-            step_by_step=not forced,
+            config.model, output, config.data, config.deciding_settings(), processes, seed=config.seed, step_by_step=not forced
         ) as session,
         memory_explained(compute.batch_size, compute.model_shards),
     ):

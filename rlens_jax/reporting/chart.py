@@ -191,8 +191,7 @@ def _whole_ticks(end: float) -> list[float]:
 
 def _drawn(series: Series, across: _Scale, up: _Scale) -> Drawn:
     points = tuple(
-        (across(x), up(y), up(low), up(high))
-        for x, y, low, high in zip(series.x, series.y, series.low, series.high, strict=True)
+        (across(x), up(y), up(low), up(high)) for x, y, low, high in zip(series.x, series.y, series.low, series.high, strict=True)
     )
     line = "M" + "L".join(f"{x} {y}" for x, y, _, _ in points)
     there = [f"{x} {high}" for x, _, _, high in points]

@@ -69,8 +69,7 @@ def _curves(results: Results) -> Figure:
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     samples = sum(results.test_samples.values())
     figure.suptitle(
-        f"{samples} held-out samples of {len(results.test_samples)} datasets; bands: 95 % bootstrap interval",
-        fontsize=10,
+        f"{samples} held-out samples of {len(results.test_samples)} datasets; bands: 95 % bootstrap interval", fontsize=10
     )
     return figure
 
@@ -159,9 +158,7 @@ def _candidate_norm(tables: Sequence[np.ndarray]) -> FuncNorm:
     scores = np.concatenate([table[np.isfinite(table)] for table in tables])
     lowest, highest = float(scores.min(initial=-1e-3)), float(scores.max(initial=0))
     return FuncNorm(
-        (lambda score: -np.sqrt(np.maximum(highest - score, 0)), lambda root: highest - root**2),
-        vmin=lowest,
-        vmax=highest,
+        (lambda score: -np.sqrt(np.maximum(highest - score, 0)), lambda root: highest - root**2), vmin=lowest, vmax=highest
     )
 
 

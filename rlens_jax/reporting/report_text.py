@@ -9,11 +9,7 @@ from rlens_jax.plan import Operator
 from rlens_jax.search.bootstrap import Interval
 from rlens_jax.search.results import ALLOWED_LOSS, OperatorResult, Results, Strategy
 
-TITLES = {
-    "attention": "Hollow Attention",
-    "ffn": "Probe-Activated Dynamic FFN",
-    "both": "both at once",
-}
+TITLES = {"attention": "Hollow Attention", "ffn": "Probe-Activated Dynamic FFN", "both": "both at once"}
 WIDTH = 100
 """Most columns of the summary, which has at most 25 lines."""
 _MOST_RANKING_LINES = 3
@@ -58,10 +54,7 @@ def summary(results: Results, folder: Path) -> str:
     for name, result in results.operators.items():
         lines += _wrapped_order(TITLES[name], result.ranking.order)
     samples = sum(results.test_samples.values())
-    lines += [
-        "",
-        f"At less than {_percent(ALLOWED_LOSS, 0)} loss of each operator alone, on {samples} held-out samples:",
-    ]
+    lines += ["", f"At less than {_percent(ALLOWED_LOSS, 0)} loss of each operator alone, on {samples} held-out samples:"]
     lines.append(f"  {'':<28}{'layers':>9}{'loss':>9}{'FLOPs saved':>13}{'with probes':>13}{'time saved':>13}")
     for plan in results.savings:
         loss, *shares = _saving_cells(results, plan, unmeasured="-")
@@ -154,14 +147,7 @@ def _rankings(results: Results) -> str:
 
 
 def _savings(results: Results) -> str:
-    titles = (
-        "reduced",
-        "layers",
-        "loss",
-        "FLOPs saved",
-        "FLOPs saved, probes counted",
-        "time saved, measured",
-    )
+    titles = ("reduced", "layers", "loss", "FLOPs saved", "FLOPs saved, probes counted", "time saved, measured")
     rows = [
         (TITLES[name], saving.plan.label(), *_saving_cells(results, name, unmeasured="not measured"))
         for name, saving in results.savings.items()
@@ -224,14 +210,11 @@ def _verdict(result: OperatorResult, results: Results) -> str:
     ]
     if result.tied_share:
         reasons.append(
-            f"{_percent(result.tied_share, 0)} of the other candidates of a round tie with the winner, and position "
-            "breaks ties"
+            f"{_percent(result.tied_share, 0)} of the other candidates of a round tie with the winner, and position breaks ties"
         )
     better = result.areas.get("search_all")
     if better is not None and float(better.value) > float(result.areas["searched"].value):
-        reasons.append(
-            "searching every layer (L_p = 0) gives a larger area, so the layers ranked by position cost some"
-        )
+        reasons.append("searching every layer (L_p = 0) gives a larger area, so the layers ranked by position cost some")
     behind = [name for name in ("position", "random") if float(result.margins[name].value) < 0]
     estimate = f"it is behind {' and '.join(behind)}" if behind else "it is not behind, but the interval reaches 0"
     return (

@@ -100,9 +100,7 @@ def operator_result(
         area_points=area_points,
         areas={name: held_out.interval(table, area) for name, table in tables.items()},
         margins={
-            name: held_out.difference(tables["searched"], table, area)
-            for name, table in tables.items()
-            if name != "searched"
+            name: held_out.difference(tables["searched"], table, area) for name, table in tables.items() if name != "searched"
         },
         saving=plan_saving(saved, searched.metrics[searched.allowed], dense, flops_saved, relative=relative),
     )
@@ -146,9 +144,7 @@ class _HeldOut:
     def interval(self, table: Mapping[str, np.ndarray], statistic: Statistic) -> Interval:
         return bootstrap_interval(table, statistic, samples=self.bootstrap_samples, seed=self.seed)
 
-    def difference(
-        self, table: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], statistic: Statistic
-    ) -> Interval:
+    def difference(self, table: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], statistic: Statistic) -> Interval:
         """The interval of the statistic of `table` minus that of `other`, on the same draws."""
         both = {name: np.concatenate([table[name], other[name]]) for name in table}
         count = len(next(iter(table.values())))

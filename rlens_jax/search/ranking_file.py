@@ -149,17 +149,10 @@ def ranking_fields(results: Results) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "rankings": {name: list(result.ranking.order) for name, result in results.operators.items()},
-        "model": {
-            "path": results.config.model,
-            "hash": results.model_hash,
-            "num_layers": results.num_layers,
-        },
+        "model": {"path": results.config.model, "hash": results.model_hash, "num_layers": results.num_layers},
         "data": {
             "hash": results.data_hash,
-            "samples": {
-                "validation": dict(results.validation_samples),
-                "test": dict(results.test_samples),
-            },
+            "samples": {"validation": dict(results.validation_samples), "test": dict(results.test_samples)},
         },
         "dense": {"validation": dict(results.dense_validation), "test": dict(results.dense_test)},
         "search": {name: _search(result.ranking) for name, result in results.operators.items()},
@@ -191,9 +184,7 @@ def _search(ranking: Ranking) -> dict[str, Any]:
 def _round(round_: Round) -> dict[str, Any]:
     return {
         "base": _plan(round_.base),
-        "candidates": [
-            {"layer": layer, **_evaluation(score)} for layer, score in zip(round_.layers, round_.scores, strict=True)
-        ],
+        "candidates": [{"layer": layer, **_evaluation(score)} for layer, score in zip(round_.layers, round_.scores, strict=True)],
         "chosen": round_.chosen,
         "score": round_.chosen_score.score,
         "ties": list(round_.ties),
@@ -232,8 +223,7 @@ def _random(random: RandomCurves) -> dict[str, Any]:
     return {
         "num_reduced": list(random.num_reduced),
         "rankings": [
-            {"order": list(order), "means": list(means)}
-            for order, means in zip(random.orders, random.means, strict=True)
+            {"order": list(order), "means": list(means)} for order, means in zip(random.orders, random.means, strict=True)
         ],
     }
 

@@ -68,11 +68,7 @@ class Ranking:
 
 
 def rank_layers(
-    num_layers: int,
-    position_layers: int | None,
-    operator: Operator,
-    score_round: ScoreRound,
-    base: Plan | None = None,
+    num_layers: int, position_layers: int | None, operator: Operator, score_round: ScoreRound, base: Plan | None = None
 ) -> Ranking:
     """Rank all layers of `operator`: the last ones by position, the others by greedy search.
 

@@ -24,9 +24,7 @@ from rlens_jax.sharding.model_axis import MODEL, WORK
 class AxisRules:
     """Logical axis -> mesh axis that it is split over; axes without a rule are replicated."""
 
-    mesh_axes: Mapping[str, str] = field(
-        default_factory=lambda: {"B": WORK, "N": MODEL, "K": MODEL, "F": MODEL, "V": MODEL}
-    )
+    mesh_axes: Mapping[str, str] = field(default_factory=lambda: {"B": WORK, "N": MODEL, "K": MODEL, "F": MODEL, "V": MODEL})
 
     def spec(self, axes: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
         """The partition of an array whose last axes are named by `axes`; an axis that does not divide is replicated."""
@@ -166,14 +164,7 @@ def split_over(
 ) -> Callable[..., Any]:
     """`function` on shards along `axes` (`jax.shard_map`); XLA partitions it along the other axes."""
     # JAX's check of replication rejects branches with different collectives.
-    return jax.shard_map(
-        function,
-        mesh=mesh,
-        axis_names=set(axes),
-        in_specs=in_specs,
-        out_specs=out_specs,
-        check_vma=False,
-    )
+    return jax.shard_map(function, mesh=mesh, axis_names=set(axes), in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def fetch_blocks(x: Array, source: Int[Array, ""]) -> Array:

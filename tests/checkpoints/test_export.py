@@ -72,9 +72,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 def test_a_killed_write_leaves_nothing_that_looks_finished(tmp_path):
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "model")],
-        env={**os.environ, "PYTHONPATH": root},
-        check=False,
+        [sys.executable, "-c", KILLED, str(tmp_path / "model")], env={**os.environ, "PYTHONPATH": root}, check=False
     )
     assert done.returncode == -signal.SIGKILL
     left = [path.name for path in tmp_path.iterdir()]

@@ -8,10 +8,7 @@ from rlens_jax.families.table import MAX_PROBLEMS, Found, Ignored, Part, Problem
 
 SIZES = {"n": 6, "k": 2, "group": 3, "h": 5, "d": 7, "v": 11}
 GROUPED = Row(
-    "wqkv",
-    ("q", "k", "v"),
-    "(k all h) d -> all d k h",
-    ("group d k h -> d (k group) h", "1 d k h -> d k h", "1 d k h -> d k h"),
+    "wqkv", ("q", "k", "v"), "(k all h) d -> all d k h", ("group d k h -> d (k group) h", "1 d k h -> d k h", "1 d k h -> d k h")
 )
 TABLE = Table(
     parts=(

@@ -42,13 +42,7 @@ def test_rows_become_samples(folder: Path):
     )
     assert read_jsonl(path) == [
         Sample("my.jsonl:1", "mine", (folder / "a.png",), "how many ?", ("7",)),
-        Sample(
-            "second",
-            "other",
-            (folder / "a.png", folder / "b.png"),
-            "is <image> in <image> ?\u2028",
-            ("yes", "yeah"),
-        ),
+        Sample("second", "other", (folder / "a.png", folder / "b.png"), "is <image> in <image> ?\u2028", ("yes", "yeah")),
     ]
 
 
@@ -67,10 +61,7 @@ def without(field: str) -> dict[str, Any]:
         (without("answer"), "field 'answer' (or 'answers') is missing"),
         (without("question"), "field 'question' is missing"),
         (without("dataset"), "field 'dataset' is missing"),
-        (
-            without("image"),
-            "field 'image' is missing or empty: a prompt without an image has nothing to reduce",
-        ),
+        (without("image"), "field 'image' is missing or empty: a prompt without an image has nothing to reduce"),
         (GOOD | {"image": []}, "field 'image' is missing or empty: a prompt without an image"),
         (GOOD | {"image": ""}, "field 'image' is an empty path"),
         (GOOD | {"image": 3}, "field 'image' must be a path or a list of paths, but has a number"),
@@ -87,21 +78,12 @@ def without(field: str) -> dict[str, Any]:
         (GOOD | {"answers": ["7"]}, "fields 'answer' and 'answers' are both given"),
         (without("answer") | {"answers": []}, "field 'answers' is empty"),
         (without("answer") | {"answers": "7"}, "field 'answers' must be a list of strings, not a string"),
-        (
-            without("answer") | {"answers": ["7", {}]},
-            "field 'answers' must be a list of strings, but has an object",
-        ),
+        (without("answer") | {"answers": ["7", {}]}, "field 'answers' must be a list of strings, but has an object"),
         (without("answer") | {"answers": ["7", ""]}, "field 'answers' has an empty answer"),
         (GOOD | {"quesiton": "x"}, "unknown field 'quesiton' (did you mean 'question'?); known fields: "),
         (GOOD | {"video": "a.mp4"}, "field 'video': videos are not supported"),
-        (
-            GOOD | {"question": "<image> or <image> ?"},
-            "field 'question' has 2 <image> mark(s), but the row has 1 ",
-        ),
-        (
-            GOOD | {"image": ["a.png", "b.png"], "question": "<image> ?"},
-            "has 1 <image> mark(s), but the row has 2 ",
-        ),
+        (GOOD | {"question": "<image> or <image> ?"}, "field 'question' has 2 <image> mark(s), but the row has 1 "),
+        (GOOD | {"image": ["a.png", "b.png"], "question": "<image> ?"}, "has 1 <image> mark(s), but the row has 2 "),
         ("{'image': 1}", "not valid JSON: Expecting property name enclosed in double quotes, line 1 character 2"),
         ('{"image": "a.png"', "not valid JSON: Expecting ',' delimiter, line 1 character 18"),
         ("[" * 100_000, "not valid JSON"),

@@ -19,13 +19,7 @@ def samples(dataset: str, images: int, questions: int) -> list[Sample]:
 
 
 def split(members: list[Sample], **changes: object) -> dict[str, list[Sample]]:
-    settings = {
-        "validation_samples": 100,
-        "test_samples": 100,
-        "held_out_share": 0.3,
-        "seed": 1,
-        "where": "f",
-    }
+    settings = {"validation_samples": 100, "test_samples": 100, "held_out_share": 0.3, "seed": 1, "where": "f"}
     return split_samples(members, **{**settings, **changes})  # type: ignore[arg-type]
 
 
@@ -66,14 +60,7 @@ def test_a_source_of_no_known_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"id": "other"},
-        {"dataset": "y"},
-        {"images": (b"other",)},
-        {"question": "other"},
-        {"answers": ("a", "b")},
-    ],
+    "change", [{"id": "other"}, {"dataset": "y"}, {"images": (b"other",)}, {"question": "other"}, {"answers": ("a", "b")}]
 )
 def test_the_hash_sees_every_field(change: dict[str, object]) -> None:
     members = samples("x", 2, 1)

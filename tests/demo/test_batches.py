@@ -4,16 +4,7 @@ import numpy as np
 import pytest
 
 from rlens_jax.data.pages import INKS, Page, Question, make_page, make_question, transcription
-from rlens_jax.demo.batches import (
-    BUCKET,
-    IGNORE,
-    VALUES,
-    cell_corners,
-    cell_labels,
-    make_batch,
-    make_lesson,
-    make_patches,
-)
+from rlens_jax.demo.batches import BUCKET, IGNORE, VALUES, cell_corners, cell_labels, make_batch, make_lesson, make_patches
 from rlens_jax.demo.demo_model import TOKENS
 
 IDS = {token: number for number, token in enumerate(TOKENS)}
@@ -39,12 +30,7 @@ def test_patches_are_those_of_the_image_processor(page: Page, tmp_path) -> None:
 def test_a_lesson(page: Page) -> None:
     questions = [
         Question("pages_read", "digit at row 2 column 3 ?", "7", (((1, 2),),)),
-        Question(
-            "pages_read",
-            "read 3 digits of row 1 from column 1 ?",
-            "4 0 9",
-            tuple(((0, c),) for c in range(3)),
-        ),
+        Question("pages_read", "read 3 digits of row 1 from column 1 ?", "4 0 9", tuple(((0, c),) for c in range(3))),
     ]
     lesson = make_lesson(page, questions, IDS, 1000)
     words = [TOKENS[i] for i in lesson.token_ids]

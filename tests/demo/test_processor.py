@@ -62,17 +62,7 @@ def test_special_ids(tokenizer: PreTrainedTokenizerBase):
 
 
 def test_special_tokens_never_merge_with_words(tokenizer: PreTrainedTokenizerBase):
-    pieces = [
-        "digit",
-        "<|im_end|>",
-        "\n",
-        "<|im_start|>",
-        "user",
-        "\n",
-        "<|image_pad|>",
-        "<|image_pad|>",
-        "7",
-    ]
+    pieces = ["digit", "<|im_end|>", "\n", "<|im_start|>", "user", "\n", "<|image_pad|>", "<|image_pad|>", "7"]
     assert tokenizer.tokenize("".join(pieces)) == pieces
     assert tokenizer.tokenize(" digit\t<|im_end|>  \n\n7 ") == ["digit", "<|im_end|>", "\n", "\n", "7"]
 
@@ -114,9 +104,7 @@ def test_chat_refuses_what_the_model_cannot_do(tokenizer: PreTrainedTokenizerBas
 
 def run(program: str, folder: Path) -> None:
     """In a process of its own, because transformers chooses its image backend once in a process."""
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), str(folder)], capture_output=True, text=True
-    )
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(folder)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 

@@ -56,9 +56,7 @@ def main() -> None:
     devices = slice_devices(where)
     for name, shards in CASES:
         kind = read_kind(short(json.loads((MODELS / name / "config.json").read_text())), name)
-        compute = ComputeConfig(
-            dtype="bfloat16", batch_size=2, model_shards=shards, text_slots=(128,), visual_slots=(512,)
-        )
+        compute = ComputeConfig(dtype="bfloat16", batch_size=2, model_shards=shards, text_slots=(128,), visual_slots=(512,))
         specs = program_specs(RunConfig(compute=compute), kind, make_mesh(devices, shards), all_buckets=False)
         (layers,) = (spec for spec in specs if spec.name == "layers")
         lowered = layers.lower()
@@ -78,9 +76,7 @@ def main() -> None:
                     "states": 2 * (128 + 512) * decoder.width * 2,
                     "scores": 2 * decoder.ffn_width * 4,
                     "fetches_units": "fetched_ffn" in lowered.as_text(),
-                    "copies": copies_of_matrices(
-                        lowered.compile().as_text(), 2, decoder.ffn_width // shards * decoder.width
-                    ),
+                    "copies": copies_of_matrices(lowered.compile().as_text(), 2, decoder.ffn_width // shards * decoder.width),
                     "collectives": [
                         {
                             "kind": item.kind,

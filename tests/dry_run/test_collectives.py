@@ -1,12 +1,6 @@
 import pytest
 
-from rlens_jax.dry_run.collectives import (
-    Collective,
-    bytes_sent,
-    device_groups,
-    find_collectives,
-    mesh_axis,
-)
+from rlens_jax.dry_run.collectives import Collective, bytes_sent, device_groups, find_collectives, mesh_axis
 from rlens_jax.dry_run.hlo import Loops, Shape, parse_instruction, parse_module
 from tests.dry_run.snippets import LOOP
 
@@ -25,12 +19,7 @@ def found(mesh: tuple[int, int] = MESH) -> list[Collective]:
 def test_kinds_sizes_axes_and_places() -> None:
     reduce, gather = found()
     states, scores = Shape("bf16", (2, 16, 64)), Shape("f32", (2, 8), in_hbm=False)
-    assert (reduce.kind, reduce.shapes, reduce.axis, reduce.group_size) == (
-        "all-reduce",
-        (states,),
-        "model",
-        4,
-    )
+    assert (reduce.kind, reduce.shapes, reduce.axis, reduce.group_size) == ("all-reduce", (states,), "model", 4)
     assert (reduce.in_layer_loop, reduce.branch, reduce.times) == (True, "0", 5)
     assert (gather.kind, gather.shapes, gather.axis) == ("all-gather", (scores,), "model")
     assert (gather.in_layer_loop, gather.branch, gather.times) == (True, "1", 5)
@@ -102,12 +91,7 @@ def test_asynchronous_collectives_are_counted_once() -> None:
 """
     module = parse_module(text)
     (item,) = find_collectives(module, Loops(module, 1), MESH)
-    assert (item.kind, item.shapes, item.bytes, item.in_layer_loop) == (
-        "all-gather",
-        (Shape("f32", (4,)),),
-        64,
-        False,
-    )
+    assert (item.kind, item.shapes, item.bytes, item.in_layer_loop) == ("all-gather", (Shape("f32", (4,)),), 64, False)
 
 
 SPLIT = """%begin (p: f32[4]) -> f32[16] {

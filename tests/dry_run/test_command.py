@@ -40,9 +40,7 @@ def dry() -> tuple[str, str]:
 
 
 @pytest.mark.usefixtures("with_compiler")
-def test_answers_noise_and_progress(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_answers_noise_and_progress(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     noise = "os.write(1, b'noise'); os.write(2, b'E0000 noise from C++')\n"
     answer = "send(progress='compiling layers'); send(text='the table', json='{}')\n"
     settings = "assert os.environ['TPU_SKIP_MDS_QUERY'] == '1' and os.environ['JAX_PLATFORMS'] == 'cpu'\n"
@@ -73,9 +71,7 @@ def test_a_compiler_that_dies_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_p
     words = "os.write(2, b'harmless\\nF0000 12:00 tpu.cc:7] Check failed: ok\\n@ 0x1234\\n')\n"
     code = words + "os.kill(os.getpid(), signal.SIGABRT)\n"
     child(monkeypatch, tmp_path, code)
-    with pytest.raises(
-        UserError, match=r"^the compiler for TPUs died \(SIGABRT\): F0000 12:00 tpu.cc:7\] Check failed: ok$"
-    ):
+    with pytest.raises(UserError, match=r"^the compiler for TPUs died \(SIGABRT\): F0000 12:00 tpu.cc:7\] Check failed: ok$"):
         dry()
 
 

@@ -50,11 +50,7 @@ def bounded(weights, x, flags, start, stop):
 def spec(mesh, function, layers, *bounds):
     rows, whole, cut = PartitionSpec("work"), PartitionSpec(), PartitionSpec(None, "model")
     split = jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=((cut, cut), rows, *([whole] * (1 + len(bounds)))),
-        out_specs=rows,
-        check_vma=False,
+        function, mesh=mesh, in_specs=((cut, cut), rows, *([whole] * (1 + len(bounds)))), out_specs=rows, check_vma=False
     )
 
     def abstract(shape, dtype, where):
@@ -80,8 +76,7 @@ def facts(program):
         "arguments": program.memory.arguments,
         "layer": {
             label: [
-                [item.kind, item.axis, item.group_size, item.bytes, item.times]
-                for item in program.layer_collectives(dense=dense)
+                [item.kind, item.axis, item.group_size, item.bytes, item.times] for item in program.layer_collectives(dense=dense)
             ]
             for label, dense in (("dense", True), ("reduced", False))
         },

@@ -2,15 +2,7 @@ from collections.abc import Callable
 
 import pytest
 
-from rlens_jax.dry_run.costs import (
-    Cost,
-    flops,
-    fusion_bytes,
-    instruction_bytes,
-    program_cost,
-    reduced,
-    unreduced,
-)
+from rlens_jax.dry_run.costs import Cost, flops, fusion_bytes, instruction_bytes, program_cost, reduced, unreduced
 from rlens_jax.dry_run.hlo import Loops, Module, parse_module
 from tests.dry_run.snippets import LOOP, NESTED
 

@@ -25,11 +25,7 @@ def compiled() -> dict[tuple[str, int], dict[str, Any]]:
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("for_tpu.py")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
+        [sys.executable, Path(__file__).with_name("for_tpu.py")], env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -28,8 +28,7 @@ def test_a_tuple_type_with_tiles_comments_and_memory_spaces() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bits"),
-    [("pred", 8), ("bf16", 16), ("f32", 32), ("s4", 4), ("f8e4m3fn", 8), ("c64", 64), ("token", 0)],
+    ("dtype", "bits"), [("pred", 8), ("bf16", 16), ("f32", 32), ("s4", 4), ("f8e4m3fn", 8), ("c64", 64), ("token", 0)]
 )
 def test_element_bits(dtype: str, bits: int) -> None:
     assert element_bits(dtype) == bits

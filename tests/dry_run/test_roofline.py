@@ -45,10 +45,7 @@ def test_a_run() -> None:
         compiled("layers", layers=4, dense=ProgramCost(Cost(47 * second), Cost(10 * second))),
         compiled("outcome", dense=ProgramCost(Cost(11 * second), None)),
     ]
-    phases = [
-        Phase("vision", images=16),
-        Phase("search", steps=3, layer_steps=9, states_made=4, embeddings=2),
-    ]
+    phases = [Phase("vision", images=16), Phase("search", steps=3, layer_steps=9, states_made=4, embeddings=2)]
     (found,) = estimates(programs, phases, WHERE)
     assert found.seconds == pytest.approx({"vision": 6.0, "search": 2 * 5 + (3 + 4) * 7 + 9 * 10 + 3 * 11})
     assert found.chip_hours == pytest.approx(found.total / 3600 * 16)

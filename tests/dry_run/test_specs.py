@@ -20,12 +20,7 @@ from rlens_jax.models.prompt import Prompt, collate
 from rlens_jax.sharding.mesh import make_mesh
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
-LARGEST = {
-    "internvl2_8b": 13312,
-    "llava_onevision_qwen2_7b_ov_hf": 26973,
-    "minicpm_v_2_6": 1152,
-    "qwen2_vl_7b": 65536,
-}
+LARGEST = {"internvl2_8b": 13312, "llava_onevision_qwen2_7b_ov_hf": 26973, "minicpm_v_2_6": 1152, "qwen2_vl_7b": 65536}
 
 
 @pytest.fixture(params=LARGEST)
@@ -60,9 +55,7 @@ def test_a_batch_is_shaped_as_collate_makes_it() -> None:
     prompt = Prompt(np.zeros(3, np.int32), np.zeros(3, bool), np.zeros((3, 3), np.int32), 3, 1)
     real = collate([prompt] * 4, [0] * 4, bucket, 16)
     abstract = abstract_batch(bucket, 4, 3, Placed(mesh()))
-    assert jax.tree.map(lambda x: (x.shape, jnp.dtype(x.dtype)), abstract) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), real
-    )
+    assert jax.tree.map(lambda x: (x.shape, jnp.dtype(x.dtype)), abstract) == jax.tree.map(lambda x: (x.shape, x.dtype), real)
 
 
 def embedded_specs(all_buckets: bool = False, **changes: Any) -> list[Any]:

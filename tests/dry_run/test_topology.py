@@ -33,9 +33,7 @@ def test_rates_of_a_device() -> None:
     assert find_slice("v5e:4x4").link_rate == 200e9 / 2
 
 
-@pytest.mark.parametrize(
-    ("name", "near"), [("v5e:16x15", "v5e:16x16"), ("v5litepod:4x4", "v5e:4x4"), ("v6:4x4", "v6e:4x4")]
-)
+@pytest.mark.parametrize(("name", "near"), [("v5e:16x15", "v5e:16x16"), ("v5litepod:4x4", "v5e:4x4"), ("v6:4x4", "v6e:4x4")])
 def test_an_unknown_topology_is_answered_with_near_ones(name: str, near: str) -> None:
     with pytest.raises(UserError, match=f"no TPU topology '{name}'; did you mean .*{near}"):
         find_slice(name)

@@ -19,17 +19,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
 from rlens_jax.search.journal import Journal
 from rlens_jax.search.search import Ranking, rank_layers
-from tests.engine.toy import (
-    LAYERS,
-    SHAPES,
-    ToyPreparer,
-    answered,
-    score,
-    toy_programs,
-    toy_samples,
-    toy_split,
-    words,
-)
+from tests.engine.toy import LAYERS, SHAPES, ToyPreparer, answered, score, toy_programs, toy_samples, toy_split, words
 from tests.toy_search import one_at_a_time
 
 
@@ -47,12 +37,7 @@ def evaluator(
     programs: Programs, split: Split, folder: Path, state_bytes: float = 1e9, scoring: Scoring | None = None
 ) -> tuple[Evaluator, Journal]:
     journal = Journal.open(folder, {"test": "1"})
-    made = Evaluator(
-        scoring or TeacherForcing(programs),
-        {"validation": split},
-        journal,
-        state_bytes=state_bytes,
-    )
+    made = Evaluator(scoring or TeacherForcing(programs), {"validation": split}, journal, state_bytes=state_bytes)
     return made, journal
 
 
@@ -85,10 +70,7 @@ def test_fast_search_is_the_plain_search(
     fast, journal = evaluator(programs, split, tmp_path, state_bytes)
     with journal:
         ranking = rank_layers(
-            LAYERS,
-            1,
-            operator,
-            lambda base, plans: [score(outcomes) for outcomes in fast.outcomes("validation", base, plans)],
+            LAYERS, 1, operator, lambda base, plans: [score(outcomes) for outcomes in fast.outcomes("validation", base, plans)]
         )
     plain = plain_ranking(programs, split, operator)
     assert ranking == plain
@@ -104,9 +86,7 @@ def test_a_suffix_from_stored_states_is_bit_equal(programs: Programs, split: Spl
             for layer in range(start):
                 states = programs.layers(states, batch.inputs, [base], [layer], layer + 1)
             states = programs.layers(states, batch.inputs, [plan], [start], LAYERS)
-            for part, expected in zip(
-                programs.outcome(states, batch.inputs), plain_batch(programs, batch, plan), strict=False
-            ):
+            for part, expected in zip(programs.outcome(states, batch.inputs), plain_batch(programs, batch, plan), strict=False):
                 np.testing.assert_array_equal(part, expected)
 
 
@@ -188,9 +168,7 @@ def test_a_checkpoint_may_end_the_run_after_any_evaluation(programs: Programs, s
             if len(recorded) == 2:
                 raise StopRequested
 
-        made = Evaluator(
-            TeacherForcing(programs), {"validation": split}, journal, state_bytes=1e9, checkpoint=checkpoint
-        )
+        made = Evaluator(TeacherForcing(programs), {"validation": split}, journal, state_bytes=1e9, checkpoint=checkpoint)
         with pytest.raises(StopRequested):
             made.outcomes("validation", Plan(), [Plan(), Plan((4,)), Plan((), (2,))])
         assert recorded == [2, 4]  # the datasets of one plan, then of two

@@ -73,11 +73,7 @@ def test_batches_and_plans_share_the_decoding_program(model: DeployedModel, page
     assert model.programs.traces == {"encode": 1, "prefill": 2, "decode": 1}
     for given, asked, answer in zip(images, QUESTIONS, reduced, strict=True):
         assert model.generate(given, asked, plan, max_new_tokens=TOKENS) == answer
-    assert model.programs.traces == {
-        "encode": 2,
-        "prefill": 3,
-        "decode": 2,
-    }  # for batches of one, whatever is asked
+    assert model.programs.traces == {"encode": 2, "prefill": 3, "decode": 2}  # for batches of one, whatever is asked
     assert model.generate(images=[], prompt=[]) == []
 
 
@@ -104,12 +100,7 @@ def test_in_chunks_the_answers_are_the_same(model: DeployedModel, page: Path, pl
 def test_the_command_prints_what_the_model_says(
     model: DeployedModel, page: Path, plan_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [
-        f"--image={page}",
-        f"--prompt={QUESTIONS[0]}",
-        f"--plan={plan_path}",
-        f"--max-new-tokens={TOKENS}",
-    ]
+    options = [f"--image={page}", f"--prompt={QUESTIONS[0]}", f"--plan={plan_path}", f"--max-new-tokens={TOKENS}"]
     assert run(["embedded", *options]) == 0
     plan = rlens_jax.read_plan(plan_path)
     expected = model.generate([page], QUESTIONS[0], plan, max_new_tokens=TOKENS)

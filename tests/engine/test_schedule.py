@@ -31,10 +31,7 @@ def test_everything_once(groups: int, blocks: int) -> None:
     costs = [5, 3, 1, 4]
     layout = filled(blocks, groups)
     done = Counter(
-        (step.batch, item.block, item.plan)
-        for step in schedule(layout, costs)
-        for item in step.items
-        if item is not None
+        (step.batch, item.block, item.plan) for step in schedule(layout, costs) for item in step.items if item is not None
     )
     expected = {
         (batch, group, plan)
@@ -92,9 +89,7 @@ def test_stored_states_are_those_of_the_plan_and_no_layer_runs_in_vain() -> None
         return list(zip(*(flags[:layer].tolist() for flags in plan.flags(6)), strict=True))
 
     rng = np.random.default_rng(0)
-    plans = [
-        Plan(tuple(np.flatnonzero(rng.random(6) < 0.5)), tuple(np.flatnonzero(rng.random(6) < 0.5))) for _ in "abcd"
-    ]
+    plans = [Plan(tuple(np.flatnonzero(rng.random(6) < 0.5)), tuple(np.flatnonzero(rng.random(6) < 0.5))) for _ in "abcd"]
     stored, states = StoredStates(), []
     for _ in range(200):
         plan, layer = plans[rng.integers(4)], int(rng.integers(6))

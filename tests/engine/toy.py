@@ -31,25 +31,10 @@ from tests.toy_decoder import TOY
 LAYERS, STOP, IMAGE = 5, 0, 1
 CONFIG = Qwen2VLConfig(
     replace(
-        TOY,
-        num_layers=LAYERS,
-        num_heads=4,
-        head_dim=12,
-        ffn_width=40,
-        vocabulary=13,
-        rope_theta=50.0,
-        rope_sections=(2, 2, 2),
+        TOY, num_layers=LAYERS, num_heads=4, head_dim=12, ffn_width=40, vocabulary=13, rope_theta=50.0, rope_sections=(2, 2, 2)
     ),
     VisionConfig(
-        depth=1,
-        width=16,
-        num_heads=2,
-        ffn_width=20,
-        channels=3,
-        temporal_patch=2,
-        patch_size=1,
-        merge_size=2,
-        out_width=24,
+        depth=1, width=16, num_heads=2, ffn_width=20, channels=3, temporal_patch=2, patch_size=1, merge_size=2, out_width=24
     ),
     image_token=IMAGE,
     video_token=2,
@@ -128,9 +113,7 @@ def toy_samples() -> list[Sample]:
     rng = np.random.default_rng(3)
     samples = []
     for number in range(11):
-        images = tuple(
-            png(2 * int(rng.integers(1, 4)), 2 * int(rng.integers(1, 5))) for _ in range(int(rng.integers(1, 3)))
-        )
+        images = tuple(png(2 * int(rng.integers(1, 4)), 2 * int(rng.integers(1, 5))) for _ in range(int(rng.integers(1, 3))))
         question = "".join(chr(97 + int(letter)) for letter in rng.integers(0, 26, int(rng.integers(2, 7))))
         samples.append(Sample(f"s{number}", "even" if number % 2 == 0 else "odd", images, question, ("?",)))
     return samples

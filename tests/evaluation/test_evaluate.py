@@ -74,13 +74,7 @@ def plan_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(data: Path, plan: Path, output: Path, *more: str) -> list[str]:
     md5 = hashlib.md5((data / "MMStar.tsv").read_bytes()).hexdigest()
     sources = [str(data / "own.jsonl"), str(data / "MMStar.tsv")]
-    settings = (
-        "--batch-size=2",
-        "--max-new-tokens=3",
-        "--bootstrap-samples=50",
-        "--timing-repeats=0",
-        "--baseline",
-    )
+    settings = ("--batch-size=2", "--max-new-tokens=3", "--bootstrap-samples=50", "--timing-repeats=0", "--baseline")
     return [
         "embedded", f"--plan={plan}", f"--output={output}", f"--md5=MMStar={md5}", *settings, *more, "--data", *sources
     ]  # fmt: skip
@@ -206,12 +200,7 @@ def test_killed_and_resumed(finished: Path, data: Path, plan_path: Path, tmp_pat
 
 @pytest.mark.parametrize("changed", ["model_hash", "plan.ffn", "data.top_left"])
 def test_the_folder_of_another_evaluation(
-    finished: Path,
-    data: Path,
-    plan_path: Path,
-    tmp_path: Path,
-    changed: str,
-    capsys: pytest.CaptureFixture[str],
+    finished: Path, data: Path, plan_path: Path, tmp_path: Path, changed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
     shutil.copytree(finished, output)

@@ -64,9 +64,7 @@ class ForwardContract(ABC):
         """The examples of a batch."""
 
     @abstractmethod
-    def ours(
-        self, model: VisionLanguageModel, pair: Any, examples: Sequence[Any], plan: Plan, reduction: Reduction
-    ) -> Logits:
+    def ours(self, model: VisionLanguageModel, pair: Any, examples: Sequence[Any], plan: Plan, reduction: Reduction) -> Logits:
         """Our logits of all tokens of each example, from one padded batch."""
 
     @abstractmethod

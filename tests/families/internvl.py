@@ -272,8 +272,7 @@ def our_images(examples: Sequence[Example], config: InternVLConfig, spare: int =
 def our_batch(examples: Sequence[Example], spare: tuple[int, int] = (0, 0)) -> PromptBatch:
     """The prompts as the decoder reads them."""
     prompts = [
-        Prompt(e.token_ids, e.is_visual, np.arange(len(e.token_ids), dtype=np.int32)[None], len(e.token_ids), 0)
-        for e in examples
+        Prompt(e.token_ids, e.is_visual, np.arange(len(e.token_ids), dtype=np.int32)[None], len(e.token_ids), 0) for e in examples
     ]
     bucket = bucket_for([example.is_visual for example in examples], spare)
     return jax.tree.map(jnp.asarray, collate(prompts, range(len(examples)), bucket, 1))

@@ -84,9 +84,7 @@ def picture(seed: int, size: Size) -> Image.Image:
 
 
 def image_processor():
-    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
-        LlavaOnevisionImageProcessorPil,
-    )
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
     return LlavaOnevisionImageProcessorPil(
         size={"height": VIEW, "width": VIEW},

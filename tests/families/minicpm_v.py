@@ -134,9 +134,7 @@ class MiniCPMV(torch.nn.Module):
         from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
         rope = {"rope_type": "default", "rope_theta": 10000.0}
-        self.config = Qwen2Config(
-            **TEXT | overrides, rope_parameters=rope, pad_token_id=257, attn_implementation="eager"
-        )
+        self.config = Qwen2Config(**TEXT | overrides, rope_parameters=rope, pad_token_id=257, attn_implementation="eager")
         vision = SiglipVisionConfig(**VISION, vision_use_head=False, attn_implementation="eager")
         self.llm = Qwen2ForCausalLM(self.config)
         self.vpm = SiglipVisionModel(vision)
@@ -194,11 +192,7 @@ class MiniCPMV(torch.nn.Module):
         x = self.embeddings(token_ids, visual)[None]
         mask = torch.ones(x.shape[:2], dtype=torch.long)
         return self.llm.generate(
-            inputs_embeds=x,
-            attention_mask=mask,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            eos_token_id=None,
+            inputs_embeds=x, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None
         )[0].tolist()
 
 
@@ -221,10 +215,7 @@ def cut_views(image: Image.Image) -> tuple[list[torch.Tensor], tuple[int, int] |
     fields = preprocessor_json()
     small = PATCH // 4
     processor = MiniCPMV4_6ImageProcessorPil(
-        patch_size=small,
-        scale_resolution=RESOLUTION,
-        image_mean=fields["norm_mean"],
-        image_std=fields["norm_std"],
+        patch_size=small, scale_resolution=RESOLUTION, image_mean=fields["norm_mean"], image_std=fields["norm_std"]
     )
     result = processor(images=[image], return_tensors="pt")
     views, start = [], 0

@@ -44,11 +44,7 @@ def cut(padded: torch.Tensor, examples: Sequence[Any]) -> list[np.ndarray]:
 def text_inputs(examples: Sequence[Any], **rows: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
     """Keyword arguments of Hugging Face's models for right-padded text, and further `rows` padded alike."""
     length = max(len(example.token_ids) for example in examples)
-    rows = {
-        "input_ids": [e.token_ids for e in examples],
-        "attention_mask": [np.ones(len(e.token_ids)) for e in examples],
-        **rows,
-    }
+    rows = {"input_ids": [e.token_ids for e in examples], "attention_mask": [np.ones(len(e.token_ids)) for e in examples], **rows}
     return {
         name: torch.tensor(np.stack([np.pad(row, (0, length - len(row))) for row in given]).astype(np.int64))
         for name, given in rows.items()

@@ -9,15 +9,7 @@ FACTS = Path(__file__).parents[2].parent / "shared" / "checkpoints"
 
 QWEN2_VL_SIZES = {
     "qwen2-vl-2b": {"D": 1536, "F": 8960, "N": 12, "K": 2, "V": 151936, "tied": True, "numbers": 2208985600},
-    "qwen2-vl-7b": {
-        "D": 3584,
-        "F": 18944,
-        "N": 28,
-        "K": 4,
-        "V": 152064,
-        "tied": False,
-        "numbers": 16582751232 // 2,
-    },
+    "qwen2-vl-7b": {"D": 3584, "F": 18944, "N": 28, "K": 4, "V": 152064, "tied": False, "numbers": 16582751232 // 2},
 }
 """Sizes and number of parameters; the 7B file is published in bfloat16 with 16582751232 bytes."""
 

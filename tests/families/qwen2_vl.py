@@ -113,9 +113,7 @@ def our_images(examples: Sequence[Example], config: Qwen2VLConfig, spare: int = 
     for row, example in enumerate(examples):
         own = range(image, image + len(example.grids))
         image += len(own)
-        tokens = [
-            i * slots // group + np.arange(len(values) // group) for i, values in zip(own, example.patches, strict=True)
-        ]
+        tokens = [i * slots // group + np.arange(len(values) // group) for i, values in zip(own, example.patches, strict=True)]
         tokens = np.concatenate([*tokens, np.zeros(0, np.int32)])
         source[row, : len(tokens)] = tokens
     counts = np.array([len(values) for values, _ in flat], np.int32)

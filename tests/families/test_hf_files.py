@@ -69,11 +69,7 @@ def merged(text: str) -> list[str]:
         i = -max(pairs)[1]
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     known = {*SCORED, *LETTERS}
-    return [
-        piece
-        for part in parts
-        for piece in ([part] if part in known else [f"<0x{byte:02X}>" for byte in part.encode()])
-    ]
+    return [piece for part in parts for piece in ([part] if part in known else [f"<0x{byte:02X}>" for byte in part.encode()])]
 
 
 def restated(text: str, prefix: bool) -> list[str]:

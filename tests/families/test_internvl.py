@@ -19,16 +19,7 @@ from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Plan, Reduction
 from tests.families.contract import BOTH, SIMPLE, WHOLE, ForwardContract, Logits, set_to, swap
-from tests.families.internvl import (
-    SIX_B,
-    Example,
-    hf_inputs,
-    make_example,
-    our_batch,
-    our_images,
-    save_native,
-    tiny_internvl,
-)
+from tests.families.internvl import SIX_B, Example, hf_inputs, make_example, our_batch, our_images, save_native, tiny_internvl
 from tests.families.pair import Pair, cut, make_pair
 from tests.numerics import assert_close, error
 from tests.sequences import unpack
@@ -135,9 +126,7 @@ def test_vision_tower_and_connector(pairs, name):
     tokens = jax.jit(pair.ours.vision)(patches)
     assert np.abs(theirs.last_hidden_state.numpy()).std() > 0.3
     assert_close(
-        np.concatenate([row[: len(own)] for row, own in zip(features, tiles, strict=True)]),
-        theirs.last_hidden_state,
-        SIMPLE,
+        np.concatenate([row[: len(own)] for row, own in zip(features, tiles, strict=True)]), theirs.last_hidden_state, SIMPLE
     )
     per_tile = pair.config.vision.tile_tokens
     rows = [row[: len(own) * per_tile] for row, own in zip(tokens, tiles, strict=True)]
@@ -164,9 +153,7 @@ def test_both_layouts_are_one_model(pair, tmp_path):
 def test_transposed_tokens_of_the_first_pixel_shuffle(pairs, tmp_path, monkeypatch):
     theirs = tiny_internvl(7)
     shuffle = theirs.model.pixel_shuffle
-    monkeypatch.setattr(
-        theirs.model, "pixel_shuffle", lambda *args, **named: shuffle(*args, **named).permute(0, 2, 1, 3)
-    )
+    monkeypatch.setattr(theirs.model, "pixel_shuffle", lambda *args, **named: shuffle(*args, **named).permute(0, 2, 1, 3))
     save_native(tmp_path / "model", theirs, ps_version="v1")
     kind, ours = load_model(tmp_path / "model", jnp.float32)
     pair = Pair(theirs, kind.config, lambda: ours, ours)
@@ -200,9 +187,7 @@ def test_greedy_tokens(pairs, name, seed):
     """The seeds are those whose answers do not only repeat a few tokens."""
     pair, new_tokens = pairs(name), 40
     examples = [make_example(seed, BATCHES["two images with text between"][0])]
-    generated = pair.theirs.generate(
-        **hf_inputs(examples), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None
-    )
+    generated = pair.theirs.generate(**hf_inputs(examples), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None)
     # Newer versions hand out the prompt as well.
     expected = generated[0, -new_tokens:].tolist()
     assert len(set(expected)) > 5
@@ -242,9 +227,7 @@ class TestInternVL(ForwardContract):
         "dropped_class_token": lambda model: set_to(model.vision.class_token, 0),
         "dropped_positions": lambda model: set_to(model.vision.position, 0),
         "swapped_norms": lambda model: swap(model.decoder.layers.input_norm.scale, model.decoder.layers.ffn_norm.scale),
-        "swapped_vision_norms": lambda model: swap(
-            model.vision.layers.attention_norm.scale, model.vision.layers.mlp_norm.scale
-        ),
+        "swapped_vision_norms": lambda model: swap(model.vision.layers.attention_norm.scale, model.vision.layers.mlp_norm.scale),
         "transposed_tokens": transposed_tokens,
         "columns_before_rows_in_the_pixel_shuffle": columns_before_rows_in_the_pixel_shuffle,
     }
@@ -253,9 +236,7 @@ class TestInternVL(ForwardContract):
     def examples(self, pair: Pair, batch: str) -> list[Example]:
         return examples_of(batch)
 
-    def ours(
-        self, model: VisionLanguageModel, pair: Pair, examples: list[Example], plan: Plan, reduction: Reduction
-    ) -> Logits:
+    def ours(self, model: VisionLanguageModel, pair: Pair, examples: list[Example], plan: Plan, reduction: Reduction) -> Logits:
         return our_logits(model, pair.config, examples, plan, reduction)
 
     def theirs(self, pair: Pair, examples: list[Example]) -> Logits:

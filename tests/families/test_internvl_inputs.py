@@ -166,12 +166,8 @@ def spelled(ids) -> str:
     return text
 
 
-SYSTEM_2 = (
-    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"  # noqa: RUF001
-)
-SYSTEM_2_5 = (
-    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: RUF001
-)
+SYSTEM_2 = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"  # noqa: RUF001
+SYSTEM_2_5 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: RUF001
 
 
 def edit_config(folder: Path, **fields) -> None:
@@ -203,8 +199,7 @@ def test_native_prompt_of_internvl2_has_no_newlines_between_turns(native, templa
     folder = copied(native, tmp_path, template=template)
     prompt = preparer(folder).prompt(sample("Look: <image> Why?"), tiles(1), None)
     assert spelled(prompt.token_ids) == (
-        f"<|im_start|>system\n{SYSTEM_2}<|im_end|>"
-        "<|im_start|>user\nLook: <img>[16]</img> Why?<|im_end|><|im_start|>assistant\n"
+        f"<|im_start|>system\n{SYSTEM_2}<|im_end|><|im_start|>user\nLook: <img>[16]</img> Why?<|im_end|><|im_start|>assistant\n"
     )
     assert prompt.answer_length == 0
 
@@ -268,9 +263,7 @@ def test_from_picture_to_logits(native):
     pictures = [picture(2, 40, 90), picture(3, 50, 11)]
     images = prepare.images(pictures, "s:1")
     prompt = prepare.prompt(sample("a <image> b <image> c", 2), [image.tokens for image in images], None)
-    example = Example(
-        prompt.token_ids, prompt.is_visual, [cut_tiles(image, TILE, kind.config.native) for image in pictures]
-    )
+    example = Example(prompt.token_ids, prompt.is_visual, [cut_tiles(image, TILE, kind.config.native) for image in pictures])
     with torch.no_grad():
         expected = theirs(**hf_inputs([example])).logits[0].numpy()
     batch = collate([prompt], [0], Bucket(300, prompt.num_visual), 1)
@@ -366,11 +359,7 @@ NATIVE_REFUSALS = [
     ("max_dynamic_patch", 0, "max_dynamic_patch must be a positive number, not 0"),
     ("min_dynamic_patch", 7, "min_dynamic_patch 7 is larger than max_dynamic_patch 6"),
     ("llm_config", None, "llm_config must be an object, not None"),
-    (
-        "llm_config.model_type",
-        "phi3",
-        "llm_config: model_type 'phi3' is not supported; text models are: qwen2",
-    ),
+    ("llm_config.model_type", "phi3", "llm_config: model_type 'phi3' is not supported; text models are: qwen2"),
     ("llm_config.rope_scaling", {"type": "linear", "factor": 2}, "type = 'linear' is not supported"),
     ("llm_config.rope_theta", None, "llm_config: the field rope_theta is missing"),
     ("llm_config.hidden_act", "gelu", "llm_config: hidden_act = 'gelu' is not supported"),
@@ -411,9 +400,7 @@ def test_hf_configs_that_are_refused(path, value, expected, hf):
     assert expected in message
 
 
-@pytest.mark.parametrize(
-    ("model_type", "bias"), [("llama", "attention_bias"), ("llama", "mlp_bias"), ("internlm2", "bias")]
-)
+@pytest.mark.parametrize(("model_type", "bias"), [("llama", "attention_bias"), ("llama", "mlp_bias"), ("internlm2", "bias")])
 def test_biases_that_a_text_model_should_not_have(model_type, bias):
     fields = native_fields(tiny_internvl(0, num_hidden_layers=1))
     fields = changed(changed(fields, "llm_config.model_type", model_type), f"llm_config.{bias}", True)
@@ -423,13 +410,7 @@ def test_biases_that_a_text_model_should_not_have(model_type, bias):
 def test_defaults_of_the_native_code():
     """What a config.json leaves out is not what InternVL2 uses, but what OpenGVLab's classes say."""
     fields = native_fields(tiny_internvl(0, num_hidden_layers=1))
-    for name in (
-        "dynamic_image_size",
-        "use_thumbnail",
-        "ps_version",
-        "max_dynamic_patch",
-        "force_image_size",
-    ):
+    for name in ("dynamic_image_size", "use_thumbnail", "ps_version", "max_dynamic_patch", "force_image_size"):
         del fields[name]
     for name in ("norm_type", "qk_normalization", "qkv_bias", "layer_norm_eps"):
         del fields["vision_config"][name]

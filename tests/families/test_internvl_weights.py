@@ -162,8 +162,7 @@ def test_every_spelling_gives_the_same_model(reference, published, save, tmp_pat
 def test_internlm2_is_a_llama_by_other_names(tower, tmp_path):
     llama = tiny_internvl(2, "llama", vision=tower, num_hidden_layers=2)
     models = [
-        load_model(save(tmp_path / name, llama), jnp.float32)[1]
-        for name, save in (("hf", save_tiny), ("native", save_native))
+        load_model(save(tmp_path / name, llama), jnp.float32)[1] for name, save in (("hf", save_tiny), ("native", save_native))
     ]
     assert models[0].decoder.layers.attention.q_proj.bias is None
     assert_same(*models)

@@ -80,18 +80,12 @@ def run_prefill(graph, state, batch, arrays, source, plan: Plan, reduction: Redu
 
 
 def start(
-    model: VisionLanguageModel,
-    examples: list[Example],
-    plan: Plan = PLAIN,
-    reduction: Reduction = PAPER,
-    new_tokens: int = 0,
+    model: VisionLanguageModel, examples: list[Example], plan: Plan = PLAIN, reduction: Reduction = PAPER, new_tokens: int = 0
 ):
     """Logits of all tokens, cache and batch."""
     spare = (2, 3)
     batch, images = our_batch(examples, spare), our_images(examples, spare[1])
-    logits, scored, cache = run_prefill(
-        *nnx.split(model), batch, images.arrays, images.source, plan, reduction, new_tokens
-    )
+    logits, scored, cache = run_prefill(*nnx.split(model), batch, images.arrays, images.source, plan, reduction, new_tokens)
     assert scored
     return unpack(logits, batch.layout), cache, batch
 
@@ -182,11 +176,7 @@ def test_grids_of_every_size():
         features = rng.standard_normal((1 + tiles[0] * tiles[1], SIDE**2, 2)).astype(np.float32)
         newline = np.array([7, 8], np.float32)
         (expected,), _ = LlavaOnevisionModel.pack_image_features(
-            model,
-            [torch.tensor(features)],
-            torch.tensor([size]),
-            torch.tensor(newline),
-            f"anyres_max_{MOST_TILES}",
+            model, [torch.tensor(features)], torch.tensor([size]), torch.tensor(newline), f"anyres_max_{MOST_TILES}"
         )
         sources, weights = grid_sources(size, tiles, SIDE, MOST_TILES)
         scaled += bool((weights[:, 1:] > 0).any())
@@ -207,9 +197,7 @@ def test_greedy_tokens_with_two_images(pair, plan):
     new_tokens = 40
     (example,) = examples_of("two images with text between")
     with reduced(pair.theirs, [torch.tensor(example.is_visual)], plan.attention, plan.ffn, 5, "0.3", "0.1"):
-        generated = pair.theirs.generate(
-            **hf_inputs([example]), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None
-        )
+        generated = pair.theirs.generate(**hf_inputs([example]), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None)
     expected = generated[0, len(example.token_ids) :].tolist()
     assert len(expected) == new_tokens
     assert len(set(expected)) > 5
@@ -249,9 +237,7 @@ class TestLlavaOnevision(ForwardContract):
     def examples(self, pair: Pair, batch: str) -> list[Example]:
         return examples_of(batch)
 
-    def ours(
-        self, model: VisionLanguageModel, pair: Pair, examples: list[Example], plan: Plan, reduction: Reduction
-    ) -> Logits:
+    def ours(self, model: VisionLanguageModel, pair: Pair, examples: list[Example], plan: Plan, reduction: Reduction) -> Logits:
         return our_logits(model, examples, plan, reduction)
 
     def theirs(self, pair: Pair, examples: list[Example]) -> Logits:

@@ -22,11 +22,7 @@ from tests.torch_support import save_tiny
 pytestmark = pytest.mark.torch
 
 POST_NORM = [f"vision_tower.vision_model.post_layernorm.{name}" for name in ("weight", "bias")]
-SPELLINGS = {
-    "published": {},
-    "in memory": {"save_original_format": False},
-    "sharded": {"max_shard_size": "200KB"},
-}
+SPELLINGS = {"published": {}, "in memory": {"save_original_format": False}, "sharded": {"max_shard_size": "200KB"}}
 
 
 def published_shapes() -> dict[str, list[int]]:
@@ -91,11 +87,7 @@ def published(reference, tmp_path_factory) -> Path:
 class TestLlavaOnevisionWeights(WeightsContract):
     facts: ClassVar = {
         "7b": PublishedFacts(
-            published_files.llava_onevision(),
-            published_shapes(),
-            8030807584,
-            "llava-onevision-qwen2-7b-ov-hf",
-            unused=POST_NORM,
+            published_files.llava_onevision(), published_shapes(), 8030807584, "llava-onevision-qwen2-7b-ov-hf", unused=POST_NORM
         )
     }
 
@@ -119,12 +111,7 @@ OLD = "language_model.model.", "language_model.lm_head.", "vision_tower.vision_m
 PREFIXES = {
     "published": OLD,
     "transformers 5, the tower without its level": (*OLD[:2], "vision_tower.", ""),
-    "in memory since 4.52": (
-        "model.language_model.",
-        "lm_head.",
-        "model.vision_tower.vision_model.",
-        "model.",
-    ),
+    "in memory since 4.52": ("model.language_model.", "lm_head.", "model.vision_tower.vision_model.", "model."),
     "in memory of transformers 5": ("model.language_model.", "lm_head.", "model.vision_tower.", "model."),
 }
 """Of the decoder, its head, the tower, and of connector and newline."""
@@ -168,21 +155,12 @@ def test_transformers_loads_what_we_write(reference, published, tmp_path):
     ("fields", "complaint"),
     [
         ({"vision_feature_layer": -2}, "vision_feature_layer = -2 is not supported (only -1)"),
-        (
-            {"vision_feature_select_strategy": "default"},
-            "vision_feature_select_strategy = 'default' is not supp",
-        ),
+        ({"vision_feature_select_strategy": "default"}, "vision_feature_select_strategy = 'default' is not supp"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act = 'relu' is not supported (only 'gelu')"),
         ({"multimodal_projector_bias": False}, "multimodal_projector_bias = False is not supported"),
         ({"use_image_newline_parameter": False}, "use_image_newline_parameter = False is not supported"),
-        (
-            {"vision_aspect_ratio": "pad"},
-            "vision_aspect_ratio = 'pad' is not supported (only 'anyres_max_N')",
-        ),
-        (
-            {"image_grid_pinpoints": [[384, 400]]},
-            "image_grid_pinpoints contains [384, 400]; only [height, width]",
-        ),
+        ({"vision_aspect_ratio": "pad"}, "vision_aspect_ratio = 'pad' is not supported (only 'anyres_max_N')"),
+        ({"image_grid_pinpoints": [[384, 400]]}, "image_grid_pinpoints contains [384, 400]; only [height, width]"),
         ({"image_grid_pinpoints": None}, "image_grid_pinpoints must be a list"),
         ({"image_token_index": None}, "the field image_token_index is missing"),
         ({"text_config": {"model_type": "llama"}}, "text_config: model_type = 'llama' is not supported"),
@@ -201,10 +179,7 @@ def test_what_is_not_supported_is_refused(fields, complaint):
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        (
-            lambda tensors: tensors.pop("image_newline"),
-            "image_newline: missing, expected with shape [60]",
-        ),
+        (lambda tensors: tensors.pop("image_newline"), "image_newline: missing, expected with shape [60]"),
         (
             lambda tensors: tensors.update(image_newlien=tensors.pop("image_newline")),
             "image_newlien: not known (did you mean 'image_newline'?)",
@@ -213,10 +188,7 @@ def test_what_is_not_supported_is_refused(fields, complaint):
             lambda tensors: tensors.update(image_newline=tensors["image_newline"][:59]),
             "image_newline: has shape [59], expected [60]",
         ),
-        (
-            lambda tensors: tensors.update({"model.image_newline": tensors["image_newline"]}),
-            "model.image_newline: doubled",
-        ),
+        (lambda tensors: tensors.update({"model.image_newline": tensors["image_newline"]}), "model.image_newline: doubled"),
         (
             lambda tensors: tensors.update(image_newline=np.full(60, np.nan, np.float32)),
             "image_newline: holds NaN or infinite values",

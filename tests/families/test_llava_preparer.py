@@ -61,9 +61,7 @@ def write_texts(folder: Path) -> None:
     assert vocabulary.index("<video>") == VIDEO_TOKEN
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Sequence([Split(Regex(r"[^\S\n]+"), "removed"), Split("\n", "isolated")])
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL if token != "\n"]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL if token != "\n"])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -132,10 +130,7 @@ def their_inputs(folder: Path, sample: Sample) -> dict[str, torch.Tensor]:
     texts = [text for text in sample.question.split("<image>") if text]
     content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text} for text in texts]
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}],
-        chat_template=TEMPLATE,
-        tokenize=False,
-        add_generation_prompt=True,
+        [{"role": "user", "content": content}], chat_template=TEMPLATE, tokenize=False, add_generation_prompt=True
     )
     for image in range(len(pictures)):
         text = text.replace("<image>", processor.replace_image_token(inputs, image).replace("<image>", "@"), 1)
@@ -157,11 +152,7 @@ def test_prompts_are_those_of_hugging_face(folder, preparer, name):
     assert prompt.next_rope == len(expected)
     answered = preparer.prompt(sample, tokens, "a page")
     assert answered.answer_length == 3
-    assert answered.token_ids[-3:].tolist() == [
-        WORDS.index("a"),
-        WORDS.index("page"),
-        SPECIAL.index("<|im_end|>") + 190,
-    ]
+    assert answered.token_ids[-3:].tolist() == [WORDS.index("a"), WORDS.index("page"), SPECIAL.index("<|im_end|>") + 190]
 
 
 def test_visual_tokens_of_a_run(folder, theirs, loaded, preparer):
@@ -179,9 +170,7 @@ def test_visual_tokens_of_a_run(folder, theirs, loaded, preparer):
             inputs = their_inputs(folder, samples[place])
             with torch.no_grad():
                 features = theirs.model.get_image_features(
-                    inputs["pixel_values"],
-                    inputs["image_sizes"],
-                    batch_num_images=inputs["batch_num_images"],
+                    inputs["pixel_values"], inputs["image_sizes"], batch_num_images=inputs["batch_num_images"]
                 )
             expected = torch.cat(list(features.pooler_output)).numpy()
             assert_close(batch.visual[row, : len(expected)], expected, 1e-5)

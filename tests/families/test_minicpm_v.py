@@ -96,12 +96,7 @@ LITTLE_TOKENS = ImageTokens(NUM_QUERIES)
 BATCHES = {
     "one image": [("What is it?", (WIDE,))],
     "two images with text between": [("See <image> or\n<image>? Say.", (WIDE, LITTLE))],
-    "ragged": [
-        ("What?", (TALL,)),
-        ("Which one?", (LITTLE, WIDE)),
-        ("No image.", ()),
-        ("A <image>", (LITTLE,)),
-    ],
+    "ragged": [("What?", (TALL,)), ("Which one?", (LITTLE, WIDE)), ("No image.", ()), ("A <image>", (LITTLE,))],
     "most slices": [("Read.", (LARGE,))],
 }
 
@@ -205,9 +200,7 @@ def test_images_of_one_bucket_are_encoded_together(pair):
 def test_position_buckets_are_those_of_torch(side):
     for patches in range(1, 401 if side == 70 else 71):
         expected = reference.position_buckets(patches, side).numpy()
-        np.testing.assert_array_equal(
-            minicpm_v_preparer.position_buckets(patches, side), expected, err_msg=str(patches)
-        )
+        np.testing.assert_array_equal(minicpm_v_preparer.position_buckets(patches, side), expected, err_msg=str(patches))
 
 
 def test_positions_go_row_by_row():
@@ -378,9 +371,7 @@ def rows_and_columns_exchanged(monkeypatch):
 
 @changed_code
 def no_mask_over_padding(monkeypatch):
-    monkeypatch.setattr(
-        minicpm_v, "masked_attention", lambda q, k, v, mask: masked_attention(q, k, v, jnp.ones_like(mask))
-    )
+    monkeypatch.setattr(minicpm_v, "masked_attention", lambda q, k, v, mask: masked_attention(q, k, v, jnp.ones_like(mask)))
 
 
 @pytest.fixture
@@ -471,11 +462,7 @@ def test_a_tokenizer_of_another_model(pair, tmp_path):
 @pytest.mark.parametrize(
     ("question", "answer", "message"),
     [
-        (
-            "What happens in <video>?",
-            None,
-            "the question asks for a video (<video>); give its frames as images",
-        ),
+        ("What happens in <video>?", None, "the question asks for a video (<video>); give its frames as images"),
         ("What is </image>?", None, "the text contains marks of the model's images"),
         ("What is <slice>?", None, "the text contains marks of the model's images"),
         ("What?", "<slice></slice>", "the text contains marks of the model's images"),
@@ -527,9 +514,7 @@ class TestMiniCPMV(ForwardContract):
     def examples(self, pair: Pair, batch: str) -> list[Example]:
         return make_examples(pair, batch)
 
-    def ours(
-        self, model: VisionLanguageModel, pair: Pair, examples: list[Example], plan: Plan, reduction: Reduction
-    ) -> Logits:
+    def ours(self, model: VisionLanguageModel, pair: Pair, examples: list[Example], plan: Plan, reduction: Reduction) -> Logits:
         return our_logits(model, examples, plan, reduction)
 
     def theirs(self, pair: Pair, examples: list[Example]) -> Logits:

@@ -120,16 +120,8 @@ def test_vision_tower_and_merger(pair, name):
     features = jax.jit(pair.ours.vision.features)(*images.tower_inputs)
     merged = jax.jit(pair.ours.vision)(*images.tower_inputs)
     group, counts = pair.config.vision.merge_size**2, images.num_patches.tolist()
-    assert_close(
-        np.concatenate([row[:n] for row, n in zip(features, counts, strict=True)]),
-        theirs.last_hidden_state,
-        SIMPLE,
-    )
-    assert_close(
-        np.concatenate([row[: n // group] for row, n in zip(merged, counts, strict=True)]),
-        theirs.pooler_output,
-        SIMPLE,
-    )
+    assert_close(np.concatenate([row[:n] for row, n in zip(features, counts, strict=True)]), theirs.last_hidden_state, SIMPLE)
+    assert_close(np.concatenate([row[: n // group] for row, n in zip(merged, counts, strict=True)]), theirs.pooler_output, SIMPLE)
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -137,11 +129,7 @@ def test_rotary_positions(pair, name):
     examples = examples_of(name, pair.config)
     inputs = hf_inputs(examples)
     theirs, deltas = pair.theirs.model.get_rope_index(
-        inputs["input_ids"],
-        inputs["mm_token_type_ids"],
-        inputs["image_grid_thw"],
-        None,
-        inputs["attention_mask"],
+        inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"], None, inputs["attention_mask"]
     )
     for row, example in enumerate(examples):
         positions, following = rope_positions(example.is_visual, example.grids, pair.config.vision.merge_size)
@@ -238,9 +226,7 @@ def test_greedy_tokens(pair, plan):
     new_tokens = 40
     (example,) = examples_of("two images with text between", pair.config)
     with reduced(pair.theirs, [torch.tensor(example.is_visual)], plan.attention, plan.ffn, 5, "0.3", "0.1"):
-        generated = pair.theirs.generate(
-            **hf_inputs([example]), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None
-        )
+        generated = pair.theirs.generate(**hf_inputs([example]), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None)
     expected = generated[0, len(example.token_ids) :].tolist()
     assert len(expected) == new_tokens
     assert len(set(expected)) > 5
@@ -279,9 +265,7 @@ class TestQwen2VL(ForwardContract):
         "dropped_vision_bias": lambda model: set_to(model.vision.layers.fc1.bias, 0),
         "dropped_merger_bias": lambda model: set_to(model.vision.merger_fc2.bias, 0),
         "swapped_norms": lambda model: swap(model.decoder.layers.input_norm.scale, model.decoder.layers.ffn_norm.scale),
-        "swapped_vision_norms": lambda model: swap(
-            model.vision.layers.attention_norm.scale, model.vision.layers.mlp_norm.scale
-        ),
+        "swapped_vision_norms": lambda model: swap(model.vision.layers.attention_norm.scale, model.vision.layers.mlp_norm.scale),
         "swapped_gate_and_up": lambda model: swap(
             model.decoder.layers.ffn.gate_proj.kernel, model.decoder.layers.ffn.up_proj.kernel
         ),
@@ -293,9 +277,7 @@ class TestQwen2VL(ForwardContract):
     def examples(self, pair: Pair, batch: str) -> list[Example]:
         return examples_of(batch, pair.config)
 
-    def ours(
-        self, model: VisionLanguageModel, pair: Pair, examples: list[Example], plan: Plan, reduction: Reduction
-    ) -> Logits:
+    def ours(self, model: VisionLanguageModel, pair: Pair, examples: list[Example], plan: Plan, reduction: Reduction) -> Logits:
         return our_logits(model, pair.config, examples, plan, reduction)
 
     def theirs(self, pair: Pair, examples: list[Example]) -> Logits:

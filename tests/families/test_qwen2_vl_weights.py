@@ -19,11 +19,7 @@ from tests.torch_support import save_tiny, tiny_qwen2_vl
 
 pytestmark = pytest.mark.torch
 
-SPELLINGS = {
-    "published": {},
-    "in memory": {"save_original_format": False},
-    "sharded": {"max_shard_size": "200KB"},
-}
+SPELLINGS = {"published": {}, "in memory": {"save_original_format": False}, "sharded": {"max_shard_size": "200KB"}}
 
 
 def published_shapes(sizes: dict) -> dict[str, list[int]]:
@@ -85,9 +81,7 @@ def published(reference, tmp_path_factory) -> Path:
 
 class TestQwen2VLWeights(WeightsContract):
     facts: ClassVar = {
-        name: PublishedFacts(
-            published_files.qwen2_vl(sizes), published_shapes(sizes), sizes["numbers"], name, whole=False
-        )
+        name: PublishedFacts(published_files.qwen2_vl(sizes), published_shapes(sizes), sizes["numbers"], name, whole=False)
         for name, sizes in published_files.QWEN2_VL_SIZES.items()
     }
 
@@ -133,10 +127,7 @@ def test_bfloat16_comes_and_goes_bit_for_bit(tmp_path):
     kind, model = load_model(folder, jnp.bfloat16)
     assert kind.config.decoder.tied_head
     save_hf(tmp_path / "back", model, kind.fields)
-    before, after = (
-        load_file(folder / "model.safetensors"),
-        load_file(tmp_path / "back" / "model.safetensors"),
-    )
+    before, after = (load_file(folder / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors"))
     assert "lm_head.weight" not in after
     before.pop("lm_head.weight", None)
     assert before.keys() == after.keys()

@@ -117,9 +117,7 @@ def test_reference_inputs_reach_the_logits(folder: Path) -> None:
     ids = np.array([[IMAGE_TOKEN] * 4 + [65, 66], [67, 68, STOP, 0, 0, 0]])
     mask = np.array([[1] * 6, [1] * 3 + [0] * 3])
     colours = np.random.default_rng(1).random((1, 4, 3)).astype(np.float32)
-    rows = kind.family.reference.read(
-        "bundle", {"input_ids": ids, "attention_mask": mask, "colours": colours}, kind.config
-    )
+    rows = kind.family.reference.read("bundle", {"input_ids": ids, "attention_mask": mask, "colours": colours}, kind.config)
     logits = forward(model, [row.images for row in rows], [row.prompt for row in rows], PLAN, SMALL)
     assert [row.shape for row in logits] == [(6, 258), (3, 258)]
     with pytest.raises(UserError, match="bundle: colours has 1 images, input_ids has tokens for 0"):

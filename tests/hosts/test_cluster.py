@@ -4,13 +4,7 @@ from rlens_jax.config import HostsConfig
 from rlens_jax.hosts import cluster
 from rlens_jax.hosts.cluster import cluster_type, is_distributed
 
-SLURM = {
-    "SLURM_JOB_ID": "7",
-    "SLURM_STEP_NODELIST": "n[1-2]",
-    "SLURM_NTASKS": "2",
-    "SLURM_PROCID": "0",
-    "SLURM_LOCALID": "0",
-}
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 BATCH = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NODELIST"}
 
 

@@ -187,9 +187,7 @@ def test_who_loses_a_process_ends_too_and_says_so_in_one_line(tmp_path):
         (line,) = said(last.terminal(0), "error")
         assert line.startswith("process 1 of 2 was lost, and this one ended with it; start the same command again")
         (line,) = said(last.terminal(1), "error")
-        assert line.startswith(
-            "process 1 of 2 was killed (SIGKILL, for example because memory ran out); start the same"
-        )
+        assert line.startswith("process 1 of 2 was killed (SIGKILL, for example because memory ran out); start the same")
         (line,) = said(first.terminal(1), "error")
         assert line.startswith("process 0 of 2 was lost, and this one ended with it; start the same command again")
         (line,) = said(full.terminal(1), "error")

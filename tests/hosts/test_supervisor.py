@@ -17,26 +17,11 @@ SILENT = "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartb
         (JOINED + SILENT.format("1\n"), signal.SIGABRT, "process 1 of 16 was lost", LOST),
         (JOINED + SILENT.format("11\n12\n"), signal.SIGABRT, "processes 11, 12 of 16 were lost", LOST),
         (JOINED + "leader task was preempted/died/", signal.SIGABRT, "process 0 of 16 was lost", LOST),
-        (
-            JOINED + "the JAX distributed service detected fatal errors.",
-            signal.SIGABRT,
-            "another process of 16 was lost",
-            LOST,
-        ),
+        (JOINED + "the JAX distributed service detected fatal errors.", signal.SIGABRT, "another process of 16 was lost", LOST),
         (JOINED, signal.SIGSEGV, "process 2 of 16 was killed (SIGSEGV)", LOST),
         ("", signal.SIGKILL, "the process was killed (SIGKILL, for example because memory ran out)", LOST),
-        (
-            "Deadline Exceeded\nRPC: /RegisterTask",
-            signal.SIGABRT,
-            "not all processes of the run joined",
-            LOST,
-        ),
-        (
-            "Failed to add port to server",
-            signal.SIGSEGV,
-            "the port of hosts.coordinator is in use",
-            BAD_INPUT,
-        ),
+        ("Deadline Exceeded\nRPC: /RegisterTask", signal.SIGABRT, "not all processes of the run joined", LOST),
+        ("Failed to add port to server", signal.SIGSEGV, "the port of hosts.coordinator is in use", BAD_INPUT),
     ],
 )
 def test_a_death_is_explained_in_one_line(log, number, line, code):

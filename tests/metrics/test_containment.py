@@ -151,9 +151,7 @@ def test_a_group_without_rows_has_no_right_answers():
     assert score("OCRBench", rows).breakdown["Text Recognition"] == 0
 
 
-@pytest.mark.parametrize(
-    ("category", "hint"), [("Doc-orientated VQA", "did you mean 'Doc-oriented VQA'"), (None, "None")]
-)
+@pytest.mark.parametrize(("category", "hint"), [("Doc-orientated VQA", "did you mean 'Doc-oriented VQA'"), (None, "None")])
 def test_an_unknown_category_is_refused(category: str | None, hint: str):
     with pytest.raises(UserError, match=f"row 17: unknown category .*{hint}"):
         score("OCRBench", [Row("17", "cat", ("cat",), category=category)])

@@ -15,11 +15,7 @@ def accuracies(rows: list[Row], prefix: str = "") -> list[float]:
 
 def one_set(*figures: tuple[int, ...]) -> Hits:
     """Hits of set 0 by figure, each over the same questions."""
-    return {
-        ("0", str(figure), str(question)): hit
-        for figure, hits in enumerate(figures)
-        for question, hit in enumerate(hits)
-    }
+    return {("0", str(figure), str(question)): hit for figure, hits in enumerate(figures) for question, hit in enumerate(hits)}
 
 
 @pytest.mark.parametrize(
@@ -57,10 +53,7 @@ def test_the_three_accuracies(hits: Hits, expected: list[float]):
 
 
 def test_sets_of_two_l2_categories_are_two():
-    rows = [
-        *hallusion_rows(one_set((1, 1)), l2_category="chart"),
-        *hallusion_rows(one_set((0, 1)), l2_category="map"),
-    ]
+    rows = [*hallusion_rows(one_set((1, 1)), l2_category="chart"), *hallusion_rows(one_set((0, 1)), l2_category="map")]
     assert accuracies(rows) == [75, 50, 75]
 
 

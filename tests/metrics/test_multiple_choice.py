@@ -154,15 +154,7 @@ def test_options(options: dict[str, str], prediction: str, expected: str):
 
 @pytest.mark.parametrize(
     ("prediction", "answer", "expected"),
-    [
-        ("A", "A", 1),
-        ("(A)", "A", 1),
-        ("red", "A", 1),
-        ("B", "A", 0),
-        ("a", "A", 0),
-        ("A or B", "A", 0),
-        ("", "A", 0),
-    ],
+    [("A", "A", 1), ("(A)", "A", 1), ("red", "A", 1), ("B", "A", 0), ("a", "A", 0), ("A or B", "A", 0), ("", "A", 0)],
 )
 def test_an_unclear_choice_is_wrong(prediction: str, answer: str, expected: float):
     assert choice_accuracy(Row("0", prediction, (answer,), options=OPTIONS)) == expected
@@ -177,14 +169,7 @@ def test_options_are_left_as_they_are():
 def test_mmstar_is_the_mean_over_rows_not_over_categories():
     hits = {("math", "algebra"): [1, 0, 0, 0], ("math", "geometry"): [0], ("logic", "code"): [1]}
     rows = [
-        Row(
-            f"{l2}{n}",
-            "A" if hit else "B",
-            ("A",),
-            category=category,
-            l2_category=l2,
-            options=OPTIONS,
-        )
+        Row(f"{l2}{n}", "A" if hit else "B", ("A",), category=category, l2_category=l2, options=OPTIONS)
         for (category, l2), outcomes in hits.items()
         for n, hit in enumerate(outcomes)
     ]

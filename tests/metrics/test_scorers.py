@@ -58,17 +58,12 @@ def test_order_does_not_change_a_score():
 
 
 def test_columns_that_a_dataset_has_are_broken_down():
-    rows = [
-        Row("0", "x", ("x",), category="form"),
-        Row("1", "y", ("x",), category="table"),
-        Row("2", "x", ("x",)),
-    ]
+    rows = [Row("0", "x", ("x",), category="form"), Row("1", "y", ("x",), category="table"), Row("2", "x", ("x",))]
     assert score("DocVQA_VAL", rows).breakdown == {"category/form": 100, "category/table": 0}
 
 
 @pytest.mark.parametrize(
-    ("dataset", "hint"),
-    [("DocVQA-VAL", r"\(did you mean 'DocVQA_VAL'\?\)"), ("POPE", "; known: OCRBench, DocVQA_VAL")],
+    ("dataset", "hint"), [("DocVQA-VAL", r"\(did you mean 'DocVQA_VAL'\?\)"), ("POPE", "; known: OCRBench, DocVQA_VAL")]
 )
 def test_an_unknown_dataset_is_refused(dataset: str, hint: str):
     with pytest.raises(UserError, match=f"unknown dataset '{dataset}'.*{hint}"):

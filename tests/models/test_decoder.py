@@ -24,12 +24,7 @@ pytestmark = pytest.mark.slow
 
 REDUCTION = Reduction(attention_range=3, active_fraction=0.3)
 RAGGED = [run_length(3, 31, 5), run_length(2, 7, 4, 11, 6), run_length(7), run_length(1, 1, 1)]
-PLANS = [
-    Plan(attention=(1, 3, 4)),
-    Plan(ffn=(0, 2)),
-    Plan(attention=(0, 3), ffn=(3, 4)),
-    Plan(attention=range(5), ffn=range(5)),
-]
+PLANS = [Plan(attention=(1, 3, 4)), Plan(ffn=(0, 2)), Plan(attention=(0, 3), ffn=(3, 4)), Plan(attention=range(5), ffn=range(5))]
 KEY = jax.random.key(7)
 
 

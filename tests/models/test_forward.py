@@ -58,9 +58,7 @@ def images() -> list[list[PreparedImage]]:
 def text() -> list[Prompt]:
     rng = np.random.default_rng(5)
     return [
-        Prompt(
-            rng.integers(0, TOY.vocabulary, len(m)).astype(np.int32), m, np.arange(len(m), dtype=np.int32)[None], 0, 0
-        )
+        Prompt(rng.integers(0, TOY.vocabulary, len(m)).astype(np.int32), m, np.arange(len(m), dtype=np.int32)[None], 0, 0)
         for m in MASKS
     ]
 

@@ -45,8 +45,7 @@ def decoder() -> Decoder:
 @pytest.fixture(scope="module")
 def reference(decoder) -> TorchDecoder:
     weights = {
-        ".".join(map(str, path)): np.asarray(variable.get_value())
-        for path, variable in nnx.to_flat_state(nnx.state(decoder))
+        ".".join(map(str, path)): np.asarray(variable.get_value()) for path, variable in nnx.to_flat_state(nnx.state(decoder))
     }
     return TorchDecoder(weights, CONFIG)
 
@@ -140,9 +139,7 @@ def test_answers_are_judged_as_in_pytorch(decoder, reference, prompts, vectors, 
         assert_close(ours, expected.logits, 1e-4)
 
 
-@pytest.mark.parametrize(
-    ("plan", "pruning"), [(PLAN, FastV(2, 0.5)), (Plan(), VTW(2))], ids=lambda value: value.label()
-)
+@pytest.mark.parametrize(("plan", "pruning"), [(PLAN, FastV(2, 0.5)), (Plan(), VTW(2))], ids=lambda value: value.label())
 def test_greedy_tokens_with_caches_are_those_of_pytorch(decoder, reference, prompts, vectors, plan, pruning):
     prompts = bare(prompts)
     batch, visual = batch_of(prompts, vectors)
@@ -153,10 +150,7 @@ def test_greedy_tokens_with_caches_are_those_of_pytorch(decoder, reference, prom
         assert ours.tolist() == expected
     bucket = batch.layout.bucket
     assert [cache.k.shape[0] for cache in caches] == [pruning.layer, CONFIG.num_layers - pruning.layer]
-    assert [cache.k.shape[3] - NEW_TOKENS for cache in caches] == [
-        bucket.slots,
-        bucket.text + pruning.kept(bucket.visual),
-    ]
+    assert [cache.k.shape[3] - NEW_TOKENS for cache in caches] == [bucket.slots, bucket.text + pruning.kept(bucket.visual)]
 
 
 @pytest.mark.parametrize("pruning", [FastV(2, 0), Folder(0)], ids=lambda pruning: pruning.label())

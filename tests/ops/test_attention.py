@@ -51,9 +51,7 @@ class Path:
     tolerance: float = 1e-5
     bfloat16: float = 2**-7
 
-    def options(
-        self, attention_range: int | None, window: str = "ordinal", block: int | None = None
-    ) -> tuple[Any, ...]:
+    def options(self, attention_range: int | None, window: str = "ordinal", block: int | None = None) -> tuple[Any, ...]:
         """Arguments after the layout."""
         block = block or self.block
         return (attention_range, window) if block is None else (attention_range, window, block)
@@ -144,8 +142,7 @@ class TestAttentionContract:
     """What holds for every path. Where a test has no cases of its own, dense and Hollow Attention are both checked."""
 
     @pytest.mark.parametrize(
-        ("path", "case"),
-        [pytest.param(path, case, id=f"{name}-{case}") for name, path in PATHS.items() for case in path.cases],
+        ("path", "case"), [pytest.param(path, case, id=f"{name}-{case}") for name, path in PATHS.items() for case in path.cases]
     )
     def test_equals_reference_and_torch_on_a_ragged_batch(self, path: Path, case):
         attention_range, window, _ = case
@@ -233,9 +230,7 @@ class TestAttentionContract:
             def garbage(shape, scale=scale):
                 return scale * rng.standard_normal(shape)
 
-            dirty = unpack(
-                compiled(path.attention, *options)(*packed_qkv(rows, layout, garbage), layout).swapaxes(1, 2), layout
-            )
+            dirty = unpack(compiled(path.attention, *options)(*packed_qkv(rows, layout, garbage), layout).swapaxes(1, 2), layout)
             for ours, expected in zip(dirty, clean, strict=True):
                 np.testing.assert_array_equal(ours, expected)
 
@@ -258,11 +253,7 @@ class TestAttentionContract:
         def thinned(position):
             return np.where(position < PADDING_POSITION, position + position // 2, position)
 
-        gaps = replace(
-            layout,
-            text_position=thinned(layout.text_position),
-            visual_position=thinned(layout.visual_position),
-        )
+        gaps = replace(layout, text_position=thinned(layout.text_position), visual_position=thinned(layout.visual_position))
         ours = compiled(path.attention, *path.options(attention_range))(q, k, v, gaps)
         expected = reference_attention(q, k, v, gaps, attention_range)
         for mine, theirs in zip(*(unpack(x.swapaxes(1, 2), layout) for x in (ours, expected)), strict=True):

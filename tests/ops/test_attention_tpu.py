@@ -58,9 +58,7 @@ def test_padding_and_tokens_never_meet(attention_range):
     empty = np.concatenate(
         [
             np.arange(slots) >= np.asarray(used)[:, None]
-            for slots, used in zip(
-                (layout.bucket.text, layout.bucket.visual), (layout.num_text, layout.num_visual), strict=True
-            )
+            for slots, used in zip((layout.bucket.text, layout.bucket.visual), (layout.num_text, layout.num_visual), strict=True)
         ],
         axis=1,
     )
@@ -144,15 +142,7 @@ def test_forms_no_square_of_the_visual_tokens_and_no_repeated_keys(attention_ran
 
 @pytest.mark.parametrize(
     ("num_visual", "attention_range", "block"),
-    [
-        (1, None, 128),
-        (131, 1, 128),
-        (640, 129, 128),
-        (641, 130, 128),
-        (1664, 256, 256),
-        (1664, None, 512),
-        (512, 600, 256),
-    ],
+    [(1, None, 128), (131, 1, 128), (640, 129, 128), (641, 130, 128), (1664, 256, 256), (1664, None, 512), (512, 600, 256)],
 )
 def test_visited_blocks_are_those_with_something_to_see(num_visual, attention_range, block):
     size = block_size(num_visual, attention_range, block)

@@ -4,15 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlens_jax.ops.ffn import (
-    FfnWeights,
-    choose_units,
-    dense_ffn,
-    dynamic_ffn,
-    hidden_units,
-    probe_slots,
-    simulated_dynamic_ffn,
-)
+from rlens_jax.ops.ffn import FfnWeights, choose_units, dense_ffn, dynamic_ffn, hidden_units, probe_slots, simulated_dynamic_ffn
 from rlens_jax.plan import Reduction
 from tests import torch_reductions
 from tests.numerics import assert_close
@@ -42,9 +34,7 @@ def run_torch(rows, masks, weights, fraction="0.2", probe_fraction="0.1", probes
     gate, up, down = (torch.tensor(np.asarray(w)) for w in (weights.gate, weights.up, weights.down))
     probes = probes or [None] * len(rows)
     return [
-        torch_reductions.dynamic_ffn(
-            torch.tensor(x), gate, up, down.T, torch.tensor(mask), fraction, probe_fraction, own
-        )
+        torch_reductions.dynamic_ffn(torch.tensor(x), gate, up, down.T, torch.tensor(mask), fraction, probe_fraction, own)
         for x, mask, own in zip(rows, masks, probes, strict=True)
     ]
 
@@ -263,8 +253,7 @@ def test_the_measured_path_computes_less():
     dense = compiled_flops(lambda x, weights, layout: dense_ffn(x, weights), layout, weights)
     simulated = compiled_flops(simulated_dynamic_ffn, layout, weights, Reduction(), KEY)
     costs = [
-        compiled_flops(dynamic_ffn, layout, weights, Reduction(active_fraction=fraction), KEY)
-        for fraction in (0.1, 0.2, 0.4)
+        compiled_flops(dynamic_ffn, layout, weights, Reduction(active_fraction=fraction), KEY) for fraction in (0.1, 0.2, 0.4)
     ]
     assert simulated >= dense
     # 0.07 for the probes and 0.02 for the text, and the share that is kept

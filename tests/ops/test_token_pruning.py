@@ -94,9 +94,7 @@ def test_what_is_left_is_packed_and_numbered_anew():
 def test_nobody_gone_is_the_same_layout():
     layout = make_layout(MASKS, spare=(2, 3))
     slots = jnp.broadcast_to(jnp.arange(layout.bucket.visual), layout.visual_position.shape)
-    for ours, same in zip(
-        jax.tree.leaves(keep_visual(layout, slots, layout.num_visual)), jax.tree.leaves(layout), strict=True
-    ):
+    for ours, same in zip(jax.tree.leaves(keep_visual(layout, slots, layout.num_visual)), jax.tree.leaves(layout), strict=True):
         np.testing.assert_array_equal(ours, same)
 
 

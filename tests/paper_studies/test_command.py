@@ -31,15 +31,10 @@ from tests.reporting.synthetic import synthetic_results
         (["text", "--search.objective", "generation"], "search.objective must be teacher_forced"),
         (["text", "--search.operators", "ffn", "--search.base_attention", "1"], "must be empty"),
         (["all", "--compute.model_shards", "2"], "compute.model_shards must be 1 for the study text"),
-        (
-            ["text", "--hosts.num_processes", "2", "--hosts.process_id", "0", "--hosts.coordinator", "a:1"],
-            "one process",
-        ),
+        (["text", "--hosts.num_processes", "2", "--hosts.process_id", "0", "--hosts.coordinator", "a:1"], "one process"),
     ],
 )
-def test_bad_input_is_answered_in_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_answered_in_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run_command(main, argv=arguments)
     error = capsys.readouterr().err
@@ -103,10 +98,7 @@ def test_orders_of_a_finished_ranking(tmp_path: Path) -> None:
     [
         ({"schema": "rlens-study/1"}, "must be 'rlens-ranking/1', not 'rlens-study/1'"),
         ({"model": {"path": "", "hash": "other", "num_layers": 6}}, "ranks the layers of another model"),
-        (
-            {"rankings": {"attention": [0, 1, 2, 3, 4, 5], "ffn": [0, 1, 2, 3, 4, 4]}},
-            "rankings.ffn: .* has non-unique elements",
-        ),
+        ({"rankings": {"attention": [0, 1, 2, 3, 4, 5], "ffn": [0, 1, 2, 3, 4, 4]}}, "rankings.ffn: .* has non-unique elements"),
         (
             {"rankings": {"attention": [0, 1, 2, 3, 4, 5], "ffn": [0, 1, 2]}},
             "rankings.ffn: must name each of the layers 0 to 5 once",

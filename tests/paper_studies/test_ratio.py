@@ -12,8 +12,7 @@ def ratio(visual: float, text: float) -> float | str:
 
 
 @pytest.mark.parametrize(
-    ("visual", "text", "expected"),
-    [(0.1, 0.25, 2.5), (0.1, 0.0, 0.0), (0.1, -0.05, -0.5), (1e-9, 0.5, 5e8)],
+    ("visual", "text", "expected"), [(0.1, 0.25, 2.5), (0.1, 0.0, 0.0), (0.1, -0.05, -0.5), (1e-9, 0.5, 5e8)]
 )
 def test_of_a_loss_it_is_the_quotient(visual: float, text: float, expected: float) -> None:
     assert ratio(visual, text) == pytest.approx(expected)
@@ -28,16 +27,7 @@ def test_where_visual_loses_nothing_there_is_none(visual: float) -> None:
 
 def test_its_order_favours_no_claim() -> None:
     """From draws in which nothing is lost, over those in which only visual is, to those in which only text is."""
-    rising = [
-        (-0.1, -0.2),
-        (0.1, -0.2),
-        (0.1, 0.0),
-        (0.1, 0.1),
-        (0.1, 0.9),
-        (0.01, 0.9),
-        (0.0, 0.9),
-        (-0.2, 0.9),
-    ]
+    rising = [(-0.1, -0.2), (0.1, -0.2), (0.1, 0.0), (0.1, 0.1), (0.1, 0.9), (0.01, 0.9), (0.0, 0.9), (-0.2, 0.9)]
     visual, text = np.array(rising).T
     angles = ratio_angle(visual, text)
     assert (np.diff(angles) > 0).all()

@@ -172,9 +172,7 @@ def test_the_last_layer_is_free_and_shown_apart(finished: Finished) -> None:
     assert [len(curve.series[0].orders) for curve in curves] == [1, 1, 2]
     both = curves[2].series[0].points[2].case
     assert both is not None
-    assert both.plan == Plan(
-        *(curve.series[0].orders[0][:2] for curve in curves[:2]),
-    )
+    assert both.plan == Plan(*(curve.series[0].orders[0][:2] for curve in curves[:2]))
 
 
 def test_text_is_simulated_in_the_same_layers(finished: Finished) -> None:
@@ -259,9 +257,7 @@ def test_pruning_alone_and_on_top_of_a_plan(finished: Finished) -> None:
     study, toy = finished.studies["pruning"], finished.toy
     lines = {series.name: series.points for series in study.panels[0].series}
     both = finished.studies["layers"].panels[2].series[0].points
-    assert sorted(point.mean for point in lines.pop("both reductions, first k layers")) == sorted(
-        point.mean for point in both
-    )
+    assert sorted(point.mean for point in lines.pop("both reductions, first k layers")) == sorted(point.mean for point in both)
     split = toy.splits["test"]
     assert [len(points) for points in lines.values()] == [1, 1, 1, 1]
     for name, (point,) in lines.items():

@@ -11,13 +11,7 @@ from flax import nnx
 from rlens_jax.layout import Bucket, pack_rows, unpack_rows
 from rlens_jax.models.decoder import Context, Decoder, DecoderLayer, TracedPlan
 from rlens_jax.models.prompt import Prompt, PromptBatch, collate
-from rlens_jax.paper_studies.text_control import (
-    attend_text,
-    feed_text,
-    num_prompt_text,
-    run_text_layers,
-    text_visible,
-)
+from rlens_jax.paper_studies.text_control import attend_text, feed_text, num_prompt_text, run_text_layers, text_visible
 from rlens_jax.plan import Reduction
 from tests.numerics import assert_close
 from tests.toy_decoder import TOY
@@ -133,8 +127,7 @@ def test_the_ffn_is_that_of_the_loops(decoder: Decoder, batch: PromptBatch, stat
     x, scored = feed_text(module, states, shared, REDUCTION, layer, num_prompt_text(batch))
     assert scored.all()
     got, dense = (
-        unpack_rows(np.asarray(rows), batch.layout)
-        for rows in (x, module.feed(states, shared, REDUCTION, False, layer)[0])
+        unpack_rows(np.asarray(rows), batch.layout) for rows in (x, module.feed(states, shared, REDUCTION, False, layer)[0])
     )
     weights = [np.asarray(w, np.float64) for w in jax.tree.leaves(module.ffn.weights)]
     normed = unpack_rows(np.asarray(module.ffn_norm(states)), batch.layout)

@@ -18,16 +18,7 @@ from rlens_jax.paper_studies.study import Variant
 from rlens_jax.paper_studies.study_bench import Bench
 from rlens_jax.search.journal import Journal
 from rlens_jax.sharding.mesh import make_mesh
-from tests.engine.toy import (
-    CONFIG,
-    REDUCTION,
-    STOP,
-    ToyPreparer,
-    answered,
-    toy_model,
-    toy_programs,
-    toy_samples,
-)
+from tests.engine.toy import CONFIG, REDUCTION, STOP, ToyPreparer, answered, toy_model, toy_programs, toy_samples
 
 ONE_BUCKET = Shapes(text_slots=(16,), visual_slots=(24,), batch_size=8, context=512)
 """Every variant is compiled for each bucket."""

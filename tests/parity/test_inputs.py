@@ -84,11 +84,7 @@ def make_native_internvl(folder: Path) -> Reference:
     return Reference(internvl.save_native(folder, model), "internvl_chat", cases)
 
 
-MINICPM_SAMPLES = [
-    ("See <image> or\n<image>? Say.", ((203, 90), (70, 40))),
-    ("No image.", ()),
-    ("What?", ((61, 150),)),
-]
+MINICPM_SAMPLES = [("See <image> or\n<image>? Say.", ((203, 90), (70, 40))), ("No image.", ()), ("What?", ((61, 150),))]
 
 
 def make_minicpm(folder: Path) -> Reference:
@@ -194,9 +190,7 @@ def test_every_image_is_alone_when_the_bundle_does_not_tell(references, tmp_path
     model = save_tiny(folder, theirs := llava.tiny_llava(0))
     inputs = llava.hf_inputs([llava.make_example(seed, [3, (20, 33), 5]) for seed in (1, 2)])
     del inputs["batch_num_images"]
-    inputs = {
-        name: torch.cat([t, t.flip(0)], 1) if t.ndim == 2 and "sizes" not in name else t for name, t in inputs.items()
-    }
+    inputs = {name: torch.cat([t, t.flip(0)], 1) if t.ndim == 2 and "sizes" not in name else t for name, t in inputs.items()}
     inputs["pixel_values"] = inputs["pixel_values"][[0, 1, 1, 0]]
     inputs["image_sizes"] = inputs["image_sizes"][[0, 1, 1, 0]]
     case = run_case(theirs, inputs, Plan(), SMALL, with_states=False)
@@ -242,11 +236,7 @@ BAD = {
         put("image_sizes", 0, (0, 33)),
         "image_sizes must be heights and widths in pixels, not 0",
     ),
-    "llava: a missing size": (
-        "llava_onevision",
-        less("image_sizes"),
-        "pixel_values has 4 images where image_sizes has 3",
-    ),
+    "llava: a missing size": ("llava_onevision", less("image_sizes"), "pixel_values has 4 images where image_sizes has 3"),
     "llava: several images for one": (
         "llava_onevision",
         lambda t: t.update(batch_num_images=np.array([4])),
@@ -312,11 +302,7 @@ BAD = {
         put("image_bound", (-1, slice(1, 3)), (900, 905)),
         "is [2, 900, 905]; row 2 has",
     ),
-    "minicpm: a bound outside the batch": (
-        "minicpmv",
-        put("image_bound", (-1, 0), 3),
-        "; input_ids has 3 rows",
-    ),
+    "minicpm: a bound outside the batch": ("minicpmv", put("image_bound", (-1, 0), 3), "; input_ids has 3 rows"),
     "minicpm: a short bound": (
         "minicpmv",
         lambda t: t["image_bound"].__isub__([[0, 0, 1]] + [[0, 0, 0]] * (len(t["image_bound"]) - 1)),
@@ -332,16 +318,8 @@ BAD = {
         lambda t: t["image_bound"].__setitem__(1, t["image_bound"][0] + [0, 1, 1]),
         "bounds must go row by row, and forward in each without overlap",
     ),
-    "minicpm: a missing bound": (
-        "minicpmv",
-        less("image_bound"),
-        "image_bound has",
-    ),
-    "minicpm: a missing size": (
-        "minicpmv",
-        less("tgt_sizes"),
-        "views where tgt_sizes has",
-    ),
+    "minicpm: a missing bound": ("minicpmv", less("image_bound"), "image_bound has"),
+    "minicpm: a missing size": ("minicpmv", less("tgt_sizes"), "views where tgt_sizes has"),
     "minicpm: a size beyond the pixels": (
         "minicpmv",
         put("tgt_sizes", 0, (99, 99)),

@@ -39,9 +39,7 @@ def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     results = synthetic_results(samples=20)
     first = read_run(write_run(folder / "first", results, kept=examples()))
-    second = read_run(
-        write_run(folder / "a-second-run-with-quite-a-long-name", synthetic_results(28, 20, operators=("ffn",)))
-    )
+    second = read_run(write_run(folder / "a-second-run-with-quite-a-long-name", synthetic_results(28, 20, operators=("ffn",))))
     paths = {}
     for name, runs in (("one", [first]), ("two", [first, second])):
         paths[name] = folder / f"{name}.html"

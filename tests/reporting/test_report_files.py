@@ -23,9 +23,7 @@ def test_all_files_are_written_and_ranking_json_last(tmp_path):
 
 
 def test_the_report_needs_no_jax():
-    code = (
-        "import sys, rlens_jax.reporting.report_files; print('jax' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
-    )
+    code = "import sys, rlens_jax.reporting.report_files; print('jax' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert run.stdout == "False False\n", run.stderr

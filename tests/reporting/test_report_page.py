@@ -16,18 +16,7 @@ from rlens_jax.commands.report import main
 from rlens_jax.console import BAD_INPUT
 from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
-from rlens_jax.reporting.chart import (
-    BOTTOM,
-    LEFT,
-    RIGHT,
-    SHADES,
-    TOP,
-    Series,
-    curve_chart,
-    nice_ticks,
-    shade,
-    shade_legend,
-)
+from rlens_jax.reporting.chart import BOTTOM, LEFT, RIGHT, SHADES, TOP, Series, curve_chart, nice_ticks, shade, shade_legend
 from rlens_jax.reporting.examples import MAX_EXAMPLES, MAX_IMAGES, write_examples
 from rlens_jax.reporting.reading import read_run
 from rlens_jax.reporting.report_files import write_report
@@ -181,9 +170,7 @@ def test_too_many_runs_are_refused(folder, monkeypatch):
 def test_a_run_without_examples_says_so_and_one_without_times_too(tmp_path):
     results = synthetic_results(samples=20, operators=("ffn",))
     timing = dataclasses.replace(results.timing, prefill={})
-    words = Page(
-        report_html([read_run(write_run(tmp_path / "run", dataclasses.replace(results, timing=timing)))])
-    ).words
+    words = Page(report_html([read_run(write_run(tmp_path / "run", dataclasses.replace(results, timing=timing)))])).words
     assert "This run kept no examples." in words
     assert "not measured" in words and "Measured :" not in words
 
@@ -243,79 +230,39 @@ def _set(*path, to):
 @pytest.mark.parametrize(
     ("file", "change", "complaint"),
     [
-        (
-            "ranking.json",
-            _set("schema", to="rlens-ranking/2"),
-            r"its schema must be 'rlens-ranking/1', not 'rlens-ranking/2'",
-        ),
+        ("ranking.json", _set("schema", to="rlens-ranking/2"), r"its schema must be 'rlens-ranking/1', not 'rlens-ranking/2'"),
         ("ranking.json", lambda v: v.pop("savings"), r"ranking\.json: 'savings' is a required property"),
         (
             "ranking.json",
             _set("held_out", "ffn", "curves", "searched", "points", 3, "mean", to="high"),
             r"held_out\.ffn\.curves\.searched\.points\[3\]\.mean: 'high' is not of type 'number'",
         ),
-        (
-            "ranking.json",
-            _set("rankings", "ffn", 0, to=12),
-            r"rankings\.ffn: must name each of the layers 0 to 11 once",
-        ),
+        ("ranking.json", _set("rankings", "ffn", 0, to=12), r"rankings\.ffn: must name each of the layers 0 to 11 once"),
         (
             "ranking.json",
             lambda v: v["held_out"]["ffn"]["curves"]["position"]["points"].pop(),
             r"curves\.position\.points: must have 0, 1, \.\.\. 12 reduced layers",
         ),
-        (
-            "ranking.json",
-            _set("search", "ffn", "rounds", 0, "chosen", to=11),
-            r"rounds\[0\]\.chosen: layer 11 was no",
-        ),
-        (
-            "ranking.json",
-            _set("savings", "both", "plan", "ffn", to=[99]),
-            r"savings\.both\.plan\.ffn: there is no layer 99",
-        ),
-        (
-            "ranking.json",
-            lambda v: v["savings"].pop("both"),
-            r"savings: must have the plans attention, ffn, both",
-        ),
-        (
-            "ranking.json",
-            lambda v: v["dense"]["validation"].popitem(),
-            r"dense\.validation: must have the datasets",
-        ),
-        (
-            "ranking.json",
-            lambda v: v["configuration"].pop("reduction"),
-            r"configuration: 'reduction' is a required",
-        ),
+        ("ranking.json", _set("search", "ffn", "rounds", 0, "chosen", to=11), r"rounds\[0\]\.chosen: layer 11 was no"),
+        ("ranking.json", _set("savings", "both", "plan", "ffn", to=[99]), r"savings\.both\.plan\.ffn: there is no layer 99"),
+        ("ranking.json", lambda v: v["savings"].pop("both"), r"savings: must have the plans attention, ffn, both"),
+        ("ranking.json", lambda v: v["dense"]["validation"].popitem(), r"dense\.validation: must have the datasets"),
+        ("ranking.json", lambda v: v["configuration"].pop("reduction"), r"configuration: 'reduction' is a required"),
         (
             "ranking.json",
             lambda v: v["held_out"]["ffn"]["random"]["rankings"][0]["means"].pop(),
             r"random\.rankings\[0\]\.means: must be 5 numbers, not 4",
         ),
-        (
-            "timing.json",
-            _set("prefill", "ffn", "dense", to=[0]),
-            r"timing\.json: prefill\.ffn\.dense\[0\]: 0 is less",
-        ),
+        ("timing.json", _set("prefill", "ffn", "dense", to=[0]), r"timing\.json: prefill\.ffn\.dense\[0\]: 0 is less"),
         ("timing.json", _set("device", to={"long": "x" * 999}), r"device: .{0,170} is not of type 'string'$"),
-        (
-            "examples.json",
-            _set("model_hash", to="other"),
-            r"examples\.json: model_hash: differs from ranking\.json",
-        ),
+        ("examples.json", _set("model_hash", to="other"), r"examples\.json: model_hash: differs from ranking\.json"),
         ("examples.json", _set("plan", "ffn", to=[12]), r"plan\.ffn: there is no layer 12; the model has 12"),
         (
             "examples.json",
             _set("examples", 0, "images", 0, "base64", to="AAAA"),
             r"examples\[0\]\.images\[0\]\.base64: is not a JPEG in base64",
         ),
-        (
-            "examples.json",
-            _set("examples", 0, "dense", "score", to=2),
-            r"examples\[0\]\.dense\.score: 2 is greater",
-        ),
+        ("examples.json", _set("examples", 0, "dense", "score", to=2), r"examples\[0\]\.dense\.score: 2 is greater"),
     ],
 )
 def test_contradictions_name_file_and_field(spoil, file, change, complaint):
@@ -372,18 +319,7 @@ def test_texts_can_be_read_in_both_themes():
         darker, lighter = sorted((luminance(a), luminance(b)))
         return (lighter + 0.05) / (darker + 0.05)
 
-    texts = [
-        "ink",
-        "soft",
-        "accent",
-        "good",
-        "bad",
-        "searched",
-        "search-all",
-        "position",
-        "random",
-        *"ABCDEFGH",
-    ]
+    texts = ["ink", "soft", "accent", "good", "bad", "searched", "search-all", "position", "random", *"ABCDEFGH"]
     for theme in (0, 1):
         for text in texts:
             for ground in ("paper", "panel"):

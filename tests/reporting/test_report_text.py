@@ -18,9 +18,7 @@ def with_area(results, operator, strategy, value):
     old = results.operators[operator]
     interval = Interval(*(np.array(bound) for bound in (value, value - 0.05, value + 0.05)))
     areas = {**old.areas, strategy: interval}
-    return dataclasses.replace(
-        results, operators={**results.operators, operator: dataclasses.replace(old, areas=areas)}
-    )
+    return dataclasses.replace(results, operators={**results.operators, operator: dataclasses.replace(old, areas=areas)})
 
 
 def test_the_report_has_rankings_savings_and_differences(results):

@@ -38,8 +38,7 @@ def toy_result(search_all=None):
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "points"),
-    [(12, (2, 4, 6, 8, 10)), (28, (5, 9, 14, 19, 23)), (4, (1, 2, 3)), (2, (1, 2)), (1, (1,))],
+    ("num_layers", "points"), [(12, (2, 4, 6, 8, 10)), (28, (5, 9, 14, 19, 23)), (4, (1, 2, 3)), (2, (1, 2)), (1, (1,))]
 )
 def test_random_rankings_are_tried_at_sixths(num_layers, points):
     assert random_points(num_layers) == points

@@ -49,14 +49,7 @@ def test_what_is_written_is_read_back(tmp_path):
 def test_the_file_is_as_documented(tmp_path):
     header, *lines = map(json.loads, write(tmp_path).read_text().splitlines())
     assert header == {"schema": "rlens-journal", "version": 1, "fingerprint": CONFIG}
-    assert lines[0] == {
-        "split": "validation",
-        "attention": [],
-        "ffn": [],
-        "dataset": "chart",
-        "outcomes": "5:b0",
-        "seconds": 1.5,
-    }
+    assert lines[0] == {"split": "validation", "attention": [], "ffn": [], "dataset": "chart", "outcomes": "5:b0", "seconds": 1.5}
     assert [line["outcomes"] for line in lines[1:3]] == ["8:00", "9:ff80"]
     assert lines[3]["outcomes"] == [0.1, 1 / 3, 1.0, -2.5e-300]
     assert sorted(os.listdir(tmp_path)) == ["journal.jsonl", "journal.lock"]
@@ -226,10 +219,7 @@ sys.stdin.read()
 
 def start_writer(folder, count):
     return subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(folder), str(count)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", WRITER, str(folder), str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 

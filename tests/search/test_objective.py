@@ -3,14 +3,7 @@ import random
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.search.objective import (
-    comparable,
-    dataset_metric,
-    phi,
-    plan_loss,
-    relative_changes,
-    score_plan,
-)
+from rlens_jax.search.objective import comparable, dataset_metric, phi, plan_loss, relative_changes, score_plan
 
 DENSE = {"chart": 0.8, "doc": 50.0}
 

@@ -46,9 +46,7 @@ def test_it_holds_the_rankings_and_every_evaluation_of_the_search(results):
         tried = search["rounds"][0]["candidates"]
         chosen = next(item for item in tried if item["layer"] == search["rounds"][0]["chosen"])
         assert chosen["score"] == max(item["score"] for item in tried)
-        assert [point["num_reduced"] for point in found["held_out"][operator]["curves"]["searched"]["points"]] == [
-            *range(13)
-        ]
+        assert [point["num_reduced"] for point in found["held_out"][operator]["curves"]["searched"]["points"]] == [*range(13)]
 
 
 def test_nothing_in_it_depends_on_time_or_place(results):

@@ -98,12 +98,9 @@ def counts(groups: tuple[str, ...], strata: tuple[str, ...], samples: int, seed:
 def test_a_draw_of_mme_scores_what_its_rows_score():
     rows = mme_rows({"OCR": drawn((7, 2), 0.4)}, drawn((4, 2), 0.6, seed=1))
     result = score("MME", rows)
-    for value, times in zip(
-        score_draws(result, samples=20, seed=3), counts(result.groups, result.strata, 20, 3), strict=True
-    ):
+    for value, times in zip(score_draws(result, samples=20, seed=3), counts(result.groups, result.strata, 20, 3), strict=True):
         sample = [
-            replace(row, index=f"{row.index}x{n}", image=f"{row.image}x{n}")
-            for row, n in copies(rows, result.groups, times)
+            replace(row, index=f"{row.index}x{n}", image=f"{row.image}x{n}") for row, n in copies(rows, result.groups, times)
         ]
         assert value == pytest.approx(score("MME", sample).value)
 
@@ -119,9 +116,7 @@ def test_a_draw_of_hallusion_bench_scores_what_its_rows_score():
         )
     ]
     result = score("HallusionBench", rows)
-    for value, times in zip(
-        score_draws(result, samples=20, seed=3), counts(result.groups, result.strata, 20, 3), strict=True
-    ):
+    for value, times in zip(score_draws(result, samples=20, seed=3), counts(result.groups, result.strata, 20, 3), strict=True):
         sample = []
         for row, n in copies(rows, result.groups, times):
             parts = row.index.split("_")

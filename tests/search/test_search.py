@@ -4,11 +4,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
 from rlens_jax.search.curves import random_rankings
 from rlens_jax.search.objective import PlanScore
-from rlens_jax.search.search import (
-    position_ranking,
-    prefix_plans,
-    rank_layers,
-)
+from rlens_jax.search.search import position_ranking, prefix_plans, rank_layers
 from tests.toy_search import one_at_a_time
 
 

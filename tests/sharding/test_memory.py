@@ -9,8 +9,7 @@ from rlens_jax.sharding.mesh import make_mesh
 
 
 @pytest.mark.parametrize(
-    ("available", "rows"),
-    [(109, None), (110, 1), (119, 1), (120, 2), (149, 4), (179, 4), (180, 8), (10**6, 16)],
+    ("available", "rows"), [(109, None), (110, 1), (119, 1), (120, 2), (149, 4), (179, 4), (180, 8), (10**6, 16)]
 )
 def test_rows_that_fit(available: int, rows: int | None) -> None:
     def needed(rows: int) -> int:
@@ -39,10 +38,7 @@ def test_the_machine_has_memory() -> None:
 
 
 def test_running_out_is_one_line() -> None:
-    with (
-        pytest.raises(UserError, match=r"compute.batch_size = 8 and compute.model_shards = 4; lower"),
-        memory_explained(8, 4),
-    ):
+    with pytest.raises(UserError, match=r"compute.batch_size = 8 and compute.model_shards = 4; lower"), memory_explained(8, 4):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory_explained(8, 4):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
@@ -51,14 +47,8 @@ def test_running_out_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("message", "needed"),
     [
-        (
-            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G.",
-            20.5,
-        ),
-        (
-            "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (1.50T) exceeds available HBM (7.48G).",
-            1536,
-        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G.", 20.5),
+        ("RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (1.50T) exceeds available HBM (7.48G).", 1536),
         ("RESOURCE_EXHAUSTED: something else", None),
     ],
 )

@@ -61,23 +61,13 @@ def log_probabilities(programs: Programs, split: Split, plan: Plan) -> dict[str,
     return {"right": right, "log_probability": values}
 
 
-def ranking(
-    programs: Programs, split: Split, folder: Path, operator: str
-) -> tuple[Ranking, dict[Key, tuple[float, ...]]]:
+def ranking(programs: Programs, split: Split, folder: Path, operator: str) -> tuple[Ranking, dict[Key, tuple[float, ...]]]:
     """The ranking, and the outcomes of every evaluation."""
     with Journal.open(folder, {}) as journal:
-        evaluator = Evaluator(
-            TeacherForcing(programs),
-            {"validation": split},
-            journal,
-            state_bytes=1e9,
-        )
+        evaluator = Evaluator(TeacherForcing(programs), {"validation": split}, journal, state_bytes=1e9)
 
         found = rank_layers(
-            LAYERS,
-            1,
-            operator,
-            lambda base, plans: [score(o) for o in evaluator.outcomes("validation", base, plans)],
+            LAYERS, 1, operator, lambda base, plans: [score(o) for o in evaluator.outcomes("validation", base, plans)]
         )
         records = {record.key: record.outcomes for record in journal.records()}
     return found, records
@@ -107,9 +97,7 @@ def test_generation(one: Programs, many: Programs) -> None:
             plans, blocks = [PLAN] * programs.groups, range(programs.groups)
             numbers, tokens, _ = scoring.start(batch, Plan(), plans, blocks)
             generated |= {
-                int(number): row.tolist()
-                for number, row in zip(numbers, np.asarray(tokens), strict=True)
-                if number != FILLER
+                int(number): row.tolist() for number, row in zip(numbers, np.asarray(tokens), strict=True) if number != FILLER
             }
         texts.append(generated)
     assert texts[0] == texts[1]

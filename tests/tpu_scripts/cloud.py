@@ -26,21 +26,8 @@ done
 """
 
 SLICE = ["--project=P", "--zone=Z"]
-SETTINGS = {
-    "project": "P",
-    "zone": "Z",
-    "name": "N",
-    "accelerator-type": "v5litepod-16",
-    "runtime-version": "R",
-}
-SETTINGS |= {
-    "cluster": "C",
-    "bucket": "B",
-    "workload": "w",
-    "config": "embedded",
-    "output": "/mnt/runs",
-    "to": "out",
-}
+SETTINGS = {"project": "P", "zone": "Z", "name": "N", "accelerator-type": "v5litepod-16", "runtime-version": "R"}
+SETTINGS |= {"cluster": "C", "bucket": "B", "workload": "w", "config": "embedded", "output": "/mnt/runs", "to": "out"}
 NEEDS = {
     "create.sh": "project zone name accelerator-type runtime-version",
     "install.sh": "project zone name",
@@ -59,16 +46,7 @@ NEEDS = {
 """What each script cannot do without."""
 REST = {"batch.sh": ["--", "embedded"], "gke_batch.sh": ["--", "embedded"]}
 
-DESCRIBE = [
-    "gcloud",
-    "compute",
-    "tpus",
-    "queued-resources",
-    "describe",
-    "N",
-    *SLICE,
-    "--format=value(state.state)",
-]
+DESCRIBE = ["gcloud", "compute", "tpus", "queued-resources", "describe", "N", *SLICE, "--format=value(state.state)"]
 DESCRIBE_NODE = ["gcloud", "compute", "tpus", "tpu-vm", "describe", "N", *SLICE, "--format=value(state)"]
 DELETE = ["gcloud", "compute", "tpus", "queued-resources", "delete", "N", "--force", "--quiet", *SLICE]
 ACTIVE = [("queued-resources describe", 0, "ACTIVE"), ("tpu-vm describe", 0, "READY")]
@@ -83,17 +61,7 @@ def create(*flags: str) -> list[str]:
 
 def ssh(worker: str, command: str) -> list[str]:
     """A command on workers."""
-    return [
-        "gcloud",
-        "compute",
-        "tpus",
-        "tpu-vm",
-        "ssh",
-        "N",
-        f"--worker={worker}",
-        f"--command={command}",
-        *SLICE,
-    ]
+    return ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "N", f"--worker={worker}", f"--command={command}", *SLICE]
 
 
 def on_worker(worker: str, words: str) -> list[str]:
@@ -161,9 +129,7 @@ class Cloud:
     def run(self, script: str, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         """Run a script with only the arguments given."""
         command = [FOLDER / script, *arguments]
-        return subprocess.run(
-            command, env=self.environment | environment, cwd=self.folder, text=True, capture_output=True
-        )
+        return subprocess.run(command, env=self.environment | environment, cwd=self.folder, text=True, capture_output=True)
 
     def work(self, script: str, *arguments: str, without: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
         """Run a script with what it needs, and more."""

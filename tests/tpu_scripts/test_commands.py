@@ -7,16 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tpu_scripts.cloud import (
-    ACTIVE,
-    ALL_FILES,
-    COMMANDS,
-    FOLDER,
-    NEEDS,
-    REST,
-    Cloud,
-    on_worker,
-)
+from tests.tpu_scripts.cloud import ACTIVE, ALL_FILES, COMMANDS, FOLDER, NEEDS, REST, Cloud, on_worker
 
 
 @pytest.mark.parametrize("script", COMMANDS)
@@ -62,11 +53,7 @@ def test_a_missing_setting_is_one_clear_line(cloud: Cloud, script: str, needed: 
     ("script", "arguments", "line"),
     [
         ("create.sh", ["--zome", "x"], "unknown option --zome (did you mean --zone?)"),
-        (
-            "create.sh",
-            ["--accelerator=v5e"],
-            "unknown option --accelerator (did you mean --accelerator-type?)",
-        ),
+        ("create.sh", ["--accelerator=v5e"], "unknown option --accelerator (did you mean --accelerator-type?)"),
         ("delete.sh", ["--force"], "unknown option --force"),
         ("watch.sh", ["N"], "unexpected argument 'N'"),
         ("watch.sh", ["-z"], "unexpected argument '-z'"),
@@ -116,9 +103,6 @@ def test_scripts_are_short_and_say_what_they_do(path: Path) -> None:
 
 def test_every_explained_option_is_taken_by_a_script() -> None:
     explained = set(re.findall(r"\[([a-z-]+)\]=\"", (FOLDER / "lib" / "help.sh").read_text()))
-    lists = [
-        re.findall(r"^(?:needs|takes|switches)=\((.*)\)$", (FOLDER / name).read_text(), re.MULTILINE)
-        for name in COMMANDS
-    ]
+    lists = [re.findall(r"^(?:needs|takes|switches)=\((.*)\)$", (FOLDER / name).read_text(), re.MULTILINE) for name in COMMANDS]
     taken = {option for names in lists for line in names for option in line.split()}
     assert explained == taken | {"print"}

@@ -5,12 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tests.tpu_scripts.cloud import (
-    REPOSITORY,
-    SLICE,
-    Cloud,
-    pack,
-)
+from tests.tpu_scripts.cloud import REPOSITORY, SLICE, Cloud, pack
 
 pytestmark = pytest.mark.slow
 
@@ -75,15 +70,7 @@ def gke_watch(name: str) -> list[list[str]]:
     return [
         ["gcloud", "container", "clusters", "get-credentials", "C", "--location=eu-w4", "--project=P"],
         ["kubectl", "logs", selector, "--follow", "--tail=100"],
-        [
-            "xpk",
-            "workload",
-            "list",
-            f"--wait-for-job-completion={name}",
-            "--cluster=C",
-            "--project=P",
-            "--zone=eu-w4-a",
-        ],
+        ["xpk", "workload", "list", f"--wait-for-job-completion={name}", "--cluster=C", "--project=P", "--zone=eu-w4-a"],
     ]
 
 
@@ -104,11 +91,7 @@ def test_gke_batch_goes_on_after_a_failing_configuration(cloud: Cloud) -> None:
     cloud.answer(("create --workload=b-1", 1, ""), ("completion=a", 125, ""))
     result = cloud.work("gke_batch.sh", "--zone=eu-w4-a", "--", "a", "B_1", "c")
     assert result.returncode == 1
-    started = [
-        *gke_run("a", "a", "/mnt/runs/a"),
-        *gke_run("b-1", "B_1", "/mnt/runs/B_1"),
-        *gke_run("c", "c", "/mnt/runs/c"),
-    ]
+    started = [*gke_run("a", "a", "/mnt/runs/a"), *gke_run("b-1", "B_1", "/mnt/runs/B_1"), *gke_run("c", "c", "/mnt/runs/c")]
     zoned = [[word.replace("--zone=Z", "--zone=eu-w4-a") for word in call] for call in started]
     assert cloud.calls() == [*zoned, *gke_watch("a"), *gke_watch("c")]
     assert result.stdout.splitlines()[-4:] == [

@@ -2,19 +2,7 @@
 
 import pytest
 
-from tests.tpu_scripts.cloud import (
-    ACTIVE,
-    DELETE,
-    DESCRIBE,
-    DESCRIBE_NODE,
-    SLICE,
-    Cloud,
-    create,
-    install,
-    on_worker,
-    scp,
-    ssh,
-)
+from tests.tpu_scripts.cloud import ACTIVE, DELETE, DESCRIBE, DESCRIBE_NODE, SLICE, Cloud, create, install, on_worker, scp, ssh
 
 pytestmark = pytest.mark.slow
 
@@ -182,10 +170,4 @@ def test_batch_gives_up_after_so_many_attempts(cloud: Cloud) -> None:
     result = cloud.work("batch.sh", "--attempts", "2", "--", "a", "b")
     assert result.returncode == 1
     assert "  failed  a (exit code 255)\n  done    b\n" in result.stdout
-    assert cloud.calls() == [
-        *batch_run("a")[:2],
-        DESCRIBE,
-        DESCRIBE_NODE,
-        *batch_run("a")[:2],
-        *batch_run("b"),
-    ]
+    assert cloud.calls() == [*batch_run("a")[:2], DESCRIBE, DESCRIBE_NODE, *batch_run("a")[:2], *batch_run("b")]

@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tpu_scripts.cloud import (
-    REPOSITORY,
-    Cloud,
-)
+from tests.tpu_scripts.cloud import REPOSITORY, Cloud
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 printf '%s\\0' "$@" >>called
@@ -106,7 +103,4 @@ def test_a_killed_run_can_go_on(worker: Worker) -> None:
     os.kill(pid, 9)
     worker.let_go()
     killed = worker.script("watch a 100")
-    assert (killed.returncode, killed.stdout.splitlines()[-1].endswith("unknown, it was killed")) == (
-        75,
-        True,
-    )
+    assert (killed.returncode, killed.stdout.splitlines()[-1].endswith("unknown, it was killed")) == (75, True)

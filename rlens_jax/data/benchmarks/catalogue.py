@@ -47,26 +47,12 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
     {
         benchmark.name: benchmark
         for benchmark in (
-            Benchmark(
-                "OCRBench",
-                "e953d98a987cc6e26ef717b61260b778",
-                "vqa",
-                "list",
-                columns=("category",),
-                strata=("category",),
-            ),
+            Benchmark("OCRBench", "e953d98a987cc6e26ef717b61260b778", "vqa", "list", columns=("category",), strata=("category",)),
             Benchmark("DocVQA_VAL", "d5ee77e1926ff10690d469c56b73eabf", "vqa", "list"),
             Benchmark("DocVQA_TEST", "6a2f28cac26ef2d3447374e8c6f6c8e9", "vqa", "none"),
             Benchmark("InfoVQA_VAL", "2342e9c225222f0ef4dec545ebb126fe", "vqa", "list"),
             Benchmark("InfoVQA_TEST", "df535bf51b88dc9718252c34131a6227", "vqa", "none"),
-            Benchmark(
-                "ChartQA_TEST",
-                "c902e0aa9be5582a7aad6dcf52734b42",
-                "vqa",
-                "single",
-                columns=("split",),
-                strata=("split",),
-            ),
+            Benchmark("ChartQA_TEST", "c902e0aa9be5582a7aad6dcf52734b42", "vqa", "single", columns=("split",), strata=("split",)),
             Benchmark("TextVQA_VAL", "b233b31f551bbf4056f2f955da3a92cd", "vqa", "list"),
             Benchmark(
                 "MME",

@@ -77,9 +77,7 @@ def draw(tables: Mapping[str, TsvTable], *, instances: int, held_out: int, seed:
             groups: dict[tuple[str, ...], list[Instance]] = defaultdict(list)
             for item in items:
                 groups[item.group].append(item)
-            free = [
-                group for group in groups.values() if not any(rows[item.index].image_hash in seen for item in group)
-            ]
+            free = [group for group in groups.values() if not any(rows[item.index].image_hash in seen for item in group)]
             drawn = _stratified(free, min(count, len(items) // 2), rng)
             if not drawn:
                 raise UserError(f"{table.path}: too few rows: none are left for the {split} instances")
@@ -173,9 +171,7 @@ def _check_indices(fields: Mapping[str, Any], path: Path) -> None:
                 seen[dataset, index] = split
 
 
-def mixture_samples(
-    path: Path, folder: Path, data_dir: Path, prompt: Callable[[Instance], str]
-) -> dict[str, list[Sample]]:
+def mixture_samples(path: Path, folder: Path, data_dir: Path, prompt: Callable[[Instance], str]) -> dict[str, list[Sample]]:
     """The samples that a mixture lists, by split, with VLMEvalKit's prompts for this model family.
 
     Args:
@@ -222,18 +218,10 @@ def main(arguments: Sequence[str]) -> None:
         help=f"benchmarks among {','.join(DATASETS)} (default: all)",
     )
     parser.add_argument(
-        "--instances",
-        type=int,
-        default=INSTANCES,
-        metavar="N",
-        help="number of instances for the search (default: %(default)s)",
+        "--instances", type=int, default=INSTANCES, metavar="N", help="number of instances for the search (default: %(default)s)"
     )
     parser.add_argument(
-        "--held-out",
-        type=int,
-        default=INSTANCES,
-        metavar="N",
-        help="number of instances for the curves (default: %(default)s)",
+        "--held-out", type=int, default=INSTANCES, metavar="N", help="number of instances for the curves (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: %(default)s)")
     parser.add_argument(
@@ -253,9 +241,7 @@ def main(arguments: Sequence[str]) -> None:
         if name not in DATASETS:
             find_benchmark(name)
             parser.error(f"the answers of {name} are withheld, so a ranking cannot use it")
-    tables = {
-        name: read_table(BENCHMARKS[name], options.data, sums.get(name)) for name in dict.fromkeys(options.datasets)
-    }
+    tables = {name: read_table(BENCHMARKS[name], options.data, sums.get(name)) for name in dict.fromkeys(options.datasets)}
     mixture = draw(tables, instances=options.instances, held_out=options.held_out, seed=options.seed)
     write_mixture(mixture, options.output)
     for name in tables:

@@ -102,10 +102,7 @@ class TsvTable:
 
 
 def scan(
-    path: Path,
-    needed: Sequence[str],
-    optional: Sequence[str] = (),
-    advance: Callable[[int], None] = lambda num_bytes: None,
+    path: Path, needed: Sequence[str], optional: Sequence[str] = (), advance: Callable[[int], None] = lambda num_bytes: None
 ) -> TsvTable:
     """Read a file once and keep the places of its rows and all cells except images. Rows without an image are left out.
 
@@ -134,9 +131,7 @@ def scan(
                 index_at, image_at = header.index("index"), header.index("image")
                 continue
             if len(fields) != len(header):
-                raise UserError(
-                    f"{path}: row {number} has {len(fields)} fields, the header {len(header)}; the file is damaged"
-                )
+                raise UserError(f"{path}: row {number} has {len(fields)} fields, the header {len(header)}; the file is damaged")
             index, image = fields[index_at], fields[image_at]
             if image in MISSING:
                 continue
@@ -144,9 +139,7 @@ def scan(
                 raise UserError(f"{path}: row {number}, field 'index': missing")
             cells = {name: fields[place] for name, place in kept.items()}
             if index in rows:
-                raise UserError(
-                    f"{_where(path, number, index, 'index')}: row {rows[index].number} has this index already"
-                )
+                raise UserError(f"{_where(path, number, index, 'index')}: row {rows[index].number} has this index already")
             if len(image) <= REFERENCE_CHARS:
                 references[index] = image
             image_hash = hashlib.blake2b(image.encode(), digest_size=16).digest()

@@ -215,9 +215,7 @@ def _read_text_decoder(text: ConfigReader, tied_head: bool) -> DecoderConfig:
         raise UserError(f"{text.where}: model_type {model_type!r} is not supported; text models are: {supported}")
     for name in without_bias[model_type]:
         text.require(name, False)
-    return read_decoder(
-        text, ("default", "dynamic"), default_theta=None, qkv_bias=model_type == "qwen2", tied_head=tied_head
-    )
+    return read_decoder(text, ("default", "dynamic"), default_theta=None, qkv_bias=model_type == "qwen2", tied_head=tied_head)
 
 
 def _rope_limit(text: ConfigReader) -> int | None:
@@ -239,14 +237,7 @@ def _square(config: ConfigReader, name: str) -> int:
 
 
 def _read_vision(
-    vision: ConfigReader,
-    *,
-    rms_norm: bool,
-    qkv_bias: bool,
-    qk_norm: bool,
-    qk_norm_eps: float,
-    transposed: bool,
-    out_width: int,
+    vision: ConfigReader, *, rms_norm: bool, qkv_bias: bool, qk_norm: bool, qk_norm_eps: float, transposed: bool, out_width: int
 ) -> VisionConfig:
     vision.require("hidden_act", "gelu")
     image_size, patch_size = _square(vision, "image_size"), _square(vision, "patch_size")
@@ -284,9 +275,7 @@ class VisionLayer(nnx.Module):
         self.q_proj = Linear("IJE,ENH->IJNH", sizes, bias=bias, dtype=dtype, rngs=rngs)
         self.k_proj = Linear("IJE,ENH->IJNH", sizes, bias=bias, dtype=dtype, rngs=rngs)
         self.v_proj = Linear("IJE,ENH->IJNH", sizes, bias=bias, dtype=dtype, rngs=rngs)
-        qk_norm = [
-            RMSNorm(config.width, eps=config.qk_norm_eps, dtype=dtype) if config.qk_norm else None for _ in range(2)
-        ]
+        qk_norm = [RMSNorm(config.width, eps=config.qk_norm_eps, dtype=dtype) if config.qk_norm else None for _ in range(2)]
         self.q_norm, self.k_norm = qk_norm
         self.o_proj = Linear("INJH,NHE->IJE", sizes, bias="E", dtype=dtype, rngs=rngs)
         self.attention_scale = nnx.Param(jnp.ones(config.width, dtype))

@@ -13,15 +13,7 @@ from einops import rearrange
 from PIL.Image import Image, Resampling
 
 from rlens_jax.data.benchmarks.catalogue import Instance
-from rlens_jax.data.benchmarks.prompts import (
-    CHINESE_LETTER,
-    LETTER,
-    SHORT_ANSWER,
-    hint,
-    is_chinese,
-    is_choice,
-    options,
-)
+from rlens_jax.data.benchmarks.prompts import CHINESE_LETTER, LETTER, SHORT_ANSWER, hint, is_chinese, is_choice, options
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.errors import UserError
 from rlens_jax.families.family import ImageArrays
@@ -36,12 +28,8 @@ IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 IMAGE_TOKEN, IMAGE_START, IMAGE_END, TURN_END = "<IMG_CONTEXT>", "<img>", "</img>", "<|im_end|>"
 VIDEO_MARK = "<video>"
-SYSTEM_2 = (
-    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"  # noqa: RUF001
-)
-SYSTEM_2_5 = (
-    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: RUF001
-)
+SYSTEM_2 = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"  # noqa: RUF001
+SYSTEM_2_5 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: RUF001
 CONVERSATIONS = {
     "Hermes-2": (SYSTEM_2, TURN_END),
     "internlm2-chat": (SYSTEM_2, TURN_END),
@@ -175,14 +163,10 @@ class InternVLPreparer:
         self.config = config
         self.tile_slots = sorted({slots // vision.num_patches for slots in patch_slots} - {0})
         if not self.tile_slots:
-            raise UserError(
-                f"compute.patch_slots: none of {list(patch_slots)} holds a tile of {vision.num_patches} patches"
-            )
+            raise UserError(f"compute.patch_slots: none of {list(patch_slots)} holds a tile of {vision.num_patches} patches")
         self.chat = InternVLChat(folder, config)
         self._cut: Callable[[Image], np.ndarray] = (
-            _hf_cutter(folder, vision.image_size)
-            if native is None
-            else lambda image: cut_tiles(image, vision.image_size, native)
+            _hf_cutter(folder, vision.image_size) if native is None else lambda image: cut_tiles(image, vision.image_size, native)
         )
 
     def images(self, pixels: Sequence[Image], sample_id: str) -> list[PreparedImage]:

@@ -36,10 +36,7 @@ def read_images(
             )
         _check_runs(where, number, is_visual, vision.tile_tokens)
     dealt = deal_images(where, masks, tiles, "pixel_values", "tiles")
-    return [
-        Row(plain_prompt(ids, is_visual), images)
-        for ids, is_visual, images in zip(token_ids, masks, dealt, strict=True)
-    ]
+    return [Row(plain_prompt(ids, is_visual), images) for ids, is_visual, images in zip(token_ids, masks, dealt, strict=True)]
 
 
 def _image_token(where: str, tensors: Mapping[str, np.ndarray], config: InternVLConfig) -> int:

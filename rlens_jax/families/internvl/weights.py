@@ -117,10 +117,7 @@ def _vision_parts(vision: VisionConfig, *, native: bool) -> tuple[Part, ...]:
 def _internlm2_parts(config: DecoderConfig) -> tuple[Part, ...]:
     """InternLM2 is a Llama with other names, and q, k and v of each kv head are fused."""
     fused = Row(
-        "attention.wqkv.weight",
-        tuple(f"attention.{x}.kernel" for x in QKV),
-        "(k all h) d -> all d k h",
-        (QUERIES, KEYS, KEYS),
+        "attention.wqkv.weight", tuple(f"attention.{x}.kernel" for x in QKV), "(k all h) d -> all d k h", (QUERIES, KEYS, KEYS)
     )
     split = tuple(f"self_attn.{x}.weight" for x in QKV)
 

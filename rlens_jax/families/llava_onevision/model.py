@@ -84,9 +84,7 @@ def read_config(config: ConfigReader) -> LlavaOnevisionConfig:
     aspect_ratio = config.fields.get("vision_aspect_ratio", "anyres_max_9")
     max_tiles = re.fullmatch(r"anyres_max_([1-9]\d*)", str(aspect_ratio))
     if max_tiles is None:
-        raise UserError(
-            f"{config.where}: vision_aspect_ratio = {aspect_ratio!r} is not supported (only 'anyres_max_N')"
-        )
+        raise UserError(f"{config.where}: vision_aspect_ratio = {aspect_ratio!r} is not supported (only 'anyres_max_N')")
     image_size = vision.size("image_size")
     nested = {"text_config": {**QWEN2_DEFAULTS, **text.fields}}
     # For this family, transformers ties the head if either place says so.
@@ -157,7 +155,5 @@ class VisionTower(nnx.Module):
         table = jnp.concatenate([newline, x.reshape(images, count * patches, -1)], axis=1)
         pick = jax.vmap(lambda rows, places: rows[places])
         # In float32, as torch interpolates; a row with weight 1 stays bit-equal.
-        tokens = sum(
-            pick(table, sources[:, :, q]).astype(jnp.float32) * weights[:, :, q, None] for q in range(sources.shape[2])
-        )
+        tokens = sum(pick(table, sources[:, :, q]).astype(jnp.float32) * weights[:, :, q, None] for q in range(sources.shape[2]))
         return jnp.asarray(tokens, table.dtype)

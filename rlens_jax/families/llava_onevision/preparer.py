@@ -146,9 +146,7 @@ class LlavaOnevisionPreparer:
 
     def __init__(self, folder: Path, config: LlavaOnevisionConfig, patch_slots: Sequence[int]):
         # Imported here: where torchvision is installed this import loads it, and a model without images needs neither.
-        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
-            LlavaOnevisionImageProcessorPil,
-        )
+        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
         self.config = config
         self.patch_slots = sorted(patch_slots)

@@ -7,22 +7,12 @@ import numpy as np
 from rlens_jax.errors import UserError
 from rlens_jax.families.llava_onevision.model import LlavaOnevisionConfig
 from rlens_jax.families.llava_onevision.preparer import cut_patches, image_sources
-from rlens_jax.families.reference_inputs import (
-    ReferenceInputs,
-    Row,
-    checked,
-    deal_images,
-    plain_prompt,
-    zero_padded,
-)
+from rlens_jax.families.reference_inputs import ReferenceInputs, Row, checked, deal_images, plain_prompt, zero_padded
 from rlens_jax.models.prompt import ImageTokens, PreparedImage
 
 
 def read_images(
-    where: str,
-    token_ids: Sequence[np.ndarray],
-    tensors: Mapping[str, np.ndarray],
-    config: LlavaOnevisionConfig,
+    where: str, token_ids: Sequence[np.ndarray], tensors: Mapping[str, np.ndarray], config: LlavaOnevisionConfig
 ) -> list[Row]:
     """See `ReferenceInputs.read_images`."""
     if any((row == config.video_token).any() for row in token_ids):
@@ -68,8 +58,7 @@ def _images(
     views, slots = (max((len(image[part]) for image in sampled), default=0) for part in (0, 1))
     return [
         PreparedImage(
-            (zero_padded(patches, views), zero_padded(sources, slots), zero_padded(weights, slots)),
-            ImageTokens(len(sources)),
+            (zero_padded(patches, views), zero_padded(sources, slots), zero_padded(weights, slots)), ImageTokens(len(sources))
         )
         for patches, sources, weights in sampled
     ]

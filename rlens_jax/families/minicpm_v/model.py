@@ -97,10 +97,7 @@ class Resampler(nnx.Module):
         self.proj = Linear("IQm,mD->IQD", sizes, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self,
-        x: Float[Array, "I J E"],
-        places: Int[Array | np.ndarray, "I J 2"],
-        num_patches: Int[Array | np.ndarray, " I"],
+        self, x: Float[Array, "I J E"], places: Int[Array | np.ndarray, "I J 2"], num_patches: Int[Array | np.ndarray, " I"]
     ) -> Float[Array, "I Q D"]:
         """Visual tokens of each view.
 

@@ -178,10 +178,7 @@ def read_marks(fields: ConfigReader) -> Marks:
     """Read the marks from preprocessor_config.json; missing ones have the published values."""
 
     def pair(start: str, end: str, default: str) -> tuple[str, str]:
-        return (
-            str(fields.fields.get(start, f"<{default}>")),
-            str(fields.fields.get(end, f"</{default}>")),
-        )
+        return (str(fields.fields.get(start, f"<{default}>")), str(fields.fields.get(end, f"</{default}>")))
 
     return Marks(
         image=pair("im_start", "im_end", "image"),

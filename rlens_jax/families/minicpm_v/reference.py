@@ -15,14 +15,7 @@ import numpy as np
 from rlens_jax.errors import UserError
 from rlens_jax.families.minicpm_v.model import MiniCPMVConfig
 from rlens_jax.families.minicpm_v.preparer import view_positions
-from rlens_jax.families.reference_inputs import (
-    ReferenceInputs,
-    Row,
-    checked,
-    deal_images,
-    plain_prompt,
-    zero_padded,
-)
+from rlens_jax.families.reference_inputs import ReferenceInputs, Row, checked, deal_images, plain_prompt, zero_padded
 from rlens_jax.models.prompt import ImageTokens, PreparedImage
 
 
@@ -55,18 +48,14 @@ def _views(where: str, tensors: Mapping[str, np.ndarray], config: MiniCPMVConfig
     for number, ((rows, columns), values) in enumerate(zip(grids.tolist(), patches, strict=True)):
         real = rows * columns
         if rows < 1 or columns < 1 or real > slots:
-            raise UserError(
-                f"{where}: view {number} has tgt_sizes [{rows}, {columns}], pixel_values room for {slots} patches"
-            )
+            raise UserError(f"{where}: view {number} has tgt_sizes [{rows}, {columns}], pixel_values room for {slots} patches")
         ids, places = view_positions(rows, columns, isqrt(config.vision.num_positions))
         arrays = (values, zero_padded(ids, slots), zero_padded(places, slots), np.array(real, np.int32))
         views.append(PreparedImage(tuple(array[None] for array in arrays), ImageTokens(config.resampler.num_queries)))
     return views
 
 
-def _visual_tokens(
-    where: str, token_ids: Sequence[np.ndarray], bounds: np.ndarray, num_queries: int
-) -> list[np.ndarray]:
+def _visual_tokens(where: str, token_ids: Sequence[np.ndarray], bounds: np.ndarray, num_queries: int) -> list[np.ndarray]:
     """The visual tokens of each row, bool [T_i] each."""
     masks = [np.zeros(len(ids), bool) for ids in token_ids]
     last = (0, 0)

@@ -121,10 +121,7 @@ class VisionLayer(nnx.Module):
 
 
 def _attend(
-    q: Float[Array, "I N J H"],
-    k: Float[Array, "I N J H"],
-    v: Float[Array, "I N J H"],
-    is_patch: Bool[Array, "I J"],
+    q: Float[Array, "I N J H"], k: Float[Array, "I N J H"], v: Float[Array, "I N J H"], is_patch: Bool[Array, "I J"]
 ) -> Float[Array, "I N J H"]:
     """Attention of every patch to all patches of its image; the queries of a large image go block by block.
 

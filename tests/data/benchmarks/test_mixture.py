@@ -87,9 +87,7 @@ def test_groups_are_whole(mixture: Mixture, tables: dict[str, TsvTable]) -> None
 
 
 @pytest.mark.parametrize(("instances", "drawn"), [(10, 8), (12, 16), (2, 8)])
-def test_a_group_that_does_not_fit_is_in_if_that_is_nearer(
-    tables: dict[str, TsvTable], instances: int, drawn: int
-) -> None:
+def test_a_group_that_does_not_fit_is_in_if_that_is_nearer(tables: dict[str, TsvTable], instances: int, drawn: int) -> None:
     """Two strata of groups of four: of 5 each one group is taken, of 6 two; but never none."""
     some = draw({"HallusionBench": tables["HallusionBench"]}, instances=instances, held_out=8, seed=0)
     assert len(some.validation["HallusionBench"]) == drawn
@@ -102,9 +100,7 @@ def test_strata_are_in_proportion(tables: dict[str, TsvTable]) -> None:
         strata = Counter(item.stratum for item in chosen(tables["OCRBench"], "OCRBench", split["OCRBench"]))
         assert strata == {(f"kind {kind}",): each for kind in range(3)}
     table = tables["OCRBench"]
-    rows = [
-        replace(row, cells={**row.cells, "category": row.cells["category"].replace("2", "1")}) for row in table.rows
-    ]
+    rows = [replace(row, cells={**row.cells, "category": row.cells["category"].replace("2", "1")}) for row in table.rows]
     drawn = draw({"OCRBench": replace(table, rows=rows)}, instances=15, held_out=9, seed=0)
     items = chosen(replace(table, rows=rows), "OCRBench", drawn.validation["OCRBench"])
     assert Counter(item.stratum for item in items) == {("kind 0",): 5, ("kind 1",): 10}
@@ -178,10 +174,7 @@ def by_hand(path: Path, **changes: object) -> Path:
         ({"test": None}, "field 'test' is missing"),
         ({"seed": "1"}, "field 'seed' must be a whole number"),
         ({"validation": {}}, "field 'validation' must name at least one dataset"),
-        (
-            {"validation": {"MMEE": ["1"]}},
-            "field 'validation': unknown benchmark 'MMEE' (did you mean 'MME'?)",
-        ),
+        ({"validation": {"MMEE": ["1"]}}, "field 'validation': unknown benchmark 'MMEE' (did you mean 'MME'?)"),
         ({"test": {"MMStar": ["7"]}}, "fields 'md5' and 'test' must name the same datasets"),
         ({"md5": {"MME": "12"}}, "field 'md5': MME must have 32 hexadecimal digits"),
         ({"test": {"MME": []}}, "field 'test', MME: must be a list of at least one index"),
@@ -207,10 +200,7 @@ def test_no_such_file_and_no_json(tmp_path: Path) -> None:
 
 def test_the_samples_of_a_ranking(tmp_path: Path) -> None:
     """Loads a file written by hand as a ranking run does."""
-    sums = {
-        name: md5_of(write_tsv(tmp_path / f"{name}.tsv", benchmark_rows(name, images=2)))
-        for name in ("MME", "OCRBench")
-    }
+    sums = {name: md5_of(write_tsv(tmp_path / f"{name}.tsv", benchmark_rows(name, images=2))) for name in ("MME", "OCRBench")}
     validation, test = {"OCRBench": ["1"], "MME": ["0", "1"]}, {"OCRBench": ["3"], "MME": ["2", "3"]}
     path = by_hand(tmp_path / "m.json", md5=sums, validation=validation, test=test)
 
@@ -244,18 +234,7 @@ def test_empty_answers_are_no_answers() -> None:
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Other versions of the TSV files need --md5; `draw` does the rest."""
     output = tmp_path / "mixture.json"
-    options = [
-        "--data",
-        str(folder),
-        "--output",
-        str(output),
-        "--instances",
-        "24",
-        "--held-out",
-        "16",
-        "--seed",
-        "3",
-    ]
+    options = ["--data", str(folder), "--output", str(output), "--instances", "24", "--held-out", "16", "--seed", "3"]
     options += ["--datasets", "MME,MMStar"]
     with pytest.raises(UserError, match=r"MME\.tsv: the MD5 sum is .* or use this version with --md5 MME="):
         main(options)
@@ -273,10 +252,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     ("options", "complaint"),
     [
         (["--datasets", "MEM"], "unknown benchmark 'MEM' (did you mean 'MME'?)"),
-        (
-            ["--datasets", "DocVQA_TEST"],
-            "the answers of DocVQA_TEST are withheld, so a ranking cannot use it",
-        ),
+        (["--datasets", "DocVQA_TEST"], "the answers of DocVQA_TEST are withheld, so a ranking cannot use it"),
         (["--md5", "MME"], "--md5 MME must be NAME=SUM with 32 hexadecimal digits"),
         (["--md5", f"Other={'0' * 32}"], "unknown benchmark 'Other'"),
         (["--seed", "-1"], "--seed -1 must be at least 0"),

@@ -33,8 +33,7 @@ EXPECTED = {
     },
     "qwen2_vl": {
         **dict.fromkeys(
-            (*VQA, "ChartQA_TEST", "OCRBench"),
-            "Q?\nPlease try to answer the question with short words or phrases if possible.",
+            (*VQA, "ChartQA_TEST", "OCRBench"), "Q?\nPlease try to answer the question with short words or phrases if possible."
         ),
         "MME": "Q?",
         "HallusionBench": "Q? Please answer yes or no.",

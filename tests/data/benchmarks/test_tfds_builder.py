@@ -81,11 +81,7 @@ def test_answers(tmp_path: Path, dataset: str, text: str, answers: tuple[str, ..
 @pytest.mark.parametrize(
     ("dataset", "changes", "complaint"),
     [
-        (
-            "DocVQA_VAL",
-            {"answer": "['a', 'b'"},
-            "field 'answer': \"['a', 'b'\" begins like a Python list but is not one",
-        ),
+        ("DocVQA_VAL", {"answer": "['a', 'b'"}, "field 'answer': \"['a', 'b'\" begins like a Python list but is not one"),
         ("DocVQA_VAL", {"answer": "[['a']]"}, "field 'answer': \"[['a']]\" must be a list of texts"),
         ("DocVQA_VAL", {"answer": "['a'], 'b'"}, "field 'answer': \"['a'], 'b'\" must be a list of texts"),
         ("DocVQA_VAL", {"answer": "[]"}, "field 'answer': an empty list of answers"),

@@ -115,11 +115,7 @@ def test_missing_values_and_optional_columns(tmp_path: Path) -> None:
     image = encoded(picture(1))
     path = write_tsv(
         tmp_path / "a.tsv",
-        [
-            row(1, image, hint="None", more="x"),
-            row(2, image, hint="", more="x"),
-            row(3, image, hint="none", more="x"),
-        ],
+        [row(1, image, hint="None", more="x"), row(2, image, hint="", more="x"), row(3, image, hint="none", more="x")],
     )
     table = scan(path, ("question",), ("hint", "absent"))
     assert [item.value("hint") for item in table.rows] == [None, None, "none"]
@@ -185,21 +181,14 @@ def test_a_reference_to_no_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("references", "way"),
-    [(["1"], "1 -> 1"), (["2", "3", "1"], "1 -> 2 -> 3 -> 1"), (["2", "2"], "1 -> 2 -> 2")],
+    ("references", "way"), [(["1"], "1 -> 1"), (["2", "3", "1"], "1 -> 2 -> 3 -> 1"), (["2", "2"], "1 -> 2 -> 2")]
 )
 def test_a_circle_of_references(tmp_path: Path, references: list[str], way: str) -> None:
     rows = (row(i, reference) for i, reference in enumerate(references, 1))
     assert refusal(tmp_path, *rows) == f"MME.tsv: row 1 (index '1'), field 'image': the references form a circle: {way}"
 
 
-NO_LISTS = (
-    "['{0}', '{0}]",
-    "['{0}', b]",
-    "[" * 300 + "'{0}'" + "]" * 300,
-    f"[{'-' * 3000}1]",
-    f"[{'-' * 20000}1]",
-)
+NO_LISTS = ("['{0}', '{0}]", "['{0}', b]", "[" * 300 + "'{0}'" + "]" * 300, f"[{'-' * 3000}1]", f"[{'-' * 20000}1]")
 
 
 @pytest.mark.parametrize("damage", NO_LISTS, ids=range(len(NO_LISTS)))
@@ -244,10 +233,7 @@ def test_no_index(tmp_path: Path) -> None:
 
 def test_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
-    for content, complaint in (
-        ("", "the file is empty"),
-        ("index\tquestion\tanswer\timage\n", "no row has an image"),
-    ):
+    for content, complaint in (("", "the file is empty"), ("index\tquestion\tanswer\timage\n", "no row has an image")):
         path.write_text(content)
         with pytest.raises(UserError, match=f"a.tsv: {complaint}$"):
             scan(path, NEEDED)

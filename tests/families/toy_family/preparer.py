@@ -41,9 +41,7 @@ class ToyPreparer:
         patches = np.asarray(pixels, np.float32).reshape(-1, COLOURS) / 255
         slots = next((n for n in self.patch_slots if n >= len(patches)), None)
         if slots is None:
-            raise UserError(
-                f"{sample_id}: an image has {len(patches)} patches, the largest bucket {self.patch_slots[-1]}"
-            )
+            raise UserError(f"{sample_id}: an image has {len(patches)} patches, the largest bucket {self.patch_slots[-1]}")
         return PreparedImage((np.pad(patches, ((0, slots - len(patches)), (0, 0))),), ImageTokens(len(patches)))
 
     def prompt(self, sample: Sample, images: Sequence[ImageTokens], answer: str | None) -> Prompt:

@@ -9,9 +9,7 @@ from rlens_jax.models.prompt import ImageTokens, PreparedImage
 from tests.families.toy_family.model import COLOURS, IMAGE_TOKEN, ToyConfig
 
 
-def read_images(
-    where: str, token_ids: Sequence[np.ndarray], tensors: Mapping[str, np.ndarray], config: ToyConfig
-) -> list[Row]:
+def read_images(where: str, token_ids: Sequence[np.ndarray], tensors: Mapping[str, np.ndarray], config: ToyConfig) -> list[Row]:
     patches = checked(where, tensors, "colours", ("I", "J", COLOURS))
     images = [PreparedImage((image,), ImageTokens(len(image))) for image in patches]
     masks = [ids == IMAGE_TOKEN for ids in token_ids]
