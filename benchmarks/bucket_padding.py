@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from rlens_jax.checkpoints.checkpoint import read_model_kind
-from rlens_jax.commands.run_options import read_config
+from rlens_jax.commands.options import read_config
 from rlens_jax.console import say
 from rlens_jax.families.internvl.preparer import closest_grid
 from rlens_jax.families.llava_onevision.preparer import image_sources

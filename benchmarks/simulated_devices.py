@@ -27,7 +27,7 @@ import numpy as np
 from flax import nnx
 
 from rlens_jax.checkpoints.checkpoint import find_model, load_model
-from rlens_jax.commands.run_options import read_config
+from rlens_jax.commands.options import read_config
 from rlens_jax.data.splits import load_splits
 from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.evaluator import Evaluator, round_scorer

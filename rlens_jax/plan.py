@@ -3,12 +3,12 @@
 import operator as operators
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Literal, get_args, no_type_check
 
 import numpy as np
 
-from rlens_jax.decimals import checked_decimal, exact
 from rlens_jax.errors import UserError, suggest
 
 Operator = Literal["attention", "ffn"]
@@ -17,16 +17,39 @@ OPERATORS: tuple[Operator, ...] = get_args(Operator)
 ProbeChoice = Literal["strided", "random"]
 WindowChoice = Literal["ordinal", "position"]
 
+UnitInterval = Literal["(0, 1]", "[0, 1)"]
+_RANGES: dict[UnitInterval, str] = {"(0, 1]": "above 0 and at most 1", "[0, 1)": "at least 0 and below 1"}
+
+
+def exact(decimal: float | str) -> Fraction:
+    """The decimal that the user wrote, as a fraction: 0.1 means one tenth, not the nearest binary number."""
+    return Fraction(str(decimal))  # a float prints as the shortest decimal that reads back as this float
+
+
+def checked_decimal(name: str, value: object, interval: UnitInterval) -> float:
+    """The float that prints as the decimal `value`.
+
+    Raises:
+        UserError: naming `name`, if `value` is no decimal number, lies outside of `interval`, or has too many digits.
+    """
+    try:
+        decimal = Decimal("nan") if isinstance(value, bool) else Decimal(str(value))
+    except InvalidOperation:
+        decimal = Decimal("nan")
+    if not (decimal.is_finite() and 0 <= decimal <= 1 and decimal != (0 if interval == "(0, 1]" else 1)):
+        raise UserError(f"{name} must be a decimal number {_RANGES[interval]}, not {value!r}")
+    if exact(float(decimal)) != Fraction(decimal):
+        raise UserError(f"{name} has more digits than a float keeps: {value!r}; write at most 15 digits")
+    return float(decimal)
+
 
 @no_type_check  # user input: __post_init__ checks it and raises UserError
 @dataclass(frozen=True)
 class Reduction:
     """How a reduced layer treats its visual tokens (Hollow Attention and Probe-Activated Dynamic FFN).
 
-    Both fractions are exact decimals, stored as the float that prints as that decimal.
-
-    Raises:
-        UserError: for a value out of range, naming the field.
+    Both fractions are exact decimals, stored as the float that prints as that decimal. A value out of range raises UserError
+    with the field's name.
     """
 
     attention_range: int = 256
@@ -49,19 +72,15 @@ class Reduction:
         for field, choices in (("probe", get_args(ProbeChoice)), ("window", get_args(WindowChoice))):
             value = getattr(self, field)
             if value not in choices:
-                hint = suggest(str(value), choices)
-                raise UserError(f"{field} must be one of {', '.join(choices)}, not {value!r}{hint}")
+                raise UserError(f"{field} must be one of {', '.join(choices)}, not {value!r}{suggest(str(value), choices)}")
 
     def probe_count(self, num_visual: int) -> int:
         """M, the number of probes of a sample with `num_visual` visual tokens; 0 if there are none."""
         return min(num_visual, max(1, num_visual * exact(self.probe_fraction) // 1))
 
     def probe_capacity(self, visual_slots: int) -> int:
-        """The static number of probe slots for samples with at most `visual_slots` visual tokens.
-
-        M does not fall as P grows, so this is the M of a sample that fills all slots.
-        """
-        return self.probe_count(visual_slots)
+        """The static number of probe slots for samples with at most `visual_slots` visual tokens."""
+        return self.probe_count(visual_slots)  # M does not fall as the number of visual tokens grows
 
     def kept_units(self, ffn_width: int) -> int:
         """U, the number of units kept of `ffn_width`: rounded to the nearest whole number, halves up, at least 1."""
@@ -73,10 +92,7 @@ class Reduction:
 class Plan:
     """Which layers (0-based) have Hollow Attention, and which have the Dynamic FFN. `Plan()` is the dense model.
 
-    The layers of each operator are accepted in any order and stored sorted.
-
-    Raises:
-        UserError: for a layer that is repeated, negative or not a whole number.
+    Layers are accepted in any order and stored sorted. A layer that is repeated, negative or no whole number raises UserError.
     """
 
     attention: tuple[int, ...] = ()
@@ -93,12 +109,11 @@ class Plan:
     def validate(self, num_layers: int) -> None:
         """Raise UserError unless the model's `num_layers` layers include all layers of the plan."""
         for operator in OPERATORS:
-            for layer in self.layers(operator):
-                if layer >= num_layers:
-                    raise UserError(
-                        f"the plan reduces {operator} in layer {layer}, but the model has {num_layers} layers "
-                        f"(0-{num_layers - 1})"
-                    )
+            highest = max(self.layers(operator), default=-1)
+            if highest >= num_layers:
+                raise UserError(
+                    f"the plan reduces {operator} in layer {highest}, but the model has {num_layers} layers (0-{num_layers - 1})"
+                )
 
     def flags(self, num_layers: int) -> tuple[np.ndarray, np.ndarray]:
         """The plan as data: `(hollow, dynamic)`, two bool[L] arrays. Raises UserError as `validate` does."""
@@ -114,10 +129,7 @@ class Plan:
         return replace(self, attention=added) if operator == "attention" else replace(self, ffn=added)
 
     def lowest_difference(self, other: "Plan") -> int | None:
-        """The lowest layer that the two plans treat differently, None if they are equal.
-
-        All layers below it compute the same in both plans.
-        """
+        """The lowest layer that the two plans treat differently (all layers below compute the same), None if they are equal."""
         differing = (set(self.attention) ^ set(other.attention)) | (set(self.ffn) ^ set(other.ffn))
         return min(differing, default=None)
 

@@ -1,14 +1,14 @@
 """Which visual tokens are pruned: FastV, VTW and FOLDER-style merging, as immutable and hashable values.
 
 Pruning acts alone or on top of a `Plan`. Surviving tokens keep their order and their rotary positions and are renumbered, so
-reduced layers see a packed sample like any other.
+reduced layers see a packed sample like any other. A value out of range raises UserError.
 """
 
 from dataclasses import dataclass
 from typing import no_type_check
 
-from rlens_jax.decimals import checked_decimal, exact
 from rlens_jax.errors import UserError
+from rlens_jax.plan import checked_decimal, exact
 
 
 @no_type_check  # user input: __post_init__ checks it and raises UserError
@@ -19,17 +19,12 @@ class FastV:
     The first `layer` layers see all tokens. The tokens with the lowest attention from the prompt's last token are dropped.
     That attention is the last token's row of weights in layer `layer - 1` (0-based), averaged over the heads, as in the
     authors' code.
-
-    Args:
-        layer: number of layers that see all visual tokens, at least 1 (the paper's default: 2).
-        share: share of the tokens that is dropped, an exact decimal, 0 <= share < 1.
-
-    Raises:
-        UserError: for a value out of range.
     """
 
     layer: int = 2
+    """Number of layers that see all visual tokens, at least 1 (paper: 2)."""
     share: float | str = 0.5
+    """Share of the tokens that is dropped, an exact decimal, 0 <= share < 1."""
 
     def __post_init__(self) -> None:
         _check_layer("FastV", self.layer)
@@ -51,16 +46,10 @@ class FastV:
 @no_type_check  # user input: __post_init__ checks it and raises UserError
 @dataclass(frozen=True)
 class VTW:
-    """Drop all visual tokens after layer `layer` (Visual Tokens Withdrawal, Lin et al., arXiv 2405.05803).
-
-    Args:
-        layer: number of layers that see the visual tokens, at least 1.
-
-    Raises:
-        UserError: for a value out of range.
-    """
+    """Drop all visual tokens after layer `layer` (Visual Tokens Withdrawal, Lin et al., arXiv 2405.05803)."""
 
     layer: int
+    """Number of layers that see the visual tokens, at least 1."""
 
     def __post_init__(self) -> None:
         _check_layer("VTW", self.layer)
@@ -85,15 +74,10 @@ class Folder:
 
     FOLDER merges inside the vision tower's last blocks. Here the connector's outputs are merged, so that one program serves
     all families (our decision).
-
-    Args:
-        share: share of the tokens that is merged away, an exact decimal, 0 <= share < 1.
-
-    Raises:
-        UserError: for a value out of range.
     """
 
     share: float | str = 0.5
+    """Share of the tokens that is merged away, an exact decimal, 0 <= share < 1."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "share", checked_decimal("Folder: share", self.share, "[0, 1)"))

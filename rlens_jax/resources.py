@@ -1,11 +1,15 @@
-"""Paths of the files that come with the package: next to it in the repository, inside it in a wheel."""
+"""What comes with the package: its files (next to it in the repository, inside it in a wheel), and its version and others."""
 
 import os
+import platform
+from importlib.metadata import version
 from pathlib import Path
 
+from rlens_jax import __version__
 from rlens_jax.errors import UserError, suggest
 
 _PACKAGE = Path(__file__).parent
+_RECORDED = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors", "pillow", "orbax-checkpoint")
 
 
 def _folder(name: str) -> Path:
@@ -35,3 +39,9 @@ def cache_folder() -> Path:
     """Default folder for prepared datasets and compiled programs."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "rlens_jax"
+
+
+def versions() -> dict[str, str]:
+    """The versions that are recorded with every result: of Python, of this package, and of the packages it computes with."""
+    packages = {package: version(package) for package in _RECORDED}
+    return {"python": platform.python_version(), "rlens_jax": __version__, **packages}

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import rlens_jax
-from rlens_jax.commands.run_options import RunParser
+from rlens_jax.commands.options import RunParser
 from rlens_jax.config import GROUPS, ComputeConfig, DataConfig, RunConfig, SearchConfig
 from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan, Reduction

@@ -19,7 +19,7 @@ def test_every_command_is_listed_with_one_line() -> None:
     assert (listed.returncode, listed.stderr) == (0, "")
     lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in listed.stdout.splitlines() if line.startswith("  ")}
     modules = {module.name for module in pkgutil.iter_modules(rlens_jax.commands.__path__)}
-    assert set(lines) == modules - {"options", "run_options"}
+    assert set(lines) == modules - {"options"}
     assert all(len(text) > 20 and text.endswith((".", ",")) for text in lines.values())
     assert run().stdout == listed.stdout
 

@@ -48,7 +48,7 @@ from rlens_jax.families.hf_config import read_json
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.families.table import Problems, Table, Tensor
 from rlens_jax.files import json_text, new_folder
-from rlens_jax.versions import versions
+from rlens_jax.resources import versions
 
 FORMAT = "rlens-conversion/1"
 RECORD, CARRIED = "conversion.json", "carried.safetensors"

@@ -1,11 +1,33 @@
-"""Options that several commands share, each declared once."""
+"""Options that several commands share: of models and plans, and, for runs, an option for every field of the configuration.
 
-from argparse import ArgumentParser, Namespace
+The fields also come from the YAML files and presets that `--config` names.
+"""
+
+import argparse
+import ast
+import inspect
+import json
+import sys
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
-from rlens_jax import console
-from rlens_jax.config import DTYPES
+import yaml
+
+from rlens_jax.config import DTYPES, GROUPS, RunConfig, alternatives, field_types, fits, shown, wrong_type
+from rlens_jax.console import ArgumentParser
+from rlens_jax.errors import UserError, suggest
 from rlens_jax.plan_file import PlanFile, parse_first, read_plan
+from rlens_jax.resources import preset_path
+
+DEFAULT_PRESET = "embedded"
+CONFIG = "config"
+
+Setting = tuple[str, str]
+"""Dotted name and text of a field, or `config` and the name of a file or preset."""
 
 
 def add_plan_options(parser: ArgumentParser) -> None:
@@ -14,7 +36,7 @@ def add_plan_options(parser: ArgumentParser) -> None:
     parser.add_argument("--first", metavar="LIST", help="with a ranking.json: number of layers to reduce, as attention=11,ffn=5")
 
 
-def read_plan_options(parser: console.ArgumentParser, options: Namespace) -> PlanFile:
+def read_plan_options(parser: ArgumentParser, options: argparse.Namespace) -> PlanFile:
     """The plan that --plan and --first name. UserError as `read_plan` and `parse_first`."""
     if options.plan is None:
         if options.first is not None:
@@ -41,3 +63,195 @@ def add_model_options(parser: ArgumentParser) -> None:
 def add_json_option(parser: ArgumentParser) -> None:
     """--json, a file for the results."""
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the results to this file")
+
+
+class RunParser(ArgumentParser):
+    """An argument parser with an option for every field of `RunConfig`. Later options override earlier ones.
+
+    `--help` shows the defaults that the rest of the command line would give.
+
+    Args:
+        prog: the command.
+        usage: its most important options.
+        description: the text at the top of `--help`.
+        preset: configuration used without `--config`.
+        output: default of `--output`, in place of the configuration's.
+    """
+
+    def __init__(self, prog: str, usage: str, description: str, *, preset: str = DEFAULT_PRESET, output: str | None = None):
+        super().__init__(prog, description, add_help=False)
+        self.usage = f"%(prog)s {usage} [--config FILE] [--GROUP.FIELD VALUE ...]"
+        self.epilog = "Write lists as 16,32 (in YAML as [16, 32]) and no value as null."
+        self._preset, self._output = preset, output
+        self._fields: dict[str, argparse.Action] = {}
+        self.add_argument("-h", "--help", action="store_true", help="show this text")
+        config_help = f"YAML file with any of the fields below, or name of a preset (default: {preset})"
+        self._add_setting(self, CONFIG, "FILE", f"--{CONFIG}", help=config_help)
+        for group in ("", *GROUPS):
+            cls = GROUPS.get(group, RunConfig)
+            section = self.add_argument_group(group or "run", (cls.__doc__ or "").split("\n")[0] if group else None)
+            for name, hint in field_types(cls).items():
+                if name not in GROUPS:
+                    dotted = f"{group}.{name}" if group else name
+                    short = ("--data",) if dotted == "data.source" else ()
+                    action = self._add_setting(section, dotted, _metavar(hint), f"--{dotted}", *short)
+                    self._fields[dotted] = action
+
+    def _add_setting(self, section: Any, name: str, metavar: str, *options: str, help: str = "") -> argparse.Action:
+        # All settings go to one list, which keeps their order.
+        return section.add_argument(
+            *options, dest="settings", action="append", default=[], type=partial(_setting, name), metavar=metavar, help=help
+        )
+
+    def parse_run(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
+        """All options, and the configuration of the run; with `--help`, explain every option and exit.
+
+        Raises:
+            UserError: for an unknown option or field (with the nearest name), a value of the wrong type or out of range, or a
+                file that cannot be read.
+        """
+        options = self.parse_args(arguments)
+        settings: list[Setting] = options.settings
+        if self._output is not None:
+            settings.insert(0, ("output", self._output))
+        if CONFIG not in dict(settings):
+            settings.insert(0, (CONFIG, self._preset))
+        config = read_config(settings)
+        if options.help:
+            self._explain(config)
+            sys.exit(0)
+        return options, config
+
+    def _explain(self, config: RunConfig) -> None:
+        docs = {dotted: doc for group in ("", *GROUPS) for dotted, doc in _field_docs(group).items()}
+        defaults = _flat(config.to_dict())
+        for dotted, action in self._fields.items():
+            # argparse reads % as the start of a format.
+            action.help = f"{docs[dotted]} (default: {_text(defaults[dotted])})".replace("%", "%%")
+        self.print_help()
+
+
+def read_config(settings: Iterable[Setting]) -> RunConfig:
+    """The configuration that the settings give, in their order. UserError as `RunParser.parse_run`."""
+    values: dict[str, dict[str, Any]] = {group: {} for group in ("", *GROUPS)}
+    for setting, text in settings:
+        new = _read_file(text) if setting == CONFIG else {setting: _from_text(setting, text)}
+        for dotted, value in new.items():
+            group, _, name = dotted.rpartition(".")
+            values[group][name] = value
+    return RunConfig.from_dict({**values.pop(""), **values})
+
+
+def _setting(name: str, text: str) -> Setting:
+    return name, text
+
+
+def _hint(dotted: str) -> Any:
+    group, _, name = dotted.rpartition(".")
+    return field_types(GROUPS.get(group, RunConfig))[name]
+
+
+def _from_text(dotted: str, text: str) -> Any:
+    """The value of a field written as text. UserError if the text has the wrong type."""
+    value = _converted(_hint(dotted), text)
+    if not fits(_hint(dotted), value):
+        raise wrong_type(dotted, _hint(dotted), text)
+    return value
+
+
+def _converted(hint: Any, text: str) -> Any:
+    """The value of type `hint` written as `text`, or `text` if there is none."""
+    if get_origin(hint) is tuple:
+        items = text.removeprefix("[").removesuffix("]")
+        return tuple(_converted(get_args(hint)[0], item.strip()) for item in items.split(",") if item.strip())
+    kinds = alternatives(hint)
+    if types.NoneType in kinds and text == "null":
+        return None
+    if bool in kinds:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if str in kinds:  # also a fraction, whose text is an exact decimal
+        return text
+    for kind in kinds:
+        if kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    return text
+
+
+def _text(value: Any) -> str:
+    """A value as it is written on a command line."""
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or "[]"
+    return str(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _read_file(name: str) -> dict[str, Any]:
+    """The values of a YAML file or preset by dotted name. UserError for a bad file, an unknown field or a wrong type."""
+    is_file = "/" in name or name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_file else preset_path(name)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold fields with values, such as `seed: 1`")
+    _check_names(path, "", values, RunConfig)
+    for group in values.keys() & GROUPS.keys():
+        if not isinstance(values[group], dict):
+            raise UserError(f"{path}: {group} must hold fields, not {shown(values[group])}")
+        _check_names(path, group, values[group], GROUPS[group])
+    return {dotted: _from_yaml(dotted, value) for dotted, value in _flat(values).items()}
+
+
+def _from_yaml(dotted: str, value: Any) -> Any:
+    hint = _hint(dotted)
+    if isinstance(value, str):  # also numbers such as 1e-3, which YAML reads as text
+        return _from_text(dotted, value)
+    if isinstance(value, list):
+        value = tuple(value)
+    if not fits(hint, value):
+        raise wrong_type(dotted, hint, shown(value))
+    return float(value) if hint is float else value
+
+
+def _check_names(path: Path, group: str, values: Mapping[Any, Any], cls: type) -> None:
+    known = field_types(cls)
+    for name in values:
+        if name not in known:
+            dotted = f"{group}.{name}" if group else str(name)
+            raise UserError(f"{path}: unknown field {dotted}{suggest(str(name), known)}")
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a configuration by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        fields = {f"{name}.{field}": item for field, item in value.items()} if name in GROUPS else {name: value}
+        flat |= fields
+    return flat
+
+
+def _field_docs(group: str) -> dict[str, str]:
+    """The docstring below each field of a dataclass, by dotted name, read from the source."""
+    cls = GROUPS.get(group, RunConfig)
+    (definition,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(definition, ast.ClassDef)
+    docs = {}
+    for field, doc in pairwise(definition.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
+            name = ast.unparse(field.target)
+            docs[f"{group}.{name}" if group else name] = " ".join(str(doc.value.value).split())
+    return docs
+
+
+def _metavar(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return "LIST"
+    kind = next(kind for kind in alternatives(hint) if kind is not types.NoneType)
+    return {int: "N", str: "TEXT", bool: "true|false"}.get(kind, "X")

@@ -10,7 +10,7 @@ Exit codes: 0 done; 2 bad input; 130 after Ctrl-C and 143 after SIGTERM (resumab
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlens_jax.commands.run_options import RunParser
+from rlens_jax.commands.options import RunParser
 from rlens_jax.console import run_command
 from rlens_jax.dry_run.process import Job, run_job
 from rlens_jax.dry_run.topology import find_slice

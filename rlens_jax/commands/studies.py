@@ -18,7 +18,7 @@ options the preset `studies` is used: the embedded model.
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlens_jax.commands.run_options import RunParser
+from rlens_jax.commands.options import RunParser
 from rlens_jax.config import RunConfig
 from rlens_jax.console import run_command
 from rlens_jax.errors import UserError, suggest

@@ -26,8 +26,8 @@ from jaxtyping import Array, Float, PyTree
 
 from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.console import ArgumentParser, run_command
-from rlens_jax.demo.batches import VALUES, TrainBatch, batches
 from rlens_jax.demo.demo_model import END_OF_TURN, TOKENS, embedded_config, write_processor
+from rlens_jax.demo.training_batches import VALUES, TrainBatch, batches
 from rlens_jax.families import qwen2_vl
 from rlens_jax.families.hf_config import ConfigReader
 from rlens_jax.families.qwen2_vl.model import read_config

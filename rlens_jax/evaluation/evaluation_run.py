@@ -37,9 +37,8 @@ from rlens_jax.flops import prefill_cost, visual_in_layer
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.plan_file import PlanFile
-from rlens_jax.resources import cache_folder
+from rlens_jax.resources import cache_folder, versions
 from rlens_jax.search.bootstrap import difference_interval, score_interval
-from rlens_jax.versions import versions
 
 WINDOW_BATCHES = 8
 """Batches per window: enough questions that batches of several shapes fill up."""

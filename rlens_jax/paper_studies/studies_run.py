@@ -22,8 +22,8 @@ from rlens_jax.paper_studies.study_bench import Bench
 from rlens_jax.paper_studies.study_plots import plot_study
 from rlens_jax.paper_studies.text_control import run_text_layers
 from rlens_jax.plan import Operator
+from rlens_jax.resources import versions
 from rlens_jax.search.ranking_file import read_ranking
-from rlens_jax.versions import versions
 
 STUDIES: Mapping[StudyName, Callable[[Bench], Study]] = {
     "layers": layers_study,

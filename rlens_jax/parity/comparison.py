@@ -32,8 +32,7 @@ from rlens_jax.parity.bundle import (
     states_name,
 )
 from rlens_jax.plan import OPERATORS, Operator, Plan
-from rlens_jax.resources import cache_folder
-from rlens_jax.versions import versions
+from rlens_jax.resources import cache_folder, versions
 
 POSITIONS_PER_STEP = 64
 """Positions whose log-probabilities are in memory in float64 at the same time."""

@@ -28,8 +28,8 @@ from rlens_jax.plan import Plan
 from rlens_jax.ranking.ranker import TEST, VALIDATION, Comparison, Ranker
 from rlens_jax.reporting.examples import Answer, Example, choose_samples, write_examples
 from rlens_jax.reporting.report_files import write_report
+from rlens_jax.resources import versions
 from rlens_jax.search.results import PrefillTime, Results, Timing
-from rlens_jax.versions import versions
 
 
 @dataclass

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from rlens_jax.commands.run_options import RunParser
+from rlens_jax.commands.options import RunParser
 from rlens_jax.console import Progress, run_command, say
 from rlens_jax.errors import UserError
 from rlens_jax.hosts.cluster import is_distributed

@@ -2,7 +2,7 @@ import os
 import subprocess
 import sys
 
-from rlens_jax.commands.run_options import read_config
+from rlens_jax.commands.options import read_config
 from rlens_jax.files import json_text
 from rlens_jax.reporting.report_files import timing_fields, write_report
 from rlens_jax.search.ranking_file import ranking_fields

@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 
 from rlens_jax.data.pages import INKS, Page, Question, make_page, make_question, transcription
-from rlens_jax.demo.batches import BUCKET, IGNORE, VALUES, cell_corners, cell_labels, make_batch, make_lesson, make_patches
 from rlens_jax.demo.demo_model import TOKENS
+from rlens_jax.demo.training_batches import (
+    BUCKET,
+    IGNORE,
+    VALUES,
+    cell_corners,
+    cell_labels,
+    make_batch,
+    make_lesson,
+    make_patches,
+)
 
 IDS = {token: number for number, token in enumerate(TOKENS)}
 
