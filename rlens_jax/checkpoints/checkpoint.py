@@ -17,7 +17,7 @@ from rlens_jax.families.hf_config import read_json
 from rlens_jax.families.registry import ModelKind, read_kind
 from rlens_jax.families.table import Problems
 from rlens_jax.files import is_unfinished
-from rlens_jax.models.vision_language import VisionLanguageModel
+from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.resources import embedded_model
 
 EMBEDDED = "embedded"

@@ -33,8 +33,8 @@ from rlens_jax.families.hf_config import ConfigReader
 from rlens_jax.families.qwen2_vl.model import read_config
 from rlens_jax.layout import visible
 from rlens_jax.models.decoder import Decoder
+from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import IGNORE
-from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.ops.attention import MASKED, masked_attention
 from rlens_jax.ops.ffn import dense_ffn
 

@@ -8,9 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.engine.model_programs import ROWS, ModelPrograms, Program
 from rlens_jax.models.decoder import KVCache
+from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import PromptBatch
-from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.pruning import VTW, FastV, Pruning

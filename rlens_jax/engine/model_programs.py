@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from rlens_jax.checkpoints.leaves import axes_of
-from rlens_jax.models.vision_language import VisionLanguageModel
+from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.ops.attention import Kernel
 from rlens_jax.sharding.mesh import ParameterLayout, groups_of, put_rows, split_over
 from rlens_jax.sharding.model_axis import MODEL, WORK

@@ -16,11 +16,11 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.engine.model_programs import EVERYWHERE, ROWS, ModelPrograms
-from rlens_jax.models import vocabulary
 from rlens_jax.models.decoder import Context, Decoder, TracedPlan
+from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import decode, prefill
+from rlens_jax.models.layers import best_token, log_probability
 from rlens_jax.models.prompt import IGNORE, PromptBatch
-from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.sharding.mesh import fetch_blocks
 from rlens_jax.sharding.model_axis import WORK
@@ -160,9 +160,8 @@ def _outcome(model: VisionLanguageModel, states: States, batch: PromptBatch) -> 
     logits = model.decoder.logits(answers)
     counts = batch.answer_targets != IGNORE
     targets = jnp.where(counts, batch.answer_targets, 0)
-    right = ((vocabulary.argmax(logits) == targets) | ~counts).all(axis=1)
-    log_probability = jnp.where(counts, vocabulary.log_probability(logits, targets), 0.0)
-    total = log_probability.sum(axis=1)
+    right = ((best_token(logits) == targets) | ~counts).all(axis=1)
+    total = jnp.where(counts, log_probability(logits, targets), 0.0).sum(axis=1)
     count = jnp.maximum(1, counts.sum(axis=1)).astype(jnp.float32)
     return _all_rows((batch.layout.sample, right & jnp.isfinite(total), total / count, scored))
 

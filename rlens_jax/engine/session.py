@@ -22,8 +22,8 @@ from rlens_jax.engine.sizes import Shapes, device_bytes, fitting_batch_size
 from rlens_jax.engine.startup import CompilationCounter, start_jax
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.hosts.processes import Processes
+from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import Preparer
-from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Reduction
 from rlens_jax.resources import cache_folder
 from rlens_jax.search.journal import Journal

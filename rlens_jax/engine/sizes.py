@@ -26,8 +26,8 @@ from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import Bucket, TokenLayout, smallest_bucket
 from rlens_jax.models.decoder import TracedPlan
+from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import Prompt, PromptBatch
-from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Reduction
 from rlens_jax.pytrees import unchecked
 from rlens_jax.sharding.mesh import FfnForm, rows_sharding

@@ -14,8 +14,8 @@ from rlens_jax.families.hf_config import ConfigReader
 from rlens_jax.families.reference_inputs import ReferenceInputs
 from rlens_jax.families.table import Table
 from rlens_jax.models.decoder import Decoder
+from rlens_jax.models.forward import FamilyConfig, VisionLanguageModel
 from rlens_jax.models.prompt import Preparer
-from rlens_jax.models.vision_language import FamilyConfig, VisionLanguageModel
 
 ConfigT = TypeVar("ConfigT", bound=FamilyConfig)
 ConfigT_contra = TypeVar("ConfigT_contra", bound=FamilyConfig, contravariant=True)

@@ -7,8 +7,8 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from rlens_jax.errors import UserError
+from rlens_jax.models.forward import FamilyConfig
 from rlens_jax.models.prompt import PreparedImage, Prompt
-from rlens_jax.models.vision_language import FamilyConfig
 
 ConfigT = TypeVar("ConfigT", bound=FamilyConfig)
 

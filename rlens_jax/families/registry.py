@@ -16,8 +16,8 @@ from rlens_jax.families import internvl, llava_onevision, minicpm_v, qwen2_vl
 from rlens_jax.families.family import Family, ImageArrays
 from rlens_jax.families.hf_config import ConfigReader
 from rlens_jax.families.table import Table
+from rlens_jax.models.forward import FamilyConfig, VisionLanguageModel
 from rlens_jax.models.prompt import Preparer
-from rlens_jax.models.vision_language import FamilyConfig, VisionLanguageModel
 
 FAMILIES: tuple[Family[Any], ...] = (internvl.FAMILY, llava_onevision.FAMILY, minicpm_v.FAMILY, qwen2_vl.FAMILY)
 """`Any`, because each family has its own type of config."""

@@ -23,8 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rlens_jax.flops import LayerSizes
 from rlens_jax.layout import PADDING_POSITION, Slots, TokenLayout, visible
-from rlens_jax.models import vocabulary
-from rlens_jax.models.layers import Linear, RMSNorm, Rotary, UnitRows, rope_angles, rotate, rotation
+from rlens_jax.models.layers import Linear, RMSNorm, Rotary, UnitRows, embed_tokens, hide_padding, rope_angles, rotate, rotation
 from rlens_jax.ops.attention import Kernel, attend, masked_attention
 from rlens_jax.ops.ffn import FfnWeights, Kept, Units, dense_ffn, dynamic_ffn
 from rlens_jax.ops.ffn_tpu import HalvedStack, HalvedUnits
@@ -276,7 +275,7 @@ class Decoder(nnx.Module):
 
     def embed(self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[Array, "B P D"]) -> Float[Array, "B T D"]:
         """Packed states: embeddings of the text tokens, then the connector's outputs."""
-        text = vocabulary.embed(self.embedding[...], jnp.asarray(text_ids))
+        text = embed_tokens(self.embedding[...], jnp.asarray(text_ids))
         return jnp.concatenate([text, visual.astype(text.dtype)], axis=1)
 
     def context(
@@ -299,7 +298,7 @@ class Decoder(nnx.Module):
         """Final norm and head, in float32; on a mesh, the logits of this shard's part of the vocabulary."""
         head = self.embedding if self.head is None else self.head
         logits = jnp.einsum("BTD,VD->BTV", self.norm(x), head[...], preferred_element_type=jnp.float32)
-        return vocabulary.hide_padding(logits, self.config.vocabulary)
+        return hide_padding(logits, self.config.vocabulary)
 
     def prefill(
         self,
@@ -367,7 +366,7 @@ class Decoder(nnx.Module):
             room: number of free slots at the end of each cache; the token goes into the first of them.
         """
         rotary = self._rotary(rope_position[:, :, None])
-        x = vocabulary.embed(self.embedding[...], token_ids)[:, None]
+        x = embed_tokens(self.embedding[...], token_ids)[:, None]
         first, advanced = 0, []
         for cache in caches:
             x, cache = self._decode_layers(x, first, cache, rotary, position, cache.position.shape[1] - room)

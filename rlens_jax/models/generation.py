@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlens_jax.models import vocabulary
 from rlens_jax.models.decoder import Decoder, KVCache, TracedPlan
+from rlens_jax.models.layers import best_token
 from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.models.pruned import run_prompt
 from rlens_jax.ops.attention import Kernel
@@ -37,7 +37,7 @@ def prefill(
     """
     states = run_prompt(decoder, visual, batch, plan, reduction, random_key, kernel, pruning, chunk)
     last_text = jnp.take_along_axis(states.x, (batch.layout.num_text - 1)[:, None, None], axis=1)
-    first = vocabulary.argmax(decoder.logits(last_text)[:, 0])
+    first = best_token(decoder.logits(last_text)[:, 0])
     caches = tuple(decoder.make_cache(part.record, part.layout, new_tokens) for part in states.parts)
     return first, caches, states.scored
 
@@ -62,7 +62,7 @@ def decode(
         position = batch.layout.num_tokens + step - 1
         rope = jnp.broadcast_to((batch.next_rope + step - 1)[:, None], (batch_size, axes))
         logits, caches = decoder.decode(token, caches, position, rope, new_tokens + 1 - step)
-        newest = jnp.where(token == stop_token, stop_token, vocabulary.argmax(logits))
+        newest = jnp.where(token == stop_token, stop_token, best_token(logits))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, newest[:, None], step, axis=1)
         return step + 1, unfinished(newest), newest, tokens, caches
 

@@ -16,8 +16,7 @@ from rlens_jax.engine.startup import start_jax
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import unpack_rows
-from rlens_jax.models.forward import States, forward, pack
-from rlens_jax.models.vision_language import VisionLanguageModel
+from rlens_jax.models.forward import States, VisionLanguageModel, forward, pack
 from rlens_jax.ops.ffn import Kept
 from rlens_jax.parity.bundle import (
     KEPT,

@@ -21,8 +21,8 @@ from rlens_jax.families import qwen2_vl
 from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig, VisionConfig
 from rlens_jax.families.qwen2_vl.preparer import patch_places, rope_positions
 from rlens_jax.models.chat import Chat
+from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt
-from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.search.objective import PlanScore, dataset_metric
 from rlens_jax.sharding.mesh import make_mesh

@@ -15,8 +15,8 @@ from flax import nnx
 from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.families.internvl.model import InternVLConfig
 from rlens_jax.models.decoder import TracedPlan
+from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import decode, prefill
-from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Plan, Reduction
 from tests.families.contract import BOTH, SIMPLE, WHOLE, ForwardContract, Logits, set_to, swap
 from tests.families.internvl import SIX_B, Example, hf_inputs, make_example, our_batch, our_images, save_native, tiny_internvl

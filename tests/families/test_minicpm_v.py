@@ -27,8 +27,8 @@ from rlens_jax.families.minicpm_v import preparer as minicpm_v_preparer
 from rlens_jax.families.minicpm_v.model import MiniCPMVConfig
 from rlens_jax.families.minicpm_v.preparer import NO_SLICES, MiniCPMVPreparer, Slicing
 from rlens_jax.families.registry import read_kind
+from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt, collate
-from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.ops.attention import masked_attention
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.sharding.mesh import make_mesh

@@ -14,7 +14,7 @@ from flax import nnx
 from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig
 from rlens_jax.families.qwen2_vl.preparer import patch_places, rope_positions
 from rlens_jax.models.decoder import TracedPlan
-from rlens_jax.models.vision_language import VisionLanguageModel
+from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.plan import Plan, Reduction
 from tests.families.contract import SIMPLE, WHOLE, ForwardContract, Logits, set_to, swap
 from tests.families.pair import Pair, cut, make_pair

@@ -21,9 +21,8 @@ from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.sizes import Shapes
 from rlens_jax.errors import UserError
 from rlens_jax.families import registry
-from rlens_jax.models.forward import forward
+from rlens_jax.models.forward import VisionLanguageModel, forward
 from rlens_jax.models.prompt import Preparer
-from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.resources import preset_path
 from rlens_jax.sharding.mesh import make_mesh

@@ -11,10 +11,9 @@ from flax import nnx
 from rlens_jax.layout import Bucket, unpack_rows
 from rlens_jax.models import forward as forward_module
 from rlens_jax.models.decoder import Decoder
-from rlens_jax.models.forward import attend, encode, feed, forward
+from rlens_jax.models.forward import VisionLanguageModel, attend, encode, feed, forward
 from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt, collate
 from rlens_jax.models.pruned import run_prompt
-from rlens_jax.models.vision_language import VisionLanguageModel
 from rlens_jax.plan import Plan, Reduction
 from tests.numerics import assert_close, error
 from tests.sequences import run_length

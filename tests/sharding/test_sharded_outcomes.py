@@ -14,7 +14,7 @@ from rlens_jax.engine.inputs import Split
 from rlens_jax.engine.model_programs import ROWS
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import TeacherForcing
-from rlens_jax.models import vocabulary
+from rlens_jax.models.layers import log_probability
 from rlens_jax.models.prompt import IGNORE
 from rlens_jax.models.pruned import run_prompt
 from rlens_jax.plan import OPERATORS, Plan
@@ -113,7 +113,7 @@ def pruned_log_probabilities(programs: Programs, split: Split, pruning: Pruning)
         answers = jnp.take_along_axis(states.x, batch.answer_slots[:, :, None], axis=1)
         counts = batch.answer_targets != IGNORE
         targets = jnp.where(counts, batch.answer_targets, 0)
-        values = vocabulary.log_probability(model.decoder.logits(answers), targets)
+        values = log_probability(model.decoder.logits(answers), targets)
         return jnp.where(counts, values, 0.0).sum(axis=1)
 
     program = programs.program("pruned", run, (ROWS, ROWS), ROWS)
