@@ -13,7 +13,7 @@ from rlens_jax.checkpoints import orbax_store
 from rlens_jax.checkpoints.leaves import Filler, shapes_of
 from rlens_jax.checkpoints.published import CONFIG, opened, weight_files
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.families.hf_config import read_json
+from rlens_jax.families.hf_files import read_json_object
 from rlens_jax.families.registry import ModelKind, read_kind
 from rlens_jax.families.table import Problems
 from rlens_jax.files import is_unfinished
@@ -85,7 +85,7 @@ def find_source(name: str, revision: str | None) -> Source:
 def read_model_kind(model: str | Path) -> ModelKind:
     """Family and sizes of the model in a folder, from its config.json. Raises UserError as `find_model` and `read_kind`."""
     path = find_model(model) / CONFIG
-    return read_kind(read_json(path), str(path))
+    return read_kind(read_json_object(path), str(path))
 
 
 def load_model(

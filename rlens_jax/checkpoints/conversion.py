@@ -44,7 +44,7 @@ from rlens_jax.checkpoints.published import (
 )
 from rlens_jax.checkpoints.safetensors_file import DTYPES, Entry, Writer, dtype_name, entry_of, read_bytes
 from rlens_jax.errors import UserError
-from rlens_jax.families.hf_config import read_json
+from rlens_jax.families.hf_files import read_json_object
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.families.table import Problems, Table, Tensor
 from rlens_jax.files import json_text, new_folder
@@ -257,7 +257,7 @@ def _small_files(folder: Path) -> list[Path]:
 def _copy_small(files: list[Path], folder: Path, dtype: np.dtype | None) -> None:
     for path in files:
         if path.name == CONFIG and dtype is not None:
-            (folder / CONFIG).write_text(hf_json(with_dtype(read_json(path), str(dtype))), encoding="utf-8")
+            (folder / CONFIG).write_text(hf_json(with_dtype(read_json_object(path), str(dtype))), encoding="utf-8")
         else:
             shutil.copyfile(path, folder / path.name)
 
@@ -292,7 +292,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
     if not path.exists():
         raise UserError(f"{path}: no such file; only a folder written by rlens_jax.convert can be converted back")
-    record = read_json(path)
+    record = read_json_object(path)
     if record.get("format") != FORMAT:
         raise UserError(f"{path}: has the format {record.get('format')!r}, this version reads {FORMAT!r}")
     return record

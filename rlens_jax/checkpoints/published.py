@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from rlens_jax.checkpoints.leaves import arrays_of, read_place, shapes_of
 from rlens_jax.checkpoints.safetensors_file import DTYPES, Entry, entries
 from rlens_jax.errors import UserError
-from rlens_jax.families.hf_config import read_json
+from rlens_jax.families.hf_files import read_json_object
 from rlens_jax.families.registry import read_kind
 from rlens_jax.families.table import Found, Ignored, Problems, Table, match
 from rlens_jax.files import new_folder
@@ -36,7 +36,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).exists():
         if (folder / SINGLE).exists():
             raise UserError(f"{folder}: has both {INDEX} and {SINGLE}; remove the one that does not belong to the model")
-        weight_map = read_json(folder / INDEX).get("weight_map")
+        weight_map = read_json_object(folder / INDEX).get("weight_map")
         names = set(weight_map.values()) if isinstance(weight_map, dict) else {""}
         if not all(isinstance(name, str) and name for name in names):
             raise UserError(f"{folder / INDEX}: weight_map must map tensor names to file names")

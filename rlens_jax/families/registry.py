@@ -14,7 +14,7 @@ from rlens_jax.data.samples import IMAGE_MARK
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.families import internvl, llava_onevision, minicpm_v, qwen2_vl
 from rlens_jax.families.family import Family, ImageArrays
-from rlens_jax.families.hf_config import ConfigReader
+from rlens_jax.families.hf_files import ConfigReader
 from rlens_jax.families.table import Table
 from rlens_jax.models.forward import FamilyConfig, VisionLanguageModel
 from rlens_jax.models.prompt import Preparer

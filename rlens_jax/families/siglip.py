@@ -13,9 +13,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from rlens_jax.families.hf_config import ConfigReader
-from rlens_jax.families.table import Part, Row
-from rlens_jax.families.weight_rows import QKV, linear, norm, pattern_sizes
+from rlens_jax.families.hf_files import ConfigReader
+from rlens_jax.families.table import QKV, Part, Row, linear, norm, pattern_sizes
 from rlens_jax.models.layers import LayerNorm, Linear
 from rlens_jax.ops.attention import masked_attention
 

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.families.hf_config import read_json
+from rlens_jax.families.hf_files import read_json_object
 from rlens_jax.files import json_text, new_folder
 from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
 
@@ -85,7 +85,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.exists():
         raise UserError(f"{path}: no such file; a bundle is a folder with {MANIFEST}")
-    fields = read_json(path)
+    fields = read_json_object(path)
     where = str(path)
     if "format" in fields and fields["format"] != FORMAT:
         raise UserError(f"{where}: has the format {fields['format']!r}, this version reads {FORMAT!r}")

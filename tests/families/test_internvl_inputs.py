@@ -12,7 +12,7 @@ from PIL import Image
 from rlens_jax.checkpoints.checkpoint import load_model, read_model_kind
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
-from rlens_jax.families.hf_config import ConfigReader, read_qwen2_decoder
+from rlens_jax.families.hf_files import ConfigReader, read_qwen2_decoder
 from rlens_jax.families.internvl.model import Native
 from rlens_jax.families.internvl.preparer import InternVLPreparer, closest_grid, cut_tiles
 from rlens_jax.families.registry import read_kind

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from rlens_jax.errors import UserError
-from rlens_jax.families.hf_config import ConfigReader, read_decoder, rope_scaling
+from rlens_jax.families.hf_files import ConfigReader, read_decoder, rope_scaling
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import LayerNorm, Linear, RMSNorm
 from rlens_jax.ops.attention import masked_attention

@@ -11,13 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from PIL.Image import Image, Resampling
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast
+from transformers.convert_slow_tokenizer import generate_merges
+from transformers.utils import sentencepiece_model_pb2_new
 
 from rlens_jax.data.benchmarks.catalogue import Instance
 from rlens_jax.data.benchmarks.prompts import CHINESE_LETTER, LETTER, SHORT_ANSWER, hint, is_chinese, is_choice, options
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.errors import UserError
 from rlens_jax.families.family import ImageArrays
-from rlens_jax.families.hf_files import PROCESSOR_FILE, read_folder, read_tokenizer
+from rlens_jax.families.hf_files import PROCESSOR_FILE, read_folder, read_json_object, unusable
 from rlens_jax.families.internvl.model import InternVLConfig, Native
 from rlens_jax.layout import smallest_bucket
 from rlens_jax.models.chat import PlaceholderChat
@@ -28,6 +33,8 @@ IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 IMAGE_TOKEN, IMAGE_START, IMAGE_END, TURN_END = "<IMG_CONTEXT>", "<img>", "</img>", "<|im_end|>"
 VIDEO_MARK = "<video>"
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""A space, as sentencepiece writes it."""
 SYSTEM_2 = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"  # noqa: RUF001
 SYSTEM_2_5 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: RUF001
 CONVERSATIONS = {
@@ -126,6 +133,73 @@ class InternVLChat(PlaceholderChat):
         text = text.replace(IMAGE_TOKEN, IMAGE_START + IMAGE_TOKEN + IMAGE_END)
         begins = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         return list(self.tokenizer(text, add_special_tokens=not begins)["input_ids"])
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder whose tokenizer class may be remote code, from files that are data.
+
+    Reads tokenizer.json, or Qwen2's vocab.json and merges.txt, or tokenizer.model; UserError if it can read none of these.
+    """
+    names = {path.name for path in folder.glob("*")}
+    if "tokenizer.json" in names:
+        return read_folder(PreTrainedTokenizerFast, folder, "tokenizer")
+    if {"vocab.json", "merges.txt"} <= names:
+        return read_folder(Qwen2TokenizerFast, folder, "tokenizer")
+    if {"tokenizer.model", "tokenizer_config.json"} <= names:
+        try:
+            return _read_sentencepiece(folder)
+        except UserError:
+            raise
+        except Exception as error:  # of protobuf and tokenizers, of many types
+            raise unusable(folder, "tokenizer", error) from None
+    raise UserError(
+        f"{folder}: no tokenizer; copy tokenizer.json, or vocab.json and merges.txt, or tokenizer.model and "
+        "tokenizer_config.json beside config.json"
+    )
+
+
+def _read_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
+    """Read InternLM2's tokenizer: a sentencepiece BPE with some unused pieces renamed.
+
+    The added tokens of tokenizer_config.json replace the pieces with their numbers, or follow the last piece.
+    """
+    proto = sentencepiece_model_pb2_new.ModelProto()
+    proto.ParseFromString((folder / "tokenizer.model").read_bytes())
+    normal = proto.normalizer_spec
+    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
+        raise UserError(f"{folder / 'tokenizer.model'}: only BPE models are supported")
+    if normal.remove_extra_whitespaces or normal.precompiled_charsmap:
+        raise UserError(f"{folder / 'tokenizer.model'}: normalises text, which is not supported")
+    fields = read_json_object(folder / "tokenizer_config.json")
+    added = {int(number): token for number, token in fields["added_tokens_decoder"].items()}
+    pieces = [added[i]["content"] if i in added else piece.piece for i, piece in enumerate(proto.pieces)]
+    ordinary = (proto.SentencePiece.NORMAL, proto.SentencePiece.USER_DEFINED)
+    mergeable = {piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type in ordinary and i not in added}
+    merges = generate_merges(mergeable, {piece: proto.pieces[i].score for piece, i in mergeable.items()})
+    tokenizer = Tokenizer(
+        BPE(
+            {piece: i for i, piece in enumerate(pieces)},
+            merges,
+            unk_token=fields["unk_token"],
+            fuse_unk=True,
+            byte_fallback=proto.trainer_spec.byte_fallback,
+        )
+    )
+    prefix = normal.add_dummy_prefix
+    tokenizer.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend(SPACE)] if prefix else []), normalizers.Replace(" ", SPACE)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *([decoders.Strip(" ", 1, 0)] if prefix else [])]
+    )
+    tokenizer.add_tokens(
+        [AddedToken(token["content"], normalized=False, special=bool(token.get("special"))) for _, token in sorted(added.items())]
+    )
+    for number, token in added.items():
+        if tokenizer.token_to_id(token["content"]) != number:
+            raise UserError(f"{folder / 'tokenizer_config.json'}: added token {token['content']!r} cannot get number {number}")
+    special = {name: fields[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def _native_template(name: str, start: str) -> str:

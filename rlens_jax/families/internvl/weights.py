@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from rlens_jax.families.internvl.model import InternVLConfig, VisionConfig
-from rlens_jax.families.table import Ignored, Part, Row, Table
-from rlens_jax.families.weight_rows import EMBEDDING, HEAD, QKV, decoder_parts, linear, norm, pattern_sizes
+from rlens_jax.families.table import EMBEDDING, HEAD, QKV, Ignored, Part, Row, Table, decoder_parts, linear, norm, pattern_sizes
 from rlens_jax.models.decoder import DecoderConfig
 
 LANGUAGE = "language_model."

@@ -14,8 +14,7 @@ from rlens_jax.data.benchmarks.prompts import default_prompt
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
 from rlens_jax.families.family import ImageArrays
-from rlens_jax.families.hf_config import read_json
-from rlens_jax.families.hf_files import PROCESSOR_FILE, read_folder
+from rlens_jax.families.hf_files import PROCESSOR_FILE, read_folder, read_json_object
 from rlens_jax.families.llava_onevision.model import NEWLINE, LlavaOnevisionConfig
 from rlens_jax.layout import smallest_bucket
 from rlens_jax.models.chat import PlaceholderChat
@@ -153,7 +152,7 @@ class LlavaOnevisionPreparer:
         self.chat = PlaceholderChat(read_folder(AutoTokenizer, folder, "tokenizer"), config.image_token)
         # The processor's template overrides that of the tokenizer, which may belong to the language model alone.
         if (folder / "chat_template.json").exists():
-            self.chat.tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
+            self.chat.tokenizer.chat_template = read_json_object(folder / "chat_template.json").get("chat_template")
         self.image_processor = read_folder(LlavaOnevisionImageProcessorPil, folder, PROCESSOR_FILE)
         pinpoints = tuple((height, width) for height, width in self.image_processor.image_grid_pinpoints)
         size = self.image_processor.size

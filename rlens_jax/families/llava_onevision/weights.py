@@ -8,8 +8,7 @@ from dataclasses import replace
 
 from rlens_jax.families.llava_onevision.model import LlavaOnevisionConfig
 from rlens_jax.families.siglip import siglip_parts
-from rlens_jax.families.table import Ignored, Part, Row, Table
-from rlens_jax.families.weight_rows import EMBEDDING, HEAD, decoder_parts, linear, pattern_sizes
+from rlens_jax.families.table import EMBEDDING, HEAD, Ignored, Part, Row, Table, decoder_parts, linear, pattern_sizes
 
 DECODER, TOWER = "language_model.", "vision_tower.vision_model."
 RENAMES = (

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from rlens_jax.errors import UserError
-from rlens_jax.families.hf_config import ConfigReader, read_qwen2_decoder
+from rlens_jax.families.hf_files import ConfigReader, read_qwen2_decoder
 from rlens_jax.families.siglip import SiglipConfig, SiglipTower, read_siglip
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import LayerNorm, Linear

@@ -15,8 +15,7 @@ from rlens_jax.data.benchmarks.prompts import LETTER, SHORT_ANSWER, is_choice, q
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.errors import UserError
 from rlens_jax.families.family import ImageArrays
-from rlens_jax.families.hf_config import ConfigReader, read_json
-from rlens_jax.families.hf_files import PROCESSOR_FILE, read_folder
+from rlens_jax.families.hf_files import PROCESSOR_FILE, ConfigReader, read_folder, read_json_object
 from rlens_jax.families.minicpm_v.model import VERSION, MiniCPMVConfig
 from rlens_jax.layout import smallest_bucket
 from rlens_jax.models.chat import Chat, question_content
@@ -265,7 +264,7 @@ class MiniCPMVPreparer:
 
     def __init__(self, folder: Path, config: MiniCPMVConfig, patch_slots: Sequence[int]):
         path = folder / PROCESSOR_FILE
-        fields = ConfigReader(read_json(path), str(path))
+        fields = ConfigReader(read_json_object(path), str(path))
         self.config = config
         self.patch_slots = sorted(patch_slots)
         self.slicing = read_slicing(fields, config)

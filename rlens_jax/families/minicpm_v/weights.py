@@ -4,8 +4,7 @@ from dataclasses import replace
 
 from rlens_jax.families.minicpm_v.model import MiniCPMVConfig
 from rlens_jax.families.siglip import siglip_parts
-from rlens_jax.families.table import Ignored, Part, Row, Table
-from rlens_jax.families.weight_rows import EMBEDDING, HEAD, QKV, decoder_parts, linear, norm, pattern_sizes
+from rlens_jax.families.table import EMBEDDING, HEAD, QKV, Ignored, Part, Row, Table, decoder_parts, linear, norm, pattern_sizes
 
 LLM = "llm."
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from rlens_jax.families.hf_config import ConfigReader, read_qwen2_decoder
+from rlens_jax.families.hf_files import ConfigReader, read_qwen2_decoder
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import LayerNorm, Linear, rotate, rotation
 from rlens_jax.ops.attention import masked_attention

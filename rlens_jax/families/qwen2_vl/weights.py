@@ -1,8 +1,7 @@
 """Published names of Qwen2-VL: `model.*`, `visual.*` and `lm_head`; newer versions of transformers may write others."""
 
 from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig
-from rlens_jax.families.table import Ignored, Part, Table
-from rlens_jax.families.weight_rows import EMBEDDING, HEAD, QKV, decoder_parts, linear, norm, pattern_sizes
+from rlens_jax.families.table import EMBEDDING, HEAD, QKV, Ignored, Part, Table, decoder_parts, linear, norm, pattern_sizes
 
 RENAMES = ((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual."))
 

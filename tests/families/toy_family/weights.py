@@ -1,7 +1,6 @@
 """Published names of the toy family."""
 
-from rlens_jax.families.table import Part, Table
-from rlens_jax.families.weight_rows import decoder_parts, linear
+from rlens_jax.families.table import Part, Table, decoder_parts, linear
 from tests.families.toy_family.model import COLOURS, ToyConfig
 
 

@@ -9,7 +9,7 @@ from tokenizers import pre_tokenizers
 from transformers.utils import sentencepiece_model_pb2_new
 
 from rlens_jax.errors import UserError
-from rlens_jax.families.hf_files import SPACE, read_tokenizer
+from rlens_jax.families.internvl.preparer import SPACE, read_tokenizer
 from tests.families.internvl import SPECIAL, save_tokenizer
 
 pytestmark = pytest.mark.torch
