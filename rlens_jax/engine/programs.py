@@ -6,7 +6,7 @@ Each work group has its own block of rows and its own plan.
 stored states is bit-equal to a result from the first layer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,22 +27,6 @@ from rlens_jax.sharding.model_axis import WORK
 
 States = tuple[Float[Array, "B T D"], Bool[Array, " B"]]
 """The states that enter a layer, and whether all probe scores so far were numbers."""
-RunLayers = Callable[[Decoder, Array, Context, PromptBatch, TracedPlan, Reduction, Array, Array], tuple[Array, Array]]
-"""`run_layers`, or a function like it."""
-
-
-def run_layers(
-    decoder: Decoder,
-    x: Float[Array, "B T D"],
-    context: Context,
-    batch: PromptBatch,
-    plan: TracedPlan,
-    reduction: Reduction,
-    start: Int[Array, ""],
-    stop: Int[Array, ""],
-) -> tuple[Float[Array, "B T D"], Bool[Array, " B"]]:
-    """Layers `start` .. `stop` - 1 of the decoder: the states, and whether all probe scores were numbers."""
-    return decoder.run_layers(x, context, plan, reduction, start, stop)
 
 
 class Programs(ModelPrograms):
@@ -54,26 +38,16 @@ class Programs(ModelPrograms):
         seed: draws random probes.
         new_tokens: most tokens that `generate` makes.
         stop_token: the token that ends a turn.
-        run_layers: runs the layers; another function reduces other tokens (`rlens_jax.paper_studies.text_control`).
     """
 
     def __init__(
-        self,
-        model: VisionLanguageModel,
-        mesh: Mesh,
-        reduction: Reduction,
-        *,
-        seed: int,
-        new_tokens: int,
-        stop_token: int,
-        run_layers: RunLayers = run_layers,
+        self, model: VisionLanguageModel, mesh: Mesh, reduction: Reduction, *, seed: int, new_tokens: int, stop_token: int
     ):
         super().__init__(model, mesh)
         self.reduction = reduction
         self.seed = seed
         self.new_tokens = new_tokens
         self.stop_token = stop_token
-        self._run_layers = run_layers
         self.embed_program = self.program("embed", _embed, (ROWS,) * 2, ROWS)
         self.layers_program = self.program("layers", self._layers, (ROWS,) * 5, ROWS)
         self.outcome_program = self.program("outcome", _outcome, (ROWS,) * 2, EVERYWHERE)
@@ -123,6 +97,12 @@ class Programs(ModelPrograms):
         """The key that random probes are drawn with."""
         return jax.random.key(self.seed)
 
+    def run_layers(
+        self, decoder: Decoder, x: Array, context: Context, batch: PromptBatch, plan: TracedPlan, start: Array, stop: Array
+    ) -> States:
+        """Inside `layers`: the states after layers `start` .. `stop` - 1. A subclass may reduce other tokens of the batch."""
+        return decoder.run_layers(x, context, plan, self.reduction, start, stop)
+
     def _per_group(self, values: np.ndarray) -> Array:
         sharding = NamedSharding(self.mesh, ROWS)
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
@@ -133,7 +113,7 @@ class Programs(ModelPrograms):
         x, scored = states
         context = model.decoder.context(batch.layout, batch.rope_positions, self.random_key(), self.kernel)
         plan, bounds = own_plan(plans), (start[0], stop[0])
-        x, now = self._run_layers(model.decoder, x, context, batch, plan, self.reduction, *bounds)
+        x, now = self.run_layers(model.decoder, x, context, batch, plan, *bounds)
         return x, scored & now
 
     def _generate(

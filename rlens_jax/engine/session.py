@@ -76,7 +76,7 @@ class Session:
     @contextmanager
     def open(
         cls,
-        model: str,
+        folder: ModelFolder,
         output: Path,
         data: DataConfig,
         settings: Mapping[str, Any],
@@ -85,19 +85,19 @@ class Session:
         seed: int,
         step_by_step: bool = False,
     ) -> Iterator["Session"]:
-        """Find the model, read the samples and open the journal in `output`; all processes agree on each.
+        """Read the samples and open the journal in `output`; all processes agree on each.
 
         Args:
-            model, output, data, seed: as in `RunConfig`.
+            folder: the model.
+            output, data, seed: as in `RunConfig`.
             settings: the values that decide the outcomes (`RunConfig.deciding_settings`).
             processes: the processes of the run.
             step_by_step: whether the model may reason before it answers.
 
         Raises:
-            UserError: no such model, unusable samples, or a journal that belongs to other inputs or settings.
+            UserError: unusable samples, or a journal that belongs to other inputs or settings.
         """
         processes.check_shared(output)
-        folder = ModelFolder.find(model, processes)
         prompt = partial(folder.kind.benchmark_prompt, step_by_step=step_by_step)
         read = partial(load_splits, data, prompt, seed=seed)
         # The first process to need a dataset prepares it in the cache, which the processes may share.

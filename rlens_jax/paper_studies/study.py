@@ -30,7 +30,7 @@ class Variant:
 
     Attributes:
       reduction: range, fractions and probes.
-      tokens: which tokens are reduced. "text" is the simulated control (`rlens_jax.paper_studies.text_control`).
+      tokens: which tokens are reduced. "text" is the simulated control (`rlens_jax.paper_studies.study_programs`).
       pruning: how visual tokens are dropped in addition; None keeps all.
     """
 

@@ -19,7 +19,7 @@ from rlens_jax.engine.generating import Generating, generated_texts
 from rlens_jax.engine.inputs import build_split
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import Scoring, TeacherForcing
-from rlens_jax.engine.session import LoadedModel, Session, encode_splits, load, start
+from rlens_jax.engine.session import LoadedModel, ModelFolder, Session, encode_splits, load, start
 from rlens_jax.engine.sizes import memory_explained
 from rlens_jax.engine.timing import time_plans
 from rlens_jax.flops import mean_saving
@@ -62,9 +62,10 @@ def rank(config: RunConfig, processes: Processes | None = None) -> Results:
     forced = search.objective == "teacher_forced"
     compilations = start(compute, output, processes)
     processes.check_same(config.portable() | {"output": config.output})
+    folder = ModelFolder.find(config.model, processes)
     with (
         Session.open(
-            config.model, output, config.data, config.deciding_settings(), processes, seed=config.seed, step_by_step=not forced
+            folder, output, config.data, config.deciding_settings(), processes, seed=config.seed, step_by_step=not forced
         ) as session,
         memory_explained(compute.batch_size, compute.model_shards),
     ):

@@ -33,14 +33,14 @@ def test_work_is_identified_by_weights_and_settings(folder: ModelFolder) -> None
 
 def test_a_journal_is_resumed_with_the_same_settings_only(tmp_path: Path) -> None:
     record = Record("test", Plan(), "pages", (1.0,), 0.5)
-    with Session.open("embedded", tmp_path, DATA, {"penalty": 2}, ALONE, seed=0) as session:
+    with Session.open(ModelFolder.find("embedded", ALONE), tmp_path, DATA, {"penalty": 2}, ALONE, seed=0) as session:
         assert {name: len(samples) for name, samples in session.splits.items()} == {"validation": 3, "test": 3}
         assert session.resumed == 0
         session.journal.append(record)
-    with Session.open("embedded", tmp_path, DATA, {"penalty": 2}, ALONE, seed=0) as session:
+    with Session.open(ModelFolder.find("embedded", ALONE), tmp_path, DATA, {"penalty": 2}, ALONE, seed=0) as session:
         assert session.resumed == 1
         assert session.journal.records() == (record,)
-    opened = Session.open("embedded", tmp_path, DATA, {"penalty": 3}, ALONE, seed=0)
+    opened = Session.open(ModelFolder.find("embedded", ALONE), tmp_path, DATA, {"penalty": 3}, ALONE, seed=0)
     with pytest.raises(UserError, match="penalty was 2, is 3"), opened:
         pass
 

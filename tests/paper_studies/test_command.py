@@ -112,3 +112,10 @@ def test_a_ranking_that_cannot_be_used(tmp_path: Path, changes: dict[str, object
     path = written(tmp_path, **changes)
     with pytest.raises(UserError, match=message):
         read_orders(path, "sha256:5f1c")
+
+
+def test_an_unusable_ranking_leaves_no_run_folder(tmp_path: Path) -> None:
+    path, output = written(tmp_path), tmp_path / "run"
+    with pytest.raises(UserError, match="ranks the layers of another model"):
+        main(["layers", "--ranking", str(path), "--output", str(output)])
+    assert not output.exists()

@@ -14,10 +14,9 @@ from flax import nnx
 from rlens_jax.flops import LayerSizes, saving, visual_in_layer
 from rlens_jax.models.pruned import run_prompt
 from rlens_jax.paper_studies import reduction_studies
-from rlens_jax.paper_studies.studies_run import STUDIES, write_study
+from rlens_jax.paper_studies.studies_run import STUDIES, plot_study, write_study
 from rlens_jax.paper_studies.study import STUDY_NAMES, Case, Facts, Variant, study_json, summary
 from rlens_jax.paper_studies.study_bench import Bench, chained
-from rlens_jax.paper_studies.study_plots import plot_study
 from rlens_jax.plan import OPERATORS, Plan
 from rlens_jax.pruning import VTW, FastV
 from rlens_jax.search.objective import dataset_metric

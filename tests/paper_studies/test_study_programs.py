@@ -11,7 +11,7 @@ from flax import nnx
 from rlens_jax.layout import Bucket, pack_rows, unpack_rows
 from rlens_jax.models.decoder import Context, Decoder, DecoderLayer, TracedPlan
 from rlens_jax.models.prompt import Prompt, PromptBatch, collate
-from rlens_jax.paper_studies.text_control import attend_text, feed_text, num_prompt_text, run_text_layers, text_visible
+from rlens_jax.paper_studies.study_programs import attend_text, feed_text, num_prompt_text, run_text_layers, text_visible
 from rlens_jax.plan import Reduction
 from tests.numerics import assert_close
 from tests.toy_decoder import TOY
@@ -154,7 +154,7 @@ def test_the_ffn_is_that_of_the_loops(decoder: Decoder, batch: PromptBatch, stat
 def test_a_traced_plan_chooses_the_layers(decoder: Decoder, batch: PromptBatch, states: jax.Array) -> None:
     shared, prompt = context(decoder, batch), num_prompt_text(batch)
     plan = TracedPlan(jnp.array([False, True]), jnp.array([True, False]))
-    got, scored = run_text_layers(decoder, states, shared, batch, plan, REDUCTION, jnp.int32(0), jnp.int32(2))
+    got, scored = run_text_layers(decoder, states, shared, prompt, plan, REDUCTION, jnp.int32(0), jnp.int32(2))
     assert scored.all()
     first, second = layer_of(decoder, 0), layer_of(decoder, 1)
     x = first.attend(states, shared, REDUCTION, False)[0]

@@ -1,29 +1,95 @@
-"""The control of the paper, simulated: the reductions applied to the prompt's *text* tokens instead of the visual tokens.
+"""The programs behind each variant of a study: the plain reduction, the text control, and token pruning.
 
-The roles are exchanged. A token of prompt text (template included) sees only the previous R tokens of prompt text, itself
-included, and passes only through the FFN units that probes among the prompt text choose. Visual tokens are dense, and so is the
-answer that teacher forcing appends. R is an eighth of a sample's prompt text tokens (our decision, after the paper's range of
-about P / 8 visual tokens). The shares of units and probes are those of the visual reduction.
+The text control of the paper applies the reductions to the prompt's *text* tokens instead of the visual tokens. A token of prompt
+text (template included) sees only the previous R tokens of prompt text, itself included, and passes only through the FFN units
+that probes among the prompt text choose. Visual tokens are dense, and so is the answer that teacher forcing appends. R is an
+eighth of a sample's prompt text tokens (our decision, after the paper's range of about P / 8 visual tokens). The shares of units
+and probes are those of the visual reduction. The control is simulated: the plain references of rlens_jax/ops compute everything,
+and masks select the results. Its running time has no meaning, and nobody should deploy it.
 
-Everything is computed with the plain references of rlens_jax/ops and then masked, so its time says nothing. The control is not a
-method to deploy.
+Token pruning is a prefill that drops visual tokens between layers (`rlens_jax.models.pruned`). The stored states of a base plan
+would hold other tokens, so every plan is computed from its first layer.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from rlens_jax.data.samples import Sample
+from rlens_jax.engine.inputs import Batch
+from rlens_jax.engine.model_programs import ROWS
+from rlens_jax.engine.programs import Programs, States, own_plan
+from rlens_jax.engine.scoring import RowOutcomes, Scoring, TeacherForcing, read_outcome
 from rlens_jax.layout import Slots, TokenLayout, visible
 from rlens_jax.models.decoder import Context, Decoder, DecoderLayer, TracedPlan, layer_at
+from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import IGNORE, PromptBatch
+from rlens_jax.models.pruned import run_prompt
 from rlens_jax.ops.attention import masked_attention
 from rlens_jax.ops.ffn import dense_ffn, simulated_dynamic_ffn
-from rlens_jax.plan import Reduction
+from rlens_jax.paper_studies.study import Variant
+from rlens_jax.plan import Plan, Reduction
+from rlens_jax.pruning import Pruning
 from rlens_jax.sharding.model_axis import sum_over_shards
 
 TEXT_RANGE = 8
 """R is the number of prompt text tokens divided by this."""
+
+
+def make_scoring(model: VisionLanguageModel, mesh: Mesh, variant: Variant, seed: int, stop_token: int) -> Scoring:
+    """The scoring that evaluates plans under a variant; each variant has its own programs."""
+    kind = TextPrograms if variant.tokens == "text" else Programs
+    programs = kind(model, mesh, variant.reduction, seed=seed, new_tokens=1, stop_token=stop_token)
+    return TeacherForcing(programs) if variant.pruning is None else PrunedForcing(programs, variant.pruning)
+
+
+class PrunedForcing:
+    """An `rlens_jax.engine.scoring.Scoring` that runs a whole prefill with token pruning per plan.
+
+    Args:
+        programs: the programs of the search.
+        pruning: how tokens are dropped; static, whereas the plan is data.
+    """
+
+    def __init__(self, programs: Programs, pruning: Pruning):
+        def prefill(model: VisionLanguageModel, visual: Array, batch: PromptBatch, plans: TracedPlan) -> States:
+            plan, key = own_plan(plans), programs.random_key()
+            states = run_prompt(model.decoder, visual, batch, plan, programs.reduction, key, programs.kernel, pruning)
+            return states.x, states.scored
+
+        self._programs = programs
+        self._prefill = programs.program("pruned", prefill, (ROWS,) * 3, ROWS)
+
+    def cost(self, base: Plan, plan: Plan) -> int:
+        return self._programs.config.num_layers
+
+    def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
+        programs = self._programs
+        inputs, visual = programs.route((batch.inputs, programs.put(batch.visual)), blocks)
+        return programs.outcome(self._prefill(visual, inputs, programs.traced(plans)), inputs)
+
+    def finish(self, run: Any, samples: Sequence[Sample]) -> RowOutcomes:
+        return read_outcome(run)
+
+    def state_bytes(self, batch: Batch) -> int:
+        return 0  # no states are stored
+
+    def release(self) -> None:
+        pass
+
+
+class TextPrograms(Programs):
+    """The programs of a search that reduces the prompt's text. The weights must not be cut over devices."""
+
+    def run_layers(
+        self, decoder: Decoder, x: Array, context: Context, batch: PromptBatch, plan: TracedPlan, start: Array, stop: Array
+    ) -> States:
+        return run_text_layers(decoder, x, context, num_prompt_text(batch), plan, self.reduction, start, stop)
 
 
 def num_prompt_text(batch: PromptBatch) -> Int[Array, " B"]:
@@ -35,18 +101,13 @@ def run_text_layers(
     decoder: Decoder,
     x: Float[Array, "B T D"],
     context: Context,
-    batch: PromptBatch,
+    num_prompt: Int[Array, " B"],
     plan: TracedPlan,
     reduction: Reduction,
     start: Int[Array, ""],
     stop: Int[Array, ""],
 ) -> tuple[Float[Array, "B T D"], Bool[Array, " B"]]:
-    """`engine.programs.run_layers` with exchanged roles. The weights must not be cut over devices.
-
-    Returns:
-        The states, and whether all probe scores were numbers.
-    """
-    num_prompt = num_prompt_text(batch)
+    """`Decoder.run_layers` with exchanged roles: the states, and whether all probe scores were numbers."""
     graph, stack = nnx.split(decoder.layers)
 
     def body(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
