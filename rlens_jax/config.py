@@ -4,6 +4,7 @@ Error messages name the field. Paths are not checked here: the code that opens a
 """
 
 import dataclasses
+import json
 import math
 import types
 from collections.abc import Mapping
@@ -220,13 +221,13 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
-        """The configuration with these nested values and, for all others, the defaults."""
+        """The configuration with these nested values, and defaults for all others."""
         groups = {name: _group(name, values[name]) for name in GROUPS if name in values}
         return cls(**{**values, **groups})
 
     def to_dict(self) -> dict[str, Any]:
         """All values, as the nested dicts and lists of JSON and YAML."""
-        return _plain(dataclasses.asdict(self))
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # tuples become lists
 
     def portable(self) -> dict[str, Any]:
         """`to_dict` without folders and hosts, which differ between runs and machines and decide no result."""
@@ -238,14 +239,19 @@ class RunConfig:
     def deciding_settings(self) -> dict[str, Any]:
         """The values that must agree for a journal to be resumed: a run's folder holds one search.
 
-        Left out is what changes neither outcome nor ranking: folders, the memory for base states, the report's options, and
-        the mesh (with another mesh, outcomes differ in rounding at most). Hashes stand for the model and the samples
+        This leaves out what changes neither outcome nor ranking: folders, the memory for base states, the report's options,
+        and the mesh (with another mesh, outcomes differ in rounding at most). The model and the samples are compared by hash
         (`rlens_jax.engine.session`).
         """
         values = self.portable()
         del values["model"], values["report"], values["data"]["source"]
         del values["compute"]["state_memory_gb"], values["compute"]["model_shards"]
         return values
+
+
+def dotted_name(group: str, name: str) -> str:
+    """The name of a field in options and error messages. A field of the run itself is in the group ""."""
+    return f"{group}.{name}" if group else name
 
 
 def field_types(cls: type[Any]) -> dict[str, Any]:
@@ -305,29 +311,21 @@ def _check_types(group: str, config: Any) -> None:
             value = tuple(value)
             object.__setattr__(config, name, value)
         if not fits(hint, value):
-            dotted = f"{group}.{name}" if group else name
             if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-                raise UserError(f"{dotted} must be a {hint.__name__}, not {shown(value)}")
-            raise wrong_type(dotted, hint, shown(value))
+                raise UserError(f"{name} must be a {hint.__name__}, not {shown(value)}")
+            raise wrong_type(dotted_name(group, name), hint, shown(value))
 
 
 def _at_least(bound: int, group: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and value < bound:
-            dotted = f"{group}.{name}" if group else name
-            raise UserError(f"{dotted} must be at least {bound}, not {value}")
+            raise UserError(f"{dotted_name(group, name)} must be at least {bound}, not {value}")
 
 
 def _group(name: str, values: Mapping[str, Any]) -> Any:
     try:
         return GROUPS[name](**values)
     except UserError as error:
-        # A Reduction is also made elsewhere and does not know its place in a run's configuration.
+        # A Reduction is also made elsewhere and does not know that it is a group here.
         raise UserError(str(error) if str(error).startswith(f"{name}.") else f"{name}.{error}") from error
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -19,7 +19,6 @@ from rlens_jax.errors import UserError, suggest
 
 RESUMABLE = "interrupted; what is finished is kept, and the same command goes on from there"
 
-
 BAD_INPUT, INTERRUPTED, STOPPED = 2, 130, 143
 """Exit codes: bad input, Ctrl-C, SIGTERM; the latter two as shells count a signal (128 + its number)."""
 
@@ -49,12 +48,9 @@ def run_command(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StopRequested) as stop:
         print(f"\n{interrupted}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except StopRequested:
-        print(f"\n{interrupted}", file=sys.stderr)
-        sys.exit(STOPPED)
+        sys.exit(STOPPED if isinstance(stop, StopRequested) else INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, before)
     sys.exit(0)

@@ -22,33 +22,24 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class LogKind(Generic[Item]):
-    """A kind of log.
-
-    Attributes:
-        schema: name of the kind in the header.
-        version: version of the kind.
-        noun: name of the log in error messages; its file is `noun`.jsonl, its lock `noun`.lock.
-        item: name of a line in error messages.
-        decode: returns a line's key, which is unique in the log, and its item; ValueError for a bad line.
-    """
+    """A kind of log. Its header has `schema` and `version`."""
 
     schema: str
     version: int
     noun: str
+    """Name of the log in error messages; its file is `noun`.jsonl, its lock `noun`.lock."""
     item: str
+    """Name of a line in error messages."""
     decode: Callable[[bytes], tuple[Hashable, Item]]
+    """Returns a line's key, which is unique in the log, and its item; ValueError for a bad line."""
 
     @property
     def file_name(self) -> str:
         return f"{self.noun}.jsonl"
 
     @property
-    def lock_name(self) -> str:
-        return f"{self.noun}.lock"
-
-    @property
     def remedy(self) -> str:
-        return f"restore the file, or delete the line to have its {self.item} made again"
+        return f"restore the file, or delete the line to make its {self.item} again"
 
 
 class LogWriter:
@@ -75,21 +66,23 @@ class LogWriter:
 
 
 def open_log(folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> tuple[dict[Any, Item], LogWriter, str | None]:
-    """Open the log in a folder, both made when missing: its items by key, its writer, and what was cut off of a torn last line.
+    """Open the log in a folder; both are created if missing.
 
     Args:
-        folder: of the log.
-        kind: of the log.
-        fingerprint: what decides the items; nested, of JSON values.
+        folder, kind: where and what the log is.
+        fingerprint: the nested JSON values that decide the items.
+
+    Returns:
+        The items by key, the writer, and a message if an unfinished last line was cut off.
 
     Raises:
-        UserError: the folder cannot be written, another run holds it, the log's fingerprint is another one, or a line other than
-            a torn last one cannot be read.
+        UserError: the folder cannot be written, another run uses it, the log has another fingerprint, or a line other than an
+            unfinished last one cannot be read.
     """
     path = folder / kind.file_name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _locked(folder, kind.lock_name)
+        lock = _locked(folder, f"{kind.noun}.lock")
     except OSError as error:
         raise UserError(f"cannot write to the run folder {folder}: {error.strerror}") from error
     try:
@@ -97,12 +90,12 @@ def open_log(folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) 
             _write_header(path, kind, fingerprint)
         items, length = _read(path, kind, fingerprint)
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
-        torn = os.fstat(file).st_size - length
+        unfinished = os.fstat(file).st_size - length
         repaired = None
-        if torn:
+        if unfinished:
             os.ftruncate(file, length)
             os.fsync(file)
-            repaired = f"{path}: cut off an unfinished last line of {torn} bytes; {len(items)} finished {kind.item}s are kept"
+            repaired = f"{path}: cut off an unfinished last line of {unfinished} bytes; {len(items)} {kind.item}s are kept"
     except OSError as error:
         os.close(lock)
         raise UserError(f"cannot use the {kind.noun} {path}: {error.strerror}") from error
@@ -113,7 +106,7 @@ def open_log(folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) 
 
 
 def read_log(folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> dict[Any, Item]:
-    """The items of a log by key, without a lock; UserError as `open_log`, or when there is no log."""
+    """The items of a log by key, without a lock; UserError as `open_log`, or if there is no log."""
     path = folder / kind.file_name
     try:
         return _read(path, kind, fingerprint)[0]
@@ -174,7 +167,7 @@ def _read(path: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> tu
                 raise ValueError("the line has no end")
             key, item = kind.decode(line)
         except ValueError as error:
-            # A crash tears the last line only, and its item is made again.
+            # A crash damages the last line only, and its item is made again.
             if number == len(lines) + 1 and not _is_object(line):
                 break
             raise UserError(f"{path}, line {number} cannot be read ({error}); {kind.remedy}") from error
@@ -186,7 +179,7 @@ def _read(path: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> tu
 
 
 def _is_object(line: bytes) -> bool:
-    """Whether a line is finished and some JSON object, so that no crash can have torn it."""
+    """Whether a line is finished and some JSON object: a crash cannot have cut it."""
     try:
         return line.endswith(b"\n") and isinstance(json.loads(line), dict)
     except ValueError:
@@ -199,15 +192,14 @@ def _check_header(path: Path, kind: LogKind[Item], line: bytes, fingerprint: Map
     except ValueError:
         header = None
     if not isinstance(header, dict) or header.get("schema") != kind.schema or not line.endswith(b"\n"):
-        raise UserError(f"{path}, line 1 is not the header of {_with_article(kind.noun)}; choose another folder")
+        raise UserError(f"{path}, line 1 is not the header of an {kind.schema} log; choose another folder")
     if header.get("version") != kind.version:
         raise UserError(f"{path} has version {header.get('version')}, this program reads {kind.version}; choose another folder")
     # Compared after a round trip through JSON, which turns tuples into lists.
     stored, now = json_leaves(header.get("fingerprint")), json_leaves(json.loads(json.dumps(fingerprint)))
-    names = [*stored, *(name for name in now if name not in stored)]
     differences = [
         f"{name} was {stored.get(name, 'not set')}, is {now.get(name, 'not set')}"
-        for name in names
+        for name in dict.fromkeys([*stored, *now])
         if stored.get(name) != now.get(name)
     ]
     if differences:
@@ -215,7 +207,3 @@ def _check_header(path: Path, kind: LogKind[Item], line: bytes, fingerprint: Map
             f"{path} belongs to a run of another configuration: {'; '.join(differences)}. "
             "Choose another folder, or set these fields back to resume that run"
         )
-
-
-def _with_article(noun: str) -> str:
-    return f"a log of {noun}" if noun.endswith("s") else f"a {noun}"

@@ -10,14 +10,13 @@ import json
 import sys
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from rlens_jax.config import DTYPES, GROUPS, RunConfig, alternatives, field_types, fits, shown, wrong_type
+from rlens_jax.config import DTYPES, GROUPS, RunConfig, alternatives, dotted_name, field_types, fits, shown, wrong_type
 from rlens_jax.console import ArgumentParser
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.plan_file import PlanFile, parse_first, read_plan
@@ -51,7 +50,7 @@ def add_dtype_option(parser: ArgumentParser) -> None:
 
 
 def add_model_options(parser: ArgumentParser) -> None:
-    """The model, its plan, and how it is computed."""
+    """The model, its plan, and how to compute it."""
     parser.add_argument("model", metavar="MODEL", help='a model folder, or "embedded"')
     add_plan_options(parser)
     add_dtype_option(parser)
@@ -71,9 +70,8 @@ class RunParser(ArgumentParser):
     `--help` shows the defaults that the rest of the command line would give.
 
     Args:
-        prog: the command.
-        usage: its most important options.
-        description: the text at the top of `--help`.
+        prog, description: as in `ArgumentParser`.
+        usage: the command's most important options.
         preset: configuration used without `--config`.
         output: default of `--output`, in place of the configuration's.
     """
@@ -92,23 +90,21 @@ class RunParser(ArgumentParser):
             section = self.add_argument_group(group or "run", (cls.__doc__ or "").split("\n")[0] if group else None)
             for name, hint in field_types(cls).items():
                 if name not in GROUPS:
-                    dotted = f"{group}.{name}" if group else name
+                    dotted = dotted_name(group, name)
                     short = ("--data",) if dotted == "data.source" else ()
-                    action = self._add_setting(section, dotted, _metavar(hint), f"--{dotted}", *short)
-                    self._fields[dotted] = action
+                    self._fields[dotted] = self._add_setting(section, dotted, _metavar(hint), f"--{dotted}", *short)
 
     def _add_setting(self, section: Any, name: str, metavar: str, *options: str, help: str = "") -> argparse.Action:
         # All settings go to one list, which keeps their order.
         return section.add_argument(
-            *options, dest="settings", action="append", default=[], type=partial(_setting, name), metavar=metavar, help=help
+            *options, dest="settings", action="append", default=[], type=lambda text: (name, text), metavar=metavar, help=help
         )
 
     def parse_run(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
         """All options, and the configuration of the run; with `--help`, explain every option and exit.
 
         Raises:
-            UserError: for an unknown option or field (with the nearest name), a value of the wrong type or out of range, or a
-                file that cannot be read.
+            UserError: an unknown option or field, a value of the wrong type or out of range, or an unreadable file.
         """
         options = self.parse_args(arguments)
         settings: list[Setting] = options.settings
@@ -140,10 +136,6 @@ def read_config(settings: Iterable[Setting]) -> RunConfig:
             group, _, name = dotted.rpartition(".")
             values[group][name] = value
     return RunConfig.from_dict({**values.pop(""), **values})
-
-
-def _setting(name: str, text: str) -> Setting:
-    return name, text
 
 
 def _hint(dotted: str) -> Any:
@@ -222,16 +214,14 @@ def _check_names(path: Path, group: str, values: Mapping[Any, Any], cls: type) -
     known = field_types(cls)
     for name in values:
         if name not in known:
-            dotted = f"{group}.{name}" if group else str(name)
-            raise UserError(f"{path}: unknown field {dotted}{suggest(str(name), known)}")
+            raise UserError(f"{path}: unknown field {dotted_name(group, str(name))}{suggest(str(name), known)}")
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a configuration by dotted name."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        fields = {f"{name}.{field}": item for field, item in value.items()} if name in GROUPS else {name: value}
-        flat |= fields
+        flat |= {f"{name}.{field}": item for field, item in value.items()} if name in GROUPS else {name: value}
     return flat
 
 
@@ -244,7 +234,7 @@ def _field_docs(group: str) -> dict[str, str]:
     for field, doc in pairwise(definition.body):
         if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
             name = ast.unparse(field.target)
-            docs[f"{group}.{name}" if group else name] = " ".join(str(doc.value.value).split())
+            docs[dotted_name(group, name)] = " ".join(str(doc.value.value).split())
     return docs
 
 

@@ -24,21 +24,18 @@ def is_distributed(hosts: HostsConfig) -> bool:
 
 
 def cluster_type(environ: Mapping[str, str], workers: Callable[[], str]) -> str | None:
-    """Cluster type if this is one of several processes, else None.
+    """Cluster type for `jax.distributed.initialize` if this is one of several processes, else None.
 
     Args:
         environ: the environment variables.
         workers: returns the hosts of a TPU VM's slice, separated by commas; called if no variable decides.
-
-    Returns:
-        The name of the cluster type for `jax.distributed.initialize`.
     """
     if all(name in environ for name in _SLURM):
         return "slurm" if int(environ["SLURM_NTASKS"]) > 1 else None
     addresses = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
     if addresses is not None:
         return "gketpu" if "," in addresses else None
-    # JAX reads TPU_SKIP_MDS_QUERY as: this is no TPU VM with a metadata server.
+    # As in JAX, TPU_SKIP_MDS_QUERY means that there is no metadata server.
     if "TPU_SKIP_MDS_QUERY" not in environ and "," in workers():
         return "gcetpu"
     return None

@@ -41,14 +41,9 @@ class AgreedError(UserError):
 
 
 class Processes:
-    """All processes of a run, seen from this one; by default a single process.
+    """The `count` processes of a run, seen from the process `index` (from 0); process 0 `leads`: it prints and writes.
 
     All methods are collective: every process calls the same methods in the same order.
-
-    Attributes:
-        index: index of this process, from 0.
-        count: number of processes.
-        leads: whether this is process 0, which prints and writes.
     """
 
     def __init__(self, index: int = 0, count: int = 1):
@@ -71,8 +66,8 @@ class Processes:
         """The result of `work` on this process, after it succeeded on all processes.
 
         Raises:
-            AgreedError: on all processes, if `work` raised a UserError on any; names the process.
-            UserError: as raised by `work`, if there is a single process.
+            AgreedError: on all processes, if `work` raised a UserError on any; names the process. A single process raises
+                that UserError itself.
         """
         if self.count == 1:
             return work()
@@ -92,29 +87,21 @@ class Processes:
         raise AgreedError(text)
 
     def in_order(self, first: Callable[[], T], rest: Callable[[], T]) -> T:
-        """The result of `first` on process 0; then the result of `rest` on all others.
-
-        Raises:
-            AgreedError: as `agreed`.
-        """
-        result = self.agreed(first if self.leads else _nothing)
-        others = self.agreed(_nothing if self.leads else rest)
-        return result if self.leads else others  # type: ignore[return-value]  # not the result of _nothing
+        """The result of `first` on process 0; then the result of `rest` on all others. AgreedError as `agreed`."""
+        result = self.agreed(lambda: first() if self.leads else None)
+        others = self.agreed(lambda: None if self.leads else rest())
+        return result if self.leads else others  # type: ignore[return-value]  # of the function that ran here
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
-        """Check that `facts` (nested JSON values by name) are the same on all processes.
-
-        Raises:
-            AgreedError: naming each fact that differs, with every process's value.
-        """
+        """Raise AgreedError, with each value that differs, unless all processes have the same facts (nested JSON values)."""
         by_process = self.gather(json_leaves(dict(facts)))
-        names = dict.fromkeys(name for values in by_process for name in values)
         different = []
-        for name in names:
-            values = [values.get(name, "not set") for values in by_process]
-            if len(set(values)) > 1:
-                by_value = (f"{value} on {_having(values, value)}" for value in dict.fromkeys(values))
-                different.append(f"{name} is {', '.join(by_value)}")
+        for name in dict.fromkeys(name for leaves in by_process for name in leaves):
+            processes: dict[str, list[int]] = {}
+            for index, leaves in enumerate(by_process):
+                processes.setdefault(leaves.get(name, "not set"), []).append(index)
+            if len(processes) > 1:
+                different.append(f"{name} is " + ", ".join(f"{value} on {_listed(ids)}" for value, ids in processes.items()))
         if different:
             raise AgreedError(f"the processes of the run were started with different configurations: {'; '.join(different)}")
 
@@ -122,7 +109,7 @@ class Processes:
         """Check that all processes share the run's folder, with a temporary file that process 0 writes.
 
         Raises:
-            AgreedError: the folder cannot be written, or a process does not see the file; names the process.
+            AgreedError: process 0 cannot write the file, or others do not see it.
         """
         if self.count == 1:
             return
@@ -133,7 +120,7 @@ class Processes:
             token.unlink()
         if missing:
             raise AgreedError(
-                f"the output folder {folder} is not shared: {_numbered(missing)} of {self.count} "
+                f"the output folder {folder} is not shared: {_listed(missing)} of {self.count} "
                 f"{'does' if len(missing) == 1 else 'do'} not see the file that process 0 wrote; "
                 "choose a folder on a file system that all hosts share, with --output"
             )
@@ -238,13 +225,5 @@ def _write_token(token: Path) -> None:
         raise UserError(f"cannot write to the run folder {token.parent}: {error.strerror}") from None
 
 
-def _having(values: Sequence[str], value: str) -> str:
-    return _numbered([index for index, other in enumerate(values) if other == value])
-
-
-def _numbered(indices: Sequence[int]) -> str:
+def _listed(indices: Sequence[int]) -> str:
     return f"process{'es' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
-
-
-def _nothing() -> None:
-    return None

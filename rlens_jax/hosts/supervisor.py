@@ -33,13 +33,10 @@ def supervised(folder: Path) -> None:
     """Continue in a child process: returns in the child, while the parent waits for it and exits.
 
     The child receives SIGTERM and Ctrl-C as SIGTERM, which ends all processes of the run at the same step. A second Ctrl-C
-    kills it.
+    kills it. The log of a child that died is saved to `folder`.
 
     The parent's exit code is that of the child (0; 2 bad input; 143 after SIGTERM on any process; 1 an error in this program),
     or 130 after Ctrl-C in the parent, or `LOST` if the child was killed or ended because another process was lost.
-
-    Args:
-        folder: the run's folder, for the log of a child that died.
     """
     if _TERMINAL in os.environ:
         _take_terminal()
@@ -54,13 +51,15 @@ def mark_joined(index: int, count: int) -> None:
 
 
 class _Parent:
+    """The process that starts the child, forwards signals to it and reports how it ended."""
+
     def __init__(self, folder: Path, log: IO[bytes]):
         self._folder, self._log = folder, log
         self._received: list[tuple[int, float]] = []
         self._child: subprocess.Popen | None = None
 
     def wait(self) -> int:
-        """Start the child, wait for it, report how it ended, and return the exit code."""
+        """Start the child, wait for it, and return the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._forward)
         streams = (os.dup(1), os.dup(2))
@@ -107,9 +106,9 @@ class _Parent:
         text = self._text()
         member = _member(text)
         name = f"process-{member[0]}.log" if member else "process.log"
+        path = self._folder / name
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            path = self._folder / name
             path.write_text(text)
         except OSError:
             path = Path(tempfile.mkdtemp(prefix="rlens_jax_")) / name
@@ -118,15 +117,10 @@ class _Parent:
 
 
 def explained(log: str, number: int) -> tuple[str, int]:
-    """One line that explains why a child died by a signal, and the exit code.
-
-    Args:
-        log: the output of C++.
-        number: number of the signal.
-    """
+    """One line that explains why a child died by the signal `number`, and the exit code; `log` is the output of C++."""
     member = _member(log)
     if member is None and "Failed to add port to server" in log:
-        return PORT_TAKEN, BAD_INPUT  # JAX also raises an error for it, unless it crashes first
+        return PORT_TAKEN, BAD_INPUT  # JAX also raises an error, unless it crashes first
     if member is None and "RegisterTask" in log:
         return (
             "not all processes of the run joined within hosts.wait_seconds; start the same command on every host, with the "
@@ -154,8 +148,8 @@ def explained(log: str, number: int) -> tuple[str, int]:
 def _member(log: str) -> tuple[str, str] | None:
     """Index of this process and number of processes, None before it has joined."""
     pattern = re.escape(_MEMBER.strip()).replace(r"\{\}", r"(\d+)")
-    found = re.search(pattern, log)
-    return (found[1], found[2]) if found else None
+    match = re.search(pattern, log)
+    return (match[1], match[2]) if match else None
 
 
 def _take_terminal() -> None:

@@ -43,22 +43,17 @@ FfnForm = Literal["rows", "halves"]
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """Placement of a model's parameters on a mesh.
-
-    Attributes:
-        mesh: the devices.
-        axes: axis letters of each parameter by dotted path, without a stack's leading layer axis.
-        units: paths of the parameters whose rows are FFN units.
-        ffn_form: how these are stored.
-    """
+    """Placement of a model's parameters on a mesh."""
 
     mesh: Mesh
     axes: Mapping[str, str]
+    """Axis letters of each parameter by dotted path, without a stack's leading layer axis."""
     units: Collection[str] = ()
+    """Paths of the parameters whose rows are FFN units."""
     ffn_form: FfnForm = "rows"
 
     def shape(self, path: str, shape: Sequence[int]) -> tuple[int, ...]:
-        """`shape` with the vocabulary padded so that every shard has as many rows."""
+        """`shape` with the vocabulary padded to a multiple of the shards."""
         lead = len(shape) - len(self.axes[path])
         return tuple(
             padded(size, self.mesh.shape[MODEL]) if place >= lead and self.axes[path][place - lead] == "V" else size
@@ -87,30 +82,21 @@ def padded(size: int, shards: int) -> int:
 
 
 def make_mesh(devices: Sequence[Any], model_shards: int) -> Mesh:
-    """The mesh of these devices. Consecutive devices, which are neighbours, share a copy of the model.
+    """The mesh of these devices; UserError if `model_shards` does not divide them.
 
-    Raises:
-        UserError: `model_shards` does not divide the devices.
+    Consecutive devices, which are neighbours, share a copy of the model.
     """
     if len(devices) % model_shards:
         raise UserError(
             f"compute.model_shards = {model_shards} does not divide the {len(devices)} devices; "
-            f"choose one of {', '.join(str(n) for n in _divisors(len(devices)))}"
+            f"choose one of {', '.join(map(str, _divisors(len(devices))))}"
         )
     shape = (len(devices) // model_shards, model_shards)
     return jax.make_mesh(shape, (WORK, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def check_fits(sizes: Mapping[str, int], model_shards: int) -> None:
-    """Check that a decoder's heads and FFN units can be split into `model_shards`.
-
-    Args:
-        sizes: sizes by axis letter, with N, K and F.
-        model_shards: size of the mesh's `model` axis.
-
-    Raises:
-        UserError: naming the axes that do not divide.
-    """
+    """Raise UserError unless a decoder's heads and FFN units (`sizes` of the axes N, K and F) split into `model_shards`."""
     wrong = []
     if sizes["N"] % model_shards:
         wrong.append(f"{sizes['N']} query heads")
