@@ -90,12 +90,12 @@ def open_log(folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) 
             _write_header(path, kind, fingerprint)
         items, length = _read(path, kind, fingerprint)
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
-        unfinished = os.fstat(file).st_size - length
+        excess = os.fstat(file).st_size - length
         repaired = None
-        if unfinished:
+        if excess:
             os.ftruncate(file, length)
             os.fsync(file)
-            repaired = f"{path}: cut off an unfinished last line of {unfinished} bytes; {len(items)} {kind.item}s are kept"
+            repaired = f"{path}: cut off an unfinished last line of {excess} bytes; {len(items)} finished {kind.item}s are kept"
     except OSError as error:
         os.close(lock)
         raise UserError(f"cannot use the {kind.noun} {path}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""Strict JAX on eight simulated CPU devices, offline, with a cache folder of this run only."""
+"""Tests run offline, with strict JAX on eight simulated CPU devices and a temporary cache folder."""
 
 import os
 import tempfile
@@ -14,7 +14,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llv
 import jax
 
 jax.config.update("jax_platforms", "cpu")
-# Not through XLA_FLAGS, which processes that tests start inherit: they have one device each.
+# Not through XLA_FLAGS: processes that tests start inherit those, and have one device each.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -22,7 +22,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The workers of xdist start later and inherit the folder."""
+    """Make the cache folder; the workers of xdist start later and inherit it."""
     if not hasattr(config, "workerinput"):
         folder = tempfile.TemporaryDirectory(prefix="rlens_jax_tests_")
         config.add_cleanup(folder.cleanup)
@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module")
 def one_device() -> Iterator[None]:
-    """A command that runs in the tests' process sees one device, as in a process of its own, and compiles as fast."""
+    """Let a command in the tests' process see one device, as it would in its own process; it compiles as fast there."""
     devices = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda: devices)

@@ -154,8 +154,8 @@ def test_help_explains_every_field_with_the_preset_s_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for group, cls in GROUPS.items():
         for field in dataclasses.fields(cls):
-            _, found, rest = text.partition(f" --{group}.{field.name} ")
-            assert found, field.name
+            _, option, rest = text.partition(f" --{group}.{field.name} ")
+            assert option, field.name
             explanation = rest.partition("(default:")[0]
             assert len(explanation.split()) > 4, f"{group}.{field.name}: {explanation}"
     assert "(default: 16)" in text

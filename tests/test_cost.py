@@ -1,4 +1,4 @@
-"""The command reproduces the check values of the method's description, and says what is wrong with what it is asked."""
+"""The command reproduces the check values of the method's description, and explains bad arguments."""
 
 import json
 from collections.abc import Sequence

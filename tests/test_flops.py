@@ -1,4 +1,4 @@
-"""The check values are those of the method's description, to the digits given there."""
+"""The check values are those of the method's description, to as many digits."""
 
 import pytest
 

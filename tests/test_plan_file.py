@@ -52,8 +52,8 @@ def test_every_field_arrives(tmp_path: Path) -> None:
     again = {"format": FORMAT, "num_layers": 12, **read.fields()}
     assert read_plan(written(tmp_path, again)) == expected
     for pruning in ({"method": "vtw", "layer": 5}, {"method": "folder", "share": 0.25}, None):
-        given = read_plan(written(tmp_path, {**again, "pruning": pruning}))
-        assert given.fields()["pruning"] == pruning
+        plan = read_plan(written(tmp_path, {**again, "pruning": pruning}))
+        assert plan.fields()["pruning"] == pruning
 
 
 def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ def start_all(folder: Path, output: Path, count: int, *more: Sequence[str]) -> l
 
 def ends(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     """Exit code, output and messages of each."""
-    told = [process.communicate(timeout=300) for process in processes]
-    return [(process.returncode, *texts) for process, texts in zip(processes, told, strict=True)]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    return [(process.returncode, *texts) for process, texts in zip(processes, outputs, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +62,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 def test_four_processes_rank_as_one(alone: tuple[Path, bytes]) -> None:
     folder, expected = alone
     output = folder / "together"
-    (code, told, message), *others = ends(start_all(folder, output, 4))
+    (code, result, message), *others = ends(start_all(folder, output, 4))
     assert [code, *(other[0] for other in others)] == [0] * 4, message + str(others)
     assert (output / "ranking.json").read_bytes() == expected
-    assert "Layers in the order" in told
+    assert "Layers in the order" in result
     assert {other[1:] for other in others} == {("", "")}  # the first speaks for all
 
 
@@ -96,8 +96,8 @@ def test_one_lost_and_resumed_by_one(alone: tuple[Path, bytes], lost: int) -> No
 
 def test_hosts_with_different_configurations(alone: tuple[Path, bytes]) -> None:
     folder, _ = alone
-    told = ends(start_all(folder, folder / "apart", 2, ["--search.penalty=2"], ["--search.penalty=3"]))
-    assert [code for code, _, _ in told] == [2, 2]
-    assert "search.penalty" in told[0][2]
-    assert "Traceback" not in told[0][2] + told[1][2]
+    ended = ends(start_all(folder, folder / "apart", 2, ["--search.penalty=2"], ["--search.penalty=3"]))
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert "search.penalty" in ended[0][2]
+    assert "Traceback" not in ended[0][2] + ended[1][2]
     assert not (folder / "apart" / "journal.jsonl").exists()

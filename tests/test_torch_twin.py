@@ -182,9 +182,9 @@ def test_other_families(make) -> None:
     visual = ids[0] == 45
     with reduced(theirs, Plan(attention=(0,), ffn=(1,)), SMALL) as record:
         inner = theirs.model
-        found = []
+        captured = []
         # The whole model puts the tower's output in place of these tokens' embeddings; here they stay.
-        hook = theirs.model.language_model.layers[1].register_forward_hook(lambda *parts: found.append(parts[2]))
+        hook = theirs.model.language_model.layers[1].register_forward_hook(lambda *parts: captured.append(parts[2]))
         with torch.no_grad():
             theirs(input_ids=ids)
         hook.remove()
@@ -209,7 +209,7 @@ def test_other_families(make) -> None:
             "0.1",
         )
     assert record.kept_units[1][0].tolist() == selection.units.tolist()
-    assert_close(found[0][0], y[0] + z, 1e-5)
+    assert_close(captured[0][0], y[0] + z, 1e-5)
 
 
 def test_what_cannot_be_reduced_is_refused(model, examples) -> None:

@@ -207,7 +207,7 @@ def test_a_wrong_mask_shows_in_all_tokens_but_the_first(theirs, model: Path, inp
 def test_a_reduction_that_the_reference_lacks(
     operator: str, number: int, theirs, model: Path, inputs, tmp_path: Path, capsys
 ) -> None:
-    """The reference forgets one layer of the plan; with the states of whole layers that is found out."""
+    """The reference forgets one layer of the plan; with the states of whole layers this shows."""
     plan, computed = PLANS[3], replace(PLANS[3], **{operator: PLANS[3].layers(operator)[:1]})
     tensors = run_case(theirs, inputs, computed, SMALL, with_states=True)
     forget_states(tensors, ".attention")

@@ -1,8 +1,8 @@
 """Measure the time that the reductions save in one decoder layer, against the fastest dense layer.
 
-The layer has the widths of a published model, with random weights: 1792 visual tokens between 64 and 64 text tokens, float32,
-batch 1. All programs run in turn, and medians are reported. Realised saving = (1 - time ratio) / (1 - FLOPs ratio), with FLOPs
-by the field's formula, probes included. The dense time is the fastest of four kinds of dense attention. "no attention" is a
+The layer has the widths of a published model and random weights. The input is 1792 visual tokens between 64 and 64 text tokens,
+float32, batch 1. The programs run in turn, and medians are reported. Realised saving = (1 - time ratio) / (1 - FLOPs ratio), with
+FLOPs by the usual formula, probes included. The dense time is the fastest of four kinds of dense attention. "no attention" is a
 layer whose heads attend to nothing: the most that any attention could save. If the extra `torch` is installed, PyTorch's layer
 with SDPA is timed too, for orientation.
 """

@@ -2,7 +2,7 @@
 
 MODEL is a folder or "embedded", of which only config.json is read, or one of the paper's models by name: internvl2-8b,
 qwen2-vl-7b, minicpm-v-2.6, llava-onevision-7b, qwen2-vl-2b, llava-onevision-0.5b. Token pruning comes from the plan, or from
---fastv, --vtw or --folder. The numbers are multiply-adds of the decoder layers by the field's convention (rlens_jax/flops.py),
+--fastv, --vtw or --folder. The numbers are multiply-adds of the decoder layers by the usual convention (rlens_jax/flops.py),
 without and with the probes.
 """
 

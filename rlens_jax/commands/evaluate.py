@@ -28,13 +28,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--baseline", action="store_true", help="also answer with the dense model, and report the differences")
     parser.add_argument("--limit", metavar="N", type=int, help="use only the first N questions of each data set")
-    parser.add_argument(
-        "--md5",
-        metavar="NAME=SUM",
-        action="append",
-        default=[],
-        help="use a version of NAME.tsv that is not the published one; repeat for further files",
-    )
+    md5_help = "use a version of NAME.tsv that is not the published one; repeat for further files"
+    parser.add_argument("--md5", metavar="NAME=SUM", action="append", default=[], help=md5_help)
     for name, default, text in (
         ("max-new-tokens", 512, "max tokens per answer"),
         ("batch-size", 8, "prompts per batch of a work group"),

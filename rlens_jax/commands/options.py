@@ -22,7 +22,6 @@ from rlens_jax.errors import UserError, suggest
 from rlens_jax.plan_file import PlanFile, parse_first, read_plan
 from rlens_jax.resources import preset_path
 
-DEFAULT_PRESET = "embedded"
 CONFIG = "config"
 
 Setting = tuple[str, str]
@@ -76,7 +75,7 @@ class RunParser(ArgumentParser):
         output: default of `--output`, in place of the configuration's.
     """
 
-    def __init__(self, prog: str, usage: str, description: str, *, preset: str = DEFAULT_PRESET, output: str | None = None):
+    def __init__(self, prog: str, usage: str, description: str, *, preset: str = "embedded", output: str | None = None):
         super().__init__(prog, description, add_help=False)
         self.usage = f"%(prog)s {usage} [--config FILE] [--GROUP.FIELD VALUE ...]"
         self.epilog = "Write lists as 16,32 (in YAML as [16, 32]) and no value as null."

@@ -1,7 +1,7 @@
 """Write the HTML report of finished ranking runs, side by side if there are several.
 
 The report is one file that needs no network. It is made from each folder's ranking.json, timing.json and, if present,
-examples.json. Without --output it becomes report.html, in the folder of a single run or, for several runs, in the current folder.
+examples.json. Without --output, it is report.html in the run's folder or, for several runs, in the current folder.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from rlens_jax.reporting.report_page import report_html
 def main(arguments: Sequence[str]) -> None:
     """Parse, write, print the path."""
     parser = ArgumentParser("python -m rlens_jax.report", __doc__)
-    parser.add_argument("folders", metavar="DIR", nargs="+", help="output folder of a finished run of rlens_jax.rank")
-    parser.add_argument("--output", metavar="FILE", help="file for the report")
+    parser.add_argument("folders", metavar="DIR", type=Path, nargs="+", help="output folder of a finished run of rlens_jax.rank")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="file for the report")
     options = parser.parse_args(arguments)
-    folders = [Path(name) for name in options.folders]
+    folders = options.folders
     page = report_html([read_run(folder) for folder in folders])
-    beside = folders[0] if len(folders) == 1 else Path()
-    print(replace_file(Path(options.output) if options.output else beside / "report.html", page.encode()))
+    default = (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    print(replace_file(options.output or default, page.encode()))
 
 
 if __name__ == "__main__":

@@ -33,35 +33,30 @@ def main(arguments: Sequence[str]) -> None:
     usage = "NAME [--ranking FILE] [--output DIR] [--model FOLDER]"
     parser = RunParser("python -m rlens_jax.studies", usage, __doc__, preset="studies", output="runs/studies")
     parser.add_argument("name", metavar="NAME", nargs="?", help="the study, or `all`")
-    parser.add_argument(
-        "--ranking",
-        metavar="FILE",
-        type=Path,
-        help="ranking.json of a finished run of the same model with the orders of layers (default: search for them on the "
-        "validation samples)",
-    )
+    ranking_help = "ranking.json of a finished run of the same model, with the orders of layers (default: search for them)"
+    parser.add_argument("--ranking", metavar="FILE", type=Path, help=ranking_help)
     options, config = parser.parse_run(arguments)
     known = (*STUDY_NAMES, ALL)
     if options.name not in known:
         name = options.name
         missing = f"there is no study {name!r}{suggest(name, known)}" if name else "NAME is missing"
         raise UserError(f"{missing}; choose one of {', '.join(known)}")
-    _check(config, options.name)
     names = STUDY_NAMES if options.name == ALL else (options.name,)
+    _check(config, names)
     from rlens_jax.paper_studies.studies_run import run_studies
     from rlens_jax.paper_studies.study import summary
 
     print(summary(run_studies(names, config, options.ranking), Path(config.output)))
 
 
-def _check(config: RunConfig, name: str) -> None:
+def _check(config: RunConfig, names: Sequence[str]) -> None:
     if is_distributed(config.hosts):
         raise UserError("studies run in one process; set --hosts.num_processes 1, or start them on one host")
     if config.search.objective != "teacher_forced":
         raise UserError("search.objective must be teacher_forced: studies score by teacher forcing only")
     if config.search.base_attention or config.search.base_ffn:
         raise UserError("search.base_attention and search.base_ffn must be empty: studies rank from the dense model")
-    if config.compute.model_shards > 1 and name in ("text", ALL):
+    if config.compute.model_shards > 1 and "text" in names:
         raise UserError("compute.model_shards must be 1 for the study text: its control is simulated on whole weights")
 
 

@@ -17,8 +17,6 @@ from rlens_jax.console import ArgumentParser, Progress, run_command
 from rlens_jax.files import replace_file
 from rlens_jax.plan import Plan, Reduction
 
-TOLERANCE = 1e-4
-
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, compare, print."""
@@ -29,20 +27,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rankings", metavar=("A", "B"), nargs=2, help="compare two rankings")
     add_json_option(parser)
     parser.add_argument("--markdown", metavar="FILE", type=Path, help="also write a report to this file")
-    parser.add_argument(
-        "--tolerance", type=float, default=TOLERANCE, help="relative to max(1, largest logit) (default: %(default)s)"
-    )
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="relative to max(1, largest logit) (default: %(default)s)")
     add_dtype_option(parser)
     parser.add_argument("--layers", metavar="N", type=int, help="--rankings: number of layers of the model")
     for name, operator in (("attention", "Hollow Attention"), ("ffn", "the Dynamic FFN")):
         text = f"--dump: layers with {operator} (default: the later half)"
         parser.add_argument(f"--{name}", metavar="LIST", type=_layers, help=text)
+    text = "--dump: see rlens_jax.rank (default: %(default)s)"
     for name in ("attention_range", "active_fraction", "probe_fraction"):
         default = getattr(Reduction(), name)
-        option = "--" + name.replace("_", "-")
-        parser.add_argument(
-            option, metavar="X", type=type(default), default=default, help="--dump: see rlens_jax.rank (default: %(default)s)"
-        )
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="X", type=type(default), default=default, help=text)
     parser.add_argument("--no-states", action="store_true", help="--dump: write no hidden states")
     options = parser.parse_args(arguments)
     chosen = [name for name in ("reference", "dump", "rankings") if getattr(options, name) is not None]

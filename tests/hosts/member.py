@@ -1,4 +1,4 @@
-"""One process of a run of several, as rank.py is one, with a toy for work: `python member.py CASE --output DIR ...`."""
+"""One process of a run of several, started as rank.py, with toy work: `python member.py CASE --output DIR ...`."""
 
 import os
 import sys
@@ -32,13 +32,13 @@ def main(arguments):
 
 
 def agreements(config, processes, output):
-    """All that can be disagreed on, told by both processes; the last one ends them."""
+    """Every check on which processes can disagree; each prints the result or the error. The last check ends them."""
 
-    def told(check):
+    def report(check):
         try:
             print("fine:", check(), file=sys.stderr)
         except UserError as error:
-            print("told:", error, file=sys.stderr)
+            print("refused:", error, file=sys.stderr)
 
     model = Path(config.model)
 
@@ -50,16 +50,16 @@ def agreements(config, processes, output):
     def never():
         raise UserError("bad everywhere")
 
-    told(lambda: processes.gather(["é", processes.index]))
-    told(lambda: processes.check_same({"seed": config.seed, "search": {"penalty": config.search.penalty}}))
-    told(lambda: processes.check_same(config.portable()))
-    told(lambda: processes.agreed(find))
-    told(lambda: processes.agreed(never))
-    told(lambda: processes.check_shared(output))
-    told(lambda: processes.check_shared(Path(config.data.cache)))
-    told(lambda: processes.check_shared(Path(__file__)))
-    told(lambda: processes.in_order(lambda: "first", lambda: "second"))
-    told(lambda: processes.in_order(never, lambda: "second"))
+    report(lambda: processes.gather(["é", processes.index]))
+    report(lambda: processes.check_same({"seed": config.seed, "search": {"penalty": config.search.penalty}}))
+    report(lambda: processes.check_same(config.portable()))
+    report(lambda: processes.agreed(find))
+    report(lambda: processes.agreed(never))
+    report(lambda: processes.check_shared(output))
+    report(lambda: processes.check_shared(Path(config.data.cache)))
+    report(lambda: processes.check_shared(Path(__file__)))
+    report(lambda: processes.in_order(lambda: "first", lambda: "second"))
+    report(lambda: processes.in_order(never, lambda: "second"))
     say("spoken once")
     with Progress("toy", 1, "steps") as shown:
         shown.advance()

@@ -27,7 +27,7 @@ LONG = 200
 
 
 class Pair:
-    """Two processes of one run. Each may be given further options."""
+    """Two processes of one run. Each may have further options."""
 
     def __init__(self, folder, case, *shared, first=(), second=()):
         self.folder, self.output = folder, folder / "run"
@@ -105,7 +105,7 @@ def said(terminal, word):
     return [line.partition(": ")[2] for line in terminal.splitlines() if line.startswith(f"{word}: ")]
 
 
-def test_all_agree_or_all_are_told_why(tmp_path):
+def test_all_agree_or_all_report_why(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     with pair(
@@ -116,35 +116,35 @@ def test_all_agree_or_all_are_told_why(tmp_path):
         second=("--compute.batch_size=3", f"--model={there}", f"--output={tmp_path / 'elsewhere' / 'run'}"),
     ) as both:
         assert both.ended() == [2, 2]
-        told = [said(both.terminal(index), "told") for index in (0, 1)]
+        refused = [said(both.terminal(index), "refused") for index in (0, 1)]
         fine = [said(both.terminal(index), "fine") for index in (0, 1)]
         first, second = both.terminal(0), both.terminal(1)
-    assert told[0][:4] == told[1][:4]
-    seed, config, missing, everywhere, *_ = told[0]
+    assert refused[0][:4] == refused[1][:4]
+    seed, config, missing, everywhere, *_ = refused[0]
     assert seed.endswith("different configurations: search.penalty is 3.0 on process 0, 2.0 on process 1")
     assert "compute.batch_size is 16 on process 0, 3 on process 1" in config
     assert "search.penalty" in config and "output" not in config and "hosts" not in config
     assert missing == f"process 1 of 2, host {socket.gethostname()}: {there}: no such folder"
     assert everywhere == "bad everywhere"
     # Each process names the folder as it knows it.
-    assert f"{both.output} is not shared: process 1 of 2 does not see the file that process 0 wrote" in told[0][4]
-    assert "--output" in told[0][4]
-    assert "elsewhere/run is not shared: process 1 of 2" in told[1][4]
-    assert told[0][5] == told[1][5]
-    assert "cannot write to the run folder" in told[0][5] and "member.py: File exists" in told[0][5]
+    assert f"{both.output} is not shared: process 1 of 2 does not see the file that process 0 wrote" in refused[0][4]
+    assert "--output" in refused[0][4]
+    assert "elsewhere/run is not shared: process 1 of 2" in refused[1][4]
+    assert refused[0][5] == refused[1][5]
+    assert "cannot write to the run folder" in refused[0][5] and "member.py: File exists" in refused[0][5]
     for folder in (both.output, tmp_path / "shared"):
         assert list(folder.iterdir()) == []  # the token is gone, and nobody crashed
     assert fine[0] == ["[['é', 0], ['é', 1]]", "None", "first"]
     assert fine[1] == ["[['é', 0], ['é', 1]]", "None", "second"]
-    assert told[0][-1] == f"process 0 of 2, host {socket.gethostname()}: bad everywhere"
+    assert refused[0][-1] == f"process 0 of 2, host {socket.gethostname()}: bad everywhere"
     for line in ("spoken once", "toy: 1/1 steps", "error: bad everywhere"):
         assert line in first
         assert line not in second
     assert "Traceback" not in first + second
-    assert len(first.splitlines()) == 1 + len(told[0]) + len(fine[0]) + 4  # and not one line by C++
+    assert len(first.splitlines()) == 1 + len(refused[0]) + len(fine[0]) + 4  # and not one line by C++
 
 
-def test_a_process_told_another_number_of_processes_ends_all(tmp_path):
+def test_a_process_with_another_number_of_processes_ends_all(tmp_path):
     with pair(tmp_path / "pair", "ranking", second=("--hosts.num_processes=3",)) as both:
         assert both.ended() == [2, 2]
         assert said(both.terminal(0), "error") == [
@@ -225,10 +225,10 @@ def test_a_process_that_waits_in_vain_says_for_what(tmp_path):
         waiting.send_signal(signal.SIGINT)
         codes = [process.wait(timeout=LONG) for process in (occupied, alone, waiting)]
     assert codes == [2, LOST, 130]
-    told = [(tmp_path / name).read_text() for name in ("occupied", "alone", "waiting")]
-    (line,) = said(told[0], "error")
+    outputs = [(tmp_path / name).read_text() for name in ("occupied", "alone", "waiting")]
+    (line,) = said(outputs[0], "error")
     assert line.startswith("the port of hosts.coordinator is in use on this host")
-    (line,) = said(told[1], "error")
+    (line,) = said(outputs[1], "error")
     assert line.startswith("not all processes of the run joined within hosts.wait_seconds")
-    assert told[2].endswith("\n\ninterrupted; what is finished is kept, and the same command goes on from there\n")
-    assert [len(text.splitlines()) for text in told] == [2, 2, 3], told  # the pid and the line
+    assert outputs[2].endswith("\n\ninterrupted; what is finished is kept, and the same command goes on from there\n")
+    assert [len(text.splitlines()) for text in outputs] == [2, 2, 3], outputs  # the pid and the line

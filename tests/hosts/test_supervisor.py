@@ -25,8 +25,8 @@ SILENT = "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartb
     ],
 )
 def test_a_death_is_explained_in_one_line(log, number, line, code):
-    told, exit_code = explained(log, number)
-    assert told.startswith(line)
-    assert "\n" not in told
+    message, exit_code = explained(log, number)
+    assert message.startswith(line)
+    assert "\n" not in message
     assert exit_code == code
-    assert code == BAD_INPUT or "start the same command" in told
+    assert code == BAD_INPUT or "start the same command" in message

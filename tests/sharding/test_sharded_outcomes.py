@@ -66,25 +66,25 @@ def ranking(programs: Programs, split: Split, folder: Path, operator: str) -> tu
     with Journal.open(folder, {}) as journal:
         evaluator = Evaluator(TeacherForcing(programs), {"validation": split}, journal, state_bytes=1e9)
 
-        found = rank_layers(
+        order = rank_layers(
             LAYERS, 1, operator, lambda base, plans: [score(o) for o in evaluator.outcomes("validation", base, plans)]
         )
         records = {record.key: record.outcomes for record in journal.records()}
-    return found, records
+    return order, records
 
 
 def test_outcomes(many: Programs, expected: dict[str, np.ndarray]) -> None:
-    found = log_probabilities(many, toy_split(many), PLAN)
-    np.testing.assert_allclose(found["log_probability"], expected["log_probability"], atol=1e-4, rtol=0)
-    np.testing.assert_array_equal(found["right"], expected["right"])
+    sharded = log_probabilities(many, toy_split(many), PLAN)
+    np.testing.assert_allclose(sharded["log_probability"], expected["log_probability"], atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(sharded["right"], expected["right"])
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_ranking(one: Programs, many: Programs, operator: str, tmp_path: Path) -> None:
     expected, records = ranking(one, toy_split(one), tmp_path / "one", operator)
-    found, found_records = ranking(many, toy_split(many), tmp_path / "many", operator)
-    assert found == expected
-    assert found_records == records
+    sharded, sharded_records = ranking(many, toy_split(many), tmp_path / "many", operator)
+    assert sharded == expected
+    assert sharded_records == records
     assert len({round_score.score for round_ in expected.rounds for round_score in round_.scores}) > 2
 
 
@@ -117,12 +117,12 @@ def pruned_log_probabilities(programs: Programs, split: Split, pruning: Pruning)
         return jnp.where(counts, values, 0.0).sum(axis=1)
 
     program = programs.program("pruned", run, (ROWS, ROWS), ROWS)
-    found = np.full(len(split.samples), np.nan)
+    values = np.full(len(split.samples), np.nan)
     for batch in split.batches:
         numbers = np.asarray(batch.inputs.layout.sample)
         real = numbers != FILLER
-        found[numbers[real]] = np.asarray(program(batch.visual, batch.inputs))[real]
-    return found
+        values[numbers[real]] = np.asarray(program(batch.visual, batch.inputs))[real]
+    return values
 
 
 @pytest.mark.parametrize("pruning", [FastV(2, 0.4)], ids=lambda p: p.label())
@@ -130,8 +130,8 @@ def test_pruning(one: Programs, pruning: Pruning) -> None:
     """Scores are averaged over the heads of all shards; every shard drops the same tokens."""
     expected = pruned_log_probabilities(one, toy_split(one), pruning)
     programs = toy_programs(devices=8, model_shards=4)
-    found = pruned_log_probabilities(programs, toy_split(programs), pruning)
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    sharded = pruned_log_probabilities(programs, toy_split(programs), pruning)
+    np.testing.assert_allclose(sharded, expected, atol=1e-4, rtol=0)
     plain = pruned_log_probabilities(one, toy_split(one), FastV(2, 0))
     assert np.abs(plain - expected).max() > 1e-2
 
