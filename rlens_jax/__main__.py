@@ -15,7 +15,11 @@ def main() -> NoReturn:
     """Run the command that the process's arguments name; without arguments or with `--help`, list the commands."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(_usage())
+        print("usage: rlens COMMAND [OPTIONS]\n\nRedundancyLens for JAX and TPU. Commands:\n")
+        for command in COMMANDS:
+            doc = importlib.import_module(f"rlens_jax.commands.{command}").__doc__ or ""
+            print(f"  {command:<10}{doc.splitlines()[0]}")
+        print("\n`rlens COMMAND --help` explains the options of a command.")
         sys.exit(0)
     if name not in COMMANDS:
         print(f"error: there is no command {name!r}{suggest(name, COMMANDS)}; see rlens --help", file=sys.stderr)
@@ -23,14 +27,6 @@ def main() -> NoReturn:
     sys.argv[1:] = arguments
     runpy.run_module(f"rlens_jax.commands.{name}", run_name="__main__")
     raise AssertionError("a command exits")
-
-
-def _usage() -> str:
-    lines = ["usage: rlens COMMAND [OPTIONS]", "", "RedundancyLens for JAX and TPU. Commands:", ""]
-    for name in COMMANDS:
-        doc = importlib.import_module(f"rlens_jax.commands.{name}").__doc__ or ""
-        lines.append(f"  {name:<10}{doc.splitlines()[0]}")
-    return "\n".join([*lines, "", "`rlens COMMAND --help` explains the options of a command."])
 
 
 if __name__ == "__main__":

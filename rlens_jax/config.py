@@ -82,10 +82,7 @@ class SearchConfig:
             if any(layer < 0 for layer in layers) or len(set(layers)) < len(layers):
                 raise UserError(f"{name} must be different layer numbers, each at least 0, not {shown(layers)}")
             if layers and operator in self.operators:
-                raise UserError(
-                    f"{name} reduces {operator} in every plan, so {operator} cannot be ranked too; "
-                    f"leave {operator} out of search.operators"
-                )
+                raise UserError(f"{name} reduces {operator} in every plan; then search.operators must not rank {operator} too")
 
     def base(self) -> Plan:
         """The reductions that every plan of the search has."""

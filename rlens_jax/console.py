@@ -19,6 +19,9 @@ from rlens_jax.errors import UserError, suggest
 
 RESUMABLE = "interrupted; what is finished is kept, and the same command goes on from there"
 
+SECONDS_BETWEEN_LINES = 5.0
+"""Of progress, if stderr is not a terminal."""
+
 BAD_INPUT, INTERRUPTED, STOPPED = 2, 130, 143
 """Exit codes: bad input, Ctrl-C, SIGTERM; the latter two as shells count a signal (128 + its number)."""
 
@@ -33,7 +36,7 @@ def run_command(
     """Run a command and exit: 0 when done, 2 with one line for bad input, 130 after Ctrl-C, 143 after SIGTERM.
 
     Any other exception is an error in this program and passes through, with its traceback. `main` imports JAX inside its body,
-    not at the top of its module, so that JAX starts quietly and bad input is reported at once.
+    so that JAX starts quietly and bad input is reported at once.
 
     Args:
         main: the command; receives the arguments.
@@ -108,25 +111,16 @@ def say(line: str) -> None:
 
 
 class Progress:
-    """Context manager that shows progress: a bar if stderr is a terminal, else a line every few seconds."""
+    """Context manager that shows progress: a bar if stderr is a terminal, else a line every `SECONDS_BETWEEN_LINES`."""
 
-    def __init__(
-        self,
-        label: str,
-        total: int,
-        unit: str,
-        *,
-        seconds_between_lines: float = 5.0,
-        clock: Callable[[], float] = time.monotonic,
-    ):
+    def __init__(self, label: str, total: int, unit: str):
         self._label, self._total, self._unit = label, total, unit
         self._before = self._done = 0
         self._stream = sys.stderr
-        self._interval, self._clock = seconds_between_lines, clock
         self._bar: tqdm[NoReturn] | None = None
 
     def __enter__(self) -> "Progress":
-        self._start = self._last_line = self._clock()
+        self._start = self._last_line = time.monotonic()
         if self._stream.isatty() and not _muted.is_set():
             self._bar = tqdm(desc=self._label, total=self._total, unit=f" {self._unit}", file=self._stream, dynamic_ncols=True)
         else:
@@ -142,7 +136,7 @@ class Progress:
             if resumed:
                 self._bar.initial += items
                 self._bar.n += items
-        elif self._clock() - self._last_line >= self._interval and self._done < self._total:
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES and self._done < self._total:
             self._print_line()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -154,7 +148,7 @@ class Progress:
     def _print_line(self) -> None:
         if _muted.is_set():
             return
-        self._last_line = self._clock()
+        self._last_line = time.monotonic()
         seconds = self._last_line - self._start
         text = f"{self._label}: {self._done}/{self._total} {self._unit}"
         if self._done > self._before and seconds > 0:

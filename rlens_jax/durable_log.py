@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from rlens_jax.errors import UserError
-from rlens_jax.files import json_leaves
+from rlens_jax.files import json_leaves, replace_file
 
 Item = TypeVar("Item")
 
@@ -36,10 +36,6 @@ class LogKind(Generic[Item]):
     @property
     def file_name(self) -> str:
         return f"{self.noun}.jsonl"
-
-    @property
-    def remedy(self) -> str:
-        return f"restore the file, or delete the line to make its {self.item} again"
 
 
 class LogWriter:
@@ -96,11 +92,10 @@ def open_log(folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) 
             os.ftruncate(file, length)
             os.fsync(file)
             repaired = f"{path}: cut off an unfinished last line of {excess} bytes; {len(items)} finished {kind.item}s are kept"
-    except OSError as error:
+    except BaseException as error:
         os.close(lock)
-        raise UserError(f"cannot use the {kind.noun} {path}: {error.strerror}") from error
-    except BaseException:
-        os.close(lock)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot use the {kind.noun} {path}: {error.strerror}") from error
         raise
     return items, LogWriter(path, kind.noun, file, lock), repaired
 
@@ -136,16 +131,7 @@ def _locked(folder: Path, name: str) -> int:
 def _write_header(path: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> None:
     """Create the log with its header, atomically."""
     header = {"schema": kind.schema, "version": kind.version, "fingerprint": fingerprint}
-    unfinished = path.with_suffix(".new")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(json.dumps(header, allow_nan=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.rename(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    replace_file(path, json.dumps(header, allow_nan=False).encode() + b"\n")
     # The new name is on disk only when the folder is.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -161,6 +147,7 @@ def _read(path: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> tu
     _check_header(path, kind, header, fingerprint)
     items: dict[Any, Item] = {}
     length = len(header)
+    remedy = f"restore the file, or delete the line to make its {kind.item} again"
     for number, line in enumerate(lines, start=2):
         try:
             if not line.endswith(b"\n"):
@@ -170,9 +157,9 @@ def _read(path: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> tu
             # A crash damages the last line only, and its item is made again.
             if number == len(lines) + 1 and not _is_object(line):
                 break
-            raise UserError(f"{path}, line {number} cannot be read ({error}); {kind.remedy}") from error
+            raise UserError(f"{path}, line {number} cannot be read ({error}); {remedy}") from error
         if key in items:
-            raise UserError(f"{path}, line {number} repeats the {kind.item} of an earlier line; {kind.remedy}")
+            raise UserError(f"{path}, line {number} repeats the {kind.item} of an earlier line; {remedy}")
         items[key] = item
         length += len(line)
     return items, length

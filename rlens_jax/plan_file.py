@@ -55,10 +55,7 @@ class PlanFile:
     def validate(self, num_layers: int) -> None:
         """Raise UserError unless the plan fits a model with `num_layers` layers."""
         if self.num_layers not in (None, num_layers):
-            raise UserError(
-                f"the plan is for a model with {self.num_layers} layers, but this one has {num_layers}; "
-                "choose a plan for this model"
-            )
+            raise UserError(f"the plan is for a model with {self.num_layers} layers, but this model has {num_layers}")
         self.plan.validate(num_layers)
         if self.pruning is not None:
             self.pruning.validate(num_layers)
@@ -79,14 +76,10 @@ class PlanFile:
 
 
 def read_plan(path: str | Path, first: Mapping[Operator, int] | None = None) -> PlanFile:
-    """Read a plan file, or a ranking.json with the number of layers to reduce.
-
-    Args:
-        path: of the file.
-        first: of a ranking.json only: how many layers of each operator's ranking are reduced, from its first on.
+    """Read a plan file, or a ranking.json with `first`: how many layers to reduce per operator, from the start of its ranking.
 
     Raises:
-        UserError: naming file and field: unreadable, an unknown or wrong field, or `first` that does not suit the file.
+        UserError: the file cannot be read, a field is unknown or wrong, or `first` does not suit the file.
     """
     path = Path(path)
     fields = read_json(path)
@@ -97,7 +90,7 @@ def read_plan(path: str | Path, first: Mapping[Operator, int] | None = None) -> 
         if ranking is not None:
             return _from_ranking(ranking, first)
         if first is not None:
-            raise UserError("first layers can be chosen of a ranking.json only; this file is none")
+            raise UserError("first layers can be chosen from a ranking.json only, and this file is not one")
         return _from_plan(fields)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -110,9 +103,9 @@ def parse_first(text: str) -> dict[Operator, int]:
         name, _, count = (piece.strip() for piece in part.partition("="))
         operator = next((known for known in OPERATORS if known == name), None)
         if operator is None or not count.isdecimal():
-            raise UserError(f"the first layers must be given as attention=11,ffn=5, not {text!r}{suggest(name, OPERATORS)}")
+            raise UserError(f"the first layers must have the form attention=11,ffn=5, not {text!r}{suggest(name, OPERATORS)}")
         if operator in counts:
-            raise UserError(f"the first layers of {operator} are given twice in {text!r}")
+            raise UserError(f"{text!r} names the first layers of {operator} twice")
         counts[operator] = int(count)
     return counts
 
@@ -158,7 +151,7 @@ def _from_ranking(ranking: RankingFile, first: Mapping[Operator, int] | None) ->
     orders = ranking.orders
     if first is None:
         known = ",".join(f"{operator}=K" for operator in orders)
-        raise UserError(f"is a ranking: say how many of its first layers to reduce, as in --first {known}")
+        raise UserError(f"is a ranking: choose how many of its first layers to reduce, as in --first {known}")
     # Operators that were not ranked may have been reduced throughout the search.
     layers = {operator: set(ranking.base.layers(operator)) for operator in OPERATORS}
     for operator, count in first.items():

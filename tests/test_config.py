@@ -69,7 +69,7 @@ BAD_OPTIONS = {
     "--search.operators []": "search.operators must name at least one",
     "--search.operators ffn,ffn": "search.operators names an operator twice",
     "--search.max_new_tokens 0": "search.max_new_tokens must be at least 1, not 0",
-    "--search.base_ffn 3": "search.base_ffn reduces ffn in every plan, so ffn cannot be ranked too",
+    "--search.base_ffn 3": "search.base_ffn reduces ffn in every plan; then search.operators must not rank ffn too",
     "--search.operators ffn --search.base_attention 3,3": "search.base_attention must be different",
     "--search.operators ffn --search.base_attention [-1]": "search.base_attention must be different",
     "--reduction.attention_range -5": "reduction.attention_range must be a whole number, at least 1, not -5",

@@ -64,7 +64,8 @@ class Clock:
 def test_without_a_terminal_progress_is_a_line_every_few_seconds(monkeypatch):
     stream, clock = io.StringIO(), Clock()
     monkeypatch.setattr(sys, "stderr", stream)
-    with Progress("ranking ffn", 240, "plans", clock=clock) as progress:
+    monkeypatch.setattr("rlens_jax.console.time.monotonic", clock)
+    with Progress("ranking ffn", 240, "plans") as progress:
         progress.advance(40, resumed=True)
         for _ in range(100):
             clock.now += 0.2
@@ -111,11 +112,13 @@ def test_sigterm_ends_with_143_and_leaves_the_handler_as_it_was(capsys):
 def test_a_muted_process_says_nothing():
     code = """
 import sys
+from rlens_jax import console
 from rlens_jax.console import Progress, mute, say
+console.SECONDS_BETWEEN_LINES = 0
 sys.stderr.isatty = lambda: len(sys.argv) > 1
 mute()
 say("a message")
-with Progress("ranking ffn", 2, "plans", seconds_between_lines=0) as shown:
+with Progress("ranking ffn", 2, "plans") as shown:
     shown.advance()
     shown.advance()
 print("an error", file=sys.stderr)

@@ -76,4 +76,4 @@ def test_bad_input(options: list[str], complaint: str, capsys: pytest.CaptureFix
 
 def test_a_plan_for_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["internvl2-8b", f"--plan={last_layers(tmp_path, 28, 3)}"]) == 2
-    assert "for a model with 28 layers, but this one has 32" in capsys.readouterr().err
+    assert "for a model with 28 layers, but this model has 32" in capsys.readouterr().err

@@ -98,7 +98,7 @@ def test_what_was_reduced_during_the_search_is_part_of_the_plan(tmp_path: Path) 
         ('{"format": "rlens-plan/1", "ffn": [1], "ffn": [2]}', "field 'ffn' is given twice"),
         ('{"format": "rlens-plan/1",', "not valid JSON"),
         ([1, 2], "must hold one JSON object"),
-        (ranking(), "say how many of its first layers to reduce, as in --first attention=K,ffn=K"),
+        (ranking(), "choose how many of its first layers to reduce, as in --first attention=K,ffn=K"),
         ({"schema": "rlens-ranking/1"}, "'rankings' is a required property"),
     ],
 )
@@ -122,7 +122,7 @@ def test_bad_choices(tmp_path: Path) -> None:
 def test_a_plan_for_another_number_of_layers() -> None:
     PlanFile(Plan((3,)), num_layers=4).validate(4)
     PlanFile(Plan((3,))).validate(28)
-    with pytest.raises(UserError, match="for a model with 4 layers, but this one has 28"):
+    with pytest.raises(UserError, match="for a model with 4 layers, but this model has 28"):
         PlanFile(Plan((3,)), num_layers=4).validate(28)
     with pytest.raises(UserError, match="attention in layer 3, but the model has 3 layers"):
         PlanFile(Plan((3,))).validate(3)

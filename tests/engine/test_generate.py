@@ -140,7 +140,7 @@ def test_bad_input(model: DeployedModel, page: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"num_layers": 28, "ffn": [27]}, "the plan is for a model with 28 layers, but this one has 12"),
+        ({"num_layers": 28, "ffn": [27]}, "the plan is for a model with 28 layers, but this model has 12"),
         ({"ffn": [12]}, "reduces ffn in layer 12, but the model has 12 layers"),
     ],
 )
