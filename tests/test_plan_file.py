@@ -115,7 +115,7 @@ def test_bad_choices(tmp_path: Path) -> None:
     path = written(tmp_path, ranking())
     with pytest.raises(UserError, match="ranks 4 layers of ffn; 5 cannot be reduced"):
         read_plan(path, {"ffn": 5})
-    with pytest.raises(UserError, match="can be chosen of a ranking"):
+    with pytest.raises(UserError, match="can be chosen from a ranking"):
         read_plan(written(tmp_path, {"format": FORMAT}), {"ffn": 1})
 
 
