@@ -201,7 +201,7 @@ def test_what_is_portable_knows_no_folder_and_no_host_of_this_run():
 
 
 def reads(tree):
-    """(owner, field) of every attribute read: `config.search.penalty` and `search.penalty` give the same."""
+    """(owner, field) of every attribute read, the same for `config.search.penalty` and `search.penalty`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             owner = node.value
@@ -209,7 +209,7 @@ def reads(tree):
 
 
 def test_every_field_is_read_by_some_code():
-    """Fields that nothing reads promise what is not there; checking a value is not reading it."""
+    """A field that no code reads has no effect. Reads by its own checks do not count."""
     package, read = Path(rlens_jax.__file__).parent, set()
     for path in sorted(package.rglob("*.py")):
         if path != package / "config.py":

@@ -1,4 +1,4 @@
-"""Conversion as a person runs it: there and back bit for bit, bad input in one line, kills and restarts."""
+"""The command `convert`: both directions bit for bit, bad input in one line, kills and restarts."""
 
 import errno
 import hashlib
@@ -38,7 +38,7 @@ DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.f
 
 
 def convert(*arguments: object) -> int:
-    """Run the command in this process; its exit code."""
+    """Run the command in this process and return its exit code."""
     with pytest.raises(SystemExit) as stopped:
         run_command(main, argv=[str(argument) for argument in arguments])
     return int(stopped.value.code or 0)
@@ -65,7 +65,7 @@ def make_source(folder: Path, shard_bytes: int = 3000, **overrides: object) -> P
 
 
 def rewrite(folder: Path, edit) -> None:
-    """Rewrites every shard after `edit(name, array)` gave new contents, names included."""
+    """Rewrite every shard with the tensors, names included, that `edit(name, array)` returns."""
     index = folder / "model.safetensors.index.json"
     weight_map = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -97,7 +97,7 @@ def source(good: Path, tmp_path: Path) -> Path:
 
 
 def round_trip(source: Path, folder: Path) -> Path:
-    """Checks that `source` comes back as it was; returns the converted folder in between."""
+    """Check that `source` comes back unchanged; return the converted folder."""
     converted, back = folder / "converted", folder / "back"
     assert convert(source, converted) == 0
     assert convert(converted, back, "--to-hf") == 0
@@ -231,7 +231,7 @@ def test_source_equal_to_target_and_existing_target(source: Path, tmp_path: Path
 
 
 def nothing_left(source: Path) -> bool:
-    """Whether there is nothing next to the source, not even a hidden file."""
+    """Whether the source's folder has no other files, not even hidden ones."""
     return list(source.parent.iterdir()) == [source]
 
 
@@ -292,7 +292,7 @@ def test_disk_full(error: Exception, source: Path, tmp_path: Path, capsys, monke
     assert nothing_left(source)
 
 
-def test_a_disk_that_is_too_small_is_told_at_once(source: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_a_disk_that_is_too_small_is_reported_at_once(source: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage)
     assert "the disk has 0.0 GB free" in refusal(capsys, source, tmp_path / "converted")
@@ -319,7 +319,7 @@ def test_bad_options(case: str, tmp_path: Path, capsys, monkeypatch) -> None:
 
 
 def started(arguments: Sequence[object]) -> subprocess.Popen[str]:
-    """The command in a process of its own."""
+    """Run the command in a new process."""
     command = [sys.executable, "-m", "rlens_jax.convert", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -359,7 +359,7 @@ def test_killed_at_random_moments_and_rerun(source: Path, tmp_path: Path) -> Non
 
 
 def test_a_conversion_at_work_is_left_alone(source: Path, tmp_path: Path, monkeypatch) -> None:
-    """Two at the same time: the second neither disturbs the first nor overwrites it."""
+    """Of two conversions at the same time, the second does not disturb or overwrite the first."""
     finish, met = orbax_store.Writer.finish, []
 
     def other_one_first(writer: orbax_store.Writer) -> None:

@@ -1,4 +1,4 @@
-"""Files are replaced whole or not at all, and what cannot be read is one clear line."""
+"""Files are replaced whole or not at all; an unreadable file is reported in one line."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Plans written by hand and taken from rankings; everything that can be wrong with either is one clear line."""
+"""Plans written by hand and taken from rankings; every error is one clear line."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Pytrees are checked where they are made, and only there."""
+"""Pytrees are checked when user code makes them, not when JAX rebuilds them."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The main job as a person runs it: results, bad input in one line, kills and restarts."""
+"""The command `rank`: results, bad input in one line, kills and restarts."""
 
 import json
 import os
@@ -29,7 +29,7 @@ SMALL = (
     "--report.bootstrap_samples=50",
 )
 EVALUATIONS = 3 * 4 // 2 + 9 + 1
-"""Of one operator, with 12 layers of which 9 are ranked by position."""
+"""Per operator: 9 of the 12 layers are ranked by position."""
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,14 @@ def options(cache: Path, output: Path) -> list[str]:
 
 
 def rank(arguments: Sequence[str]) -> int:
-    """Run the command in this process; its exit code."""
+    """Run the command in this process and return its exit code."""
     with pytest.raises(SystemExit) as stopped:
         run_command(main, argv=arguments)
     return int(stopped.value.code or 0)
 
 
 def started(arguments: Sequence[str]) -> subprocess.Popen[str]:
-    """The command in a process of its own."""
+    """Run the command in a new process."""
     # A shell's background jobs ignore Ctrl-C, and pass that on.
     command = ["env", "--default-signal=INT", sys.executable, "-m", "rlens_jax.rank", *arguments]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -58,7 +58,7 @@ def started(arguments: Sequence[str]) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing disturbed."""
+    """The folder of a run without interruptions."""
     output = tmp_path_factory.mktemp("finished") / "run"
     assert rank(options(cache, output)) == 0
     return output

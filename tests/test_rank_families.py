@@ -1,4 +1,4 @@
-"""Published weights of each further family, converted and ranked by the commands, on a person's own images."""
+"""The commands convert and rank published weights of each further family, on a JSONL file of the user's images."""
 
 import json
 from collections.abc import Callable

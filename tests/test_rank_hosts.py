@@ -1,4 +1,4 @@
-"""A run of several processes gives what one process gives, loses nothing when one is lost, and goes on with fewer."""
+"""A run of several processes has the results of one process, keeps its work if a process dies, and resumes with fewer."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ def start_all(folder: Path, output: Path, count: int, *more: Sequence[str]) -> l
 
 
 def ends(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Exit code, output and messages of each."""
+    """Exit code, stdout and stderr per process."""
     outputs = [process.communicate(timeout=300) for process in processes]
     return [(process.returncode, *texts) for process, texts in zip(processes, outputs, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Validation as a person runs it: agreement, parting and where, bundles that cannot be used, and rankings."""
+"""The command `validate`: agreement, the place of a difference, unusable bundles, and rankings."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def good(theirs, inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bundle(good: Path, tmp_path: Path) -> Path:
-    """To be spoilt."""
+    """A copy of the bundle that a test may spoil."""
     return Path(shutil.copytree(good, tmp_path / "bundle"))
 
 
@@ -215,7 +215,7 @@ def test_a_reduction_that_the_reference_lacks(
     assert f"they first differ in layer 2, in {operator}" in line
 
 
-def test_another_range_is_told_from_the_dense_case(theirs, model: Path, inputs, tmp_path: Path, capsys) -> None:
+def test_another_range_differs_from_the_dense_case(theirs, model: Path, inputs, tmp_path: Path, capsys) -> None:
     plan, wide = PLANS[1], replace(SMALL, attention_range=6)
     cases = [(p, SMALL, run_case(theirs, inputs, p, r, with_states=True)) for p, r in ((Plan(), SMALL), (plan, wide))]
     for _, _, tensors in cases:

@@ -1,4 +1,4 @@
-"""What the parent makes of a dead child; that it does so is tested with real processes in test_processes.py."""
+"""The line and exit code for a dead child. test_processes.py tests them with real processes."""
 
 import signal
 

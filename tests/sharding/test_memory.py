@@ -1,4 +1,4 @@
-"""How many rows fit, and what is said when memory runs out."""
+"""How many rows fit, and the error if memory runs out."""
 
 import jax
 import pytest

@@ -47,7 +47,7 @@ def many(request: pytest.FixtureRequest) -> Programs:
 
 
 def log_probabilities(programs: Programs, split: Split, plan: Plan) -> dict[str, np.ndarray]:
-    """By sample: is it right, and the mean log-probability of its answer."""
+    """Per sample: whether it is right, and the mean log-probability of its answer."""
     right, values = np.zeros(len(split.samples), bool), np.full(len(split.samples), np.nan)
     plans, starts = [plan] * programs.groups, [0] * programs.groups
     for batch in split.batches:
@@ -105,7 +105,7 @@ def test_generation(one: Programs, many: Programs) -> None:
 
 
 def pruned_log_probabilities(programs: Programs, split: Split, pruning: Pruning) -> np.ndarray:
-    """By sample: the sum over its answer, in a program of its own."""
+    """Per sample: the sum of log-probabilities over its answer, from a separate program."""
 
     def run(model, visual, batch):
         key = jax.random.key(0)
