@@ -1,10 +1,12 @@
-"""The vision transformer of SigLIP (arXiv 2303.15343), the tower of LLaVA-OneVision and MiniCPM-V.
+"""Vision towers: what those of all families share, and SigLIP (arXiv 2303.15343), the tower of LLaVA-OneVision and MiniCPM-V.
 
-The families cut images into patches and choose the position embedding of each patch. Both come as data, so padding patches and
-grids of any proportions need no shapes of their own.
+The families of SigLIP cut images into patches and choose the position embedding of each patch. Both come as data, so padding
+patches and grids of any proportions need no shapes of their own.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rlens_jax.families.hf_files import ConfigReader
 from rlens_jax.families.table import QKV, Part, Row, linear, norm, pattern_sizes
-from rlens_jax.models.layers import LayerNorm, Linear
+from rlens_jax.models.layers import LayerNorm, Linear, RMSNorm
 from rlens_jax.ops.attention import masked_attention
 
 MAX_SCORES, MIN_QUERIES = 1 << 26, 64
@@ -23,8 +25,8 @@ MAX_SCORES, MIN_QUERIES = 1 << 26, 64
 
 
 @dataclass(frozen=True)
-class SiglipConfig:
-    """Sizes and constants of the tower; a patch has channels x patch_size x patch_size numbers."""
+class TowerConfig:
+    """Sizes that the towers of all families have; a patch has channels x patch_size x patch_size numbers."""
 
     depth: int
     width: int
@@ -32,54 +34,78 @@ class SiglipConfig:
     ffn_width: int
     channels: int
     patch_size: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        head_dim, patch = self.width // self.num_heads, self.channels * self.patch_size**2
+        return {"c": patch, "E": self.width, "N": self.num_heads, "H": head_dim, "F": self.ffn_width}
+
+
+def tower_sizes(vision: ConfigReader) -> dict[str, int]:
+    """Sizes of a `vision_config` under the names of transformers, except `patch_size`."""
+    return {
+        "depth": vision.size("num_hidden_layers"),
+        "width": vision.size("hidden_size"),
+        "num_heads": vision.size("num_attention_heads"),
+        "ffn_width": vision.size("intermediate_size"),
+        "channels": vision.size("num_channels", default=3),
+    }
+
+
+class TowerLayer(nnx.Module):
+    """Parameters of full attention within one image and of an MLP, each after a norm; subclasses do the computation."""
+
+    def __init__(
+        self, config: TowerConfig, norm: Callable[[], LayerNorm | RMSNorm], *, qkv_bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        sizes, bias = config.sizes, "NH" if qkv_bias else ""
+        self.attention_norm = norm()
+        self.q_proj = Linear("IJE,ENH->IJNH", sizes, bias=bias, dtype=dtype, rngs=rngs)
+        self.k_proj = Linear("IJE,ENH->IJNH", sizes, bias=bias, dtype=dtype, rngs=rngs)
+        self.v_proj = Linear("IJE,ENH->IJNH", sizes, bias=bias, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear("INJH,NHE->IJE", sizes, bias="E", dtype=dtype, rngs=rngs)
+        self.mlp_norm = norm()
+        self.fc1 = Linear("IJE,EF->IJF", sizes, bias="F", dtype=dtype, rngs=rngs)
+        self.fc2 = Linear("IJF,FE->IJE", sizes, bias="E", dtype=dtype, rngs=rngs)
+
+
+def run_layers(layers: nnx.Module, x: Float[Array, "I J E"], *inputs: PyTree) -> Float[Array, "I J E"]:
+    """Apply stacked layers one after another, each to the states and `inputs`."""
+    graph, stack = nnx.split(layers)
+
+    def body(x: Array, layer: PyTree) -> tuple[Array, None]:
+        return nnx.merge(graph, layer)(x, *inputs), None
+
+    return jax.lax.scan(body, x, stack)[0]
+
+
+@dataclass(frozen=True)
+class SiglipConfig(TowerConfig):
+    """Sizes and constants of SigLIP."""
+
     num_positions: int
     """Rows of the position table: the patches of a square image of `image_size` pixels per side."""
     norm_eps: float
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {
-            "c": self.channels * self.patch_size**2,
-            "E": self.width,
-            "N": self.num_heads,
-            "H": self.width // self.num_heads,
-            "F": self.ffn_width,
-        }
-
 
 def read_siglip(vision: ConfigReader) -> SiglipConfig:
-    """Read the sizes from a `vision_config`.
-
-    Raises:
-        UserError: a field is missing, or asks for a computation that is not supported.
-    """
+    """Read the sizes from a `vision_config`; UserError if it asks for a computation that is not supported."""
     vision.require("hidden_act", "gelu_pytorch_tanh")
     patch_size = vision.size("patch_size")
     return SiglipConfig(
-        depth=vision.size("num_hidden_layers"),
-        width=vision.size("hidden_size"),
-        num_heads=vision.size("num_attention_heads"),
-        ffn_width=vision.size("intermediate_size"),
-        channels=vision.size("num_channels", default=3),
+        **tower_sizes(vision),
         patch_size=patch_size,
         num_positions=(vision.size("image_size") // patch_size) ** 2,
         norm_eps=vision.number("layer_norm_eps", default=1e-6),
     )
 
 
-class SiglipLayer(nnx.Module):
-    """Full attention within one image and a GELU MLP, each after a norm."""
+class SiglipLayer(TowerLayer):
+    """Attention with the queries of a large image in blocks, and a GELU MLP."""
 
     def __init__(self, config: SiglipConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        sizes = config.sizes
-        self.attention_norm = LayerNorm(config.width, eps=config.norm_eps, dtype=dtype)
-        self.q_proj = Linear("IJE,ENH->IJNH", sizes, bias="NH", dtype=dtype, rngs=rngs)
-        self.k_proj = Linear("IJE,ENH->IJNH", sizes, bias="NH", dtype=dtype, rngs=rngs)
-        self.v_proj = Linear("IJE,ENH->IJNH", sizes, bias="NH", dtype=dtype, rngs=rngs)
-        self.o_proj = Linear("INJH,NHE->IJE", sizes, bias="E", dtype=dtype, rngs=rngs)
-        self.mlp_norm = LayerNorm(config.width, eps=config.norm_eps, dtype=dtype)
-        self.fc1 = Linear("IJE,EF->IJF", sizes, bias="F", dtype=dtype, rngs=rngs)
-        self.fc2 = Linear("IJF,FE->IJE", sizes, bias="E", dtype=dtype, rngs=rngs)
+        norm = partial(LayerNorm, config.width, eps=config.norm_eps, dtype=dtype)
+        super().__init__(config, norm, qkv_bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "I J E"], is_patch: Bool[Array, "I J"]) -> Float[Array, "I J E"]:
         y = self.attention_norm(x)
@@ -121,14 +147,8 @@ class SiglipTower(nnx.Module):
             num_patches: number of real patches of each image; they come first.
         """
         is_patch = jnp.arange(patches.shape[1])[None] < num_patches[:, None]
-        graph, stack = nnx.split(self.layers)
-
-        def body(x: Array, layer: PyTree) -> tuple[Array, None]:
-            return nnx.merge(graph, layer)(x, is_patch), None
-
         x = self.patch_embed(jnp.asarray(patches, self.patch_embed.kernel.dtype))
-        x = x + self.position_embedding[...][position_ids]
-        return jax.lax.scan(body, x, stack)[0]
+        return run_layers(self.layers, x + self.position_embedding[...][position_ids], is_patch)
 
 
 def siglip_parts(config: SiglipConfig, source: str, target: str) -> tuple[Part, ...]:

@@ -7,6 +7,7 @@ transformers ("hf", `model_type` internvl). The code in a model folder is never 
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,11 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from rlens_jax.errors import UserError
 from rlens_jax.families.hf_files import ConfigReader, read_decoder, rope_scaling
+from rlens_jax.families.siglip import TowerConfig, TowerLayer, run_layers, tower_sizes
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import LayerNorm, Linear, RMSNorm
 from rlens_jax.ops.attention import masked_attention
@@ -33,17 +35,11 @@ TEMPLATES = ("Hermes-2", "internlm2-chat", "internvl2_5")
 
 
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(TowerConfig):
     """Sizes and constants of InternViT and the connector."""
 
-    depth: int
-    width: int
-    num_heads: int
-    ffn_width: int
-    channels: int
     image_size: int
     """Pixels per side of a tile; the learned position embedding is used at this size only."""
-    patch_size: int
     rms_norm: bool
     """RMSNorm in place of LayerNorm (the 6B tower)."""
     norm_eps: float
@@ -71,16 +67,7 @@ class VisionConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        return {
-            "c": self.channels * self.patch_size**2,
-            "E": self.width,
-            "N": self.num_heads,
-            "H": self.width // self.num_heads,
-            "F": self.ffn_width,
-            "g": MERGE**2 * self.width,
-            "m": self.out_width,
-            "D": self.out_width,
-        }
+        return super().sizes | {"g": MERGE**2 * self.width, "m": self.out_width, "D": self.out_width}
 
 
 @dataclass(frozen=True)
@@ -114,7 +101,7 @@ def read_native_config(config: ConfigReader) -> InternVLConfig:
     """Read the sizes from config.json of the native layout; missing fields have the defaults of OpenGVLab's code.
 
     Raises:
-        UserError: a field is missing, or asks for a computation that is not supported.
+        UserError: a field asks for a computation that is not supported, or one without default is missing.
     """
     config.require("select_layer", -1)
     config.require("downsample_ratio", 0.5)
@@ -158,11 +145,7 @@ def read_native_config(config: ConfigReader) -> InternVLConfig:
 
 
 def read_hf_config(config: ConfigReader) -> InternVLConfig:
-    """Read the sizes from config.json of the layout of transformers; missing fields have its defaults.
-
-    Raises:
-        UserError: a field is missing, or asks for a computation that is not supported.
-    """
+    """Read the sizes from config.json of the layout of transformers, with its defaults; UserError as `read_native_config`."""
     config.require("vision_feature_layer", -1)
     config.require("vision_feature_select_strategy", "default")
     config.require("projector_hidden_act", "gelu")
@@ -244,13 +227,9 @@ def _read_vision(
     if image_size % (MERGE * patch_size):
         raise UserError(f"{vision.where}: image_size {image_size} is no multiple of {MERGE} x {patch_size}")
     return VisionConfig(
-        depth=vision.size("num_hidden_layers"),
-        width=vision.size("hidden_size"),
-        num_heads=vision.size("num_attention_heads"),
-        ffn_width=vision.size("intermediate_size"),
-        channels=vision.size("num_channels", default=3),
-        image_size=image_size,
+        **tower_sizes(vision),
         patch_size=patch_size,
+        image_size=image_size,
         rms_norm=rms_norm,
         norm_eps=vision.number("layer_norm_eps", default=1e-6),
         qkv_bias=qkv_bias,
@@ -261,27 +240,15 @@ def _read_vision(
     )
 
 
-def _norm(config: VisionConfig, dtype: DTypeLike) -> RMSNorm | LayerNorm:
-    kind = RMSNorm if config.rms_norm else LayerNorm
-    return kind(config.width, eps=config.norm_eps, dtype=dtype)
-
-
-class VisionLayer(nnx.Module):
-    """Full attention within one tile and a GELU MLP, each after a norm and scaled per channel (LayerScale)."""
+class VisionLayer(TowerLayer):
+    """Full attention within one tile and a GELU MLP, each scaled per channel (LayerScale)."""
 
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        sizes, bias = config.sizes, "NH" if config.qkv_bias else ""
-        self.attention_norm = _norm(config, dtype)
-        self.q_proj = Linear("IJE,ENH->IJNH", sizes, bias=bias, dtype=dtype, rngs=rngs)
-        self.k_proj = Linear("IJE,ENH->IJNH", sizes, bias=bias, dtype=dtype, rngs=rngs)
-        self.v_proj = Linear("IJE,ENH->IJNH", sizes, bias=bias, dtype=dtype, rngs=rngs)
+        norm = partial(RMSNorm if config.rms_norm else LayerNorm, config.width, eps=config.norm_eps, dtype=dtype)
+        super().__init__(config, norm, qkv_bias=config.qkv_bias, dtype=dtype, rngs=rngs)
         qk_norm = [RMSNorm(config.width, eps=config.qk_norm_eps, dtype=dtype) if config.qk_norm else None for _ in range(2)]
         self.q_norm, self.k_norm = qk_norm
-        self.o_proj = Linear("INJH,NHE->IJE", sizes, bias="E", dtype=dtype, rngs=rngs)
         self.attention_scale = nnx.Param(jnp.ones(config.width, dtype))
-        self.mlp_norm = _norm(config, dtype)
-        self.fc1 = Linear("IJE,EF->IJF", sizes, bias="F", dtype=dtype, rngs=rngs)
-        self.fc2 = Linear("IJF,FE->IJE", sizes, bias="E", dtype=dtype, rngs=rngs)
         self.mlp_scale = nnx.Param(jnp.ones(config.width, dtype))
 
     def __call__(self, x: Float[Array, "I J E"]) -> Float[Array, "I J E"]:
@@ -316,13 +283,7 @@ class VisionTower(nnx.Module):
         """States of InternViT for I tiles: the class token, then the patches row by row."""
         x = self.patch_embed(jnp.asarray(patches, self.patch_embed.kernel.dtype))
         first = jnp.broadcast_to(self.class_token[...][None, None], (x.shape[0], 1, x.shape[2]))
-        x = jnp.concatenate([first, x], axis=1) + self.position[...][None]
-        graph, stack = nnx.split(self.layers)
-
-        def body(x: Array, layer: PyTree) -> tuple[Array, None]:
-            return nnx.merge(graph, layer)(x), None
-
-        return jax.lax.scan(body, x, stack)[0]
+        return run_layers(self.layers, jnp.concatenate([first, x], axis=1) + self.position[...][None])
 
     def merge(self, x: Float[Array, "I J_and_class E"]) -> Float[Array, "I Z D"]:
         """Apply the connector: 2 x 2 patches become one visual token; the class token is dropped."""

@@ -68,11 +68,7 @@ class LlavaOnevisionConfig:
 
 
 def read_config(config: ConfigReader) -> LlavaOnevisionConfig:
-    """Read the sizes from config.json.
-
-    Raises:
-        UserError: a field is missing, or asks for a computation that is not supported.
-    """
+    """Read the sizes from config.json; UserError if it asks for a computation that is not supported."""
     text, vision = config.section("text_config"), config.section("vision_config")
     text.require("model_type", "qwen2")
     vision.require("model_type", "siglip_vision_model")

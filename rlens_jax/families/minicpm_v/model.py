@@ -58,11 +58,7 @@ class MiniCPMVConfig:
 
 
 def read_config(config: ConfigReader) -> MiniCPMVConfig:
-    """Read the sizes from config.json.
-
-    Raises:
-        UserError: a field is missing, or asks for a computation that is not supported.
-    """
+    """Read the sizes from config.json; UserError if it asks for a computation that is not supported."""
     version = config.fields.get("version")
     if version not in (VERSION, str(VERSION)):
         raise UserError(f"{config.where}: version = {version!r} is not supported (only {VERSION})")

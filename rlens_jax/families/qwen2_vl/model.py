@@ -6,15 +6,17 @@ ones become one visual token, so padding stays at the end.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.families.hf_files import ConfigReader, read_qwen2_decoder
+from rlens_jax.families.siglip import TowerConfig, TowerLayer, run_layers
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import LayerNorm, Linear, rotate, rotation
 from rlens_jax.ops.attention import masked_attention
@@ -26,32 +28,17 @@ QUERY_BLOCK = 1024
 
 
 @dataclass(frozen=True)
-class VisionConfig:
-    """Sizes of the vision tower; a patch has channels x temporal_patch x patch_size x patch_size numbers."""
+class VisionConfig(TowerConfig):
+    """Sizes of the tower and the merger; a patch has channels x temporal_patch x patch_size x patch_size numbers."""
 
-    depth: int
-    width: int
-    num_heads: int
-    ffn_width: int
-    channels: int
     temporal_patch: int
-    patch_size: int
     merge_size: int
     out_width: int
 
     @property
     def sizes(self) -> dict[str, int]:
-        group = self.merge_size**2 * self.width
-        return {
-            "c": self.channels * self.temporal_patch * self.patch_size**2,
-            "E": self.width,
-            "N": self.num_heads,
-            "H": self.width // self.num_heads,
-            "F": self.ffn_width,
-            "g": group,
-            "m": group,
-            "D": self.out_width,
-        }
+        patch, group = self.channels * self.temporal_patch * self.patch_size**2, self.merge_size**2 * self.width
+        return super().sizes | {"c": patch, "g": group, "m": group, "D": self.out_width}
 
 
 @dataclass(frozen=True)
@@ -65,11 +52,7 @@ class Qwen2VLConfig:
 
 
 def read_config(config: ConfigReader) -> Qwen2VLConfig:
-    """Read the sizes from config.json.
-
-    Raises:
-        UserError: a field is missing, or asks for a computation that is not supported.
-    """
+    """Read the sizes from config.json; UserError if it asks for a computation that is not supported."""
     vision = config.section("vision_config")
     vision.require("hidden_act", "quick_gelu")
     width = vision.size("embed_dim")
@@ -92,19 +75,12 @@ def read_config(config: ConfigReader) -> Qwen2VLConfig:
     )
 
 
-class VisionLayer(nnx.Module):
-    """Full attention within one image and a quick-GELU MLP, each after a norm."""
+class VisionLayer(TowerLayer):
+    """Full attention with 2-D RoPE and a quick-GELU MLP."""
 
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        sizes = config.sizes
-        self.attention_norm = LayerNorm(config.width, eps=VISION_NORM_EPS, dtype=dtype)
-        self.q_proj = Linear("IJE,ENH->IJNH", sizes, bias="NH", dtype=dtype, rngs=rngs)
-        self.k_proj = Linear("IJE,ENH->IJNH", sizes, bias="NH", dtype=dtype, rngs=rngs)
-        self.v_proj = Linear("IJE,ENH->IJNH", sizes, bias="NH", dtype=dtype, rngs=rngs)
-        self.o_proj = Linear("INJH,NHE->IJE", sizes, bias="E", dtype=dtype, rngs=rngs)
-        self.mlp_norm = LayerNorm(config.width, eps=VISION_NORM_EPS, dtype=dtype)
-        self.fc1 = Linear("IJE,EF->IJF", sizes, bias="F", dtype=dtype, rngs=rngs)
-        self.fc2 = Linear("IJF,FE->IJE", sizes, bias="E", dtype=dtype, rngs=rngs)
+        norm = partial(LayerNorm, config.width, eps=VISION_NORM_EPS, dtype=dtype)
+        super().__init__(config, norm, qkv_bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -175,13 +151,8 @@ class VisionTower(nnx.Module):
         angles = jnp.asarray(places, jnp.float32)[..., None] * frequency[None, None, None]
         turn = rotation(angles.reshape(*places.shape[:2], 2 * quarter))
         is_patch = jnp.arange(patches.shape[1])[None] < num_patches[:, None]
-        graph, stack = nnx.split(self.layers)
-
-        def body(x: Array, layer: PyTree) -> tuple[Array, None]:
-            return nnx.merge(graph, layer)(x, turn, is_patch), None
-
         x = self.patch_embed(jnp.asarray(patches, self.patch_embed.kernel.dtype))
-        return jax.lax.scan(body, x, stack)[0]
+        return run_layers(self.layers, x, turn, is_patch)
 
     def merge(self, x: Float[Array, "I J E"]) -> Float[Array, "I Z D"]:
         """Apply the connector: merge_size ** 2 consecutive patches become one visual token."""
