@@ -25,8 +25,8 @@ class LayerSizes:
 
 
 @dataclass(frozen=True)
-class PublishedDecoder:
-    """Sizes of a published model's decoder: L, D, N, K, H and F, and whether the projections to q, k and v have a bias."""
+class DecoderSizes:
+    """Sizes of a decoder's layers: L, D, N, K, H and F, and whether the projections to q, k and v have a bias."""
 
     num_layers: int
     width: int
@@ -42,14 +42,14 @@ class PublishedDecoder:
         return LayerSizes(self.width, self.num_kv_heads * self.head_dim, self.ffn_width)
 
 
-_QWEN2_7B = PublishedDecoder(28, 3584, 28, 4, 128, 18944, qkv_bias=True)
-PUBLISHED_DECODERS: Mapping[str, PublishedDecoder] = {
-    "internvl2-8b": PublishedDecoder(32, 4096, 32, 8, 128, 14336, qkv_bias=False),
+_QWEN2_7B = DecoderSizes(28, 3584, 28, 4, 128, 18944, qkv_bias=True)
+PUBLISHED_DECODERS: Mapping[str, DecoderSizes] = {
+    "internvl2-8b": DecoderSizes(32, 4096, 32, 8, 128, 14336, qkv_bias=False),
     "qwen2-vl-7b": _QWEN2_7B,
     "minicpm-v-2.6": _QWEN2_7B,
     "llava-onevision-7b": _QWEN2_7B,
-    "qwen2-vl-2b": PublishedDecoder(28, 1536, 12, 2, 128, 8960, qkv_bias=True),
-    "llava-onevision-0.5b": PublishedDecoder(24, 896, 14, 2, 64, 4864, qkv_bias=True),
+    "qwen2-vl-2b": DecoderSizes(28, 1536, 12, 2, 128, 8960, qkv_bias=True),
+    "llava-onevision-0.5b": DecoderSizes(24, 896, 14, 2, 64, 4864, qkv_bias=True),
 }
 """The paper's models, and two small ones of the same families."""
 

@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.pytrees import pytree
 
@@ -22,6 +22,14 @@ PADDING_POSITION = 2**30
 
 Window = Literal["ordinal", "position"]
 """How the distance between visual tokens is counted: in visual tokens (our reading of the paper), or in all tokens."""
+
+Range = int | None
+"""R of Hollow Attention, or None for dense attention."""
+
+Queries = Float[Array, "B N T H"]
+"""Packed queries, or outputs of attention."""
+KV = Float[Array, "B K T H"]
+"""Packed keys, or values."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ class TokenLayout:
         return self.num_text + self.num_visual
 
 
-def visible(query: Slots, key: Slots, attention_range: int | None, window: Window = "ordinal") -> Bool[Array, "B T S"]:
+def visible(query: Slots, key: Slots, attention_range: Range, window: Window = "ordinal") -> Bool[Array, "B T S"]:
     """Which keys each query sees (paper, Hollow Attention).
 
     Text `t`, visual `v`, R = 2, sequence `t v v v t v t`:
@@ -101,12 +109,6 @@ def visible(query: Slots, key: Slots, attention_range: int | None, window: Windo
         t   1 1 1 1 1 0 0
         v   1 0 0 1 1 1 0
         t   1 1 1 1 1 1 1
-
-    Args:
-        query: slots of the queries.
-        key: slots of the keys.
-        attention_range: R, or None for causal attention.
-        window: how distance is counted.
     """
     later = query.position[:, :, None] - key.position[:, None, :]
     causal = later >= 0
@@ -120,10 +122,7 @@ def visible(query: Slots, key: Slots, attention_range: int | None, window: Windo
 def keep_visual(layout: TokenLayout, ordinals: Int[Array, "B kept"], num_kept: Int[Array, " B"]) -> TokenLayout:
     """The layout after visual tokens were pruned: ordinals and positions count the remaining tokens again from 0.
 
-    Args:
-        layout: the layout before.
-        ordinals: the survivors of each sample, ascending; entries from `num_kept` on are ignored.
-        num_kept: number of survivors per sample.
+    `ordinals` are those of the survivors, ascending per sample; entries from `num_kept` on are ignored.
     """
     slot = jax.lax.broadcasted_iota(jnp.int32, ordinals.shape, 1)
     survives = slot < jnp.asarray(num_kept)[:, None]
@@ -141,10 +140,7 @@ def keep_visual(layout: TokenLayout, ordinals: Int[Array, "B kept"], num_kept: I
 def pack_layout(is_visual: Sequence[np.ndarray], bucket: Bucket, samples: Sequence[int]) -> TokenLayout:
     """The layout of a batch, as NumPy arrays.
 
-    Args:
-        is_visual: bool [T_i] per sample, True for the connector's tokens.
-        bucket: the static shape.
-        samples: number of each sample in the run.
+    `is_visual` is bool [T_i] per sample; `samples` are the numbers of the samples in the run.
 
     Raises:
         ValueError: a sample has more tokens than its bucket has slots.

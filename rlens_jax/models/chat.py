@@ -36,8 +36,8 @@ class Chat:
         Raises:
             UserError: the tokenizer merges the first letters of the answer with the end of the prompt.
         """
-        messages = [{"role": "user", "content": content}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        turn = {"role": "user", "content": content}
+        text = self.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         prompt = self.ids(text)
         ids = prompt if answer is None else self.ids(text + answer + self.tokenizer.eos_token)
         if ids[: len(prompt)] != prompt:
@@ -59,10 +59,7 @@ class Chat:
 
 
 class PlaceholderChat(Chat):
-    """A chat whose template writes one placeholder token per image.
-
-    Each placeholder is repeated until there is one per visual token of the image.
-    """
+    """A chat whose template writes one placeholder token per image; it is repeated, once per visual token of the image."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token: int):
         super().__init__(tokenizer)

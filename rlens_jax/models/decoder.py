@@ -21,8 +21,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from rlens_jax.flops import LayerSizes
-from rlens_jax.layout import PADDING_POSITION, Slots, TokenLayout, visible
+from rlens_jax.flops import DecoderSizes
+from rlens_jax.layout import KV, PADDING_POSITION, Queries, Slots, TokenLayout, visible
 from rlens_jax.models.layers import Linear, RMSNorm, Rotary, UnitRows, embed_tokens, hide_padding, rope_angles, rotate, rotation
 from rlens_jax.ops.attention import Kernel, attend, masked_attention
 from rlens_jax.ops.ffn import FfnWeights, Kept, Units, dense_ffn, dynamic_ffn
@@ -33,20 +33,23 @@ from rlens_jax.sharding.mesh import FfnForm
 from rlens_jax.sharding.model_axis import num_shards, shard_index, sum_over_shards
 
 Out = TypeVar("Out")
-Flags = Callable[[Array], tuple[bool | Array, bool | Array]]
-"""Whether the layer of a number is hollow and whether it is dynamic: static, or data."""
+States = Float[Array, "B T D"]
+Layer = Int[Array, ""]
+"""The number of a layer."""
+LayerCache = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
+"""Keys and values of one layer of a `KVCache`."""
+Imposed = Int[Array, "B U"] | None
+"""Units that replace those that the probes choose."""
+Flag = bool | Bool[Array, ""]
+"""Whether a layer uses a reduction: static, or data."""
+Flags = Callable[[Layer], tuple[Flag, Flag]]
+"""Whether the layer of a number is hollow and whether it is dynamic."""
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(DecoderSizes):
     """Sizes and constants of a decoder, all read from a checkpoint's config.json."""
 
-    num_layers: int
-    width: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_width: int
     vocabulary: int
     context: int
     """Max sequence length in tokens for which the model was made."""
@@ -54,25 +57,13 @@ class DecoderConfig:
     rope_theta: float
     rope_sections: tuple[int, ...]
     """Rotary frequencies per position axis; one section of H / 2 is plain RoPE."""
-    qkv_bias: bool
     tied_head: bool
 
     @property
     def sizes(self) -> dict[str, int]:
         """Sizes by axis letter."""
-        return {
-            "D": self.width,
-            "N": self.num_heads,
-            "K": self.num_kv_heads,
-            "H": self.head_dim,
-            "F": self.ffn_width,
-            "V": self.vocabulary,
-        }
-
-    @property
-    def layer_sizes(self) -> LayerSizes:
-        """The widths that determine a layer's cost."""
-        return LayerSizes(self.width, self.num_kv_heads * self.head_dim, self.ffn_width)
+        layer = {"D": self.width, "N": self.num_heads, "K": self.num_kv_heads, "H": self.head_dim, "F": self.ffn_width}
+        return layer | {"V": self.vocabulary}
 
 
 @pytree
@@ -95,8 +86,7 @@ class Context:
     """What computes the attention."""
     chunk: int | None = field(default=None, metadata={"static": True})
     """Max tokens per sample in an FFN at a time, for long prompts; None is all. Attention then runs in chunks too. Chunks are
-    processed *within* each layer, because a reduced layer looks at all visual tokens.
-    """
+    processed *within* each layer, because a reduced layer looks at all visual tokens."""
     halved: HalvedStack | None = None
     """The FFN units of all layers, if they are stored as half rows."""
 
@@ -132,9 +122,7 @@ class Attention(nnx.Module):
         self.v_proj = Linear("BTD,DKH->BTKH", sizes, bias="KH" if bias else "", dtype=dtype, rngs=rngs)
         self.o_proj = Linear("BNTH,NHD->BTD", sizes, dtype=dtype, rngs=rngs)
 
-    def project(
-        self, x: Float[Array, "B T D"], rotary: Rotary
-    ) -> tuple[Float[Array, "B N T H"], Float[Array, "B K T H"], Float[Array, "B K T H"]]:
+    def project(self, x: States, rotary: Rotary) -> tuple[Queries, KV, KV]:
         """Rotated queries and keys, and values. Heads come before tokens; a CPU multiplies this order faster."""
         q, k, v = self.q_proj(x), self._local_heads(self.k_proj(x)), self._local_heads(self.v_proj(x))
         q, k = rotate(q, rotary), rotate(k, rotary)
@@ -169,7 +157,7 @@ class FFN(nnx.Module):
         """The matrices [F, D] of a single layer."""
         return FfnWeights(*(kernel.reshape(kernel.shape[0], -1) for kernel in self.kernels))
 
-    def units(self, halved: HalvedStack | None, layer: Int[Array, ""]) -> Units:
+    def units(self, halved: HalvedStack | None, layer: Layer) -> Units:
         """The units of layer number `layer`: this module's weights, or the layer's place in the stack of half rows."""
         return self.weights if halved is None else HalvedUnits(halved, layer)
 
@@ -184,23 +172,15 @@ class DecoderLayer(nnx.Module):
         self.ffn = FFN(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        context: Context,
-        reduction: Reduction,
-        hollow: bool | Bool[Array, ""],
-        dynamic: bool | Bool[Array, ""],
-        layer: Int[Array, ""],
-    ) -> tuple[Float[Array, "B T D"], LayerRecord]:
+        self, x: States, context: Context, reduction: Reduction, hollow: Flag, dynamic: Flag, layer: Layer
+    ) -> tuple[States, LayerRecord]:
         """Layer number `layer` of a prefill; `hollow` and `dynamic` say which reductions it uses."""
         x, k, v = self.attend(x, context, reduction, hollow)
         x, kept = self.feed(x, context, reduction, dynamic, layer)
         return x, LayerRecord(k, v, kept)
 
     @jax.named_scope("attention")
-    def attend(
-        self, x: Float[Array, "B T D"], context: Context, reduction: Reduction, hollow: bool | Bool[Array, ""]
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B K T H"], Float[Array, "B K T H"]]:
+    def attend(self, x: States, context: Context, reduction: Reduction, hollow: Flag) -> tuple[States, KV, KV]:
         """The first half: states with attention added, keys and values."""
         q, k, v = self.attention.project(self.input_norm(x), context.rotary)
         compute = partial(attend, q, k, v, context.layout, kernel=context.kernel, chunked=context.chunk is not None)
@@ -211,15 +191,9 @@ class DecoderLayer(nnx.Module):
 
     @jax.named_scope("ffn")
     def feed(
-        self,
-        x: Float[Array, "B T D"],
-        context: Context,
-        reduction: Reduction,
-        dynamic: bool | Bool[Array, ""],
-        layer: Int[Array, ""],
-        imposed: Int[Array, "B U"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Kept]:
-        """The second half: states with the FFN added, and what the probes chose, even if other units are `imposed`."""
+        self, x: States, context: Context, reduction: Reduction, dynamic: Flag, layer: Layer, imposed: Imposed = None
+    ) -> tuple[States, Kept]:
+        """The second half: states with the FFN added, and what the probes chose, also if other units are `imposed`."""
         chunk, batch = context.chunk, x.shape[0]
         y, units = self.ffn_norm(x), self.ffn.units(context.halved, layer)
         key = jax.random.fold_in(context.random_key, layer)
@@ -233,27 +207,19 @@ class DecoderLayer(nnx.Module):
         return x + sum_over_shards(y), kept
 
     def decode(
-        self,
-        x: Float[Array, "B 1 D"],
-        rotary: Rotary,
-        k_cache: Float[Array, "B K S H"],
-        v_cache: Float[Array, "B K S H"],
-        mask: Bool[Array, "B 1 S"],
-        slot: Int[Array, ""],
-        units: Units,
-    ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+        self, x: States, rotary: Rotary, cache: LayerCache, mask: Bool[Array, "B 1 S"], slot: Int[Array, ""], units: Units
+    ) -> tuple[States, LayerCache]:
         """One new token per sample through the plain layer (paper: decoding is never reduced)."""
         with jax.named_scope("attention"):
             q, k, v = self.attention.project(self.input_norm(x), rotary)
-            k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k, slot, axis=2)
-            v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v, slot, axis=2)
-            x = x + sum_over_shards(self.attention.o_proj(masked_attention(q, k_cache, v_cache, mask)))
+            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=2) for old, new in zip(cache, (k, v), strict=True))
+            x = x + sum_over_shards(self.attention.o_proj(masked_attention(q, k, v, mask)))
         with jax.named_scope("ffn"):
             x = x + sum_over_shards(dense_ffn(self.ffn_norm(x), units))
-        return x, k_cache, v_cache
+        return x, (k, v)
 
 
-def branch(flag: bool | Bool[Array, ""], on_true: Callable[[], Out], on_false: Callable[[], Out]) -> Out:
+def branch(flag: Flag, on_true: Callable[[], Out], on_false: Callable[[], Out]) -> Out:
     """`lax.cond` for a traced flag; for a static one, only the chosen branch is compiled."""
     if isinstance(flag, bool):
         return on_true() if flag else on_false()
@@ -273,7 +239,7 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
         self.head = None if config.tied_head else nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale, axes="VD")
 
-    def embed(self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[Array, "B P D"]) -> Float[Array, "B T D"]:
+    def embed(self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[Array, "B P D"]) -> States:
         """Packed states: embeddings of the text tokens, then the connector's outputs."""
         text = embed_tokens(self.embedding[...], jnp.asarray(text_ids))
         return jnp.concatenate([text, visual.astype(text.dtype)], axis=1)
@@ -289,55 +255,38 @@ class Decoder(nnx.Module):
         """What all layers of a prefill share; `rope_positions` are packed like the states."""
         return Context(layout, self._rotary(rope_positions), random_key, kernel, chunk, self._halved())
 
-    def layer(self, number: int) -> DecoderLayer:
+    def layer(self, number: int | Layer) -> DecoderLayer:
         """A single layer."""
-        graph, stack = nnx.split(self.layers)
-        return nnx.merge(graph, jax.tree.map(lambda p: p[number], stack))
+        return nnx.merge(*layer_at(nnx.split(self.layers), number))
 
-    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def logits(self, x: States) -> Float[Array, "B T V"]:
         """Final norm and head, in float32; on a mesh, the logits of this shard's part of the vocabulary."""
         head = self.embedding if self.head is None else self.head
         logits = jnp.einsum("BTD,VD->BTV", self.norm(x), head[...], preferred_element_type=jnp.float32)
         return hide_padding(logits, self.config.vocabulary)
 
     def prefill(
-        self,
-        x: Float[Array, "B T D"],
-        context: Context,
-        plan: Plan | TracedPlan,
-        reduction: Reduction,
-        layers: range | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerRecord]:
+        self, x: States, context: Context, plan: Plan | TracedPlan, reduction: Reduction, layers: range | None = None
+    ) -> tuple[States, LayerRecord]:
         """All layers, or the consecutive `layers`: the last states, and the stacked records of these layers."""
-        graph, stack = nnx.split(self.layers)
-        num_layers = self.config.num_layers
-        records = []
+        num_layers, records = self.config.num_layers, []
         for run, flags in _runs(plan, range(num_layers) if layers is None else layers, num_layers):
 
             def body(x: Array, layer: Array, flags: Flags = flags) -> tuple[Array, LayerRecord]:
-                module = nnx.merge(graph, layer_at(stack, layer))
-                return module(x, context, reduction, *flags(layer), layer)
+                return self.layer(layer)(x, context, reduction, *flags(layer), layer)
 
             x, record = jax.lax.scan(body, x, jnp.arange(run.start, run.stop, dtype=jnp.int32))
             records.append(record)
         return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *records)
 
     def run_layers(
-        self,
-        x: Float[Array, "B T D"],
-        context: Context,
-        plan: TracedPlan,
-        reduction: Reduction,
-        start: Int[Array, ""],
-        stop: Int[Array, ""],
-    ) -> tuple[Float[Array, "B T D"], Bool[Array, " B"]]:
+        self, x: States, context: Context, plan: TracedPlan, reduction: Reduction, start: Layer, stop: Layer
+    ) -> tuple[States, Bool[Array, " B"]]:
         """Layers `start` .. `stop` - 1 under a traced plan: the states, and whether all probe scores were finite."""
-        graph, stack = nnx.split(self.layers)
 
         def body(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             x, scored = carry
-            module = nnx.merge(graph, layer_at(stack, layer))
-            x, record = module(x, context, reduction, plan.hollow[layer], plan.dynamic[layer], layer)
+            x, record = self.layer(layer)(x, context, reduction, plan.hollow[layer], plan.dynamic[layer], layer)
             return x, scored & record.kept.scored
 
         return jax.lax.fori_loop(start, stop, body, (x, jnp.ones(x.shape[0], bool)))
@@ -356,14 +305,10 @@ class Decoder(nnx.Module):
         rope_position: Int[Array, "B axes"],
         room: Int[Array, ""],
     ) -> tuple[Float[Array, "B V"], tuple[KVCache, ...]]:
-        """One decoding step: logits of the next token, and the caches with this one.
+        """One decoding step: logits of the next token, and the caches with the newest one, which is at `position`.
 
-        Args:
-            token_ids: the newest token of each sample.
-            caches: keys and values of all earlier tokens, in one cache per group of layers that hold the same tokens.
-            position: sequence positions of the newest tokens, later than all others.
-            rope_position: their rotary positions.
-            room: number of free slots at the end of each cache; the token goes into the first of them.
+        There is one cache per group of layers that hold the same tokens. The last `room` slots of each are free, and the newest
+        token goes into the first of them.
         """
         rotary = self._rotary(rope_position[:, :, None])
         x = embed_tokens(self.embedding[...], token_ids)[:, None]
@@ -375,28 +320,20 @@ class Decoder(nnx.Module):
         return self.logits(x)[:, 0], tuple(advanced)
 
     def _decode_layers(
-        self,
-        x: Float[Array, "B 1 D"],
-        first: int,
-        cache: KVCache,
-        rotary: Rotary,
-        position: Int[Array, " B"],
-        slot: Int[Array, ""],
-    ) -> tuple[Float[Array, "B 1 D"], KVCache]:
+        self, x: States, first: int, cache: KVCache, rotary: Rotary, position: Int[Array, " B"], slot: Int[Array, ""]
+    ) -> tuple[States, KVCache]:
         """The layers of one cache, which begin with number `first`."""
-        graph, stack = nnx.split(self.layers)
         positions = jax.lax.dynamic_update_slice_in_dim(cache.position, position[:, None], slot, axis=1)
         query, key = (Slots(p, jnp.full_like(p, -1)) for p in (position[:, None], positions))
         mask, halved = visible(query, key, None), self._halved()
 
-        def body(x: Array, layer: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-            number, k, v = layer
-            module = nnx.merge(graph, layer_at(stack, number))
-            x, k, v = module.decode(x, rotary, k, v, mask, slot, module.ffn.units(halved, number))
-            return x, (k, v)
+        def body(x: Array, layer: tuple[Array, LayerCache]) -> tuple[Array, LayerCache]:
+            number, layer_cache = layer
+            module = self.layer(number)
+            return module.decode(x, rotary, layer_cache, mask, slot, module.ffn.units(halved, number))
 
         numbers = jnp.arange(first, first + cache.k.shape[0])
-        x, (k, v) = jax.lax.scan(body, x, (numbers, cache.k, cache.v))
+        x, (k, v) = jax.lax.scan(body, x, (numbers, (cache.k, cache.v)))
         return x, KVCache(k, v, positions)
 
     def _rotary(self, rope_positions: Int[Array | np.ndarray, "B axes T"]) -> Rotary:
@@ -423,6 +360,6 @@ def _runs(plan: Plan | TracedPlan, layers: range, num_layers: int) -> list[tuple
     return [(run, flags) for run, flags in clipped if run] or [(layers, static(False, False))]
 
 
-def layer_at(stack: PyTree, layer: Int[Array, ""]) -> PyTree:
+def layer_at(stack: PyTree, layer: int | Layer) -> PyTree:
     """One layer's parameters out of the stack."""
     return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, layer, keepdims=False), stack)

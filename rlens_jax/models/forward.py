@@ -18,16 +18,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from rlens_jax.layout import Bucket, unpack_rows
-from rlens_jax.models.decoder import Context, Decoder, DecoderConfig, layer_at
+from rlens_jax.models.decoder import Context, Decoder, DecoderConfig, Imposed, Layer, States, layer_at
 from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate
 from rlens_jax.ops.ffn import Kept
 from rlens_jax.plan import Operator, Plan, Reduction
 
-Layer = Int[Array, ""]
 Stack: TypeAlias = PyTree
 """All decoder layers as `nnx.split` returns them: their module graph, and their parameters with a leading axis L."""
-States = Float[Array, "B T D"]
-Imposed = Int[Array, "B U"] | None
 Observer = Callable[[int, Operator, States, Kept | None], None]
 """Called as `observe(layer, operator, states, kept)` after each half of a layer; `kept` is what the probes of an FFN chose."""
 DEFAULT = Reduction()

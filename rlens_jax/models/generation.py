@@ -49,8 +49,7 @@ def decode(
 
     The loop ends when all samples have stopped.
     """
-    batch_size = first.shape[0]
-    axes = batch.rope_positions.shape[1]
+    batch_size, axes, _ = batch.rope_positions.shape
     tokens = jnp.full((batch_size, new_tokens), stop_token, jnp.int32).at[:, 0].set(first)
 
     def running(carry: Any) -> Array:

@@ -7,6 +7,7 @@ Each shard of the mesh's `model` axis holds V consecutive rows of the vocabulary
 logits of padding are `MASKED`. No shard ever holds all logits of a batch.
 """
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.ops.attention import MASKED
 from rlens_jax.sharding.model_axis import max_over_shards, num_shards, shard_index, stack_shards, sum_over_shards
@@ -41,10 +42,7 @@ class Linear(nnx.Module):
         self, spec: str, sizes: Sizes, *, bias: str = "", kind: type[nnx.Param] = nnx.Param, dtype: DTypeLike, rngs: nnx.Rngs
     ):
         inputs, axes = spec.split("->", maxsplit=1)[0].split(",")
-        contracted = [axis for axis in axes if axis in inputs]
-        fan_in = 1
-        for axis in contracted:
-            fan_in *= sizes[axis]
+        fan_in = math.prod(sizes[axis] for axis in axes if axis in inputs)
         shape = tuple(sizes[axis] for axis in axes)
         self.spec = spec
         self.kernel = kind(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype), axes=axes)
@@ -113,10 +111,8 @@ def embed_tokens(table: Float[Array, "V D"], ids: Int[Array, "*B"]) -> Float[Arr
     """Embeddings of `ids`, which count the whole vocabulary; each comes from the shard that holds it."""
     if num_shards() == 1:
         return table[ids]
-    place = ids - shard_index() * table.shape[0]
-    held = (place >= 0) & (place < table.shape[0])
-    rows = table[jnp.where(held, place, 0)]
-    return sum_over_shards(jnp.where(held[..., None], rows, jnp.zeros_like(rows)))
+    row, held = _local_rows(ids, table.shape[0])
+    return sum_over_shards(jnp.where(held[..., None], table[row], jnp.zeros((), table.dtype)))
 
 
 def hide_padding(logits: Float[Array, "*B V"], vocabulary: int) -> Float[Array, "*B V"]:
@@ -144,8 +140,14 @@ def log_probability(logits: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Floa
     """log softmax(logits) at `ids`, in float32."""
     highest = max_over_shards(logits.max(axis=-1))
     total = sum_over_shards(jnp.exp(logits - highest[..., None]).sum(axis=-1))
-    place = ids - shard_index() * logits.shape[-1]
-    held = (place >= 0) & (place < logits.shape[-1])
-    chosen = jnp.take_along_axis(logits, jnp.where(held, place, 0)[..., None], axis=-1)[..., 0]
+    row, held = _local_rows(ids, logits.shape[-1])
+    chosen = jnp.take_along_axis(logits, row[..., None], axis=-1)[..., 0]
     chosen = sum_over_shards(jnp.where(held, chosen, jnp.float32(0)))
     return chosen - highest - jnp.log(total)
+
+
+def _local_rows(ids: Int[Array, "*B"], num_rows: int) -> tuple[Int[Array, "*B"], Bool[Array, "*B"]]:
+    """Rows of `ids` among the `num_rows` of this shard, and whether it holds them; row 0 for those that it does not hold."""
+    row = ids - shard_index() * num_rows
+    held = (row >= 0) & (row < num_rows)
+    return jnp.where(held, row, 0), held

@@ -112,14 +112,7 @@ class PromptBatch:
 
 
 def collate(prompts: Sequence[Prompt], samples: Sequence[int], bucket: Bucket, answer_slots: int) -> PromptBatch:
-    """Batch prompts that all fit the bucket and the answer slots.
-
-    Args:
-        prompts: the rows of the batch.
-        samples: number of the sample of each row.
-        bucket: static numbers of text and visual slots.
-        answer_slots: static number of answer tokens.
-    """
+    """Batch prompts that all fit the bucket and the answer slots; `samples` are the numbers of their samples in the run."""
     layout = pack_layout([prompt.is_visual for prompt in prompts], bucket, samples)
     slots = np.zeros((len(prompts), answer_slots), np.int32)
     targets = np.full((len(prompts), answer_slots), IGNORE, np.int32)

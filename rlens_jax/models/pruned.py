@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.layout import Slots, TokenLayout, keep_visual, visible
-from rlens_jax.models.decoder import Context, Decoder, LayerRecord, TracedPlan
+from rlens_jax.models.decoder import Context, Decoder, LayerRecord, States, TracedPlan
 from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.ops.attention import Kernel
 from rlens_jax.ops.token_pruning import attention_received, merge_similar, most_attended, num_survivors
@@ -32,7 +32,7 @@ class Part(NamedTuple):
 class PromptStates(NamedTuple):
     """The result of a prefill."""
 
-    x: Float[Array, "B T D"]
+    x: States
     """The last states, packed by the last part's layout; text slots are those of the batch."""
     parts: tuple[Part, ...]
     scored: Bool[Array, " B"]
@@ -74,7 +74,7 @@ def run_prompt(
 
 def _prefill_pruned(
     decoder: Decoder,
-    x: Float[Array, "B T D"],
+    x: States,
     context: Context,
     plan: Plan | TracedPlan,
     reduction: Reduction,
@@ -83,20 +83,17 @@ def _prefill_pruned(
 ) -> PromptStates:
     """All layers; visual tokens are dropped after `pruning.layer` layers. FastV's query is in text slot `query_slot`."""
     layout = context.layout
+    num_kept = num_survivors(layout, pruning)
     if isinstance(pruning, FastV):
         x, early, received = _scored_layers(decoder, x, context, plan, reduction, pruning.layer, query_slot)
-        capacity = pruning.kept(layout.bucket.visual)
-        num_kept = num_survivors(layout, pruning)
-        ordinals = most_attended(received[:, layout.bucket.text :], layout, num_kept, capacity)
+        ordinals = most_attended(received[:, layout.bucket.text :], layout, num_kept, pruning.kept(layout.bucket.visual))
         scored = jnp.isfinite(received).all(axis=1)
     else:
         x, early = decoder.prefill(x, context, plan, reduction, range(pruning.layer))
-        ordinals = jnp.zeros((x.shape[0], 0), jnp.int32)
-        scored = jnp.ones(x.shape[0], bool)
+        ordinals, scored = jnp.zeros((x.shape[0], 0), jnp.int32), jnp.ones(x.shape[0], bool)
     slots = _slots(layout, ordinals)
-    x = _take(x, slots)
-    cos, sin = (_take(part, slots) for part in context.rotary)
-    survivors = keep_visual(layout, ordinals, num_survivors(layout, pruning))
+    x, cos, sin = (_take(part, slots) for part in (x, *context.rotary))
+    survivors = keep_visual(layout, ordinals, num_kept)
     context = replace(context, layout=survivors, rotary=(cos, sin))
     # Both reductions are the identity without visual tokens.
     rest = plan if survivors.bucket.visual else Plan()
@@ -107,13 +104,13 @@ def _prefill_pruned(
 
 def _scored_layers(
     decoder: Decoder,
-    x: Float[Array, "B T D"],
+    x: States,
     context: Context,
     plan: Plan | TracedPlan,
     reduction: Reduction,
     num_layers: int,
     query_slot: Int[Array, " B"],
-) -> tuple[Float[Array, "B T D"], LayerRecord, Float[Array, "B T"]]:
+) -> tuple[States, LayerRecord, Float[Array, "B T"]]:
     """The first layers: states, records, and the attention that all tokens receive from one text token in the last of them.
 
     Text sees all earlier tokens, in a hollow layer too. The layer computes this row of weights inside its kernel, so the row is
@@ -123,10 +120,9 @@ def _scored_layers(
     if last:
         x, record = decoder.prefill(x, context, plan, reduction, range(last))
         records.append(record)
-    row = query_slot[:, None]
-    cos, sin = (_take(part, row) for part in context.rotary)
-    module = decoder.layer(last)
-    q, _, _ = module.attention.project(module.input_norm(_take(x, row)), (cos, sin))
+    row, module = query_slot[:, None], decoder.layer(last)
+    x_query, cos, sin = (_take(part, row) for part in (x, *context.rotary))
+    q, _, _ = module.attention.project(module.input_norm(x_query), (cos, sin))
     x, record = decoder.prefill(x, context, plan, reduction, range(last, num_layers))
     records.append(record)
     key = context.layout.slots

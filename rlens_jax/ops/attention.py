@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from rlens_jax.layout import Slots, TokenLayout, Window, visible
+from rlens_jax.layout import KV, Queries, Range, Slots, TokenLayout, Window, visible
 from rlens_jax.ops.attention_tpu import splash_attention
 
 Kernel = Literal["packed", "splash"]
@@ -35,16 +35,16 @@ MAX_BLOCKS = 64
 
 
 def attend(
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K T H"],
-    v: Float[Array, "B K T H"],
+    q: Queries,
+    k: KV,
+    v: KV,
     layout: TokenLayout,
-    attention_range: int | None,
+    attention_range: Range,
     window: Window = "ordinal",
     *,
     kernel: Kernel,
     chunked: bool = False,
-) -> Float[Array, "B N T H"]:
+) -> Queries:
     """Dense (`attention_range` None) or Hollow Attention of a packed batch.
 
     The result is the same for each kernel. `splash` runs on a TPU (in tests under `pltpu.force_tpu_interpret_mode`) and has no
@@ -60,15 +60,12 @@ def masked_attention(
     q: Float[Array, "B N T H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Bool[Array, "B T S"]
 ) -> Float[Array, "B N T H"]:
     """Softmax attention in float32 with grouped kv heads, which are not repeated. Scores are scaled by H ** -0.5."""
-    batch, num_heads, length, head_dim = q.shape
-    kv_heads = k.shape[1]
     # Scaling the queries takes H multiplications per query; scaling the scores would take one per pair.
-    scaled = q * jnp.asarray(head_dim**-0.5, q.dtype)
-    grouped = scaled.reshape(batch, kv_heads, num_heads // kv_heads, length, head_dim)
+    scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    grouped = scaled.reshape(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], *q.shape[2:])
     scores = jnp.einsum("BKGTH,BKSH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
     # Added, not selected: the gradient of a select costs another pass over the scores.
-    hidden = jnp.where(mask, jnp.float32(0), jnp.float32(MASKED))[:, None, None]
-    scores = scores + hidden
+    scores = scores + jnp.where(mask, jnp.float32(0), jnp.float32(MASKED))[:, None, None]
     # Normalised after the values: one pass less over the scores than softmax, forwards and backwards.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)
@@ -77,26 +74,15 @@ def masked_attention(
 
 
 def reference_attention(
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K T H"],
-    v: Float[Array, "B K T H"],
-    layout: TokenLayout,
-    attention_range: int | None,
-    window: Window = "ordinal",
-) -> Float[Array, "B N T H"]:
+    q: Queries, k: KV, v: KV, layout: TokenLayout, attention_range: Range, window: Window = "ordinal"
+) -> Queries:
     """Dense or simulated Hollow Attention of a packed batch."""
     return masked_attention(q, k, v, visible(layout.slots, layout.slots, attention_range, window))
 
 
 def packed_attention(
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K T H"],
-    v: Float[Array, "B K T H"],
-    layout: TokenLayout,
-    attention_range: int | None,
-    window: Window = "ordinal",
-    block: int | None = None,
-) -> Float[Array, "B N T H"]:
+    q: Queries, k: KV, v: KV, layout: TokenLayout, attention_range: Range, window: Window = "ordinal", block: int | None = None
+) -> Queries:
     """Dense or Hollow Attention, each block of visual queries compiled separately.
 
     A visual query of slot i sees no visual slots outside (i - R, i]. This holds for the position window too, whose distances
@@ -111,8 +97,7 @@ def packed_attention(
         query = Slots(slots.position[:, start:stop], slots.ordinal[:, start:stop])
 
         def keys(x: Array, axis: int) -> Array:
-            parts = [jax.lax.slice_in_dim(x, a, b, axis=axis) for a, b in key_spans]
-            return jnp.concatenate(parts, axis=axis)
+            return jnp.concatenate([jax.lax.slice_in_dim(x, *span, axis=axis) for span in key_spans], axis=axis)
 
         key = Slots(keys(slots.position, 1), keys(slots.ordinal, 1))
         mask = visible(query, key, attention_range, window)
@@ -127,14 +112,8 @@ def packed_attention(
 
 
 def chunked_attention(
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K T H"],
-    v: Float[Array, "B K T H"],
-    layout: TokenLayout,
-    attention_range: int | None,
-    window: Window = "ordinal",
-    block: int = DENSE_BLOCK,
-) -> Float[Array, "B N T H"]:
+    q: Queries, k: KV, v: KV, layout: TokenLayout, attention_range: Range, window: Window = "ordinal", block: int = DENSE_BLOCK
+) -> Queries:
     """Dense or Hollow Attention for long prompts: only the scores of one block of queries are in memory at a time.
 
     A compiler may compute the blocks of `packed_attention` side by side, and then all scores of dense attention are in memory.

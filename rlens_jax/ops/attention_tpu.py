@@ -28,14 +28,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel,
-    splash_attention_mask,
-    splash_attention_mask_info,
-)
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array, Float, Int
 
-from rlens_jax.layout import Bucket, TokenLayout, Window
+from rlens_jax.layout import KV, Bucket, Queries, Range, TokenLayout, Window
 
 LANES = 128
 """Vector lanes of a TPU. The number of slots in a block is a multiple of it."""
@@ -48,28 +46,22 @@ ranges and dense attention use the larger blocks."""
 
 
 def splash_attention(
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K T H"],
-    v: Float[Array, "B K T H"],
+    q: Queries,
+    k: KV,
+    v: KV,
     layout: TokenLayout,
-    attention_range: int | None,
+    attention_range: Range,
     window: Window = "ordinal",
     block: int | None = None,
     interpret: bool = False,
-) -> Float[Array, "B N T H"]:
-    """Dense (`attention_range` None) or Hollow Attention of a packed batch; same result as `reference_attention`.
+) -> Queries:
+    """Dense or Hollow Attention of a packed batch in float32 or bfloat16; same result as `reference_attention`.
 
     Samples run one after another, and so do the kv heads of a sample, each with the G query heads that share it. Temporaries
     are therefore those of one group. All arrays are local: inside a `shard_map`, N and K are the heads of one shard. Use
     `check_vma=False` there, because the kernel does not declare over which axes its outputs vary.
 
     Args:
-        q: rotated queries, float32 or bfloat16; scores are scaled by H ** -0.5.
-        k: rotated keys.
-        v: values.
-        layout: the packing.
-        attention_range: R, or None for dense attention.
-        window: whether distance is counted in visual ordinals or in positions. Both are exact.
         block: max slots per block, a multiple of 128; chosen by the range by default.
         interpret: run the kernel in Pallas' interpreter, on any platform.
 
@@ -89,7 +81,13 @@ def splash_attention(
         q, k, v, text_order, visual_order = sample
 
         def attend_group(heads: tuple[Array, Array, Array]) -> Float[Array, "G T H"]:
-            return _attend_group(heads, text_order, visual_order, bucket, attention_range, block, interpret)
+            text = _make_run(heads, slice(bucket.text), text_order, block_size(bucket.text, None, block))
+            if not bucket.visual:
+                return _attend_run(text, None, None, interpret)[:, : bucket.text]
+            visual = _make_run(heads, slice(bucket.text, None), visual_order, block_size(bucket.visual, attention_range, block))
+            of_text = _attend_run(text, visual, None, interpret)[:, : bucket.text]
+            of_visual = _attend_run(visual, text, attention_range, interpret)[:, : bucket.visual]
+            return jnp.concatenate([of_text, of_visual], axis=1)
 
         return jax.lax.map(attend_group, (q.reshape(k.shape[0], -1, *q.shape[1:]), k[:, None], v[:, None]))
 
@@ -138,28 +136,6 @@ def _reach(position: Int[Array, "B P"], attention_range: int) -> Int[Array, "B P
     return jnp.minimum(reach, attention_range - 1)  # All empty slots have the same position.
 
 
-def _attend_group(
-    heads: tuple[Float[Array, "G T H"], Float[Array, "1 T H"], Float[Array, "1 T H"]],
-    text_order: _Order,
-    visual_order: _Order,
-    bucket: Bucket,
-    attention_range: int | None,
-    block: int | None,
-    interpret: bool,
-) -> Float[Array, "G T H"]:
-    """Attention of one sample's query heads that share a kv head."""
-    text = _make_run(heads, slice(bucket.text), text_order, block_size(bucket.text, None, block))
-    if not bucket.visual:
-        return _attend_run(text, None, None, interpret)[:, : bucket.text]
-    size = block_size(bucket.visual, attention_range, block)
-    visual = _make_run(heads, slice(bucket.text, None), visual_order, size)
-    outputs = [
-        _attend_run(text, visual, None, interpret)[:, : bucket.text],
-        _attend_run(visual, text, attention_range, interpret)[:, : bucket.visual],
-    ]
-    return jnp.concatenate(outputs, axis=1)
-
-
 def _make_run(heads: tuple[Array, Array, Array], slots: slice, order: _Order, block: int) -> _Run:
     """The run in `slots` of queries, keys and values [heads, T, H]."""
     q, k, v = (x[:, slots] for x in heads)
@@ -171,13 +147,13 @@ def _make_run(heads: tuple[Array, Array, Array], slots: slice, order: _Order, bl
     return _Run(q, k, v, segment, before, reach, block)
 
 
-def _attend_run(run: _Run, other: _Run | None, attention_range: int | None, interpret: bool) -> Float[Array, "G run H"]:
+def _attend_run(run: _Run, other: _Run | None, attention_range: Range, interpret: bool) -> Float[Array, "G run H"]:
     """Attention of one run's queries to their band and to the preceding tokens of the other run."""
     heads, length, _ = run.q.shape
     kernel = _band_kernel(heads, length, attention_range, run.block, interpret)
     if run.reach is not None and attention_range is not None:
         kernel = _narrowed(kernel, run.reach, attention_range)
-    segments = splash_attention_kernel.SegmentIds(q=run.segment, kv=run.segment)
+    segments = splash.SegmentIds(q=run.segment, kv=run.segment)
     same, (same_total,) = kernel(run.q, run.k, run.v, segments)
     if other is None:
         return same
@@ -191,17 +167,15 @@ def _attend_run(run: _Run, other: _Run | None, attention_range: int | None, inte
 
 
 @functools.lru_cache
-def _band_kernel(
-    heads: int, length: int, attention_range: int | None, block: int, interpret: bool
-) -> splash_attention_kernel.SplashAttentionKernel:
+def _band_kernel(heads: int, length: int, attention_range: Range, block: int, interpret: bool) -> splash.SplashAttentionKernel:
     """The kernel between slots of one run. A long run's block map takes a while, so it is cached, as NumPy arrays."""
     back = None if attention_range is None else attention_range - 1
-    mask = splash_attention_mask.LocalMask((length, length), window_size=(back, 0), offset=0)
+    mask = masks.LocalMask((length, length), window_size=(back, 0), offset=0)
     # The library makes JAX arrays, which would belong to the trace of the first caller.
     with jax.ensure_compile_time_eval():
-        kernel = splash_attention_kernel.make_splash_mha(
-            splash_attention_mask.MultiHeadMask([mask] * heads),
-            block_sizes=splash_attention_kernel.BlockSizes(block_q=block, block_kv=block),
+        kernel = splash.make_splash_mha(
+            masks.MultiHeadMask([mask] * heads),
+            block_sizes=splash.BlockSizes(block_q=block, block_kv=block),
             head_shards=1,
             q_seq_shards=1,
             save_residuals=True,
@@ -211,8 +185,8 @@ def _band_kernel(
 
 
 def _narrowed(
-    kernel: splash_attention_kernel.SplashAttentionKernel, reach: Int[Array, " run"], attention_range: int
-) -> splash_attention_kernel.SplashAttentionKernel:
+    kernel: splash.SplashAttentionKernel, reach: Int[Array, " run"], attention_range: int
+) -> splash.SplashAttentionKernel:
     """The kernel of a band of which each query sees only `reach` slots back.
 
     The kernel passes one number per query to its mask function, so slot and reach share it.
@@ -223,7 +197,7 @@ def _narrowed(
         raise ValueError(f"{length} visual slots and an attention range of {attention_range} exceed 31 bits")
     query = (jnp.arange(length, dtype=jnp.int32) << bits) | reach
     info = kernel.fwd_mask_info._replace(q_sequence=query)  # type: ignore[arg-type]  # may be data
-    return splash_attention_kernel.SplashAttentionKernel(info, None, None, **(kernel.kwargs | {"mask_function": _within(bits)}))
+    return splash.SplashAttentionKernel(info, None, None, **(kernel.kwargs | {"mask_function": _within(bits)}))
 
 
 @functools.lru_cache
@@ -244,7 +218,7 @@ def _in_prefix(query: Array, slot: Array) -> Array:
 
 def _prefix_kernel(
     seen: Int[Array, " run"], num_keys: int, block: int, key_block: int, interpret: bool
-) -> splash_attention_kernel.SplashAttentionKernel:
+) -> splash.SplashAttentionKernel:
     """The kernel of queries that see the first `seen` of `num_keys` keys; its block map follows from `seen`.
 
     Every block of queries visits at least the first block of keys; otherwise the kernel would leave its output unwritten.
@@ -252,7 +226,7 @@ def _prefix_kernel(
     last = jnp.maximum(seen.reshape(-1, block).max(axis=1) - 1, 0) // key_block
     blocks = jnp.arange(num_keys // key_block, dtype=jnp.int32)
     visited = blocks[None, None, :] <= last[None, :, None]
-    info = splash_attention_mask_info.MaskInfo(
+    info = MaskInfo(
         # A step without work names the last block again, which is not fetched a second time.
         data_next=jnp.minimum(blocks[None, None, :], last[None, :, None]),
         mask_next=None,
@@ -260,14 +234,14 @@ def _prefix_kernel(
         partial_mask_blocks=None,
         q_sequence=seen,  # type: ignore[arg-type]  # may be data
     )
-    return splash_attention_kernel.SplashAttentionKernel(
+    return splash.SplashAttentionKernel(
         info,
         None,
         None,
-        block_sizes=splash_attention_kernel.BlockSizes(block_q=block, block_kv=key_block),
+        block_sizes=splash.BlockSizes(block_q=block, block_kv=key_block),
         is_mqa=False,
         save_residuals=True,
-        mask_value=splash_attention_kernel.DEFAULT_MASK_VALUE,
+        mask_value=splash.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
         residual_checkpoint_name=None,
         mask_function=_in_prefix,
@@ -275,7 +249,7 @@ def _prefix_kernel(
     )
 
 
-def block_size(length: int, attention_range: int | None, most: int | None = None) -> int:
+def block_size(length: int, attention_range: Range, most: int | None = None) -> int:
     """Slots per block of a run: the smallest size with the fewest blocks of at most `most` slots (default: by the range)."""
     hollow = attention_range is not None and attention_range <= HOLLOW_BLOCK
     blocks = -(-length // (most or (HOLLOW_BLOCK if hollow else DENSE_BLOCK)))
@@ -292,14 +266,8 @@ class Blocks(NamedTuple):
     """Queries, and keys, per block."""
 
 
-def visited_blocks(num_visual: int, attention_range: int | None, block: int | None = None) -> Blocks:
-    """Counts the kernel's block map of the visual run.
-
-    Args:
-        num_visual: P, slots of the bucket.
-        attention_range: R, or None for dense attention.
-        block: max slots per block, as in `splash_attention`.
-    """
+def visited_blocks(num_visual: int, attention_range: Range, block: int | None = None) -> Blocks:
+    """Counts the kernel's block map of the visual run, which has `num_visual` slots; `block` as in `splash_attention`."""
     if not num_visual:
         return Blocks(0, 0, LANES)
     if attention_range is not None and attention_range >= num_visual:
@@ -313,7 +281,7 @@ def visited_blocks(num_visual: int, attention_range: int | None, block: int | No
     return Blocks(int(visited), int(causal), block)
 
 
-def kernel_flops(bucket: Bucket, attention_range: int | None, heads: int, head_dim: int) -> int:
+def kernel_flops(bucket: Bucket, attention_range: Range, heads: int, head_dim: int) -> int:
     """FLOPs (2 per multiply-add) of `splash_attention` for one sample. XLA's cost analysis does not include them.
 
     This is an upper bound: blocks between text and visual tokens depend on the sample, and all are counted.

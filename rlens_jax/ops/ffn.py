@@ -57,7 +57,7 @@ class Units(Protocol):
 
 @pytree
 class FfnWeights:
-    """The three matrices of a gated FFN, one row per unit."""
+    """The three matrices of a gated FFN, one row per unit. The output of hidden units is their product with `down`."""
 
     gate: Float[Array, "F D"]
     up: Float[Array, "F D"]
@@ -68,14 +68,14 @@ class FfnWeights:
         return self.gate.shape[0]
 
     def through_all(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return down_units(hidden_units(x, self), self)
+        return jnp.tensordot(hidden_units(x, self), self.down, 1)
 
     def text_and_scores(
         self, x: Float[Array, "B XM D"], is_probe: Bool[Array, "B M"]
     ) -> tuple[Float[Array, "B X D"], Float[Array, "B F"]]:
         num_text = x.shape[1] - is_probe.shape[1]
         hidden = hidden_units(x, self)
-        return down_units(hidden[:, :num_text], self), unit_scores(hidden[:, num_text:], is_probe)
+        return jnp.tensordot(hidden[:, :num_text], self.down, 1), unit_scores(hidden[:, num_text:], is_probe)
 
     def scores(self, probes: Float[Array, "B M D"], is_probe: Bool[Array, "B M"], chunk: int) -> Float[Array, "B F"]:
         """Parts are made of units, not of probes, so that the sum over the probes keeps its order."""
@@ -111,19 +111,12 @@ def hidden_units(x: Float[Array, "*T D"], weights: FfnWeights) -> Float[Array, "
     return jax.nn.silu(gate) * up
 
 
-def down_units(hidden: Float[Array, "*T F"], weights: FfnWeights) -> Float[Array, "*T D"]:
-    """Y = H Wd."""
-    return jnp.tensordot(hidden, weights.down, 1)
-
-
 def dense_ffn(x: Float[Array, "B T D"], units: Units, chunk: int | None = None) -> Float[Array, "B T D"]:
     """Every token through every unit, at most `chunk` tokens at a time."""
     return over_tokens(units.through_all, x, chunk)
 
 
-def over_tokens(
-    function: Callable[[Float[Array, "B chunk D"]], Float[Array, "B chunk D"]], x: Float[Array, "B T D"], chunk: int | None
-) -> Float[Array, "B T D"]:
+def over_tokens(function: Callable[[Array], Array], x: Float[Array, "B T D"], chunk: int | None) -> Float[Array, "B T D"]:
     """Applies `function`, which treats each token separately, to at most `chunk` tokens at a time; None: to all at once."""
     length = x.shape[1]
     if chunk is None or length <= chunk:
@@ -159,14 +152,6 @@ def probe_slots(layout: TokenLayout, reduction: Reduction, random_key: Array) ->
     return jnp.minimum(slots, visual_slots - 1), index < count
 
 
-def choose_units(hidden: Float[Array, "B M F"], is_probe: Bool[Array, "B M"], num_units: int) -> Kept:
-    """The `num_units` units with the largest mean |H| over the probes, in float32; ties go to the lower unit.
-
-    Units of all shards compete. Every shard returns the same numbers, which count the units of all shards.
-    """
-    return best_units(unit_scores(hidden, is_probe), num_units)
-
-
 def unit_scores(hidden: Float[Array, "B M F"], is_probe: Bool[Array, "B M"]) -> Float[Array, "B F"]:
     """Mean |H| over each sample's probes, in float32."""
     magnitude = jnp.where(is_probe[:, :, None], jnp.abs(hidden.astype(jnp.float32)), 0.0)
@@ -175,7 +160,10 @@ def unit_scores(hidden: Float[Array, "B M F"], is_probe: Bool[Array, "B M"]) -> 
 
 
 def best_units(scores: Float[Array, "B F"], num_units: int) -> Kept:
-    """The `num_units` units with the largest scores of all shards; ties go to the lower unit."""
+    """The `num_units` units with the largest scores; ties go to the lower unit.
+
+    Units of all shards compete. Every shard returns the same numbers, which count the units of all shards.
+    """
     scores = join_shards(scores, axis=1)
     _, units = jax.lax.top_k(scores, num_units)
     return Kept(units, jnp.isfinite(scores).all(axis=1))
@@ -189,11 +177,11 @@ def simulated_dynamic_ffn(
     hidden = hidden_units(x, weights)
     slots, is_probe = probe_slots(layout, reduction, random_key)
     probes = jnp.take_along_axis(hidden[:, num_text:], slots[:, :, None], axis=1)
-    kept = choose_units(probes, is_probe, reduction.kept_units(weights.gate.shape[0]))
+    kept = best_units(unit_scores(probes, is_probe), reduction.kept_units(weights.number))
     keep = jax.nn.one_hot(kept.units, hidden.shape[2], dtype=bool).any(axis=1)
     is_text = jnp.arange(hidden.shape[1]) < num_text
     hidden = jnp.where(is_text[None, :, None] | keep[:, None, :], hidden, jnp.zeros_like(hidden))
-    return down_units(hidden, weights), kept
+    return jnp.tensordot(hidden, weights.down, 1), kept
 
 
 def dynamic_ffn(
@@ -207,14 +195,7 @@ def dynamic_ffn(
 ) -> tuple[Float[Array, "B T D"], Kept]:
     """The measured path; same result as `simulated_dynamic_ffn`.
 
-    Args:
-        x: normalised states.
-        units: the layer's units.
-        layout: the packing.
-        reduction: the shares of probes and of kept units.
-        random_key: as in `probe_slots`.
-        imposed: units to use instead of those that the probes choose.
-        chunk: max tokens whose hidden units are in memory at a time.
+    `imposed` units replace those that the probes choose. At most `chunk` tokens have their hidden units in memory at a time.
 
     Returns:
         The output, with several shards this shard's summand of it; and what the probes chose, the same on all shards.
@@ -253,13 +234,9 @@ def local_rows(units: Int[Array, "B U"], num_rows: int) -> Int[Array, "B own"]:
 
 
 def in_tiles(
-    x: Float[Array, "B P D"],
-    rows: Int[Array, "B rows"],
-    num_rows: int,
-    capacity: int,
-    through: Callable[[Float[Array, "B P D"], Int[Array, "B rows"]], Float[Array, "B P D"]],
+    x: Float[Array, "B P D"], rows: Int[Array, "B rows"], num_rows: int, capacity: int, through: Callable[[Array, Array], Array]
 ) -> Float[Array, "B P D"]:
-    """Each sample's visual tokens through its rows, which are sorted.
+    """Each sample's visual tokens `through` its rows, which are sorted.
 
     The first `capacity` rows of all samples are computed together. A loop computes the remaining rows tile by tile. Its number
     of steps may differ between shards, because it contains no collective.
@@ -287,5 +264,5 @@ def reduced_ffn(x: Float[Array, "P D"], weights: FfnWeights, rows: Int[Array, " 
     """One sample's visual tokens through the chosen units only; rows past the last unit add nothing."""
     chosen = jax.tree.map(lambda w: w.at[rows].get(mode="clip"), weights)
     hidden = hidden_units(x, chosen)
-    hidden = jnp.where(rows[None, :] < weights.gate.shape[0], hidden, jnp.zeros_like(hidden))
-    return down_units(hidden, chosen)
+    hidden = jnp.where(rows[None, :] < weights.number, hidden, jnp.zeros_like(hidden))
+    return jnp.tensordot(hidden, chosen.down, 1)

@@ -15,6 +15,7 @@ number of shards (benchmarks/weight_traffic.py).
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,10 @@ class HalvedStack:
     up: Float[Array, "L F 2 half"]
     down: Float[Array, "L F 2 half"]
 
+    @property
+    def matrices(self) -> tuple[Array, Array, Array]:
+        return self.gate, self.up, self.down
+
 
 @pytree
 class HalvedUnits:
@@ -77,8 +82,7 @@ class HalvedUnits:
         return self.stack.gate.shape[1]
 
     def through_all(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        no_probes = jnp.zeros((x.shape[0], 0), bool)
-        return self.text_and_scores(x, no_probes)[0]
+        return self.text_and_scores(x, is_probe=jnp.zeros((x.shape[0], 0), bool))[0]
 
     def text_and_scores(
         self, x: Float[Array, "B XM D"], is_probe: Bool[Array, "B M"]
@@ -94,16 +98,15 @@ class HalvedUnits:
 
     def through_rows(self, x: Float[Array, "B P D"], rows: Int[Array, "B rows"], num_units: int) -> Float[Array, "B P D"]:
         """As in the protocol; bfloat16 only."""
-        stack = jax.tree.map(lambda matrix: matrix.reshape(-1, *matrix.shape[2:]), self.stack)
+        matrices = [matrix.reshape(-1, *matrix.shape[2:]) for matrix in self.stack.matrices]
         typical = num_units // num_shards()
 
         def through(x: Array, rows: Array) -> Array:
             count = (rows < self.number).sum(axis=1)
             rows = self.layer * self.number + jnp.minimum(rows, self.number - 1)
-            return fetched_ffn(x, stack.gate, stack.up, stack.down, rows, count, typical)
+            return fetched_ffn(x, matrices, rows, count, typical)
 
-        capacity = shard_capacity(num_units, num_shards(), HEADROOM)
-        return in_tiles(x, rows, self.number, capacity, through)
+        return in_tiles(x, rows, self.number, shard_capacity(num_units, num_shards(), HEADROOM), through)
 
     def _rows(self) -> FfnWeights:
         """A copy of the layer's units as [F, D]."""
@@ -140,7 +143,7 @@ class HalvedUnits:
         at, shape = (self.layer, start, 0, 0), (1, size, *self.stack.gate.shape[2:])
         return [
             with_layout_constraint(jax.lax.dynamic_slice(matrix, at, shape)[0], Layout((0, 1, 2)))
-            for matrix in (self.stack.gate, self.stack.up, self.stack.down)
+            for matrix in self.stack.matrices
         ]
 
 
@@ -151,9 +154,7 @@ def part_size(num_units: int, most: int) -> int:
 
 def fetched_ffn(
     x: BFloat16[Array, "B P D"],
-    gate: BFloat16[Array, "LF 2 half"],
-    up: BFloat16[Array, "LF 2 half"],
-    down: BFloat16[Array, "LF 2 half"],
+    matrices: Sequence[BFloat16[Array, "LF 2 half"]],
     rows: Int[Array, "B rows"],
     count: Int[Array, " B"],
     typical: int,
@@ -163,8 +164,7 @@ def fetched_ffn(
     It runs on a TPU, in tests under `pltpu.force_tpu_interpret_mode`.
 
     Args:
-        x: the tokens.
-        gate, up, down: remain in HBM. The stack of layers is one matrix with rows layer * F + unit.
+        matrices: gate, up and down, which remain in HBM, each with rows layer * F + unit.
         rows: all must exist, also those past `count`.
         count: rows past it add nothing, and tiles past it are not fetched.
         typical: the `count` that the kernel's cost estimate assumes.
@@ -175,11 +175,11 @@ def fetched_ffn(
     parts = []
     for start in range(0, passes * share, share):
         remaining, assumed = jnp.clip(count - start, 0, share), min(max(typical - start, 0), share)
-        parts.append(_one_pass(x, gate, up, down, rows[:, start : start + share], remaining, assumed))
+        parts.append(_one_pass(x, matrices, rows[:, start : start + share], remaining, assumed))
     return sum(parts[1:], parts[0])
 
 
-def _one_pass(x: Array, gate: Array, up: Array, down: Array, rows: Array, count: Array, typical: int) -> Array:
+def _one_pass(x: Array, matrices: Sequence[Array], rows: Array, count: Array, typical: int) -> Array:
     """`fetched_ffn` for as many rows as VMEM holds."""
     batch, tokens, width = x.shape
     capacity, computed = rows.shape[1], math.ceil(typical / TILE) * TILE
@@ -208,7 +208,7 @@ def _one_pass(x: Array, gate: Array, up: Array, down: Array, rows: Array, count:
             bytes_accessed=2 * batch * width * (3 * computed + 2 * tokens),
         ),
         name="fetched_ffn",
-    )(rows.reshape(-1), count, x, gate, up, down)
+    )(rows.reshape(-1), count, x, *matrices)
 
 
 def _kernel(rows, count, x, gate, up, down, y, fetched, chosen, total, arrived):  # type: ignore[no-untyped-def]

@@ -31,10 +31,7 @@ def _survivors_of(layout: TokenLayout, pruning: Pruning) -> Int[Array, " counts"
 def attention_received(q: Float[Array, "B N H"], k: Float[Array, "B K S H"], sees: Bool[Array, "B S"]) -> Float[Array, "B S"]:
     """Attention weights of one query per sample, averaged over all heads of all shards, in float32 (FastV).
 
-    Args:
-        q: the rotated query of each sample.
-        k: rotated keys.
-        sees: which keys the query sees.
+    `sees` says which keys the query sees.
     """
     batch, num_heads, head_dim = q.shape
     scaled = q * jnp.asarray(head_dim**-0.5, q.dtype)
@@ -51,12 +48,11 @@ def most_attended(
 
     The `capacity` - `num_kept` slots after them hold P.
     """
-    num_slots = scores.shape[1]
     ordinal = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
     scores = jnp.where(ordinal < jnp.asarray(layout.num_visual)[:, None], scores, -jnp.inf)
     _, best = jax.lax.top_k(scores, capacity)
     rank = jax.lax.broadcasted_iota(jnp.int32, best.shape, 1)
-    return jnp.sort(jnp.where(rank < num_kept[:, None], best, num_slots), axis=1)
+    return jnp.sort(jnp.where(rank < num_kept[:, None], best, scores.shape[1]), axis=1)
 
 
 def merge_similar(
@@ -75,11 +71,6 @@ def merge_similar(
     tokens so far. The number of survivors therefore depends only on the number of visual tokens. An image whose target is 0
     loses all its tokens (our decision).
 
-    Args:
-        visual: the connector's outputs.
-        layout: the packing.
-        pruning: the share to be merged away.
-
     Returns:
         The survivors and their ordinals; unused slots hold the ordinal P.
     """
@@ -93,13 +84,13 @@ def merge_similar(
         x, position, num_visual = sample
         is_token = slot < num_visual
         image = jnp.cumsum(position != jnp.roll(position, 1) + 1).astype(jnp.int32) - 1
-        tokens = _sum_per_image(is_token.astype(jnp.int32), image)
+        tokens = _count_per_image(is_token, image)
         so_far = jnp.cumsum(tokens)
         target = survivors_of[so_far] - survivors_of[so_far - tokens]
 
         def unfinished(carry: tuple[Array, Array, Array]) -> Array:
             remains = carry[2]
-            return (_sum_per_image(remains.astype(jnp.int32), image) > target).any()
+            return (_count_per_image(remains, image) > target).any()
 
         remains = is_token & (target[image] > 0)
         x, _, remains = jax.lax.while_loop(
@@ -108,8 +99,7 @@ def merge_similar(
         ordinals = jnp.sort(jnp.where(remains, slot, num_slots))[:capacity]
         return x.at[ordinals].get(mode="clip").astype(visual.dtype), ordinals
 
-    samples = visual, jnp.asarray(layout.visual_position), jnp.asarray(layout.num_visual)
-    return jax.lax.map(merge, samples)
+    return jax.lax.map(merge, (visual, jnp.asarray(layout.visual_position), jnp.asarray(layout.num_visual)))
 
 
 def _merge_round(
@@ -125,7 +115,7 @@ def _merge_round(
     x, size, remains = carry
     num_slots = image.shape[0]
     slot = jnp.arange(num_slots, dtype=jnp.int32)
-    count = _sum_per_image(remains.astype(jnp.int32), image)
+    count = _count_per_image(remains, image)
     before = jnp.cumsum(remains.astype(jnp.int32)) - remains.astype(jnp.int32)
     first_of_image = jax.ops.segment_min(before, image, num_segments=num_slots)
     in_second_set = (before - first_of_image[image]) % 2 == 1
@@ -147,6 +137,6 @@ def _merge_round(
     return jnp.where(remains[:, None], weighted / jnp.maximum(size, 1.0)[:, None], x), size, remains
 
 
-def _sum_per_image(values: Int[Array, " P"], image: Int[Array, " P"]) -> Int[Array, " P"]:
-    """Sums by number of the image; there are at most P images."""
-    return jax.ops.segment_sum(values, image, num_segments=image.shape[0])
+def _count_per_image(chosen: Bool[Array, " P"], image: Int[Array, " P"]) -> Int[Array, " P"]:
+    """Number of chosen slots by number of the image; there are at most P images."""
+    return jax.ops.segment_sum(chosen.astype(jnp.int32), image, num_segments=image.shape[0])

@@ -16,7 +16,8 @@ from rlens_jax.engine.startup import start_jax
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import unpack_rows
-from rlens_jax.models.forward import States, VisionLanguageModel, forward, pack
+from rlens_jax.models.decoder import States
+from rlens_jax.models.forward import VisionLanguageModel, forward, pack
 from rlens_jax.ops.ffn import Kept
 from rlens_jax.parity.bundle import (
     KEPT,

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from rlens_jax.ops.ffn import FfnWeights, choose_units, dense_ffn, dynamic_ffn, hidden_units, probe_slots, simulated_dynamic_ffn
+from rlens_jax.ops.ffn import (
+    FfnWeights,
+    best_units,
+    dense_ffn,
+    dynamic_ffn,
+    hidden_units,
+    probe_slots,
+    simulated_dynamic_ffn,
+    unit_scores,
+)
 from rlens_jax.plan import Reduction
 from tests import torch_reductions
 from tests.numerics import assert_close
@@ -174,7 +183,7 @@ def test_ties_go_to_the_lower_unit(ffn):
 
 
 def test_equal_scores_keep_the_first_units():
-    kept = choose_units(jnp.ones((1, 4, 30)), jnp.ones((1, 4), bool), 7)
+    kept = best_units(unit_scores(jnp.ones((1, 4, 30)), jnp.ones((1, 4), bool)), 7)
     assert kept.units.tolist() == [list(range(7))]
 
 
@@ -183,7 +192,7 @@ def test_scores_are_summed_in_float32():
     ones = jnp.ones((1, 255, 1), jnp.bfloat16)
     growing = jnp.concatenate([jnp.full((1, 1, 1), 256, jnp.bfloat16), ones], axis=1)
     flat = jnp.full((1, 256, 1), 1.75, jnp.bfloat16)
-    kept = choose_units(jnp.concatenate([flat, growing], axis=2), jnp.ones((1, 256), bool), 1)
+    kept = best_units(unit_scores(jnp.concatenate([flat, growing], axis=2), jnp.ones((1, 256), bool)), 1)
     assert kept.units.tolist() == [[1]]
 
 

@@ -117,7 +117,7 @@ def test_the_kernel_equals_the_plain_gather() -> None:
     rows = jnp.asarray(np.stack([np.sort(rng.permutation(UNITS)[:14]) for _ in range(4)]), jnp.int32)
     count = jnp.array([14, 3, 0, 8], jnp.int32)
     with pltpu.force_tpu_interpret_mode():
-        y = ffn_tpu.fetched_ffn(x, *stack, UNITS + rows, count, 8)
+        y = ffn_tpu.fetched_ffn(x, stack, UNITS + rows, count, 8)
     layer = FfnWeights(*(matrix[UNITS:].reshape(UNITS, WIDTH) for matrix in stack))
     for sample, number in enumerate(count.tolist()):
         expected = reduced_ffn(x[sample], layer, rows[sample, :number])
