@@ -92,7 +92,7 @@ def _images(row: dict[str, Any], folder: Path, where: str) -> tuple[Path, ...]:
 
 def _answers(row: dict[str, Any], where: str) -> tuple[str, ...]:
     if "answer" in row and "answers" in row:
-        raise UserError(f"{where}: fields 'answer' and 'answers' are both given; keep one of them")
+        raise UserError(f"{where}: has both fields 'answer' and 'answers'; keep one of them")
     if "answer" in row:
         return (_text(row, "answer", where),)
     if "answers" not in row:

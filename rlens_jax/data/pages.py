@@ -13,6 +13,8 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 Split = Literal["train", "validation", "test"]
+Cells = tuple[tuple[int, int], ...]
+"""(row, column), from 0, of some cells of a page."""
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 DATASETS = ("pages_read", "pages_compare", "pages_yesno")
@@ -66,14 +68,14 @@ class Question:
     Attributes:
         dataset: one of DATASETS.
         text, answer: lower-case words of VOCABULARY, separated by single spaces.
-        places: for each word of the answer, the cells (row, column, from 0) that decide it.
+        places: per word of the answer, the cells that decide it.
         value: the digit or ink that the question names, if any.
     """
 
     dataset: str
     text: str
     answer: str
-    places: tuple[tuple[tuple[int, int], ...], ...]
+    places: tuple[Cells, ...]
     value: str | None = None
 
 
@@ -187,24 +189,19 @@ def transcription(page: Page, rows: tuple[int, int] | None = None) -> Question:
     """The question for all digits of a page, or of the rows from `rows[0]` to `rows[1]` (from 1, both included)."""
     first, last = rows or (1, len(page.digits))
     text = "read the page" if rows is None else f"read row {first} to row {last} ?"
-    places: list[tuple[tuple[int, int], ...]] = []
+    places: list[Cells] = []
     for row in range(first - 1, last):
-        places += [(cell,) for cell in _line(page, row=row)]
+        places += [(cell,) for cell in _row_cells(page, row)]
         places += [()] if row < last - 1 else []  # the semicolon between two rows
     answer = " ; ".join(_words(row) for row in page.digits[first - 1 : last])
     return Question("transcription", text, answer, tuple(places))
 
 
-def _line(page: Page, *, row: int | None = None, column: int | None = None) -> tuple[tuple[int, int], ...]:
-    """The cells of a row or of a column."""
-    rows, columns = page.digits.shape
-    if row is not None:
-        return tuple((row, other) for other in range(columns))
-    assert column is not None
-    return tuple((other, column) for other in range(rows))
+def _row_cells(page: Page, row: int) -> Cells:
+    return tuple((row, column) for column in range(page.digits.shape[1]))
 
 
-_Parts = tuple[str, str, tuple[tuple[tuple[int, int], ...], ...], str | None]
+_Parts = tuple[str, str, tuple[Cells, ...], str | None]
 """Text, answer, places and value of a question."""
 
 
@@ -229,7 +226,7 @@ def _read(rng: np.random.Generator, page: Page) -> _Parts:
         rows, columns = page.digits.shape
         row, start = int(rng.integers(rows)), int(rng.integers(columns - 2))
         text = f"read 3 digits of row {row + 1} from column {start + 1} ?"
-        cells = tuple((cell,) for cell in _line(page, row=row)[start : start + 3])
+        cells = tuple((cell,) for cell in _row_cells(page, row)[start : start + 3])
         return text, _words(page.digits[row, start : start + 3]), cells, None
     cell, place = _place(rng, page)
     if kind == "ink":
@@ -244,23 +241,23 @@ def _compare(rng: np.random.Generator, page: Page) -> _Parts:
         one, other = rng.choice(rows * columns, 2, replace=False)
         names = [f"row {cell // columns + 1} column {cell % columns + 1}" for cell in (one, other)]
         both = ((int(one) // columns, int(one) % columns), (int(other) // columns, int(other) % columns))
-        return (f"larger digit , {names[0]} or {names[1]} ?", str(page.digits.ravel()[[one, other]].max()), (both,), None)
+        return f"larger digit , {names[0]} or {names[1]} ?", str(page.digits.ravel()[[one, other]].max()), (both,), None
     if kind == "how many":
         row, ink = int(rng.integers(rows)), int(rng.integers(len(INKS)))
         count = str(np.sum(page.inks[row] == ink))
-        return f"how many {INKS[ink]} digits in row {row + 1} ?", count, (_line(page, row=row),), INKS[ink]
+        return f"how many {INKS[ink]} digits in row {row + 1} ?", count, (_row_cells(page, row),), INKS[ink]
     if rng.random() < COLUMN_SHARE:
-        line = int(rng.integers(columns))
-        name, digits, cells = f"column {line + 1}", page.digits[:, line], _line(page, column=line)
+        column = int(rng.integers(columns))
+        name, digits, cells = f"column {column + 1}", page.digits[:, column], tuple((row, column) for row in range(rows))
     else:
-        line = int(rng.integers(rows))
-        name, digits, cells = f"row {line + 1}", page.digits[line], _line(page, row=line)
+        row = int(rng.integers(rows))
+        name, digits, cells = f"row {row + 1}", page.digits[row], _row_cells(page, row)
     extreme = digits.max() if kind == "largest" else digits.min()
     return f"{kind} digit of {name} ?", str(extreme), (cells,), None
 
 
 def _yesno(rng: np.random.Generator, page: Page) -> _Parts:
-    """A yes/no question: draws the answer first, evenly, and then a value that makes it right."""
+    """Draws the answer first, evenly, and then a value that makes it right."""
     kind = _kind(rng, YESNO_WEIGHTS)
     yes = bool(rng.random() < 0.5)
     answer = "yes" if yes else "no"
@@ -269,7 +266,7 @@ def _yesno(rng: np.random.Generator, page: Page) -> _Parts:
         # A row has at most 8 cells, so at least one digit is present and at least one is absent.
         present = np.isin(np.arange(10), page.digits[row])
         digit = rng.choice(np.flatnonzero(present == yes))
-        return f"is there a {digit} in row {row + 1} ?", answer, (_line(page, row=row),), str(digit)
+        return f"is there a {digit} in row {row + 1} ?", answer, (_row_cells(page, row),), str(digit)
     cell, place = _place(rng, page)
     if kind == "ink":
         ink = page.inks[cell] if yes else (page.inks[cell] + rng.integers(1, len(INKS))) % len(INKS)

@@ -16,8 +16,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from rlens_jax.data.benchmarks.tfds_builder import prepared
 from rlens_jax.data.pages import DATASETS, SPLITS, Page, Question, Split, make_page, make_question
-from rlens_jax.data.preparing import prepared
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError, suggest
 
@@ -101,5 +101,5 @@ def read_pages(dataset: str, split: str, data_dir: Path, limit: int | None = Non
             question=row["question"].decode(),
             answers=(row["answer"].decode(),),
         )
-        for row in (rows[index] for index in range(min(limit or len(rows), len(rows))))
+        for row in (rows[index] for index in range(len(rows) if limit is None else min(limit, len(rows))))
     ]

@@ -9,7 +9,7 @@ from PIL import Image
 from rlens_jax.errors import UserError
 
 MAX_IMAGE_PIXELS = 100_000_000
-"""Default limit of width x height of an image: far above any photo, and 300 MB when decoded."""
+"""Limit of width x height of an image: far above any photo, and 300 MB when decoded."""
 
 IMAGE_MARK = "<image>"
 """Marks the place of an image in a question."""
@@ -38,18 +38,17 @@ class Sample:
     answers: tuple[str, ...]
 
 
-def load_image(source: bytes | Path, sample_id: str, max_pixels_allowed: int = MAX_IMAGE_PIXELS) -> Image.Image:
+def load_image(source: bytes | Path, sample_id: str) -> Image.Image:
     """Decode an image file to RGB, in the size that its header states.
 
     The size is checked before anything is decoded. The EXIF orientation is not applied: the Hugging Face processors do
     not apply it to an opened image either (transformers 5.23 applies it when it opens the file itself).
 
     Raises:
-        UserError: naming `sample_id` and the file: the image is missing, unreadable or has more than
-            `max_pixels_allowed` pixels.
+        UserError: naming `sample_id` and the file: the image is missing, unreadable or has more than `MAX_IMAGE_PIXELS`.
     """
     what = f"{sample_id}: image {source}" if isinstance(source, Path) else f"{sample_id}: image"
-    with _opened(source, what, max_pixels_allowed) as opened:
+    with _opened(source, what) as opened:
         try:
             if opened.mode == "P":
                 # The same colours as converting to RGB at once, without Pillow's warning about transparent palettes.
@@ -59,16 +58,12 @@ def load_image(source: bytes | Path, sample_id: str, max_pixels_allowed: int = M
             raise UserError(f"{what} cannot be decoded: {_first_line(error)}") from error
 
 
-def check_image(content: bytes, what: str, max_pixels_allowed: int = MAX_IMAGE_PIXELS) -> None:
-    """Check the header of an image file, without decoding it.
-
-    Raises:
-        UserError: beginning with `what`: it is not an image, or has more than `max_pixels_allowed` pixels.
-    """
-    _opened(content, what, max_pixels_allowed).close()
+def check_image(content: bytes, what: str) -> None:
+    """Check type and size of an image file by its header only. UserError, beginning with `what`, if `load_image` refuses it."""
+    _opened(content, what).close()
 
 
-def _opened(source: bytes | Path, what: str, max_pixels_allowed: int) -> Image.Image:
+def _opened(source: bytes | Path, what: str) -> Image.Image:
     """An opened image; only its header has been read."""
     try:
         opened = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
@@ -78,12 +73,10 @@ def _opened(source: bytes | Path, what: str, max_pixels_allowed: int) -> Image.I
     except Exception as error:
         raise UserError(f"{what} cannot be read: {_first_line(error)}") from error
     width, height = opened.size
-    if width * height > max_pixels_allowed:
+    if width * height > MAX_IMAGE_PIXELS:
         opened.close()
-        raise UserError(
-            f"{what} has {width} x {height} = {width * height} pixels, more than the "
-            f"{max_pixels_allowed} allowed; make it smaller"
-        )
+        pixels = f"{width} x {height} = {width * height} pixels"
+        raise UserError(f"{what} has {pixels}, more than the {MAX_IMAGE_PIXELS} allowed; make it smaller")
     return opened
 
 

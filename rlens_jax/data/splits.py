@@ -47,20 +47,15 @@ def load_splits(data: DataConfig, prompt: Callable[[Instance], str], *, seed: in
         return mixture_samples(Path(source), Path(data.benchmarks), cache / "benchmarks", prompt)
     if not source.endswith(".jsonl"):
         raise UserError(f"data.source: {source!r} is neither {PAGES!r} nor a .jsonl or .json file")
-    return split_samples(
-        read_jsonl(Path(source)),
-        validation_samples=data.validation_samples,
-        test_samples=data.test_samples,
-        held_out_share=data.held_out_share,
-        seed=seed,
-        where=source,
-    )
+    return split_samples(read_jsonl(Path(source)), data, seed)
 
 
-def split_samples(
-    samples: Sequence[Sample], *, validation_samples: int, test_samples: int, held_out_share: float, seed: int, where: str
-) -> Splits:
-    """Split by images: all questions about an image are in one split, so that the search sees no held-out image."""
+def split_samples(samples: Sequence[Sample], data: DataConfig, seed: int) -> Splits:
+    """Split by images: all questions about an image are in one split, so that the search sees no held-out image.
+
+    Raises:
+        UserError: a dataset has only one image.
+    """
     rng = np.random.default_rng(seed)
     splits: dict[str, list[Sample]] = {"validation": [], "test": []}
     for dataset in dict.fromkeys(sample.dataset for sample in samples):
@@ -70,11 +65,11 @@ def split_samples(
                 by_images[sample.images].append(sample)
         groups = list(by_images.values())
         order = rng.permutation(len(groups))
-        num_test = min(max(1, round(held_out_share * len(groups))), len(groups) - 1)
+        num_test = min(max(1, round(data.held_out_share * len(groups))), len(groups) - 1)
         if num_test < 1:
-            raise UserError(f"{where}: dataset {dataset!r} has one image; the search and the curves need one each")
+            raise UserError(f"{data.source}: dataset {dataset!r} has one image; the search and the curves need one each")
         drawn = {"test": order[:num_test], "validation": order[num_test:]}
-        for split, limit in (("validation", validation_samples), ("test", test_samples)):
+        for split, limit in (("validation", data.validation_samples), ("test", data.test_samples)):
             splits[split] += [sample for group in drawn[split] for sample in groups[group]][:limit]
     return splits
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from rlens_jax.data.pages import CELL, INKS, Page, Question, make_page, make_question, transcription
+from rlens_jax.data.pages import CELL, INKS, Cells, Page, Question, make_page, make_question, transcription
 from rlens_jax.demo.demo_model import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 from rlens_jax.families.qwen2_vl.preparer import patch_places, rope_positions
 from rlens_jax.layout import Bucket, TokenLayout, pack_layout, pack_rows
@@ -20,7 +20,6 @@ from rlens_jax.pytrees import pytree
 
 VALUES = (*map(str, range(10)), *INKS)
 """Possible contents of a cell: digits, then inks."""
-Cells = tuple[tuple[int, int], ...]
 BUCKET = Bucket(text=256, visual=128)
 QUESTIONS = 15
 SHARES = {"pages_read": 0.25, "pages_compare": 0.4, "pages_yesno": 0.35}

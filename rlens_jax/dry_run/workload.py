@@ -190,14 +190,7 @@ def sample_counts(config: RunConfig) -> dict[str, Samples]:
         text = f"as in the paper, since {data.source} is not there"
         paper = Samples(PAPER_SAMPLES, PAPER_SAMPLES, PAPER_SAMPLES, text)
         return {"validation": paper, "test": paper}
-    splits = split_samples(
-        read_jsonl(Path(data.source)),
-        validation_samples=data.validation_samples,
-        test_samples=data.test_samples,
-        held_out_share=data.held_out_share,
-        seed=config.seed,
-        where=data.source,
-    )
+    splits = split_samples(read_jsonl(Path(data.source)), data, config.seed)
     return {name: _size(members, data.source) for name, members in splits.items()}
 
 

@@ -75,7 +75,7 @@ def without(field: str) -> dict[str, Any]:
         (GOOD | {"question": ["a"]}, "field 'question' must be a string, not a list"),
         (GOOD | {"dataset": True}, "field 'dataset' must be a string, not a boolean"),
         (GOOD | {"id": 5}, "field 'id' must be a string, not a number"),
-        (GOOD | {"answers": ["7"]}, "fields 'answer' and 'answers' are both given"),
+        (GOOD | {"answers": ["7"]}, "has both fields 'answer' and 'answers'"),
         (without("answer") | {"answers": []}, "field 'answers' is empty"),
         (without("answer") | {"answers": "7"}, "field 'answers' must be a list of strings, not a string"),
         (without("answer") | {"answers": ["7", {}]}, "field 'answers' must be a list of strings, but has an object"),

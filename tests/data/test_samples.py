@@ -69,11 +69,14 @@ def test_absurd_sizes_are_refused_from_the_header(side: int):
 
 
 @pytest.mark.filterwarnings("error")
-def test_the_limit_is_exact_and_replaces_that_of_pillow():
+def test_the_limit_is_exact_and_replaces_that_of_pillow(monkeypatch: pytest.MonkeyPatch):
     data = png(Image.fromarray(RAMP))
-    assert load_image(data, "set:1", max_pixels_allowed=35).size == (7, 5)
-    with pytest.raises(UserError, match="35 pixels, more than the 34 allowed"):
-        load_image(data, "set:1", max_pixels_allowed=34)
+    with monkeypatch.context() as patched:
+        patched.setattr("rlens_jax.data.samples.MAX_IMAGE_PIXELS", 35)
+        assert load_image(data, "set:1").size == (7, 5)
+        patched.setattr("rlens_jax.data.samples.MAX_IMAGE_PIXELS", 34)
+        with pytest.raises(UserError, match="35 pixels, more than the 34 allowed"):
+            load_image(data, "set:1")
     # 95 million pixels: Pillow alone would warn; our error is about the missing pixels only.
     with pytest.raises(UserError, match="cannot be decoded"):
         load_image(header_only(9_500, 10_000), "set:1")

@@ -18,9 +18,9 @@ def samples(dataset: str, images: int, questions: int) -> list[Sample]:
     ]
 
 
-def split(members: list[Sample], **changes: object) -> dict[str, list[Sample]]:
-    settings = {"validation_samples": 100, "test_samples": 100, "held_out_share": 0.3, "seed": 1, "where": "f"}
-    return split_samples(members, **{**settings, **changes})  # type: ignore[arg-type]
+def split(members: list[Sample], validation_samples: int = 100, test_samples: int = 100, seed: int = 1) -> Splits:
+    data = DataConfig("f", validation_samples=validation_samples, test_samples=test_samples, held_out_share=0.3)
+    return split_samples(members, data, seed)
 
 
 def load(source: str) -> Splits:

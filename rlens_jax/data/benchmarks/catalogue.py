@@ -1,5 +1,11 @@
-"""The eight benchmarks: their columns, published MD5 sums and groups of questions, and a row as an `Instance`."""
+"""The eight benchmarks: their columns, published MD5 sums and groups of questions, a row as an `Instance`, and its prompt.
 
+The prompts here are those that several model families share; prompts of one family are in its folder (`benchmark_prompt`). The
+chat template around them comes with the checkpoint. Sources of the prompts in open-compass/VLMEvalKit: dataset/image_base.py,
+image_vqa.py and image_mcq.py (prompts of models without their own).
+"""
+
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
@@ -14,6 +20,12 @@ LETTERS = tuple(ascii_uppercase)
 L2_CATEGORIES = ("l2-category", "l2_category")
 """Both spellings occur."""
 
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+ANSWER_LETTER = "Answer with the option's letter from the given choices directly."
+SELECT = "Please select the correct answer from the options above."
+CHINESE_LETTER = "请直接回答选项字母。"
+"""Requests that end a prompt."""
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -27,8 +39,11 @@ class Benchmark:
     """Content of `answer`: a list of references, one text (or a text that looks like a list), or nothing, if withheld."""
     columns: tuple[str, ...] = ()
     """Required columns in addition to index, question, answer and image."""
-    strata: tuple[str, ...] = ()
-    """Columns that define the strata of a sample of the benchmark."""
+
+    @property
+    def strata(self) -> tuple[str, ...]:
+        """Columns that define the strata of a sample of the benchmark."""
+        return tuple(name for name in self.columns if name in ("category", "l2-category", "split"))
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -38,49 +53,24 @@ class Benchmark:
     @property
     def optional(self) -> tuple[str, ...]:
         """Columns that are kept if the file has them."""
-        extra = ("category", *L2_CATEGORIES, "split", "image_path", "hint", *self.strata)
+        extra = ("category", *L2_CATEGORIES, "split", "image_path", "hint")
         options = LETTERS if self.task == "choice" else ()
         return tuple(name for name in dict.fromkeys((*extra, *options)) if name not in self.needed)
 
 
-BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
-    {
-        benchmark.name: benchmark
-        for benchmark in (
-            Benchmark("OCRBench", "e953d98a987cc6e26ef717b61260b778", "vqa", "list", columns=("category",), strata=("category",)),
-            Benchmark("DocVQA_VAL", "d5ee77e1926ff10690d469c56b73eabf", "vqa", "list"),
-            Benchmark("DocVQA_TEST", "6a2f28cac26ef2d3447374e8c6f6c8e9", "vqa", "none"),
-            Benchmark("InfoVQA_VAL", "2342e9c225222f0ef4dec545ebb126fe", "vqa", "list"),
-            Benchmark("InfoVQA_TEST", "df535bf51b88dc9718252c34131a6227", "vqa", "none"),
-            Benchmark("ChartQA_TEST", "c902e0aa9be5582a7aad6dcf52734b42", "vqa", "single", columns=("split",), strata=("split",)),
-            Benchmark("TextVQA_VAL", "b233b31f551bbf4056f2f955da3a92cd", "vqa", "list"),
-            Benchmark(
-                "MME",
-                "b36b43c3f09801f5d368627fb92187c3",
-                "yes_no",
-                "single",
-                columns=("category", "image_path"),
-                strata=("category",),
-            ),
-            Benchmark(
-                "MMStar",
-                "e1ecd2140806c1b1bbf54b43372efb9e",
-                "choice",
-                "single",
-                columns=("A", "B", "C", "D", "category"),
-                strata=("category",),
-            ),
-            Benchmark(
-                "HallusionBench",
-                "0c23ac0dc9ef46832d7a24504f2a0c7c",
-                "yes_no",
-                "single",
-                columns=("category", "l2-category"),
-                strata=("category", "l2-category"),
-            ),
-        )
-    }
+_BENCHMARKS = (
+    Benchmark("OCRBench", "e953d98a987cc6e26ef717b61260b778", "vqa", "list", ("category",)),
+    Benchmark("DocVQA_VAL", "d5ee77e1926ff10690d469c56b73eabf", "vqa", "list"),
+    Benchmark("DocVQA_TEST", "6a2f28cac26ef2d3447374e8c6f6c8e9", "vqa", "none"),
+    Benchmark("InfoVQA_VAL", "2342e9c225222f0ef4dec545ebb126fe", "vqa", "list"),
+    Benchmark("InfoVQA_TEST", "df535bf51b88dc9718252c34131a6227", "vqa", "none"),
+    Benchmark("ChartQA_TEST", "c902e0aa9be5582a7aad6dcf52734b42", "vqa", "single", ("split",)),
+    Benchmark("TextVQA_VAL", "b233b31f551bbf4056f2f955da3a92cd", "vqa", "list"),
+    Benchmark("MME", "b36b43c3f09801f5d368627fb92187c3", "yes_no", "single", ("category", "image_path")),
+    Benchmark("MMStar", "e1ecd2140806c1b1bbf54b43372efb9e", "choice", "single", ("A", "B", "C", "D", "category")),
+    Benchmark("HallusionBench", "0c23ac0dc9ef46832d7a24504f2a0c7c", "yes_no", "single", ("category", "l2-category")),
 )
+BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType({benchmark.name: benchmark for benchmark in _BENCHMARKS})
 """By VLMEvalKit's names, the names of the files without `.tsv`."""
 
 
@@ -197,3 +187,38 @@ def named_sum(text: str, error: Callable[[str], Any]) -> tuple[str, str]:
     if not equals or len(md5) != 32:
         error(f"--md5 {text} must be NAME=SUM with 32 hexadecimal digits")
     return name, md5
+
+
+def default_prompt(instance: Instance) -> str:
+    """The prompt of a model that has none of its own in VLMEvalKit."""
+    if is_choice(instance):
+        return f"{question_and_options(instance)}{SELECT} \n"
+    if BENCHMARKS[instance.dataset].task == "vqa" and instance.dataset != "OCRBench":
+        return f"{instance.question}\n{SHORT_ANSWER}"
+    return instance.question
+
+
+def is_choice(instance: Instance) -> bool:
+    """Whether the answer is the letter of an option."""
+    return BENCHMARKS[instance.dataset].task == "choice"
+
+
+def hint(instance: Instance, label: str) -> list[str]:
+    """The line of the hint; no line without a hint."""
+    return [f"{label}{instance.fields['hint']}"] if "hint" in instance.fields else []
+
+
+def options(instance: Instance) -> list[str]:
+    """One line per option."""
+    return [f"{letter}. {text}" for letter, text in instance.options.items()]
+
+
+def question_and_options(instance: Instance) -> str:
+    """Hint, question and options, one per line."""
+    lines = (*hint(instance, "Hint: "), f"Question: {instance.question}", "Options:", *options(instance))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def is_chinese(text: str) -> bool:
+    """Whether the text contains a Chinese character."""
+    return re.search("[\u4e00-\u9fff]", text) is not None

@@ -172,14 +172,13 @@ def _check_indices(fields: Mapping[str, Any], path: Path) -> None:
 
 
 def mixture_samples(path: Path, folder: Path, data_dir: Path, prompt: Callable[[Instance], str]) -> dict[str, list[Sample]]:
-    """The samples that a mixture lists, by split, with VLMEvalKit's prompts for this model family.
+    """The samples that a mixture file lists, by split.
 
     Args:
         path: the mixture file.
         folder: folder of the TSV files, for benchmarks that are not prepared yet.
         data_dir: folder of the prepared files.
-        family: `model_type` of the model's config.json.
-        step_by_step: see `prompts.prompt`.
+        prompt: makes the user's turn of a question, as the family of the model does.
 
     Raises:
         UserError: the mixture or a TSV file is wrong, an index does not exist, or an instance has no answer.

@@ -8,9 +8,13 @@
 a split in memory and needs TensorFlow beyond that. Change `Benchmarks.VERSION` whenever the stored features change.
 """
 
+import contextlib
+import fcntl
 import functools
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,6 @@ import tensorflow_datasets as tfds
 from rlens_jax.console import Progress
 from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Benchmark, Instance, find_benchmark, instance
 from rlens_jax.data.benchmarks.tsv import TsvTable, scan
-from rlens_jax.data.preparing import prepared
 from rlens_jax.errors import UserError
 
 ROWS = "rows"
@@ -195,3 +198,40 @@ def read_benchmark(dataset: str, folder: Path, data_dir: Path, md5: str | None =
         return builder
 
     return BenchmarkSource(dataset, prepared(make, dataset, place, folder))
+
+
+def prepared(make: Callable[[], Any], name: str, data_dir: Path, manual_dir: Path | None = None) -> Any:
+    """A builder of a tensorflow-dataset whose files are on disk. Prepares them once, in one of several processes, if needed.
+
+    While one process prepares, others wait. Files of a killed preparation are not used.
+
+    Args:
+        make: makes the builder, for files in `data_dir`.
+        name: name of the dataset, for errors.
+        manual_dir: folder of the files that the builder reads, if any.
+
+    Raises:
+        UserError: `data_dir` cannot be written.
+    """
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        builder = make()
+        if Path(builder.data_path).exists():
+            return builder
+        # tfds writes to a temporary folder and renames it, which fails for the second of two processes. The
+        # operating system drops the lock when the process that holds it ends.
+        with open(data_dir / f".{builder.name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Made again: another process may have finished while this one waited.
+            builder = make()
+            for leftover in Path(builder.data_path).parent.glob("incomplete.*"):
+                shutil.rmtree(leftover)
+            tfds.disable_progress_bar()
+            with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(None):
+                # tfds prints a message about downloads and makes a folder for them, although nothing is downloaded.
+                builder.download_and_prepare(
+                    download_dir=downloads, download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
+                )
+    except OSError as error:
+        raise UserError(f"{name} cannot be prepared in {data_dir}: {error}") from error
+    return builder

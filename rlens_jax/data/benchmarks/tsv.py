@@ -107,7 +107,6 @@ def scan(
     """Read a file once and keep the places of its rows and all cells except images. Rows without an image are left out.
 
     Args:
-        path: the file.
         needed: columns that the file must have in addition to `index` and `image`.
         optional: columns that are kept if the file has them.
         advance: called with the number of bytes read since the last call.
@@ -116,20 +115,21 @@ def scan(
         UserError: the file cannot be read; a column is missing or occurs twice; a row is cut off; an index is missing or
             occurs twice; an image refers to no row with an image or, through others, to itself; no row has an image.
     """
-    digest, header = hashlib.md5(usedforsecurity=False), None
+    digest = hashlib.md5(usedforsecurity=False)
     rows: dict[str, TsvRow] = {}
     references: dict[str, str] = {}
+
+    def count(line: bytes) -> None:
+        digest.update(line)
+        advance(len(line))
+
     with _opened(path) as file:
-        lines = _Lines(file, path, digest.update)
-        read = 0
-        for number, (offset, fields) in enumerate(_rows(lines, path)):
-            advance(lines.offset - read)
-            read = lines.offset
-            if header is None:
-                header = _header(fields, ("index", *needed, "image"), path)
-                kept = {name: header.index(name) for name in (*needed, *optional) if name in header}
-                index_at, image_at = header.index("index"), header.index("image")
-                continue
+        numbered = enumerate(_rows(_Lines(file, path, count), path))
+        _, (_, header) = next(numbered, (0, (0, [])))
+        _check_header(header, ("index", *needed, "image"), path)
+        kept = {name: header.index(name) for name in (*needed, *optional) if name in header}
+        index_at, image_at = header.index("index"), header.index("image")
+        for number, (offset, fields) in numbered:
             if len(fields) != len(header):
                 raise UserError(f"{path}: row {number} has {len(fields)} fields, the header {len(header)}; the file is damaged")
             index, image = fields[index_at], fields[image_at]
@@ -144,8 +144,6 @@ def scan(
                 references[index] = image
             image_hash = hashlib.blake2b(image.encode(), digest_size=16).digest()
             rows[index] = TsvRow(number, index, cells, offset, len(image), image_hash)
-    if header is None:
-        raise UserError(f"{path}: the file is empty")
     if not rows:
         raise UserError(f"{path}: no row has an image")
     return TsvTable(path, digest.hexdigest(), _resolved(rows, references, path), header)
@@ -166,10 +164,13 @@ def parse_list(text: str, where: str) -> list[str]:
 
 
 class _Lines:
-    """The decoded lines of a file, with the offset of the next line and whether the end was passed."""
+    """The decoded lines of a file, with the offset of the next line and whether the end was passed.
 
-    def __init__(self, file: BinaryIO, path: Path, digest: Callable[[bytes], None] = lambda line: None):
-        self._file, self._path, self._digest = file, path, digest
+    Calls `seen` with each line.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path, seen: Callable[[bytes], None] = lambda line: None):
+        self._file, self._path, self._seen = file, path, seen
         self.offset, self.ended = file.tell(), False
 
     def __iter__(self) -> "_Lines":
@@ -183,7 +184,7 @@ class _Lines:
         if len(line) == _MAX_LINE_BYTES:
             raise UserError(f"{self._path}: a line is longer than {_MAX_LINE_BYTES} bytes; is this a TSV file?")
         begin, self.offset = self.offset, self.offset + len(line)
-        self._digest(line)
+        self._seen(line)
         try:
             return line.decode("utf-8-sig" if begin == 0 else "utf-8")
         except UnicodeDecodeError as error:
@@ -218,7 +219,10 @@ def _quoted(line: str, following: _Lines, where: str) -> list[str]:
     return fields
 
 
-def _header(fields: Sequence[str], needed: Sequence[str], path: Path) -> Sequence[str]:
+def _check_header(fields: Sequence[str], needed: Sequence[str], path: Path) -> None:
+    """Raise UserError unless the header has every needed column once."""
+    if not fields:
+        raise UserError(f"{path}: the file is empty")
     for name in needed:
         if name not in fields:
             raise UserError(
@@ -227,7 +231,6 @@ def _header(fields: Sequence[str], needed: Sequence[str], path: Path) -> Sequenc
             )
         if fields.count(name) > 1:
             raise UserError(f"{path}: there are two columns {name!r}")
-    return fields
 
 
 def _resolved(rows: Mapping[str, TsvRow], references: Mapping[str, str], path: Path) -> list[TsvRow]:

@@ -17,8 +17,16 @@ from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 from transformers.utils import sentencepiece_model_pb2_new
 
-from rlens_jax.data.benchmarks.catalogue import Instance
-from rlens_jax.data.benchmarks.prompts import CHINESE_LETTER, LETTER, SHORT_ANSWER, hint, is_chinese, is_choice, options
+from rlens_jax.data.benchmarks.catalogue import (
+    ANSWER_LETTER,
+    CHINESE_LETTER,
+    SHORT_ANSWER,
+    Instance,
+    hint,
+    is_chinese,
+    is_choice,
+    options,
+)
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.errors import UserError
 from rlens_jax.families.family import ImageArrays
@@ -295,7 +303,7 @@ def benchmark_prompt(instance: Instance, config: InternVLConfig, step_by_step: b
     question = instance.question
     if is_choice(instance):
         text = "\n".join((*hint(instance, ""), question, *options(instance)))
-        text = f"{text}\n{CHINESE_LETTER if is_chinese(text) else LETTER}"
+        text = f"{text}\n{CHINESE_LETTER if is_chinese(text) else ANSWER_LETTER}"
     elif instance.dataset == "HallusionBench":
         text = f"{question} Please answer yes or no. {SHORT_ANSWER}"
     elif instance.dataset == "MME":

@@ -9,8 +9,7 @@ import numpy as np
 from PIL.Image import Image
 from transformers import AutoTokenizer
 
-from rlens_jax.data.benchmarks.catalogue import Instance
-from rlens_jax.data.benchmarks.prompts import default_prompt
+from rlens_jax.data.benchmarks.catalogue import Instance, default_prompt
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
 from rlens_jax.families.family import ImageArrays

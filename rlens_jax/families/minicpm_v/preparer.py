@@ -10,8 +10,7 @@ import numpy as np
 from PIL.Image import Image, Resampling
 from transformers import PreTrainedTokenizerFast
 
-from rlens_jax.data.benchmarks.catalogue import Instance
-from rlens_jax.data.benchmarks.prompts import LETTER, SHORT_ANSWER, is_choice, question_and_options
+from rlens_jax.data.benchmarks.catalogue import ANSWER_LETTER, SHORT_ANSWER, Instance, is_choice, question_and_options
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.errors import UserError
 from rlens_jax.families.family import ImageArrays
@@ -311,7 +310,7 @@ def benchmark_prompt(instance: Instance, config: MiniCPMVConfig, step_by_step: b
     if step_by_step and instance.dataset in STEP_BY_STEP_DATASETS:
         return STEP_BY_STEP + question
     if is_choice(instance):
-        return f"{question_and_options(instance)}\n{LETTER}"
+        return f"{question_and_options(instance)}\n{ANSWER_LETTER}"
     if instance.dataset == "HallusionBench":
         return f"{question} Yes or No?"
     if instance.dataset == "MME":

@@ -8,8 +8,7 @@ import numpy as np
 from PIL.Image import Image
 from transformers import AutoTokenizer
 
-from rlens_jax.data.benchmarks.catalogue import Instance
-from rlens_jax.data.benchmarks.prompts import CHINESE_LETTER, SELECT, is_chinese, is_choice, question_and_options
+from rlens_jax.data.benchmarks.catalogue import CHINESE_LETTER, SELECT, Instance, is_chinese, is_choice, question_and_options
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
 from rlens_jax.families.family import ImageArrays
