@@ -504,6 +504,12 @@ def test_lists_that_are_not_complete(capsys) -> None:
     assert "A's layers, place in B: 27:1 26:3 25:-" in printed
 
 
+def test_a_list_longer_than_a_file_name(capsys) -> None:
+    layers = " ".join(map(str, range(100)))
+    assert validate("--rankings", layers, layers) == 0
+    assert "Kendall's tau 1.000" in capsys.readouterr().out
+
+
 BAD_RANKINGS = {
     "twice": (["2,1,1", "0,1,2"], "the list: names layer 1 twice"),
     "out of range": (["0,1,3", "0,1,2"], "layer 3 is out of range, the model has 3 layers (0-2)"),

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rlens_jax.console import ArgumentParser, run_command
 from rlens_jax.files import replace_file
-from rlens_jax.reporting.reading import read_run
 from rlens_jax.reporting.report_page import report_html
+from rlens_jax.reporting.run_files import read_run
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -27,27 +27,19 @@ _REFUSALS = (
     "Cannot determine the answer",
 )
 _TO_BLANKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-_LAST_WORDS = 4
 # Nothing ends the letter: "answer is blue" says B.
 _ANSWER_IS = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
 
 
 def yes_no_accuracy(row: Row) -> float:
-    """1 when the prediction says what the reference says.
-
-    Raises:
-        UserError: the reference is neither "Yes" nor "No".
-    """
+    """1 when the prediction says what the reference says. UserError when the reference is neither "Yes" nor "No"."""
     if row.answers not in (("Yes",), ("No",)):
         raise UserError(f"row {row.index}: the answer must be 'Yes' or 'No', not {', '.join(map(repr, row.answers))}")
     return float(extract_yes_no(row.prediction) == row.answers[0])
 
 
 def extract_yes_no(prediction: str) -> str:
-    """The one of "Yes" and "No" that is among the prediction's words; "Unknown" for both or neither.
-
-    VLMEvalKit's `YOrN_Extraction` (`vlmeval/dataset/utils/yorn.py`).
-    """
+    """The prediction's answer: "Yes" or "No" if it has only that word, else "Unknown" (`vlmeval/dataset/utils/yorn.py`)."""
     words = remove_punctuation(prediction.lower()).split()
     if ("yes" in words) == ("no" in words):
         return "Unknown"
@@ -160,10 +152,7 @@ def _accuracies(ids: Sequence[_Ids], hits: Sequence[float]) -> dict[str, Ratio]:
 def choice_accuracy(row: Row) -> float:
     """Multiple choice: MMStar (Chen et al., arXiv:2403.20330; `mcq_vanilla_eval`).
 
-    1 when the option that the prediction chooses is the reference.
-
-    Raises:
-        UserError: a row has no options, or not exactly one reference.
+    1 when the option that the prediction chooses is the reference. UserError without options, or without exactly one reference.
     """
     if not row.options:
         raise UserError(f"row {row.index}: no options")
@@ -173,10 +162,7 @@ def choice_accuracy(row: Row) -> float:
 
 
 def extract_choice(prediction: str, options: Mapping[str, str]) -> str:
-    """The letter of the option that the prediction names by letter, or else by text; "Z" for none.
-
-    VLMEvalKit's `vlmeval/utils/matching_util.py`.
-    """
+    """The letter of the option that the prediction names by letter, or else by text; "Z" for none (`utils/matching_util.py`)."""
     return _by_letter(prediction, options) or _by_text(prediction, options) or NO_OPTION
 
 
@@ -192,7 +178,7 @@ def _by_letter(prediction: str, options: Mapping[str, str]) -> str | None:
     words = prediction.translate(_TO_BLANKS).split()
     letters = [letter for letter in options if letter in words]
     # The first place of a letter decides: "A dog is what I see here, A" does not say A.
-    if len(letters) == 1 and words.index(letters[0]) >= len(words) - _LAST_WORDS:
+    if len(letters) == 1 and words.index(letters[0]) >= len(words) - 4:
         return letters[0]
     if not letters and NO_OPTION in words:
         return NO_OPTION

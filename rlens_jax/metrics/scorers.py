@@ -11,17 +11,12 @@ from rlens_jax.metrics.choice_metrics import choice_accuracy, hallusion_bench, m
 from rlens_jax.metrics.score import Aggregate, Row, Score, mean_ratio, outcomes_by
 from rlens_jax.metrics.text_metrics import anls, contains_answer, ocrbench, relaxed_accuracy, vqa_accuracy
 
-_BREAKDOWN_FIELDS = ("split", "category", "l2_category")
-
 
 def mean_accuracy(rows: Sequence[Row], per_sample: Sequence[float]) -> Aggregate:
-    """100 times the mean over the rows (not over categories), and the same per split and category.
-
-    Each question is a group.
-    """
+    """100 times the mean over the rows (not over categories), and the same per split and category. Each question is a group."""
     names = tuple(row.index for row in rows)
     breakdown = {}
-    for field in _BREAKDOWN_FIELDS:
+    for field in ("split", "category", "l2_category"):
         for label, outcomes in outcomes_by([getattr(row, field) for row in rows], per_sample).items():
             breakdown[f"{field}/{label}"] = 100 * math.fsum(outcomes) / len(outcomes)
     return Aggregate((mean_ratio(100, names, per_sample),), breakdown, names, ("",) * len(rows))

@@ -35,7 +35,6 @@ OCRBENCH_GROUPS = {
 }
 """The five groups of OCRBench's ten categories."""
 _OCRBENCH_CATEGORIES = tuple(category for categories in OCRBENCH_GROUPS.values() for category in categories)
-_OCRBENCH_POINTS = 1000
 
 _ARTICLES = ("a", "an", "the")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -68,7 +67,6 @@ def anls(row: Row) -> float:
     """Average normalised Levenshtein similarity: DocVQA and InfoVQA (Biten et al., arXiv:1905.13648).
 
     1 minus the smallest normalised edit distance to a reference, or 0 when that is below `ANLS_THRESHOLD`.
-
     Case and runs of white space do not count in the distance. They do count in the length by which it is divided:
     VLMEvalKit takes the length of the unchanged strings, so blanks after a wrong answer raise its score. (A later
     VLMEvalKit divides by the length of the folded strings.)
@@ -119,10 +117,7 @@ def contains_answer(row: Row) -> float:
 
     1 when a reference occurs in the prediction. Formulas are compared without blanks and with their case, everything
     else in lower case and with blanks. White space at the ends is removed, and a line break counts as a blank. An empty
-    reference occurs in every prediction.
-
-    Raises:
-        UserError: the row's category is not one of OCRBench's.
+    reference occurs in every prediction. UserError for a category that OCRBench does not have.
     """
     check_category(row, _OCRBENCH_CATEGORIES)
     fold = _fold_formula if row.category == FORMULA else _fold_text
@@ -145,14 +140,13 @@ def ocrbench(rows: Sequence[Row], per_sample: Sequence[float]) -> Aggregate:
     five groups, and "category/..." for the ten categories.
     """
     names = tuple(row.index for row in rows)
-    right = {
-        category: math.fsum(outcomes) for category, outcomes in outcomes_by([row.category for row in rows], per_sample).items()
-    }
+    by_category = outcomes_by([row.category for row in rows], per_sample)
+    right = {category: math.fsum(outcomes) for category, outcomes in by_category.items()}
     breakdown = {"Final Score": math.fsum(per_sample)}
     for group, categories in OCRBENCH_GROUPS.items():
         breakdown[group] = math.fsum(right.get(category, 0) for category in categories)
     breakdown |= {f"category/{category}": count for category, count in right.items()}
-    return Aggregate((mean_ratio(_OCRBENCH_POINTS, names, per_sample),), breakdown, names, ("",) * len(rows))
+    return Aggregate((mean_ratio(1000, names, per_sample),), breakdown, names, ("",) * len(rows))
 
 
 def vqa_accuracy(row: Row) -> float:

@@ -107,9 +107,8 @@ _KINDS = {str: "a text", dict: "an object", list: "a list"}
 def _require(fields: Mapping[str, Any], names: Sequence[str], where: str) -> None:
     for name in names:
         if name not in fields:
-            unknown = [field for field in fields if field not in names]
-            near = suggest(name, unknown)
-            raise UserError(f"{where}: the field {name} is missing" + near.replace("did you mean", "is it"))
+            near = suggest(name, [field for field in fields if field not in names]).replace("did you mean", "is it")
+            raise UserError(f"{where}: the field {name} is missing{near}")
 
 
 def _read_case(fields: Any, where: str) -> Case:

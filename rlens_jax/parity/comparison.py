@@ -113,6 +113,8 @@ class Validation:
 def validate(model: str, bundle: Path, dtype: str, tolerance: float) -> Validation:
     """Load a model and compare it with all cases of a bundle, with matrix products in the highest precision.
 
+    All cases are checked before the first one is computed.
+
     Args:
         model: a model folder, or "embedded".
         bundle: the folder of the bundle.
@@ -127,46 +129,23 @@ def validate(model: str, bundle: Path, dtype: str, tolerance: float) -> Validati
     manifest = read_manifest(bundle)
     start_jax("highest", cache_folder() / "compiled")
     kind, loaded = load_model(model, jnp.dtype(dtype))
-    with Progress("comparing", len(manifest.cases), "cases") as progress:
-        results = compare(manifest, kind, loaded, tolerance, progress.advance)
-    num_layers = kind.config.decoder.num_layers
-    return Validation(model, dtype, num_layers, manifest, tolerance, results, versions())
-
-
-def compare(
-    manifest: Manifest, kind: ModelKind, model: VisionLanguageModel, tolerance: float, advance: Callable[[], None]
-) -> list[CaseResult]:
-    """Compare a model with all cases of a bundle.
-
-    All cases are checked before the first one is computed.
-
-    Args:
-        manifest: the bundle.
-        kind: family and sizes of our model.
-        model: our model.
-        tolerance: relative to max(1, largest reference logit).
-        advance: called after each case.
-
-    Raises:
-        UserError: the bundle does not fit the model, or one of its cases is malformed.
-    """
     if manifest.family != kind.model_type:
-        raise UserError(f"{manifest.folder}: the bundle is for {manifest.family!r}, the model is a {kind.model_type!r}")
+        raise UserError(f"{bundle}: the bundle is for {manifest.family!r}, the model is a {kind.model_type!r}")
     inputs = kind.family.reference.names
     for case in manifest.cases:
-        with open_case(manifest.folder, case, inputs) as file:
+        with open_case(bundle, case, inputs) as file:
             _Reference(case, file, kind)
     agreeing: list[_Reference] = []
     results = []
-    for case in manifest.cases:
-        with open_case(manifest.folder, case, inputs) as file:
-            reference = _Reference(case, file, kind)
-            result = _Comparison(reference, model, tolerance, agreeing).result()
-        if result.within_tolerance:
-            agreeing.append(reference)
-        results.append(result)
-        advance()
-    return results
+    with Progress("comparing", len(manifest.cases), "cases") as progress:
+        for case in manifest.cases:
+            with open_case(bundle, case, inputs) as file:
+                reference = _Reference(case, file, kind)
+                results.append(_Comparison(reference, loaded, tolerance, agreeing).result())
+            if results[-1].within_tolerance:
+                agreeing.append(reference)
+            progress.advance()
+    return Validation(model, dtype, kind.config.decoder.num_layers, manifest, tolerance, results, versions())
 
 
 class _Reference:
@@ -260,18 +239,10 @@ class _Reference:
 
 
 class _Comparison:
-    """Comparison of our model with one case.
-
-    Args:
-        reference: the case.
-        model: our model.
-        tolerance: relative to max(1, largest reference logit).
-        agreeing: earlier cases that are within the tolerance.
-    """
+    """Comparison of our model with one case; `agreeing` are earlier cases that are within the tolerance."""
 
     def __init__(self, reference: _Reference, model: VisionLanguageModel, tolerance: float, agreeing: Sequence[_Reference]):
-        self._reference, self._model = reference, model
-        self._tolerance, self._agreeing = tolerance, agreeing
+        self._reference, self._model, self._tolerance, self._agreeing = reference, model, tolerance, agreeing
         self._images = [inputs.images for inputs in reference.inputs]
         self._text = [inputs.prompt for inputs in reference.inputs]
         self._layout = pack(self._text).layout

@@ -16,7 +16,6 @@ from PIL import Image
 from rlens_jax.checkpoints import orbax_store
 from rlens_jax.checkpoints.checkpoint import find_model, read_model_kind
 from rlens_jax.errors import UserError
-from rlens_jax.families.registry import ModelKind
 from rlens_jax.parity.bundle import KEPT, LOGITS, new_bundle, states_name
 from rlens_jax.plan import Plan, Reduction
 
@@ -35,44 +34,36 @@ def dump(
     Args:
         model: a folder as published (not a converted one), with tokenizer and processor files; or "embedded".
         bundle: the new folder.
-        plans: the plans; `Plan()` is the dense model.
-        reduction: settings of the reduced layers.
         with_states: also write the states after each half of each layer.
         advance: called after each case.
 
     Raises:
         UserError: PyTorch or the processor is missing, transformers has no class for the model, or a plan does not fit it.
     """
+    from transformers import CONFIG_MAPPING
+
     folder = find_model(model)
     if orbax_store.is_store(folder):
         raise UserError(f"{folder}: is a converted folder, which PyTorch cannot read; convert it back with --to-hf")
     kind = read_model_kind(folder)
-    _check_class(folder, kind)
+    if kind.model_type not in CONFIG_MAPPING:  # code in a model folder is never run
+        raise UserError(
+            f"{folder}: transformers has no class of model_type {kind.model_type!r}; write a bundle with the published code "
+            f"({', '.join(kind.family.reference.names)} and results, see rlens_jax/parity/bundle.py)"
+        )
     for plan in plans:
         plan.validate(kind.config.decoder.num_layers)
     if bundle.exists():
         raise UserError(f"{bundle}: exists already; name a new folder or remove it")
     theirs = load_torch_model(folder)
     inputs = make_inputs(folder, kind.family.reference.names)
-    framework = {name: version(name) for name in ("torch", "transformers")}
-    named = {"name": "pytorch", "version": framework["torch"], "transformers": framework["transformers"]}
+    framework = {"name": "pytorch", "version": version("torch"), "transformers": version("transformers")}
     name = folder.resolve().name
-    with new_bundle(bundle, model=name, family=kind.model_type, framework=named, dtype="float32") as writer:
+    with new_bundle(bundle, model=name, family=kind.model_type, framework=framework, dtype="float32") as writer:
         for plan in plans:
             writer.add(plan, reduction, run_case(theirs, inputs, plan, reduction, with_states))
             advance()
     return bundle
-
-
-def _check_class(folder: Path, kind: ModelKind) -> None:
-    """Raise UserError unless transformers has a class for the model. Code in a model folder is never run."""
-    from transformers import CONFIG_MAPPING
-
-    if kind.model_type not in CONFIG_MAPPING:
-        raise UserError(
-            f"{folder}: transformers has no class of model_type {kind.model_type!r}; write a bundle with the published code "
-            f"({', '.join(kind.family.reference.names)} and results, see rlens_jax/parity/bundle.py)"
-        )
 
 
 def load_torch_model(folder: Path) -> Any:

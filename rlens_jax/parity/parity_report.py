@@ -9,6 +9,7 @@ from rlens_jax.files import json_text
 from rlens_jax.parity.comparison import CaseResult, Validation
 from rlens_jax.parity.rankings import RankingComparison
 from rlens_jax.plan import OPERATORS
+from rlens_jax.reporting.report_text import markdown_table
 
 SCHEMA = "rlens-validation/1"
 RANKINGS_SCHEMA = "rlens-ranking-comparison/1"
@@ -108,36 +109,25 @@ def validation_markdown(validation: Validation) -> str:
     """The Markdown report."""
     manifest = validation.manifest
     framework = ", ".join(f"{name} {value}" for name, value in manifest.framework.items())
-    lines = [
+    parts = [
         f"# {validation.model} against {manifest.model}",
-        "",
         f"{_verdict(validation)}: |ours - reference| <= {validation.tolerance:g} * max(1, largest reference logit).",
-        "",
         f"Ours: {validation.dtype}. Reference: {framework}, {manifest.dtype}. Where the bundle has kept units, our model "
         "uses them too; the table shows the share of them that our probes choose.",
-        "",
-        *_table(HEADINGS, _rows(validation)),
-        "",
+        markdown_table(HEADINGS, _rows(validation)),
     ]
-    lines += [f"- {line}" for line in _partings(validation)]
+    if partings := _partings(validation):
+        parts.append("\n".join(f"- {line}" for line in partings))
     further = {**manifest.further, **{f"{r.case.file}: {k}": v for r in validation.results for k, v in r.case.further.items()}}
     if further:
-        lines += ["", "Further fields of the bundle:", ""]
-        lines += [f"- {name}: {json.dumps(value)}" for name, value in further.items()]
+        lines = [f"- {name}: {json.dumps(value)}" for name, value in further.items()]
+        parts += ["Further fields of the bundle:", "\n".join(lines)]
     states = [(r.case.file, state) for r in validation.results for state in r.states]
     if states:
         rows = [(file, str(s.layer), s.after, _number(s.max_relative)) for file, s in states]
-        lines += ["", "## States", "", *_table(("case", "layer", "after", "max rel"), rows)]
-    versions = ", ".join(f"{name} {value}" for name, value in validation.versions.items())
-    return "\n".join([*lines, "", versions]) + "\n"
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [_line(headings), _line(["---"] * len(headings)), *map(_line, rows)]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+        parts += ["## States", markdown_table(("case", "layer", "after", "max rel"), rows)]
+    parts.append(", ".join(f"{name} {value}" for name, value in validation.versions.items()))
+    return "\n\n".join(parts) + "\n"
 
 
 def rankings_json(comparisons: Sequence[RankingComparison]) -> str:
@@ -154,18 +144,15 @@ def rankings_markdown(comparisons: Sequence[RankingComparison]) -> str:
     """The Markdown report on two rankings."""
     parts = ["# Two rankings"]
     for comparison in comparisons:
-        title = f"## {comparison.name}\n\n" if comparison.name else ""
         rows = [
             (str(place), str(layer), _place(there))
             for place, (layer, there) in enumerate(zip(comparison.a, comparison.places_of_a_in_b, strict=True), 1)
         ]
         overlaps = [(str(k), f"{share:.0%}") for k, share in enumerate(comparison.overlaps, 1)]
-        parts.append(
-            f"{title}Kendall's tau: {comparison.kendall_tau:.3f}\n\n"
-            + "\n".join(_table(("place in A", "layer", "place in B"), rows))
-            + "\n\n"
-            + "\n".join(_table(("first k", "in common"), overlaps))
-        )
+        parts += [f"## {comparison.name}"] if comparison.name else []
+        parts.append(f"Kendall's tau: {comparison.kendall_tau:.3f}")
+        parts.append(markdown_table(("place in A", "layer", "place in B"), rows))
+        parts.append(markdown_table(("first k", "in common"), overlaps))
     return "\n\n".join(parts) + "\n"
 
 
@@ -177,9 +164,9 @@ def _ranking_lines(comparison: RankingComparison) -> list[str]:
         f"Kendall's tau {comparison.kendall_tau:.3f}",
         f"first k in common {overlaps}",
         *(
-            f"{one}'s layers, place in {other}: "
+            f"{side}'s layers, place in {other}: "
             + " ".join(f"{layer}:{_place(place)}" for layer, place in zip(order, places, strict=True))
-            for one, order, other, places in sides
+            for side, order, other, places in sides
         ),
     ]
 

@@ -1,5 +1,6 @@
 """Compare two layer rankings. A ranking is a list of layers, most redundant first."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlens_jax.errors import UserError
-from rlens_jax.files import parse_json
+from rlens_jax.files import parse_json, read_text
 from rlens_jax.search.ranking_file import check_ranking
 
 
@@ -41,9 +42,8 @@ def compare_rankings(a: str, b: str, num_layers: int | None) -> list[RankingComp
     """Compare the rankings of two arguments, per operator if both have operators.
 
     Args:
-        a: one of our ranking.json files, a list such as "27,26,25", or a file with a list (separated by commas, spaces or
-            lines, or as JSON).
-        b: the same.
+        a, b: each one of our ranking.json files, a list such as "27,26,25", or a file with a list (separated by commas, spaces
+            or lines, or as JSON).
         num_layers: number of layers of the model; None takes it from a ranking.json, or else the length of the longer list.
 
     Raises:
@@ -61,29 +61,20 @@ def compare_rankings(a: str, b: str, num_layers: int | None) -> list[RankingComp
         for name, order in source.rankings.items():
             _check(order, layers, f"{source.name}: {name}" if name else source.name)
     first, second = (source.rankings for source in sources)
-    if "" in first and "" in second:
-        pairs = [("", first[""], second[""])]
-    elif "" in first:
-        pairs = [(name, first[""], order) for name, order in second.items()]
-    elif "" in second:
-        pairs = [(name, order, second[""]) for name, order in first.items()]
-    else:
-        pairs = [(name, first[name], second[name]) for name in first if name in second]
+    # A list has the name "" and is compared with the ranking of every operator.
+    pairs = [(one or other, first[one], second[other]) for one in first for other in second if one == other or "" in (one, other)]
     if not pairs:
         raise UserError(f"{a} ranks {', '.join(first)}, {b} ranks {', '.join(second)}: nothing to compare")
     return [_compare(*pair) for pair in pairs]
 
 
 def _read(argument: str) -> Source:
-    if re.fullmatch(r"[\s\d,;+-]*", argument) and not Path(argument).is_file():
+    if not os.path.isfile(argument):  # noqa: PTH113  (Path.is_file raises OSError for a long list)
+        if not re.fullmatch(r"[\s\d,;+-]*", argument):
+            raise UserError(f"{argument}: neither a file nor a list of layers such as 27,26,25")
         return Source("the list", {"": _parse(argument, "the list")}, None)
     path = Path(argument)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{argument}: neither a file nor a list of layers such as 27,26,25") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{argument}: not readable as text ({error})") from None
+    text = read_text(path)
     if not text.lstrip().startswith(("{", "[")):
         return Source(argument, {"": _parse(text, argument)}, None)
     value = parse_json(text, path)

@@ -26,8 +26,8 @@ from rlens_jax.flops import mean_saving
 from rlens_jax.hosts.processes import Processes, Stopper
 from rlens_jax.plan import Plan
 from rlens_jax.ranking.ranker import TEST, VALIDATION, Comparison, Ranker
-from rlens_jax.reporting.examples import Answer, Example, choose_samples, write_examples
 from rlens_jax.reporting.report_files import write_report
+from rlens_jax.reporting.run_files import Answer, Example, choose_samples, write_examples
 from rlens_jax.resources import versions
 from rlens_jax.search.results import PrefillTime, Results, Timing
 

@@ -5,6 +5,7 @@ A chart is small enough for a phone; wide screens put charts side by side.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import ceil, floor, log10, sqrt
 from typing import Any
 
@@ -136,8 +137,6 @@ def curve_chart(
         title: description for screen readers.
         series: the curves from back to front.
         marks: points to ring.
-        x_end: end of the horizontal axis.
-        x_title, y_title: titles of the axes.
         step_title: title of a step, with `{x}` for its place.
         reference: the share that all curves are compared with, drawn as a horizontal line.
     """
@@ -255,24 +254,16 @@ def _samples(drawn: Drawn) -> list[tuple[float, float]]:
     """Points along the line of a series, or along its whiskers."""
     if not drawn.joined:
         return [(x, low + (high - low) * part / 8) for x, _, low, high in drawn.points for part in range(9)]
-    parts = [part / 6 for part in range(6)]
     return [
-        (x0 + (x1 - x0) * part, y0 + (y1 - y0) * part)
-        for (x0, y0, _, _), (x1, y1, _, _) in zip(drawn.points, drawn.points[1:], strict=False)
-        for part in parts
+        (x0 + (x1 - x0) * part / 6, y0 + (y1 - y0) * part / 6)
+        for (x0, y0, _, _), (x1, y1, _, _) in pairwise(drawn.points)
+        for part in range(6)
     ]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A candidate of a heat map.
-
-    Attributes:
-        shade: shade of its harm.
-        chosen: whether it won its round.
-        text: its score.
-        tip: the text on hover.
-    """
+    """A candidate of a heat map: shade of its harm, whether it won its round, its score, and the text on hover."""
 
     shade: int
     chosen: bool
@@ -289,13 +280,7 @@ class HeatMap:
 
 
 def heat_map(search: Mapping[str, Any], num_layers: int, worst: float) -> HeatMap:
-    """The heat map of one operator.
-
-    Args:
-        search: the operator's part of ranking.json's `search`.
-        num_layers: L.
-        worst: the lowest score of all heat maps that share a legend.
-    """
+    """The heat map of an operator from its part of ranking.json's `search`; `worst` is the lowest score that the legend shows."""
     rows = []
     for number, round_ in enumerate(search["rounds"], 1):
         cells: list[Cell | None] = [None] * num_layers

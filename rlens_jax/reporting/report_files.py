@@ -8,9 +8,9 @@ import yaml
 
 from rlens_jax.files import json_text, replace_file
 from rlens_jax.reporting.plots import plot_candidates, plot_curves
-from rlens_jax.reporting.reading import TIMING, RunFiles, read_examples
 from rlens_jax.reporting.report_page import report_html
 from rlens_jax.reporting.report_text import report_markdown
+from rlens_jax.reporting.run_files import TIMING, RunFiles, read_examples
 from rlens_jax.search.ranking_file import RANKING, ranking_fields
 from rlens_jax.search.results import Results, Timing
 

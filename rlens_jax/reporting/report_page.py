@@ -14,10 +14,10 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from rlens_jax.errors import UserError
 from rlens_jax.files import json_leaves
 from rlens_jax.plan import OPERATORS, Plan
-from rlens_jax.reporting import chart as area
+from rlens_jax.reporting import chart
 from rlens_jax.reporting.chart import MINUS, Chart, HeatMap, Mark, Series, curve_chart, heat_map, worst_score
-from rlens_jax.reporting.reading import RunFiles
 from rlens_jax.reporting.report_text import TITLES
+from rlens_jax.reporting.run_files import RunFiles
 from rlens_jax.search.results import ALLOWED_LOSS
 
 MAX_BYTES = 3_000_000
@@ -110,23 +110,20 @@ def report_html(runs: Sequence[RunFiles]) -> str:
     depths = sorted({run.num_layers for run in runs})
     style = _asset("report.css") + "".join(map(_heat_width, depths))
     script = _asset("report.js")
-    page = (
-        _environment()
-        .get_template("report.html.jinja")
-        .render(
-            runs=views,
-            comparison=_comparison(views) if len(views) > 1 else None,
-            style=style,
-            script=script,
-            style_hash=_hash(style),
-            script_hash=_hash(script),
-            area=area,
-            deep_from=_DEEP,
-            allowed_loss=ALLOWED_LOSS,
-        )
+    template = _environment().get_template("report.html.jinja")
+    page = template.render(
+        runs=views,
+        comparison=_comparison(views) if len(views) > 1 else None,
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        area=chart,
+        deep_from=_DEEP,
+        allowed_loss=ALLOWED_LOSS,
     )
     size = len(page.encode())
-    if size > MAX_BYTES and len(runs) > 1:  # examples.py bounds the size of one run
+    if size > MAX_BYTES and len(runs) > 1:  # write_examples bounds the size of one run
         raise UserError(f"the report would have {size / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:g}; name fewer runs")
     return page
 
@@ -173,7 +170,6 @@ def _points(margin: Mapping[str, float]) -> str:
 def _run_view(run: RunFiles, letter: str) -> RunView:
     ranking, prefill = run.ranking, run.timing["prefill"]
     worst = worst_score(ranking["search"])
-    examples = run.examples
     return RunView(
         letter=letter,
         name=run.name,
@@ -182,19 +178,15 @@ def _run_view(run: RunFiles, letter: str) -> RunView:
         savings=tuple(_saving_row(name, saving, prefill.get(name)) for name, saving in ranking["savings"].items()),
         timed=next(iter(prefill.values()), None),
         configuration=yaml.safe_dump(ranking["configuration"], sort_keys=False, allow_unicode=True),
-        example_plan="" if examples is None else _label(examples["plan"]),
+        example_plan="" if run.examples is None else Plan(**run.examples["plan"]).label(),
     )
-
-
-def _label(plan: Mapping[str, Sequence[int]]) -> str:
-    return Plan(tuple(plan["attention"]), tuple(plan["ffn"])).label()
 
 
 def _saving_row(name: str, saving: Mapping[str, Any], time: Mapping[str, Any] | None) -> SavingRow:
     dense, reduced = (median(time[side]) if time else None for side in ("dense", "reduced"))
     return SavingRow(
         name=_PLANS[name],
-        layers=_label(saving["plan"]),
+        layers=Plan(**saving["plan"]).label(),
         loss=saving["loss"],
         flops=saving["flops_saved"],
         flops_with_probes=saving["flops_saved_with_probes"],
@@ -206,8 +198,7 @@ def _saving_row(name: str, saving: Mapping[str, Any], time: Mapping[str, Any] | 
 
 def _operator_view(run: RunFiles, operator: str, worst: float) -> OperatorView:
     ranking = run.ranking
-    order, held_out = ranking["rankings"][operator], ranking["held_out"][operator]
-    search = ranking["search"][operator]
+    order, held_out, search = (ranking[part][operator] for part in ("rankings", "held_out", "search"))
     lost = ranking["savings"][operator]["plan"][operator]
     ranks = {layer: rank for rank, layer in enumerate(order, 1)}
     layers = tuple(LayerCell(layer, ranks[layer], layer in lost) for layer in sorted(order))

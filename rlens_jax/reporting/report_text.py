@@ -21,9 +21,8 @@ _STRATEGY_TEXTS: dict[Strategy, str] = {
 }
 _AGAIN = (
     "`python -m rlens_jax.rank --config config.yaml --output ANOTHER_FOLDER`, with the `config.yaml` in this folder. "
-    "`ranking.json` contains the rankings, every evaluation and every number above except times, which are in "
-    "`timing.json`. The same configuration, model and data on the same kind of device give the same `ranking.json`, "
-    "byte for byte."
+    "`ranking.json` contains the rankings, every evaluation and every number above except times, which are in `timing.json`. "
+    "The same configuration, model and data on the same kind of device give the same `ranking.json`, byte for byte."
 )
 
 
@@ -134,7 +133,7 @@ def _run_facts(results: Results) -> str:
         for name in results.dense_test
     ]
     titles = ("dataset", "validation samples", "held-out samples", "dense on validation", "dense held out")
-    return _table(("what", "value"), rows) + "\n\n" + _table(titles, datasets)
+    return markdown_table(("what", "value"), rows) + "\n\n" + markdown_table(titles, datasets)
 
 
 def _rankings(results: Results) -> str:
@@ -153,12 +152,11 @@ def _savings(results: Results) -> str:
         for name, saving in results.savings.items()
     ]
     lines = [
-        _table(titles, rows),
-        "Layers: the first k of the ranking, where k is the largest number with a loss below "
-        f"{_percent(ALLOWED_LOSS, 0)} on the held-out samples; a smaller number may lose more. Loss: minus the mean "
-        f"{results.config.search.change} change against the dense model, over the datasets. FLOPs: multiply-adds of the "
-        "decoder layers in the prefill, counted for all pairs of tokens, as is usual; a negative number means more than "
-        "dense.",
+        markdown_table(titles, rows),
+        f"Layers: the first k of the ranking, where k is the largest number with a loss below {_percent(ALLOWED_LOSS, 0)} on "
+        f"the held-out samples; a smaller number may lose more. Loss: minus the mean {results.config.search.change} change "
+        "against the dense model, over the datasets. FLOPs: multiply-adds of the decoder layers in the prefill, counted for "
+        "all pairs of tokens, as is usual; a negative number means more than dense.",
     ]
     if results.combined is not None and results.combined.loss >= ALLOWED_LOSS:
         lines.append(
@@ -190,7 +188,7 @@ def _quality(name: Operator, result: OperatorResult, results: Results) -> str:
         f"Area under the held-out curve over {points} reduced layers, with 95 % bootstrap intervals. Differences are "
         "taken on the same draws."
     )
-    return "\n\n".join([f"### {TITLES[name]}", _table(titles, rows), note, _verdict(result, results)])
+    return "\n\n".join([f"### {TITLES[name]}", markdown_table(titles, rows), note, _verdict(result, results)])
 
 
 def _unbeaten(result: OperatorResult) -> str | None:
@@ -246,10 +244,11 @@ def _differences(results: Results) -> str:
         "candidates tied with the winner, mean over rounds",
         "rounds with a tie",
     )
-    return _table(titles, rows)
+    return markdown_table(titles, rows)
 
 
-def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, without a newline at the end."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

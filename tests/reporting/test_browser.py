@@ -12,8 +12,8 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from rlens_jax.reporting.reading import read_run
 from rlens_jax.reporting.report_page import report_html
+from rlens_jax.reporting.run_files import read_run
 from tests.reporting.runs import examples, write_run
 from tests.reporting.synthetic import synthetic_results
 

@@ -17,10 +17,9 @@ from rlens_jax.console import BAD_INPUT
 from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
 from rlens_jax.reporting.chart import BOTTOM, LEFT, RIGHT, SHADES, TOP, Series, curve_chart, nice_ticks, shade, shade_legend
-from rlens_jax.reporting.examples import MAX_EXAMPLES, MAX_IMAGES, write_examples
-from rlens_jax.reporting.reading import read_run
 from rlens_jax.reporting.report_files import write_report
 from rlens_jax.reporting.report_page import MAX_BYTES, MAX_RUNS, report_html
+from rlens_jax.reporting.run_files import MAX_EXAMPLES, MAX_IMAGES, read_run, write_examples
 from tests.reporting.runs import ATTACK, examples, write_run
 from tests.reporting.synthetic import synthetic_results
 
