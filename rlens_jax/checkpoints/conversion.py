@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import groupby
 from math import prod
 from pathlib import Path
 from threading import Event
@@ -29,7 +28,7 @@ import numpy as np
 
 from rlens_jax.checkpoints import orbax_store
 from rlens_jax.checkpoints.checkpoint import read_model_kind
-from rlens_jax.checkpoints.leaves import leaf_name, shapes_of, together
+from rlens_jax.checkpoints.leaves import by_layer, leaf_name, shapes_of
 from rlens_jax.checkpoints.published import (
     CONFIG,
     INDEX,
@@ -42,7 +41,7 @@ from rlens_jax.checkpoints.published import (
     weight_files,
     with_dtype,
 )
-from rlens_jax.checkpoints.safetensors_file import DTYPES, Entry, Writer, dtype_name, entry_of, read_bytes
+from rlens_jax.checkpoints.safetensors_file import Entry, Writer, dtype_name, entry_of, read_bytes
 from rlens_jax.errors import UserError
 from rlens_jax.families.hf_files import read_json_object
 from rlens_jax.families.registry import ModelKind
@@ -54,7 +53,6 @@ FORMAT = "rlens-conversion/1"
 RECORD, CARRIED = "conversion.json", "carried.safetensors"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", *PICKLED, "*.bin.index.json", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
 READ_BYTES = 1 << 22
-
 Advance = Callable[[int], None]
 """Called with the number of bytes that were converted since the last call."""
 
@@ -88,9 +86,7 @@ def to_orbax(
         source: a folder with published safetensors.
         target: must not exist yet.
         dtype: dtype to which all tensors that the model uses are rounded; None keeps each dtype.
-        advance: progress.
-        name: name of the source, for conversion.json.
-        revision: revision of the source on the hub, for conversion.json.
+        name, revision: of the source, for conversion.json.
 
     Raises:
         UserError: the source is not a complete checkpoint of finite numbers, or `target` cannot be written.
@@ -106,7 +102,8 @@ def to_orbax(
         published.check_copies(problems)
         problems.raise_any()
         record = _record(kind, published, dtype, name, revision)
-        _check_space(target, sum(tensor["num_bytes"] for tensor in record["tensors"]))
+        total = sum(tensor["num_bytes"] for tensor in record["tensors"])
+        _check_space(target, total)
         used = [*small, *(path for path in [source / INDEX] if path.exists()), *files]
         with new_folder(target) as unfinished, _hashes(used) as hashes:
             writer = orbax_store.Writer(unfinished)
@@ -121,21 +118,15 @@ def to_orbax(
             _copy_small(small, unfinished, dtype)
             record["files"] = hashes()
             (unfinished / RECORD).write_text(json_text(record), encoding="utf-8")
-    total = sum(tensor["num_bytes"] for tensor in record["tensors"])
     carried = {item["name"]: item["reason"] for item in record["carried"]}
     return Converted(target, len(record["tensors"]), total, carried)
 
 
 def to_safetensors(source: Path, target: Path, advance: Advance) -> Converted:
-    """Convert a folder back, with the names, files, shapes, dtypes and bits of its source.
-
-    Args:
-        source: a folder written by `to_orbax`.
-        target: must not exist yet.
-        advance: progress.
+    """Convert a folder of `to_orbax` back, with the names, files, shapes, dtypes and bits of its source.
 
     Raises:
-        UserError: `source` is not a converted folder or is damaged, or `target` cannot be written.
+        UserError: `source` is not a converted folder or is damaged, or `target` exists or cannot be written.
     """
     _check_folders(source, target)
     if not orbax_store.is_store(source):
@@ -155,7 +146,14 @@ def to_safetensors(source: Path, target: Path, advance: Advance) -> Converted:
             writers = {
                 file: stack.enter_context(Writer(unfinished / file, [e for name, e in listed if name == file])) for file in files
             }
-            _write_tensors(orbax_store.Reader(source), table, spellings, writers, advance)
+            reader = orbax_store.Reader(source)
+            for group in _groups(table):
+                leaves = reader.read(leaf_name(place) for tensor in group for place in tensor.places)
+                for tensor in group:
+                    array = np.ascontiguousarray(tensor.to_published([leaves[leaf_name(place)] for place in tensor.places]))
+                    for file, name in spellings[tensor.name]:
+                        writers[file].write(name, array)
+                    advance(array.nbytes)
             for file, entry in listed:
                 if entry.name in carried:
                     writers[file].write(entry.name, read_bytes(source / CARRIED, entry.name))
@@ -178,23 +176,6 @@ def _spellings(source: Path, table: Table, used: Sequence[tuple[str, str]]) -> d
     return spellings
 
 
-def _write_tensors(
-    reader: orbax_store.Reader,
-    table: Table,
-    spellings: Mapping[str, Sequence[tuple[str, str]]],
-    writers: Mapping[str, Writer],
-    advance: Advance,
-) -> None:
-    for group in _groups(table):
-        leaves = reader.read(leaf_name(place) for tensor in group for place in tensor.places)
-        for tensor in group:
-            array = tensor.to_published([leaves[leaf_name(place)] for place in tensor.places])
-            array = np.ascontiguousarray(array)
-            for file, name in spellings[tensor.name]:
-                writers[file].write(name, array)
-            advance(array.nbytes)
-
-
 def _check_folders(source: Path, target: Path) -> None:
     if source.resolve() == target.resolve():
         raise UserError(f"{target}: is the source itself; name a new folder")
@@ -211,14 +192,8 @@ def _check_space(target: Path, num_bytes: int) -> None:
 
 
 def _groups(table: Table) -> Iterator[list[Tensor]]:
-    """Tensors that are converted together: those of one layer, one that is in no layer, or several small groups of these."""
-
-    def layer(tensor: Tensor) -> tuple[str, int]:
-        place = tensor.places[0]
-        return (tensor.name, -1) if place.layer is None else (place.path.partition(".layers.")[0], place.layer)
-
-    groups = (list(group) for _, group in groupby(sorted(table.tensors.values(), key=layer), layer))
-    return together(groups, lambda tensor: 4 * prod(tensor.shape))
+    """Tensors that are converted together."""
+    return by_layer(table.tensors.values(), lambda tensor: leaf_name(tensor.places[0]), lambda tensor: 4 * prod(tensor.shape))
 
 
 def _read_group(group: list[Tensor], published: Published, dtype: np.dtype | None, problems: Problems) -> dict[str, np.ndarray]:
@@ -267,15 +242,8 @@ def _record(kind: ModelKind, published: Published, dtype: np.dtype | None, name:
     for path, entry in published.entries:
         if dtype is not None and entry.name not in published.ignored:
             entry = entry_of(entry.name, dtype_name(dtype), entry.shape)
-        tensors.append(
-            {
-                "name": entry.name,
-                "file": path.name,
-                "shape": list(entry.shape),
-                "dtype": entry.dtype,
-                "num_bytes": entry.num_bytes,
-            }
-        )
+        size = {"shape": list(entry.shape), "dtype": entry.dtype, "num_bytes": entry.num_bytes}
+        tensors.append({"name": entry.name, "file": path.name, **size})
     return {
         "format": FORMAT,
         "source": {"name": name, "revision": revision},
@@ -317,8 +285,3 @@ def _hashes(files: list[Path]) -> Iterator[Callable[[], list[dict[str, Any]]]]:
             yield lambda: [result.result() for result in running]
         finally:
             stopped.set()
-
-
-def dtype_of(name: str) -> np.dtype:
-    """The dtype of a name such as "bfloat16"."""
-    return next(dtype for dtype in DTYPES.values() if str(dtype) == name)

@@ -1,7 +1,9 @@
 """Parameters of a model by dotted path: filled layer by layer when a model is loaded, and read so when it is saved."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import groupby
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -21,7 +23,7 @@ Item = TypeVar("Item")
 Model = TypeVar("Model", bound=nnx.Module)
 
 TOGETHER_BYTES = 1 << 28
-"""Max bytes of small layers that are read or written together; a call to Orbax takes as long as 100 MB."""
+"""Max bytes of small layers that are read or written together: a call to Orbax takes as long as 100 MB."""
 
 
 def shapes_of(model: nnx.Module) -> dict[str, tuple[int, ...]]:
@@ -31,20 +33,22 @@ def shapes_of(model: nnx.Module) -> dict[str, tuple[int, ...]]:
 
 def arrays_of(model: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
     """All parameters by dotted path; for an abstract model, their shapes and dtypes."""
-    leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {".".join(map(str, path)): leaf.get_value() for path, leaf in leaves}
+    return {path: leaf.get_value() for path, leaf in _variables(model, nnx.Param).items()}
 
 
 def axes_of(model: nnx.Module) -> dict[str, str]:
     """The axis letters of all parameters by dotted path, without a stack's layer axis; "" where none are declared."""
-    leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {".".join(map(str, path)): leaf.get_metadata().get("axes", "") for path, leaf in leaves}
+    return {path: leaf.get_metadata().get("axes", "") for path, leaf in _variables(model, nnx.Param).items()}
+
+
+def _variables(model: nnx.Module, kind: type[nnx.Variable]) -> dict[str, nnx.Variable]:
+    """The variables of a kind by dotted path."""
+    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model, kind))}
 
 
 def layout_of(model: nnx.Module, mesh: Mesh, ffn_form: FfnForm | None = None) -> ParameterLayout:
     """How a model's parameters lie on a mesh; `ffn_form` None is the form that suits the devices, sizes and dtype."""
-    leaves = nnx.to_flat_state(nnx.state(model, UnitRows))
-    units = {".".join(map(str, path)): leaf.get_value() for path, leaf in leaves}
+    units = {path: leaf.get_value() for path, leaf in _variables(model, UnitRows).items()}
     if ffn_form is None:
         (device_kind,) = {device.device_kind for device in mesh.devices.flat}
         forms = {
@@ -95,11 +99,21 @@ def unstacked(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
     return {leaf_name(place): place for place in places}
 
 
-def together(groups: Iterable[list[Item]], num_bytes: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Join consecutive groups up to `TOGETHER_BYTES` per joined group; a larger group stays alone."""
+def by_layer(items: Iterable[Item], name: Callable[[Item], str], num_bytes: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Items that are read or written together: those of a layer, or of several small layers up to `TOGETHER_BYTES`.
+
+    Args:
+        name: a `leaf_name` of an item; an item that is in no layer counts as a layer.
+        num_bytes: size of an item.
+    """
+
+    def layer(item: Item) -> str:
+        return re.match(r".*?\.layers\.\d+\.|.*", name(item))[0]  # type: ignore[index]  # matches everything
+
     joined: list[Item] = []
     size = 0
-    for group in groups:
+    for _, members in groupby(sorted(items, key=layer), layer):
+        group = list(members)
         more = sum(map(num_bytes, group))
         if joined and size + more > TOGETHER_BYTES:
             yield joined
@@ -157,17 +171,12 @@ class Filler(Generic[Model]):
             held, _ = self._layout.held(path, shape)
             self._filled[path], self._open[path] = _allocate(held, array.dtype, sharding), shape[0]
         stack = self._filled[path]
-        stack, finite = _write(stack, array, jnp.int32(place.layer), stack.sharding)
-        self._filled[path] = stack
+        self._filled[path], finite = _write(stack, array, jnp.int32(place.layer), stack.sharding)
         self._open[path] -= 1
         return finite
 
     def model(self) -> Model:
-        """The filled model.
-
-        Raises:
-            ValueError: a parameter was not filled.
-        """
+        """The filled model. ValueError if a parameter was not filled."""
         lacking = [path for path in self.leaves if self._open.get(path) != 0]
         if lacking:
             raise ValueError(f"not filled: {sorted(lacking)}")

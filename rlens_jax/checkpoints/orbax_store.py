@@ -4,9 +4,7 @@ Each layer of a stacked parameter is a leaf on disk. So saving and loading need 
 layer is loaded directly into its sharding. Arrays are restored bit for bit, bfloat16 included.
 """
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import groupby
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,9 +13,9 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import orbax.checkpoint.experimental.v1.partial as ocp_partial
 
-from rlens_jax.checkpoints.leaves import Filler, shapes_of, together, unstacked
+from rlens_jax.checkpoints.leaves import Filler, by_layer, shapes_of, unstacked
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.families.table import Place, Problems
+from rlens_jax.families.table import Problems
 
 Out = TypeVar("Out")
 
@@ -71,20 +69,21 @@ def fill(folder: Path, filler: Filler, problems: Problems, check_finite: bool) -
     path = folder / STORE
     shapes = shapes_of(filler.abstract)
     places = unstacked(shapes)
-    expected_shapes = _layer_shapes(shapes, places)
+    expected_shapes = {
+        name: shapes[place.path] if place.layer is None else shapes[place.path][1:] for name, place in places.items()
+    }
     stored = _metadata(path)
     for name, leaf in stored.items():
         if name not in places:
             problems.add(STORE, name, f"not known{suggest(name, places)}")
-        else:
-            expected = expected_shapes[name]
-            if tuple(leaf.shape) != expected:
-                problems.add(STORE, name, f"has shape {list(leaf.shape)}, expected {list(expected)}")
-    for name in [name for name in places if name not in stored]:
-        problems.add(STORE, name, "missing")
+        elif tuple(leaf.shape) != expected_shapes[name]:
+            problems.add(STORE, name, f"has shape {list(leaf.shape)}, expected {list(expected_shapes[name])}")
+    for name in places:
+        if name not in stored:
+            problems.add(STORE, name, "missing")
     problems.raise_any()
     finite = {}
-    for names in _pieces(expected_shapes):
+    for names in by_layer(places, str, lambda name: 4 * prod(expected_shapes[name])):
         targets = {name: filler.target(places[name]) for name in names}
         loaded = _load(path, {name: targets.get(name, ocp.PLACEHOLDER) for name in stored})
         for name in names:
@@ -111,22 +110,6 @@ class Reader:
         wanted = {name: leaf if name in names else ocp.PLACEHOLDER for name, leaf in self._stored.items()}
         loaded = _load(self._path, wanted)
         return {name: np.asarray(loaded[name]) for name in names}
-
-
-def _pieces(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
-    """Names of leaves that are written or read together: those of one layer, or of several small layers."""
-    layer = re.compile(r".*?\.layers\.\d+\.|.*")
-
-    def piece(name: str) -> str:
-        return layer.match(name)[0]  # type: ignore[index]  # matches everything
-
-    groups = (list(group) for _, group in groupby(sorted(shapes, key=piece), piece))
-    return together(groups, lambda name: 4 * prod(shapes[name]))
-
-
-def _layer_shapes(shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
-    """Shape of the array at each place."""
-    return {name: shapes[place.path] if place.layer is None else shapes[place.path][1:] for name, place in places.items()}
 
 
 def _metadata(path: Path) -> dict[str, Any]:

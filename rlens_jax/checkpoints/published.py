@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rlens_jax.checkpoints.leaves import arrays_of, read_place, shapes_of
-from rlens_jax.checkpoints.safetensors_file import DTYPES, Entry, entries
+from rlens_jax.checkpoints.safetensors_file import DTYPES, Entry, entries, open_safetensors
 from rlens_jax.errors import UserError
 from rlens_jax.families.hf_files import read_json_object
 from rlens_jax.families.registry import read_kind
@@ -88,7 +87,7 @@ def opened(files: Sequence[Path], table: Table, problems: Problems) -> Iterator[
         UserError: a file is incomplete, or the tensors are not those of the table; one message lists all problems.
     """
     with ExitStack() as stack:
-        handles = {path.name: stack.enter_context(_open(path)) for path in files}
+        handles = {path.name: stack.enter_context(open_safetensors(path, INDEX)) for path in files}
         listed = [(path, entry) for path in files for entry in entries(path)]
         ignored = {}
         for path, entry in listed:
@@ -96,8 +95,7 @@ def opened(files: Sequence[Path], table: Table, problems: Problems) -> Iterator[
             if reason is not None:
                 ignored[entry.name] = reason
             elif entry.dtype not in DTYPES:
-                supported = ", ".join(DTYPES)
-                problems.add(path.name, entry.name, f"has dtype {entry.dtype}, supported are {supported}")
+                problems.add(path.name, entry.name, f"has dtype {entry.dtype}, supported are {', '.join(DTYPES)}")
         tensors = [Found(entry.name, path.name, entry.shape) for path, entry in listed]
         matched = match(table, tensors, problems)
         problems.raise_any()
@@ -119,15 +117,6 @@ def _ignored(table: Table, name: str) -> Ignored | None:
 
 def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and np.array_equal(a.view(np.uint8), b.view(np.uint8))
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="np")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file, though {INDEX} names it") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({error})") from None
 
 
 def save_hf(folder: str | Path, model: nnx.Module, config_json: Mapping[str, Any], shard_bytes: int = SHARD_BYTES) -> None:

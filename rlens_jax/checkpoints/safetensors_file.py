@@ -14,6 +14,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from rlens_jax.errors import UserError
 
 DTYPES: Mapping[str, np.dtype] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 """Supported dtypes of parameters, by their names in the format."""
@@ -29,6 +32,16 @@ class Entry:
     """Name in the format, such as "BF16"."""
     shape: tuple[int, ...]
     num_bytes: int
+
+
+def open_safetensors(path: Path, index: str) -> Any:
+    """The `safe_open` handle of a file that `index` names. UserError when the file is missing or damaged."""
+    try:
+        return safe_open(path, framework="np")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, though {index} names it") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error})") from None
 
 
 def dtype_name(dtype: np.dtype) -> str:

@@ -26,7 +26,9 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.to_hf and options.dtype:
         parser.error("--to-hf restores the published tensors; it takes no --dtype")
-    from rlens_jax.checkpoints import conversion
+    import numpy as np
+
+    from rlens_jax.checkpoints import conversion  # also registers the name bfloat16 with NumPy
     from rlens_jax.checkpoints.checkpoint import find_source
 
     source = find_source(options.source, options.revision)
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
         if options.to_hf:
             converted = conversion.to_safetensors(source.folder, options.target, advance)
         else:
-            dtype = conversion.dtype_of(options.dtype) if options.dtype else None
+            dtype = np.dtype(options.dtype) if options.dtype else None
             converted = conversion.to_orbax(
                 source.folder, options.target, dtype, advance, name=source.name, revision=source.revision
             )

@@ -19,17 +19,8 @@ from rlens_jax.data.pages import VOCABULARY
 PAD = "<|endoftext|>"
 END_OF_TURN = "<|im_end|>"
 UNKNOWN = "<unk>"
-SPECIAL_TOKENS = (
-    PAD,
-    "<|im_start|>",
-    END_OF_TURN,
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-    UNKNOWN,
-)
+_VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL_TOKENS = (PAD, "<|im_start|>", END_OF_TURN, *_VISION_TOKENS, UNKNOWN)
 TOKENS: tuple[str, ...] = (*SPECIAL_TOKENS, "\n", *VOCABULARY)
 """All tokens in the order of their ids."""
 

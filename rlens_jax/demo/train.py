@@ -37,6 +37,7 @@ from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import IGNORE
 from rlens_jax.ops.attention import MASKED, masked_attention
 from rlens_jax.ops.ffn import dense_ffn
+from rlens_jax.resources import embedded_model
 
 CELL_LAYERS = 3
 """Number of decoder layers before the classifiers of the cells, so that these layers learn to read too."""
@@ -53,39 +54,6 @@ LEARNING_RATE = 1.2e-3
 CLIP = 1.0
 SAVE_EVERY, LOG_EVERY = 100, 10
 END = TOKENS.index(END_OF_TURN)
-MODEL_CARD = """\
----
-license: apache-2.0
-pipeline_tag: image-text-to-text
-library_name: transformers
----
-
-# rlens_jax embedded model
-
-A Qwen2-VL of 12 decoder layers, width 128, made to try RedundancyLens on a laptop: `python -m rlens_jax.rank` uses it when
-no other model is named. It reads pages of handwritten digits (32 cells of 16 x 16 pixels in a grid of 4 x 8 or 8 x 4, four
-inks) and answers questions such as `digit at row 3 column 5 ?`, `largest digit of row 2 ?`, `is there a 7 in row 4 ?`. It knows
-54 words and nothing else; it says something about the method, little about large models. What it can do, and what every one of
-its layers is worth, is measured by `python -m rlens_jax.demo.measure`.
-
-## How it was made
-
-`python -m rlens_jax.demo.train --output DIR` in the rlens_jax repository, on two CPU cores, from random weights, seed in the
-code; `training_log.jsonl` is its log. While training, auxiliary classifiers read what a cell holds, what the cells asked for
-hold, and which value a question names, and one attention head is told where to look; none of that is part of the model.
-
-The published weights are one line of checkpoints of this command, but not one undisturbed run of it: the command was improved
-while it ran, and training went on from the last checkpoint each time. Questions asked in parallel came in about step 1200, the
-head that is told where to look about step 1400 (looking evenly at all cells: step 4200), classifiers of inks and of the cells
-asked for at steps 2600 and 3300, more questions a page at step 3800, and the mix of questions changed at steps 3800 to 4300. A
-run from scratch with the command as it is now has these from its first step; it was not made in full.
-
-## Data and licences
-
-The handwritten digits are the 1797 images of the UCI "Optical Recognition of Handwritten Digits" test set (E. Alpaydin,
-C. Kaynak, 1998; CC BY 4.0) as scikit-learn ships them (`sklearn.datasets.load_digits`, BSD-3-Clause). 1297 of them were used
-for training, 250 each for validation and test. Pages, questions and weights are released under Apache-2.0.
-"""
 
 
 class CellHeads(nnx.Module):
@@ -166,8 +134,8 @@ def losses(model: VisionLanguageModel, heads: CellHeads, batch: TrainBatch) -> t
     num_text = batch.text_ids.shape[1]
     read = [cross_entropy(head(middle[:, num_text:]), batch.cells[:, :, axis]) for axis, head in enumerate(heads.cell)]
     due = after[:, :num_text]
-    found_digit, digits_found = shares_entropy(heads.digit(due), batch.contents[:, :, :10])
-    found_ink, inks_found = shares_entropy(heads.ink(due), batch.contents[:, :, 10:])
+    digit_loss, digit_share = shares_entropy(heads.digit(due), batch.contents[:, :, :10])
+    ink_loss, ink_share = shares_entropy(heads.ink(due), batch.contents[:, :, 10:])
     value_loss, values_right, values = cross_entropy(heads.value(due), batch.values)
     logits = decoder.logits(last[:, :num_text])
     answer_loss, _, answers = cross_entropy(logits, batch.targets)
@@ -176,12 +144,12 @@ def losses(model: VisionLanguageModel, heads: CellHeads, batch: TrainBatch) -> t
         "loss": answer_loss / answers,
         "word_accuracy": words_right / words,
         "pointing": pointed,
-        "found_digit": digits_found,
-        "found_ink": inks_found,
+        "found_digit": digit_share,
+        "found_ink": ink_share,
         "value": values_right / values,
         **{f"{name}_accuracy": right / count for name, (_, right, count) in zip(CELL_LABELS, read, strict=True)},
     }
-    cell_loss = sum(loss / count for loss, _, count in read) + found_digit + found_ink + value_loss / values
+    cell_loss = sum(loss / count for loss, _, count in read) + digit_loss + ink_loss + value_loss / values
     return log["loss"] + CELL_WEIGHT * cell_loss + POINTING_WEIGHT * pointing_loss, log
 
 
@@ -268,8 +236,7 @@ def train(folder: Path) -> None:
         start = manager.latest_step() or 0
         pure = nnx.to_pure_dict(state)
         if start:
-            saved = manager.restore(start, args=ocp.args.StandardRestore((pure, optimizer_state)))
-            pure, optimizer_state = saved
+            pure, optimizer_state = manager.restore(start, args=ocp.args.StandardRestore((pure, optimizer_state)))
             nnx.replace_by_pure_dict(state, pure)
         log_file = folder / "training_log.jsonl"
         forget_after(log_file, start)
@@ -286,16 +253,18 @@ def train(folder: Path) -> None:
                 print(f"{json.dumps(record)}  {rate:.2f} steps/s, {left:.0f} min left", flush=True)
             if number % SAVE_EVERY == 0 or number == STEPS:
                 manager.save(number, args=ocp.args.StandardSave((nnx.to_pure_dict(state), optimizer_state)))
-    model, _ = nnx.merge(graph, state)
-    publish(folder, model)
+    publish(folder, nnx.merge(graph, state)[0])
 
 
 def publish(folder: Path, model: VisionLanguageModel) -> None:
-    """Write the trained model as a Hugging Face folder, `folder`/model: weights, tokenizer, image processor, card, log."""
+    """Write the trained model as a Hugging Face folder, `folder`/model: weights, tokenizer, image processor, log, model card.
+
+    The card is that of the model that comes with the package.
+    """
     target = folder / "model"
     save_hf(target, model, embedded_config())
     write_processor(target)
-    (target / "README.md").write_text(MODEL_CARD, encoding="utf-8")
+    shutil.copy(embedded_model() / "README.md", target)
     shutil.copy(folder / "training_log.jsonl", target)
 
 

@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from rlens_jax.checkpoints.safetensors_file import open_safetensors
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.families.hf_files import read_json_object
 from rlens_jax.files import json_text, new_folder
@@ -181,13 +181,7 @@ class CaseFile:
 def open_case(folder: Path, case: Case, inputs: Sequence[str]) -> Iterator[CaseFile]:
     """Open the file of a case. UserError when it is missing, damaged or refused by `CaseFile`."""
     path = folder / case.file
-    try:
-        handle = safe_open(path, framework="np")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file, though {MANIFEST} names it") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({error})") from None
-    with handle:
+    with open_safetensors(path, MANIFEST) as handle:
         yield CaseFile(path, handle, inputs)
 
 
