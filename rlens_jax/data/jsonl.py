@@ -21,11 +21,7 @@ _VIDEO_FIELDS = ("video", "videos")
 
 
 def read_jsonl(path: Path) -> list[Sample]:
-    """All rows of the file in order, without blank lines.
-
-    Raises:
-        UserError: naming file, line and field of the first wrong row.
-    """
+    """All rows of the file in order, without blank lines. UserError, naming file, line and field, for the first wrong row."""
     # Split at line feeds only: str.splitlines would also split at U+2028, which JSON strings may contain.
     lines = read_text(path).split("\n")
     samples: list[Sample] = []

@@ -39,7 +39,7 @@ VOCABULARY: tuple[str, ...] = (
     *("largest", "smallest", "larger", "how", "many", "in", "or"),
     *("is", "a", "there", "yes", "no"),
 )
-"""All words of questions, answers and the chat template."""
+"""All words of questions, answers and the chat template, in the order of their token ids. No question has "to"."""
 
 _SPLIT_SEED = 20250119
 _HELD_OUT_SHARE = 0.14
@@ -185,16 +185,13 @@ def make_question(rng: np.random.Generator, page: Page, dataset: str) -> Questio
     return Question(dataset, *makers[dataset](rng, page))
 
 
-def transcription(page: Page, rows: tuple[int, int] | None = None) -> Question:
-    """The question for all digits of a page, or of the rows from `rows[0]` to `rows[1]` (from 1, both included)."""
-    first, last = rows or (1, len(page.digits))
-    text = "read the page" if rows is None else f"read row {first} to row {last} ?"
+def transcription(page: Page) -> Question:
+    """The question for all digits of a page."""
     places: list[Cells] = []
-    for row in range(first - 1, last):
+    for row in range(len(page.digits)):
+        places += [()] if row else []  # the semicolon between two rows
         places += [(cell,) for cell in _row_cells(page, row)]
-        places += [()] if row < last - 1 else []  # the semicolon between two rows
-    answer = " ; ".join(_words(row) for row in page.digits[first - 1 : last])
-    return Question("transcription", text, answer, tuple(places))
+    return Question("transcription", "read the page", " ; ".join(map(_words, page.digits)), tuple(places))
 
 
 def _row_cells(page: Page, row: int) -> Cells:

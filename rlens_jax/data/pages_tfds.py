@@ -64,16 +64,9 @@ class Pages(tfds.core.GeneratorBasedBuilder):
             png = io.BytesIO()
             Image.fromarray(page.pixels).save(png, "png")
             png.seek(0)
-            yield (
-                index,
-                {
-                    "id": f"{dataset}/{split}/{index:06d}",
-                    # A file of encoded bytes: encoding an array would import TensorFlow.
-                    "image": png,
-                    "question": question.text,
-                    "answer": question.answer,
-                },
-            )
+            # `png` is a file of encoded bytes: encoding an array would import TensorFlow.
+            texts = {"id": f"{dataset}/{split}/{index:06d}", "question": question.text, "answer": question.answer}
+            yield index, {**texts, "image": png}
 
 
 def read_pages(dataset: str, split: str, data_dir: Path, limit: int | None = None) -> list[Sample]:

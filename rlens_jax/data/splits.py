@@ -51,11 +51,7 @@ def load_splits(data: DataConfig, prompt: Callable[[Instance], str], *, seed: in
 
 
 def split_samples(samples: Sequence[Sample], data: DataConfig, seed: int) -> Splits:
-    """Split by images: all questions about an image are in one split, so that the search sees no held-out image.
-
-    Raises:
-        UserError: a dataset has only one image.
-    """
+    """Split by images, so that the search sees no held-out image. UserError if a dataset has only one image."""
     rng = np.random.default_rng(seed)
     splits: dict[str, list[Sample]] = {"validation": [], "test": []}
     for dataset in dict.fromkeys(sample.dataset for sample in samples):

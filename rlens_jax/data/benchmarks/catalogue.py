@@ -127,11 +127,7 @@ class Instance:
 
 
 def instance(benchmark: Benchmark, table: TsvTable, row: TsvRow) -> Instance:
-    """A row of the benchmark's file as an instance without images.
-
-    Raises:
-        UserError: naming file, row and field: a value is missing or wrong for the benchmark.
-    """
+    """A row of the benchmark's file as an instance without images. UserError if a value is missing or wrong."""
     for name in benchmark.needed:
         if row.value(name) is None and name not in ("answer", *LETTERS):
             raise UserError(f"{table.where(row, name)}: missing")

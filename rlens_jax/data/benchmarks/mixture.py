@@ -123,11 +123,7 @@ def write_mixture(mixture: Mixture, path: Path) -> None:
 
 
 def read_mixture(path: Path) -> Mixture:
-    """Read a mixture file, made by this command or by hand.
-
-    Raises:
-        UserError: naming file and field: the file differs from `Mixture` or the docstring of this module.
-    """
+    """Read a mixture file, made by this command or by hand. UserError, naming file and field, if it is not a `Mixture`."""
     fields = read_json(path)
     known = ("format", "seed", "md5", *SPLITS)
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
@@ -175,7 +171,6 @@ def mixture_samples(path: Path, folder: Path, data_dir: Path, prompt: Callable[[
     """The samples that a mixture file lists, by split.
 
     Args:
-        path: the mixture file.
         folder: folder of the TSV files, for benchmarks that are not prepared yet.
         data_dir: folder of the prepared files.
         prompt: makes the user's turn of a question, as the family of the model does.

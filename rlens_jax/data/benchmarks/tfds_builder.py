@@ -35,11 +35,7 @@ MEGABYTE = 1_000_000
 
 
 class Benchmarks(tfds.core.ShardBasedBuilder):
-    """The rows of a TSV file that have an image, in the file's order.
-
-    Args:
-        md5: MD5 sum that the file must have; default: the published one.
-    """
+    """The rows of a TSV file that have an image, in the file's order; `md5` is its MD5 sum (default: the published one)."""
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
@@ -83,17 +79,15 @@ def _examples(table: TsvTable, instances: Sequence[Instance], rows: range) -> It
     """The examples of a shard."""
     for i in rows:
         item = instances[i]
-        yield (
-            i,
-            {
-                "index": item.index,
-                "question": item.question,
-                "answers": list(item.answers),
-                "options": [{"letter": letter, "text": text} for letter, text in item.options.items()],
-                "fields": [{"name": name, "text": text} for name, text in item.fields.items()],
-                "images": list(table.images(table.rows[i])),
-            },
-        )
+        example = {
+            "index": item.index,
+            "question": item.question,
+            "answers": list(item.answers),
+            "options": [{"letter": letter, "text": text} for letter, text in item.options.items()],
+            "fields": [{"name": name, "text": text} for name, text in item.fields.items()],
+            "images": list(table.images(table.rows[i])),
+        }
+        yield i, example
 
 
 def _shards(table: TsvTable) -> list[range]:
@@ -110,8 +104,7 @@ def _shards(table: TsvTable) -> list[range]:
 def read_table(benchmark: Benchmark, folder: Path, md5: str | None = None) -> TsvTable:
     """Scan the TSV file of a benchmark in a folder, with progress on the terminal.
 
-    Raises:
-        UserError: `scan` refuses the file, or its MD5 sum is not `md5` (default: the published one).
+    UserError if `scan` refuses the file, or if its MD5 sum is not `md5` (default: the published one).
     """
     path = folder / f"{benchmark.name}.tsv"
     _check_there(path)
@@ -140,15 +133,12 @@ def _check_there(path: Path) -> None:
 
 
 class BenchmarkSource:
-    """The prepared instances of a benchmark in the file's order, each read from disk on access.
-
-    Attributes:
-        indices: column `index` of all instances.
-    """
+    """The prepared instances of a benchmark in the file's order, each read from disk on access."""
 
     def __init__(self, dataset: str, builder: Any):
         self.dataset = dataset
         self.indices: Sequence[str] = builder.info.metadata["indices"]
+        """Column `index` of all instances."""
         self._rows = builder.as_data_source(ROWS)
 
     def __len__(self) -> int:
@@ -178,7 +168,6 @@ def read_benchmark(dataset: str, folder: Path, data_dir: Path, md5: str | None =
     """The instances of a benchmark, prepared in `data_dir` from `folder`/DATASET.tsv if necessary.
 
     Args:
-        dataset: VLMEvalKit's name.
         folder: folder of the TSV files; used only if the benchmark is not prepared yet.
         data_dir: folder of the prepared files, about 3/4 of the size of the TSV file.
         md5: MD5 sum that the TSV file must have; default: the published one.
@@ -189,12 +178,11 @@ def read_benchmark(dataset: str, folder: Path, data_dir: Path, md5: str | None =
     published = find_benchmark(dataset).md5
     # Another version of the file is another dataset.
     place = data_dir if md5 in (None, published) else data_dir / f"md5_{md5}"
-    path = folder / f"{dataset}.tsv"
 
     def make() -> Benchmarks:
         builder = Benchmarks(md5=md5, config=dataset, data_dir=os.fspath(place), file_format="array_record")
         if not Path(builder.data_path).exists():
-            _check_there(path)
+            _check_there(folder / f"{dataset}.tsv")
         return builder
 
     return BenchmarkSource(dataset, prepared(make, dataset, place, folder))

@@ -82,11 +82,7 @@ class TsvTable:
         return _where(self.path, row.number, row.index, field)
 
     def images(self, row: TsvRow) -> tuple[bytes, ...]:
-        """The encoded image files of a row, after a check of their size and format.
-
-        Raises:
-            UserError: naming file, row and field: an image is not base64, not an image, or too large.
-        """
+        """The encoded image files of a row. UserError if one is not base64, not an image, or too large."""
         where, place = self.where(row, "image"), self.columns.index("image")
         with _opened(self.path) as file:
             file.seek(row.image_offset)
