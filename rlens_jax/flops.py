@@ -6,6 +6,7 @@ counts (no causal halving). Norms, rotary embedding, softmax, embeddings and vis
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rlens_jax.plan import Plan, Reduction
@@ -59,15 +60,8 @@ def layer_cost(
 ) -> int:
     """Multiply-adds of one layer in the prefill of one sample, an exact integer.
 
-    Args:
-      sizes: the layer's widths.
-      num_text: text tokens in this layer.
-      num_visual: visual tokens in this layer.
-      reduction: range and shares of a reduced layer. The range is counted in visual tokens, so with
-        `window="position"` and text between images the result is an upper bound.
-      hollow: the layer uses Hollow Attention.
-      dynamic: the layer uses a Dynamic FFN.
-      with_probes: include the gate and up projections of the probes, which the field usually omits.
+    The range is counted in visual tokens, so with `window="position"` and text between images the result is an upper bound.
+    `with_probes` includes the gate and up projections of the probes, which the field usually omits.
     """
     num_tokens = num_text + num_visual
     projections = num_tokens * 2 * sizes.width * (sizes.width + sizes.kv_width)
@@ -98,17 +92,10 @@ def prefill_cost(
     `visual_in_layer` holds the number of visual tokens in each of the L layers; they differ only after pruning (function
     `visual_in_layer`). Other arguments as in `layer_cost`.
     """
+    cost = partial(layer_cost, sizes, num_text, reduction=reduction, with_probes=with_probes)
     hollow, dynamic = plan.flags(len(visual_in_layer))
     return sum(
-        layer_cost(
-            sizes,
-            num_text,
-            num_visual,
-            reduction,
-            hollow=bool(hollow[layer]),
-            dynamic=bool(dynamic[layer]),
-            with_probes=with_probes,
-        )
+        cost(num_visual, hollow=bool(hollow[layer]), dynamic=bool(dynamic[layer]))
         for layer, num_visual in enumerate(visual_in_layer)
     )
 

@@ -142,8 +142,7 @@ def log_probability(logits: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Floa
     total = sum_over_shards(jnp.exp(logits - highest[..., None]).sum(axis=-1))
     row, held = _local_rows(ids, logits.shape[-1])
     chosen = jnp.take_along_axis(logits, row[..., None], axis=-1)[..., 0]
-    chosen = sum_over_shards(jnp.where(held, chosen, jnp.float32(0)))
-    return chosen - highest - jnp.log(total)
+    return sum_over_shards(jnp.where(held, chosen, jnp.float32(0))) - highest - jnp.log(total)
 
 
 def _local_rows(ids: Int[Array, "*B"], num_rows: int) -> tuple[Int[Array, "*B"], Bool[Array, "*B"]]:
