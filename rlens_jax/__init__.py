@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlens_jax.config import RunConfig
     from rlens_jax.engine.deployed_model import load
-    from rlens_jax.evaluation.evaluation_config import EvaluationConfig
+    from rlens_jax.evaluation.evaluation import EvaluationConfig
     from rlens_jax.evaluation.evaluation_run import evaluate
     from rlens_jax.plan_file import read_plan
     from rlens_jax.ranking.ranking_run import rank
@@ -34,7 +34,7 @@ __path__.append(str(Path(__file__).parent / "commands"))
 
 # Imported on first use: most of them import JAX. Commands set up its logs first, and report bad input without it.
 _HOMES = {
-    "EvaluationConfig": "rlens_jax.evaluation.evaluation_config",
+    "EvaluationConfig": "rlens_jax.evaluation.evaluation",
     "RunConfig": "rlens_jax.config",
     "evaluate": "rlens_jax.evaluation.evaluation_run",
     "load": "rlens_jax.engine.deployed_model",

@@ -41,8 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     plan = read_plan_options(parser, options)
 
     from rlens_jax.data.benchmarks.catalogue import named_sum
-    from rlens_jax.evaluation.evaluation_config import EvaluationConfig
-    from rlens_jax.evaluation.evaluation_results import summary
+    from rlens_jax.evaluation.evaluation import EvaluationConfig, summary
     from rlens_jax.evaluation.evaluation_run import evaluate
 
     names = {item.name for item in dataclasses.fields(EvaluationConfig)} - {"plan", "data", "md5"}

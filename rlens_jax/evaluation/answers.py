@@ -27,25 +27,19 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class LoggedAnswer:
-    """The answer to a question under a variant.
-
-    Attributes:
-        variant: "plan" or "dense".
-        dataset: the dataset's name.
-        index: the question's index.
-        text: the generated text.
-        tokens: number of new tokens, including the one that ends the turn.
-        ended: whether the model ended its turn.
-        prompt: numbers of text and visual tokens.
-    """
+    """The answer to a question under a variant."""
 
     variant: str
+    """Either "plan" or "dense"."""
     dataset: str
     index: str
     text: str
     tokens: int
+    """Number of new tokens, including the one that ends the turn."""
     ended: bool
+    """Whether the model ended its turn."""
     prompt: tuple[int, int]
+    """Numbers of text and visual tokens."""
 
     @property
     def key(self) -> Key:
@@ -61,11 +55,10 @@ class Answers:
 
     @classmethod
     def open(cls, folder: Path, fingerprint: Mapping[str, Any]) -> "Answers":
-        """Open the log in a folder, which is made if missing. UserError as `durable_log.open_log`.
+        """Open the log in a folder, which is made if missing; `fingerprint` identifies all that determines the answers.
 
-        Args:
-            folder: the evaluation's folder.
-            fingerprint: model, plan, data and settings, which determine the answers.
+        Raises:
+            UserError: as `durable_log.open_log`.
         """
         return cls(*open_log(folder, _KIND, fingerprint))
 

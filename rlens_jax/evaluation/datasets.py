@@ -24,19 +24,16 @@ EXACT_MATCH = "exact match with any reference answer, rlens_jax"
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Questions of one dataset.
-
-    Attributes:
-        name: name of the dataset and of its file of predictions.
-        digest: identifies the questions, their images and their order.
-        indices: the questions' indices in files of predictions.
-        scored: whether the reference answers are known.
-    """
+    """Questions of one dataset."""
 
     name: str
+    """Name of the dataset and of its file of predictions."""
     digest: str
+    """Hash of the questions, their images and their order."""
     indices: Sequence[str]
+    """The questions' indices in files of predictions."""
     scored: bool
+    """Whether the reference answers are known."""
 
     def sample(self, place: int) -> Sample:
         """A question with its images."""

@@ -5,7 +5,7 @@ questions alone, and a batch is computed completely or not at all. So a resumed 
 shapes, as one that was never interrupted.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,11 +21,11 @@ from rlens_jax.engine.startup import start_jax
 from rlens_jax.engine.timing import time_side_by_side
 from rlens_jax.evaluation.answers import Answers, LoggedAnswer, write_predictions
 from rlens_jax.evaluation.datasets import Dataset, load_datasets
-from rlens_jax.evaluation.evaluation_config import EvaluationConfig
-from rlens_jax.evaluation.evaluation_results import (
+from rlens_jax.evaluation.evaluation import (
     Cost,
     DatasetResult,
     Evaluation,
+    EvaluationConfig,
     Times,
     VariantResult,
     VariantTime,
@@ -79,33 +79,22 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
                 texts = [answer.text for answer in answers.of(variant, dataset)]
                 write_predictions(config.output / variant / f"{dataset.name}.tsv", dataset, texts)
         times = _times(config, model, datasets[0]) if config.timing_repeats else None
-        evaluation = _evaluation(config, folder, datasets, answers, times)
-        _write(evaluation)
+        decoder = folder.kind.config.decoder
+        evaluation = Evaluation(
+            config=config,
+            model_hash=folder.weights_hash,
+            model_type=folder.kind.model_type,
+            num_layers=decoder.num_layers,
+            device=jax.devices()[0].device_kind,
+            versions=versions(),
+            datasets={dataset.name: _result(config, decoder, dataset, answers) for dataset in datasets},
+            times=times,
+        )
+        if times is not None:
+            replace_file(config.output / "timing.json", timing_json(times).encode())
+        # Written last: its presence means that the evaluation is complete.
+        replace_file(config.output / "evaluation.json", evaluation_json(evaluation).encode())
     return evaluation
-
-
-def _evaluation(
-    config: EvaluationConfig, folder: ModelFolder, datasets: Sequence[Dataset], answers: Answers, times: Times | None
-) -> Evaluation:
-    decoder: DecoderConfig = folder.kind.config.decoder
-    return Evaluation(
-        config=config,
-        model_hash=folder.weights_hash,
-        model_type=folder.kind.model_type,
-        num_layers=decoder.num_layers,
-        device=jax.devices()[0].device_kind,
-        versions=versions(),
-        datasets={dataset.name: _result(config, decoder, dataset, answers) for dataset in datasets},
-        times=times,
-    )
-
-
-def _write(evaluation: Evaluation) -> None:
-    output = evaluation.config.output
-    if evaluation.times is not None:
-        replace_file(output / "timing.json", timing_json(evaluation.times).encode())
-    # Written last: its presence means that the evaluation is complete.
-    replace_file(output / "evaluation.json", evaluation_json(evaluation).encode())
 
 
 def _answer(config: EvaluationConfig, model: DeployedModel, dataset: Dataset, answers: Answers) -> None:
@@ -118,7 +107,8 @@ def _answer(config: EvaluationConfig, model: DeployedModel, dataset: Dataset, an
     places = range(len(dataset.indices))
     with Progress(f"answering {dataset.name}", len(places) * len(variants), "answers") as shown:
         shown.advance(sum(known(place, variant) for place in places for variant in variants), resumed=True)
-        for window in _windows(len(places), WINDOW_BATCHES * config.batch_size * model.programs.groups):
+        size = WINDOW_BATCHES * config.batch_size * model.programs.groups
+        for window in (places[start : start + size] for start in range(0, len(places), size)):
             missing = [variant for variant in variants if not all(known(place, variant) for place in window)]
             if not missing:
                 continue
@@ -128,27 +118,14 @@ def _answer(config: EvaluationConfig, model: DeployedModel, dataset: Dataset, an
                 for variant in missing:
                     if all(known(place, variant) for place in members):
                         continue
-                    said = model.answer_batch(split, batch, variants[variant], config.max_new_tokens)
-                    answers.append(
-                        [
-                            LoggedAnswer(
-                                variant,
-                                dataset.name,
-                                dataset.indices[window[number]],
-                                answer.text,
-                                answer.num_tokens,
-                                answer.ended,
-                                (int(split.num_text[number]), int(split.num_visual[number])),
-                            )
-                            for number, answer in said.items()
-                            if not known(window[number], variant)
-                        ]
-                    )
+                    new = []
+                    for number, answer in model.answer_batch(split, batch, variants[variant], config.max_new_tokens).items():
+                        if not known(window[number], variant):
+                            key = (variant, dataset.name, dataset.indices[window[number]])
+                            prompt = (int(split.num_text[number]), int(split.num_visual[number]))
+                            new.append(LoggedAnswer(*key, answer.text, answer.num_tokens, answer.ended, prompt))
+                    answers.append(new)
                     shown.advance(len(members))
-
-
-def _windows(count: int, size: int) -> Iterator[range]:
-    return (range(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def _members(batch: Batch) -> list[int]:
@@ -188,17 +165,10 @@ def _cost(config: EvaluationConfig, decoder: DecoderConfig, prompts: Sequence[tu
     sizes = decoder.layer_sizes
 
     def cost(reduced: PlanFile, with_probes: bool) -> np.ndarray:
-        costs = [
-            prefill_cost(
-                sizes,
-                text,
-                visual_in_layer(reduced.pruning, visual, decoder.num_layers),
-                reduced.plan,
-                reduced.reduction,
-                with_probes=with_probes,
-            )
-            for text, visual in prompts
-        ]
+        costs = []
+        for text, visual in prompts:
+            in_layer = visual_in_layer(reduced.pruning, visual, decoder.num_layers)
+            costs.append(prefill_cost(sizes, text, in_layer, reduced.plan, reduced.reduction, with_probes=with_probes))
         return np.array(costs, float)
 
     dense, without_probes, with_probes = cost(PlanFile(), False), cost(config.plan, False), cost(config.plan, True)

@@ -1,4 +1,4 @@
-"""A finished evaluation as values, and as the text of its files.
+"""The configuration of an evaluation, its results as values, and the text of its files.
 
 `evaluation.json`, which `evaluation.schema.json` describes, holds nothing that differs between runs of a configuration.
 `timing.json` holds the measured times.
@@ -6,32 +6,92 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, no_type_check
 
-from rlens_jax.evaluation.evaluation_config import EvaluationConfig
+from rlens_jax.errors import UserError
 from rlens_jax.files import json_text
 from rlens_jax.metrics.score import Score
+from rlens_jax.plan_file import PlanFile
 from rlens_jax.search.bootstrap import Interval
 
 SCHEMA = "rlens-evaluation/1"
 TIMING_SCHEMA = "rlens-evaluation-timing/1"
 
 
+@no_type_check  # user input: __post_init__ checks it and raises UserError
 @dataclass(frozen=True)
-class VariantResult:
-    """The result of one variant on a dataset.
+class EvaluationConfig:
+    """An evaluation run.
 
     Attributes:
-        score: by the dataset's rules; None if its answers are withheld.
-        interval: 95 % bootstrap interval of the score's value.
-        unended: number of answers that ran out of tokens before the model ended its turn.
+        model: a folder, or "embedded".
+        plan: which layers are reduced, and how.
+        data: sources as of `evaluation.datasets.load_datasets`.
+        output: folder of answers, predictions and results.
+        baseline: also evaluate the dense model, and report the differences.
+        limit: use at most this many questions of each dataset, the first ones.
+        md5: MD5 sums of TSV files that are not the published ones, by dataset.
+        max_new_tokens: maximum length of an answer.
+        batch_size: prompts per batch of a work group.
+        dtype: type of weights and computation.
+        chunk: tokens of a prompt per FFN call; None chooses by size.
+        model_shards: devices that share a copy of the model.
+        seed: seed of random probes and the bootstrap.
+        bootstrap_samples: draws for the 95 % intervals.
+        timing_repeats: measurements per program; 0 measures nothing.
+
+    Raises:
+        UserError: an option is out of range.
     """
 
+    model: str
+    plan: PlanFile
+    data: tuple[str, ...]
+    output: Path
+    baseline: bool = False
+    limit: int | None = None
+    md5: Mapping[str, str] = field(default_factory=dict)
+    max_new_tokens: int = 512
+    batch_size: int = 8
+    dtype: str = "float32"
+    chunk: int | None = None
+    model_shards: int = 1
+    seed: int = 0
+    bootstrap_samples: int = 1000
+    timing_repeats: int = 5
+
+    def __post_init__(self) -> None:
+        positive = ("limit", "max_new_tokens", "batch_size", "chunk", "model_shards", "bootstrap_samples")
+        for name, bound in {**dict.fromkeys(positive, 1), "seed": 0, "timing_repeats": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
+
+    @property
+    def variants(self) -> dict[str, PlanFile]:
+        """The plans to evaluate, by name."""
+        dense = {"dense": PlanFile()} if self.baseline else {}
+        return {**dense, "plan": self.plan}
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that determine answers, as JSON values. The mesh is left out: it changes rounding at most."""
+        names = ("max_new_tokens", "batch_size", "dtype", "chunk", "seed")
+        return {"plan": self.plan.fields(), **{name: getattr(self, name) for name in names}}
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """The result of one variant on a dataset."""
+
     score: Score | None
+    """The score by the dataset's rules; None if its answers are withheld."""
     interval: Interval | None
+    """The 95 % bootstrap interval of the score."""
     unended: int
+    """Number of answers that reached the maximum length before the model ended its turn."""
 
 
 @dataclass(frozen=True)
@@ -50,61 +110,49 @@ class Cost:
 
 @dataclass(frozen=True)
 class DatasetResult:
-    """The results of all variants on a dataset.
-
-    Attributes:
-        digest: hash of the questions.
-        questions: number of questions.
-        text_tokens: text tokens per prompt, mean.
-        visual_tokens: visual tokens per prompt, mean.
-        cost: cost of the plan.
-        variants: "plan", and "dense" with a baseline.
-        difference: score of the plan minus score of the dense model, with the interval of paired draws.
-    """
+    """The results of all variants on a dataset."""
 
     digest: str
+    """Hash of the questions."""
     questions: int
     text_tokens: float
+    """Mean text tokens per prompt."""
     visual_tokens: float
+    """Mean visual tokens per prompt."""
     cost: Cost
+    """Cost of the plan."""
     variants: Mapping[str, VariantResult]
+    """Results of "plan", and of "dense" with a baseline."""
     difference: Interval | None
+    """Score of the plan minus score of the dense model, with the interval of paired draws."""
 
 
 @dataclass(frozen=True)
 class VariantTime:
-    """Measured seconds of one variant, one entry per repeat.
-
-    Attributes:
-        prefill: the decoder's prefill of a batch, up to the first new token.
-        first_token: from image files and texts to the first new token: image decoding, preprocessing, vision tower, prefill.
-        decode: the decoding steps after the first token.
-    """
+    """Measured seconds of one variant, one entry per repeat."""
 
     prefill: tuple[float, ...]
+    """The decoder's prefill of a batch, up to the first new token."""
     first_token: tuple[float, ...]
+    """From image files and texts to the first new token: image decoding, preprocessing, vision tower, prefill."""
     decode: tuple[float, ...]
+    """The decoding steps after the first token."""
 
 
 @dataclass(frozen=True)
 class Times:
-    """Measured times of both variants on one batch.
-
-    Attributes:
-        rows: rows of the batch, including filler rows.
-        prompts: rows that hold a prompt.
-        text_slots, visual_slots: the batch's bucket.
-        dense, plan: the times.
-        decode_steps: number of timed decoding steps.
-    """
+    """Measured times of both variants on one batch."""
 
     rows: int
+    """Rows of the batch, including filler rows."""
     prompts: int
+    """Rows that hold a prompt."""
     text_slots: int
     visual_slots: int
     dense: VariantTime
     plan: VariantTime
     decode_steps: int
+    """Number of timed decoding steps."""
 
 
 @dataclass(frozen=True)
