@@ -1,4 +1,4 @@
-"""Counts arithmetic and HBM traffic of a compiled program on one device, with all iterations of its loops.
+"""Counts arithmetic, HBM traffic and collectives of a compiled program on one device, with all iterations of its loops.
 
 Arithmetic: matrix products (dots, and the convolutions that TPUs compute them as), and the CostEstimate that a Pallas kernel
 declares. Nothing else counts, because the result is compared with the peak rate of the matrix unit.
@@ -6,17 +6,20 @@ declares. Nothing else counts, because the result is compared with the peak rate
 Traffic: the bytes that every scheduled instruction reads and writes in HBM. Arrays in on-chip memory are free. An array that is
 only sliced or gathered counts the rows taken; an array that is updated in place counts the update. A kernel without a
 CostEstimate counts its operands and results.
+
+Collectives: each with its size, the mesh axis whose devices exchange, and its number of runs.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
+from typing import Literal
 
 import numpy as np
 
-from rlens_jax.dry_run.hlo import Computation, Instruction, Loops, Module, Shape
+from rlens_jax.dry_run.hlo import Computation, Instruction, Loops, Module, Shape, device_groups
 
 _DECLARED = re.compile(r'\\?"cost_estimate\\?":\s*\{([^}]*)\}')
 _FREE = frozenset((
@@ -260,3 +263,149 @@ def _update(result: Instruction, computation: Computation, computations: Mapping
 
 def _hbm(shape: Shape) -> int:
     return shape.bytes if shape.in_hbm else 0
+
+
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+Axis = Literal["work", "model", "work and model"]
+_SPLIT, _START = '"async_collective_fusion_config"', "AsyncCollectiveStart"
+"""On TPU a collective that overlaps with arithmetic is spread over several fusions, and each of them names it."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective instruction, seen from one device."""
+
+    kind: str
+    shapes: tuple[Shape, ...]
+    """Arrays that the device contributes."""
+    gathered: tuple[Shape, ...]
+    """Arrays that the device receives."""
+    axis: Axis
+    """The mesh axis whose devices exchange."""
+    group_size: int
+    """Number of devices that exchange with each other."""
+    in_layer_loop: bool
+    branch: str
+    """Branches of the conditionals around it, such as "0" or "1"; empty if it always runs."""
+    times: int
+    """Runs per run of the program, with the iterations of loops; every branch counts as taken."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes per run of the collective that the device contributes or receives, whichever is larger."""
+        return max(sum(shape.bytes for shape in side) for side in (self.shapes, self.gathered))
+
+    @property
+    def link_bytes(self) -> float:
+        """Bytes that each device sends around a ring per run of the collective."""
+        n = self.group_size
+        rounds = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0, "collective-broadcast": 1.0}
+        return self.bytes * rounds.get(self.kind, (n - 1) / n)
+
+    def runs(self, *, dense: bool) -> bool:
+        """Whether it runs when all layers are dense, or else when all are reduced."""
+        return not self.branch or self.branch.startswith("0") == dense
+
+
+def find_collectives(module: Module, loops: Loops, mesh_shape: tuple[int, int]) -> list[Collective]:
+    """Every collective between two or more devices, in the order of the text.
+
+    Args:
+        module: the partitioned program.
+        loops: its trip counts.
+        mesh_shape: devices along `work` and `model`; devices are numbered row by row.
+    """
+    return [
+        replace(collective, in_layer_loop=where.in_layer, branch=where.branch, times=where.times)
+        for item, holder, where in _placed_collectives(module, module.entry, loops, _Where())
+        if (collective := read_collective(item, holder, mesh_shape)) is not None
+    ]
+
+
+@dataclass(frozen=True)
+class _Where:
+    """Where an instruction stands; the fields are those of `Collective`."""
+
+    in_layer: bool = False
+    branch: str = ""
+    times: int = 1
+
+
+def _placed_collectives(
+    module: Module, computation: Computation, loops: Loops, where: _Where
+) -> Iterator[tuple[Instruction, Computation, _Where]]:
+    def below(name: str, where: _Where) -> Iterator[tuple[Instruction, Computation, _Where]]:
+        return _placed_collectives(module, module.computations[name], loops, where)
+
+    for item, holder in _collectives(module, computation):
+        yield item, holder, where
+    for item in computation:
+        if item.opcode == "while":
+            is_layer = loops.is_layer_loop(item, where.in_layer)
+            repeated = replace(where, times=where.times * loops.trips(item, where.in_layer))
+            yield from below(item.called["condition"], repeated)
+            yield from below(item.called["body"], replace(repeated, in_layer=where.in_layer or is_layer))
+        elif item.opcode == "conditional":
+            for number, name in enumerate(item.branches):
+                yield from below(name, replace(where, branch=f"{where.branch}.{number}".lstrip(".")))
+        elif item.opcode in ("call", "async-start"):
+            yield from below(item.called.get("to_apply") or item.called["calls"], where)
+
+
+def _collectives(module: Module, computation: Computation) -> Iterator[tuple[Instruction, Computation]]:
+    """Each collective of a scheduled computation and of its fusions once, with the computation that holds it."""
+    parts: dict[str | None, tuple[Instruction, Computation]] = {}
+    started: set[str | None] = set()
+    for item, holder in _mentioned(module, computation):
+        if _SPLIT not in item.attributes:
+            yield item, holder
+        elif any(_START in user.attributes for user in holder.users[item.name]):
+            started.add(item.attribute("channel_id"))
+            yield item, holder
+        else:
+            parts.setdefault(item.attribute("channel_id"), (item, holder))
+    yield from (part for channel, part in parts.items() if channel not in started)
+
+
+def _mentioned(module: Module, computation: Computation) -> Iterator[tuple[Instruction, Computation]]:
+    for item in computation:
+        if item.opcode.removesuffix("-start") in KINDS:
+            yield item, computation
+        elif item.opcode == "fusion":
+            yield from _mentioned(module, module.computations[item.called["calls"]])
+
+
+def read_collective(item: Instruction, computation: Computation, mesh_shape: tuple[int, int]) -> Collective | None:
+    """Parse one collective instruction; None if every group is a single device."""
+    groups = device_groups(item, prod(mesh_shape))
+    axis = mesh_axis(groups, mesh_shape)
+    if axis is None:
+        return None
+    operands = tuple(computation.operand_shapes(item))
+    results = item.shapes[len(operands) : 2 * len(operands)] if item.opcode.endswith("-start") else item.shapes
+    kind = item.opcode.removesuffix("-start")
+    return Collective(kind, operands, results or item.shapes, axis, max(map(len, groups)), False, "", 1)
+
+
+def mesh_axis(groups: list[tuple[int, ...]], mesh_shape: tuple[int, int]) -> Axis | None:
+    """The axis of a (work, model) mesh along which groups of devices lie; None if each group is one device."""
+    over: set[str] = set()
+    for group in groups:
+        rows, columns = ({number[axis] for number in (divmod(device, mesh_shape[1]) for device in group)} for axis in (0, 1))
+        over |= {name for name, places in (("work", rows), ("model", columns)) if len(places) > 1}
+    if over == {"work", "model"}:
+        return "work and model"
+    return "work" if over == {"work"} else "model" if over == {"model"} else None
+
+
+def bytes_sent(collectives: Iterable[Collective], *, dense: bool) -> float:
+    """Bytes that each device sends per run of a program whose layers are all dense, or all reduced."""
+    return sum(item.link_bytes * item.times for item in collectives if item.runs(dense=dense))

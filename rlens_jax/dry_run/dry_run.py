@@ -1,11 +1,11 @@
-"""The dry run of a configuration: compile its programs for a TPU slice, estimate the run, advise what to change.
+"""The dry run of a configuration: compile its programs for a TPU slice, estimate the run, suggest changes.
 
 The estimate is a roofline from the vendor's peak rates; nothing is measured. The time of a program is its arithmetic or its HBM
 traffic at peak rates, whichever takes longer, plus the time to send its collectives.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from rlens_jax.checkpoints.checkpoint import find_model, read_model_kind
 from rlens_jax.checkpoints.published import CONFIG
 from rlens_jax.config import RunConfig
-from rlens_jax.dry_run.collectives import bytes_sent
-from rlens_jax.dry_run.costs import Cost
-from rlens_jax.dry_run.program import CompiledProgram, Program, ProgramSpec, compile_program, program_specs
+from rlens_jax.dry_run.costs import Cost, bytes_sent
+from rlens_jax.dry_run.program import CompiledProgram, Program, compile_program, program_specs
 from rlens_jax.dry_run.topology import Slice, slice_devices
 from rlens_jax.dry_run.workload import Phase, Sizes, Workload, workload
 from rlens_jax.engine.sizes import fitting_batch_size
@@ -28,15 +27,16 @@ LIKELY_SHARE = 0.5
 """Share of the roofline's speed that a run may reach (our assumption; not measured on hardware)."""
 
 ASSUMPTIONS = (
-    "every sample is padded to the bucket that the programs were compiled for; real runs use smaller ones too and take less",
-    "later layers win every round of the search, which is the dearest order, and every layer is counted as dense",
-    "chips reach their published peak rates in bfloat16 (products in float32 take several passes, which are not counted); a "
-    "collective has the links of one axis of the torus",
-    f"at {LIKELY_SHARE:.0%} of these rates (a guess, no hardware has shown it) the run takes {1 / LIKELY_SHARE:g} times as long",
-    "arithmetic is that of matrix products; Pallas kernels count what their CostEstimate declares, splash attention the blocks "
-    "that its map visits and its inputs and outputs",
-    "collectives overlap with nothing; compiling, reading data, preparing images on the hosts, moving blocks between work groups "
-    "and timing are not counted",
+    "Every sample is padded to the bucket shown. A real run also uses smaller buckets and takes less time.",
+    "The later layer wins every round of the search: no order costs more. Every layer counts as dense.",
+    "Chips reach their published peak rates in bfloat16; the extra passes of float32 products are not counted. A collective "
+    "uses the links of one axis of the torus.",
+    f"At {LIKELY_SHARE:.0%} of these rates the run takes {1 / LIKELY_SHARE:g} times as long. This share is a guess; it has not "
+    "been measured.",
+    "Only matrix products count as arithmetic. A Pallas kernel counts as its CostEstimate declares; splash attention counts "
+    "the blocks that its mask visits, its inputs and its outputs.",
+    "Collectives do not overlap with other work. Compilation, reading data, preparing images on the hosts, moving blocks "
+    "between work groups and timing are not counted.",
 )
 
 
@@ -88,7 +88,7 @@ def dry_run(config: RunConfig, target: Slice, *, all_buckets: bool, progress: Ca
         progress: called with a line at each step.
 
     Raises:
-        UserError: the model's config.json is missing or not supported, or the mesh does not divide devices or model.
+        UserError: the model's config.json is missing or not supported, or devices or model do not divide over the mesh.
     """
     folder = find_model(config.model)
     if not (folder / CONFIG).is_file():
@@ -99,35 +99,19 @@ def dry_run(config: RunConfig, target: Slice, *, all_buckets: bool, progress: Ca
     check_fits(kind.config.decoder.sizes, shards)
     mesh = make_mesh(devices, shards)
     if not config.compute.batch_size:
-        progress("looking for the batch size that fits")
-        available = target.memory_limit
-        rows = fitting_batch_size(config.compute, config.reduction, config.search, kind, mesh, available)
+        progress("searching for the largest batch size that fits")
+        rows = fitting_batch_size(config.compute, config.reduction, config.search, kind, mesh, target.memory_limit)
         config = replace(config, compute=replace(config.compute, batch_size=rows))
     mesh_shape = (len(devices) // shards, shards)
-    counts = workload(config, _sizes(config, kind, mesh_shape[0]))
-    specs = program_specs(config, kind, mesh, all_buckets=all_buckets)
-    programs = tuple(_compiled(specs, mesh_shape, counts.resident_bytes, target.memory_limit, progress))
-    return DryRun(config, kind, target, mesh_shape, programs, counts, estimates(programs, counts.phases, target))
-
-
-def _sizes(config: RunConfig, kind: ModelKind, groups: int) -> Sizes:
-    """Sizes of batches in the largest bucket."""
     compute, decoder = config.compute, kind.config.decoder
-    slot_bytes = compute.batch_size * decoder.width * jnp.dtype(compute.dtype).itemsize
     slots = compute.text_slots[-1] + compute.visual_slots[-1]
-    return Sizes(num_layers=decoder.num_layers, groups=groups, block_bytes=slots * slot_bytes)
-
-
-def _compiled(
-    specs: Iterable[ProgramSpec],
-    mesh_shape: tuple[int, int],
-    resident_bytes: int,
-    memory_limit: int,
-    progress: Callable[[str], None],
-) -> Iterator[Program]:
-    for spec in specs:
+    block_bytes = slots * compute.batch_size * decoder.width * jnp.dtype(compute.dtype).itemsize
+    counts = workload(config, Sizes(decoder.num_layers, mesh_shape[0], block_bytes))
+    programs: list[Program] = []
+    for spec in program_specs(config, kind, mesh, all_buckets=all_buckets):
         progress(f"compiling {spec.name} ({spec.bucket})")
-        yield compile_program(spec, mesh_shape, resident_bytes=resident_bytes, memory_limit=memory_limit)
+        programs.append(compile_program(spec, mesh_shape, counts.resident_bytes, target.memory_limit))
+    return DryRun(config, kind, target, mesh_shape, tuple(programs), counts, estimates(programs, counts.phases, target))
 
 
 @dataclass(frozen=True)
@@ -199,19 +183,15 @@ def _phase_seconds(phase: Phase, image_seconds: float, times: Mapping[str, Progr
 
 def advice(result: DryRun) -> list[str]:
     """Changes to the configuration that would help, each with the field's name; empty if everything fits."""
-    shards = larger_shards(result)
-    lines = (line for program in result.programs if not program.fits for line in _advice(program, result.config, shards))
-    return list(dict.fromkeys(lines))
-
-
-def larger_shards(result: DryRun) -> list[int]:
-    """Larger sizes of the mesh's `model` axis that divide both the devices and the model."""
     devices, sizes = result.target.num_devices, result.kind.config.decoder.sizes
-    return [
+    # Larger sizes of the mesh's `model` axis that divide both the devices and the model.
+    shards = [
         n
         for n in range(result.mesh_shape[1] + 1, devices + 1)
         if not (devices % n or sizes["N"] % n or sizes["F"] % n) and (sizes["K"] % n == 0 or n % sizes["K"] == 0)
     ]
+    lines = (line for program in result.programs if not program.fits for line in _advice(program, result.config, shards))
+    return list(dict.fromkeys(lines))
 
 
 def _advice(program: Program, config: RunConfig, shards: list[int]) -> list[str]:
@@ -221,15 +201,15 @@ def _advice(program: Program, config: RunConfig, shards: list[int]) -> list[str]
         if excess <= program.memory.resident and config.compute.state_memory_gb:
             lines.append(f"compute.state_memory_gb: lower it by {excess / 1e9:.1f} or more")
     elif not program.out_of_memory:
-        return [f"{name}: the compiler refuses it for another reason than memory, see above"]
+        return [f"{name}: the compiler failed for another reason than memory, see above"]
     if config.compute.dtype == "float32":
-        lines.append("compute.dtype: bfloat16 takes half of the memory")
+        lines.append("compute.dtype: bfloat16 needs half of the memory")
     if shards:
-        lines.append(f"compute.model_shards: {' or '.join(map(str, shards))}, so that a device holds less of the model")
+        lines.append(f"compute.model_shards: {' or '.join(map(str, shards))}, to place less of the model on each device")
     if config.compute.batch_size > 1:
         lines.append(f"compute.batch_size: below {config.compute.batch_size}")
     if name == "encode":
-        lines.append("compute.patch_slots: a smaller largest size (and a preprocessor_config.json that keeps images to it)")
+        lines.append("compute.patch_slots: lower the largest size, and limit image sizes in preprocessor_config.json to it")
     else:
-        lines.append("compute.visual_slots and compute.text_slots: a smaller largest size")
+        lines.append("compute.visual_slots and compute.text_slots: lower the largest size")
     return lines

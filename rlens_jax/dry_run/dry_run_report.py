@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rlens_jax.dry_run.collectives import Collective, bytes_sent
-from rlens_jax.dry_run.costs import Cost, ProgramCost
+from rlens_jax.dry_run.costs import Collective, Cost, ProgramCost, bytes_sent
 from rlens_jax.dry_run.dry_run import ASSUMPTIONS, LIKELY_SHARE, DryRun, Estimate, advice, program_time
 from rlens_jax.dry_run.program import CompiledProgram, Program
 from rlens_jax.dry_run.topology import GIB
@@ -16,8 +15,8 @@ from rlens_jax.files import json_text
 SCHEMA = "rlens-dry-run/1"
 WIDTH = 110
 LEGEND = (
-    "encode: vision tower; embed: packing; layers: base pass and suffix evaluation, one program; outcome: teacher-forced answer; "
-    "generate (search.objective = generation): prefill and decoding steps."
+    "encode: the vision tower. embed: packs text and visual tokens. layers: runs any consecutive layers. outcome: scores the "
+    "teacher-forced answer. generate (search.objective = generation): prefill and decoding."
 )
 _LINE = "{:<9} {:<26} {:>10} {:>10} {:>8} {:>10} {:>9}  {}"
 _WORK = "{:<9} {:<26} {:>10} {:>10} {:>12} {:>12}"
@@ -29,7 +28,7 @@ def terminal(result: DryRun) -> str:
     lines = [*textwrap.wrap(_title(result), WIDTH), "", *_memory(result), "", *_work(result), "", *_layer_collectives(result)]
     lines += ["", *textwrap.wrap(LEGEND, WIDTH), "", *_estimate(result)]
     if changes:
-        lines += ["", "It does not fit. What would help:", *(f"  - {line}" for line in changes)]
+        lines += ["", "The run does not fit. Changes that would help:", *(f"  - {line}" for line in changes)]
     return "\n".join(lines)
 
 
@@ -70,14 +69,14 @@ def _title(result: DryRun) -> str:
     config, target, (work, shards) = result.config, result.target, result.mesh_shape
     return (
         f"Dry run of {config.model} in {config.compute.dtype} on {target.name}: chips: {target.chips}, hosts: {target.hosts}, "
-        f"mesh: {work} x {shards} (work x model). Nothing ran: programs were compiled, all else is arithmetic."
+        f"mesh: {work} x {shards} (work x model). No program ran: the compiler gives memory and work, and times are computed."
     )
 
 
 def _memory(result: DryRun) -> Iterator[str]:
     limit = result.target.memory_limit
-    yield f"Memory of one device in GiB; a program can use {_gib(limit)}; other weights and base states are kept aside:"
-    yield _LINE.format("program", "bucket", "arguments", "temporary", "output", "kept aside", "total", "")
+    yield f"Memory per device in GiB; a program can use {_gib(limit)}; resident: base states, and weights that it does not read"
+    yield _LINE.format("program", "bucket", "arguments", "temporary", "output", "resident", "total", "")
     for program in result.programs:
         name, bucket = program.spec.name, program.spec.bucket
         if isinstance(program, CompiledProgram):
@@ -93,7 +92,7 @@ def _memory(result: DryRun) -> Iterator[str]:
 
 
 def _work(result: DryRun) -> Iterator[str]:
-    yield "Work per device, for each run of a program and each layer of it:"
+    yield "Work per device, per run of a program and per layer:"
     yield _WORK.format("program", "bucket", "GFLOP", "HBM MB", "sent MB", "roofline ms")
     for program in _compiled(result):
         sent = bytes_sent(program.collectives, dense=True)
@@ -132,16 +131,14 @@ def _described(items: Sequence[Collective]) -> Counter[str]:
 
 def _estimate(result: DryRun) -> Iterator[str]:
     if not result.estimates:
-        yield "No estimate of the run, since not every program compiled."
+        yield "No estimate of the run: not every program compiled."
         return
     samples = ", ".join(f"{split.samples} {name} samples ({split.source})" for name, split in result.workload.samples.items())
-    yield from textwrap.wrap(f"ESTIMATE of the whole run, not measured, {samples}:", WIDTH)
+    yield from textwrap.wrap(f"ESTIMATE of the whole run (not measured), {samples}:", WIDTH)
     for phase in result.workload.phases:
         if phase.evaluations:
-            yield (
-                f"  {phase.name}: {phase.evaluations} plans, {phase.steps} batches through "
-                f"{phase.layer_steps} layers a work group"
-            )
+            work = f"{phase.steps} batches and {phase.layer_steps} layers per work group"
+            yield f"  {phase.name}: {phase.evaluations} plans, {work}"
     for estimate in result.estimates:
         slow = estimate.total / LIKELY_SHARE
         yield (

@@ -1,7 +1,6 @@
 """Parses the text of a compiled XLA program into instructions, and counts how often its loops run.
 
-The parser reads what an optimised, partitioned module prints. Arithmetic and memory traffic are counted in `costs`, traffic on
-the interconnect in `collectives`.
+The parser reads what an optimised, partitioned module prints; `costs` counts its work.
 
 XLA's own cost analysis counts the body of every loop once. The trip count of a scan is in the text: XLA for CPUs prints it
 (`known_trip_count`); for a TPU it is the difference between the bound and the first value of the loop's counter. A count that
@@ -14,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
+import numpy as np
+
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"(\w+)\[([\d,<=? ]*)\](\{[^{}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+)\s*\(.*\)\s*->\s*.*\{\s*$")
@@ -23,6 +24,10 @@ _CALLED = re.compile(r"(?<![\w.\-])(calls|body|condition|to_apply|true_computati
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
 _MEMORY_SPACE = re.compile(r"S\((\d+)\)")
+_IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
+"""A mesh of named axes, the order of devices on it, and the axes along which devices exchange."""
+_PAIR = re.compile(r"\{(\d+),(\d+)\}")
 
 
 @dataclass(frozen=True)
@@ -148,8 +153,7 @@ def parse_module(text: str) -> Module:
     name = ""
     for line in text.splitlines():
         if instructions is None:
-            header = _HEADER.match(line)
-            if header:
+            if header := _HEADER.match(line):
                 name, instructions = header[2], {}
                 entry = name if header[1] else entry
         elif line.startswith("}"):
@@ -169,7 +173,7 @@ def parse_instruction(line: str) -> Instruction:
     if start is None:
         raise ValueError(f"no HLO instruction: {line!r}")
     rest = line[start.end() :]
-    kind, rest = _split_type(rest)
+    kind, rest = _split_closing(rest) if rest.startswith("(") else rest.split(" ", 1)
     opcode, _, rest = rest.partition("(")
     arguments, attributes = _split_closing("(" + rest)
     return Instruction(
@@ -193,14 +197,6 @@ def parse_shapes(kind: str) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
-def _split_type(text: str) -> tuple[str, str]:
-    """Split a text after the type at its start."""
-    if text.startswith("("):
-        return _split_closing(text)
-    kind, _, rest = text.partition(" ")
-    return kind, rest
-
-
 def _split_closing(text: str) -> tuple[str, str]:
     """Split a text that begins with a parenthesis after the matching one; parentheses in quotes do not count."""
     depth, quoted = 0, False
@@ -212,6 +208,50 @@ def _split_closing(text: str) -> tuple[str, str]:
             if depth == 0:
                 return text[: place + 1], text[place + 1 :].lstrip()
     raise ValueError(f"unbalanced parentheses: {text[:80]!r}")
+
+
+def device_groups(item: Instruction, num_devices: int) -> list[tuple[int, ...]]:
+    """Groups of devices that exchange with each other; for a permutation, the pairs of source and target.
+
+    Raises:
+        ValueError: unknown notation.
+    """
+    pairs = item.attribute("source_target_pairs")
+    if pairs is not None:
+        return [(int(source), int(target)) for source, target in _PAIR.findall(pairs)]
+    listed = item.attribute("replica_groups")
+    if listed is None or listed == "{}":
+        return [tuple(range(num_devices))]
+    iota = _IOTA.match(listed)
+    if iota:
+        shape, dims = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
+        order = [int(n) for n in iota[3].split(",")] if iota[3] else range(len(dims))
+        return [tuple(group) for group in np.arange(prod(dims)).reshape(dims).transpose(order).reshape(shape).tolist()]
+    named = _NAMED.search(item.attributes)
+    if named:
+        return _named_groups(named)
+    if not listed.startswith("{{"):
+        raise ValueError(f"replica_groups in an unknown notation: {listed}")
+    return [tuple(int(n) for n in group.split(",") if n) for group in re.findall(r"\{([\d,]*)\}", listed)]
+
+
+def _named_groups(named: re.Match[str]) -> list[tuple[int, ...]]:
+    """Groups along axes that XLA names. `'a':(2)4` is a part of axis a: seen as 2 x 4 x ..., the part of size 4."""
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+    count = prod(sizes.values())
+    dims = [int(n) for n in named[2].split(",")] if named[2] else [count]
+    order = [int(n) for n in named[3].split(",")] if named[3] else range(len(dims))
+    parts = {name: (1, size, 1) for name, size in sizes.items()}
+    along = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[4])
+    for name, before, size in along:
+        if size:
+            parts[name] = (int(before), int(size), sizes[name] // (int(before) * int(size)))
+    devices = np.arange(count).reshape(dims).transpose(order)
+    devices = devices.reshape([n for part in parts.values() for n in part])
+    inner = [3 * list(parts).index(name) + 1 for name, *_ in along]
+    outer = [axis for axis in range(devices.ndim) if axis not in inner]
+    size = prod(devices.shape[axis] for axis in inner)
+    return [tuple(group) for group in devices.transpose([*outer, *inner]).reshape(-1, size).tolist()]
 
 
 def known_trips(module: Module) -> dict[str, int | None]:

@@ -30,13 +30,7 @@ ANSWERS = "RLENS_JAX_ANSWERS"
 
 @dataclass(frozen=True)
 class Job:
-    """A dry run to do.
-
-    Attributes:
-        config: the run.
-        target: the slice to compile for.
-        all_buckets: compile the programs of every bucket, not only of the largest.
-    """
+    """A dry run to do: arguments as of `dry_run.dry_run`."""
 
     config: RunConfig
     target: Slice
@@ -94,7 +88,7 @@ def _death(code: int, output: IO[bytes]) -> str:
     died = f"the compiler for TPUs died ({how})"
     if fatal:
         return f"{died}: {fatal[-1][:300]}"
-    return f"{died}: most likely this machine has too little memory" if code == -signal.SIGKILL else died
+    return f"{died}: this machine probably has too little memory" if code == -signal.SIGKILL else died
 
 
 def do_job() -> None:

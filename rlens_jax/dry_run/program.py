@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,8 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from rlens_jax.config import RunConfig
-from rlens_jax.dry_run.collectives import Collective, find_collectives
-from rlens_jax.dry_run.costs import Cost, ProgramCost, program_cost, reduced, unreduced
+from rlens_jax.dry_run.costs import Collective, Cost, ProgramCost, find_collectives, program_cost, reduced, unreduced
 from rlens_jax.dry_run.hlo import Loops, parse_module
 from rlens_jax.engine.batches import images_together
 from rlens_jax.engine.programs import Programs
@@ -66,10 +66,6 @@ class Memory:
     def total(self) -> int:
         return self.arguments + self.temporaries + self.outputs + self.resident
 
-    @property
-    def fits(self) -> bool:
-        return self.total <= self.limit
-
 
 @dataclass(frozen=True)
 class CompiledProgram:
@@ -92,7 +88,7 @@ class CompiledProgram:
 
     @property
     def fits(self) -> bool:
-        return self.memory.fits
+        return self.memory.total <= self.memory.limit
 
     def layer_collectives(self, *, dense: bool) -> list[Collective]:
         """The collectives of one layer, dense or reduced."""
@@ -122,14 +118,9 @@ Program = CompiledProgram | RefusedProgram
 def program_specs(
     config: RunConfig, kind: ModelKind, mesh: Mesh, *, all_buckets: bool, ffn_form: FfnForm | None = None
 ) -> Iterator[ProgramSpec]:
-    """The programs of a run.
+    """The programs of a run on the slice's mesh: of every bucket, or only of the largest.
 
-    Args:
-        config: the run.
-        kind: the model.
-        mesh: the slice's devices.
-        all_buckets: yield the programs of every bucket, not only of the largest.
-        ffn_form: how FFN units are stored; None is the form that suits the devices.
+    `ffn_form` says how FFN units are stored; None is the form that suits the devices.
     """
     compute = config.compute
     model = abstract_model(kind, compute.dtype, mesh, ffn_form)
@@ -144,7 +135,7 @@ def program_specs(
         yield ProgramSpec(
             "encode",
             f"patches {patches}",
-            lambda images=images: programs.encode_program.lower(images),  # type: ignore[misc]
+            partial(programs.encode_program.lower, images),
             kind.config.vision.depth,
             num_images,
             weights + bytes_on_device(images),
@@ -157,17 +148,16 @@ def program_specs(
 def _decoder_specs(config: RunConfig, programs: Programs, bucket: Bucket, rows: int, weights: int) -> Iterator[ProgramSpec]:
     layers = programs.config.num_layers
     arguments = decoder_arguments(programs, bucket, rows)
-    if config.search.objective == "teacher_forced":
-        del arguments[programs.generate_program]
-    else:
-        arguments = {programs.generate_program: arguments[programs.generate_program]}
+    generates = config.search.objective != "teacher_forced"
     kernels = _kernel_flops(config, programs, bucket)
     for program, inputs in arguments.items():
         name = program.name
+        if (name == "generate") != generates:
+            continue
         yield ProgramSpec(
             name,
             f"text {bucket.text}, visual {bucket.visual}",
-            lambda program=program, inputs=inputs: program.lower(*inputs),  # type: ignore[misc]
+            partial(program.lower, *inputs),
             layers if name in ("layers", "generate") else 0,
             rows,
             weights + bytes_on_device(inputs),
@@ -190,18 +180,13 @@ def _kernel_flops(config: RunConfig, programs: Programs, bucket: Bucket) -> tupl
 
 def abstract_images(kind: ModelKind, patches: int, rows: int, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
     """The arrays of prepared images in a bucket of `patches`, as the family's `Preparer` pads and stacks them."""
-    place = Placed(mesh)
-    return tuple(place((rows, *shape), dtype) for shape, dtype in kind.image_arrays(patches))
+    return tuple(Placed(mesh)((rows, *shape), dtype) for shape, dtype in kind.image_arrays(patches))
 
 
-def compile_program(spec: ProgramSpec, mesh_shape: tuple[int, int], *, resident_bytes: int, memory_limit: int) -> Program:
-    """Compile one program and analyse it.
+def compile_program(spec: ProgramSpec, mesh_shape: tuple[int, int], resident_bytes: int, memory_limit: int) -> Program:
+    """Compile one program for a mesh (work, model) and analyse it.
 
-    Args:
-        spec: the program.
-        mesh_shape: devices along `work` and `model`.
-        resident_bytes: memory of a device for batches and base states.
-        memory_limit: HBM of a device.
+    A device has `memory_limit` bytes of HBM, of which batches and base states take `resident_bytes`.
     """
     lowered = spec.lower()
     began = time.monotonic()

@@ -38,10 +38,6 @@ class ChipKind:
     config_name: str = "default"
     """libtpu's name of the mode in which a chip is one device. Cloud TPU v4 runs in `megacore`."""
 
-    @property
-    def torus_axes(self) -> int:
-        return self.shapes[-1].count("x") + 1
-
 
 _PLANE = ("2x2", "4x4", "4x8", "8x8", "8x16", "16x16")
 _LITE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -106,7 +102,7 @@ class Slice:
 
         All axes have equal shares of the links (our assumption).
         """
-        return self.kind.link_bytes / self.kind.torus_axes / self.kind.devices_per_chip
+        return self.kind.link_bytes / len(self.shape) / self.kind.devices_per_chip
 
 
 def find_slice(name: str) -> Slice:
@@ -124,8 +120,7 @@ def require_compiler() -> None:
     """UserError unless libtpu is installed."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "a dry run needs libtpu, the compiler for TPUs, which is not installed; "
-            "pip install 'rlens-jax[tpu]' (no TPU is needed)"
+            "a dry run needs libtpu, the compiler for TPUs; install it with pip install 'rlens-jax[tpu]' (no TPU is needed)"
         )
 
 

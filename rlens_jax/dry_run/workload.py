@@ -1,8 +1,8 @@
 """Counts how much a ranking run computes: the runs of its programs, and the layers in them.
 
-The search, the held-out curves, the schedule of blocks on work groups and the bookkeeping of base states are the run's own code.
-All plans get equal scores, so the later layer wins every round: of all orders this is the one that costs the most, because the
-next round's candidates share the fewest layers with their base.
+The run's code for the search, the held-out curves, the schedule of blocks and the bookkeeping of base states does the counting.
+All plans get equal scores, so the later layer wins every round. No order costs more, because the next round's candidates share
+the fewest layers with their base.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,6 @@ from pathlib import Path
 from rlens_jax.config import RunConfig
 from rlens_jax.data.jsonl import read_jsonl
 from rlens_jax.data.pages import DATASETS
-from rlens_jax.data.samples import Sample
 from rlens_jax.data.splits import PAGES, split_samples
 from rlens_jax.engine.schedule import StoredStates, filled_blocks, first_layer, memory_parts, schedule
 from rlens_jax.plan import Operator, Plan
@@ -35,7 +34,7 @@ class Samples:
     """Pairs of a sample and a reference answer."""
     images: int
     source: str
-    """Source of the numbers, in words."""
+    """Where the numbers come from."""
 
 
 @dataclass
@@ -48,7 +47,7 @@ class Phase:
     steps: int = 0
     """Evaluations of a batch: runs of `outcome`, or of `generate`."""
     layer_steps: int = 0
-    """Layers run, including those for base states. Of the items of a step, the longest counts."""
+    """Layers run, including those for base states. A step counts as its longest item."""
     states_made: int = 0
     """Runs of `layers` for base states, one layer each."""
     embeddings: int = 0
@@ -85,15 +84,12 @@ class Sizes:
 
 
 class Counter:
-    """Counts the work of an `Evaluator` on one split.
+    """Counts the work of an `Evaluator` on a split of `rows` rows, into `phase`.
 
     Args:
-        phase: receives the counts.
-        sizes: the sizes of the run.
-        rows: rows of the split.
-        batch_size: rows of a work group's block.
-        forced: teacher forcing, from base states; else every plan is generated from its prompt.
-        state_bytes: memory for base states on a device.
+        batch_size: rows per block of a work group.
+        forced: whether answers are teacher-forced from base states; else they are generated from the prompt.
+        state_bytes: memory for base states per device.
     """
 
     def __init__(self, phase: Phase, sizes: Sizes, *, rows: int, batch_size: int, forced: bool, state_bytes: float):
@@ -187,17 +183,11 @@ def sample_counts(config: RunConfig) -> dict[str, Samples]:
         counts = {split: limit * len(DATASETS) for split, limit in limits.items()}
         return {split: Samples(count, count, count, text) for split, count in counts.items()}
     if not Path(data.source).exists():
-        text = f"as in the paper, since {data.source} is not there"
+        text = f"as many as in the paper, because {data.source} does not exist"
         paper = Samples(PAPER_SAMPLES, PAPER_SAMPLES, PAPER_SAMPLES, text)
         return {"validation": paper, "test": paper}
     splits = split_samples(read_jsonl(Path(data.source)), data, config.seed)
-    return {name: _size(members, data.source) for name, members in splits.items()}
-
-
-def _size(samples: Sequence[Sample], source: str) -> Samples:
-    return Samples(
-        len(samples),
-        sum(len(sample.answers) for sample in samples),
-        sum(len(sample.images) for sample in samples),
-        f"of {source}",
-    )
+    return {
+        name: Samples(len(split), sum(len(s.answers) for s in split), sum(len(s.images) for s in split), f"of {data.source}")
+        for name, split in splits.items()
+    }

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rlens_jax.dry_run.collectives import Collective
-from rlens_jax.dry_run.costs import Cost, ProgramCost
+from rlens_jax.dry_run.costs import Collective, Cost, ProgramCost
 from rlens_jax.dry_run.program import CompiledProgram, Memory, ProgramSpec
 
 GIB = 2**30

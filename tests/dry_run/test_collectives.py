@@ -1,7 +1,7 @@
 import pytest
 
-from rlens_jax.dry_run.collectives import Collective, bytes_sent, device_groups, find_collectives, mesh_axis
-from rlens_jax.dry_run.hlo import Loops, Shape, parse_instruction, parse_module
+from rlens_jax.dry_run.costs import Collective, bytes_sent, find_collectives, mesh_axis
+from rlens_jax.dry_run.hlo import Loops, Shape, device_groups, parse_instruction, parse_module
 from tests.dry_run.snippets import LOOP
 
 MESH = (2, 4)

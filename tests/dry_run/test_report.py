@@ -8,7 +8,7 @@ import pytest
 
 from rlens_jax.checkpoints.checkpoint import read_model_kind
 from rlens_jax.config import ComputeConfig, RunConfig
-from rlens_jax.dry_run.collectives import Collective
+from rlens_jax.dry_run.costs import Collective
 from rlens_jax.dry_run.dry_run import ASSUMPTIONS, DryRun, estimates
 from rlens_jax.dry_run.dry_run_report import WIDTH, document, terminal
 from rlens_jax.dry_run.hlo import Shape

@@ -1,7 +1,6 @@
 import pytest
 
-from rlens_jax.dry_run.collectives import Collective
-from rlens_jax.dry_run.costs import Cost, ProgramCost
+from rlens_jax.dry_run.costs import Collective, Cost, ProgramCost
 from rlens_jax.dry_run.dry_run import ProgramTime, estimates, program_time, roofline_seconds
 from rlens_jax.dry_run.hlo import Shape
 from rlens_jax.dry_run.topology import find_slice
