@@ -58,17 +58,18 @@ def main() -> None:
     expected, results = None, []
     for devices, model_shards in splits:
         began = time.monotonic()
-        found = search(options.samples, devices, model_shards)
-        expected = expected or found
+        measured = search(options.samples, devices, model_shards)
+        expected = expected or measured
         difference = max(
-            float(np.abs(found["log_probability"][plan] - values).max()) for plan, values in expected["log_probability"].items()
+            float(np.abs(measured["log_probability"][plan] - values).max())
+            for plan, values in expected["log_probability"].items()
         )
         results.append(
             {
                 "work": devices // model_shards,
                 "model": model_shards,
-                "same_outcomes": found["outcomes"] == expected["outcomes"],
-                "same_rankings": found["rankings"] == expected["rankings"],
+                "same_outcomes": measured["outcomes"] == expected["outcomes"],
+                "same_rankings": measured["rankings"] == expected["rankings"],
                 "log_probability_difference": difference,
                 "seconds": round(time.monotonic() - began, 1),
             }
@@ -110,14 +111,14 @@ def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
             rankings[operator] = rank_layers(num_layers, num_layers - SEARCHED, operator, score_round).order
         outcomes = {record.key: record.outcomes for record in journal.records()}
     log_probability = {plan: log_probabilities(programs, split, plan) for plan in list(plans)[::5]}
-    found = {"outcomes": outcomes, "rankings": rankings, "log_probability": log_probability}
+    measured = {"outcomes": outcomes, "rankings": rankings, "log_probability": log_probability}
     if devices == 1:
         ties = [nearest_to_a_tie(model.decoder, split, plan, config.reduction) for plan in plans]
-        found |= {name: min(float(tie[name].min()) for tie in ties) for name in ("logit_margin", "unit_gap")}
+        measured |= {name: min(float(tie[name].min()) for tie in ties) for name in ("logit_margin", "unit_gap")}
         for plan, tie in zip(plans, ties, strict=True):
             for number in np.flatnonzero((tie["logit_margin"] < LOGIT_MARGIN) | (tie["unit_gap"] < UNIT_GAP)):
                 print(f"depends on rounding: {split.samples[number].id} under {plan.label()}")
-    return found
+    return measured
 
 
 def log_probabilities(programs: Programs, split: Split, plan: Plan) -> np.ndarray:
@@ -157,8 +158,8 @@ def nearest_to_a_tie(decoder: Any, split: Split, plan: Plan, reduction: Reductio
             module = nnx.merge(graph, jax.tree.map(lambda p, layer=layer: p[layer], stack))
             x, _, _ = module.attend(x, context, reduction, bool(hollow[layer]))
             if dynamic[layer]:
-                found = np.asarray(gap(module.ffn_norm(x), module.ffn.weights, inputs.layout))
-                gaps[numbers[real]] = np.minimum(gaps[numbers[real]], found[real])
+                measured = np.asarray(gap(module.ffn_norm(x), module.ffn.weights, inputs.layout))
+                gaps[numbers[real]] = np.minimum(gaps[numbers[real]], measured[real])
             x, _ = module.feed(x, context, reduction, bool(dynamic[layer]), jnp.int32(layer))
         answers = jnp.take_along_axis(x, inputs.answer_slots[:, :, None], axis=1)
         best, _ = jax.lax.top_k(decoder.logits(answers), 2)

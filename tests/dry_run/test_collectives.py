@@ -11,13 +11,13 @@ def groups(attributes: str, devices: int = 8) -> list[tuple[int, ...]]:
     return device_groups(parse_instruction(f"  %a = f32[] all-reduce(%b), channel_id=1, {attributes}"), devices)
 
 
-def found(mesh: tuple[int, int] = MESH) -> list[Collective]:
+def collectives(mesh: tuple[int, int] = MESH) -> list[Collective]:
     module = parse_module(LOOP)
     return find_collectives(module, Loops(module, 5), mesh)
 
 
 def test_kinds_sizes_axes_and_places() -> None:
-    reduce, gather = found()
+    reduce, gather = collectives()
     states, scores = Shape("bf16", (2, 16, 64)), Shape("f32", (2, 8), in_hbm=False)
     assert (reduce.kind, reduce.shapes, reduce.axis, reduce.group_size) == ("all-reduce", (states,), "model", 4)
     assert (reduce.in_layer_loop, reduce.branch, reduce.times) == (True, "0", 5)
@@ -27,7 +27,7 @@ def test_kinds_sizes_axes_and_places() -> None:
 
 
 def test_bytes_around_a_ring() -> None:
-    reduce, gather = found()
+    reduce, gather = collectives()
     assert reduce.link_bytes == 2 * 3 / 4 * 4096
     assert gather.link_bytes == 3 / 4 * 256
     assert bytes_sent([reduce, gather], dense=True) == 5 * 6144.0

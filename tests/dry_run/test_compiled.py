@@ -37,7 +37,7 @@ def layer(x, weights, flag):
 
 
 def scanned(weights, x, flags):
-    return jax.lax.scan(lambda x, given: (layer(x, given[:2], given[2]), None), x, (*weights, flags))[0]
+    return jax.lax.scan(lambda x, inputs: (layer(x, inputs[:2], inputs[2]), None), x, (*weights, flags))[0]
 
 
 def bounded(weights, x, flags, start, stop):
@@ -86,7 +86,7 @@ def facts(program):
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
+def analyses() -> dict[str, Any]:
     mesh = Mesh(np.array(jax.devices()).reshape(WORK, MODEL), ("work", "model"))
     programs = {}
     for layers in (5, 9):
@@ -99,34 +99,34 @@ def found() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_flops_with_trip_counts(found: dict[str, Any], program: str) -> None:
+def test_flops_with_trip_counts(analyses: dict[str, Any], program: str) -> None:
     layers = int(program.split()[1])
-    assert found[program]["dense"] == [DENSE, layers * DENSE]
-    assert found[program]["reduced"] == [REDUCED, layers * REDUCED]
+    assert analyses[program]["dense"] == [DENSE, layers * DENSE]
+    assert analyses[program]["reduced"] == [REDUCED, layers * REDUCED]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_xla_itself_counts_the_body_once_and_the_larger_branch(found: dict[str, Any], program: str) -> None:
+def test_xla_itself_counts_the_body_once_and_the_larger_branch(analyses: dict[str, Any], program: str) -> None:
     # Elementwise work is in XLA's count and not in ours.
-    assert DENSE <= found[program]["xla"][0] < 1.5 * DENSE
+    assert DENSE <= analyses[program]["xla"][0] < 1.5 * DENSE
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_collectives_of_a_layer(found: dict[str, Any], program: str) -> None:
+def test_collectives_of_a_layer(analyses: dict[str, Any], program: str) -> None:
     layers = int(program.split()[1])
     reduce = ["all-reduce", "model", 4, STATES, layers]
     gather = ["all-gather", "model", 4, SCORES, layers]
-    assert found[program]["layer"]["dense"] == [reduce]
-    assert sorted(found[program]["layer"]["reduced"]) == [gather, reduce]
-    assert found[program]["outside"] == 0
+    assert analyses[program]["layer"]["dense"] == [reduce]
+    assert sorted(analyses[program]["layer"]["reduced"]) == [gather, reduce]
+    assert analyses[program]["outside"] == 0
 
 
-def test_traffic_of_a_layer_does_not_grow_with_the_stack(found: dict[str, Any]) -> None:
-    few, many = (found[f"bounded {layers}"]["bytes"][1] for layers in (5, 9))
+def test_traffic_of_a_layer_does_not_grow_with_the_stack(analyses: dict[str, Any]) -> None:
+    few, many = (analyses[f"bounded {layers}"]["bytes"][1] for layers in (5, 9))
     assert few == many
     weights = 2 * UNITS * D * 4
     assert weights < few < 8 * weights
 
 
-def test_arguments_are_a_devices_share(found: dict[str, Any]) -> None:
-    assert found["scanned 5"]["arguments"] == 5 * 2 * UNITS * D * 4 + STATES + 5
+def test_arguments_are_a_devices_share(analyses: dict[str, Any]) -> None:
+    assert analyses["scanned 5"]["arguments"] == 5 * 2 * UNITS * D * 4 + STATES + 5
