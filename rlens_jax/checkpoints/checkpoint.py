@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,17 +111,10 @@ def load_model(
     problems = Problems(str(folder))
     if orbax_store.is_store(folder):
         orbax_store.fill(folder, filler, problems, check_finite)
-    else:
-        _fill_from_safetensors(weight_files(folder), kind, filler, problems, check_finite)
-    return kind, filler.model()
-
-
-def _fill_from_safetensors(
-    files: Sequence[Path], kind: ModelKind, filler: Filler, problems: Problems, check_finite: bool
-) -> None:
+        return kind, filler.model()
     table = kind.table()
     table.check_covers(shapes_of(filler.abstract))
-    with opened(files, table, problems) as published:
+    with opened(weight_files(folder), table, problems) as published:
         published.check_copies(problems)
         finite = []
         for name, tensor in table.tensors.items():
@@ -131,6 +123,7 @@ def _fill_from_safetensors(
         for item in dict.fromkeys(item for item, flag in finite if check_finite and not flag):
             problems.add(item.file, item.name, "holds NaN or infinite values")
     problems.raise_any()
+    return kind, filler.model()
 
 
 def model_hash(model: str | Path) -> str:

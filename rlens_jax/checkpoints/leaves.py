@@ -102,9 +102,7 @@ def unstacked(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
 def by_layer(items: Iterable[Item], name: Callable[[Item], str], num_bytes: Callable[[Item], int]) -> Iterator[list[Item]]:
     """Items that are read or written together: those of a layer, or of several small layers up to `TOGETHER_BYTES`.
 
-    Args:
-        name: a `leaf_name` of an item; an item that is in no layer counts as a layer.
-        num_bytes: size of an item.
+    `name` gives a `leaf_name` of an item. An item outside all layers counts as a layer.
     """
 
     def layer(item: Item) -> str:
@@ -181,9 +179,8 @@ class Filler(Generic[Model]):
         if lacking:
             raise ValueError(f"not filled: {sorted(lacking)}")
         graph, state = nnx.split(self.abstract)
-        flat = nnx.to_flat_state(state)
         filled = []
-        for path, leaf in flat:
+        for path, leaf in nnx.to_flat_state(state):
             name = ".".join(map(str, path))
             _, axes = self._layout.held(name, self.leaves[name].shape)
             filled.append((path, leaf.replace(self._filled[name], axes=axes)))

@@ -154,9 +154,8 @@ def write_processor(folder: Path) -> None:
 
 def _tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = Sequence(
-        [Split(Regex(r"[^\S\n]+"), "removed"), Split("\n", "isolated")]  # a line break is a token of its own
-    )
+    # A line break is a token of its own.
+    tokenizer.pre_tokenizer = Sequence([Split(Regex(r"[^\S\n]+"), "removed"), Split("\n", "isolated")])
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
     return tokenizer
 

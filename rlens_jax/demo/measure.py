@@ -104,11 +104,8 @@ def main(arguments: Sequence[str]) -> None:
             f"{name:<14} exact match {results['accuracy'][name]:6.1%}   images swapped {results['swapped_images'][name]:6.1%}"
             f"   commonest answer {results['commonest_answer'][name]:6.1%}"
         )
-    overall = results["accuracy"]["overall"]
-    print(
-        f"overall        exact match {overall:6.1%}   "
-        f"visual tokens at least {results['visual_share']:.1%} of a prompt with its answer"
-    )
+    overall, share = results["accuracy"]["overall"], results["visual_share"]
+    print(f"overall        exact match {overall:6.1%}   visual tokens at least {share:.1%} of a prompt with its answer")
     for layer, without in enumerate(results["without_layer"]):
         print(f"without layer {layer:<2} {without['overall']:6.1%}  ({without['overall'] - overall:+.1%})")
     if options.json:

@@ -107,8 +107,7 @@ def report_html(runs: Sequence[RunFiles]) -> str:
     if len(runs) > MAX_RUNS:
         raise UserError(f"a report shows at most {MAX_RUNS} runs side by side, not {len(runs)}")
     views = [_run_view(run, letter) for run, letter in zip(runs, "ABCDEFGH", strict=False)]
-    depths = sorted({run.num_layers for run in runs})
-    style = _asset("report.css") + "".join(map(_heat_width, depths))
+    style = _asset("report.css") + "".join(map(_heat_width, sorted({run.num_layers for run in runs})))
     script = _asset("report.js")
     template = _environment().get_template("report.html.jinja")
     page = template.render(
@@ -287,17 +286,11 @@ def _band(points: Sequence[Mapping[str, float]], unit: float) -> dict[str, Any]:
 def _comparison(runs: Sequence[RunView]) -> Comparison:
     leaves = [json_leaves(dict(run.files.ranking["configuration"])) for run in runs]
     fields = dict.fromkeys(name for leaf in leaves for name in leaf)
+    values = {name: tuple(leaf.get(name, "not set") for leaf in leaves) for name in fields}
+    ranked = {name: [run for run in runs if name in run.files.ranking["rankings"]] for name in _OPERATORS}
     return Comparison(
-        charts=tuple(
-            (title, _comparison_chart([run for run in runs if name in run.files.ranking["rankings"]], name))
-            for name, title in _OPERATORS.items()
-            if any(name in run.files.ranking["rankings"] for run in runs)
-        ),
-        differences=tuple(
-            (name, tuple(leaf.get(name, "not set") for leaf in leaves))
-            for name in fields
-            if len({leaf.get(name) for leaf in leaves}) > 1
-        ),
+        charts=tuple((_OPERATORS[name], _comparison_chart(members, name)) for name, members in ranked.items() if members),
+        differences=tuple((name, texts) for name, texts in values.items() if len(set(texts)) > 1),
     )
 
 

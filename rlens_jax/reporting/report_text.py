@@ -83,10 +83,8 @@ def _wrapped_order(title: str, order: tuple[int, ...]) -> list[str]:
 
 def _layer_count(results: Results, name: str) -> str:
     """The number of layers that a saving reduces: "5 of 12", or "5 + 7" for both operators."""
-    if name == "both":
-        return " + ".join(str(result.curves["searched"].allowed) for result in results.operators.values())
-    (allowed,) = (result.curves["searched"].allowed for other, result in results.operators.items() if other == name)
-    return f"{allowed} of {results.num_layers}"
+    counts = {str(operator): result.curves["searched"].allowed for operator, result in results.operators.items()}
+    return f"{counts[name]} of {results.num_layers}" if name in counts else " + ".join(map(str, counts.values()))
 
 
 def _saving_cells(results: Results, name: str, unmeasured: str) -> list[str]:
@@ -122,16 +120,10 @@ def _run_facts(results: Results) -> str:
         ),
         ("versions", ", ".join(f"{name} {version}" for name, version in results.versions.items())),
     ]
-    datasets = [
-        (
-            name,
-            f"{results.validation_samples[name]}",
-            f"{results.test_samples[name]}",
-            _percent(results.dense_validation[name]),
-            _percent(results.dense_test[name]),
-        )
-        for name in results.dense_test
-    ]
+    datasets = []
+    for name, dense_test in results.dense_test.items():
+        samples = (str(results.validation_samples[name]), str(results.test_samples[name]))
+        datasets.append((name, *samples, _percent(results.dense_validation[name]), _percent(dense_test)))
     titles = ("dataset", "validation samples", "held-out samples", "dense on validation", "dense held out")
     return markdown_table(("what", "value"), rows) + "\n\n" + markdown_table(titles, datasets)
 
@@ -175,14 +167,10 @@ def _savings(results: Results) -> str:
 
 def _quality(name: Operator, result: OperatorResult, results: Results) -> str:
     titles = ("order", "area under the curve (%)", "searched minus this (points)")
-    rows = [
-        (
-            _STRATEGY_TEXTS[strategy],
-            _interval(area),
-            "" if strategy == "searched" else _interval(result.margins[strategy], sign=True),
-        )
-        for strategy, area in result.areas.items()
-    ]
+    rows = []
+    for strategy, area in result.areas.items():
+        margin = "" if strategy == "searched" else _interval(result.margins[strategy], sign=True)
+        rows.append((_STRATEGY_TEXTS[strategy], _interval(area), margin))
     points = ", ".join(map(str, result.area_points))
     note = (
         f"Area under the held-out curve over {points} reduced layers, with 95 % bootstrap intervals. Differences are "

@@ -47,9 +47,7 @@ class RunFiles:
 def read_run(folder: Path) -> RunFiles:
     """Read the files of a finished run.
 
-    Raises:
-        UserError: naming file and field: the folder has no finished run, or a file cannot be read, is not JSON, does not
-            follow its schema, or contradicts itself or another file.
+    UserError, naming file and field, if a file is missing, does not follow its schema, or contradicts itself or another file.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; name the output folder of a ranking run")
@@ -147,16 +145,13 @@ def choose_samples(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def write_examples(folder: Path, examples: Sequence[Example], *, plan: Plan, model_hash: str, data_hash: str) -> Path:
-    """Write examples.json, which `write_report` in the same folder then shows.
+    """Write examples.json, which `write_report` in the same folder then shows. UserError if it cannot be written.
 
     Args:
         folder: output folder of the run.
         examples: at most `MAX_EXAMPLES`.
         plan: the plan of the reduced answers.
         model_hash, data_hash: as in ranking.json, to detect examples of another run.
-
-    Raises:
-        UserError: the file cannot be written.
     """
     if len(examples) > MAX_EXAMPLES:
         raise ValueError(f"{len(examples)} examples; a report shows at most {MAX_EXAMPLES}")
