@@ -59,17 +59,9 @@ def measure(model: str, samples: int) -> dict[str, Any]:
 
     by_dataset = [read_pages(name, "test", cache_folder() / "data" / "pages", samples) for name in DATASETS]
     shapes = Shapes((TEXT_SLOTS,), (VISUAL_SLOTS,), BATCH, kind.config.decoder.context)
-    plain, swapped = (
-        build_split(rows, preparer, programs, shapes, True)
-        for rows in (
-            [sample for rows in by_dataset for sample in rows],
-            [
-                replace(sample, images=other.images)
-                for rows in by_dataset
-                for sample, other in zip(rows, [*rows[1:], rows[0]], strict=True)
-            ],
-        )
-    )
+    pairs = [pair for rows in by_dataset for pair in zip(rows, [*rows[1:], rows[0]], strict=True)]
+    sources = [sample for sample, _ in pairs], [replace(sample, images=other.images) for sample, other in pairs]
+    plain, swapped = (build_split(source, preparer, programs, shapes, True) for source in sources)
     say("dense ...")
     dense = accuracy(plain, None)
     results: dict[str, Any] = {
