@@ -82,7 +82,7 @@ def test_a_data_source_that_is_not_there_is_the_papers() -> None:
     missing = replace(config, data=replace(config.data, source="nowhere.jsonl"))
     samples = workload(missing, SIZES).samples["validation"]
     assert samples.samples == 2350
-    assert "nowhere.jsonl is not there" in samples.source
+    assert "nowhere.jsonl does not exist" in samples.source
 
 
 @dataclass
