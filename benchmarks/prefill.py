@@ -23,8 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rlens_jax.engine import layer_bench as bench
-from rlens_jax.engine.timing import time_side_by_side
+from rlens_jax.engine import timing
 from rlens_jax.flops import PUBLISHED_DECODERS, saving
 from rlens_jax.models.decoder import Context
 from rlens_jax.ops.ffn import dense_ffn
@@ -43,14 +42,14 @@ def main() -> None:
     half = tuple(range(options.layers // 2, options.layers))
     plan = Plan(half, half)
     programs = stacks(options.layers, plan)
-    layer = bench.torch_layer(DECODER)
+    layer = timing.torch_layer(DECODER)
     if layer is not None:
         programs[TORCH] = lambda: [layer() for _ in range(options.layers)][-1]
-    measured = dict(zip(programs, time_side_by_side(list(programs.values()), options.repeats), strict=True))
+    measured = dict(zip(programs, timing.time_side_by_side(list(programs.values()), options.repeats), strict=True))
     seconds = {name: median(values) for name, values in measured.items()}
     dense = min(value for name, value in seconds.items() if name not in (REDUCED, TORCH))
-    visual = [bench.VISUAL] * options.layers
-    flops_saved = saving(DECODER.layer_sizes, bench.TEXT_BEFORE + bench.TEXT_AFTER, visual, plan, Reduction(), with_probes=True)
+    visual = [timing.VISUAL] * options.layers
+    flops_saved = saving(DECODER.layer_sizes, timing.TEXT_BEFORE + timing.TEXT_AFTER, visual, plan, Reduction(), with_probes=True)
     time_saved = 1 - seconds[REDUCED] / dense
     for name, value in seconds.items():
         print(f"{name:<34}{value * 1e3:9.1f} ms")
@@ -69,7 +68,7 @@ def main() -> None:
 
 def stacks(num_layers: int, plan: Plan) -> dict[str, Callable[[], Any]]:
     """All layers with each kind of dense attention, and under the plan, each as a call without arguments."""
-    decoder, x, packed, in_order = bench.decoder_inputs(DECODER, num_layers)
+    decoder, x, packed, in_order = timing.decoder_inputs(DECODER, num_layers)
     graph, state = nnx.split(decoder)
 
     def ours(plan: Plan) -> Callable[[], Any]:
@@ -92,7 +91,7 @@ def stacks(num_layers: int, plan: Plan) -> dict[str, Callable[[], Any]]:
         return lambda: program(state, in_order)
 
     causal = jnp.tril(jnp.ones((1, x.shape[1], x.shape[1]), bool))
-    kinds = bench.dense_kinds(causal)
+    kinds = timing.dense_kinds(causal)
     return {OURS: ours(Plan()), **{name: other(attend) for name, attend in kinds.items()}, REDUCED: ours(plan)}
 
 

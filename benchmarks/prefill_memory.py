@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rlens_jax.engine.deployed_programs import automatic_chunk
+from rlens_jax.engine.deployed_model import automatic_chunk
 from rlens_jax.layout import TokenLayout
 from rlens_jax.models.decoder import Decoder, DecoderConfig
 from rlens_jax.models.generation import prefill

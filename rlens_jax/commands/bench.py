@@ -22,9 +22,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--repeats", metavar="N", type=int, default=15, help="measurements per program (default: 15)")
     add_json_option(parser)
     options = parser.parse_args(arguments)
-    from rlens_jax.engine.layer_bench import NO_ATTENTION, measure
+    from rlens_jax.engine.timing import NO_ATTENTION, time_layer
 
-    results = measure(options.layer, options.repeats)
+    results = time_layer(options.layer, options.repeats)
     for name, seconds in results["dense_seconds"].items():
         print(f"dense, {name:<34}{seconds * 1e3:9.1f} ms")
     without = results["without_attention"]

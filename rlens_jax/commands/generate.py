@@ -16,7 +16,6 @@ from pathlib import Path
 
 from rlens_jax.commands.options import add_model_options, read_plan_options
 from rlens_jax.console import ArgumentParser, run_command
-from rlens_jax.resources import cache_folder
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -32,9 +31,9 @@ def main(arguments: Sequence[str]) -> None:
     plan = read_plan_options(parser, options)
 
     from rlens_jax.engine.deployed_model import load
-    from rlens_jax.engine.startup import start_jax
+    from rlens_jax.engine.session import start_jax
 
-    start_jax("highest", cache_folder() / "compiled")
+    start_jax()
     model = load(options.model, dtype=options.dtype, chunk=options.chunk, model_shards=options.model_shards, seed=options.seed)
     print(model.generate(options.image, options.prompt, plan, max_new_tokens=options.max_new_tokens))
 

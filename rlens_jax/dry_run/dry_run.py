@@ -100,7 +100,7 @@ def dry_run(config: RunConfig, target: Slice, *, all_buckets: bool, progress: Ca
     mesh = make_mesh(devices, shards)
     if not config.compute.batch_size:
         progress("searching for the largest batch size that fits")
-        rows = fitting_batch_size(config.compute, config.reduction, config.search, kind, mesh, target.memory_limit)
+        rows = fitting_batch_size(config, kind, mesh, target.memory_limit)
         config = replace(config, compute=replace(config.compute, batch_size=rows))
     mesh_shape = (len(devices) // shards, shards)
     compute, decoder = config.compute, kind.config.decoder

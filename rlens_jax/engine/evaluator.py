@@ -18,9 +18,8 @@ from rlens_jax.engine.schedule import Step, memory_parts, schedule
 from rlens_jax.engine.scoring import Scoring
 from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
-from rlens_jax.search.journal import Journal
+from rlens_jax.search.journal import Journal, Record
 from rlens_jax.search.objective import PlanScore, dataset_metrics, score_plan
-from rlens_jax.search.record import Record
 from rlens_jax.search.search import ScoreRound
 
 Outcomes = dict[str, np.ndarray]

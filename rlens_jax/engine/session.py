@@ -1,9 +1,10 @@
-"""The start of a run: model files, samples, JAX, the identity of the work, its journal, and the model on its mesh."""
+"""The start of a run: JAX, the model's folder, samples, the journal of the run's work, and the model on its mesh."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,42 +14,59 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlens_jax.checkpoints.checkpoint import find_model, load_model, model_hash, read_model_kind
-from rlens_jax.config import ComputeConfig, DataConfig, SearchConfig
+from rlens_jax.config import ComputeConfig, RunConfig
 from rlens_jax.console import Progress, say
 from rlens_jax.data.splits import Splits, load_splits, samples_hash
 from rlens_jax.engine.inputs import Split, build_split, own_samples
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.sizes import Shapes, device_bytes, fitting_batch_size
-from rlens_jax.engine.startup import CompilationCounter, start_jax
+from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import Preparer
-from rlens_jax.plan import Reduction
 from rlens_jax.resources import cache_folder
 from rlens_jax.search.journal import Journal
 from rlens_jax.sharding.mesh import check_fits, make_mesh
 
 
-@dataclass(frozen=True)
-class ModelFolder:
-    """A checkpoint on disk: its description is read, its weights are not."""
+class CompilationCounter:
+    """Counts the programs that XLA compiled, without those that the persistent cache had."""
 
-    path: Path
-    kind: ModelKind
-    weights_hash: str
+    def __init__(self) -> None:
+        self._events: Counter[str] = Counter()
+        jax.monitoring.register_event_listener(lambda event, **_: self._events.update([event]))
 
-    @classmethod
-    def find(cls, model: str | Path, processes: Processes) -> "ModelFolder":
-        """The folder that `model` names; UserError unless it holds a supported model."""
-        path = processes.agreed(lambda: find_model(model))
-        weights_hash = processes.agreed(lambda: model_hash(path))
-        return cls(path, processes.agreed(lambda: read_model_kind(path)), weights_hash)
+    @property
+    def compiled(self) -> int:
+        return self._events["/jax/compilation_cache/cache_misses"]
 
-    def identity(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What must agree before finished work is resumed: the weights, the kind of device, JAX, and `settings`."""
-        device = jax.devices()[0].device_kind
-        return {"model_hash": self.weights_hash, "device": device, "jax": version("jax"), **settings}
+
+def start_jax(matmul_precision: str = "highest", compilation_cache: Path | None = None) -> CompilationCounter:
+    """Set matmul precision and the persistent compilation cache (default: the user's), and check that JAX has a device.
+
+    Raises:
+        UserError: there is no usable device, or the cache folder cannot be created.
+    """
+    cache = compilation_cache or cache_folder() / "compiled"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{cache}: the compilation cache cannot be created ({error.strerror}); "
+            "choose another folder with --compute.compilation_cache"
+        ) from None
+    jax.config.update("jax_default_matmul_precision", matmul_precision)
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    # Small programs too, so that a restart compiles nothing.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"JAX finds no usable device ({reason}); set JAX_PLATFORMS=cpu to compute on the CPU") from None
+    return CompilationCounter()
 
 
 def start(compute: ComputeConfig, output: Path, processes: Processes) -> CompilationCounter:
@@ -58,6 +76,30 @@ def start(compute: ComputeConfig, output: Path, processes: Processes) -> Compila
     """
     shared = cache_folder() if processes.count == 1 else output
     return start_jax(compute.matmul_precision, Path(compute.compilation_cache or shared / "compiled"))
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A checkpoint on disk: its description is read, its weights are not."""
+
+    path: Path
+    kind: ModelKind
+
+    @classmethod
+    def find(cls, model: str | Path) -> "ModelFolder":
+        """The folder that `model` names; UserError unless it describes a supported model."""
+        path = find_model(model)
+        return cls(path, read_model_kind(path))
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """Reads all weights on first use; UserError as `model_hash`."""
+        return model_hash(self.path)
+
+    def identity(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What must agree before finished work is resumed: the weights, the kind of device, JAX, and `settings`."""
+        device = jax.devices()[0].device_kind
+        return {"model_hash": self.weights_hash, "device": device, "jax": version("jax"), **settings}
 
 
 @dataclass(frozen=True)
@@ -74,36 +116,21 @@ class Session:
 
     @classmethod
     @contextmanager
-    def open(
-        cls,
-        folder: ModelFolder,
-        output: Path,
-        data: DataConfig,
-        settings: Mapping[str, Any],
-        processes: Processes,
-        *,
-        seed: int,
-        step_by_step: bool = False,
-    ) -> Iterator["Session"]:
-        """Read the samples and open the journal in `output`; all processes agree on each.
-
-        Args:
-            folder: the model.
-            output, data, seed: as in `RunConfig`.
-            settings: the values that decide the outcomes (`RunConfig.deciding_settings`).
-            processes: the processes of the run.
-            step_by_step: whether the model may reason before it answers.
+    def open(cls, folder: ModelFolder, config: RunConfig, processes: Processes) -> Iterator["Session"]:
+        """Read the samples and open the journal of a run; all processes agree on each.
 
         Raises:
             UserError: unusable samples, or a journal that belongs to other inputs or settings.
         """
+        output = Path(config.output)
         processes.check_shared(output)
-        prompt = partial(folder.kind.benchmark_prompt, step_by_step=step_by_step)
-        read = partial(load_splits, data, prompt, seed=seed)
+        # A model that generates may reason before it answers; teacher forcing scores the bare answer.
+        prompt = partial(folder.kind.benchmark_prompt, step_by_step=config.search.objective == "generation")
+        read = partial(load_splits, config.data, prompt, seed=config.seed)
         # The first process to need a dataset prepares it in the cache, which the processes may share.
         splits = processes.in_order(read, read)
         data_hash = samples_hash(splits)
-        identity = folder.identity({"data_hash": data_hash, **settings})
+        identity = processes.agreed(lambda: folder.identity({"data_hash": data_hash, **config.deciding_settings()}))
         processes.check_same(identity)
         with processes.in_order(lambda: Journal.open(output, identity), lambda: Journal.follow(output, identity)) as journal:
             if journal.repaired:
@@ -122,22 +149,22 @@ class LoadedModel:
     preparer: Preparer
     shapes: Shapes
 
-    def programs(self, reduction: Reduction, *, seed: int, new_tokens: int) -> Programs:
-        """The programs of a search over this model; arguments as of `Programs`."""
-        stop_token = self.preparer.chat.stop_token
-        return Programs(self.module, self.mesh, reduction, seed=seed, new_tokens=new_tokens, stop_token=stop_token)
+    def programs(self, config: RunConfig) -> Programs:
+        """The programs of a search over this model."""
+        stop_token, new_tokens = self.preparer.chat.stop_token, config.search.max_new_tokens
+        return Programs(self.module, self.mesh, config.reduction, seed=config.seed, new_tokens=new_tokens, stop_token=stop_token)
 
 
-def load(folder: ModelFolder, compute: ComputeConfig, reduction: Reduction, search: SearchConfig) -> LoadedModel:
+def load(folder: ModelFolder, config: RunConfig) -> LoadedModel:
     """Load the model on all devices; an open batch size becomes the largest that fits into their memory.
 
     Raises:
         UserError: the mesh does not divide devices or model, not one row fits into memory, or the folder is not usable.
     """
-    kind = folder.kind
+    kind, compute = folder.kind, config.compute
     check_fits(kind.config.decoder.sizes, compute.model_shards)
     mesh = make_mesh(jax.devices(), compute.model_shards)
-    rows = compute.batch_size or fitting_batch_size(compute, reduction, search, kind, mesh, device_bytes(mesh))
+    rows = compute.batch_size or fitting_batch_size(config, kind, mesh, device_bytes(mesh))
     _, module = load_model(folder.path, jnp.dtype(compute.dtype), mesh=mesh)
     preparer = kind.preparer(folder.path, compute.patch_slots)
     shapes = Shapes(compute.text_slots, compute.visual_slots, rows, kind.config.decoder.context)

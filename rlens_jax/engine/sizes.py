@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from rlens_jax.checkpoints.leaves import layout_of, set_ffn_form
-from rlens_jax.config import ComputeConfig, SearchConfig
+from rlens_jax.config import ComputeConfig, RunConfig
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.model_programs import Program
 from rlens_jax.engine.programs import Programs
@@ -28,7 +28,6 @@ from rlens_jax.layout import Bucket, TokenLayout, smallest_bucket
 from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import Prompt, PromptBatch
-from rlens_jax.plan import Reduction
 from rlens_jax.pytrees import unchecked
 from rlens_jax.sharding.mesh import FfnForm, rows_sharding
 
@@ -154,28 +153,25 @@ def decoder_arguments(programs: Programs, bucket: Bucket, rows: int) -> dict[Pro
     }
 
 
-def fitting_batch_size(
-    compute: ComputeConfig, reduction: Reduction, search: SearchConfig, kind: ModelKind, mesh: Mesh, available: int
-) -> int:
-    """The largest number of rows per work group that fits into a device's memory.
+def fitting_batch_size(config: RunConfig, kind: ModelKind, mesh: Mesh, available: int) -> int:
+    """The largest number of rows per work group of a run that fits into a device's memory.
 
     The program with the largest temporaries, `layers` (or `generate`), is compiled for the largest bucket. Its memory, as
     XLA reports it, must fit beside the weights and the base states (our decision).
 
     Args:
-        compute: dtype, bucket sizes, memory for base states.
-        reduction: how reduced layers treat visual tokens.
-        search: its objective decides which program is compiled.
-        kind: the model.
+        config: the run.
+        kind: its model.
         mesh: the devices, real or of a slice to compile for.
         available: bytes of a device.
 
     Raises:
         UserError: not even one row fits.
     """
+    compute, search = config.compute, config.search
     model = abstract_model(kind, compute.dtype, mesh)
     weights = bytes_on_device(nnx.state(model))
-    programs = Programs(model, mesh, reduction, seed=0, new_tokens=search.max_new_tokens, stop_token=0)
+    programs = Programs(model, mesh, config.reduction, seed=0, new_tokens=search.max_new_tokens, stop_token=0)
     program = programs.layers_program if search.objective == "teacher_forced" else programs.generate_program
     bucket = Bucket(compute.text_slots[-1], compute.visual_slots[-1])
 
@@ -240,7 +236,7 @@ def bytes_refused(message: str) -> int | None:
 
 
 @contextmanager
-def memory_explained(batch_size: int, model_shards: int) -> Iterator[None]:
+def memory_explained(compute: ComputeConfig) -> Iterator[None]:
     """Turn a device's running out of memory into one line.
 
     Raises:
@@ -252,6 +248,6 @@ def memory_explained(batch_size: int, model_shards: int) -> Iterator[None]:
         if isinstance(error, jax.errors.JaxRuntimeError) and not is_out_of_memory(str(error)):
             raise
         raise UserError(
-            f"out of memory with compute.batch_size = {batch_size} and compute.model_shards = {model_shards}; "
+            f"out of memory with compute.batch_size = {compute.batch_size} and compute.model_shards = {compute.model_shards}; "
             "lower compute.batch_size or compute.state_memory_gb, or raise compute.model_shards"
         ) from None

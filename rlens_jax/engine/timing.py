@@ -1,23 +1,47 @@
-"""Measured time of a plan against the dense model, side by side, in static programs as a deployed model runs them.
+"""Measured times: of a plan's prefill against the dense model's, and of one decoder layer of a published shape.
 
-Only the decoder's prefill is timed, up to the logits of the last token. The vision tower is the same on both sides.
+Prefills run in static programs, as a deployed model runs them, up to the logits of the last token. The vision tower is the same
+on both sides. The layer is that of `rlens_jax.bench`, dense and reduced.
 """
 
+import importlib
+import importlib.util
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from statistics import median
 from typing import Any
 
 import jax
-from jaxtyping import Array
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
 
+from rlens_jax.console import say
 from rlens_jax.engine.inputs import Batch
 from rlens_jax.engine.model_programs import ROWS, Program
 from rlens_jax.engine.programs import Programs
+from rlens_jax.flops import PUBLISHED_DECODERS, PublishedDecoder, layer_cost
+from rlens_jax.layout import Bucket, pack_layout, pack_rows
+from rlens_jax.models.decoder import Context, Decoder, DecoderConfig
 from rlens_jax.models.generation import prefill
 from rlens_jax.models.prompt import PromptBatch
-from rlens_jax.plan import Plan
+from rlens_jax.ops.attention import masked_attention
+from rlens_jax.ops.ffn import dense_ffn
+from rlens_jax.plan import Plan, Reduction
 from rlens_jax.search.results import PrefillTime
+
+TEXT_BEFORE, VISUAL, TEXT_AFTER = 64, 1792, 64
+OURS = "ours (packed, causal blocks)"
+NO_ATTENTION = "no attention"
+TORCH = "PyTorch SDPA"
+CASES = {"attention": (True, False), "ffn": (False, True), "both": (True, True)}
+"""Name -> (hollow, dynamic)."""
+
+Attend = Callable[[Array, Array, Array], Array]
+"""Queries [1, N, T, H], keys and values [1, K, T, H] -> attended [1, N, T, H]."""
 
 
 def time_side_by_side(functions: Sequence[Callable[[], Any]], repeats: int) -> list[tuple[float, ...]]:
@@ -55,3 +79,164 @@ def _static_prefill(programs: Programs, plan: Plan) -> Program:
         return prefill(model.decoder, visual, batch, plan, programs.reduction, 1, key, programs.kernel)[0]
 
     return programs.program("static prefill", run, (ROWS, ROWS), ROWS)
+
+
+def time_layer(model: str, repeats: int) -> dict[str, Any]:
+    """All timings of a published model's layer, as the JSON file of `rlens_jax.bench` has them. Seconds are medians."""
+    say("compiling ...")
+    decoder = PUBLISHED_DECODERS[model]
+    programs = _layer_programs(decoder)
+    torch_program = torch_layer(decoder)
+    if torch_program is not None:
+        programs[TORCH] = torch_program
+    measured = dict(zip(programs, time_side_by_side(list(programs.values()), repeats), strict=True))
+    seconds = {name: median(values) for name, values in measured.items()}
+    without = seconds.pop(NO_ATTENTION)
+    dense = {name: value for name, value in seconds.items() if name not in CASES}
+    baseline = min(value for name, value in dense.items() if name != TORCH)
+    cost = partial(layer_cost, decoder.layer_sizes, TEXT_BEFORE + TEXT_AFTER, VISUAL, Reduction(), with_probes=True)
+    cases = {}
+    for name, (hollow, dynamic) in CASES.items():
+        flops_saved = 1 - cost(hollow=hollow, dynamic=dynamic) / cost(hollow=False, dynamic=False)
+        time_saved = 1 - seconds[name] / baseline
+        cases[name] = {
+            "seconds": seconds[name],
+            "flops_saved": flops_saved,
+            "time_saved": time_saved,
+            "realised_saving": time_saved / flops_saved,
+        }
+    return {
+        "schema": "rlens-bench/1",
+        "layer": model,
+        "text_tokens": TEXT_BEFORE + TEXT_AFTER,
+        "visual_tokens": VISUAL,
+        "dtype": "float32",
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "repeats": repeats,
+        "dense_seconds": dense,
+        "without_attention": {"seconds": without, "time_saved": 1 - without / baseline},
+        "cases": cases,
+    }
+
+
+def _layer_programs(published: PublishedDecoder) -> dict[str, Callable[[], Any]]:
+    """The layer with each kind of dense attention and under each reduction, as calls without arguments."""
+    decoder, x, packed, in_order = decoder_inputs(published, num_layers=1)
+    graph, state = nnx.split(decoder.layer(0))
+    causal = jnp.tril(jnp.ones((1, x.shape[1], x.shape[1]), bool))
+
+    def ours(hollow: bool, dynamic: bool, state: Any, context: Context) -> Array:
+        return nnx.merge(graph, state)(x, context, Reduction(), hollow, dynamic, jnp.int32(0))[0]
+
+    def other(attend: Attend, state: Any, context: Context) -> Array:
+        layer = nnx.merge(graph, state)
+        attended = attend(*layer.attention.project(layer.input_norm(x), context.rotary))
+        y = x + layer.attention.o_proj(attended)
+        return y + dense_ffn(layer.ffn_norm(y), layer.ffn.weights)
+
+    def nothing(q: Array, k: Array, v: Array) -> Array:
+        # Uses every projection, so that XLA computes them all.
+        return q + jnp.repeat(k + v, published.num_heads // published.num_kv_heads, axis=1)
+
+    def call(function: Callable[..., Array], context: Context) -> Callable[[], Array]:
+        program = jax.jit(function)
+        return lambda: program(state, context)
+
+    return {
+        OURS: call(partial(ours, False, False), packed),
+        **{name: call(partial(other, attend), in_order) for name, attend in dense_kinds(causal).items()},
+        NO_ATTENTION: call(partial(other, nothing), in_order),
+        **{name: call(partial(ours, *flags), packed) for name, flags in CASES.items()},
+    }
+
+
+def decoder_inputs(published: PublishedDecoder, num_layers: int) -> tuple[Decoder, Float[Array, "1 T D"], Context, Context]:
+    """A random decoder with such layers, states, and the contexts of packed tokens and of tokens in sequence order."""
+    length = TEXT_BEFORE + VISUAL + TEXT_AFTER
+    config = DecoderConfig(
+        num_layers=num_layers,
+        width=published.width,
+        num_heads=published.num_heads,
+        num_kv_heads=published.num_kv_heads,
+        head_dim=published.head_dim,
+        ffn_width=published.ffn_width,
+        vocabulary=2,
+        context=length,
+        norm_eps=1e-6,
+        rope_theta=1e6,
+        rope_sections=(published.head_dim // 2,),
+        qkv_bias=published.qkv_bias,
+        tied_head=True,
+    )
+    is_visual = np.zeros(length, bool)
+    is_visual[TEXT_BEFORE : TEXT_BEFORE + VISUAL] = True
+    layout = pack_layout([is_visual], Bucket(TEXT_BEFORE + TEXT_AFTER, VISUAL), [0])
+    in_order = np.arange(length, dtype=np.int32)[:, None]
+    decoder = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, length, config.width))
+    layout = jax.tree.map(jnp.asarray, layout)
+    packed, ordered = (
+        decoder.context(layout, jnp.asarray(positions), jax.random.key(0))
+        for positions in (pack_rows([in_order], layout).transpose(0, 2, 1), in_order.T[None])
+    )
+    return decoder, x, packed, ordered
+
+
+def dense_kinds(causal: Bool[Array, "1 T T"]) -> dict[str, Attend]:
+    """Ways to compute dense attention of tokens in sequence order, by name."""
+    length = causal.shape[1]
+
+    def einsum(q: Array, k: Array, v: Array) -> Array:
+        return masked_attention(q, k, v, causal)
+
+    def dot_product(q: Array, k: Array, v: Array) -> Array:
+        heads_inside = [part.swapaxes(1, 2) for part in (q, k, v)]
+        return jax.nn.dot_product_attention(*heads_inside, is_causal=True).swapaxes(1, 2)
+
+    def blocked(q: Array, k: Array, v: Array) -> Array:
+        block = 256
+        spans = [(start, min(start + block, length)) for start in range(0, length, block)]
+        parts = [masked_attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b], causal[:, a:b, :b]) for a, b in spans]
+        return jnp.concatenate(parts, axis=2)
+
+    return {"einsum": einsum, "jax.nn.dot_product_attention": dot_product, "causal blocks": blocked}
+
+
+def torch_layer(published: PublishedDecoder) -> Callable[[], Any] | None:
+    """The same dense layer in PyTorch, None if PyTorch is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    torch = importlib.import_module("torch")
+    functional = torch.nn.functional
+    width, ffn_width, head_dim = published.width, published.ffn_width, published.head_dim
+    heads, kv_heads = published.num_heads, published.num_kv_heads
+    length = TEXT_BEFORE + VISUAL + TEXT_AFTER
+    q, k, v, o, gate, up, down = (
+        torch.randn(rows, columns) * columns**-0.5
+        for rows, columns in (
+            (width, width),
+            (kv_heads * head_dim, width),
+            (kv_heads * head_dim, width),
+            (width, width),
+            (ffn_width, width),
+            (ffn_width, width),
+            (width, ffn_width),
+        )
+    )
+    x = torch.randn(1, length, width)
+
+    def layer() -> Any:
+        with torch.no_grad():
+            y = functional.rms_norm(x, (width,))
+            split = [
+                functional.linear(y, w).view(1, length, n, head_dim).transpose(1, 2)
+                for w, n in ((q, heads), (k, kv_heads), (v, kv_heads))
+            ]
+            attended = functional.scaled_dot_product_attention(*split, is_causal=True, enable_gqa=True)
+            z = x + functional.linear(attended.transpose(1, 2).reshape(1, length, width), o)
+            y = functional.rms_norm(z, (width,))
+            hidden = functional.silu(functional.linear(y, gate)) * functional.linear(y, up)
+            return (z + functional.linear(hidden, down)).numpy()
+
+    return layer

@@ -16,8 +16,7 @@ from rlens_jax.console import Progress, say
 from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.deployed_model import DeployedModel, load
 from rlens_jax.engine.inputs import Batch, Split
-from rlens_jax.engine.session import ModelFolder
-from rlens_jax.engine.startup import start_jax
+from rlens_jax.engine.session import ModelFolder, start_jax
 from rlens_jax.engine.timing import time_side_by_side
 from rlens_jax.evaluation.answers import Answers, LoggedAnswer, write_predictions
 from rlens_jax.evaluation.datasets import Dataset, load_datasets
@@ -34,7 +33,6 @@ from rlens_jax.evaluation.evaluation import (
 )
 from rlens_jax.files import replace_file
 from rlens_jax.flops import prefill_cost, visual_in_layer
-from rlens_jax.hosts.processes import Processes
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.resources import cache_folder, versions
@@ -55,9 +53,9 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     Raises:
         UserError: bad input of any kind; among them a folder that belongs to another model, plan or data.
     """
-    start_jax("highest", cache_folder() / "compiled")
+    start_jax()
     # Checks that need no weights come first.
-    folder = ModelFolder.find(config.model, Processes())
+    folder = ModelFolder.find(config.model)
     config.plan.validate(folder.kind.config.decoder.num_layers)
     datasets = load_datasets(config.data, cache_folder() / "data", kind=folder.kind, limit=config.limit, md5=config.md5)
     questions = {dataset.name: f"{dataset.digest}, {len(dataset.indices)} questions" for dataset in datasets}

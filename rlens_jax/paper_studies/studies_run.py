@@ -62,13 +62,10 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
     """
     output, processes = Path(config.output), Processes()
     start(config.compute, output, processes)
-    folder = ModelFolder.find(config.model, processes)
+    folder = ModelFolder.find(config.model)
     # A ranking that cannot be used leaves no run folder behind.
     orders = {} if ranking is None else read_orders(ranking, folder.weights_hash)
-    with (
-        Session.open(folder, output, config.data, config.deciding_settings(), processes, seed=config.seed) as session,
-        memory_explained(config.compute.batch_size, config.compute.model_shards),
-    ):
+    with Session.open(folder, config, processes) as session, memory_explained(config.compute):
         bench = _bench(config, session, orders)
         facts = Facts(
             model=config.model,
@@ -97,9 +94,8 @@ def read_orders(path: Path, model_hash: str) -> dict[Operator, tuple[int, ...]]:
 
 def _bench(config: RunConfig, session: Session, orders: Mapping[Operator, tuple[int, ...]]) -> Bench:
     """Load the model and encode the samples."""
-    loaded = load(session.folder, config.compute, config.reduction, config.search)
-    encoder = loaded.programs(config.reduction, seed=config.seed, new_tokens=1)
-    splits = encode_splits(session, loaded, encoder, with_answers=True)
+    loaded = load(session.folder, config)
+    splits = encode_splits(session, loaded, loaded.programs(config), with_answers=True)
 
     def scoring_of(variant: Variant) -> Scoring:
         return make_scoring(loaded.module, loaded.mesh, variant, config.seed, loaded.preparer.chat.stop_token)

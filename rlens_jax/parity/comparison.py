@@ -12,7 +12,7 @@ import numpy as np
 
 from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.console import Progress
-from rlens_jax.engine.startup import start_jax
+from rlens_jax.engine.session import start_jax
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import unpack_rows
@@ -32,7 +32,7 @@ from rlens_jax.parity.bundle import (
     states_name,
 )
 from rlens_jax.plan import OPERATORS, Operator, Plan
-from rlens_jax.resources import cache_folder, versions
+from rlens_jax.resources import versions
 
 POSITIONS_PER_STEP = 64
 """Positions whose log-probabilities are in memory in float64 at the same time."""
@@ -127,7 +127,7 @@ def validate(model: str, bundle: Path, dtype: str, tolerance: float) -> Validati
     if not 0 < tolerance < float("inf"):
         raise UserError(f"--tolerance must be a positive number, not {tolerance}")
     manifest = read_manifest(bundle)
-    start_jax("highest", cache_folder() / "compiled")
+    start_jax()
     kind, loaded = load_model(model, jnp.dtype(dtype))
     if manifest.family != kind.model_type:
         raise UserError(f"{bundle}: the bundle is for {manifest.family!r}, the model is a {kind.model_type!r}")

@@ -58,27 +58,21 @@ def rank(config: RunConfig, processes: Processes | None = None) -> Results:
     """
     processes = processes or Processes()
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), Clock("data")
-    output, compute, search, report = Path(config.output), config.compute, config.search, config.report
+    output, search, report = Path(config.output), config.search, config.report
     forced = search.objective == "teacher_forced"
-    compilations = start(compute, output, processes)
+    compilations = start(config.compute, output, processes)
     processes.check_same(config.portable() | {"output": config.output})
-    folder = ModelFolder.find(config.model, processes)
-    with (
-        Session.open(
-            folder, output, config.data, config.deciding_settings(), processes, seed=config.seed, step_by_step=not forced
-        ) as session,
-        memory_explained(compute.batch_size, compute.model_shards),
-    ):
+    folder = processes.agreed(lambda: ModelFolder.find(config.model))
+    with Session.open(folder, config, processes) as session, memory_explained(config.compute):
         clock.enter("load")
-        loaded = load(session.folder, compute, config.reduction, search)
-        programs = loaded.programs(config.reduction, seed=config.seed, new_tokens=search.max_new_tokens)
+        loaded = load(session.folder, config)
+        programs = loaded.programs(config)
         scoring: Scoring = TeacherForcing(programs) if forced else Generating(programs, loaded.preparer.chat.decode)
         clock.enter("encode")
         splits = encode_splits(session, loaded, programs, with_answers=forced)
         clock.enter("search")
-        evaluator = Evaluator(
-            scoring, splits, session.journal, state_bytes=compute.state_memory_gb * 1e9, checkpoint=Stopper().check
-        )
+        state_bytes = config.compute.state_memory_gb * 1e9
+        evaluator = Evaluator(scoring, splits, session.journal, state_bytes=state_bytes, checkpoint=Stopper().check)
         ranker = Ranker(evaluator, programs.config.num_layers, search, report, config.seed)
         rankings = {operator: ranker.rank(operator, search.position_layers) for operator in search.operators}
         clock.enter("full search")

@@ -4,10 +4,9 @@ import jax
 import pytest
 
 from rlens_jax.checkpoints.checkpoint import read_model_kind
-from rlens_jax.config import ComputeConfig, SearchConfig
+from rlens_jax.config import ComputeConfig, RunConfig
 from rlens_jax.engine.sizes import fitting_batch_size
 from rlens_jax.errors import UserError
-from rlens_jax.plan import Reduction
 from rlens_jax.sharding.mesh import make_mesh
 
 KIND = read_model_kind("embedded")
@@ -16,7 +15,7 @@ KIND = read_model_kind("embedded")
 def found(available: int) -> int:
     compute = ComputeConfig(text_slots=(16,), visual_slots=(64,), patch_slots=(256,), state_memory_gb=0)
     mesh = make_mesh(jax.devices()[:1], 1)
-    return fitting_batch_size(compute, Reduction(), SearchConfig(), KIND, mesh, available)
+    return fitting_batch_size(RunConfig(compute=compute), KIND, mesh, available)
 
 
 def test_as_many_as_fit() -> None:

@@ -11,8 +11,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.hosts.cluster import is_distributed
 from rlens_jax.hosts.supervisor import supervised
 from rlens_jax.plan import Plan
-from rlens_jax.search.journal import Journal
-from rlens_jax.search.record import Record
+from rlens_jax.search.journal import Journal, Record
 
 STEPS = 2000
 IDENTITY = {"toy": 1}

@@ -10,8 +10,7 @@ import pytest
 from rlens_jax import durable_log
 from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
-from rlens_jax.search.journal import JOURNAL_NAME, Journal
-from rlens_jax.search.record import Record
+from rlens_jax.search.journal import JOURNAL_NAME, Journal, Record
 
 CONFIG = {"model": "toy", "seed": 0, "reduction": {"attention_range": 256, "active_fraction": 0.2}}
 
@@ -206,8 +205,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from rlens_jax.plan import Plan
-from rlens_jax.search.journal import Journal
-from rlens_jax.search.record import Record
+from rlens_jax.search.journal import Journal, Record
 journal = Journal.open(Path(sys.argv[1]), {"seed": 0})
 print("open", flush=True)
 for number in range(int(sys.argv[2])):

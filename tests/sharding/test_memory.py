@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from rlens_jax.config import ComputeConfig
 from rlens_jax.engine.sizes import bytes_refused, device_bytes, max_rows, memory_explained
 from rlens_jax.errors import UserError
 from rlens_jax.sharding.mesh import make_mesh
@@ -38,9 +39,10 @@ def test_the_machine_has_memory() -> None:
 
 
 def test_running_out_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"compute.batch_size = 8 and compute.model_shards = 4; lower"), memory_explained(8, 4):
+    compute = ComputeConfig(batch_size=8, model_shards=4)
+    with pytest.raises(UserError, match=r"compute.batch_size = 8 and compute.model_shards = 4; lower"), memory_explained(compute):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory_explained(8, 4):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory_explained(compute):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 

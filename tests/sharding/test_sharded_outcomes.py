@@ -19,8 +19,7 @@ from rlens_jax.models.prompt import IGNORE
 from rlens_jax.models.pruned import run_prompt
 from rlens_jax.plan import OPERATORS, Plan
 from rlens_jax.pruning import FastV, Pruning
-from rlens_jax.search.journal import Journal
-from rlens_jax.search.record import Key
+from rlens_jax.search.journal import Journal, Key
 from rlens_jax.search.search import Ranking, rank_layers
 from tests.engine.toy import LAYERS, score, toy_programs, toy_split, words
 

@@ -7,20 +7,20 @@ import pytest
 
 from rlens_jax.commands.bench import main
 from rlens_jax.console import run_command
-from rlens_jax.engine import layer_bench
+from rlens_jax.engine import timing
 
 pytestmark = pytest.mark.slow
 
 
 def test_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(layer_bench, "VISUAL", 320)
+    monkeypatch.setattr(timing, "VISUAL", 320)
     path = tmp_path / "bench.json"
     with pytest.raises(SystemExit) as stopped:
         run_command(main, argv=["--json", str(path), "--repeats", "1"])
     assert not stopped.value.code
     results = json.loads(path.read_text())
     assert results["visual_tokens"] == 320
-    assert layer_bench.OURS in results["dense_seconds"]
+    assert timing.OURS in results["dense_seconds"]
     assert len(results["dense_seconds"]) == 5  # ours, three others, and PyTorch's
     fastest = min(seconds for name, seconds in results["dense_seconds"].items() if "PyTorch" not in name)
     without = results["without_attention"]
