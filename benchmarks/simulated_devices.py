@@ -28,6 +28,7 @@ from flax import nnx
 
 from rlens_jax.checkpoints.checkpoint import find_model, load_model
 from rlens_jax.commands.options import read_config
+from rlens_jax.config import SearchConfig
 from rlens_jax.data.splits import load_splits
 from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.evaluator import Evaluator, round_scorer
@@ -100,7 +101,7 @@ def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
         evaluator = Evaluator(TeacherForcing(programs), {"validation": split}, journal, state_bytes=1e9)
 
         (dense,) = map(dataset_metrics, evaluator.outcomes("validation", Plan(), [Plan()]))
-        scorer = round_scorer(evaluator, "validation", dense, alpha=2.0, relative=True)
+        scorer = round_scorer(evaluator, "validation", dense, SearchConfig())
         plans[Plan()] = None
 
         def score_round(base: Plan, candidates: list[Plan]) -> list[PlanScore]:

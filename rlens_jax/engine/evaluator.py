@@ -7,10 +7,12 @@ batches at a time. All candidates of a round are evaluated on a part before the 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from rlens_jax.config import SearchConfig
 from rlens_jax.console import Progress
 from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.inputs import Batch, Split
@@ -26,38 +28,29 @@ Outcomes = dict[str, np.ndarray]
 """The metric of each sample by dataset, float64 [samples]."""
 
 
+@dataclass(frozen=True)
 class Evaluator:
     """Outcomes of plans on the samples of each split.
 
-    Args:
+    Attributes:
         scoring: evaluates a batch under plans.
         splits: samples and batches, by the name of the split.
         journal: keeps finished evaluations, which are not made again.
         state_bytes: memory for base states on a device.
-        checkpoint: called after each plan whose outcomes are in the journal, at the same points on all processes; may
-            raise to end the run.
+        checkpoint: called after each plan whose outcomes are in the journal, at the same points on all processes; may raise to
+            end the run.
     """
 
-    def __init__(
-        self,
-        scoring: Scoring,
-        splits: Mapping[str, Split],
-        journal: Journal,
-        *,
-        state_bytes: float,
-        checkpoint: Callable[[], None] = lambda: None,
-    ):
-        self._scoring = scoring
-        self.splits = splits
-        self._journal = journal
-        self._state_bytes = state_bytes
-        self._checkpoint = checkpoint
+    scoring: Scoring
+    splits: Mapping[str, Split]
+    journal: Journal
+    state_bytes: float
+    checkpoint: Callable[[], None] = lambda: None
 
     def outcomes(self, split: str, base: Plan, plans: Sequence[Plan], progress: Progress | None = None) -> list[Outcomes]:
         """Each plan's outcomes on all datasets of a split.
 
         Args:
-            split: the name of the split.
             base: the plan whose states the others start from; a nearer plan saves more layers.
             plans: the plans to evaluate; one may equal `base`.
             progress: counts the evaluations: one per plan and dataset.
@@ -67,24 +60,24 @@ class Evaluator:
         """
         datasets, todo = self.splits[split].datasets, []
         for plan in dict.fromkeys(plans):
-            known = [(split, plan, name) in self._journal for name in datasets]
+            known = [(split, plan, name) in self.journal for name in datasets]
             if progress is not None:
                 progress.advance(sum(known), resumed=True)
             if not all(known):
                 todo.append(plan)
         if todo:
             self._evaluate(split, base, todo, progress)
-        return [{name: np.array(self._journal[split, plan, name].outcomes) for name in datasets} for plan in plans]
+        return [{name: np.array(self.journal[split, plan, name].outcomes) for name in datasets} for plan in plans]
 
     def _evaluate(self, split: str, base: Plan, plans: Sequence[Plan], progress: Progress | None) -> None:
         batches = self.splits[split].batches
-        parts = memory_parts([self._scoring.state_bytes(batch) for batch in batches], self._state_bytes)
-        costs = [self._scoring.cost(base, plan) for plan in plans]
+        parts = memory_parts([self.scoring.state_bytes(batch) for batch in batches], self.state_bytes)
+        costs = [self.scoring.cost(base, plan) for plan in plans]
         results = [np.zeros(len(self.splits[split].samples)) for _ in plans]
         began = time.monotonic()
         for part in parts:
             if len(parts) > 1:
-                self._scoring.release()
+                self.scoring.release()
             members = [batches[number] for number in part]
             steps = schedule([batch.filled for batch in members], costs)
             last_step = {item.plan: i for i, step in enumerate(steps) for item in step.items if item}
@@ -94,7 +87,7 @@ class Evaluator:
                     if part is parts[-1]:
                         seconds, began = time.monotonic() - began, time.monotonic()
                         self._record(split, plans[plan], results[plan], seconds, progress)
-                        self._checkpoint()
+                        self.checkpoint()
 
     def _running(
         self, batches: Sequence[Batch], base: Plan, plans: Sequence[Plan], steps: Sequence[Step]
@@ -106,7 +99,7 @@ class Evaluator:
             spare = next(item for item in step.items if item is not None)
             items = [item or spare for item in step.items]
             chosen, blocks = [plans[item.plan] for item in items], [item.block for item in items]
-            running.append((i, self._scoring.start(batches[step.batch], base, chosen, blocks)))
+            running.append((i, self.scoring.start(batches[step.batch], base, chosen, blocks)))
             if len(running) > len(batches):
                 yield running.popleft()
         yield from running
@@ -114,7 +107,7 @@ class Evaluator:
     def _enter(self, results: Sequence[np.ndarray], split: str, plans: Sequence[Plan], step: Step, run: Any) -> None:
         """Enter a step's rows into the results; a sample is right if any reference answer is reproduced."""
         samples = self.splits[split].samples
-        rows = self._scoring.finish(run, samples)
+        rows = self.scoring.finish(run, samples)
         block = len(rows.sample) // len(step.items)
         for group, item in enumerate(step.items):
             for row in range(group * block, (group + 1) * block):
@@ -131,23 +124,18 @@ class Evaluator:
     def _record(self, split: str, plan: Plan, result: np.ndarray, seconds: float, progress: Progress | None) -> None:
         """Write a plan's outcomes to the journal; its datasets share the seconds in proportion to their samples."""
         for name, members in self.splits[split].datasets.items():
-            if (split, plan, name) not in self._journal:
+            if (split, plan, name) not in self.journal:
                 share = seconds * len(members) / len(result)
-                self._journal.append(Record(split, plan, name, tuple(result[members].tolist()), share))
+                self.journal.append(Record(split, plan, name, tuple(result[members].tolist()), share))
                 if progress is not None:
                     progress.advance()
 
 
 def round_scorer(
-    evaluator: Evaluator,
-    split: str,
-    dense: Mapping[str, float],
-    progress: Progress | None = None,
-    *,
-    alpha: float,
-    relative: bool,
+    evaluator: Evaluator, split: str, dense: Mapping[str, float], search: SearchConfig, progress: Progress | None = None
 ) -> ScoreRound:
     """The scores that `rank_layers` asks for, on a split with the dense metrics `dense`; see `score_plan`."""
+    alpha, relative = search.penalty, search.change == "relative"
 
     def score_round(base: Plan, candidates: list[Plan]) -> list[PlanScore]:
         outcomes = evaluator.outcomes(split, base, candidates, progress)

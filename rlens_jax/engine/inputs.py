@@ -78,10 +78,6 @@ def build_split(
     """Prepare, encode and batch all samples of a split; every process calls it with the same samples.
 
     Args:
-        samples: the split.
-        preparer: the preparer of the model's family.
-        programs: the compiled programs of the run.
-        shapes: static shapes.
         with_answers: one row per reference answer, for teacher forcing; else one bare prompt per sample.
         advance: called after each of `own_samples`.
         processes: the processes of the run, if it has several.

@@ -33,7 +33,6 @@ class Programs(ModelPrograms):
     """The programs of a search over one model, as `ModelPrograms`.
 
     Args:
-        model, mesh: the model and its devices.
         reduction: how reduced layers treat visual tokens.
         seed: draws random probes.
         new_tokens: most tokens that `generate` makes.
@@ -112,8 +111,7 @@ class Programs(ModelPrograms):
     ) -> States:
         x, scored = states
         context = model.decoder.context(batch.layout, batch.rope_positions, self.random_key(), self.kernel)
-        plan, bounds = own_plan(plans), (start[0], stop[0])
-        x, now = self.run_layers(model.decoder, x, context, batch, plan, *bounds)
+        x, now = self.run_layers(model.decoder, x, context, batch, own_plan(plans), start[0], stop[0])
         return x, scored & now
 
     def _generate(

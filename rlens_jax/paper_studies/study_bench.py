@@ -81,12 +81,9 @@ class Bench:
         total = num_evaluations(self.num_layers, prior) + 1  # the dense plan is evaluated before the search, too
         label = f"ranking {operator}, L_p = {prior}"
         evaluator, scoring = self._evaluator(VALIDATION, self.plain)
-        settings = self.config.search
         with Progress(label, total * len(self._splits[VALIDATION].datasets), "evaluations") as progress:
             (outcomes,) = evaluator.outcomes(VALIDATION, Plan(), [Plan()], progress)
-            score_round = round_scorer(
-                evaluator, VALIDATION, dataset_metrics(outcomes), progress, alpha=settings.penalty, relative=self._relative
-            )
+            score_round = round_scorer(evaluator, VALIDATION, dataset_metrics(outcomes), self.config.search, progress)
             ranking = rank_layers(self.num_layers, prior, operator, score_round)
         scoring.release()
         return ranking

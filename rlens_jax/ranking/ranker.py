@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rlens_jax.config import ReportConfig, SearchConfig
+from rlens_jax.config import RunConfig
 from rlens_jax.console import Progress
 from rlens_jax.engine.evaluator import Evaluator, round_scorer
 from rlens_jax.plan import OPERATORS, Operator, Plan
@@ -35,22 +35,22 @@ class Comparison:
         return self.combined.plan if self.combined else next(iter(self.plans.values()))
 
 
+@dataclass(frozen=True)
 class Ranker:
-    """The searches and comparisons of a run; `seed` draws random rankings and bootstrap samples."""
+    """The searches and comparisons of a run."""
 
-    def __init__(self, evaluator: Evaluator, num_layers: int, search: SearchConfig, report: ReportConfig, seed: int):
-        self.num_layers = num_layers
-        self._evaluator = evaluator
-        self.samples = {name: split.sizes for name, split in evaluator.splits.items()}
+    evaluator: Evaluator
+    num_layers: int
+    config: RunConfig
+
+    @property
+    def samples(self) -> dict[str, dict[str, int]]:
         """Samples per dataset of each split."""
-        self._search = search
-        self._report = report
-        self._seed = seed
-        self._relative = search.change == "relative"
+        return {name: split.sizes for name, split in self.evaluator.splits.items()}
 
     def metrics(self, split: str, plan: Plan, progress: Progress | None = None) -> dict[str, float]:
         """Each dataset's metric under a plan."""
-        (outcomes,) = self._evaluator.outcomes(split, Plan(), [plan], progress)
+        (outcomes,) = self.evaluator.outcomes(split, Plan(), [plan], progress)
         return dataset_metrics(outcomes)
 
     def rank(self, operator: Operator, position_layers: int | None) -> Ranking:
@@ -60,29 +60,17 @@ class Ranker:
         evaluations = num_evaluations(length, prior) + 1  # the dense plan counts twice
         label = f"ranking {operator}" if position_layers != 0 else f"ranking {operator}, L_p = 0"
         with Progress(label, evaluations * len(self.samples[VALIDATION]), "evaluations") as progress:
-            score_round = round_scorer(
-                self._evaluator,
-                VALIDATION,
-                self.metrics(VALIDATION, Plan(), progress),
-                progress,
-                alpha=self._search.penalty,
-                relative=self._relative,
-            )
-            return rank_layers(length, position_layers, operator, score_round, self._search.base())
+            dense = self.metrics(VALIDATION, Plan(), progress)
+            score_round = round_scorer(self.evaluator, VALIDATION, dense, self.config.search, progress)
+            return rank_layers(length, position_layers, operator, score_round, self.config.search.base())
 
     def compare(
         self, rankings: Mapping[Operator, Ranking], complete: Mapping[Operator, Ranking], flops_saved: FlopsSaved
     ) -> Comparison:
-        """Compare rankings with other orders on the held-out samples.
-
-        Args:
-            rankings: the ranking of each operator.
-            complete: rankings without position prior, where they are wanted.
-            flops_saved: the share of the FLOPs that a plan saves.
-        """
-        report = self._report
+        """Compare rankings with other orders, and with `complete`, rankings without position prior, on the held-out samples."""
+        report, seed, relative = self.config.report, self.config.seed, self.config.search.change == "relative"
         plans = {
-            operator: held_out_plans(ranking, report.random_rankings, self._seed, complete.get(operator))
+            operator: held_out_plans(ranking, report.random_rankings, seed, complete.get(operator))
             for operator, ranking in rankings.items()
         }
         both = len(rankings) == len(OPERATORS)
@@ -92,20 +80,20 @@ class Ranker:
         with Progress("held-out curves", total, "evaluations") as progress:
             dense = self.metrics(TEST, Plan(), progress)
             for operator, ranking in rankings.items():
-                outcomes = self._evaluator.outcomes(TEST, Plan(), plans[operator], progress)
+                outcomes = self.evaluator.outcomes(TEST, Plan(), plans[operator], progress)
                 results[operator] = operator_result(
                     ranking,
                     dict(zip(plans[operator], outcomes, strict=True)),
                     dense,
                     flops_saved,
                     num_random=report.random_rankings,
-                    seed=self._seed,
+                    seed=seed,
                     search_all=complete.get(operator),
                     bootstrap_samples=report.bootstrap_samples,
-                    relative=self._relative,
+                    relative=relative,
                 )
             if both:
                 plan = Plan(results["attention"].saving.plan.attention, results["ffn"].saving.plan.ffn)
                 metrics = self.metrics(TEST, plan, progress)
-                combined = plan_saving(plan, metrics, dense, flops_saved, relative=self._relative)
+                combined = plan_saving(plan, metrics, dense, flops_saved, relative=relative)
         return Comparison(results, combined)

@@ -37,6 +37,8 @@ class Clock:
     """Seconds per phase of a run; a new phase ends the one before."""
 
     phase: str
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    """Date and time, ISO 8601."""
     seconds: dict[str, float] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
@@ -57,7 +59,7 @@ def rank(config: RunConfig, processes: Processes | None = None) -> Results:
         UserError: bad input of any kind.
     """
     processes = processes or Processes()
-    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), Clock("data")
+    clock = Clock("data")
     output, search, report = Path(config.output), config.search, config.report
     forced = search.objective == "teacher_forced"
     compilations = start(config.compute, output, processes)
@@ -73,7 +75,7 @@ def rank(config: RunConfig, processes: Processes | None = None) -> Results:
         clock.enter("search")
         state_bytes = config.compute.state_memory_gb * 1e9
         evaluator = Evaluator(scoring, splits, session.journal, state_bytes=state_bytes, checkpoint=Stopper().check)
-        ranker = Ranker(evaluator, programs.config.num_layers, search, report, config.seed)
+        ranker = Ranker(evaluator, programs.config.num_layers, config)
         rankings = {operator: ranker.rank(operator, search.position_layers) for operator in search.operators}
         clock.enter("full search")
         complete = {operator: ranker.rank(operator, 0) for operator in search.operators if report.full_search}
@@ -87,7 +89,7 @@ def rank(config: RunConfig, processes: Processes | None = None) -> Results:
         clock.enter("examples")
         examples = answer_examples(session, loaded, programs, comparison.recommended)
         clock.enter("report")
-        timing = conclude_timing(session, started, clock, compilations.compiled, prefill)
+        timing = conclude_timing(session, clock, compilations.compiled, prefill)
         results = conclude(config, session, ranker, comparison, timing)
         if processes.leads:
             hashes = {"model_hash": results.model_hash, "data_hash": results.data_hash}
@@ -108,12 +110,10 @@ def answer_examples(session: Session, loaded: LoadedModel, programs: Programs, p
     ]
 
 
-def conclude_timing(
-    session: Session, started: str, clock: Clock, compilations: int, prefill: Mapping[str, PrefillTime]
-) -> Timing:
+def conclude_timing(session: Session, clock: Clock, compilations: int, prefill: Mapping[str, PrefillTime]) -> Timing:
     """What differs from one run of the same configuration to the next."""
     return Timing(
-        started=started,
+        started=clock.started,
         device=jax.devices()[0].device_kind,
         num_devices=jax.device_count(),
         num_cores=os.cpu_count() or 1,

@@ -11,8 +11,8 @@ import numpy as np
 
 from rlens_jax.plan import Plan
 from rlens_jax.search.bootstrap import Interval, Statistic, area_under_curve, bootstrap_interval, mean_over_datasets
-from rlens_jax.search.objective import dataset_metric, plan_loss
-from rlens_jax.search.results import Curve, Metrics, OperatorResult, RandomCurves, Saving, Strategy
+from rlens_jax.search.objective import Metrics, dataset_metric, plan_loss
+from rlens_jax.search.results import Curve, OperatorResult, RandomCurves, Saving, Strategy
 from rlens_jax.search.search import Ranking, position_ranking, prefix_plans
 
 Outcomes = Mapping[Plan, Mapping[str, Sequence[float] | np.ndarray]]

@@ -11,6 +11,9 @@ import numpy as np
 
 from rlens_jax.errors import UserError
 
+Metrics = Mapping[str, float]
+"""Dataset -> metric."""
+
 
 @dataclass(frozen=True)
 class PlanScore:
@@ -24,7 +27,7 @@ class PlanScore:
 
     score: float
     loss: float
-    metrics: Mapping[str, float]
+    metrics: Metrics
 
 
 def dataset_metric(outcomes: Sequence[float] | np.ndarray) -> float:
@@ -39,9 +42,7 @@ def dataset_metrics(outcomes: Mapping[str, Sequence[float] | np.ndarray]) -> dic
     return {name: dataset_metric(values) for name, values in outcomes.items()}
 
 
-def relative_changes(
-    metrics: Mapping[str, float], dense_metrics: Mapping[str, float], *, relative: bool = True
-) -> dict[str, float]:
+def relative_changes(metrics: Metrics, dense_metrics: Metrics, *, relative: bool = True) -> dict[str, float]:
     """delta_d, the change of each dataset's metric against the dense model's.
 
     Relative to the dense metric by default, so that metrics of different scales can be added (our decision); with
@@ -69,15 +70,13 @@ def phi(change: float, alpha: float = 2.0) -> float:
     return change if change >= 0 else alpha * change
 
 
-def plan_loss(metrics: Mapping[str, float], dense_metrics: Mapping[str, float], *, relative: bool = True) -> float:
+def plan_loss(metrics: Metrics, dense_metrics: Metrics, *, relative: bool = True) -> float:
     """The loss of a plan in reports: minus the mean change, without penalty. Errors as of `relative_changes`."""
     changes = relative_changes(metrics, dense_metrics, relative=relative)
     return 0.0 - math.fsum(changes.values()) / len(changes)
 
 
-def score_plan(
-    metrics: Mapping[str, float], dense_metrics: Mapping[str, float], *, alpha: float = 2.0, relative: bool = True
-) -> PlanScore:
+def score_plan(metrics: Metrics, dense_metrics: Metrics, *, alpha: float = 2.0, relative: bool = True) -> PlanScore:
     """A plan's score (the sum of `phi` over the datasets) and loss. Errors as of `relative_changes`."""
     changes = relative_changes(metrics, dense_metrics, relative=relative)
     score = math.fsum(phi(change, alpha) for change in changes.values())

@@ -11,12 +11,10 @@ from typing import Literal
 from rlens_jax.config import RunConfig
 from rlens_jax.plan import Operator, Plan
 from rlens_jax.search.bootstrap import Interval
-from rlens_jax.search.objective import comparable
+from rlens_jax.search.objective import Metrics, comparable
 from rlens_jax.search.search import Ranking
 
 Strategy = Literal["searched", "search_all", "position", "random"]
-Metrics = Mapping[str, float]
-"""Dataset -> metric."""
 
 ALLOWED_LOSS = 0.01
 """Losses below this count as none in reports: 1 % (our decision)."""

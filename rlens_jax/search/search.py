@@ -79,8 +79,6 @@ def rank_layers(
         num_layers: decoder layers, L.
         position_layers: L_p, how many of the last layers are ranked by position, last layer first. 0 searches all layers, L
             none; None is L // 4 (our decision, the paper does not say).
-        operator: the operator to rank.
-        score_round: scores plans.
         base: the plan to start from, dense by default; it may reduce the other operator only.
 
     Raises:
