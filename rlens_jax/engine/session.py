@@ -173,10 +173,8 @@ def load(folder: ModelFolder, config: RunConfig) -> LoadedModel:
 
 def encode_splits(session: Session, loaded: LoadedModel, programs: Programs, *, with_answers: bool) -> dict[str, Split]:
     """Prepare, encode and batch the samples of all splits, with progress; arguments and errors as of `build_split`."""
-    splits = {}
+    preparer, shapes, processes, splits = loaded.preparer, loaded.shapes, session.processes, {}
     for name, samples in session.splits.items():
         with Progress(f"preparing {name}", len(own_samples(len(samples), programs)), "samples") as bar:
-            splits[name] = build_split(
-                samples, loaded.preparer, programs, loaded.shapes, with_answers, bar.advance, session.processes
-            )
+            splits[name] = build_split(samples, preparer, programs, shapes, with_answers, bar.advance, processes)
     return splits

@@ -73,8 +73,7 @@ def rank(config: RunConfig, processes: Processes | None = None) -> Results:
         clock.enter("encode")
         splits = encode_splits(session, loaded, programs, with_answers=forced)
         clock.enter("search")
-        state_bytes = config.compute.state_memory_gb * 1e9
-        evaluator = Evaluator(scoring, splits, session.journal, state_bytes=state_bytes, checkpoint=Stopper().check)
+        evaluator = Evaluator(scoring, splits, session.journal, 1e9 * config.compute.state_memory_gb, Stopper().check)
         ranker = Ranker(evaluator, programs.config.num_layers, config)
         rankings = {operator: ranker.rank(operator, search.position_layers) for operator in search.operators}
         clock.enter("full search")
