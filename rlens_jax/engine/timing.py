@@ -23,7 +23,7 @@ from rlens_jax.console import say
 from rlens_jax.engine.inputs import Batch
 from rlens_jax.engine.model_programs import ROWS, Program
 from rlens_jax.engine.programs import Programs
-from rlens_jax.flops import PUBLISHED_DECODERS, PublishedDecoder, layer_cost
+from rlens_jax.flops import PUBLISHED_DECODERS, DecoderSizes, layer_cost
 from rlens_jax.layout import Bucket, pack_layout, pack_rows
 from rlens_jax.models.decoder import Context, Decoder, DecoderConfig
 from rlens_jax.models.generation import prefill
@@ -120,7 +120,7 @@ def time_layer(model: str, repeats: int) -> dict[str, Any]:
     }
 
 
-def _layer_programs(published: PublishedDecoder) -> dict[str, Callable[[], Any]]:
+def _layer_programs(published: DecoderSizes) -> dict[str, Callable[[], Any]]:
     """The layer with each kind of dense attention and under each reduction, as calls without arguments."""
     decoder, x, packed, in_order = decoder_inputs(published, num_layers=1)
     graph, state = nnx.split(decoder.layer(0))
@@ -151,7 +151,7 @@ def _layer_programs(published: PublishedDecoder) -> dict[str, Callable[[], Any]]
     }
 
 
-def decoder_inputs(published: PublishedDecoder, num_layers: int) -> tuple[Decoder, Float[Array, "1 T D"], Context, Context]:
+def decoder_inputs(published: DecoderSizes, num_layers: int) -> tuple[Decoder, Float[Array, "1 T D"], Context, Context]:
     """A random decoder with such layers, states, and the contexts of packed tokens and of tokens in sequence order."""
     length = TEXT_BEFORE + VISUAL + TEXT_AFTER
     config = DecoderConfig(
@@ -203,7 +203,7 @@ def dense_kinds(causal: Bool[Array, "1 T T"]) -> dict[str, Attend]:
     return {"einsum": einsum, "jax.nn.dot_product_attention": dot_product, "causal blocks": blocked}
 
 
-def torch_layer(published: PublishedDecoder) -> Callable[[], Any] | None:
+def torch_layer(published: DecoderSizes) -> Callable[[], Any] | None:
     """The same dense layer in PyTorch, None if PyTorch is not installed."""
     if importlib.util.find_spec("torch") is None:
         return None
