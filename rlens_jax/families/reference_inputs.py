@@ -39,16 +39,7 @@ class ReferenceInputs(Generic[ConfigT]):
         return (*TEXT_NAMES, *self.image_names)
 
     def read(self, where: str, tensors: Mapping[str, np.ndarray], config: ConfigT) -> list[Row]:
-        """Read all samples of a case.
-
-        Args:
-            where: names the case in error messages.
-            tensors: the inputs by name.
-            config: of our model.
-
-        Raises:
-            UserError: the inputs do not fit each other or the model.
-        """
+        """Read all samples of a case; UserError, beginning with `where`, if the inputs do not fit each other or the model."""
         return self.read_images(where, _token_ids(where, tensors, config.decoder.vocabulary), tensors, config)
 
 
@@ -87,12 +78,8 @@ def deal_images(
 ) -> list[tuple[PreparedImage, ...]]:
     """Give each row as many of the images, in order, as its visual tokens need.
 
-    Args:
-        where: names the case in error messages.
-        masks: the visual tokens of each row, bool [T_i].
-        images: of all rows, one after another.
-        source: the input that tells the number of images, and
-        unit: what it counts, for error messages.
+    `masks` are the visual tokens of each row, bool [T_i]; `images` those of all rows, one after another. Error messages name the
+    input `source`, which holds the images, and their `unit`.
     """
     dealt, first = [], 0
     for number, mask in enumerate(masks):
@@ -111,10 +98,17 @@ def deal_images(
     return dealt
 
 
-def plain_prompt(ids: np.ndarray, is_visual: np.ndarray) -> Prompt:
-    """A prompt whose tokens have rotary positions 0, 1, 2, ..."""
-    positions = np.arange(len(ids), dtype=np.int32)[None]
-    return Prompt(ids.astype(np.int32), is_visual, positions, len(ids), 0)
+def plain_rows(
+    where: str,
+    token_ids: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    images: Sequence[PreparedImage],
+    source: str,
+    unit: str,
+) -> list[Row]:
+    """Rows of plain rotary positions with their images; the arguments are those of `deal_images`."""
+    dealt = deal_images(where, masks, images, source, unit)
+    return [Row(Prompt.plain(ids, mask), taken) for ids, mask, taken in zip(token_ids, masks, dealt, strict=True)]
 
 
 def zero_padded(array: np.ndarray, length: int) -> np.ndarray:

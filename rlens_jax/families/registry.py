@@ -39,11 +39,7 @@ class ModelKind:
         return nnx.eval_shape(lambda: self.family.model(self.config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
 
     def preparer(self, folder: Path, patch_slots: Sequence[int]) -> Preparer:
-        """Prepares images and prompts.
-
-        Args:
-            folder: holds tokenizer and processor files.
-            patch_slots: bucket sizes, in patches per image.
+        """Prepares images and prompts with the files of a model folder; `patch_slots` are bucket sizes in patches per image.
 
         Raises:
             UserError: a file is missing or does not fit config.json, or the buckets are too small.
@@ -61,10 +57,8 @@ class ModelKind:
     def benchmark_prompt(self, instance: Instance, *, step_by_step: bool = True) -> str:
         """The user's turn for a benchmark question; "<image>" marks are in it only where images do not come first.
 
-        Args:
-            instance: the question with its images.
-            step_by_step: use VLMEvalKit's chain-of-thought prompts, where it has them for the family. Teacher forcing scores
-                the first tokens of an answer, so it uses VLMEvalKit's prompts with `use_cot` off.
+        `step_by_step` chooses VLMEvalKit's chain-of-thought prompts, where it has them for the family. Teacher forcing scores
+        the first tokens of an answer, so it uses VLMEvalKit's prompts with `use_cot` off.
 
         Raises:
             UserError: the question itself contains an "<image>" mark.

@@ -152,13 +152,7 @@ class SiglipTower(nnx.Module):
 
 
 def siglip_parts(config: SiglipConfig, source: str, target: str) -> tuple[Part, ...]:
-    """Rows of a mapping table for the tower.
-
-    Args:
-        config: sizes of the tower.
-        source: prefix of the published names, such as "vision_tower.vision_model.".
-        target: dotted path of our `SiglipTower`, with a dot at its end.
-    """
+    """Rows of a mapping table for the tower, from names with the prefix `source` to paths with the prefix `target`."""
     patch = {"channel": config.channels, "row": config.patch_size, "col": config.patch_size}
     sizes = pattern_sizes(config.sizes) | patch | {"position": config.num_positions}
     return (

@@ -52,6 +52,12 @@ class Prompt:
     answer_length: int
     """Number of tokens at the end that are the answer and the end of the turn; 0 without an answer."""
 
+    @classmethod
+    def plain(cls, token_ids: np.ndarray, is_visual: np.ndarray, answer_length: int = 0) -> "Prompt":
+        """A prompt whose tokens have rotary positions 0, 1, 2, ..."""
+        positions = np.arange(len(token_ids), dtype=np.int32)[None]
+        return cls(token_ids.astype(np.int32), is_visual, positions, len(token_ids), answer_length)
+
     @property
     def num_visual(self) -> int:
         return int(self.is_visual.sum())

@@ -182,11 +182,7 @@ def _read_text_decoder(text: ConfigReader, tied_head: bool) -> DecoderConfig:
     """Read the sizes of a text model by its `model_type`: Qwen2, Llama or InternLM2 (a Llama with fused q, k, v).
 
     Dynamic NTK scaling of RoPE is accepted, because its factor is 1 up to `max_position_embeddings`. Prompts beyond
-    `_rope_limit` must be refused.
-
-    Args:
-        text: the nested fields.
-        tied_head: read by the caller, because the layouts store it in different places.
+    `_rope_limit` must be refused. The caller reads `tied_head`, because the layouts store it in different places.
 
     Raises:
         UserError: the text model is another one, or a field is missing or asks for what is not supported.

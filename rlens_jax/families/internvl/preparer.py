@@ -54,16 +54,10 @@ CONVERSATIONS = {
 
 
 def closest_grid(width: int, height: int, tile: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
-    """Choose columns and rows of tiles by aspect ratio, as OpenGVLab's code does.
+    """Choose columns and rows of tiles by aspect ratio, as OpenGVLab's code does; sizes are in pixels.
 
-    Of grids that are equally close, a later one wins if the image has more than half as many pixels as its tiles.
-
-    Args:
-        width: pixels of the image.
-        height: pixels of the image.
-        tile: pixels per side of a tile.
-        min_tiles: smallest number of tiles, without the thumbnail.
-        max_tiles: largest number of tiles, without the thumbnail.
+    Of grids that are equally close, a later one wins if the image has more than half as many pixels as its tiles. The thumbnail
+    does not count as a tile.
     """
     grids = {
         (columns, rows)
@@ -274,8 +268,7 @@ class InternVLPreparer:
         limit = self.config.max_tokens
         if limit is not None and len(ids) > limit:
             raise UserError(f"{sample.id}: {len(ids)} tokens; with dynamic RoPE scaling at most {limit} are supported")
-        positions = np.arange(len(ids), dtype=np.int32)[None]
-        return Prompt(ids, ids == self.chat.image_token, positions, len(ids), answer_length)
+        return Prompt.plain(ids, ids == self.chat.image_token, answer_length)
 
 
 def _hf_cutter(folder: Path, tile: int) -> Callable[[Image], np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 from rlens_jax.errors import UserError
 from rlens_jax.families.internvl.model import InternVLConfig
 from rlens_jax.families.internvl.preparer import cut_patches
-from rlens_jax.families.reference_inputs import ReferenceInputs, Row, checked, deal_images, plain_prompt
+from rlens_jax.families.reference_inputs import ReferenceInputs, Row, checked, plain_rows
 from rlens_jax.models.prompt import ImageTokens, PreparedImage
 
 TOKEN_NAME = "img_context_token_id"
@@ -35,8 +35,7 @@ def read_images(
                 f"{config.max_tokens} are supported"
             )
         _check_runs(where, number, is_visual, vision.tile_tokens)
-    dealt = deal_images(where, masks, tiles, "pixel_values", "tiles")
-    return [Row(plain_prompt(ids, is_visual), images) for ids, is_visual, images in zip(token_ids, masks, dealt, strict=True)]
+    return plain_rows(where, token_ids, masks, tiles, "pixel_values", "tiles")
 
 
 def _image_token(where: str, tensors: Mapping[str, np.ndarray], config: InternVLConfig) -> int:

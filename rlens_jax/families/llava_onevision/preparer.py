@@ -66,11 +66,8 @@ def base_sources(side: int) -> tuple[np.ndarray, np.ndarray]:
 def grid_sources(image_size: Grid, tiles: Grid, side: int, max_tiles: int) -> tuple[np.ndarray, np.ndarray]:
     """Visual tokens of the grid of tiles, with a newline after each row: rows of the table and weights, [Z, corners] each.
 
-    Args:
-        image_size: height and width of the image in pixels, before any scaling.
-        tiles: rows and columns of tiles.
-        side: patches per side of a tile.
-        max_tiles: the grid keeps about as many visual tokens as this number of tiles has.
+    `image_size` is (height, width) in pixels before any scaling, `tiles` (rows, columns), `side` in patches per tile. The grid
+    keeps about as many visual tokens as `max_tiles` tiles have.
     """
     row, column = np.ogrid[: tiles[0] * side, : tiles[1] * side]
     view = 1 + (row // side) * tiles[1] + column // side
@@ -100,10 +97,7 @@ def grid_sources(image_size: Grid, tiles: Grid, side: int, max_tiles: int) -> tu
 def image_sources(config: LlavaOnevisionConfig, image_size: Grid, alone: bool) -> tuple[np.ndarray, np.ndarray, int]:
     """Visual tokens of an image as rows of the table and weights, [Z, corners] each, and its number of views.
 
-    Args:
-        config: of the model.
-        image_size: height and width of the image in pixels, before any scaling.
-        alone: whether it is the only image of its prompt, so that it also has a grid of tiles.
+    `image_size` is (height, width) in pixels before any scaling. An image alone in its prompt also has a grid of tiles.
     """
     # Imported here: where torchvision is installed this import loads it, and a model without images needs neither.
     from transformers.image_processing_utils import select_best_resolution
@@ -195,8 +189,7 @@ class LlavaOnevisionPreparer:
         ids, answer_length = self.chat.encode(sample, [image.count for image in images], answer)
         if (ids == self.config.video_token).any():
             raise UserError(f"{sample.id}: the text contains the model's video placeholder; videos are not supported")
-        positions = np.arange(len(ids), dtype=np.int32)
-        return Prompt(ids, ids == self.config.image_token, positions[None], len(ids), answer_length)
+        return Prompt.plain(ids, ids == self.config.image_token, answer_length)
 
 
 def benchmark_prompt(instance: Instance, config: LlavaOnevisionConfig, step_by_step: bool) -> str:

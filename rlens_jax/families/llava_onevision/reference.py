@@ -7,7 +7,7 @@ import numpy as np
 from rlens_jax.errors import UserError
 from rlens_jax.families.llava_onevision.model import LlavaOnevisionConfig
 from rlens_jax.families.llava_onevision.preparer import cut_patches, image_sources
-from rlens_jax.families.reference_inputs import ReferenceInputs, Row, checked, deal_images, plain_prompt, zero_padded
+from rlens_jax.families.reference_inputs import ReferenceInputs, Row, checked, plain_rows, zero_padded
 from rlens_jax.models.prompt import ImageTokens, PreparedImage
 
 
@@ -26,8 +26,7 @@ def read_images(
         raise UserError(f"{where}: image_sizes must be heights and widths in pixels, not {sizes.min()}")
     images = _images(where, pixels, sizes, _alone(where, tensors, len(sizes)), config)
     masks = [ids == config.image_token for ids in token_ids]
-    dealt = deal_images(where, masks, images, "image_sizes", "images")
-    return [Row(plain_prompt(ids, mask), taken) for ids, mask, taken in zip(token_ids, masks, dealt, strict=True)]
+    return plain_rows(where, token_ids, masks, images, "image_sizes", "images")
 
 
 def _alone(where: str, tensors: Mapping[str, np.ndarray], num_images: int) -> np.ndarray:

@@ -206,10 +206,7 @@ class SlicedChat(Chat):
     def encode(self, sample: Sample, grids: Sequence[Grid], answer: str | None) -> tuple[np.ndarray, np.ndarray, int]:
         """Token ids of a sample, followed by `answer` and the end of the turn unless it is None.
 
-        Args:
-            sample: the question and its images.
-            grids: columns and rows of the slices of each image.
-            answer: a reference answer.
+        `grids` are columns and rows of the slices of each image.
 
         Returns:
             The token ids, int32 [T], which of them are visual, bool [T], and how many are the answer and the end of the turn.
@@ -301,7 +298,7 @@ class MiniCPMVPreparer:
     def prompt(self, sample: Sample, images: Sequence[ImageTokens], answer: str | None) -> Prompt:
         """See `Preparer.prompt`."""
         ids, is_visual, answer_length = self.chat.encode(sample, [image.grid for image in images], answer)
-        return Prompt(ids, is_visual, np.arange(len(ids), dtype=np.int32)[None], len(ids), answer_length)
+        return Prompt.plain(ids, is_visual, answer_length)
 
 
 def benchmark_prompt(instance: Instance, config: MiniCPMVConfig, step_by_step: bool) -> str:

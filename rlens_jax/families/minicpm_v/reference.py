@@ -15,7 +15,7 @@ import numpy as np
 from rlens_jax.errors import UserError
 from rlens_jax.families.minicpm_v.model import MiniCPMVConfig
 from rlens_jax.families.minicpm_v.preparer import view_positions
-from rlens_jax.families.reference_inputs import ReferenceInputs, Row, checked, deal_images, plain_prompt, zero_padded
+from rlens_jax.families.reference_inputs import ReferenceInputs, Row, checked, plain_rows, zero_padded
 from rlens_jax.models.prompt import ImageTokens, PreparedImage
 
 
@@ -28,8 +28,7 @@ def read_images(
     if len(bounds) != len(views):
         raise UserError(f"{where}: image_bound has {len(bounds)} views where pixel_values has {len(views)}")
     masks = _visual_tokens(where, token_ids, bounds, config.resampler.num_queries)
-    dealt = deal_images(where, masks, views, "pixel_values", "views")
-    return [Row(plain_prompt(ids, mask), taken) for ids, mask, taken in zip(token_ids, masks, dealt, strict=True)]
+    return plain_rows(where, token_ids, masks, views, "pixel_values", "views")
 
 
 def _views(where: str, tensors: Mapping[str, np.ndarray], config: MiniCPMVConfig) -> list[PreparedImage]:

@@ -20,15 +20,9 @@ from rlens_jax.models.prompt import Grid, ImageTokens, PreparedImage, Prompt
 
 
 def patch_places(grid: Grid, merge_size: int) -> np.ndarray:
-    """Row and column of each patch of an image, in merge order: int32 [J, 2].
-
-    Args:
-        grid: rows and columns of patches.
-        merge_size: patches per side of the square that becomes one visual token.
-    """
-    rows, columns = grid
+    """Row and column of each patch of an image, int32 [J, 2], in merge order; `grid` is (rows, columns) of patches."""
+    (rows, columns), m = grid, merge_size
     places = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1)
-    m = merge_size
     places = places.reshape(rows // m, m, columns // m, m, 2).transpose(0, 2, 1, 3, 4)
     return places.reshape(-1, 2).astype(np.int32)
 
@@ -37,12 +31,8 @@ def rope_positions(is_visual: np.ndarray, grids: Sequence[Grid], merge_size: int
     """mRoPE positions of a prompt: int32 [3, T] (time, height, width), and the position of the next token.
 
     Text tokens count up on all three axes. The tokens of an image share one time and count rows and columns of merged patches.
-    The text after an image continues after its largest position.
-
-    Args:
-        is_visual: bool [T], True for image tokens.
-        grids: rows and columns of patches of each image, in order.
-        merge_size: patches per side of the square that becomes one visual token.
+    The text after an image continues after its largest position. `is_visual` is bool [T]; `grids` are rows and columns of the
+    patches of each image, in order.
     """
     positions = np.zeros((3, len(is_visual)), np.int32)
     images = iter(grids)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rlens_jax.families.reference_inputs import ReferenceInputs, Row, checked, deal_images, plain_prompt
+from rlens_jax.families.reference_inputs import ReferenceInputs, Row, checked, plain_rows
 from rlens_jax.models.prompt import ImageTokens, PreparedImage
 from tests.families.toy_family.model import COLOURS, IMAGE_TOKEN, ToyConfig
 
@@ -13,8 +13,7 @@ def read_images(where: str, token_ids: Sequence[np.ndarray], tensors: Mapping[st
     patches = checked(where, tensors, "colours", ("I", "J", COLOURS))
     images = [PreparedImage((image,), ImageTokens(len(image))) for image in patches]
     masks = [ids == IMAGE_TOKEN for ids in token_ids]
-    dealt = deal_images(where, masks, images, "colours", "images")
-    return [Row(plain_prompt(ids, mask), taken) for ids, mask, taken in zip(token_ids, masks, dealt, strict=True)]
+    return plain_rows(where, token_ids, masks, images, "colours", "images")
 
 
 REFERENCE = ReferenceInputs(("colours",), read_images)
