@@ -38,8 +38,7 @@ def held_out_plans(ranking: Ranking, num_random: int, seed: int, search_all: Ran
 
     Args:
         ranking: the searched ranking.
-        num_random: number of random rankings.
-        seed: seed of the random rankings.
+        num_random: number of random rankings; `seed` draws them.
         search_all: the ranking with L_p = 0, for comparison.
     """
     orders = [*_orders(ranking, search_all).values()]
@@ -66,11 +65,8 @@ def operator_result(
 
     Args:
         ranking, num_random, search_all: as in `held_out_plans`.
-        outcomes: outcomes of the plans on held-out samples.
-        dense: held-out metrics of the dense model.
-        flops_saved: the saving of a plan.
+        outcomes, dense: outcomes of the plans and metrics of the dense model, both on held-out samples.
         seed: seed of the random rankings and of the bootstrap.
-        bootstrap_samples: number of bootstrap draws.
         relative: whether losses are relative to the dense metrics, as changes are in the search.
     """
     held_out = _HeldOut(outcomes, dense, relative, bootstrap_samples, seed)
@@ -91,8 +87,7 @@ def operator_result(
     tables["random"] = {name: np.mean([table[name] for table in random_tables], axis=0) for name in dense}
     area = area_under_curve(area_points)
 
-    searched = curves["searched"]
-    saved = prefixes["searched"][searched.allowed]
+    searched, allowed = curves["searched"], curves["searched"].allowed
     return OperatorResult(
         ranking=ranking,
         curves=curves,
@@ -102,7 +97,7 @@ def operator_result(
         margins={
             name: held_out.difference(tables["searched"], table, area) for name, table in tables.items() if name != "searched"
         },
-        saving=plan_saving(saved, searched.metrics[searched.allowed], dense, flops_saved, relative=relative),
+        saving=plan_saving(prefixes["searched"][allowed], searched.metrics[allowed], dense, flops_saved, relative=relative),
     )
 
 
