@@ -100,6 +100,7 @@ PATHS = {
     ),
 }
 DIFFERENTIABLE = [name for name in PATHS if name != "splash"]
+MARKS = {"splash": [pytest.mark.slow]}  # a kernel for TPUs, interpreted on CPU
 
 
 def qkv_rows(seed: int, masks):
@@ -133,7 +134,7 @@ def torch_attention(rows, masks, attention_range, window="ordinal"):
     return outputs
 
 
-@pytest.fixture(params=PATHS.values(), ids=PATHS)
+@pytest.fixture(params=[pytest.param(path, id=name, marks=MARKS.get(name, [])) for name, path in PATHS.items()])
 def path(request: pytest.FixtureRequest) -> Path:
     return request.param
 
@@ -142,7 +143,12 @@ class TestAttentionContract:
     """What holds for every path. Where a test has no cases of its own, dense and Hollow Attention are both checked."""
 
     @pytest.mark.parametrize(
-        ("path", "case"), [pytest.param(path, case, id=f"{name}-{case}") for name, path in PATHS.items() for case in path.cases]
+        ("path", "case"),
+        [
+            pytest.param(path, case, id=f"{name}-{case}", marks=MARKS.get(name, []))
+            for name, path in PATHS.items()
+            for case in path.cases
+        ],
     )
     def test_equals_reference_and_torch_on_a_ragged_batch(self, path: Path, case):
         attention_range, window, _ = case
