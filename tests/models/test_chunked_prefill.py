@@ -16,6 +16,8 @@ from tests.numerics import assert_close, error
 from tests.sequences import make_layout, pack, random_rows, run_length, unpack
 from tests.toy_decoder import TOY, random_decoder
 
+pytestmark = pytest.mark.slow
+
 CONFIG = replace(TOY, num_layers=3)
 REDUCTION = Reduction(attention_range=3, active_fraction=0.3, probe_fraction=0.4)
 RAGGED = [run_length(3, 31, 5), run_length(2, 7, 140, 11, 6), run_length(7), run_length(1, 1, 1)]

@@ -13,6 +13,8 @@ from rlens_jax.plan import Reduction
 from tests.numerics import assert_close
 from tests.sequences import make_layout, pack, random_rows, run_length
 
+pytestmark = pytest.mark.slow
+
 WIDTH, UNITS, LAYERS = 16, 24, 2
 KEY = jax.random.key(0)
 MASKS = [run_length(3, 21, 2), run_length(2, 9, 1, 5), run_length(4)]
