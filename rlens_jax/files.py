@@ -12,9 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
-
 from rlens_jax.errors import UserError
 
 _LONGEST_MESSAGE = 160
@@ -96,6 +93,9 @@ def parse_json(text: str, where: Path | str) -> Any:
 
 def check_schema(value: Any, schema: Path, path: Path) -> None:
     """Raise UserError, naming `path` and the field, unless a JSON value follows the JSON schema in the file `schema`."""
+    # Imported here: few commands check a schema, and all of them import this module to start.
+    from jsonschema.exceptions import best_match
+
     error = best_match(_validator(schema).iter_errors(value))
     if error is not None:
         message = " ".join(error.message.split())
@@ -110,7 +110,9 @@ def field_error(path: Path, field: str, message: str) -> UserError:
 
 
 @cache
-def _validator(schema: Path) -> Draft202012Validator:
+def _validator(schema: Path) -> Any:
+    from jsonschema import Draft202012Validator
+
     return Draft202012Validator(json.loads(schema.read_text(encoding="utf-8")))
 
 

@@ -221,7 +221,7 @@ class DeployedModel:
         if len(prompts) != len(image_lists):
             raise UserError(f"{len(prompts)} prompts, but images for {len(image_lists)}; give a list for each")
         names = ["the prompt"] if single else [f"prompt {number}" for number in range(1, len(prompts) + 1)]
-        samples = [_sample(*given) for given in zip(names, image_lists, prompts, strict=True)]
+        samples = [_sample(*parts) for parts in zip(names, image_lists, prompts, strict=True)]
         texts = [""] * len(samples)
         for number, answer in self.answer(samples, plan or PlanFile(), max_new_tokens):
             texts[number] = answer.text

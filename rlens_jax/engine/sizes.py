@@ -157,7 +157,7 @@ def fitting_batch_size(config: RunConfig, kind: ModelKind, mesh: Mesh, available
     """The largest number of rows per work group of a run that fits into a device's memory.
 
     The program with the largest temporaries, `layers` (or `generate`), is compiled for the largest bucket. Its memory, as
-    XLA reports it, must fit beside the weights and the base states (our decision).
+    XLA reports it, must fit in addition to the weights and the base states (our decision).
 
     Args:
         config: the run.
