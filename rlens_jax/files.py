@@ -3,18 +3,28 @@
 import errno
 import fcntl
 import json
+import math
 import os
+import re
 import shutil
+import stat
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from rlens_jax.errors import UserError
 
 _LONGEST_MESSAGE = 160
+_LARGEST_TEXT = 32 * 2**20
+_LONGEST_INTEGER = 40
+"""Digits. Tokenizers write 10**30 for "no limit"."""
+_DEEPEST = 64
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "a truth value", type(None): "null"}
 _UNFINISHED = ".partial"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -48,12 +58,31 @@ def replace_file(path: Path, content: bytes) -> Path:
     return path
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark. UserError when it cannot be read."""
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file for reading; a link is followed. UserError for anything else: a FIFO would block for ever."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:  # NUL, or half of a surrogate pair, in the name
+        raise UserError(f"cannot read {str(path)!r}: not a file name ({error})") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"cannot read {path}: not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_text(path: Path, limit: int = _LARGEST_TEXT) -> str:
+    """The text of a UTF-8 file of at most `limit` bytes, with or without a byte order mark. UserError if it cannot be read."""
+    with open_file(path) as file:
+        try:
+            content = file.read(limit + 1)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if len(content) > limit:
+        raise UserError(f"{path}: longer than the {limit:,} bytes that are read of such a file")
+    try:
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
 
@@ -63,32 +92,83 @@ def read_json(path: Path) -> Any:
     return parse_json(read_text(path), path)
 
 
-def parse_json(text: str, where: Path | str) -> Any:
-    """The value of a JSON text; errors begin with `where`.
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file that holds an object. UserError as `read_json`, or when it holds something else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a JSON object, not {_KINDS[type(value)]}")
+    return value
+
+
+def parse_json(text: str | bytes, where: Path | str) -> Any:
+    """The value of a JSON text, which ordinary code can use: floats are finite, strings can be encoded.
+
+    Args:
+        text: UTF-8 if it is bytes.
+        where: the source, the beginning of every error.
 
     Raises:
-        UserError: the text is not valid JSON, has NaN or an infinity, or names a field of an object twice.
+        UserError: the text is not valid JSON; has NaN, an infinity or a longer number than any real one; names a field of an
+            object twice; is nested too deeply; or has a string with NUL or half of a surrogate pair.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) < len(pairs):
-            names = [name for name, _ in pairs]
-            repeated = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"{where}: field {repeated!r} is given twice")
+            names = Counter(name for name, _ in pairs)
+            raise UserError(f"{where}: field {names.most_common(1)[0][0]!r} is given twice")
         return fields
 
-    def refuse(constant: str) -> NoReturn:
-        raise UserError(f"{where}: not valid JSON: {constant} is not a number")
+    def constant(name: str) -> NoReturn:
+        raise UserError(f"{where}: not valid JSON: {name} is not a number")
+
+    def integer(digits: str) -> int:
+        if len(digits) > _LONGEST_INTEGER:
+            raise UserError(f"{where}: a number of {len(digits)} digits is too long")
+        return int(digits)
+
+    def real(digits: str) -> float:
+        if not math.isfinite(value := float(digits)):
+            raise UserError(f"{where}: the number {shortened(digits)} is too large")
+        return value
 
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        decoded = text if isinstance(text, str) else text.decode()
+        value = json.loads(decoded, object_pairs_hook=unique, parse_constant=constant, parse_int=integer, parse_float=real)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON: {error.msg}, line {error.lineno} character {error.colno}") from error
-    except RecursionError as error:
-        raise UserError(f"{where}: not valid JSON: too deeply nested") from error
-    except ValueError as error:  # an integer of thousands of digits
-        raise UserError(f"{where}: not readable as JSON: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text (byte {error.start})") from error
+    except RecursionError:
+        raise UserError(f"{where}: not valid JSON: too deeply nested") from None
+    _check_nesting_and_strings(value, where)
+    return value
+
+
+def _check_nesting_and_strings(value: Any, where: Path | str) -> None:
+    level = [("", value)]
+    for _ in range(_DEEPEST):
+        children: list[tuple[str, Any]] = []
+        for field, item in level:
+            if isinstance(item, dict):
+                children += ((f"{field}.{name}" if field else name, child) for name, child in item.items())
+            elif isinstance(item, list):
+                children += ((f"{field}[{index}]", child) for index, child in enumerate(item))
+            text = "".join(item) if isinstance(item, dict) else item
+            if isinstance(text, str) and ("\0" in text or _SURROGATE.search(text)):
+                name = f"field {field!r}: " if field else ""
+                raise UserError(f"{where}: {name}{shortened(ascii(text))} has NUL or half of a surrogate pair")
+        if not children:
+            return
+        level = children
+    raise UserError(f"{where}: not valid JSON: too deeply nested")
+
+
+def shortened(text: str) -> str:
+    """A text for messages: the middle of a long one is left out."""
+    if len(text) <= _LONGEST_MESSAGE:
+        return text
+    return f"{text[: _LONGEST_MESSAGE // 2]} ... {text[-_LONGEST_MESSAGE // 2 :]}"
 
 
 def check_schema(value: Any, schema: Path, path: Path) -> None:
@@ -98,9 +178,7 @@ def check_schema(value: Any, schema: Path, path: Path) -> None:
 
     error = best_match(_validator(schema).iter_errors(value))
     if error is not None:
-        message = " ".join(error.message.split())
-        if len(message) > _LONGEST_MESSAGE:  # it begins with the whole wrong value
-            message = f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 2 :]}"
+        message = shortened(" ".join(error.message.split()))  # it begins with the whole wrong value
         raise field_error(path, error.json_path.removeprefix("$").removeprefix("."), message)
 
 

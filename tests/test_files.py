@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.files import json_text, read_json, replace_file
+from rlens_jax.files import json_text, read_json, read_json_object, read_text, replace_file
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -43,7 +43,12 @@ def test_json_is_read_as_it_was_written(tmp_path: Path) -> None:
         (b'{"a":\n', r"a\.json: not valid JSON: Expecting value, line 2 character 1"),
         (b"[Infinity]", r"a\.json: not valid JSON: Infinity is not a number"),
         (b"[" * 100_000, r"a\.json: not valid JSON: too deeply nested"),
-        (b"9" * 10_000, r"a\.json: not readable as JSON"),
+        (b"[" * 65 + b"]" * 65, r"a\.json: not valid JSON: too deeply nested"),
+        (b"9" * 10_000, r"a\.json: a number of 10000 digits is too long"),
+        (b"[1e400]", r"a\.json: the number 1e400 is too large"),
+        (b'{"a": "what \\ud83d"}', r"a\.json: field 'a': 'what \\ud83d' has NUL or half of a surrogate pair"),
+        (b'{"a": {"\\u0000": 1}}', r"a\.json: field 'a': '\\x00' has NUL or half of a surrogate pair"),
+        (b"[1]", r"a\.json: must hold a JSON object, not a list"),
         (b'{"a": {"b": 1, "c": 2, "b": 1}}', r"a\.json: field 'b' is given twice"),
     ],
 )
@@ -51,4 +56,28 @@ def test_json_that_cannot_be_read(tmp_path: Path, content: bytes | None, complai
     if content is not None:
         (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError, match=complaint):
-        read_json(tmp_path / "a.json")
+        read_json_object(tmp_path / "a.json")
+
+
+def test_what_is_no_file_of_text_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")  # opening it would wait for a writer
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "long").write_text("x" * 11)
+    for name, complaint in {
+        "fifo": "not a regular file",
+        ".": "not a regular file",
+        "loop": "Too many levels of symbolic links",
+        "a\0b": "not a file name",
+        "a\ud83d": "not a file name",
+        "x" * 3000: "File name too long",
+        "long": "longer than the 10 bytes",
+    }.items():
+        with pytest.raises(UserError, match=complaint):
+            read_text(tmp_path / name, limit=10)
+
+
+def test_numbers_and_texts_of_real_files_are_read(tmp_path: Path) -> None:
+    path = replace_file(
+        tmp_path / "a.json", b'{"model_max_length": 1000000000000000019884624838656, "eps": 1e-400, "a": "\\ud83d\\ude00"}'
+    )
+    assert read_json(path) == {"model_max_length": 1000000000000000019884624838656, "eps": 0.0, "a": "\U0001f600"}

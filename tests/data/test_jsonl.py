@@ -68,7 +68,7 @@ def without(field: str) -> dict[str, Any]:
         (GOOD | {"image": ["a.png", None]}, "field 'image' must be a path or a list of paths, but has null"),
         (GOOD | {"image": "c.png"}, "field 'image': no such file: "),
         (GOOD | {"image": "."}, "field 'image': no such file: "),
-        (GOOD | {"image": "a\0.png"}, "field 'image': no such file: "),
+        (GOOD | {"image": "a\0.png"}, "field 'image': 'a\\x00.png' has NUL"),
         (GOOD | {"answer": " "}, "field 'answer' is empty"),
         (GOOD | {"answer": 7}, "field 'answer' must be a string, not a number"),
         (GOOD | {"question": ""}, "field 'question' is empty"),
