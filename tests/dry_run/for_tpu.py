@@ -9,6 +9,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 from rlens_jax.config import ComputeConfig, RunConfig
 from rlens_jax.dry_run.hlo import parse_module
@@ -18,13 +19,8 @@ from rlens_jax.families.registry import read_kind
 from rlens_jax.sharding.mesh import make_mesh
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
-CASES = (
-    ("qwen2_vl_7b", 4),
-    ("llava_onevision_qwen2_7b_ov_hf", 4),
-    ("minicpm_v_2_6", 4),
-    ("internvl2_8b", 4),
-    ("internvl2_8b", 8),
-)
+CASES = (("qwen2_vl_7b", 4), ("internvl2_8b", 4), ("internvl2_8b", 8))
+"""Models and sizes of the `model` axis. LLaVA-OneVision-7B and MiniCPM-V 2.6 have the decoder layers of Qwen2-VL-7B."""
 
 
 def short(fields: dict) -> dict:
@@ -60,8 +56,10 @@ def main() -> None:
         specs = program_specs(RunConfig(compute=compute), kind, make_mesh(devices, shards), all_buckets=False)
         (layers,) = (spec for spec in specs if spec.name == "layers")
         lowered = layers.lower()
+        compiled = lowered.compile()
+        once = SimpleNamespace(compile=lambda compiled=compiled: compiled)
         found = compile_program(
-            replace(layers, layers=2, lower=lambda lowered=lowered: lowered),
+            replace(layers, layers=2, lower=lambda once=once: once),
             (256 // shards, shards),
             resident_bytes=0,
             memory_limit=where.memory_limit,
@@ -76,7 +74,7 @@ def main() -> None:
                     "states": 2 * (128 + 512) * decoder.width * 2,
                     "scores": 2 * decoder.ffn_width * 4,
                     "fetches_units": "fetched_ffn" in lowered.as_text(),
-                    "copies": copies_of_matrices(lowered.compile().as_text(), 2, decoder.ffn_width // shards * decoder.width),
+                    "copies": copies_of_matrices(compiled.as_text(), 2, decoder.ffn_width // shards * decoder.width),
                     "collectives": [
                         {
                             "kind": item.kind,
