@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import json
 import math
 import os
@@ -249,7 +250,7 @@ def is_unfinished(folder: Path) -> bool:
 
 def _remove_abandoned(folder: Path) -> None:
     """Remove what killed processes left of earlier attempts at `folder`."""
-    for partial in folder.parent.glob(f".{folder.name}.*{_UNFINISHED}"):
+    for partial in folder.parent.glob(f".{glob.escape(folder.name)}.*{_UNFINISHED}"):
         lock = os.open(partial, os.O_RDONLY)
         try:
             with suppress(BlockingIOError):  # locked: its process is alive

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.files import json_text, read_json, read_json_object, read_text, replace_file
+from rlens_jax.files import json_text, new_folder, read_json, read_json_object, read_text, replace_file
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -33,6 +33,14 @@ def test_json_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_json(path) == value
     with pytest.raises(ValueError, match="not JSON compliant"):
         json_text({"mean": float("nan")})
+
+
+def test_leftovers_of_a_folder_are_found_whatever_its_name(tmp_path: Path) -> None:
+    for name in ("x[v1]y", "xvy"):
+        (tmp_path / f".{name}.1.partial").mkdir()
+    with new_folder(tmp_path / "x[v1]y"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".xvy.1.partial", "x[v1]y"]
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,16 @@ Each layer of a stacked parameter is a leaf on disk. So saving and loading need 
 layer is loaded directly into its sharding. Arrays are restored bit for bit, bfloat16 included.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import glob
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import orbax.checkpoint.experimental.v1.partial as ocp_partial
+from etils.epath.gpath import PosixGPath
 
 from rlens_jax.checkpoints.leaves import Filler, by_layer, shapes_of, unstacked
 from rlens_jax.errors import UserError, suggest
@@ -43,8 +45,8 @@ class Writer:
     """Writes a store layer by layer; an unfinished store is not recognised as one."""
 
     def __init__(self, folder: Path):
-        self._path = folder / STORE
-        self._context = ocp.Context()
+        self._path = _path_of(folder)
+        self._context = _context()
         # Weights hardly compress, and compression takes four times as long as writing.
         self._context.array.saving.use_compression = False
         self._context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
@@ -66,7 +68,7 @@ def fill(folder: Path, filler: Filler, problems: Problems, check_finite: bool) -
     Raises:
         UserError: the store is damaged or does not fit the model; one message lists all problems.
     """
-    path = folder / STORE
+    path = _path_of(folder)
     shapes = shapes_of(filler.abstract)
     places = unstacked(shapes)
     expected_shapes = {
@@ -98,7 +100,7 @@ class Reader:
     """Reads leaves of a store to the host, in their stored dtypes. UserError when the store is damaged."""
 
     def __init__(self, folder: Path):
-        self._path = folder / STORE
+        self._path = _path_of(folder)
         self._stored = _metadata(self._path)
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
@@ -112,12 +114,31 @@ class Reader:
         return {name: np.asarray(loaded[name]) for name in names}
 
 
+class _LiteralPath(PosixGPath):
+    """Path whose `glob` takes only its argument as a pattern; that of etils takes the brackets of a folder's name as one, too."""
+
+    def glob(self, pattern: str) -> Iterator[Self]:
+        return (self._new(path) for path in self._backend.glob(f"{glob.escape(str(self))}/{pattern}"))
+
+
+def _context() -> ocp.Context:
+    context = ocp.Context()
+    context.file_options.path_class = _LiteralPath
+    return context
+
+
+def _path_of(folder: Path) -> Path:
+    """The store of a model folder, absolute as Orbax wants it."""
+    return (folder / STORE).absolute()
+
+
 def _metadata(path: Path) -> dict[str, Any]:
-    return _checked(path, lambda: dict(ocp.metadata(path).metadata))
+    with _context():
+        return _checked(path, lambda: dict(ocp.metadata(path).metadata))
 
 
 def _load(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    context = ocp.Context()
+    context = _context()
     # Only the vocabulary is padded, and `fill` has compared its size with the stored shapes.
     context.array.loading.enable_padding_and_truncation = True
     with context:

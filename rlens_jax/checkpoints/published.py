@@ -33,12 +33,12 @@ SHARD_BYTES = 5_000_000_000
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: those of the index, or model.safetensors, or all."""
     if (folder / INDEX).exists():
-        if (folder / SINGLE).exists():
-            raise UserError(f"{folder}: has both {INDEX} and {SINGLE}; remove the one that does not belong to the model")
         weight_map = read_json_object(folder / INDEX).get("weight_map")
         names = set(weight_map.values()) if isinstance(weight_map, dict) else {""}
         if not all(isinstance(name, str) and name for name in names):
             raise UserError(f"{folder / INDEX}: weight_map must map tensor names to file names")
+        if SINGLE not in names and (folder / SINGLE).exists():
+            raise UserError(f"{folder}: has both {INDEX} and {SINGLE}; remove the one that does not belong to the model")
         return [folder / name for name in sorted(names)]
     if (folder / SINGLE).exists():
         return [folder / SINGLE]

@@ -162,7 +162,10 @@ def test_index_without_file_names(folder, weight_map):
 
 
 def test_index_beside_a_single_file(folder):
-    (folder / "model.safetensors.index.json").write_text("{}")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {NORM: "model.safetensors"}}))
+    assert load_model(folder, jnp.float32)
+    index.write_text(json.dumps({"weight_map": {NORM: "other.safetensors"}}))
     assert "has both" in refusal(folder)
 
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
+from safetensors.numpy import load_file
 
 from rlens_jax.checkpoints import orbax_store
 from rlens_jax.checkpoints.checkpoint import load_model, model_hash
-from rlens_jax.checkpoints.conversion import to_orbax
+from rlens_jax.checkpoints.conversion import to_orbax, to_safetensors
 from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.errors import UserError
 from tests.checkpoints import tiny
@@ -121,3 +122,13 @@ def test_hash_follows_the_store(good, folder):
     file = next(path for path in orbax_store.files(folder) if path.name == "manifest.ocdbt")
     file.write_bytes(file.read_bytes() + b"x")
     assert model_hash(folder) != model_hash(good)
+
+
+@pytest.mark.parametrize("name", ["model", "x[v1]y", "a*c"])
+def test_a_folder_may_have_any_name_and_be_given_relative(name, published, tmp_path, monkeypatch):
+    (tmp_path / "abc").mkdir()
+    monkeypatch.chdir(tmp_path)
+    convert(published, Path(name))
+    tiny.assert_same(load_model(name, jnp.bfloat16)[1], tiny.model(FIELDS, dtype=jnp.bfloat16))
+    to_safetensors(Path(name), Path("back"), lambda num_bytes: None)
+    assert load_file("back/model.safetensors").keys() == load_file(published / "model.safetensors").keys()
