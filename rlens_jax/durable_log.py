@@ -4,9 +4,12 @@
 
 A line reaches the disk (one write, one fsync) before `LogWriter.write` returns. A crash can damage only the last line, which is
 cut off when the log is opened again. The folder's lock is held while a log is open for writing. It ends with the process.
+
+A log without a finished line holds no work: it is removed when it is closed, and after a crash it binds no later run.
 """
 
 import fcntl
+import itertools
 import json
 import os
 from collections.abc import Callable, Hashable, Mapping
@@ -39,10 +42,11 @@ class LogKind(Generic[Item]):
 
 
 class LogWriter:
-    """A log's file, open for appending, and the folder's lock."""
+    """A log's file, open for appending, and the folder's lock. `num_items` is the number of finished lines in the file."""
 
-    def __init__(self, path: Path, noun: str, file: int, lock: int):
+    def __init__(self, path: Path, noun: str, file: int, lock: int, num_items: int):
         self._path, self._noun, self._file, self._lock = path, noun, file, lock
+        self._empty = num_items == 0
 
     def write(self, lines: bytes) -> None:
         """Write whole lines to the disk. If that fails, the file is unchanged, and UserError is raised."""
@@ -54,22 +58,28 @@ class LogWriter:
         except OSError as error:
             os.ftruncate(self._file, length)
             raise UserError(f"cannot write to the {self._noun} {self._path}: {error.strerror}") from error
+        self._empty = False
 
     def close(self) -> None:
-        """Close the file and release the folder's lock."""
+        """Close the file, remove it if it has no finished line, and release the folder's lock."""
+        if self._empty:
+            self._path.unlink(missing_ok=True)
         os.close(self._file)
         os.close(self._lock)
 
 
-def open_log(folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> tuple[dict[Any, Item], LogWriter, str | None]:
+def open_log(
+    folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any], *, restart: bool = False
+) -> tuple[dict[Any, Item], LogWriter, str | None]:
     """Open the log in a folder; both are created if missing.
 
     Args:
         folder, kind: where and what the log is.
         fingerprint: the nested JSON values that decide the items.
+        restart: rename a log that has another fingerprint or is none, and begin a new one. A log of this fingerprint is resumed.
 
     Returns:
-        The items by key, the writer, and a message if an unfinished last line was cut off.
+        The items by key, the writer, and a message if an unfinished last line was cut off or a log was renamed.
 
     Raises:
         UserError: the folder cannot be written, another run uses it, the log has another fingerprint, or a line other than an
@@ -82,12 +92,12 @@ def open_log(folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) 
     except OSError as error:
         raise UserError(f"cannot write to the run folder {folder}: {error.strerror}") from error
     try:
+        repaired = _make_way(path, kind, fingerprint, restart) if path.exists() else None
         if not path.exists():
             _write_header(path, kind, fingerprint)
         items, length = _read(path, kind, fingerprint)
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         excess = os.fstat(file).st_size - length
-        repaired = None
         if excess:
             os.ftruncate(file, length)
             os.fsync(file)
@@ -97,7 +107,7 @@ def open_log(folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) 
         if isinstance(error, OSError):
             raise UserError(f"cannot use the {kind.noun} {path}: {error.strerror}") from error
         raise
-    return items, LogWriter(path, kind.noun, file, lock), repaired
+    return items, LogWriter(path, kind.noun, file, lock, len(items)), repaired
 
 
 def read_log(folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> dict[Any, Item]:
@@ -126,6 +136,23 @@ def _locked(folder: Path, name: str) -> int:
     os.ftruncate(lock, 0)
     os.write(lock, f"{os.getpid()}\n".encode())
     return lock
+
+
+def _make_way(path: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any], restart: bool) -> str | None:
+    """Remove a log without a finished line, and rename another run's if `restart`; returns a message if one was renamed."""
+    with path.open("rb") as file:
+        header, *lines = list(file) or [b""]
+    if _fields(header, kind) is not None and not any(line.endswith(b"\n") for line in lines):
+        path.unlink()
+    elif restart:
+        try:
+            _check_header(path, kind, header, fingerprint)
+        except UserError:
+            names = (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
+            path.rename(aside)
+            return f"{path}: the {kind.noun} of another run is now {aside.name}"
+    return None
 
 
 def _write_header(path: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> None:
@@ -174,14 +201,14 @@ def _is_object(line: bytes) -> bool:
 
 
 def _check_header(path: Path, kind: LogKind[Item], line: bytes, fingerprint: Mapping[str, Any]) -> None:
-    try:
-        header = json.loads(line)
-    except ValueError:
-        header = None
-    if not isinstance(header, dict) or header.get("schema") != kind.schema or not line.endswith(b"\n"):
-        raise UserError(f"{path}, line 1 is not the header of an {kind.schema} log; choose another folder")
+    header, remedy = (
+        _fields(line, kind),
+        f"choose another folder, or add --restart, which renames this {kind.noun} and begins a new one",
+    )
+    if header is None:
+        raise UserError(f"{path}, line 1 is not the header of an {kind.schema} log; {remedy}")
     if header.get("version") != kind.version:
-        raise UserError(f"{path} has version {header.get('version')}, this program reads {kind.version}; choose another folder")
+        raise UserError(f"{path} has version {header.get('version')}, this program reads {kind.version}; {remedy}")
     # Compared after a round trip through JSON, which turns tuples into lists.
     stored, now = json_leaves(header.get("fingerprint")), json_leaves(json.loads(json.dumps(fingerprint)))
     differences = [
@@ -191,6 +218,15 @@ def _check_header(path: Path, kind: LogKind[Item], line: bytes, fingerprint: Map
     ]
     if differences:
         raise UserError(
-            f"{path} belongs to a run of another configuration: {'; '.join(differences)}. "
-            "Choose another folder, or set these fields back to resume that run"
+            f"{path} belongs to a run of another configuration: {'; '.join(differences)}. Set these fields back to resume that "
+            f"run, {remedy}"
         )
+
+
+def _fields(line: bytes, kind: LogKind[Item]) -> dict[str, Any] | None:
+    """The fields of a header, None if the line is not the header of such a log."""
+    try:
+        header = json.loads(line)
+    except ValueError:
+        return None
+    return header if isinstance(header, dict) and header.get("schema") == kind.schema and line.endswith(b"\n") else None

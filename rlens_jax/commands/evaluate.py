@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlens_jax.commands.options import add_model_options, read_plan_options
+from rlens_jax.commands.options import add_model_options, add_restart_option, read_plan_options
 from rlens_jax.console import ArgumentParser, run_command
 
 
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str]) -> None:
         ("timing-repeats", 5, "measurements per time; 0 measures nothing"),
     ):
         parser.add_argument(f"--{name}", metavar="N", type=int, default=default, help=f"{text} (default: %(default)s)")
+    add_restart_option(parser)
     options = parser.parse_args(arguments)
     plan = read_plan_options(parser, options)
 

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     plan = read_plan_options(parser, options)
 
     from rlens_jax.engine.deployed_model import load
-    from rlens_jax.engine.session import start_jax
+    from rlens_jax.engine.startup import start_jax
 
     start_jax()
     model = load(options.model, dtype=options.dtype, chunk=options.chunk, model_shards=options.model_shards, seed=options.seed)

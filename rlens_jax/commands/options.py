@@ -58,6 +58,12 @@ def add_model_options(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of random probes and draws (default: 0)")
 
 
+def add_restart_option(parser: ArgumentParser) -> None:
+    """--restart, for commands that resume."""
+    restart_help = "if the output folder has work of another configuration, keep it under another name and begin anew"
+    parser.add_argument("--restart", action="store_true", help=restart_help)
+
+
 def add_json_option(parser: ArgumentParser) -> None:
     """--json, a file for the results."""
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the results to this file")

@@ -10,7 +10,7 @@ Exit codes: 0 done; 2 bad input; 130 after Ctrl-C and 143 after SIGTERM (resumab
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlens_jax.commands.options import RunParser
+from rlens_jax.commands.options import RunParser, add_restart_option
 from rlens_jax.console import run_command
 from rlens_jax.dry_run.process import Job, run_job
 from rlens_jax.dry_run.topology import find_slice
@@ -22,6 +22,7 @@ from rlens_jax.hosts.supervisor import supervised
 def main(arguments: Sequence[str]) -> None:
     """Parse, run, print."""
     parser = RunParser("python -m rlens_jax.rank", "[--model FOLDER] [--data FILE.jsonl] [--output DIR]", __doc__)
+    add_restart_option(parser)
     group = parser.add_argument_group("dry run")
     group.add_argument(
         "--dry-run",
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     from rlens_jax.reporting.report_text import summary
 
     with joined(config.hosts) as processes:
-        results = rank(config, processes)
+        results = rank(config, processes, restart=options.restart)
         if processes.leads:
             print(summary(results, Path(config.output)))
 

@@ -1,6 +1,5 @@
-"""The start of a run: JAX, the model's folder, samples, the journal of the run's work, and the model on its mesh."""
+"""The start of a run: the model's folder, samples, the journal of the run's work, and the model on its mesh."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,68 +13,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlens_jax.checkpoints.checkpoint import find_model, load_model, model_hash, read_model_kind
-from rlens_jax.config import ComputeConfig, RunConfig
+from rlens_jax.config import RunConfig
 from rlens_jax.console import Progress, say
 from rlens_jax.data.splits import Splits, load_splits, samples_hash
 from rlens_jax.engine.inputs import Split, build_split, own_samples
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.sizes import Shapes, device_bytes, fitting_batch_size
-from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import Preparer
-from rlens_jax.resources import cache_folder
 from rlens_jax.search.journal import Journal
 from rlens_jax.sharding.mesh import check_fits, make_mesh
-
-
-class CompilationCounter:
-    """Counts the programs that XLA compiled, without those that the persistent cache had."""
-
-    def __init__(self) -> None:
-        self._events: Counter[str] = Counter()
-        jax.monitoring.register_event_listener(lambda event, **_: self._events.update([event]))
-
-    @property
-    def compiled(self) -> int:
-        return self._events["/jax/compilation_cache/cache_misses"]
-
-
-def start_jax(matmul_precision: str = "highest", compilation_cache: Path | None = None) -> CompilationCounter:
-    """Set matmul precision and the persistent compilation cache (default: the user's), and check that JAX has a device.
-
-    Raises:
-        UserError: there is no usable device, or the cache folder cannot be created.
-    """
-    cache = compilation_cache or cache_folder() / "compiled"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{cache}: the compilation cache cannot be created ({error.strerror}); "
-            "choose another folder with --compute.compilation_cache"
-        ) from None
-    jax.config.update("jax_default_matmul_precision", matmul_precision)
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    # Small programs too, so that a restart compiles nothing.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    try:
-        jax.devices()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"JAX finds no usable device ({reason}); set JAX_PLATFORMS=cpu to compute on the CPU") from None
-    return CompilationCounter()
-
-
-def start(compute: ComputeConfig, output: Path, processes: Processes) -> CompilationCounter:
-    """Start JAX as `start_jax`; the compilation cache is the configured one, or one that all processes see.
-
-    JAX lets only process 0 write compiled programs. The other processes read them from the shared output folder.
-    """
-    shared = cache_folder() if processes.count == 1 else output
-    return start_jax(compute.matmul_precision, Path(compute.compilation_cache or shared / "compiled"))
 
 
 @dataclass(frozen=True)
@@ -116,8 +65,8 @@ class Session:
 
     @classmethod
     @contextmanager
-    def open(cls, folder: ModelFolder, config: RunConfig, processes: Processes) -> Iterator["Session"]:
-        """Read the samples and open the journal of a run; all processes agree on each.
+    def open(cls, folder: ModelFolder, config: RunConfig, processes: Processes, *, restart: bool = False) -> Iterator["Session"]:
+        """Read the samples and open the journal of a run; all processes agree on each. `restart` is as of `open_log`.
 
         Raises:
             UserError: unusable samples, or a journal that belongs to other inputs or settings.
@@ -132,7 +81,8 @@ class Session:
         data_hash = samples_hash(splits)
         identity = processes.agreed(lambda: folder.identity({"data_hash": data_hash, **config.deciding_settings()}))
         processes.check_same(identity)
-        with processes.in_order(lambda: Journal.open(output, identity), lambda: Journal.follow(output, identity)) as journal:
+        first, rest = partial(Journal.open, restart=restart), Journal.follow
+        with processes.in_order(lambda: first(output, identity), lambda: rest(output, identity)) as journal:
             if journal.repaired:
                 say(journal.repaired)
             resumed = len(journal.records())

@@ -54,13 +54,12 @@ class Answers:
         self._items, self._writer = items, writer
 
     @classmethod
-    def open(cls, folder: Path, fingerprint: Mapping[str, Any]) -> "Answers":
-        """Open the log in a folder, which is made if missing; `fingerprint` identifies all that determines the answers.
+    def open(cls, folder: Path, fingerprint: Mapping[str, Any], *, restart: bool = False) -> "Answers":
+        """Open the log in a folder, which is made if missing; arguments and errors as of `durable_log.open_log`.
 
-        Raises:
-            UserError: as `durable_log.open_log`.
+        `fingerprint` identifies all that determines the answers.
         """
-        return cls(*open_log(folder, _KIND, fingerprint))
+        return cls(*open_log(folder, _KIND, fingerprint, restart=restart))
 
     def __contains__(self, key: Key) -> bool:
         return key in self._items

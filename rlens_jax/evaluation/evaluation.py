@@ -42,6 +42,7 @@ class EvaluationConfig:
         seed: seed of random probes and the bootstrap.
         bootstrap_samples: draws for the 95 % intervals.
         timing_repeats: measurements per program; 0 measures nothing.
+        restart: rename the answers of another configuration in `output`, and begin anew.
 
     Raises:
         UserError: an option is out of range.
@@ -62,6 +63,7 @@ class EvaluationConfig:
     seed: int = 0
     bootstrap_samples: int = 1000
     timing_repeats: int = 5
+    restart: bool = False
 
     def __post_init__(self) -> None:
         positive = ("limit", "max_new_tokens", "batch_size", "chunk", "model_shards", "bootstrap_samples")

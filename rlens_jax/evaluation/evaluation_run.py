@@ -16,7 +16,8 @@ from rlens_jax.console import Progress, say
 from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.deployed_model import DeployedModel, load
 from rlens_jax.engine.inputs import Batch, Split
-from rlens_jax.engine.session import ModelFolder, start_jax
+from rlens_jax.engine.session import ModelFolder
+from rlens_jax.engine.startup import start_jax
 from rlens_jax.engine.timing import time_side_by_side
 from rlens_jax.evaluation.answers import Answers, LoggedAnswer, write_predictions
 from rlens_jax.evaluation.datasets import Dataset, load_datasets
@@ -59,7 +60,8 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     config.plan.validate(folder.kind.config.decoder.num_layers)
     datasets = load_datasets(config.data, cache_folder() / "data", kind=folder.kind, limit=config.limit, md5=config.md5)
     questions = {dataset.name: f"{dataset.digest}, {len(dataset.indices)} questions" for dataset in datasets}
-    with Answers.open(config.output, folder.identity({"data": questions, **config.settings()})) as answers:
+    identity = folder.identity({"data": questions, **config.settings()})
+    with Answers.open(config.output, identity, restart=config.restart) as answers:
         if answers.repaired:
             say(answers.repaired)
         model = load(

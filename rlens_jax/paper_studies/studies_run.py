@@ -10,8 +10,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from rlens_jax.config import RunConfig
 from rlens_jax.engine.scoring import Scoring
-from rlens_jax.engine.session import ModelFolder, Session, encode_splits, load, start
+from rlens_jax.engine.session import ModelFolder, Session, encode_splits, load
 from rlens_jax.engine.sizes import memory_explained
+from rlens_jax.engine.startup import start
 from rlens_jax.errors import UserError
 from rlens_jax.files import replace_file
 from rlens_jax.hosts.processes import Processes
@@ -47,7 +48,7 @@ _STYLES = (
 """Color, line and marker per series: Okabe and Ito's colors, which differ for any color vision; lines and markers differ too."""
 
 
-def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | None) -> list[Study]:
+def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | None, *, restart: bool = False) -> list[Study]:
     """Measure the studies one after another; the files of each are written when it is finished.
 
     Measurements in the folder's journal, from an earlier command of the same configuration and any study, are not repeated.
@@ -56,6 +57,7 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
         names: the studies.
         config: the configuration, as of a ranking run.
         ranking: ranking.json of a finished run, with the orders of layers; None searches for them.
+        restart: rename a journal of another configuration, and begin anew.
 
     Raises:
         UserError: bad input of any kind.
@@ -65,7 +67,7 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
     folder = ModelFolder.find(config.model)
     # A ranking that cannot be used leaves no run folder behind.
     orders = {} if ranking is None else read_orders(ranking, folder.weights_hash)
-    with Session.open(folder, config, processes) as session, memory_explained(config.compute):
+    with Session.open(folder, config, processes, restart=restart) as session, memory_explained(config.compute):
         bench = _bench(config, session, orders)
         facts = Facts(
             model=config.model,

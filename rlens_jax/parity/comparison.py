@@ -12,7 +12,7 @@ import numpy as np
 
 from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.console import Progress
-from rlens_jax.engine.session import start_jax
+from rlens_jax.engine.startup import start_jax
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import unpack_rows

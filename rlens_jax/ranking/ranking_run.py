@@ -19,8 +19,9 @@ from rlens_jax.engine.generating import Generating, generated_texts
 from rlens_jax.engine.inputs import build_split
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import Scoring, TeacherForcing
-from rlens_jax.engine.session import LoadedModel, ModelFolder, Session, encode_splits, load, start
+from rlens_jax.engine.session import LoadedModel, ModelFolder, Session, encode_splits, load
 from rlens_jax.engine.sizes import memory_explained
+from rlens_jax.engine.startup import start
 from rlens_jax.engine.timing import time_plans
 from rlens_jax.flops import mean_saving
 from rlens_jax.hosts.processes import Processes, Stopper
@@ -49,11 +50,11 @@ class Clock:
         self.phase, self.began = phase, now
 
 
-def rank(config: RunConfig, processes: Processes | None = None) -> Results:
+def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool = False) -> Results:
     """Rank layers: search, compare on held-out samples, time, and write all results to `config.output`.
 
-    Evaluations in the journal of that folder are not made again. If the run has several `processes`, each prepares its share of
-    the samples, all decide alike, and process 0 writes.
+    Evaluations in the journal of that folder are not made again. `restart` is as of `open_log`. If the run has several
+    `processes`, each prepares its share of the samples, all decide alike, and process 0 writes.
 
     Raises:
         UserError: bad input of any kind.
@@ -65,7 +66,7 @@ def rank(config: RunConfig, processes: Processes | None = None) -> Results:
     compilations = start(config.compute, output, processes)
     processes.check_same(config.portable() | {"output": config.output})
     folder = processes.agreed(lambda: ModelFolder.find(config.model))
-    with Session.open(folder, config, processes) as session, memory_explained(config.compute):
+    with Session.open(folder, config, processes, restart=restart) as session, memory_explained(config.compute):
         clock.enter("load")
         loaded = load(session.folder, config)
         programs = loaded.programs(config)

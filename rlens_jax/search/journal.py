@@ -52,7 +52,7 @@ class Journal:
     """The finished evaluations of a run. Made by `Journal.open` or `Journal.follow`; a context manager.
 
     Attributes:
-        repaired: a line for the user if a torn last line was cut off, else None.
+        repaired: a line for the user if a torn last line was cut off or another run's journal was renamed, else None.
     """
 
     def __init__(self, records: dict[Key, Record], writer: LogWriter | None, repaired: str | None = None):
@@ -61,9 +61,9 @@ class Journal:
         self._writer = writer
 
     @classmethod
-    def open(cls, folder: Path, fingerprint: Mapping[str, Any]) -> "Journal":
+    def open(cls, folder: Path, fingerprint: Mapping[str, Any], *, restart: bool = False) -> "Journal":
         """Open and read the journal of a run's folder, both made when missing; arguments and errors as of `open_log`."""
-        return cls(*open_log(folder, _KIND, fingerprint))
+        return cls(*open_log(folder, _KIND, fingerprint, restart=restart))
 
     @classmethod
     def follow(cls, folder: Path, fingerprint: Mapping[str, Any]) -> "Journal":

@@ -183,7 +183,7 @@ def test_another_configuration_is_refused_field_by_field(tmp_path):
     assert "seed was 0, is not set" in message
     assert "reduction.attention_range was 256, is 128" in message
     assert "alpha was not set, is 2.0" in message
-    assert "Choose another folder" in message
+    assert "choose another folder" in message and "--restart" in message
     assert "model" not in message and "active_fraction" not in message and "\n" not in message
     assert path.read_bytes() == before
     # The refusal lets go of the folder.
@@ -191,13 +191,44 @@ def test_another_configuration_is_refused_field_by_field(tmp_path):
 
 
 def test_the_order_of_fields_and_the_kind_of_sequence_do_not_matter(tmp_path):
-    with Journal.open(tmp_path, {"a": (1, 2), "b": {"c": None, "d": {}}}):
-        pass
+    with Journal.open(tmp_path, {"a": (1, 2), "b": {"c": None, "d": {}}}) as journal:
+        journal.append(RECORDS[0])
     with Journal.open(tmp_path, {"b": {"d": {}, "c": None}, "a": [1, 2]}):
         pass
     for other in ({"a": [1, 2], "b": {"c": None}}, {"a": [2, 1], "b": {"c": None, "d": {}}}):
         with pytest.raises(UserError, match="another configuration"):
             Journal.open(tmp_path, other)
+
+
+def test_a_run_that_ended_before_its_first_evaluation_leaves_no_journal(tmp_path):
+    other = {**CONFIG, "seed": 1}
+    with pytest.raises(UserError, match="an image"), Journal.open(tmp_path, other):
+        raise UserError("an image cannot be read")
+    assert os.listdir(tmp_path) == ["journal.lock"]
+    # A killed process cannot remove it; it binds nobody.
+    header = json.dumps({"schema": "rlens-journal", "version": 1, "fingerprint": other}).encode() + b"\n"
+    for left in (header, header + b'{"split": "valid'):
+        (tmp_path / JOURNAL_NAME).write_bytes(left)
+        write(tmp_path)
+        assert reopen(tmp_path) == (tuple(RECORDS), None)
+        (tmp_path / JOURNAL_NAME).unlink()
+
+
+def test_a_restart_keeps_another_runs_journal_under_another_name(tmp_path):
+    before = write(tmp_path).read_bytes()
+    for number in (1, 2):
+        with Journal.open(tmp_path, {"seed": number}, restart=True) as journal:
+            assert journal.records() == ()
+            assert f"is now journal.{number}.jsonl" in journal.repaired
+            journal.append(RECORDS[0])
+    assert (tmp_path / "journal.1.jsonl").read_bytes() == before
+    with Journal.open(tmp_path, {"seed": 2}, restart=True) as journal:
+        assert journal.records() == (RECORDS[0],)
+        assert journal.repaired is None
+    (tmp_path / JOURNAL_NAME).write_text("something else\n")
+    with Journal.open(tmp_path, CONFIG, restart=True) as journal:
+        assert journal.records() == ()
+    assert (tmp_path / "journal.3.jsonl").read_text() == "something else\n"
 
 
 # Appends records without end, and says so after each; the test kills it.
