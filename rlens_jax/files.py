@@ -11,7 +11,7 @@ import shutil
 import stat
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NoReturn
 from rlens_jax.errors import UserError
 
 _LONGEST_MESSAGE = 160
-_LARGEST_TEXT = 32 * 2**20
+LARGEST_TEXT = 32 * 2**20
 _LONGEST_INTEGER = 40
 """Digits. Tokenizers write 10**30 for "no limit"."""
 _DEEPEST = 64
@@ -73,7 +73,7 @@ def open_file(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_text(path: Path, limit: int = _LARGEST_TEXT) -> str:
+def read_text(path: Path, limit: int = LARGEST_TEXT) -> str:
     """The text of a UTF-8 file of at most `limit` bytes, with or without a byte order mark. UserError if it cannot be read."""
     with open_file(path) as file:
         try:
@@ -101,12 +101,13 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def parse_json(text: str | bytes, where: Path | str) -> Any:
+def parse_json(text: str | bytes, where: Path | str, number: Callable[[str], Any] | None = None) -> Any:
     """The value of a JSON text, which ordinary code can use: floats are finite, strings can be encoded.
 
     Args:
         text: UTF-8 if it is bytes.
         where: the source, the beginning of every error.
+        number: makes the value of a number from its text; by default an int or a float.
 
     Raises:
         UserError: the text is not valid JSON; has NaN, an infinity or a longer number than any real one; names a field of an
@@ -135,7 +136,10 @@ def parse_json(text: str | bytes, where: Path | str) -> Any:
 
     try:
         decoded = text if isinstance(text, str) else text.decode()
-        value = json.loads(decoded, object_pairs_hook=unique, parse_constant=constant, parse_int=integer, parse_float=real)
+        numbers = number or integer, number or real
+        value = json.loads(
+            decoded, object_pairs_hook=unique, parse_constant=constant, parse_int=numbers[0], parse_float=numbers[1]
+        )
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON: {error.msg}, line {error.lineno} character {error.colno}") from error
     except UnicodeDecodeError as error:

@@ -1,8 +1,8 @@
 """Ask a model about images, and print the answer.
 
 MODEL is a folder (published or converted) or "embedded". PLAN says which layers are reduced (rlens_jax/plan_file.py): a JSON
-file written by hand, or a ranking.json together with --first. "<image>" marks in TEXT say where each image goes; without marks
-the images come first.
+file written by hand, or a ranking.json together with --first. The images come before TEXT; with --marks, each goes to its
+"<image>" in TEXT.
 
 From Python:
 
@@ -12,7 +12,6 @@ From Python:
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rlens_jax.commands.options import add_model_options, read_plan_options
 from rlens_jax.console import ArgumentParser, run_command
@@ -22,8 +21,9 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, generate, print."""
     parser = ArgumentParser("python -m rlens_jax.generate", __doc__)
     add_model_options(parser)
-    parser.add_argument("--image", metavar="FILE", nargs="+", type=Path, default=[], help="the images, in order")
+    parser.add_argument("--image", metavar="FILE", nargs="+", default=[], help="the images, in order")
     parser.add_argument("--prompt", metavar="TEXT", help="the question")
+    parser.add_argument("--marks", action="store_true", help='each "<image>" in TEXT is the place of an image, not text')
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="max tokens of the answer (default: 128)")
     options = parser.parse_args(arguments)
     if options.prompt is None:
@@ -35,7 +35,8 @@ def main(arguments: Sequence[str]) -> None:
 
     start_jax()
     model = load(options.model, dtype=options.dtype, chunk=options.chunk, model_shards=options.model_shards, seed=options.seed)
-    print(model.generate(options.image, options.prompt, plan, max_new_tokens=options.max_new_tokens))
+    answer = model.generate(options.image, options.prompt, plan, max_new_tokens=options.max_new_tokens, marks=options.marks)
+    print(answer)
 
 
 if __name__ == "__main__":

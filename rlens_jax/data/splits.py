@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rlens_jax.config import DataConfig
-from rlens_jax.data.benchmarks.catalogue import Instance
+from rlens_jax.data.benchmarks.catalogue import Instance, Turn
 from rlens_jax.data.benchmarks.mixture import mixture_samples
 from rlens_jax.data.jsonl import read_jsonl
 from rlens_jax.data.pages import DATASETS
@@ -23,7 +23,7 @@ PAGES = "pages"
 Splits = Mapping[str, Sequence[Sample]]
 
 
-def load_splits(data: DataConfig, prompt: Callable[[Instance], str], *, seed: int) -> Splits:
+def load_splits(data: DataConfig, prompt: Callable[[Instance], Turn], *, seed: int) -> Splits:
     """Load the samples of both splits.
 
     Args:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.checkpoints.checkpoint import find_model, load_model, read_model_kind
+from rlens_jax.data.images import image_file
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.inputs import Batch, Split, build_split
@@ -188,7 +189,13 @@ class DeployedModel:
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is also a sequence of texts
-        self, images: Sequence[Image], prompt: str, plan: PlanFile | None = None, *, max_new_tokens: int = NEW_TOKENS
+        self,
+        images: Sequence[Image],
+        prompt: str,
+        plan: PlanFile | None = None,
+        *,
+        max_new_tokens: int = NEW_TOKENS,
+        marks: bool = False,
     ) -> str: ...
 
     @overload
@@ -199,29 +206,31 @@ class DeployedModel:
         plan: PlanFile | None = None,
         *,
         max_new_tokens: int = NEW_TOKENS,
+        marks: bool = False,
     ) -> list[str]: ...
 
     def generate(
-        self, images: Any, prompt: Any, plan: PlanFile | None = None, *, max_new_tokens: int = NEW_TOKENS
+        self, images: Any, prompt: Any, plan: PlanFile | None = None, *, max_new_tokens: int = NEW_TOKENS, marks: bool = False
     ) -> str | list[str]:
         """The greedy answer to a prompt with images, or the answers to a list of prompts, each with its list of images.
 
         Args:
             images: paths of image files, or their content as bytes; for a list of prompts, a list of such lists.
-            prompt: the question. "<image>" marks place the images; without marks the images come first.
+            prompt: the question.
             plan: which layers are reduced, and how; None is the dense model.
             max_new_tokens: max length of an answer.
+            marks: whether each "<image>" in a prompt is the place of an image. Otherwise it is text, and the images come first.
 
         Raises:
-            UserError: an empty prompt, an unreadable image, a prompt longer than the model's context, a plan for another number
-                of layers, or probe scores that are not numbers.
+            UserError: an empty prompt, another number of marks than of images, an unreadable image, a prompt longer than the
+                model's context, a plan for another number of layers, or probe scores that are not numbers.
         """
         single = isinstance(prompt, str)
         prompts, image_lists = ([prompt], [images]) if single else (list(prompt), list(images))
         if len(prompts) != len(image_lists):
             raise UserError(f"{len(prompts)} prompts, but images for {len(image_lists)}; give a list for each")
         names = ["the prompt"] if single else [f"prompt {number}" for number in range(1, len(prompts) + 1)]
-        samples = [_sample(*parts) for parts in zip(names, image_lists, prompts, strict=True)]
+        samples = [_sample(*parts, marks) for parts in zip(names, image_lists, prompts, strict=True)]
         texts = [""] * len(samples)
         for number, answer in self.answer(samples, plan or PlanFile(), max_new_tokens):
             texts[number] = answer.text
@@ -308,15 +317,18 @@ def load(
     return DeployedModel(programs, preparer, batch_size)
 
 
-def _sample(name: str, images: Sequence[Image], prompt: str) -> Sample:
+def _sample(name: str, images: Sequence[Image], prompt: str, marked: bool) -> Sample:
     if isinstance(images, str | Path | bytes):
         raise UserError(f"{name}: images must be a list of files, not one file")
     if not prompt.strip():
         raise UserError(f"{name}: is empty; ask something")
     marks = prompt.count(IMAGE_MARK)
-    if marks not in (0, len(images)):
+    if marked and marks != len(images):
         raise UserError(
-            f"{name}: has {marks} {IMAGE_MARK} mark(s) for {len(images)} image(s); use one mark for each image, or none"
+            f"{name}: has {marks} {IMAGE_MARK} mark(s) for {len(images)} image(s); use one mark for each image, or no marks"
         )
-    sources = tuple(image if isinstance(image, bytes) else Path(image) for image in images)
-    return Sample(name, "", sources, prompt, ())
+    sources = tuple(
+        image if isinstance(image, bytes) else image_file(str(image), Path(), f"{name}: image {number}")
+        for number, image in enumerate(images, 1)
+    )
+    return Sample(name, "", sources, prompt, (), marked)

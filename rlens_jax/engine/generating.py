@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rlens_jax.data.samples import Sample
+from rlens_jax.data.samples import Sample, normalised
 from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.inputs import Batch, Split
 from rlens_jax.engine.programs import Programs
@@ -31,7 +31,7 @@ class Generating:
         numbers, tokens, scored = (np.asarray(part) for part in run)
         right = np.zeros(len(numbers), bool)
         for row in np.flatnonzero(numbers != FILLER):
-            text = self._decode_text(tokens[row].tolist()).strip()
+            text = normalised(self._decode_text(tokens[row].tolist()))
             right[row] = text in samples[numbers[row]].answers
         return RowOutcomes(numbers, right, scored)
 
@@ -49,5 +49,5 @@ def generated_texts(programs: Programs, split: Split, plan: Plan, decode_text: C
         plans = [plan] * programs.groups
         numbers, tokens, _ = map(np.asarray, programs.generate(programs.put(batch.visual), batch.inputs, plans))
         for row in np.flatnonzero(numbers != FILLER):
-            texts[numbers[row]] = decode_text(tokens[row].tolist()).strip()
+            texts[numbers[row]] = normalised(decode_text(tokens[row].tolist()))
     return texts

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from rlens_jax.data.samples import Sample, load_image
+from rlens_jax.data.images import load_images
+from rlens_jax.data.samples import Sample
 from rlens_jax.engine.batches import Encoder, Row, batches_of_all, count_tokens, packed_rows
 from rlens_jax.engine.model_programs import ModelPrograms
 from rlens_jax.engine.sizes import Shapes
@@ -91,7 +92,7 @@ def build_split(
     for turn in range(max(gather(len(own)))):
         if turn < len(own):
             sample = samples[own[turn]]
-            images = preparer.images([load_image(source, sample.id) for source in sample.images], sample.id)
+            images = preparer.images(load_images(sample, preparer.transparency), sample.id)
             encoder.add(own[turn], images)
             tokens[own[turn]] = [image.tokens for image in images]
             advance()

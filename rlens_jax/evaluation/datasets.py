@@ -11,7 +11,7 @@ from rlens_jax.data.benchmarks.tfds_builder import BenchmarkSource, read_benchma
 from rlens_jax.data.jsonl import read_jsonl
 from rlens_jax.data.pages import DATASETS
 from rlens_jax.data.pages_tfds import read_pages
-from rlens_jax.data.samples import Sample
+from rlens_jax.data.samples import Sample, normalised
 from rlens_jax.data.splits import PAGES, samples_hash
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
@@ -19,7 +19,7 @@ from rlens_jax.metrics.score import Row, Score, mean_ratio
 from rlens_jax.metrics.scorers import score
 
 EXACT_MATCH = "exact match with any reference answer, rlens_jax"
-"""The scoring rule of datasets that are not benchmarks; whitespace at the ends does not count."""
+"""The scoring rule of datasets that are not benchmarks; answers are compared as `data.samples.normalised` returns them."""
 
 
 @runtime_checkable
@@ -65,7 +65,8 @@ class Benchmark:
 
     def sample(self, place: int) -> Sample:
         item = self._source[place]
-        return Sample(item.id, self.name, item.images, self._kind.benchmark_prompt(item), item.answers)
+        turn = self._kind.benchmark_prompt(item)
+        return Sample(item.id, self.name, item.images, turn.text, (), turn.marked, as_stored=True)
 
     def columns(self, place: int) -> Mapping[str, str]:
         item, benchmark = self._source[place], self._benchmark
@@ -114,7 +115,7 @@ class ExactMatch:
 
     def score(self, predictions: Sequence[str]) -> Score:
         pairs = zip(predictions, self._samples, strict=True)
-        right = [float(text.strip() in {a.strip() for a in sample.answers}) for text, sample in pairs]
+        right = [float(normalised(text) in sample.answers) for text, sample in pairs]
         return Score(
             ratios=(mean_ratio(100, self.indices, right),),
             breakdown={},

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from rlens_jax.data.benchmarks.catalogue import Instance
+from rlens_jax.data.benchmarks.catalogue import Instance, Turn
 from rlens_jax.families.hf_files import ConfigReader
 from rlens_jax.families.reference_inputs import ReferenceInputs
 from rlens_jax.families.table import Table
@@ -47,7 +47,7 @@ class Family(Generic[ConfigT]):
     """Mapping between published tensors and our parameters."""
     reference: ReferenceInputs[ConfigT]
     """Model inputs of other frameworks, as parity bundles hold them."""
-    benchmark_prompt: Callable[[Instance, ConfigT, bool], str]
+    benchmark_prompt: Callable[[Instance, ConfigT, bool], Turn]
     """`benchmark_prompt(instance, config, step_by_step)`: the user's turn for a benchmark question."""
     preset: str
     """File in configs/, without its ending, with the settings of the paper's model of this family."""

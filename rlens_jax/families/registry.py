@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from rlens_jax.data.benchmarks.catalogue import Instance
-from rlens_jax.data.samples import IMAGE_MARK
+from rlens_jax.data.benchmarks.catalogue import Instance, Turn
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.families import internvl, llava_onevision, minicpm_v, qwen2_vl
 from rlens_jax.families.family import Family, ImageArrays
@@ -54,17 +53,12 @@ class ModelKind:
         """The mapping of the published tensors."""
         return self.family.table(self.config)
 
-    def benchmark_prompt(self, instance: Instance, *, step_by_step: bool = True) -> str:
-        """The user's turn for a benchmark question; "<image>" marks are in it only where images do not come first.
+    def benchmark_prompt(self, instance: Instance, *, step_by_step: bool = True) -> Turn:
+        """The user's turn for a benchmark question.
 
         `step_by_step` chooses VLMEvalKit's chain-of-thought prompts, where it has them for the family. Teacher forcing scores
         the first tokens of an answer, so it uses VLMEvalKit's prompts with `use_cot` off.
-
-        Raises:
-            UserError: the question itself contains an "<image>" mark.
         """
-        if IMAGE_MARK in instance.question:
-            raise UserError(f"{instance.id}: the question contains {IMAGE_MARK}, which marks places of images")
         return self.family.benchmark_prompt(instance, self.config, step_by_step)
 
 

@@ -9,11 +9,10 @@ from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.errors import UserError
 
 
-def question_content(question: str, num_images: int) -> list[dict[str, str]]:
-    """Split a user turn into parts: images stand at the marks, or before the text if there are no marks."""
-    parts = question.split(IMAGE_MARK)
-    if len(parts) == 1:
-        parts = [""] * num_images + parts
+def question_content(sample: Sample) -> list[dict[str, str]]:
+    """Split a user turn into parts: images stand at the first marks of a marked sample, or before the text."""
+    num_images = len(sample.images)
+    parts = sample.question.split(IMAGE_MARK, num_images) if sample.marked else [""] * num_images + [sample.question]
     content: list[dict[str, str]] = []
     for number, text in enumerate(parts):
         content += [{"type": "image"}] if number else []
@@ -74,7 +73,7 @@ class PlaceholderChat(Chat):
         Raises:
             UserError: the text contains the placeholder of the model, or the answer merges with the prompt.
         """
-        ids, num_answer = self.turn(sample, question_content(sample.question, len(sample.images)), answer)
+        ids, num_answer = self.turn(sample, question_content(sample), answer)
         if ids.count(self.image_token) != len(tokens_per_image):
             raise UserError(f"{sample.id}: the text contains the model's image placeholder; remove it")
         counts = iter(tokens_per_image)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Int
 from PIL.Image import Image
 
+from rlens_jax.data.images import Transparency
 from rlens_jax.data.samples import Sample
 from rlens_jax.layout import Bucket, TokenLayout, pack_layout, pack_rows
 from rlens_jax.models.chat import Chat
@@ -74,6 +75,10 @@ class Preparer(Protocol):
     @property
     def chat(self) -> Chat:
         """Tokenizer and chat template of the model folder."""
+
+    @property
+    def transparency(self) -> Transparency:
+        """What becomes of transparent pixels before `images`."""
 
     def images(self, pixels: Sequence[Image], sample_id: str) -> Sequence[PreparedImage]:
         """Prepare all images of a sample, in order.

@@ -105,7 +105,7 @@ def answer_examples(session: Session, loaded: LoadedModel, programs: Programs, p
     decode = loaded.preparer.chat.decode
     texts = [generated_texts(programs, split, each, decode) for each in (Plan(), plan)]
     return [
-        Example.of(sample, *(Answer(text, float(text in sample.answers)) for text in pair))
+        Example.of(sample, loaded.preparer.transparency, *(Answer(text, float(text in sample.answers)) for text in pair))
         for sample, *pair in zip(samples, *texts, strict=True)
     ]
 

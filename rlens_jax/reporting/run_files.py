@@ -7,13 +7,14 @@ image can be missing. The schemas of the files are in this folder and in `search
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from rlens_jax.data.samples import Sample, load_image
+from rlens_jax.data.images import Transparency, load_images
+from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
 from rlens_jax.files import check_schema, field_error, json_text, read_json, replace_file
 from rlens_jax.plan import Plan
@@ -128,9 +129,9 @@ class Example:
     reduced: Answer
 
     @classmethod
-    def of(cls, sample: Sample, dense: Answer, reduced: Answer) -> "Example":
-        """The example of a sample, with its images read."""
-        images = tuple(load_image(image, sample.id) for image in sample.images[:MAX_IMAGES])
+    def of(cls, sample: Sample, transparency: Transparency, dense: Answer, reduced: Answer) -> "Example":
+        """The example of a sample, with its images as the model reads them."""
+        images = tuple(load_images(replace(sample, images=sample.images[:MAX_IMAGES]), transparency))
         return cls(sample.id, sample.dataset, sample.question, sample.answers, images, dense, reduced)
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from rlens_jax.data import pages_tfds
+from rlens_jax.data.images import load_images
 from rlens_jax.data.pages import DATASETS, SPLITS
 from rlens_jax.data.pages_tfds import draw, read_pages
-from rlens_jax.data.samples import Sample, load_image
+from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
 
 SMALL = {"train": 40, "validation": 6, "test": 8}
@@ -43,7 +44,7 @@ def test_stored_image_question_and_answer_belong_together(pages: dict[tuple[str,
     for (dataset, split), samples in pages.items():
         for sample, (page, question) in zip(samples, draw(dataset, split, len(samples)), strict=True):
             assert (sample.question, sample.answers) == (question.text, (question.answer,))
-            assert np.array_equal(np.asarray(load_image(sample.images[0], sample.id)), page.pixels)
+            assert np.array_equal(np.asarray(load_images(sample, "white")[0]), page.pixels)
 
 
 def test_yes_and_no_are_exactly_balanced(pages: dict[tuple[str, str], list[Sample]]):

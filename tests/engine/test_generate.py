@@ -120,14 +120,14 @@ def test_bad_input(model: DeployedModel, page: Path, tmp_path: Path) -> None:
             model.generate([page], prompt)
     with pytest.raises(UserError, match=r"prompt 2: image .*broken.png cannot be"):
         model.generate([[page], [broken]], [QUESTIONS[0]] * 2)
-    with pytest.raises(UserError, match=r"none.png does not exist"):
+    with pytest.raises(UserError, match=r"image 1: no such file: .*none.png"):
         model.generate([tmp_path / "none.png"], QUESTIONS[0])
     with pytest.raises(UserError, match="2 prompts, but images for 1"):
         model.generate([[page]], [QUESTIONS[0]] * 2)
     with pytest.raises(UserError, match="must be a list of files"):
         model.generate(str(page), QUESTIONS[0])
     with pytest.raises(UserError, match=r"2 <image> mark\(s\) for 1 image"):
-        model.generate([page], "<image> <image> ?")
+        model.generate([page], "<image> <image> ?", marks=True)
     with pytest.raises(UserError, match="max_new_tokens must be at least 1"):
         model.generate([page], QUESTIONS[0], max_new_tokens=0)
     with pytest.raises(UserError, match="5000 new ones are more than the model's context of 2048"):

@@ -58,6 +58,7 @@ class ToyPreparer:
     """Prompts from the sample's number alone: 1-3 images of different sizes, text around them."""
 
     chat = ToyChat()
+    transparency = "white"
 
     def images(self, pixels: Sequence[Image.Image], sample_id: str) -> list[PreparedImage]:
         return [self.image(image) for image in pixels]

@@ -147,7 +147,7 @@ def preparer(folder: Path, patch_slots=(64, 256, 512)) -> InternVLPreparer:
 
 
 def sample(question: str, images: int = 1) -> Sample:
-    return Sample("s:1", "d", (b"",) * images, question, ("?",))
+    return Sample("s:1", "d", (b"",) * images, question, ("?",), marked="<image>" in question)
 
 
 def spelled(ids) -> str:

@@ -105,7 +105,7 @@ def png(image: Image.Image) -> bytes:
 
 def make_sample(number: int, sizes: list[Size], question: str = "what is this") -> Sample:
     images = tuple(png(picture(10 * number + i, size)) for i, size in enumerate(sizes))
-    return Sample(f"s{number}", "d", images, question, ("a page",))
+    return Sample(f"s{number}", "d", images, question, ("a page",), marked="<image>" in question)
 
 
 SAMPLES = {

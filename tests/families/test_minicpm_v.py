@@ -102,7 +102,7 @@ BATCHES = {
 
 
 def sample_of(question: str, num_images: int) -> Sample:
-    return Sample("s", "d", (b"",) * num_images, question, ("yes",))
+    return Sample("s", "d", (b"",) * num_images, question, ("yes",), marked="<image>" in question)
 
 
 def make_examples(pair: Pair, batch: str) -> list[Example]:
@@ -327,7 +327,7 @@ def test_greedy_tokens(pair, plan, tmp_path):
     for i, size in enumerate(sizes):
         files.append(tmp_path / f"{i}.png")
         picture(20 + i, size).save(files[-1])
-    sample = Sample("s", "d", tuple(files), "See <image> and <image>?", ("yes",))
+    sample = Sample("s", "d", tuple(files), "See <image> and <image>?", ("yes",), marked=True)
     other = Sample("t", "d", tuple(files[1:]), "And this?", ("yes",))
     mesh = make_mesh(jax.devices()[:1], 1)
     programs = Programs(place(pair.ours, mesh), mesh, SMALL, seed=0, new_tokens=new_tokens, stop_token=-1)

@@ -107,7 +107,7 @@ def test_a_ranking_can_prepare_and_score_it(folder: Path) -> None:
 def test_a_question_of_a_benchmark(folder: Path) -> None:
     kind = read_model_kind(folder)
     instance = Instance("MME", "3", "Is it red?", ("Yes",), {}, {}, (b"",))
-    assert kind.benchmark_prompt(instance) == "toy: Is it red?"
+    assert kind.benchmark_prompt(instance).text == "toy: Is it red?"
 
 
 def test_reference_inputs_reach_the_logits(folder: Path) -> None:

@@ -97,7 +97,7 @@ def make_minicpm(folder: Path) -> Reference:
     for row, (question, sizes) in enumerate(MINICPM_SAMPLES):
         pictures = [llava.picture(10 * row + i, (height, width)) for i, (width, height) in enumerate(sizes)]
         images = [image.tokens for image in preparer.images(pictures, "s")]
-        sample = Sample("s", "d", (b"",) * len(pictures), question, ("yes",))
+        sample = Sample("s", "d", (b"",) * len(pictures), question, ("yes",), marked="<image>" in question)
         prompts.append(preparer.prompt(sample, images, None))
         cut = [minicpm.cut_views(image)[0] for image in pictures]
         visual.append([model.visual_tokens(image) for image in cut])

@@ -185,13 +185,22 @@ def named_sum(text: str, error: Callable[[str], Any]) -> tuple[str, str]:
     return name, md5
 
 
-def default_prompt(instance: Instance) -> str:
+@dataclass(frozen=True)
+class Turn:
+    """The user's turn for a question."""
+
+    text: str
+    marked: bool = False
+    """Whether the first "<image>" marks are the places of the images; see `Sample.marked`. Others are the question's own text."""
+
+
+def default_prompt(instance: Instance) -> Turn:
     """The prompt of a model that has none of its own in VLMEvalKit."""
     if is_choice(instance):
-        return f"{question_and_options(instance)}{SELECT} \n"
+        return Turn(f"{question_and_options(instance)}{SELECT} \n")
     if BENCHMARKS[instance.dataset].task == "vqa" and instance.dataset != "OCRBench":
-        return f"{instance.question}\n{SHORT_ANSWER}"
-    return instance.question
+        return Turn(f"{instance.question}\n{SHORT_ANSWER}")
+    return Turn(instance.question)
 
 
 def is_choice(instance: Instance) -> bool:

@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 
 from rlens_jax.console import ArgumentParser, run_command, say
-from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Instance, find_benchmark, instance, named_sum
+from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Instance, Turn, find_benchmark, instance, named_sum
 from rlens_jax.data.benchmarks.tfds_builder import read_benchmark, read_table
 from rlens_jax.data.benchmarks.tsv import TsvTable
-from rlens_jax.data.samples import Sample
+from rlens_jax.data.samples import Sample, normalised
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import json_text, read_json, replace_file
 
@@ -167,7 +167,7 @@ def _check_indices(fields: Mapping[str, Any], path: Path) -> None:
                 seen[dataset, index] = split
 
 
-def mixture_samples(path: Path, folder: Path, data_dir: Path, prompt: Callable[[Instance], str]) -> dict[str, list[Sample]]:
+def mixture_samples(path: Path, folder: Path, data_dir: Path, prompt: Callable[[Instance], Turn]) -> dict[str, list[Sample]]:
     """The samples that a mixture file lists, by split.
 
     Args:
@@ -191,12 +191,13 @@ def mixture_samples(path: Path, folder: Path, data_dir: Path, prompt: Callable[[
     return samples
 
 
-def to_sample(item: Instance, prompt: Callable[[Instance], str]) -> Sample:
-    """An instance as a sample: the family's prompt, and its distinct answers that are not empty."""
-    answers = tuple(dict.fromkeys(answer for answer in item.answers if answer.strip()))
+def to_sample(item: Instance, prompt: Callable[[Instance], Turn]) -> Sample:
+    """An instance as a sample: the family's prompt, and its distinct answers, `normalised`, that are not empty."""
+    answers = tuple(dict.fromkeys(text for answer in item.answers if (text := normalised(answer))))
     if not answers:
         raise UserError(f"{item.id}: no answer; the answers of {item.dataset} are withheld or empty")
-    return Sample(item.id, item.dataset, item.images, prompt(item), answers)
+    turn = prompt(item)
+    return Sample(item.id, item.dataset, item.images, turn.text, answers, turn.marked, as_stored=True)
 
 
 def main(arguments: Sequence[str]) -> None:

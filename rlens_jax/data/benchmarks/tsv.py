@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
-from rlens_jax.data.samples import check_image
+from rlens_jax.data.images import check_image
 from rlens_jax.errors import UserError, suggest
 
 REFERENCE_CHARS = 64

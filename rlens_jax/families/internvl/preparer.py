@@ -22,11 +22,13 @@ from rlens_jax.data.benchmarks.catalogue import (
     CHINESE_LETTER,
     SHORT_ANSWER,
     Instance,
+    Turn,
     hint,
     is_chinese,
     is_choice,
     options,
 )
+from rlens_jax.data.images import Transparency
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.errors import UserError
 from rlens_jax.families.family import ImageArrays
@@ -123,9 +125,9 @@ class InternVLChat(PlaceholderChat):
         """See `PlaceholderChat.encode`; each image is enclosed in `<img>` and `</img>`."""
         if VIDEO_MARK in sample.question:
             raise UserError(f"{sample.id}: {VIDEO_MARK} in the question; only images are supported")
-        if self.images_end_lines and IMAGE_MARK not in sample.question:
+        if self.images_end_lines and not sample.marked:
             question = f"{IMAGE_MARK}\n" * len(sample.images) + sample.question
-            sample = replace(sample, question=question)
+            sample = replace(sample, question=question, marked=True)
         return super().encode(sample, tokens_per_image, answer)
 
     def ids(self, text: str) -> list[int]:
@@ -237,6 +239,7 @@ class InternVLPreparer:
     def __init__(self, folder: Path, config: InternVLConfig, patch_slots: Sequence[int]):
         vision, native = config.vision, config.native
         self.config = config
+        self.transparency: Transparency = "white" if native is None else "dropped"
         self.tile_slots = sorted({slots // vision.num_patches for slots in patch_slots} - {0})
         if not self.tile_slots:
             raise UserError(f"compute.patch_slots: none of {list(patch_slots)} holds a tile of {vision.num_patches} patches")
@@ -291,7 +294,7 @@ def _hf_cutter(folder: Path, tile: int) -> Callable[[Image], np.ndarray]:
     return cut
 
 
-def benchmark_prompt(instance: Instance, config: InternVLConfig, step_by_step: bool) -> str:
+def benchmark_prompt(instance: Instance, config: InternVLConfig, step_by_step: bool) -> Turn:
     """The prompts of VLMEvalKit's vlm/internvl/internvl_chat.py and utils.py."""
     question = instance.question
     if is_choice(instance):
@@ -304,8 +307,8 @@ def benchmark_prompt(instance: Instance, config: InternVLConfig, step_by_step: b
     else:
         text = f"{question}\n{SHORT_ANSWER}"
     if len(instance.images) < 2:
-        return text
+        return Turn(text)
     # The native template ends no line after an image; the template of transformers does.
     line_end = "" if config.native is None else "\n"
     names = (f"Image-{number}: {IMAGE_MARK}{line_end}" for number in range(1, len(instance.images) + 1))
-    return "".join((*names, text))
+    return Turn("".join((*names, text)), marked=True)

@@ -9,7 +9,8 @@ import numpy as np
 from PIL.Image import Image
 from transformers import AutoTokenizer
 
-from rlens_jax.data.benchmarks.catalogue import Instance, default_prompt
+from rlens_jax.data.benchmarks.catalogue import Instance, Turn, default_prompt
+from rlens_jax.data.images import Transparency
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
 from rlens_jax.families.family import ImageArrays
@@ -141,6 +142,7 @@ class LlavaOnevisionPreparer:
         from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
         self.config = config
+        self.transparency: Transparency = "white"
         self.patch_slots = sorted(patch_slots)
         self.chat = PlaceholderChat(read_folder(AutoTokenizer, folder, "tokenizer"), config.image_token)
         # The processor's template overrides that of the tokenizer, which may belong to the language model alone.
@@ -192,6 +194,6 @@ class LlavaOnevisionPreparer:
         return Prompt.plain(ids, ids == self.config.image_token, answer_length)
 
 
-def benchmark_prompt(instance: Instance, config: LlavaOnevisionConfig, step_by_step: bool) -> str:
+def benchmark_prompt(instance: Instance, config: LlavaOnevisionConfig, step_by_step: bool) -> Turn:
     """VLMEvalKit's default prompts: its vlm/llava/llava.py has none of its own."""
     return default_prompt(instance)

@@ -10,7 +10,8 @@ import numpy as np
 from PIL.Image import Image, Resampling
 from transformers import PreTrainedTokenizerFast
 
-from rlens_jax.data.benchmarks.catalogue import ANSWER_LETTER, SHORT_ANSWER, Instance, is_choice, question_and_options
+from rlens_jax.data.benchmarks.catalogue import ANSWER_LETTER, SHORT_ANSWER, Instance, Turn, is_choice, question_and_options
+from rlens_jax.data.images import Transparency
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.errors import UserError
 from rlens_jax.families.family import ImageArrays
@@ -233,10 +234,10 @@ class SlicedChat(Chat):
 
 def _content(sample: Sample, images: Sequence[str]) -> str:
     """A user turn: images at their marks, or each on its own line before the text, as in the published `chat`."""
-    parts = question_content(sample.question, len(images))
+    parts = question_content(sample)
     texts = iter(images)
     content = [next(texts) if part["type"] == "image" else part["text"] for part in parts]
-    return ("" if IMAGE_MARK in sample.question else "\n").join(content)
+    return ("" if sample.marked else "\n").join(content)
 
 
 def image_arrays(config: MiniCPMVConfig, patches: int) -> ImageArrays:
@@ -262,6 +263,7 @@ class MiniCPMVPreparer:
         path = folder / PROCESSOR_FILE
         fields = ConfigReader(read_json_object(path), str(path))
         self.config = config
+        self.transparency: Transparency = "dropped"
         self.patch_slots = sorted(patch_slots)
         self.slicing = read_slicing(fields, config)
         self.chat = SlicedChat(folder, read_marks(fields), config.resampler.num_queries)
@@ -301,16 +303,16 @@ class MiniCPMVPreparer:
         return Prompt.plain(ids, is_visual, answer_length)
 
 
-def benchmark_prompt(instance: Instance, config: MiniCPMVConfig, step_by_step: bool) -> str:
+def benchmark_prompt(instance: Instance, config: MiniCPMVConfig, step_by_step: bool) -> Turn:
     """The prompts of VLMEvalKit's vlm/minicpm_v.py (MiniCPM_V_2_6), without `use_cot` unless `step_by_step`."""
     question = instance.question
     if step_by_step and instance.dataset in STEP_BY_STEP_DATASETS:
-        return STEP_BY_STEP + question
+        return Turn(STEP_BY_STEP + question)
     if is_choice(instance):
-        return f"{question_and_options(instance)}\n{ANSWER_LETTER}"
+        return Turn(f"{question_and_options(instance)}\n{ANSWER_LETTER}")
     if instance.dataset == "HallusionBench":
-        return f"{question} Yes or No?"
+        return Turn(f"{question} Yes or No?")
     if instance.dataset == "MME":
-        return question
+        return Turn(question)
     # Its "system prompt" is text before the image; line breaks join the parts of a turn.
-    return "\n".join((SHORT_ANSWER, *[IMAGE_MARK] * len(instance.images), question))
+    return Turn("\n".join((SHORT_ANSWER, *[IMAGE_MARK] * len(instance.images), question)), marked=True)

@@ -8,7 +8,16 @@ import numpy as np
 from PIL.Image import Image
 from transformers import AutoTokenizer
 
-from rlens_jax.data.benchmarks.catalogue import CHINESE_LETTER, SELECT, Instance, is_chinese, is_choice, question_and_options
+from rlens_jax.data.benchmarks.catalogue import (
+    CHINESE_LETTER,
+    SELECT,
+    Instance,
+    Turn,
+    is_chinese,
+    is_choice,
+    question_and_options,
+)
+from rlens_jax.data.images import Transparency
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
 from rlens_jax.families.family import ImageArrays
@@ -64,6 +73,7 @@ class Qwen2VLPreparer:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         self.config = config
+        self.transparency: Transparency = "white"
         self.patch_slots = sorted(patch_slots)
         self.chat = PlaceholderChat(read_folder(AutoTokenizer, folder, "tokenizer"), config.image_token)
         self.image_processor = read_folder(Qwen2VLImageProcessorPil, folder, PROCESSOR_FILE)
@@ -96,13 +106,13 @@ class Qwen2VLPreparer:
         return Prompt(ids, is_visual, positions, following, answer_length)
 
 
-def benchmark_prompt(instance: Instance, config: Qwen2VLConfig, step_by_step: bool) -> str:
+def benchmark_prompt(instance: Instance, config: Qwen2VLConfig, step_by_step: bool) -> Turn:
     """The prompts of VLMEvalKit's vlm/qwen2_vl/prompt.py."""
     if is_choice(instance):
         text = question_and_options(instance)
-        return text + (CHINESE_LETTER if is_chinese(text) else SELECT)
+        return Turn(text + (CHINESE_LETTER if is_chinese(text) else SELECT))
     if instance.dataset == "HallusionBench":
-        return f"{instance.question} Please answer yes or no."
+        return Turn(f"{instance.question} Please answer yes or no.")
     if instance.dataset == "MME":
-        return instance.question
-    return f"{instance.question}\nPlease try to answer the question with short words or phrases if possible."
+        return Turn(instance.question)
+    return Turn(f"{instance.question}\nPlease try to answer the question with short words or phrases if possible.")

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Instance
-from rlens_jax.errors import UserError
+from rlens_jax.data.benchmarks.mixture import to_sample
+from rlens_jax.models.chat import question_content
 from tests.families.published import BY_MODEL_TYPE, kind_of
 
 SHORT = "Answer the question using a single word or phrase."
@@ -56,7 +57,7 @@ def example(dataset: str, **changes: object) -> Instance:
 
 
 def prompt(model_type: str, instance: Instance, *, step_by_step: bool = True) -> str:
-    return kind_of(model_type).benchmark_prompt(instance, step_by_step=step_by_step)
+    return kind_of(model_type).benchmark_prompt(instance, step_by_step=step_by_step).text
 
 
 @pytest.mark.parametrize("family", BY_MODEL_TYPE)
@@ -105,6 +106,11 @@ def test_several_images() -> None:
     assert prompt("qwen2_vl", two) == EXPECTED["qwen2_vl"]["TextVQA_VAL"]
 
 
-def test_what_cannot_be_asked() -> None:
-    with pytest.raises(UserError, match="MME/3: the question contains <image>"):
-        prompt("qwen2_vl", example("MME", question="Is <image> red?"))
+@pytest.mark.parametrize("model_type", BY_MODEL_TYPE)
+def test_a_mark_in_a_question_is_text(model_type: str) -> None:
+    """Images stand where the family's prompt puts them, and before the text otherwise."""
+    for images in ((b"1",), (b"1", b"2")):
+        item = example("TextVQA_VAL", question="Is <image> a tag?", images=images)
+        content = question_content(to_sample(item, kind_of(model_type).benchmark_prompt))
+        assert [part["type"] for part in content].count("image") == len(images)
+        assert "Is <image> a tag?" in content[-1]["text"]

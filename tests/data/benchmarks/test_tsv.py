@@ -170,7 +170,7 @@ def test_broken_base64(tmp_path: Path, text: str) -> None:
 
 def test_not_an_image(tmp_path: Path) -> None:
     message = refusal(tmp_path, row(7, str([encoded(picture(1)), encoded(b"text" * 20)])))
-    assert message.startswith("MME.tsv: row 1 (index '7'), field 'image': image 2 of 2 cannot be read: ")
+    assert message.startswith("MME.tsv: row 1 (index '7'), field 'image': image 2 of 2 is not an image: ")
 
 
 def test_a_reference_to_no_row(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL.Image import Image
 
-from rlens_jax.data.benchmarks.catalogue import Instance
+from rlens_jax.data.benchmarks.catalogue import Instance, Turn
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
 from rlens_jax.families.family import ImageArrays
@@ -30,6 +30,8 @@ class ToyChat(Chat):
 
 
 class ToyPreparer:
+    transparency = "white"
+
     def __init__(self, folder: Path, config: ToyConfig, patch_slots: Sequence[int]):
         self.patch_slots = sorted(patch_slots)
         self.chat = ToyChat()
@@ -51,5 +53,5 @@ class ToyPreparer:
         return Prompt(ids, ids == IMAGE_TOKEN, np.arange(len(ids), dtype=np.int32)[None], len(ids), len(answered))
 
 
-def benchmark_prompt(instance: Instance, config: ToyConfig, step_by_step: bool) -> str:
-    return f"toy: {instance.question}"
+def benchmark_prompt(instance: Instance, config: ToyConfig, step_by_step: bool) -> Turn:
+    return Turn(f"toy: {instance.question}")
