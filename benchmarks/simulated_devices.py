@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rlens_jax.checkpoints.checkpoint import find_model, load_model
+from rlens_jax.checkpoints.checkpoint import load_model
+from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.commands.options import read_config
 from rlens_jax.config import SearchConfig
 from rlens_jax.data.splits import load_splits

@@ -80,7 +80,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]  # never the process's own
         """All options. UserError for an unknown one, with the nearest known option."""
-        options, unknown = self.parse_known_args(args)
+        # Arguments may stand between options.
+        options, unknown = self.parse_known_intermixed_args(args)
         if unknown:
             argument = unknown[0]
             if argument.startswith("-"):

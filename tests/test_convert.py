@@ -22,8 +22,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from rlens_jax.checkpoints import conversion, leaves, orbax_store
-from rlens_jax.checkpoints.checkpoint import find_model, load_model
+from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.checkpoints.leaves import arrays_of
+from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.commands.convert import main
 from rlens_jax.console import run_command
@@ -306,7 +307,7 @@ BAD = {
     "unknown dtype": (["embedded", "x", "--dtype=float8"], "float8"),
     "misspelt option": (["embedded", "x", "--dtyp=float32"], "did you mean '--dtype'?"),
     "dtype on the way back": (["embedded", "x", "--to-hf", "--dtype=float32"], "takes no --dtype"),
-    "revision of a folder": (["embedded", "x", "--revision=main"], "no --revision"),
+    "revision of a folder": (["embedded", "x", "--revision=main"], "only a name on the hub has a --revision"),
 }
 
 

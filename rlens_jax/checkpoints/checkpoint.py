@@ -1,8 +1,6 @@
-"""Find and load model folders: config.json with published safetensors (one file or several) or with our Orbax store."""
+"""Load model folders: config.json with published safetensors (one file or several) or with our Orbax store."""
 
 import hashlib
-import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -10,80 +8,18 @@ from jax.typing import DTypeLike
 
 from rlens_jax.checkpoints import orbax_store
 from rlens_jax.checkpoints.leaves import Filler, shapes_of
+from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.checkpoints.published import CONFIG, opened, weight_files
-from rlens_jax.errors import UserError, suggest
+from rlens_jax.errors import UserError
 from rlens_jax.families.hf_files import read_json_object
 from rlens_jax.families.registry import ModelKind, read_kind
 from rlens_jax.families.table import Problems
-from rlens_jax.files import is_unfinished
 from rlens_jax.models.forward import VisionLanguageModel
-from rlens_jax.resources import embedded_model
-
-EMBEDDED = "embedded"
-"""Name of the model that comes with the package."""
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt", "LICENSE*")
-"""Files downloaded from the hub: weights and small files, but no pickles and no code."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model folder and its origin."""
-
-    folder: Path
-    name: str
-    revision: str | None
-    """Commit on the hub; None for a local folder."""
-
-
-def find_model(model: str | Path) -> Path:
-    """The folder of a model: "embedded" for the model that comes with the package, or a path.
-
-    Raises:
-        UserError: there is no such folder.
-    """
-    if str(model) == EMBEDDED:
-        return embedded_model()
-    path = Path(model)
-    if path.is_dir():
-        if is_unfinished(path.absolute()) or orbax_store.is_unfinished(path):
-            raise UserError(f"{path}: a killed conversion left this folder; convert again and name the new folder")
-        return path
-    if path.exists():
-        raise UserError(f"{path}: is a file; name the folder of the model")
-    siblings = [entry.name for entry in path.parent.glob("*/")]
-    near = suggest(path.name, [*siblings, EMBEDDED])
-    raise UserError(f"{path}: no such folder{near}; name the folder of a model, or {EMBEDDED!r}")
-
-
-def find_source(name: str, revision: str | None) -> Source:
-    """A local folder, or else a repository on the Hugging Face hub, downloaded unless it is in the cache.
-
-    Args:
-        name: path of a folder, "embedded", or a repository such as "Qwen/Qwen2-VL-7B-Instruct".
-        revision: branch, tag or commit of the repository; None for a local folder or the main branch.
-
-    Raises:
-        UserError: neither exists, or the hub cannot be reached.
-    """
-    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        if revision is not None:
-            raise UserError(f"{name}: a local folder has no --revision")
-        folder = find_model(name)
-        return Source(folder, folder.resolve().name, None)
-    # Imported here because only names on the hub need it.
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
-    except Exception as error:  # the hub and its transports have dozens of exceptions
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name}: no such folder, and the hub cannot provide it ({reason})") from None
-    return Source(folder, name, folder.name)
 
 
 def read_model_kind(model: str | Path) -> ModelKind:
     """Family and sizes of the model in a folder, from its config.json. Raises UserError as `find_model` and `read_kind`."""
-    path = find_model(model) / CONFIG
+    path = find_model(model, weights=False) / CONFIG
     return read_kind(read_json_object(path), str(path))
 
 
@@ -96,7 +32,7 @@ def load_model(
     or the model and one layer for an Orbax store, of which each process reads its own shards only.
 
     Args:
-        model: a folder, or "embedded".
+        model: a folder or name, as of `find_model`.
         dtype: dtype of the parameters; float32 or bfloat16.
         check_finite: refuse weights that are not finite.
         mesh: parameters are split over it as in `rlens_jax.sharding.mesh`; None puts all on the first device.

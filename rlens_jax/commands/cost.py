@@ -1,28 +1,35 @@
 """Count what a prefill costs, dense and reduced.
 
-MODEL is a folder or "embedded", of which only config.json is read, or one of the paper's models by name: internvl2-8b,
-qwen2-vl-7b, minicpm-v-2.6, llava-onevision-7b, qwen2-vl-2b, llava-onevision-0.5b. Token pruning comes from the plan, or from
---fastv, --vtw or --folder. The numbers are multiply-adds of the decoder layers by the usual convention (rlens_jax/flops.py),
-without and with the probes.
+MODEL is a folder, "embedded" or a name on the Hugging Face hub, of which only config.json is read, or one of the paper's models
+by its short name: internvl2-8b, qwen2-vl-7b, minicpm-v-2.6, llava-onevision-7b, qwen2-vl-2b, llava-onevision-0.5b. Token
+pruning comes from the plan, or from --fastv, --vtw or --folder. The numbers are multiply-adds of the decoder layers by the usual
+convention (rlens_jax/flops.py), without and with the probes.
 """
 
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from rlens_jax.commands.options import add_json_option, add_plan_options, read_plan_options
+from rlens_jax.commands.options import (
+    SHORT_NAME,
+    add_json_option,
+    add_model_argument,
+    add_plan_options,
+    find_decoder,
+    read_plan_options,
+    required_model,
+)
 from rlens_jax.console import ArgumentParser, run_command
-from rlens_jax.errors import UserError, suggest
+from rlens_jax.errors import UserError
 from rlens_jax.files import json_text, replace_file
-from rlens_jax.flops import PUBLISHED_DECODERS, LayerSizes, prefill_summary
+from rlens_jax.flops import prefill_summary
 from rlens_jax.pruning import VTW, FastV, Folder, Pruning
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, count, print."""
     parser = ArgumentParser("python -m rlens_jax.cost", __doc__)
-    parser.add_argument("model", metavar="MODEL", help="a model folder, or a name")
+    add_model_argument(parser, kinds=SHORT_NAME)
     parser.add_argument("--text", metavar="N", type=int, default=64, help="text tokens (default: %(default)s)")
     parser.add_argument("--visual", metavar="N", type=int, default=1792, help="visual tokens (default: %(default)s)")
     add_plan_options(parser)
@@ -32,6 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     group.add_argument("--folder", metavar="SHARE", help="merge SHARE of the visual tokens away before the first layer")
     add_json_option(parser)
     options = parser.parse_args(arguments)
+    model = required_model(parser, options)
     if min(options.text, options.visual) < 0 or options.text + options.visual == 0:
         parser.error("--text and --visual must be numbers of tokens, not both 0")
     plan = read_plan_options(parser, options)
@@ -40,33 +48,19 @@ def main(arguments: Sequence[str]) -> None:
         if plan.pruning is not None:
             parser.error(f"{options.plan} prunes already: {plan.pruning.label()}")
         plan = replace(plan, pruning=pruning)
-    num_layers, sizes = find_decoder(options.model)
+    decoder = find_decoder(model)
+    num_layers, sizes = decoder.num_layers, decoder.layer_sizes
     plan.validate(num_layers)
     summary = prefill_summary(sizes, num_layers, options.text, options.visual, plan.plan, plan.reduction, plan.pruning)
     if options.json:
         replace_file(options.json, json_text(summary).encode())
-    print(f"{options.model}: {num_layers} layers, {options.text} text and {options.visual} visual tokens")
+    print(f"{model}: {num_layers} layers, {options.text} text and {options.visual} visual tokens")
     print(f"plan: {plan.label()}")
     print(f"{'dense':<22}{summary['dense']:12.4g} multiply-adds")
     for name in ("without_probes", "with_probes"):
         part = summary[name]
         label = f"reduced, {name.replace('_', ' ')}"
         print(f"{label:<22}{part['reduced']:12.4g} multiply-adds, {part['share_of_dense']:.1%} of dense")
-
-
-def find_decoder(model: str) -> tuple[int, LayerSizes]:
-    """Number and widths of the layers of a published model, by name, or of a model folder. UserError if there is neither."""
-    if model in PUBLISHED_DECODERS:
-        published = PUBLISHED_DECODERS[model]
-        return published.num_layers, published.layer_sizes
-    # Imported here: a published model needs no JAX.
-    from rlens_jax.checkpoints.checkpoint import EMBEDDED, read_model_kind
-
-    if model != EMBEDDED and not Path(model).exists():
-        known = (*PUBLISHED_DECODERS, EMBEDDED)
-        raise UserError(f"{model}: neither a folder nor one of {', '.join(known)}{suggest(model, known)}")
-    decoder = read_model_kind(model).config.decoder
-    return decoder.num_layers, decoder.layer_sizes
 
 
 def _pruning(options: Namespace) -> Pruning | None:

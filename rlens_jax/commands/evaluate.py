@@ -1,8 +1,9 @@
 """Score a reduced model on data sets, and measure its speed.
 
-MODEL is a folder (published or converted) or "embedded". PLAN says which layers are reduced (rlens_jax/plan_file.py): a JSON
-file written by hand, or a ranking.json together with --first. DATA is `pages` (the embedded model's own data, exact match), the
-path of a TSV file of VLMEvalKit such as LMUData/MMStar.tsv (prompts and scores by its rules), or a JSONL file (exact match).
+MODEL is a folder (published or converted), "embedded" or a name on the Hugging Face hub. PLAN says which layers are reduced
+(rlens_jax/plan_file.py): a JSON file written by hand, or a ranking.json together with --first. DATA is `pages` (the embedded
+model's own data, exact match), the path of a TSV file of VLMEvalKit such as LMUData/MMStar.tsv (prompts and scores by its rules),
+or a JSONL file (exact match).
 
 The output folder gets evaluation.json (scores with 95 % intervals and FLOPs; schema:
 rlens_jax/evaluation/evaluation.schema.json), timing.json (prefill, time to first token and tokens per second, dense and reduced
@@ -14,7 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlens_jax.commands.options import add_model_options, add_restart_option, read_plan_options
+from rlens_jax.commands.options import add_model_options, add_restart_option, new_folder, read_plan_options, required_model
 from rlens_jax.console import ArgumentParser, run_command
 
 
@@ -23,9 +24,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser("python -m rlens_jax.evaluate", __doc__)
     add_model_options(parser)
     parser.add_argument("--data", metavar="DATA", nargs="+", default=["pages"], help="data sets (default: pages)")
-    parser.add_argument(
-        "--output", metavar="DIR", type=Path, default=Path("runs/evaluate"), help="folder for results (default: %(default)s)"
-    )
+    output_help = "folder for results (default: %(default)s)"
+    parser.add_argument("--output", metavar="DIR", type=new_folder, default=Path("runs/evaluate"), help=output_help)
     parser.add_argument("--baseline", action="store_true", help="also answer with the dense model, and report the differences")
     parser.add_argument("--limit", metavar="N", type=int, help="use only the first N questions of each data set")
     md5_help = "use a version of NAME.tsv that is not the published one; repeat for further files"
@@ -39,14 +39,15 @@ def main(arguments: Sequence[str]) -> None:
         parser.add_argument(f"--{name}", metavar="N", type=int, default=default, help=f"{text} (default: %(default)s)")
     add_restart_option(parser)
     options = parser.parse_args(arguments)
-    plan = read_plan_options(parser, options)
+    model, plan = required_model(parser, options), read_plan_options(parser, options)
 
     from rlens_jax.data.benchmarks.catalogue import named_sum
     from rlens_jax.evaluation.evaluation import EvaluationConfig, summary
     from rlens_jax.evaluation.evaluation_run import evaluate
 
-    names = {item.name for item in dataclasses.fields(EvaluationConfig)} - {"plan", "data", "md5"}
+    names = {item.name for item in dataclasses.fields(EvaluationConfig)} - {"model", "plan", "data", "md5"}
     config = EvaluationConfig(
+        model=model,
         plan=plan,
         data=tuple(options.data),
         md5=dict(named_sum(text, parser.error) for text in options.md5),

@@ -1,8 +1,8 @@
 """Ask a model about images, and print the answer.
 
-MODEL is a folder (published or converted) or "embedded". PLAN says which layers are reduced (rlens_jax/plan_file.py): a JSON
-file written by hand, or a ranking.json together with --first. The images come before TEXT; with --marks, each goes to its
-"<image>" in TEXT.
+MODEL is a folder (published or converted), "embedded" or a name on the Hugging Face hub. PLAN says which layers are reduced
+(rlens_jax/plan_file.py): a JSON file written by hand, or a ranking.json together with --first. The images come before TEXT; with
+--marks, each goes to its "<image>" in TEXT.
 
 From Python:
 
@@ -13,7 +13,7 @@ From Python:
 
 from collections.abc import Sequence
 
-from rlens_jax.commands.options import add_model_options, read_plan_options
+from rlens_jax.commands.options import add_model_options, read_plan_options, required_model
 from rlens_jax.console import ArgumentParser, run_command
 
 
@@ -26,6 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--marks", action="store_true", help='each "<image>" in TEXT is the place of an image, not text')
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="max tokens of the answer (default: 128)")
     options = parser.parse_args(arguments)
+    model = required_model(parser, options)
     if options.prompt is None:
         parser.error("--prompt TEXT is missing")
     plan = read_plan_options(parser, options)
@@ -34,9 +35,8 @@ def main(arguments: Sequence[str]) -> None:
     from rlens_jax.engine.startup import start_jax
 
     start_jax()
-    model = load(options.model, dtype=options.dtype, chunk=options.chunk, model_shards=options.model_shards, seed=options.seed)
-    answer = model.generate(options.image, options.prompt, plan, max_new_tokens=options.max_new_tokens, marks=options.marks)
-    print(answer)
+    loaded = load(model, dtype=options.dtype, chunk=options.chunk, model_shards=options.model_shards, seed=options.seed)
+    print(loaded.generate(options.image, options.prompt, plan, max_new_tokens=options.max_new_tokens, marks=options.marks))
 
 
 if __name__ == "__main__":

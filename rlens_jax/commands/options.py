@@ -1,15 +1,17 @@
 """Options that several commands share: of models and plans, and, for runs, an option for every field of the configuration.
 
-The fields also come from the YAML files and presets that `--config` names.
+The fields also come from the YAML files and presets that `--config` names. An option means the same in every command.
 """
 
 import argparse
 import ast
 import inspect
 import json
+import os
 import sys
 import types
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -19,13 +21,59 @@ import yaml
 from rlens_jax.config import DTYPES, GROUPS, RunConfig, alternatives, dotted_name, field_types, fits, shown, wrong_type
 from rlens_jax.console import ArgumentParser
 from rlens_jax.errors import UserError, suggest
+from rlens_jax.flops import PUBLISHED_DECODERS, DecoderSizes
 from rlens_jax.plan_file import PlanFile, parse_first, read_plan
 from rlens_jax.resources import preset_path
 
 CONFIG = "config"
+SHORT_NAME = ", or the short name of a published model"
+SHORT = {"data.source": "--data", "compute.dtype": "--dtype", "compute.batch_size": "--batch-size"}
+"""Fields of a run with the spelling that other commands have for them."""
 
 Setting = tuple[str, str]
 """Dotted name and text of a field, or `config` and the name of a file or preset."""
+
+
+def add_model_argument(parser: ArgumentParser, metavar: str = "MODEL", kinds: str = "") -> None:
+    """The model, as argument or as --model, and --revision; `read_model` reads them. `kinds` are further kinds of models."""
+    text = f'a folder (published or converted), "embedded", a name on the Hugging Face hub{kinds}'
+    add_argument_and_option(parser, metavar, "--model", text)
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the hub")
+
+
+def read_model(parser: ArgumentParser, options: argparse.Namespace, metavar: str = "MODEL") -> str | None:
+    """The model, with its revision; None if there is none. UserError if two are given, or as `at_revision`."""
+    model = read_argument_or_option(parser, options, metavar, "--model")
+    if options.revision is None:
+        return model
+    if model is None:
+        parser.error(f"--revision needs a {metavar}")
+    # Imported here: the reader of checkpoints imports JAX.
+    from rlens_jax.checkpoints.model_folder import at_revision
+
+    return at_revision(model, options.revision)
+
+
+def required_model(parser: ArgumentParser, options: argparse.Namespace) -> str:
+    """The model, with its revision. UserError if there is none, or as `read_model`."""
+    model = read_model(parser, options)
+    if model is None:
+        parser.error("MODEL is missing")
+    return model
+
+
+def add_argument_and_option(parser: ArgumentParser, metavar: str, option: str, text: str) -> None:
+    """A value that may be given as an argument or as an option; `read_argument_or_option` reads it."""
+    parser.add_argument(metavar.lower(), metavar=metavar, nargs="?", help=text)
+    parser.add_argument(option, dest=option, metavar=metavar, help=f"the same as {metavar}")
+
+
+def read_argument_or_option(parser: ArgumentParser, options: argparse.Namespace, metavar: str, option: str) -> str | None:
+    """The value of `add_argument_and_option`, None if it is not given. UserError if two are given that differ."""
+    values = {getattr(options, name) for name in (metavar.lower(), option)} - {None}
+    if len(values) > 1:
+        parser.error(f"{metavar} {getattr(options, metavar.lower())} and {option} {getattr(options, option)} differ; give one")
+    return values.pop() if values else None
 
 
 def add_plan_options(parser: ArgumentParser) -> None:
@@ -50,7 +98,7 @@ def add_dtype_option(parser: ArgumentParser) -> None:
 
 def add_model_options(parser: ArgumentParser) -> None:
     """The model, its plan, and how to compute it."""
-    parser.add_argument("model", metavar="MODEL", help='a model folder, or "embedded"')
+    add_model_argument(parser)
     add_plan_options(parser)
     add_dtype_option(parser)
     parser.add_argument("--model-shards", metavar="N", type=int, default=1, help="devices per copy of the model (default: 1)")
@@ -64,9 +112,58 @@ def add_restart_option(parser: ArgumentParser) -> None:
     parser.add_argument("--restart", action="store_true", help=restart_help)
 
 
+def find_decoder(model: str) -> DecoderSizes:
+    """The sizes of a decoder: of a published model by its short name, or of any other model. UserError if there is none."""
+    if model in PUBLISHED_DECODERS:
+        return PUBLISHED_DECODERS[model]
+    # Imported here: a short name needs no JAX.
+    from rlens_jax.checkpoints.checkpoint import read_model_kind
+
+    known = (*PUBLISHED_DECODERS, "embedded")
+    if "/" not in model and not Path(model).exists() and model not in known:
+        raise UserError(f"{model}: neither a folder nor one of {', '.join(known)}{suggest(model, known)}")
+    decoder = read_model_kind(model).config.decoder
+    sizes = {item.name: getattr(decoder, item.name) for item in fields(DecoderSizes)}
+    return DecoderSizes(**sizes)
+
+
 def add_json_option(parser: ArgumentParser) -> None:
     """--json, a file for the results."""
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the results to this file")
+    parser.add_argument("--json", metavar="FILE", type=new_file, help="also write the results to this file")
+
+
+def new_file(text: str) -> Path:
+    """The path of a file to write. UserError, before any work is done, if it cannot be written."""
+    path = Path(text)
+    folder = new_folder(path.parent)
+    if not folder.is_dir():
+        raise UserError(f"cannot write {path}: the folder {folder} does not exist")
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    return path
+
+
+def new_folder(text: str | Path) -> Path:
+    """The path of a folder to write to, which may not exist yet. UserError, before any work is done, if it cannot be made."""
+    folder = Path(text)
+    try:
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    except (OSError, ValueError) as error:  # a name that no file system takes
+        raise UserError(f"cannot write to {folder}: {getattr(error, 'strerror', None) or error}") from None
+    if not existing.is_dir():
+        raise UserError(f"cannot write to {folder}: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {folder}: no permission to write to {existing}")
+    return folder
+
+
+class _AddSetting(argparse.Action):
+    """Adds a field's name, the spelling of the option and its text to one list, which keeps the order of all settings."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        namespace.settings = [*namespace.settings, (self.const, option_string, values)]
 
 
 class RunParser(ArgumentParser):
@@ -87,7 +184,9 @@ class RunParser(ArgumentParser):
         self.epilog = "Write lists as 16,32 (in YAML as [16, 32]) and no value as null."
         self._preset, self._output = preset, output
         self._fields: dict[str, argparse.Action] = {}
+        self.set_defaults(settings=[])
         self.add_argument("-h", "--help", action="store_true", help="show this text")
+        self.add_argument("--revision", help="branch, tag or commit of a model on the Hugging Face hub")
         config_help = f"YAML file with any of the fields below, or name of a preset (default: {preset})"
         self._add_setting(self, CONFIG, "FILE", f"--{CONFIG}", help=config_help)
         for group in ("", *GROUPS):
@@ -96,14 +195,11 @@ class RunParser(ArgumentParser):
             for name, hint in field_types(cls).items():
                 if name not in GROUPS:
                     dotted = dotted_name(group, name)
-                    short = ("--data",) if dotted == "data.source" else ()
-                    self._fields[dotted] = self._add_setting(section, dotted, _metavar(hint), f"--{dotted}", *short)
+                    spellings = [f"--{dotted}", *([SHORT[dotted]] if dotted in SHORT else [])]
+                    self._fields[dotted] = self._add_setting(section, dotted, _metavar(hint), *spellings)
 
     def _add_setting(self, section: Any, name: str, metavar: str, *options: str, help: str = "") -> argparse.Action:
-        # All settings go to one list, which keeps their order.
-        return section.add_argument(
-            *options, dest="settings", action="append", default=[], type=lambda text: (name, text), metavar=metavar, help=help
-        )
+        return section.add_argument(*options, action=_AddSetting, dest="settings", const=name, metavar=metavar, help=help)
 
     def parse_run(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
         """All options, and the configuration of the run; with `--help`, explain every option and exit.
@@ -112,7 +208,8 @@ class RunParser(ArgumentParser):
             UserError: an unknown option or field, a value of the wrong type or out of range, or an unreadable file.
         """
         options = self.parse_args(arguments)
-        settings: list[Setting] = options.settings
+        settings: list[Setting] = [(name, text) for name, _, text in options.settings]
+        self._check_spellings(options.settings)
         if self._output is not None:
             settings.insert(0, ("output", self._output))
         if CONFIG not in dict(settings):
@@ -121,7 +218,19 @@ class RunParser(ArgumentParser):
         if options.help:
             self._explain(config)
             sys.exit(0)
+        new_folder(config.output)
+        if options.revision is not None:
+            # Imported here: the reader of checkpoints imports JAX.
+            from rlens_jax.checkpoints.model_folder import at_revision
+
+            config = replace(config, model=at_revision(config.model, options.revision))
         return options, config
+
+    def _check_spellings(self, given: Sequence[tuple[str, str, str]]) -> None:
+        for field in SHORT:
+            texts = {spelling: text for name, spelling, text in given if name == field}
+            if len({_from_text(field, text) for text in texts.values()}) > 1:
+                self.error(f"{' and '.join(f'{spelling} {text}' for spelling, text in texts.items())} differ; give one")
 
     def _explain(self, config: RunConfig) -> None:
         docs = {dotted: doc for group in ("", *GROUPS) for dotted, doc in _field_docs(group).items()}

@@ -10,7 +10,7 @@ Exit codes: 0 done; 2 bad input; 130 after Ctrl-C and 143 after SIGTERM (resumab
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlens_jax.commands.options import RunParser, add_restart_option
+from rlens_jax.commands.options import RunParser, add_restart_option, new_file
 from rlens_jax.console import run_command
 from rlens_jax.dry_run.process import Job, run_job
 from rlens_jax.dry_run.topology import find_slice
@@ -30,13 +30,11 @@ def main(arguments: Sequence[str]) -> None:
         help="compile the run's programs for a TPU slice such as v5e:16x16 and report whether they fit, what they cost and how "
         "long the run would take; needs only config.json in the model's folder",
     )
-    group.add_argument("--json", metavar="FILE", type=Path, help="also write the results of the dry run to this file")
+    group.add_argument("--json", metavar="FILE", type=new_file, help="also write the results of the dry run to this file")
     group.add_argument("--all-buckets", action="store_true", help="compile for all bucket sizes, not only the largest")
     options, config = parser.parse_run(arguments)
     if options.dry_run is not None:
         target = find_slice(options.dry_run)
-        if options.json is not None and not options.json.absolute().parent.is_dir():
-            parser.error(f"--json {options.json}: the folder {options.json.parent} does not exist")
         text, document = run_job(Job(config, target, options.all_buckets))
         if options.json is not None:
             replace_file(options.json, document.encode())

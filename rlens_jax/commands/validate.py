@@ -1,6 +1,6 @@
 """Prove that this package computes the same model as another framework.
 
-MODEL is a folder (published or converted) or "embedded". Choose one of
+MODEL is a folder (published or converted), "embedded" or a name on the Hugging Face hub. Choose one of
   MODEL --reference BUNDLE   compare logits with those of another framework, case by case; exit code 0 if all are within the
                              tolerance, 1 if not. rlens_jax/parity/bundle.py describes the format of bundles.
   MODEL --dump BUNDLE        write such a bundle with Hugging Face's PyTorch model (extra `torch`), dense and reduced.
@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlens_jax.commands.options import add_dtype_option, add_json_option
+from rlens_jax.commands.options import add_dtype_option, add_json_option, add_model_argument, new_file, new_folder, read_model
 from rlens_jax.console import ArgumentParser, Progress, run_command
 from rlens_jax.files import replace_file
 from rlens_jax.plan import Plan, Reduction
@@ -21,12 +21,12 @@ from rlens_jax.plan import Plan, Reduction
 def main(arguments: Sequence[str]) -> None:
     """Parse, compare, print."""
     parser = ArgumentParser("python -m rlens_jax.validate", __doc__)
-    parser.add_argument("model", metavar="MODEL", nargs="?", help='a model folder, or "embedded"')
+    add_model_argument(parser)
     parser.add_argument("--reference", metavar="BUNDLE", type=Path, help="compare with this bundle")
-    parser.add_argument("--dump", metavar="BUNDLE", type=Path, help="write this bundle")
+    parser.add_argument("--dump", metavar="BUNDLE", type=new_folder, help="write this bundle")
     parser.add_argument("--rankings", metavar=("A", "B"), nargs=2, help="compare two rankings")
     add_json_option(parser)
-    parser.add_argument("--markdown", metavar="FILE", type=Path, help="also write a report to this file")
+    parser.add_argument("--markdown", metavar="FILE", type=new_file, help="also write a report to this file")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="relative to max(1, largest logit) (default: %(default)s)")
     add_dtype_option(parser)
     parser.add_argument("--layers", metavar="N", type=int, help="--rankings: number of layers of the model")
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str]) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="X", type=type(default), default=default, help=text)
     parser.add_argument("--no-states", action="store_true", help="--dump: write no hidden states")
     options = parser.parse_args(arguments)
+    options.model = read_model(parser, options)
     chosen = [name for name in ("reference", "dump", "rankings") if getattr(options, name) is not None]
     if len(chosen) != 1:
         parser.error("choose one of --reference BUNDLE, --dump BUNDLE and --rankings A B")

@@ -30,7 +30,8 @@ def measure(model: str, samples: int) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from rlens_jax.checkpoints.checkpoint import find_model, load_model
+    from rlens_jax.checkpoints.checkpoint import load_model
+    from rlens_jax.checkpoints.model_folder import find_model
     from rlens_jax.data.pages_tfds import read_pages
     from rlens_jax.engine.batches import FILLER
     from rlens_jax.engine.inputs import Split, build_split

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from rlens_jax.checkpoints.checkpoint import find_model, read_model_kind
+from rlens_jax.checkpoints.checkpoint import read_model_kind
+from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.checkpoints.published import CONFIG
 from rlens_jax.config import RunConfig
 from rlens_jax.dry_run.costs import Cost, bytes_sent
@@ -90,7 +91,7 @@ def dry_run(config: RunConfig, target: Slice, *, all_buckets: bool, progress: Ca
     Raises:
         UserError: the model's config.json is missing or not supported, or devices or model do not divide over the mesh.
     """
-    folder = find_model(config.model)
+    folder = find_model(config.model, weights=False)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: has no {CONFIG}; a dry run needs the checkpoint's {CONFIG}, but no weights")
     kind = read_model_kind(folder)

@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from rlens_jax.checkpoints.checkpoint import find_model, load_model, read_model_kind
+from rlens_jax.checkpoints.checkpoint import load_model, read_model_kind
+from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.data.images import image_file
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.engine.batches import FILLER
@@ -294,7 +295,7 @@ def load(
     """Load a model to generate with.
 
     Args:
-        model: a published or converted folder, or "embedded", the model that comes with the package.
+        model: a published or converted folder, "embedded" (the model that comes with the package), or a repository on the hub.
         dtype: type of weights and computation, float32 or bfloat16.
         batch_size: max prompts per batch of a work group.
         chunk: tokens of a prompt per FFN call; None chooses by size.

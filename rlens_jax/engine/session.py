@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlens_jax.checkpoints.checkpoint import find_model, load_model, model_hash, read_model_kind
+from rlens_jax.checkpoints.checkpoint import load_model, model_hash, read_model_kind
+from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.config import RunConfig
 from rlens_jax.console import Progress, say
 from rlens_jax.data.splits import Splits, load_splits, samples_hash

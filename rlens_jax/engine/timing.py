@@ -23,7 +23,7 @@ from rlens_jax.console import say
 from rlens_jax.engine.inputs import Batch
 from rlens_jax.engine.model_programs import ROWS, Program
 from rlens_jax.engine.programs import Programs
-from rlens_jax.flops import PUBLISHED_DECODERS, DecoderSizes, layer_cost
+from rlens_jax.flops import DecoderSizes, layer_cost
 from rlens_jax.layout import Bucket, pack_layout, pack_rows
 from rlens_jax.models.decoder import Context, Decoder, DecoderConfig
 from rlens_jax.models.generation import prefill
@@ -81,10 +81,9 @@ def _static_prefill(programs: Programs, plan: Plan) -> Program:
     return programs.program("static prefill", run, (ROWS, ROWS), ROWS)
 
 
-def time_layer(model: str, repeats: int) -> dict[str, Any]:
-    """All timings of a published model's layer, as the JSON file of `rlens_jax.bench` has them. Seconds are medians."""
+def time_layer(model: str, decoder: DecoderSizes, repeats: int) -> dict[str, Any]:
+    """All timings of a layer of `model`, as the JSON file of `rlens_jax.bench` has them. Seconds are medians."""
     say("compiling ...")
-    decoder = PUBLISHED_DECODERS[model]
     programs = _layer_programs(decoder)
     torch_program = torch_layer(decoder)
     if torch_program is not None:

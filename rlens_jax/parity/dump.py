@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from rlens_jax.checkpoints import orbax_store
-from rlens_jax.checkpoints.checkpoint import find_model, read_model_kind
+from rlens_jax.checkpoints.checkpoint import read_model_kind
+from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.errors import UserError
 from rlens_jax.parity.bundle import KEPT, LOGITS, new_bundle, states_name
 from rlens_jax.plan import Plan, Reduction

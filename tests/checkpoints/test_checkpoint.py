@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from rlens_jax.checkpoints.checkpoint import find_model, load_model, model_hash, read_model_kind
+from rlens_jax.checkpoints.checkpoint import load_model, model_hash, read_model_kind
+from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.errors import UserError
 from tests.checkpoints import tiny

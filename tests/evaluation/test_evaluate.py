@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlens_jax.commands.cost import find_decoder
 from rlens_jax.commands.evaluate import main
+from rlens_jax.commands.options import find_decoder
 from rlens_jax.console import run_command
 from rlens_jax.data.pages import make_page
 from rlens_jax.evaluation import answers as answers_module
@@ -128,7 +128,8 @@ def test_scores_costs_and_predictions(finished: Path, data: Path, plan_path: Pat
     assert difference["value"] == pytest.approx(values["plan"] - values["dense"])
     assert difference["low"] <= difference["value"] <= difference["high"]
     assert difference["low"] < 0
-    (num_layers, sizes), plan = find_decoder("embedded"), read_plan(plan_path)
+    decoder, plan = find_decoder("embedded"), read_plan(plan_path)
+    num_layers, sizes = decoder.num_layers, decoder.layer_sizes
     # Every question has as many tokens.
     tokens = (int(own["text_tokens"]), int(own["visual_tokens"]))
     counted = prefill_summary(sizes, num_layers, *tokens, plan.plan, plan.reduction, plan.pruning)

@@ -1,0 +1,151 @@
+"""The options that commands share mean the same in every command; what cannot be written is refused before any work."""
+
+import importlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from rlens_jax.commands import cost, report
+from rlens_jax.commands.options import RunParser
+from rlens_jax.config import RunConfig
+from rlens_jax.console import run_command
+from rlens_jax.errors import UserError
+
+SPELLINGS = {
+    "rank": ("--model", "--revision", "--data", "--output", "--dtype", "--batch-size"),
+    "studies": ("--model", "--revision", "--data", "--output", "--dtype", "--batch-size"),
+    "evaluate": ("--model", "--revision", "--data", "--output", "--dtype", "--batch-size", "--plan"),
+    "generate": ("--model", "--revision", "--dtype", "--plan"),
+    "validate": ("--model", "--revision", "--dtype"),
+    "cost": ("--model", "--revision", "--plan"),
+    "bench": ("--model", "--revision"),
+    "convert": ("--model", "--revision", "--output", "--dtype"),
+    "report": ("--output",),
+}
+
+
+def refusal(command: str, arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a refused command."""
+    main = importlib.import_module(f"rlens_jax.commands.{command}").main
+    with pytest.raises(SystemExit) as stopped:
+        run_command(main, argv=arguments)
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out, err.count("\n")) == (2, "", 1), err
+    return err.removeprefix("error: ").rstrip("\n")
+
+
+def run(*arguments: str) -> RunConfig:
+    return RunParser("rank", "", "").parse_run(arguments)[1]
+
+
+@pytest.mark.parametrize("command", SPELLINGS)
+def test_every_command_has_the_same_spellings(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"rlens_jax.commands.{command}").main(["--help"])
+    shown = capsys.readouterr().out
+    assert [name for name in SPELLINGS[command] if f"  {name} " not in shown and f", {name} " not in shown] == []
+
+
+def test_short_spellings_of_a_run() -> None:
+    config = run("--data", "own.jsonl", "--dtype", "bfloat16", "--batch-size=4")
+    assert (config.data.source, config.compute.dtype, config.compute.batch_size) == ("own.jsonl", "bfloat16", 4)
+    assert run("--dtype", "bfloat16", "--compute.dtype", "bfloat16").compute.dtype == "bfloat16"
+    assert run("--dtype", "bfloat16", "--dtype", "float32").compute.dtype == "float32"  # the same spelling: the later wins
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--dtype", "bfloat16", "--compute.dtype", "float32"], "--dtype bfloat16 and --compute.dtype float32 differ; give one"),
+        (["--compute.batch_size=2", "--batch-size=4"], "--compute.batch_size 2 and --batch-size 4 differ; give one"),
+        (["--data.source=a.jsonl", "--data=b.jsonl"], "--data.source a.jsonl and --data b.jsonl differ; give one"),
+        (["--dtype", "float8"], "compute.dtype must be one of float32, bfloat16, not float8"),
+        (["--revision", "v1"], "embedded: only a name on the hub has a --revision"),
+    ],
+)
+def test_contradictions_of_a_run(options: list[str], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        run(*options)
+
+
+def test_a_revision_becomes_part_of_the_model() -> None:
+    assert run("--model=Owner/name", "--revision=v1").model == "Owner/name@v1"
+
+
+def test_model_as_argument_and_as_option(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for arguments in (["qwen2-vl-7b"], ["--model", "qwen2-vl-7b"], ["--text", "64", "qwen2-vl-7b", "--model=qwen2-vl-7b"]):
+        cost.main(arguments)
+        shown.append(capsys.readouterr().out)
+    assert len(set(shown)) == 1
+    assert refusal("cost", ["qwen2-vl-7b", "--model=embedded"], capsys) == (
+        "MODEL qwen2-vl-7b and --model embedded differ; give one; see python -m rlens_jax.cost --help"
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "complaint"),
+    [
+        *((command, [], "MODEL is missing") for command in ("cost", "evaluate")),
+        ("generate", ["--prompt", "x"], "MODEL is missing"),
+        ("convert", [], "SRC is missing"),
+        ("convert", ["--model", "embedded"], "DST is missing"),
+        ("convert", ["embedded", "a", "--output", "b"], "DST a and --output b differ; give one"),
+        ("convert", ["--dtype", "float32", "a", "--model=b", "c"], "SRC a and --model b differ; give one"),
+        ("validate", ["--revision=v1", "--rankings", "1,0", "0,1"], "--revision needs a MODEL"),
+        ("validate", ["embedded", "--model=embedded", "--rankings", "1,0", "0,1"], "--rankings takes no MODEL"),
+        ("bench", ["--repeats", "0"], "--repeats must be at least 1, not 0"),
+        ("bench", ["qwen2-vl-2bb"], "qwen2-vl-2bb: neither a folder nor one of internvl2-8b, "),
+        ("cost", ["Owner/nothing"], "Owner/nothing: no such folder, and the hub cannot provide it"),
+        ("generate", ["Owner/nothing", "--prompt", "x"], "Owner/nothing: no such folder, and the hub cannot provide it"),
+        ("evaluate", ["embedded", "--revision=v1"], "embedded: only a name on the hub has a --revision"),
+    ],
+)
+def test_bad_models(command: str, arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(command, arguments, capsys).startswith(complaint)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("rank", ["--output", "{}"]),
+        ("studies", ["all", "--output", "{}"]),
+        ("evaluate", ["embedded", "--output", "{}"]),
+        ("convert", ["embedded", "{}"]),
+        ("validate", ["embedded", "--dump", "{}"]),
+        ("report", [".", "--output", "{}"]),
+        ("report", [".", "--output", "{}.html"]),
+        ("rank", ["--dry-run=v5e:2x2", "--json", "{}.json"]),
+        ("cost", ["embedded", "--json", "{}.json"]),
+        ("bench", ["--json", "{}.json"]),
+        ("validate", ["--rankings", "1,0", "0,1", "--json", "{}.json"]),
+        ("validate", ["--rankings", "1,0", "0,1", "--markdown", "{}.md"]),
+    ],
+)
+def test_what_cannot_be_written_is_refused_at_once(
+    command: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "closed").mkdir()
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed" and allowed(path, mode))
+    for folder, reason in (("file/x", "is a file"), ("closed/x", "no permission to write"), ("y" * 300 + "/x", "name too long")):
+        assert reason in refusal(command, [argument.format(folder) for argument in arguments], capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["closed", "file"]
+
+
+def test_a_file_for_results_needs_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"the folder {tmp_path / 'no'} does not exist" in refusal("cost", ["embedded", f"--json={tmp_path}/no/x"], capsys)
+    assert "it is a folder" in refusal("cost", ["embedded", f"--json={tmp_path}"], capsys)
+
+
+def test_the_report_goes_to_a_folder_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "read_run", lambda folder: folder)
+    monkeypatch.setattr(report, "report_html", lambda runs: json.dumps(list(map(str, runs))))
+    for output, written in (("new/folder", "new/folder/report.html"), ("all.html", "all.html")):
+        report.main(["a", "b", "--output", str(tmp_path / output)])
+        assert (tmp_path / written).read_text() == '["a", "b"]'
