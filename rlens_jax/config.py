@@ -94,8 +94,8 @@ class SearchConfig:
 class ComputeConfig:
     """Precision, batches, static shapes and memory."""
 
-    dtype: Dtype = "float32"
-    """Type of weights and activations."""
+    dtype: Dtype | None = None
+    """Type of weights and activations; null means bfloat16 on an accelerator and float32 on a CPU."""
     matmul_precision: Literal["highest", "high", "default"] = "highest"
     """JAX's matmul precision. On TPU, `default` multiplies float32 in bfloat16; on CPU all are the same."""
     batch_size: int = 0
@@ -294,6 +294,8 @@ def _described(hint: Any) -> str:
     if get_origin(hint) is tuple:
         inner = get_args(hint)[0]
         return "a list of whole numbers" if inner is int else f"a list with each {_described(inner)}"
+    if len(alternatives(hint)) > 1 and str not in alternatives(hint):
+        return " or ".join(map(_described, alternatives(hint)))
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", types.NoneType: "null"}
     kinds = alternatives(hint)
     if float in kinds:  # a fraction can also be the text of an exact decimal
@@ -304,7 +306,7 @@ def _described(hint: Any) -> str:
 def _check_types(group: str, config: Any) -> None:
     for name, hint in field_types(type(config)).items():
         value = getattr(config, name)
-        if isinstance(value, list) and get_origin(hint) is tuple:
+        if isinstance(value, list) and tuple in [get_origin(kind) for kind in alternatives(hint)]:
             value = tuple(value)
             object.__setattr__(config, name, value)
         if not fits(hint, value):

@@ -26,6 +26,25 @@ def test_without_options_it_is_the_embedded_preset():
     assert config.compute.patch_slots == (512,)
 
 
+@pytest.mark.parametrize("preset", ["embedded", "studies"])
+def test_another_model_starts_from_the_paper_s_values(preset):
+    def load(*options):
+        return RunParser("rank", "", "", preset=preset).parse_run(options)[1]
+
+    mine = load("--data=my.jsonl", "--model", "FOLDER")
+    assert mine == RunConfig(model="FOLDER", data=DataConfig(source="my.jsonl"))
+    assert mine.reduction == Reduction(attention_range=256, active_fraction=0.2, probe_fraction=0.1)
+    assert mine.compute.dtype is None  # by the device
+    for toy in (load("--model=embedded"), load("--model", "FOLDER", "--config", "embedded", "--model=FOLDER")):
+        assert toy.reduction.attention_range == 16
+        assert toy.compute.dtype == "float32"
+
+
+@pytest.mark.parametrize(("text", "value"), [("null", None), ("bfloat16", "bfloat16")])
+def test_a_field_can_be_left_open(text, value):
+    assert load_config(["--compute.dtype", text]).compute.dtype == value
+
+
 def test_options_override_the_file_and_the_file_the_defaults(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("seed: 7\nsearch:\n  penalty: 3\n  operators: [ffn]\n")
@@ -82,7 +101,7 @@ BAD_OPTIONS = {
     "--compute.visual_slots 64,32": r"compute.visual_slots must be .* ascending, not \[64, 32\]",
     "--compute.patch_slots 0,32": "compute.patch_slots must be at least one size, each at least 1",
     "--compute.text_slots 32,a": "compute.text_slots must be a list of whole numbers",
-    "--compute.dtype float16": "compute.dtype must be one of float32, bfloat16, not float16",
+    "--compute.dtype float16": "compute.dtype must be one of float32, bfloat16 or null, not float16",
     "--compute.batch_size -1": "compute.batch_size must be at least 0, not -1",
     "--compute.state_memory_gb -1": "compute.state_memory_gb must be at least 0",
     "--report.random_rankings 0": "report.random_rankings must be at least 1, not 0",
@@ -169,7 +188,7 @@ def test_a_journal_depends_on_what_decides_results_and_on_nothing_else():
     same = print_of()
     for options in (
         ["--output", "elsewhere"],
-        ["--model", "a/copy"],
+        ["--model", "a/copy", "--config", "embedded", "--model", "a/copy"],
         ["--data", "a/copy.jsonl"],
         ["--data.cache", "c"],
         ["--compute.compilation_cache", "c"],

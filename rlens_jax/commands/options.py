@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from rlens_jax.config import DTYPES, GROUPS, RunConfig, alternatives, dotted_name, field_types, fits, shown, wrong_type
+from rlens_jax.config import DTYPES, GROUPS, Dtype, RunConfig, alternatives, dotted_name, field_types, fits, shown, wrong_type
 from rlens_jax.console import ArgumentParser
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.flops import PUBLISHED_DECODERS, DecoderSizes
@@ -26,6 +26,7 @@ from rlens_jax.plan_file import PlanFile, parse_first, read_plan
 from rlens_jax.resources import preset_path
 
 CONFIG = "config"
+EMBEDDED = RunConfig.model
 SHORT_NAME = ", or the short name of a published model"
 SHORT = {"data.source": "--data", "compute.dtype": "--dtype", "compute.batch_size": "--batch-size"}
 """Fields of a run with the spelling that other commands have for them."""
@@ -91,16 +92,16 @@ def read_plan_options(parser: ArgumentParser, options: argparse.Namespace) -> Pl
     return read_plan(options.plan, None if options.first is None else parse_first(options.first))
 
 
-def add_dtype_option(parser: ArgumentParser) -> None:
-    """--dtype of weights and computation."""
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and computation (default: float32)")
+def add_dtype_option(parser: ArgumentParser, default: Dtype | None, described: str) -> None:
+    """--dtype of weights and computation; `described` is its default in words."""
+    parser.add_argument("--dtype", choices=DTYPES, default=default, help=f"of weights and computation (default: {described})")
 
 
 def add_model_options(parser: ArgumentParser) -> None:
     """The model, its plan, and how to compute it."""
     add_model_argument(parser)
     add_plan_options(parser)
-    add_dtype_option(parser)
+    add_dtype_option(parser, None, "bfloat16 on an accelerator, float32 on a CPU")
     parser.add_argument("--model-shards", metavar="N", type=int, default=1, help="devices per copy of the model (default: 1)")
     parser.add_argument("--chunk", metavar="N", type=int, help="prompt tokens per step of an FFN (default: by size)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of random probes and draws (default: 0)")
@@ -174,7 +175,8 @@ class RunParser(ArgumentParser):
     Args:
         prog, description: as in `ArgumentParser`.
         usage: the command's most important options.
-        preset: configuration used without `--config`.
+        preset: configuration of the embedded model, used without `--config`. Any other model starts from the defaults of
+            `RunConfig`, which are the paper's values.
         output: default of `--output`, in place of the configuration's.
     """
 
@@ -187,7 +189,7 @@ class RunParser(ArgumentParser):
         self.set_defaults(settings=[])
         self.add_argument("-h", "--help", action="store_true", help="show this text")
         self.add_argument("--revision", help="branch, tag or commit of a model on the Hugging Face hub")
-        config_help = f"YAML file with any of the fields below, or name of a preset (default: {preset})"
+        config_help = f"YAML file with any of the fields below, or name of a preset (default: {preset} for the embedded model)"
         self._add_setting(self, CONFIG, "FILE", f"--{CONFIG}", help=config_help)
         for group in ("", *GROUPS):
             cls = GROUPS.get(group, RunConfig)
@@ -212,7 +214,8 @@ class RunParser(ArgumentParser):
         self._check_spellings(options.settings)
         if self._output is not None:
             settings.insert(0, ("output", self._output))
-        if CONFIG not in dict(settings):
+        given = dict(settings)
+        if CONFIG not in given and given.get("model", EMBEDDED) == EMBEDDED:
             settings.insert(0, (CONFIG, self._preset))
         config = read_config(settings)
         if options.help:
@@ -267,12 +270,13 @@ def _from_text(dotted: str, text: str) -> Any:
 
 def _converted(hint: Any, text: str) -> Any:
     """The value of type `hint` written as `text`, or `text` if there is none."""
-    if get_origin(hint) is tuple:
-        items = text.removeprefix("[").removesuffix("]")
-        return tuple(_converted(get_args(hint)[0], item.strip()) for item in items.split(",") if item.strip())
     kinds = alternatives(hint)
     if types.NoneType in kinds and text == "null":
         return None
+    lists = [kind for kind in kinds if get_origin(kind) is tuple]
+    if lists:
+        items = text.removeprefix("[").removesuffix("]")
+        return tuple(_converted(get_args(lists[0])[0], item.strip()) for item in items.split(",") if item.strip())
     if bool in kinds:
         return {"true": True, "false": False}.get(text.lower(), text)
     if str in kinds:  # also a fraction, whose text is an exact decimal
@@ -353,9 +357,9 @@ def _field_docs(group: str) -> dict[str, str]:
 
 
 def _metavar(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "|".join(map(str, get_args(hint)))
-    if get_origin(hint) is tuple:
-        return "LIST"
     kind = next(kind for kind in alternatives(hint) if kind is not types.NoneType)
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return "LIST"
     return {int: "N", str: "TEXT", bool: "true|false"}.get(kind, "X")

@@ -19,6 +19,7 @@ from rlens_jax.dry_run.costs import Cost, bytes_sent
 from rlens_jax.dry_run.program import CompiledProgram, Program, compile_program, program_specs
 from rlens_jax.dry_run.topology import Slice, slice_devices
 from rlens_jax.dry_run.workload import Phase, Sizes, Workload, workload
+from rlens_jax.engine.choices import with_dtype
 from rlens_jax.engine.sizes import fitting_batch_size
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
@@ -95,6 +96,7 @@ def dry_run(config: RunConfig, target: Slice, *, all_buckets: bool, progress: Ca
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: has no {CONFIG}; a dry run needs the checkpoint's {CONFIG}, but no weights")
     kind = read_model_kind(folder)
+    config = with_dtype(config, "tpu")
     jax.config.update("jax_default_matmul_precision", config.compute.matmul_precision)
     devices, shards = slice_devices(target), config.compute.model_shards
     check_fits(kind.config.decoder.sizes, shards)

@@ -18,6 +18,7 @@ from rlens_jax.config import RunConfig
 from rlens_jax.dry_run.costs import Collective, Cost, ProgramCost, find_collectives, program_cost, reduced, unreduced
 from rlens_jax.dry_run.hlo import Loops, parse_module
 from rlens_jax.engine.batches import images_together
+from rlens_jax.engine.choices import dtype_on
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.sizes import Placed, abstract_model, bytes_on_device, bytes_refused, decoder_arguments, is_out_of_memory
 from rlens_jax.families.registry import ModelKind
@@ -123,7 +124,7 @@ def program_specs(
     `ffn_form` says how FFN units are stored; None is the form that suits the devices.
     """
     compute = config.compute
-    model = abstract_model(kind, compute.dtype, mesh, ffn_form)
+    model = abstract_model(kind, dtype_on(mesh, compute), mesh, ffn_form)
     weights = bytes_on_device(nnx.state(model))
     programs = Programs(model, mesh, config.reduction, seed=config.seed, new_tokens=config.search.max_new_tokens, stop_token=0)
     rows = compute.batch_size * programs.groups

@@ -23,6 +23,7 @@ from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.data.images import image_file
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.engine.batches import FILLER
+from rlens_jax.engine.choices import automatic_dtype
 from rlens_jax.engine.inputs import Batch, Split, build_split
 from rlens_jax.engine.model_programs import ROWS, ModelPrograms, Program
 from rlens_jax.engine.sizes import Shapes, slot_sizes
@@ -286,7 +287,7 @@ class DeployedModel:
 def load(
     model: str | Path,
     *,
-    dtype: str = "float32",
+    dtype: str | None = None,
     batch_size: int = BATCH_SIZE,
     chunk: int | None = None,
     model_shards: int = 1,
@@ -296,7 +297,7 @@ def load(
 
     Args:
         model: a published or converted folder, "embedded" (the model that comes with the package), or a repository on the hub.
-        dtype: type of weights and computation, float32 or bfloat16.
+        dtype: type of weights and computation, float32 or bfloat16; None means bfloat16 on an accelerator and float32 on a CPU.
         batch_size: max prompts per batch of a work group.
         chunk: tokens of a prompt per FFN call; None chooses by size.
         model_shards: devices that share a copy of the model; the copies share the prompts.
@@ -311,7 +312,7 @@ def load(
     folder = find_model(model)
     check_fits(read_model_kind(folder).config.decoder.sizes, model_shards)
     mesh = make_mesh(jax.local_devices(), model_shards)
-    kind, module = load_model(folder, jnp.dtype(dtype), mesh=mesh)
+    kind, module = load_model(folder, jnp.dtype(dtype or automatic_dtype(jax.default_backend())), mesh=mesh)
     patches = slot_sizes(_LEAST_PATCHES, _MOST_PATCHES)
     preparer = kind.preparer(folder, patches)
     programs = DeployedPrograms(module, mesh, seed=seed, stop_token=preparer.chat.stop_token, chunk=chunk)

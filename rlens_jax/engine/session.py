@@ -17,6 +17,7 @@ from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.config import RunConfig
 from rlens_jax.console import Progress, say
 from rlens_jax.data.splits import Splits, load_splits, samples_hash
+from rlens_jax.engine.choices import dtype_on
 from rlens_jax.engine.inputs import Split, build_split, own_samples
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.sizes import Shapes, device_bytes, fitting_batch_size
@@ -116,7 +117,7 @@ def load(folder: ModelFolder, config: RunConfig) -> LoadedModel:
     check_fits(kind.config.decoder.sizes, compute.model_shards)
     mesh = make_mesh(jax.devices(), compute.model_shards)
     rows = compute.batch_size or fitting_batch_size(config, kind, mesh, device_bytes(mesh))
-    _, module = load_model(folder.path, jnp.dtype(compute.dtype), mesh=mesh)
+    _, module = load_model(folder.path, jnp.dtype(dtype_on(mesh, compute)), mesh=mesh)
     preparer = kind.preparer(folder.path, compute.patch_slots)
     shapes = Shapes(compute.text_slots, compute.visual_slots, rows, kind.config.decoder.context)
     return LoadedModel(mesh, module, preparer, shapes)

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from rlens_jax.checkpoints.leaves import layout_of, set_ffn_form
 from rlens_jax.config import ComputeConfig, RunConfig
 from rlens_jax.data.samples import Sample
+from rlens_jax.engine.choices import dtype_on
 from rlens_jax.engine.model_programs import Program
 from rlens_jax.engine.programs import Programs
 from rlens_jax.errors import UserError
@@ -169,7 +170,7 @@ def fitting_batch_size(config: RunConfig, kind: ModelKind, mesh: Mesh, available
         UserError: not even one row fits.
     """
     compute, search = config.compute, config.search
-    model = abstract_model(kind, compute.dtype, mesh)
+    model = abstract_model(kind, dtype_on(mesh, compute), mesh)
     weights = bytes_on_device(nnx.state(model))
     programs = Programs(model, mesh, config.reduction, seed=0, new_tokens=search.max_new_tokens, stop_token=0)
     program = programs.layers_program if search.objective == "teacher_forced" else programs.generate_program

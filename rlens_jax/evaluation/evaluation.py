@@ -36,7 +36,7 @@ class EvaluationConfig:
         md5: MD5 sums of TSV files that are not the published ones, by dataset.
         max_new_tokens: maximum length of an answer.
         batch_size: prompts per batch of a work group.
-        dtype: type of weights and computation.
+        dtype: type of weights and computation; None means bfloat16 on an accelerator and float32 on a CPU.
         chunk: tokens of a prompt per FFN call; None chooses by size.
         model_shards: devices that share a copy of the model.
         seed: seed of random probes and the bootstrap.
@@ -57,7 +57,7 @@ class EvaluationConfig:
     md5: Mapping[str, str] = field(default_factory=dict)
     max_new_tokens: int = 512
     batch_size: int = 8
-    dtype: str = "float32"
+    dtype: str | None = None
     chunk: int | None = None
     model_shards: int = 1
     seed: int = 0

@@ -5,6 +5,7 @@ questions alone, and a batch is computed completely or not at all. So a resumed 
 shapes, as one that was never interrupted.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from rlens_jax.console import Progress, say
 from rlens_jax.engine.batches import FILLER
+from rlens_jax.engine.choices import automatic_dtype
 from rlens_jax.engine.deployed_model import DeployedModel, load
 from rlens_jax.engine.inputs import Batch, Split
 from rlens_jax.engine.session import ModelFolder
@@ -55,6 +57,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
         UserError: bad input of any kind; among them a folder that belongs to another model, plan or data.
     """
     start_jax()
+    config = dataclasses.replace(config, dtype=config.dtype or automatic_dtype(jax.default_backend()))
     # Checks that need no weights come first.
     folder = ModelFolder.find(config.model)
     config.plan.validate(folder.kind.config.decoder.num_layers)

@@ -4,11 +4,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import jax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from rlens_jax.config import RunConfig
+from rlens_jax.engine.choices import with_dtype
 from rlens_jax.engine.scoring import Scoring
 from rlens_jax.engine.session import ModelFolder, Session, encode_splits, load
 from rlens_jax.engine.sizes import memory_explained
@@ -64,6 +66,7 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
     """
     output, processes = Path(config.output), Processes()
     start(config.compute, output, processes)
+    config = with_dtype(config, jax.default_backend())
     folder = ModelFolder.find(config.model)
     # A ranking that cannot be used leaves no run folder behind.
     orders = {} if ranking is None else read_orders(ranking, folder.weights_hash)

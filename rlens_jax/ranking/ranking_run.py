@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 
 from rlens_jax.config import RunConfig
+from rlens_jax.engine.choices import with_dtype
 from rlens_jax.engine.evaluator import Evaluator
 from rlens_jax.engine.generating import Generating, generated_texts
 from rlens_jax.engine.inputs import build_split
@@ -64,6 +65,7 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
     output, search, report = Path(config.output), config.search, config.report
     forced = search.objective == "teacher_forced"
     compilations = start(config.compute, output, processes)
+    config = with_dtype(config, jax.default_backend())
     processes.check_same(config.portable() | {"output": config.output})
     folder = processes.agreed(lambda: ModelFolder.find(config.model))
     with Session.open(folder, config, processes, restart=restart) as session, memory_explained(config.compute):

@@ -122,7 +122,7 @@ def test_all_agree_or_all_report_why(tmp_path):
     assert refused[0][:4] == refused[1][:4]
     seed, config, missing, everywhere, *_ = refused[0]
     assert seed.endswith("different configurations: search.penalty is 3.0 on process 0, 2.0 on process 1")
-    assert "compute.batch_size is 16 on process 0, 3 on process 1" in config
+    assert "compute.batch_size is 0 on process 0, 3 on process 1" in config
     assert "search.penalty" in config and "output" not in config and "hosts" not in config
     assert missing == f"process 1 of 2, host {socket.gethostname()}: {there}: no such folder"
     assert everywhere == "bad everywhere"
