@@ -7,11 +7,15 @@ import textwrap
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rlens_jax.checkpoints.checkpoint import find_model, read_model_kind
+from rlens_jax.data.images import load_images
 from rlens_jax.data.pages import VOCABULARY
 from rlens_jax.demo.demo_model import SPECIAL_TOKENS, TOKENS, special_ids, write_processor
+from tests.families.odd_images import as_opened, odd_images, sample_of
 
 CHAT = [
     {"role": "system", "content": "the page"},
@@ -51,6 +55,18 @@ def test_every_token_is_itself_and_nothing_else(tokenizer: PreTrainedTokenizerBa
     for index, token in enumerate(TOKENS):
         assert tokenizer(token)["input_ids"] == [index]
     assert tokenizer("digit zebra")["input_ids"] == [TOKENS.index("digit"), special_ids()["<unk>"]]
+
+
+def test_odd_images_give_the_pixels_of_transformers():
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    folder = find_model("embedded")
+    preparer = read_model_kind(folder).preparer(folder, (1 << 14,))
+    processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    for name, data in odd_images().items():
+        (image,) = preparer.images(load_images(sample_of(data), preparer.transparency), name)
+        expected = processor(images=[as_opened(data)], return_tensors="np")["pixel_values"]
+        np.testing.assert_array_equal(image.arrays[0][: len(expected)], expected, err_msg=name)
 
 
 def test_special_ids(tokenizer: PreTrainedTokenizerBase):

@@ -1,5 +1,6 @@
 """InternVL's images and prompts, and what its config.json and folder must not ask for."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from rlens_jax.checkpoints.checkpoint import load_model, read_model_kind
+from rlens_jax.data.images import load_images
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
 from rlens_jax.families.hf_files import ConfigReader, read_qwen2_decoder
@@ -32,6 +35,7 @@ from tests.families.internvl import (
     save_tokenizer,
     tiny_internvl,
 )
+from tests.families.odd_images import as_opened, odd_images, sample_of
 from tests.numerics import assert_close
 from tests.torch_support import save_tiny
 
@@ -234,6 +238,25 @@ def test_older_template_of_the_hf_layout(hf, tmp_path):
     (folder / "chat_template.jinja").write_text(HF_TEMPLATE.replace("<IMG_CONTEXT>", "<image>"))
     ours = preparer(folder).prompt(sample("Why?"), tiles(1), None)
     np.testing.assert_array_equal(ours.token_ids, preparer(hf).prompt(sample("Why?"), tiles(1), None).token_ids)
+
+
+def test_odd_images_give_the_pixels_of_transformers(hf):
+    processor, prepare = GotOcr2ImageProcessorPil.from_pretrained(hf), preparer(hf)
+    for name, data in odd_images().items():
+        (image,) = prepare.images(load_images(sample_of(data), prepare.transparency), name)
+        expected = processor(images=[as_opened(data)], crop_to_patches=True, return_tensors="np")["pixel_values"]
+        np.testing.assert_array_equal(image.arrays[0][: len(expected)], patches_of(expected), err_msg=name)
+
+
+def test_transparency_is_dropped_in_the_native_layout(native):
+    """As OpenGVLab's load_image: Image.open(file).convert("RGB")."""
+    prepare = preparer(native)
+    for name, data in odd_images().items():
+        if name.startswith(("RGBA", "LA", "P with")):
+            (image,) = prepare.images(load_images(sample_of(data), prepare.transparency), name)
+            plain = Image.open(io.BytesIO(data)).convert("RGBA").convert("RGB")
+            expected = patches_of(cut_tiles(plain, TILE, NATIVE))
+            np.testing.assert_array_equal(image.arrays[0][: len(expected)], expected, err_msg=name)
 
 
 @pytest.mark.parametrize("layout", ["native", "hf"])

@@ -16,13 +16,14 @@ from tokenizers.pre_tokenizers import Sequence, Split
 from transformers import AutoTokenizer
 
 from rlens_jax.checkpoints.checkpoint import load_model
+from rlens_jax.data.images import load_images
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.inputs import build_split
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.sizes import Shapes
 from rlens_jax.errors import UserError
-from rlens_jax.families.llava_onevision.preparer import LlavaOnevisionPreparer
+from rlens_jax.families.llava_onevision.preparer import LlavaOnevisionPreparer, cut_patches
 from rlens_jax.models.prompt import Grid as Size
 from rlens_jax.models.prompt import ImageTokens
 from rlens_jax.plan import Reduction
@@ -38,6 +39,7 @@ from tests.families.llava_onevision import (
     picture,
     tiny_llava,
 )
+from tests.families.odd_images import as_opened, odd_images, sample_of
 from tests.numerics import assert_close
 from tests.torch_support import save_tiny
 
@@ -106,6 +108,14 @@ def png(image: Image.Image) -> bytes:
 def make_sample(number: int, sizes: list[Size], question: str = "what is this") -> Sample:
     images = tuple(png(picture(10 * number + i, size)) for i, size in enumerate(sizes))
     return Sample(f"s{number}", "d", images, question, ("a page",), marked="<image>" in question)
+
+
+def test_odd_images_give_the_pixels_of_transformers(preparer):
+    for name, data in odd_images().items():
+        (image,) = preparer.images(load_images(sample_of(data), preparer.transparency), name)
+        (views,) = image_processor()(images=[[as_opened(data)]], return_tensors="np")["pixel_values"]
+        expected = cut_patches(views, VIEW // SIDE)
+        np.testing.assert_array_equal(image.arrays[0][: len(expected)], expected, err_msg=name)
 
 
 SAMPLES = {
