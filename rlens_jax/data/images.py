@@ -143,6 +143,14 @@ def image_hash(source: bytes | Path, sample_id: str) -> bytes:
     return digest.digest()
 
 
+def image_size(source: bytes | Path, sample_id: str) -> int:
+    """Bytes of an encoded image file. UserError, naming `sample_id`, if there is no such file."""
+    try:
+        return len(source) if isinstance(source, bytes) else source.stat().st_size
+    except (OSError, ValueError) as error:
+        raise UserError(f"{sample_id}: image: cannot read {shortened(str(source))} ({error})") from None
+
+
 @contextmanager
 def _opened(source: bytes | Path, what: str) -> Iterator[Image.Image]:
     """An opened image, of which only the header has been read."""

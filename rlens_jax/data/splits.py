@@ -10,6 +10,8 @@ import numpy as np
 from rlens_jax.config import DataConfig
 from rlens_jax.data.benchmarks.catalogue import Instance, Turn
 from rlens_jax.data.benchmarks.mixture import mixture_samples
+from rlens_jax.data.components import components
+from rlens_jax.data.images import image_hash, image_size
 from rlens_jax.data.jsonl import read_jsonl
 from rlens_jax.data.pages import DATASETS
 from rlens_jax.data.pages_tfds import read_pages
@@ -51,40 +53,73 @@ def load_splits(data: DataConfig, prompt: Callable[[Instance], Turn], *, seed: i
 
 
 def split_samples(samples: Sequence[Sample], data: DataConfig, seed: int) -> Splits:
-    """Split by images, so that the search sees no held-out image. UserError if a dataset has only one image."""
+    """Split by the contents of image files, so that the search sees no held-out image under whatever name or in whatever dataset.
+
+    Contents are equal if the files are, byte by byte: that is exact and cheap, and it finds copies and links. A picture that was
+    encoded again is another image. Samples that share an image, directly or through others, stay together.
+
+    Raises:
+        UserError: an image cannot be read, or a dataset has too few images that are its own.
+    """
     rng = np.random.default_rng(seed)
+    contents = _contents(samples)
+    groups: dict[str, dict[int, list[Sample]]] = defaultdict(lambda: defaultdict(list))
+    numbers = components([contents[image] for image in sample.images] for sample in samples)
+    for sample, group in zip(samples, numbers, strict=True):
+        groups[sample.dataset][group].append(sample)
+    orders = {name: [list(members)[place] for place in rng.permutation(len(members))] for name, members in groups.items()}
+    held_out = _held_out(orders, data)
     splits: dict[str, list[Sample]] = {"validation": [], "test": []}
-    for dataset in dict.fromkeys(sample.dataset for sample in samples):
-        by_images: dict[tuple[bytes | Path, ...], list[Sample]] = defaultdict(list)
-        for sample in samples:
-            if sample.dataset == dataset:
-                by_images[sample.images].append(sample)
-        groups = list(by_images.values())
-        order = rng.permutation(len(groups))
-        num_test = min(max(1, round(data.held_out_share * len(groups))), len(groups) - 1)
-        if num_test < 1:
-            raise UserError(f"{data.source}: dataset {dataset!r} has one image; the search and the curves need one each")
-        drawn = {"test": order[:num_test], "validation": order[num_test:]}
+    for name, order in orders.items():
         for split, limit in (("validation", data.validation_samples), ("test", data.test_samples)):
-            splits[split] += [sample for group in drawn[split] for sample in groups[group]][:limit]
+            chosen = [group for group in order if (group in held_out) == (split == "test")]
+            splits[split] += [sample for group in chosen for sample in groups[name][group]][:limit]
     return splits
 
 
+def _held_out(orders: Mapping[str, Sequence[int]], data: DataConfig) -> set[int]:
+    """The groups to hold out: the first ones of each dataset's order, as far as another dataset did not decide already.
+
+    Datasets with few groups choose first, since they have least choice.
+    """
+    decided: dict[int, bool] = {}
+    for name in sorted(orders, key=lambda name: len(orders[name])):
+        order = orders[name]
+        if len(order) < 2:
+            raise UserError(f"{data.source}: dataset {name!r} has one image; the search and the curves need one each")
+        shared = [decided[group] for group in order if group in decided]
+        free = [group for group in order if group not in decided]
+        least, most = int(not any(shared)), len(free) - all(shared)
+        if least > most:
+            raise UserError(
+                f"{data.source}: dataset {name!r} shares too many images with others to be split; leave one of them out"
+            )
+        wanted = min(max(1, round(data.held_out_share * len(order))), len(order) - 1) - sum(shared)
+        decided |= {group: place < min(max(wanted, least), most) for place, group in enumerate(free)}
+    return {group for group, held_out in decided.items() if held_out}
+
+
+def _contents(samples: Sequence[Sample]) -> dict[bytes | Path, int | bytes]:
+    """What is equal for equal contents, by image: the size of a file if no other has it, else its hash."""
+    by_size: dict[int, dict[bytes | Path, Sample]] = defaultdict(dict)
+    for sample in samples:
+        for image in sample.images:
+            by_size[image_size(image, sample.id)][image] = sample
+    return {
+        image: size if len(members) == 1 else image_hash(image, sample.id)
+        for size, members in by_size.items()
+        for image, sample in members.items()
+    }
+
+
 def samples_hash(splits: Splits) -> str:
-    """SHA-256, in hex, of all texts and images of the samples of all splits."""
+    """SHA-256, in hex, of all that is in the samples of all splits."""
     digest = hashlib.sha256()
     for split, samples in splits.items():
         for sample in samples:
-            for text in (split, sample.id, sample.dataset, sample.question, *sample.answers):
+            how = f"marked={sample.marked}, as_stored={sample.as_stored}"
+            for text in (split, sample.id, sample.dataset, sample.question, *sample.answers, how):
                 digest.update(f"{len(text)}:{text}".encode())
             for image in sample.images:
-                content = image if isinstance(image, bytes) else _read(image, sample.id)
-                digest.update(hashlib.sha256(content).digest())
+                digest.update(image_hash(image, sample.id))
     return digest.hexdigest()
-
-
-def _read(image: Path, sample_id: str) -> bytes:
-    try:
-        return image.read_bytes()
-    except OSError as error:
-        raise UserError(f"{sample_id}: image {image} cannot be read ({error.strerror})") from None

@@ -1,6 +1,7 @@
 """Splits: by image, within their limits, the same for the same seed; and the hash of all texts and images."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +38,44 @@ def test_no_image_is_on_both_sides() -> None:
     assert len(parts["test"]) + len(parts["validation"]) == len(both)
 
 
+def test_a_picture_of_several_names_or_datasets_is_on_one_side(tmp_path: Path) -> None:
+    """Copies, links, roundabout paths, rows with several images, and two datasets about the same pictures."""
+    for number in range(6):
+        (tmp_path / f"{number}.png").write_bytes(b"picture %d" % number)
+        (tmp_path / f"copy{number}.png").write_bytes(b"picture %d" % number)
+        (tmp_path / f"link{number}.png").symlink_to(f"{number}.png")
+    (tmp_path / "sub").mkdir()
+    names = ("{}.png", "copy{}.png", "link{}.png", "./{}.png", "sub/../{}.png")
+    members = [
+        Sample(f"{dataset}{number}{name}", dataset, (tmp_path / name.format(number),), "q", ("a",))
+        for dataset in ("x", "y")
+        for number in range(6)
+        for name in names
+    ]
+    pair = Sample("pair", "y", (tmp_path / "copy0.png", tmp_path / "sub/../1.png"), "q", ("a",))
+    for seed in range(20):
+        parts = split([*members, pair], seed=seed)
+        seen = {name: {path.read_bytes() for s in chosen for path in s.images} for name, chosen in parts.items()}
+        assert not seen["validation"] & seen["test"]
+        assert sum(map(len, parts.values())) == len(members) + 1
+        for name in parts:
+            assert {sample.dataset for sample in parts[name]} == {"x", "y"}
+
+
+def test_datasets_with_little_choice_choose_first() -> None:
+    """The images of `small` are also in `large`: whatever is drawn, each has both splits."""
+    large = samples("x", 9, 1)
+    small = [replace(sample, id=f"small {sample.id}", dataset="small") for sample in large[:2]]
+    for seed in range(20):
+        parts = split([*large, *small], seed=seed)
+        for chosen in parts.values():
+            assert {sample.dataset for sample in chosen} == {"x", "small"}
+    pairs = {"a": (0, 1), "b": (1, 2), "c": (0, 2)}
+    triangle = [replace(large[i], id=f"{name}{i}", dataset=name) for name, pair in pairs.items() for i in pair]
+    with pytest.raises(UserError, match="f: dataset 'c' shares too many images with others to be split"):
+        split(triangle)
+
+
 def test_limits_are_per_dataset_and_the_seed_decides() -> None:
     members = [*samples("x", 10, 3), *samples("y", 7, 2)]
     parts = split(members, validation_samples=4, test_samples=3)
@@ -60,7 +99,16 @@ def test_a_source_of_no_known_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"id": "other"}, {"dataset": "y"}, {"images": (b"other",)}, {"question": "other"}, {"answers": ("a", "b")}]
+    "change",
+    [
+        {"id": "other"},
+        {"dataset": "y"},
+        {"images": (b"other",)},
+        {"question": "other"},
+        {"answers": ("a", "b")},
+        {"marked": True},
+        {"as_stored": True},
+    ],
 )
 def test_the_hash_sees_every_field(change: dict[str, object]) -> None:
     members = samples("x", 2, 1)

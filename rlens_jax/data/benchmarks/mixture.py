@@ -32,6 +32,7 @@ from rlens_jax.console import ArgumentParser, run_command, say
 from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Instance, Turn, find_benchmark, instance, named_sum
 from rlens_jax.data.benchmarks.tfds_builder import read_benchmark, read_table
 from rlens_jax.data.benchmarks.tsv import TsvTable
+from rlens_jax.data.images import image_hash
 from rlens_jax.data.samples import Sample, normalised
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import json_text, read_json, replace_file
@@ -58,7 +59,7 @@ def draw(tables: Mapping[str, TsvTable], *, instances: int, held_out: int, seed:
 
     Every benchmark gives the same number of instances, but at most half of its own to each split. Strata are drawn in
     proportion to their size and groups (`Instance.group`) as a whole, so a number may be off by about half a group per
-    stratum. No held-out instance shares an image with a validation instance.
+    stratum. No held-out instance shares an image with a validation instance, of whatever benchmark.
 
     Raises:
         UserError: a row is wrong for its benchmark, there are fewer instances than datasets, or no instance can be held out.
@@ -66,23 +67,24 @@ def draw(tables: Mapping[str, TsvTable], *, instances: int, held_out: int, seed:
     for name, number in (("instances", instances), ("held-out instances", held_out)):
         if number < len(tables):
             raise UserError(f"{number} {name} for {len(tables)} datasets: each dataset needs at least one")
+    rngs = {name: np.random.default_rng([seed, list(BENCHMARKS).index(name)]) for name in tables}
+    items = {name: [instance(BENCHMARKS[name], table, row) for row in table.rows] for name, table in tables.items()}
+    images = {name: {row.index: set(row.image_hashes) for row in table.rows} for name, table in tables.items()}
     splits: dict[str, dict[str, list[str]]] = {name: {} for name in SPLITS}
-    for name, table in tables.items():
-        rng = np.random.default_rng([seed, list(BENCHMARKS).index(name)])
-        rows = {row.index: row for row in table.rows}
-        items = [instance(BENCHMARKS[name], table, row) for row in table.rows]
-        counts = (round(total / len(tables)) for total in (instances, held_out))
-        seen: set[bytes] = set()
-        for split, count in zip(SPLITS, counts, strict=True):
+    seen: set[bytes] = set()
+    for split, total in zip(SPLITS, (instances, held_out), strict=True):
+        taken: set[bytes] = set()
+        for name, table in tables.items():
             groups: dict[tuple[str, ...], list[Instance]] = defaultdict(list)
-            for item in items:
+            for item in items[name]:
                 groups[item.group].append(item)
-            free = [group for group in groups.values() if not any(rows[item.index].image_hash in seen for item in group)]
-            drawn = _stratified(free, min(count, len(items) // 2), rng)
+            free = [group for group in groups.values() if not any(images[name][item.index] & seen for item in group)]
+            drawn = _stratified(free, min(round(total / len(tables)), len(items[name]) // 2), rngs[name])
             if not drawn:
                 raise UserError(f"{table.path}: too few rows: none are left for the {split} instances")
-            splits[split][name] = [item.index for item in items if item.index in drawn]
-            seen = {rows[index].image_hash for index in drawn}
+            splits[split][name] = [item.index for item in items[name] if item.index in drawn]
+            taken.update(*(images[name][index] for index in drawn))
+        seen = taken
     return Mixture(seed, {name: table.md5 for name, table in tables.items()}, **splits)
 
 
@@ -176,7 +178,8 @@ def mixture_samples(path: Path, folder: Path, data_dir: Path, prompt: Callable[[
         prompt: makes the user's turn of a question, as the family of the model does.
 
     Raises:
-        UserError: the mixture or a TSV file is wrong, an index does not exist, or an instance has no answer.
+        UserError: the mixture or a TSV file is wrong, an index does not exist, an instance has no answer, or an image is in both
+            splits.
     """
     mixture = read_mixture(path)
     samples: dict[str, list[Sample]] = {split: [] for split in SPLITS}
@@ -188,6 +191,13 @@ def mixture_samples(path: Path, folder: Path, data_dir: Path, prompt: Callable[[
                 if index not in place:
                     raise UserError(f"{path}: field {split!r}: {dataset} has no row with index {index!r} and an image")
                 samples[split].append(to_sample(source[place[index]], prompt))
+    first = {image_hash(image, sample.id): sample.id for sample in samples["validation"] for image in sample.images}
+    for sample in samples["test"]:
+        for image in sample.images:
+            if (known := first.get(image_hash(image, sample.id))) is not None:
+                raise UserError(
+                    f"{path}: {known} (validation) and {sample.id} (test) have the same image; draw the mixture again"
+                )
     return samples
 
 

@@ -51,7 +51,7 @@ class TsvRow:
         cells: text per column, of the requested columns that the file has.
         image_offset: offset in bytes of the row that contains this row's image.
         image_bytes: length of the image's text.
-        image_hash: equal for rows with the same image.
+        image_hashes: one per image, equal for files of equal content.
     """
 
     number: int
@@ -59,7 +59,7 @@ class TsvRow:
     cells: Mapping[str, str]
     image_offset: int
     image_bytes: int
-    image_hash: bytes
+    image_hashes: tuple[bytes, ...]
 
     def value(self, column: str) -> str | None:
         """The text of a cell; None if pandas reads it as missing or the file lacks the column."""
@@ -87,14 +87,10 @@ class TsvTable:
         with _opened(self.path) as file:
             file.seek(row.image_offset)
             _, fields = next(_rows(_Lines(file, self.path), self.path))
-        text = fields[place]
-        items = parse_list(text, where) if text.startswith("[") and text.endswith("]") else [text]
-        if not items:
-            raise UserError(f"{where}: an empty list of images")
-        return tuple(
-            _image(item, where if len(items) == 1 else f"{where}: image {number} of {len(items)}")
-            for number, item in enumerate(items, 1)
-        )
+        images = _decoded(fields[place], where)
+        for number, content in enumerate(images, 1):
+            check_image(content, where if len(images) == 1 else f"{where}: image {number} of {len(images)}")
+        return images
 
 
 def scan(
@@ -136,10 +132,13 @@ def scan(
             cells = {name: fields[place] for name, place in kept.items()}
             if index in rows:
                 raise UserError(f"{_where(path, number, index, 'index')}: row {rows[index].number} has this index already")
+            hashes: tuple[bytes, ...] = ()
             if len(image) <= REFERENCE_CHARS:
                 references[index] = image
-            image_hash = hashlib.blake2b(image.encode(), digest_size=16).digest()
-            rows[index] = TsvRow(number, index, cells, offset, len(image), image_hash)
+            else:
+                contents = _decoded(image, _where(path, number, index, "image"))
+                hashes = tuple(hashlib.blake2b(content, digest_size=16).digest() for content in contents)
+            rows[index] = TsvRow(number, index, cells, offset, len(image), hashes)
     if not rows:
         raise UserError(f"{path}: no row has an image")
     return TsvTable(path, digest.hexdigest(), _resolved(rows, references, path), header)
@@ -247,14 +246,20 @@ def _resolved(rows: Mapping[str, TsvRow], references: Mapping[str, str], path: P
     return resolved
 
 
-def _image(text: str, where: str) -> bytes:
-    try:
-        # MIME encoders insert line breaks. Anything else is damage, which b64decode would ignore by default.
-        content = base64.b64decode(text.strip().replace("\r", "").replace("\n", ""), validate=True)
-    except ValueError as error:
-        raise UserError(f"{where}: not base64: {error}") from None
-    check_image(content, where)
-    return content
+def _decoded(cell: str, where: str) -> tuple[bytes, ...]:
+    """The files in a cell that is no reference. UserError, beginning with `where`, if it is neither base64 nor a list of it."""
+    items = parse_list(cell, where) if cell.startswith("[") and cell.endswith("]") else [cell]
+    if not items:
+        raise UserError(f"{where}: an empty list of images")
+    contents = []
+    for number, item in enumerate(items, 1):
+        try:
+            # MIME encoders insert line breaks. Anything else is damage, which b64decode would ignore by default.
+            contents.append(base64.b64decode(item.strip().replace("\r", "").replace("\n", ""), validate=True))
+        except ValueError as error:
+            place = "" if len(items) == 1 else f": image {number} of {len(items)}"
+            raise UserError(f"{where}{place}: not base64: {error}") from None
+    return tuple(contents)
 
 
 def _where(path: Path, number: int, index: str, field: str) -> str:

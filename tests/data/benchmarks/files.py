@@ -38,15 +38,15 @@ def md5_of(path: Path) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
-def benchmark_rows(dataset: str, images: int, questions: int = 2) -> list[dict[str, object]]:
-    """`questions` about each of `images` images, the later ones by reference."""
+def benchmark_rows(dataset: str, images: int, questions: int = 2, first: int = 0) -> list[dict[str, object]]:
+    """`questions` about each of `images` images, the later ones by reference; `first` is the number of the first picture."""
     rows: list[dict[str, object]] = []
     for number in range(images * questions):
         image, question = divmod(number, questions)
         row: dict[str, object] = {
             "index": str(number),
             "question": f"Question {number}?",
-            "image": str(number - question) if question else encoded(picture(image)),
+            "image": str(number - question) if question else encoded(picture(first + image)),
         }
         benchmark = BENCHMARKS[dataset]
         if benchmark.answers != "none":

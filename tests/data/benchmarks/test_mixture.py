@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rlens_jax.config import DataConfig
-from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Instance, instance
+from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Instance, Turn, instance
 from rlens_jax.data.benchmarks.mixture import (
     DATASETS,
     Mixture,
@@ -26,7 +26,7 @@ from rlens_jax.data.benchmarks.mixture import (
 from rlens_jax.data.benchmarks.tsv import TsvTable, scan
 from rlens_jax.data.splits import load_splits
 from rlens_jax.errors import UserError
-from tests.data.benchmarks.files import benchmark_rows, md5_of, picture, write_tsv
+from tests.data.benchmarks.files import benchmark_rows, encoded, md5_of, picture, write_tsv
 from tests.families.published import kind_of
 
 IMAGES = {"OCRBench": 30, "MME": 24, "HallusionBench": 24}
@@ -37,8 +37,8 @@ SUMS = {"validation": {"MME": ["0", "1"]}, "test": {"MME": ["2", "3"]}}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All eight benchmarks, of at least 36 questions each."""
     folder = tmp_path_factory.mktemp("tsv")
-    for name in DATASETS:
-        write_tsv(folder / f"{name}.tsv", benchmark_rows(name, IMAGES.get(name, 18)))
+    for place, name in enumerate(DATASETS):
+        write_tsv(folder / f"{name}.tsv", benchmark_rows(name, IMAGES.get(name, 18), first=100 * place))
     return folder
 
 
@@ -72,10 +72,41 @@ def test_numbers(mixture: Mixture) -> None:
 
 
 def test_splits_share_neither_questions_nor_images(mixture: Mixture, tables: dict[str, TsvTable]) -> None:
-    for name, table in tables.items():
-        images = {row.index: row.image_hash for row in table.rows}
-        sides = [{images[index] for index in split[name]} for split in (mixture.validation, mixture.test)]
-        assert not sides[0] & sides[1]
+    assert not shared_images(mixture, tables)
+
+
+def shared_images(mixture: Mixture, tables: dict[str, TsvTable]) -> set[bytes]:
+    """Hashes of the images in both splits."""
+    images = {(name, row.index): row.image_hashes for name, table in tables.items() for row in table.rows}
+    validation, test = (
+        {image for name, indices in split.items() for index in indices for image in images[name, index]}
+        for split in (mixture.validation, mixture.test)
+    )
+    return validation & test
+
+
+def test_an_image_of_two_benchmarks_is_in_one_split(tmp_path: Path) -> None:
+    """Also one of several images, and in base64 with and without line ends."""
+    names, tables = ("DocVQA_VAL", "TextVQA_VAL"), {}
+    for name in names:
+        rows = benchmark_rows(name, images=12)
+        for number, item in enumerate(rows):
+            if name == "TextVQA_VAL" and number % 2 == 0:
+                text = str(item["image"])
+                item["image"] = str([text, encoded(picture(1000 + number))]) if number % 4 else f"{text[:76]}\n{text[76:]}\n"
+        path = write_tsv(tmp_path / f"{name}.tsv", rows)
+        tables[name] = scan(path, BENCHMARKS[name].needed, BENCHMARKS[name].optional)
+    for seed in range(8):
+        mixture = draw(tables, instances=8, held_out=16, seed=seed)
+        assert not shared_images(mixture, tables)
+        path = tmp_path / f"{seed}.json"
+        write_mixture(replace(mixture, md5={name: table.md5 for name, table in tables.items()}), path)
+        samples = mixture_samples(path, tmp_path, tmp_path / "cache", lambda item: Turn(item.question))
+        assert all(sample.as_stored for members in samples.values() for sample in members)
+    same = {"validation": {names[0]: ["0"], names[1]: ["8"]}, "test": {names[0]: ["2"], names[1]: ["1"]}}
+    write_mixture(replace(mixture, **same), path)
+    with pytest.raises(UserError, match=r"DocVQA_VAL/0 \(validation\) and TextVQA_VAL/1 \(test\) have the same image; draw"):
+        mixture_samples(path, tmp_path, tmp_path / "cache", lambda item: Turn(item.question))
 
 
 def test_groups_are_whole(mixture: Mixture, tables: dict[str, TsvTable]) -> None:
