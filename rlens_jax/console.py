@@ -4,7 +4,6 @@ Progress and messages go to stderr, so that stdout holds only a command's result
 """
 
 import argparse
-import os
 import signal
 import sys
 import threading
@@ -15,13 +14,16 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from rlens_jax.errors import UserError, suggest
+from rlens_jax.errors import UserError, printable, suggest
+from rlens_jax.files import shortened
+from rlens_jax.quiet import quiet_libraries
 
 RESUMABLE = "interrupted; what is finished is kept, and the same command goes on from there"
 
 SECONDS_BETWEEN_LINES = 5.0
 """Of progress, if stderr is not a terminal."""
 
+_LONGEST_LINE = 1500
 BAD_INPUT, INTERRUPTED, STOPPED = 2, 130, 143
 """Exit codes: bad input, Ctrl-C, SIGTERM; the latter two as shells count a signal (128 + its number)."""
 
@@ -43,20 +45,42 @@ def run_command(
         interrupted: the line printed after Ctrl-C and SIGTERM.
         argv: the arguments; by default those of the process.
     """
-    # XLA's C++ logs would hide the one line that matters.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        main(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-    except (KeyboardInterrupt, StopRequested) as stop:
-        print(f"\n{interrupted}", file=sys.stderr)
-        sys.exit(STOPPED if isinstance(stop, StopRequested) else INTERRUPTED)
+        with quiet_libraries():
+            sys.exit(_exit_code(main, sys.argv[1:] if argv is None else argv, interrupted))
     finally:
         signal.signal(signal.SIGTERM, before)
-    sys.exit(0)
+
+
+def _exit_code(main: Callable[[Sequence[str]], None], argv: Sequence[str], interrupted: str) -> int:
+    try:
+        check_arguments(argv)
+        main(argv)
+    except UserError as error:
+        print(f"error: {_for_terminal(str(error))}", file=sys.stderr)
+        return BAD_INPUT
+    except (KeyboardInterrupt, StopRequested) as stop:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return STOPPED if isinstance(stop, StopRequested) else INTERRUPTED
+    return 0
+
+
+def check_arguments(argv: Sequence[str]) -> None:
+    """Raise UserError for an argument that is not UTF-8 text; Python keeps such bytes as lone surrogates."""
+    for number, argument in enumerate(argv, 1):
+        if any("\ud800" <= char <= "\udfff" for char in argument):
+            raise UserError(f"argument {number} is not UTF-8 text: {argument}")
+
+
+def _for_terminal(text: str) -> str:
+    """A message with foreign text escaped and overlong lines cut."""
+    return "\n".join(shortened(line, _LONGEST_LINE) for line in printable(text).split("\n"))
+
+
+def show(text: str) -> None:
+    """Print the result of a command to stdout, with foreign text escaped."""
+    print(printable(text))
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -108,14 +132,14 @@ def mute() -> None:
 def say(line: str) -> None:
     """Print a line to the terminal, above the progress bar if there is one."""
     if not _muted.is_set():
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(_for_terminal(line), file=sys.stderr)
 
 
 class Progress:
     """Context manager that shows progress: a bar if stderr is a terminal, else a line every `SECONDS_BETWEEN_LINES`."""
 
     def __init__(self, label: str, total: int, unit: str):
-        self._label, self._total, self._unit = label, total, unit
+        self._label, self._total, self._unit = printable(label), total, unit
         self._before = self._done = 0
         self._stream = sys.stderr
         self._bar: tqdm[NoReturn] | None = None

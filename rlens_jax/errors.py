@@ -1,6 +1,7 @@
-"""The error type for bad input, and suggestions for unknown names."""
+"""The error type for bad input, suggestions for unknown names, and foreign text made fit for a terminal."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -9,6 +10,15 @@ class UserError(Exception):
 
     Commands print the line to stderr and end with exit code 2, without a traceback.
     """
+
+
+def printable(text: str) -> str:
+    """The text with control characters, invisible format characters and lone surrogates escaped; line ends and tabs stay."""
+    return "".join(char.encode("unicode_escape").decode() if _is_hidden(char) else char for char in text)
+
+
+def _is_hidden(char: str) -> bool:
+    return char not in "\n\t" and unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:

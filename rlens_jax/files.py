@@ -169,11 +169,9 @@ def _check_nesting_and_strings(value: Any, where: Path | str) -> None:
     raise UserError(f"{where}: not valid JSON: too deeply nested")
 
 
-def shortened(text: str) -> str:
+def shortened(text: str, longest: int = _LONGEST_MESSAGE) -> str:
     """A text for messages: the middle of a long one is left out."""
-    if len(text) <= _LONGEST_MESSAGE:
-        return text
-    return f"{text[: _LONGEST_MESSAGE // 2]} ... {text[-_LONGEST_MESSAGE // 2 :]}"
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-(longest // 2) :]}"
 
 
 def check_schema(value: Any, schema: Path, path: Path) -> None:

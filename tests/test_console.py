@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from rlens_jax.console import Progress, run_command
-from rlens_jax.errors import UserError
+from rlens_jax.console import Progress, run_command, say, show
+from rlens_jax.errors import UserError, printable
 
 
 def ended(main, capsys, argv=(), **options):
@@ -51,6 +51,105 @@ def test_the_console_and_the_configuration_start_without_jax():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert run.stdout == "False\n", run.stderr
+
+
+def test_foreign_text_is_escaped_and_long_lines_are_cut(capsys):
+    def main(argv):
+        show("answer \x1b[2J\ttab\nline 2 \u202e")
+        say("name\r\x07")
+        raise UserError("bad \ud83d name \u2028 " + "x" * 5000 + " end\n  second line")
+
+    code, out, err = ended(main, capsys)
+    assert (code, out) == (2, "answer \\x1b[2J\ttab\nline 2 \\u202e\n")
+    said, error, second = err.splitlines()
+    assert said == r"name\r\x07"
+    assert error.startswith(r"error: bad \ud83d name \u2028 xxx") and error.endswith("x end") and len(error) < 1600
+    assert second == "  second line"
+
+
+def test_printable_leaves_ordinary_text_of_all_scripts():
+    text = "Größe 図表 קובץ → 3 \N{NO-BREAK SPACE}€ 🙂"
+    assert printable(text) == text
+
+
+def test_an_argument_that_is_not_utf_8_is_one_line():
+    for command in (["-m", "rlens_jax.cost"], ["-m", "rlens_jax", "cost"], ["-m", "rlens_jax"]):
+        run = subprocess.run([sys.executable, *command, b"caf\xe9", "--visual=3"], capture_output=True)
+        assert (run.returncode, run.stdout) == (2, b"")
+        assert run.stderr.startswith(b"error: ") and run.stderr.count(b"\n") == 1
+        assert rb"caf\udce9" in run.stderr
+
+
+NOISE = """
+import logging, os, sys, warnings
+from rlens_jax.console import run_command, say
+
+def main(argv):
+    from absl import logging as absl_logging
+
+    absl_logging.warning("noise of absl")
+    logging.getLogger("PIL").warning("noise of a logger")
+    logging.getLogger("x").error("noise of a logger")
+    warnings.warn("noise of a warning")
+    os.write(2, b"noise of C\\n")
+    say("own line")
+    if argv == ["abort"]:
+        os.abort()
+    if argv == ["raise"]:
+        raise ZeroDivisionError
+
+try:
+    run_command(main)
+finally:
+    os.write(2, b"after\\n")
+"""
+
+
+def noisy(*arguments, **environment):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    return subprocess.run([sys.executable, "-c", NOISE, *arguments], capture_output=True, text=True, env=environment)
+
+
+def test_nothing_of_the_libraries_reaches_the_terminal():
+    run = noisy()
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "own line\nafter\n")
+
+
+def test_all_of_the_libraries_reaches_the_terminal_on_request():
+    assert noisy(TF_CPP_MIN_LOG_LEVEL="0").stderr.count("noise of") == 5
+
+
+def test_our_own_mistakes_and_crashes_in_c_are_told():
+    run = noisy("raise")
+    assert (run.returncode, "noise" in run.stderr) == (1, False)
+    assert "ZeroDivisionError" in run.stderr
+    run = noisy("abort")
+    assert (run.returncode, "noise" in run.stderr) == (-signal.SIGABRT, False)
+    assert "Fatal Python error: Aborted" in run.stderr and "in main" in run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compiler
+def test_libtpu_says_nothing_on_a_machine_without_a_tpu():
+    """Also transformers without PyTorch says nothing."""
+    code = """
+import sys
+sys.modules["torch"] = None
+from rlens_jax.console import run_command
+
+def main(argv):
+    import jax
+    import transformers
+
+    print(jax.devices()[0].platform)
+
+run_command(main)
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "TF_CPP_MIN_LOG_LEVEL")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout in ("cpu\n", "tpu\n", "gpu\n")
 
 
 class Clock:

@@ -62,7 +62,7 @@ def test_short_spellings_of_a_run() -> None:
         (["--dtype", "bfloat16", "--compute.dtype", "float32"], "--dtype bfloat16 and --compute.dtype float32 differ; give one"),
         (["--compute.batch_size=2", "--batch-size=4"], "--compute.batch_size 2 and --batch-size 4 differ; give one"),
         (["--data.source=a.jsonl", "--data=b.jsonl"], "--data.source a.jsonl and --data b.jsonl differ; give one"),
-        (["--dtype", "float8"], "compute.dtype must be one of float32, bfloat16, not float8"),
+        (["--dtype", "float8"], "compute.dtype must be .*, not float8"),
         (["--revision", "v1"], "embedded: only a name on the hub has a --revision"),
     ],
 )

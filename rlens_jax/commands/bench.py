@@ -10,7 +10,7 @@ is installed, PyTorch's layer with SDPA is timed too, for orientation.
 from collections.abc import Sequence
 
 from rlens_jax.commands.options import SHORT_NAME, add_json_option, add_model_argument, find_decoder, read_model
-from rlens_jax.console import ArgumentParser, run_command
+from rlens_jax.console import ArgumentParser, run_command, show
 from rlens_jax.files import json_text, replace_file
 
 DEFAULT = "qwen2-vl-2b"
@@ -31,11 +31,11 @@ def main(arguments: Sequence[str]) -> None:
 
     results = time_layer(model, decoder, options.repeats)
     for name, seconds in results["dense_seconds"].items():
-        print(f"dense, {name:<34}{seconds * 1e3:9.1f} ms")
+        show(f"dense, {name:<34}{seconds * 1e3:9.1f} ms")
     without = results["without_attention"]
-    print(f"{NO_ATTENTION:<12}{without['seconds'] * 1e3:9.1f} ms   {'':20} time saved {without['time_saved']:6.1%}")
+    show(f"{NO_ATTENTION:<12}{without['seconds'] * 1e3:9.1f} ms   {'':20} time saved {without['time_saved']:6.1%}")
     for name, case in results["cases"].items():
-        print(
+        show(
             f"{name:<12}{case['seconds'] * 1e3:9.1f} ms   FLOPs saved {case['flops_saved']:6.1%}   "
             f"time saved {case['time_saved']:6.1%}   realised {case['realised_saving']:.2f}"
         )

@@ -16,7 +16,7 @@ from rlens_jax.commands.options import (
     read_argument_or_option,
     read_model,
 )
-from rlens_jax.console import ArgumentParser, Progress, run_command, say
+from rlens_jax.console import ArgumentParser, Progress, run_command, say, show
 
 DTYPES = ("bfloat16", "float16", "float32")
 MEGABYTE = 1_000_000
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
             converted = conversion.to_orbax(source.folder, target, dtype, advance, name=source.name, revision=source.revision)
     for name, reason in converted.carried.items():
         say(f"copied, but not used by the model: {name} ({reason})")
-    print(f"{converted.folder}: {converted.num_tensors} tensors, {converted.num_bytes / 1e9:.2f} GB")
+    show(f"{converted.folder}: {converted.num_tensors} tensors, {converted.num_bytes / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

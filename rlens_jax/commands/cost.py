@@ -19,7 +19,7 @@ from rlens_jax.commands.options import (
     read_plan_options,
     required_model,
 )
-from rlens_jax.console import ArgumentParser, run_command
+from rlens_jax.console import ArgumentParser, run_command, show
 from rlens_jax.errors import UserError
 from rlens_jax.files import json_text, replace_file
 from rlens_jax.flops import prefill_summary
@@ -54,13 +54,13 @@ def main(arguments: Sequence[str]) -> None:
     summary = prefill_summary(sizes, num_layers, options.text, options.visual, plan.plan, plan.reduction, plan.pruning)
     if options.json:
         replace_file(options.json, json_text(summary).encode())
-    print(f"{model}: {num_layers} layers, {options.text} text and {options.visual} visual tokens")
-    print(f"plan: {plan.label()}")
-    print(f"{'dense':<22}{summary['dense']:12.4g} multiply-adds")
+    show(f"{model}: {num_layers} layers, {options.text} text and {options.visual} visual tokens")
+    show(f"plan: {plan.label()}")
+    show(f"{'dense':<22}{summary['dense']:12.4g} multiply-adds")
     for name in ("without_probes", "with_probes"):
         part = summary[name]
         label = f"reduced, {name.replace('_', ' ')}"
-        print(f"{label:<22}{part['reduced']:12.4g} multiply-adds, {part['share_of_dense']:.1%} of dense")
+        show(f"{label:<22}{part['reduced']:12.4g} multiply-adds, {part['share_of_dense']:.1%} of dense")
 
 
 def _pruning(options: Namespace) -> Pruning | None:

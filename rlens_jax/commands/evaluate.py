@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlens_jax.commands.options import add_model_options, add_restart_option, new_folder, read_plan_options, required_model
-from rlens_jax.console import ArgumentParser, run_command
+from rlens_jax.console import ArgumentParser, run_command, show
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
         md5=dict(named_sum(text, parser.error) for text in options.md5),
         **{name: getattr(options, name) for name in names},
     )
-    print(summary(evaluate(config)))
+    show(summary(evaluate(config)))
 
 
 if __name__ == "__main__":

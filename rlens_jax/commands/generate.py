@@ -14,7 +14,7 @@ From Python:
 from collections.abc import Sequence
 
 from rlens_jax.commands.options import add_model_options, read_plan_options, required_model
-from rlens_jax.console import ArgumentParser, run_command
+from rlens_jax.console import ArgumentParser, run_command, show
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
 
     start_jax()
     loaded = load(model, dtype=options.dtype, chunk=options.chunk, model_shards=options.model_shards, seed=options.seed)
-    print(loaded.generate(options.image, options.prompt, plan, max_new_tokens=options.max_new_tokens, marks=options.marks))
+    show(loaded.generate(options.image, options.prompt, plan, max_new_tokens=options.max_new_tokens, marks=options.marks))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlens_jax.commands.options import RunParser, add_restart_option, new_file
-from rlens_jax.console import run_command
+from rlens_jax.console import run_command, show
 from rlens_jax.dry_run.process import Job, run_job
 from rlens_jax.dry_run.topology import find_slice
 from rlens_jax.files import replace_file
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
         text, document = run_job(Job(config, target, options.all_buckets))
         if options.json is not None:
             replace_file(options.json, document.encode())
-        print(text)
+        show(text)
         return
     if options.json is not None or options.all_buckets:
         parser.error(f"{'--json' if options.json else '--all-buckets'} needs --dry-run TOPOLOGY")
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     with joined(config.hosts) as processes:
         results = rank(config, processes, restart=options.restart)
         if processes.leads:
-            print(summary(results, Path(config.output)))
+            show(summary(results, Path(config.output)))
 
 
 if __name__ == "__main__":

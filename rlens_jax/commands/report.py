@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlens_jax.commands.options import new_file, new_folder
-from rlens_jax.console import ArgumentParser, run_command
+from rlens_jax.console import ArgumentParser, run_command, show
 from rlens_jax.files import replace_file
 from rlens_jax.reporting.report_page import report_html
 from rlens_jax.reporting.run_files import read_run
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     page = report_html([read_run(folder) for folder in folders])
     output = options.output or (folders[0] if len(folders) == 1 else Path()) / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
-    print(replace_file(output, page.encode()))
+    show(str(replace_file(output, page.encode())))
 
 
 def _report_file(text: str) -> Path:

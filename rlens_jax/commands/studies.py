@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rlens_jax.commands.options import RunParser, add_restart_option
 from rlens_jax.config import RunConfig
-from rlens_jax.console import run_command
+from rlens_jax.console import run_command, show
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.hosts.cluster import is_distributed
 from rlens_jax.paper_studies.study import STUDY_NAMES
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     from rlens_jax.paper_studies.studies_run import run_studies
     from rlens_jax.paper_studies.study import summary
 
-    print(summary(run_studies(names, config, options.ranking, restart=options.restart), Path(config.output)))
+    show(summary(run_studies(names, config, options.ranking, restart=options.restart), Path(config.output)))
 
 
 def _check(config: RunConfig, names: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlens_jax.commands.options import add_dtype_option, add_json_option, add_model_argument, new_file, new_folder, read_model
-from rlens_jax.console import ArgumentParser, Progress, run_command
+from rlens_jax.console import ArgumentParser, Progress, run_command, show
 from rlens_jax.files import replace_file
 from rlens_jax.plan import Plan, Reduction
 
@@ -59,7 +59,7 @@ def _reference(options: Namespace) -> None:
     validation = validate(options.model, options.reference, options.dtype, options.tolerance)
     _write(options.json, report.validation_json(validation))
     _write(options.markdown, report.validation_markdown(validation))
-    print(report.validation_text(validation))
+    show(report.validation_text(validation))
     if not validation.within_tolerance:
         sys.exit(1)
 
@@ -76,7 +76,7 @@ def _dump(options: Namespace) -> None:
     reduction = Reduction(options.attention_range, options.active_fraction, options.probe_fraction)
     with Progress("running PyTorch", len(plans), "cases") as shown:
         folder = dump(options.model, options.dump, plans, reduction, not options.no_states, shown.advance)
-    print(f"{folder}: {len(plans)} cases")
+    show(f"{folder}: {len(plans)} cases")
 
 
 def _rankings(options: Namespace) -> None:
@@ -87,7 +87,7 @@ def _rankings(options: Namespace) -> None:
     comparisons = compare_rankings(a, b, options.layers)
     _write(options.json, report.rankings_json(comparisons))
     _write(options.markdown, report.rankings_markdown(comparisons))
-    print(report.rankings_text(comparisons))
+    show(report.rankings_text(comparisons))
 
 
 def _write(path: Path | None, text: str) -> None:

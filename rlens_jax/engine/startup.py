@@ -1,5 +1,7 @@
 """Starts JAX: precision, the cache of compiled programs, a device."""
 
+import os
+import stat
 from collections import Counter
 from pathlib import Path
 
@@ -27,16 +29,9 @@ def start_jax(matmul_precision: str = "highest", compilation_cache: Path | None 
     """Set matmul precision and the persistent compilation cache (default: the user's), and check that JAX has a device.
 
     Raises:
-        UserError: there is no usable device, or the cache folder cannot be created.
+        UserError: there is no usable device, or the cache folder cannot be created or can be written by others.
     """
-    cache = compilation_cache or cache_folder() / "compiled"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{cache}: the compilation cache cannot be created ({error.strerror}); "
-            "choose another folder with --compute.compilation_cache"
-        ) from None
+    cache = _own_folder(compilation_cache or cache_folder() / "compiled")
     jax.config.update("jax_default_matmul_precision", matmul_precision)
     jax.config.update("jax_compilation_cache_dir", str(cache))
     # Small programs too, so that a restart compiles nothing.
@@ -48,6 +43,22 @@ def start_jax(matmul_precision: str = "highest", compilation_cache: Path | None 
         reason = str(error).splitlines()[0]
         raise UserError(f"JAX finds no usable device ({reason}); set JAX_PLATFORMS=cpu to compute on the CPU") from None
     return CompilationCounter()
+
+
+def _own_folder(cache: Path) -> Path:
+    """The folder of the compilation cache, made for its user alone: compiled programs are code that is run when it is read."""
+    other = "choose another folder with --compute.compilation_cache"
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(mode=0o700, exist_ok=True)
+        status = cache.stat()
+    except OSError as error:
+        raise UserError(f"{cache}: the compilation cache cannot be created ({error.strerror}); {other}") from None
+    if status.st_uid not in (os.geteuid(), 0):
+        raise UserError(f"{cache}: the compilation cache belongs to another user, who could put programs into it; {other}")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UserError(f"{cache}: other users can put programs into the compilation cache; run chmod go-w on it, or {other}")
+    return cache
 
 
 def start(compute: ComputeConfig, output: Path, processes: Processes) -> CompilationCounter:

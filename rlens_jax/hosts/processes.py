@@ -23,8 +23,8 @@ from jax._src import distributed  # the client of the coordination service has n
 from jax.experimental import multihost_utils
 
 from rlens_jax.config import HostsConfig
-from rlens_jax.console import BAD_INPUT, INTERRUPTED, STOPPED, StopRequested, mute
-from rlens_jax.errors import UserError
+from rlens_jax.console import BAD_INPUT, INTERRUPTED, RESUMABLE, STOPPED, StopRequested, mute, say
+from rlens_jax.errors import UserError, printable
 from rlens_jax.files import json_leaves
 from rlens_jax.hosts.cluster import cluster_type, is_distributed, tpu_workers
 from rlens_jax.hosts.supervisor import PORT_TAKEN, mark_joined
@@ -135,13 +135,13 @@ class Stopper:
     def check(self) -> None:
         """Count a step; every process calls this at the same steps. A call costs microseconds.
 
-        A single process is ended by the signal itself instead.
+        A single process is ended by the signal itself instead, and so is each of several without JAX's preemption service.
 
         Raises:
             StopRequested: on all processes at the same step, soon after the signal.
         """
         self._step += 1
-        if multihost_utils.reached_preemption_sync_point(self._step):
+        if _tells_others() and multihost_utils.reached_preemption_sync_point(self._step):
             raise StopRequested
 
 
@@ -164,14 +164,19 @@ def joined(hosts: HostsConfig) -> Iterator[Processes]:
         return
     processes = _join(hosts)
     try:
-        processes.check_same({"hosts": {"num_processes": processes.count}})
+        settings = {"num_processes": processes.count, "JAX's preemption service": _tells_others()}
+        processes.check_same({"hosts": settings})
+        if not _tells_others():
+            say("JAX's preemption service is off: SIGTERM ends one process at once, and the others when its heartbeat stops")
         yield processes
     except (AgreedError, StopRequested) as end:
+        if isinstance(end, StopRequested) and not _tells_others():
+            _end_alone(f"\n{RESUMABLE}\n", STOPPED)
         if processes.leads:
             raise
         sys.exit(BAD_INPUT if isinstance(end, AgreedError) else STOPPED)
     except UserError as error:
-        _end_alone(f"error: process {processes.index} of {processes.count}: {error}\n", BAD_INPUT)
+        _end_alone(f"error: process {processes.index} of {processes.count}: {printable(str(error))}\n", BAD_INPUT)
     except KeyboardInterrupt:
         _end_alone(f"process {processes.index} of {processes.count} was interrupted\n", INTERRUPTED)
     except Exception as error:
@@ -181,6 +186,11 @@ def joined(hosts: HostsConfig) -> Iterator[Processes]:
             os.write(2, message.encode())
             time.sleep(hosts.heartbeat_seconds + 5)
         _end_alone(message, 1)
+
+
+def _tells_others() -> bool:
+    """Whether JAX tells all processes of a SIGTERM that one receives."""
+    return distributed.global_state.preemption_sync_manager is not None
 
 
 def _join(hosts: HostsConfig) -> Processes:

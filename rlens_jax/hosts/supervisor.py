@@ -18,13 +18,13 @@ from types import FrameType
 from typing import IO, NoReturn
 
 from rlens_jax.console import BAD_INPUT, INTERRUPTED, RESUMABLE, STOPPED
+from rlens_jax.quiet import TERMINAL
 
 LOST = os.EX_TEMPFAIL
 """Exit code (75) if a process of the run was lost. The same command, started again, resumes the run."""
 
 PORT_TAKEN = "the port of hosts.coordinator is in use on this host; choose another, on all hosts"
 
-_TERMINAL = "RLENS_JAX_TERMINAL"
 _MEMBER = "rlens_jax: process {} of {}\n"
 _AGAIN = "start the same command again on all hosts to resume"
 
@@ -38,7 +38,7 @@ def supervised(folder: Path) -> None:
     The parent's exit code is that of the child (0; 2 bad input; 143 after SIGTERM on any process; 1 an error in this program),
     or 130 after Ctrl-C in the parent, or `LOST` if the child was killed or ended because another process was lost.
     """
-    if _TERMINAL in os.environ:
+    if TERMINAL in os.environ:
         _take_terminal()
     else:
         with tempfile.TemporaryFile() as log:
@@ -62,10 +62,10 @@ class _Parent:
         """Start the child, wait for it, and return the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._forward)
-        streams = (os.dup(1), os.dup(2))
+        streams = (os.dup(sys.stdout.fileno()), os.dup(sys.stderr.fileno()))
         self._child = subprocess.Popen(
             [sys.executable, *sys.orig_argv[1:]],
-            env={**os.environ, _TERMINAL: ",".join(map(str, streams))},
+            env={**os.environ, TERMINAL: ",".join(map(str, streams))},
             pass_fds=streams,
             stdin=subprocess.PIPE,  # closes with this process, which ends the child
             stdout=self._log,
@@ -154,7 +154,7 @@ def _member(log: str) -> tuple[str, str] | None:
 
 def _take_terminal() -> None:
     """In the child: connect Python's streams to the terminal, and end with the parent."""
-    out, err = map(int, os.environ.pop(_TERMINAL).split(","))
+    out, err = map(int, os.environ.pop(TERMINAL).split(","))
     for number in (out, err):
         os.set_inheritable(number, False)
     sys.stdout = os.fdopen(out, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)

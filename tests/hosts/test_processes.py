@@ -29,7 +29,7 @@ LONG = 200
 class Pair:
     """Two processes of one run. Each may have further options."""
 
-    def __init__(self, folder, case, *shared, first=(), second=()):
+    def __init__(self, folder, case, *shared, first=(), second=(), **environment):
         self.folder, self.output = folder, folder / "run"
         folder.mkdir(exist_ok=True)
         hosts = (f"--hosts.coordinator=localhost:{free_port()}", "--hosts.num_processes=2")
@@ -43,6 +43,7 @@ class Pair:
                 "--hosts.heartbeat_seconds=10",
                 *shared,
                 *own,
+                **environment,
             )
             for index, own in enumerate((first, second))
         ]
@@ -70,13 +71,13 @@ class Pair:
         return [process.wait(timeout=within) for process in self.processes]
 
 
-def start(terminal, *arguments):
+def start(terminal, *arguments, **environment):
     with terminal.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, str(MEMBER), *arguments],
             stdout=file,
             stderr=file,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **environment},
         )
 
 
@@ -176,13 +177,17 @@ def test_who_loses_a_process_ends_too_and_says_so_in_one_line(tmp_path):
             stack.enter_context(pair(tmp_path / name, "ranking", f"--seed={seed}"))
             for name, seed in (("last", 0), ("first", 0), ("full", 101))
         )
+        unserved = stack.enter_context(pair(tmp_path / "unserved", "ranking", JAX_ENABLE_PREEMPTION_SERVICE="false"))
         last.at_work()
         first.at_work()
+        unserved.at_work()
         os.kill(last.child(1), signal.SIGKILL)
+        unserved.processes[1].send_signal(signal.SIGTERM)  # of which nobody tells the other process
         first.processes[0].kill()  # the parent: its child goes with it
         assert last.ended(within=60) == [LOST, LOST]
         assert first.ended(within=60) == [-signal.SIGKILL, LOST]
         assert full.ended() == [LOST, 2]
+        assert unserved.ended(within=60) == [LOST, 143]
 
         (line,) = said(last.terminal(0), "error")
         assert line.startswith("process 1 of 2 was lost, and this one ended with it; start the same command again")
@@ -195,7 +200,13 @@ def test_who_loses_a_process_ends_too_and_says_so_in_one_line(tmp_path):
         (line,) = said(full.terminal(0), "error")
         assert line.startswith("process 1 of 2 was lost")
 
-        for run, index in ((last, 0), (first, 1), (full, 0)):
+        assert "JAX's preemption service is off: SIGTERM ends one process at once" in unserved.terminal(0)
+        assert said(unserved.terminal(0), "error")[0].startswith("process 1 of 2 was lost")
+        assert unserved.terminal(1).endswith(
+            "\n\ninterrupted; what is finished is kept, and the same command goes on from there\n"
+        )
+
+        for run, index in ((last, 0), (first, 1), (full, 0), (unserved, 0)):
             assert said(run.terminal(index), "error")[0].endswith(f"(its log: {run.output}/process-{index}.log)")
             assert "Terminating process" in (run.output / f"process-{index}.log").read_text()
             for noise in ("Traceback", "Check failure", "Gloo", "coordination_service"):

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from rlens_jax.console import ArgumentParser, run_command, say
+from rlens_jax.console import ArgumentParser, run_command, say, show
 from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Instance, Turn, find_benchmark, instance, named_sum
 from rlens_jax.data.benchmarks.tfds_builder import read_benchmark, read_table
 from rlens_jax.data.benchmarks.tsv import TsvTable
@@ -252,7 +252,7 @@ def main(arguments: Sequence[str]) -> None:
     for name in tables:
         say(f"{name}: {len(mixture.validation[name])} for the search, {len(mixture.test[name])} held out")
     numbers = [sum(map(len, getattr(mixture, split).values())) for split in SPLITS]
-    print(f"{options.output}: {numbers[0]} instances for the search, {numbers[1]} held out")
+    show(f"{options.output}: {numbers[0]} instances for the search, {numbers[1]} held out")
 
 
 if __name__ == "__main__":
