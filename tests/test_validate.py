@@ -142,7 +142,8 @@ WRONG = {
     "norm before attention": ("model.layers.4.input_layernorm.weight", 4, "attention"),
     "up projection": ("model.layers.3.mlp.up_proj.weight", 3, "ffn"),
     "norm before FFN": ("model.layers.1.post_attention_layernorm.weight", 1, "ffn"),
-    "embedding": ("model.embed_tokens.weight", 0, "attention"),
+    "embedding": ("model.embed_tokens.weight", None, None),
+    "final norm": ("model.norm.weight", None, None),
 }
 
 
@@ -160,8 +161,8 @@ def test_where_they_part(wrong: str, model: Path, bundle: Path, tmp_path: Path, 
     assert validate(spoilt(model, tmp_path, name), "--reference", bundle, "--json", report) == 1
     printed = capsys.readouterr().out
     assert "0 of 2 cases within" in printed
-    assert f"case_00.safetensors: they first differ in layer {layer}, in {operator}" in printed
-    assert ("embeddings, vision tower" in printed) == (wrong == "embedding")
+    places = {"embedding": "before layer 0, in the embeddings", "final norm": "after the last layer, in the final norm"}
+    assert f"case_00.safetensors: they first differ {places.get(wrong, f'in layer {layer}, in {operator}')}" in printed
     result = json.loads(report.read_text())
     check_schema(result, "validation.schema.json")
     assert result["within_tolerance"] is False
@@ -188,8 +189,8 @@ def test_where_they_part_as_far_as_the_states_tell(model: Path, bundle: Path, tm
     assert "in one of the layers 2 to 3; the bundle has no hidden_states between" in parting(capsys, wrong, bundle)
     edit_case(bundle, 0, lambda t: (t.pop("hidden_states.3"), t.pop("hidden_states.4")))
     assert "they differ after layer 1's ffn, the last states in the bundle" in parting(capsys, wrong, bundle)
-    edit_case(bundle, 0, forget_states)
-    assert "the bundle has no hidden_states to locate the layer" in parting(capsys, wrong, bundle)
+    edit_case(bundle, 0, lambda t: (forget_states(t), t.pop("embeddings")))
+    assert "they differ; the bundle has no hidden_states to locate the layer" in parting(capsys, wrong, bundle)
 
 
 def test_a_wrong_mask_shows_in_all_tokens_but_the_first(theirs, model: Path, inputs, tmp_path: Path, capsys) -> None:
@@ -223,8 +224,68 @@ def test_another_range_differs_from_the_dense_case(theirs, model: Path, inputs, 
     bundle = write_bundle(tmp_path / "bundle", cases)
     assert "case_01.safetensors: they first differ in layer 1, in attention" in parting(capsys, model, bundle)
     for number in (0, 1):
-        edit_case(bundle, number, forget_states)
-    assert "they differ in a layer with reduced attention: with that dense, they agree" in parting(capsys, model, bundle)
+        edit_case(bundle, number, lambda t: (forget_states(t), t.pop("embeddings")))
+    assert "they differ in a layer with reduced attention: with that dense, they agree; the bundle has no" in parting(
+        capsys, model, bundle
+    )
+
+
+def changed(model: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of a model with another config.json."""
+    copy = Path(shutil.copytree(model, folder / "changed"))
+    fields = json.loads((copy / "config.json").read_text())
+    change(fields)
+    (copy / "config.json").write_text(json.dumps(fields))
+    return copy
+
+
+def test_an_error_is_found_in_the_operator_that_makes_it(model: Path, bundle: Path, tmp_path: Path, capsys) -> None:
+    """A rotary base off by 1e-3 moves the states by less than the tolerance for some layers."""
+
+    def other_theta(fields: dict[str, Any]) -> None:
+        parameters = fields["text_config"]["rope_parameters"]
+        parameters["rope_theta"] *= 1.001
+
+    only(bundle, 0)
+    line = parting(capsys, changed(model, tmp_path, other_theta), bundle)
+    assert "they first differ in layer 0, in attention; relative difference" in line
+
+
+def test_a_constant_that_moves_logits_by_less_than_the_tolerance(model: Path, bundle: Path, tmp_path: Path, capsys) -> None:
+    wrong = changed(model, tmp_path, lambda fields: fields["text_config"].update(rms_norm_eps=3e-5))
+    only(bundle, 0)
+    report = tmp_path / "report.json"
+    assert validate(wrong, "--reference", bundle, "--json", report) == 1
+    (case,) = json.loads(report.read_text())["cases"]
+    assert case["logits"]["max_relative"] < 1e-4
+    assert case["parting"]["layer"] == 0
+
+
+def test_constants_are_compared_as_facts(model: Path, bundle: Path, tmp_path: Path, capsys) -> None:
+    only(bundle, 0)
+    edit_manifest(bundle, lambda m: m.update(constants={"decoder.norm_eps": 1e-6, "decoder.num_layers": 5}))
+    assert validate(model, "--reference", bundle) == 0
+    edit_manifest(bundle, lambda m: m["constants"].update({"decoder.rope_theta": 1.5}))
+    capsys.readouterr()
+    report, text = tmp_path / "report.json", tmp_path / "report.md"
+    assert validate(model, "--reference", bundle, "--json", report, "--markdown", text) == 1
+    printed = capsys.readouterr().out
+    assert "decoder.rope_theta: 10000.0 in the model, 1.5 in the reference" in printed
+    assert printed.endswith("1 of 1 cases within the tolerance of 0.0001; 1 constants differ\n")
+    result = json.loads(report.read_text())
+    check_schema(result, "validation.schema.json")
+    assert result["constants"] == [{"name": "decoder.rope_theta", "model": 10000.0, "reference": 1.5}]
+    assert result["within_tolerance"] is False
+    assert "- decoder.rope_theta: 10000.0" in text.read_text()
+
+
+def test_a_wrong_selection_is_found(model: Path, bundle: Path, capsys) -> None:
+    """The reference's units are imposed, so the logits agree whatever the probes choose."""
+    only(bundle, 2)
+    edit_manifest(bundle, lambda m: m["cases"][0].update(probe_fraction=0.3))
+    line = parting(capsys, model, bundle)
+    assert "case_02.safetensors: the probes choose other units in layer 0, 2: exchanged units have scores up to" in line
+    assert "compare probe_fraction" in line
 
 
 def test_kept_units_are_imposed_and_the_own_choice_reported(theirs, model: Path, inputs, tmp_path: Path) -> None:
@@ -236,9 +297,12 @@ def test_kept_units_are_imposed_and_the_own_choice_reported(theirs, model: Path,
         logits = theirs(**inputs).logits
     tensors = {name: tensor.numpy() for name, tensor in {**inputs, "logits": logits}.items()}
     tensors |= {f"kept_units.{layer}": units.numpy() for layer, units in other.items()}
+    drawn = replace(SMALL, probe="random")  # other frameworks draw other probes
+    assert validate(model, "--reference", write_bundle(tmp_path / "drawn", [(plan, drawn, tensors)])) == 0
     bundle, report = write_bundle(tmp_path / "bundle", [(plan, SMALL, tensors)]), tmp_path / "report.json"
-    assert validate(model, "--reference", bundle, "--json", report) == 0
+    assert validate(model, "--reference", bundle, "--json", report) == 1
     (case,) = json.loads(report.read_text())["cases"]
+    assert case["logits"]["max_relative"] < 1e-4
     for kept in case["kept_units"]:
         assert kept["smallest"] == pytest.approx(20 / 23)
         assert kept["mean"] == pytest.approx(20 / 23)
@@ -288,6 +352,8 @@ def test_dump_and_compare_the_embedded_model(tmp_path: Path, capsys) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["format"] == "rlens-reference/1"
     assert manifest["framework"]["name"] == "pytorch"
+    assert manifest["constants"]["decoder.norm_eps"] == 1e-6
+    assert {"decoder.rope_theta", "decoder.rope_sections", "vision.depth"} <= manifest["constants"].keys()
     assert [case["plan"] for case in manifest["cases"]] == [
         {"attention": [], "ffn": []},
         {"attention": [2, 7], "ffn": []},
@@ -349,8 +415,15 @@ BAD = {
         "has the format 'rlens-reference/2', this version reads 'rlens-reference/1'",
     ),
     "no manifest": (lambda b: (b / "manifest.json").unlink(), "manifest.json: no such file"),
-    "no JSON": (cut("manifest.json"), "manifest.json: not readable as JSON"),
+    "no JSON": (cut("manifest.json"), "manifest.json: not valid JSON"),
     "missing field": (drop("family"), "the field family is missing"),
+    "constants": (lambda b: edit_manifest(b, lambda m: m.update(constants=[1])), "constants must be an object"),
+    "unknown constant": (
+        lambda b: edit_manifest(b, lambda m: m.update(constants={"decoder.norm_esp": 1})),
+        "constants: 'decoder.norm_esp' is not known (did you mean 'decoder.norm_eps'?)",
+    ),
+    "field twice": (lambda b: (b / "manifest.json").write_text('{"format": 1, "format": 1}'), "field 'format' is given twice"),
+    "a folder as file": (in_case(file=".."), "file must be the name of a file in the bundle"),
     "no cases": (lambda b: edit_manifest(b, lambda m: m.update(cases=[])), "cases is empty"),
     "missing field of a case": (rename_field("plan", "x"), "case 1: the field plan is missing"),
     "misspelt field of a case": (

@@ -1,7 +1,8 @@
 """Model inputs of other frameworks, as parity bundles hold them, read into ours: the record and what all families share."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -32,14 +33,22 @@ class ReferenceInputs(Generic[ConfigT]):
     read_images: Callable[[str, Sequence[np.ndarray], Mapping[str, np.ndarray], ConfigT], list[Row]]
     """`read_images(where, token_ids, tensors, config)`: token ids of each sample without padding, all input tensors, and the
     config of the model. Raises UserError, beginning with `where`, if the inputs do not fit each other or the model."""
+    derived: Mapping[str, Callable[[Path, ConfigT], np.ndarray]] = field(default_factory=dict)
+    """Inputs that a bundle may leave out, and what they are for a model folder and its config."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all inputs."""
         return (*TEXT_NAMES, *self.image_names)
 
-    def read(self, where: str, tensors: Mapping[str, np.ndarray], config: ConfigT) -> list[Row]:
-        """Read all samples of a case; UserError, beginning with `where`, if the inputs do not fit each other or the model."""
+    def read(self, where: str, tensors: Mapping[str, np.ndarray], config: ConfigT, folder: Path) -> list[Row]:
+        """Read all samples of a case for the model in `folder`.
+
+        Raises:
+            UserError: the inputs do not fit each other or the model; the error begins with `where`.
+        """
+        left_out = {name: derive(folder, config) for name, derive in self.derived.items() if name not in tensors}
+        tensors = {**tensors, **left_out}
         return self.read_images(where, _token_ids(where, tensors, config.decoder.vocabulary), tensors, config)
 
 

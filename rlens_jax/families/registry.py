@@ -68,12 +68,17 @@ def read_kind(fields: Mapping[str, Any], where: str) -> ModelKind:
     Raises:
         UserError: the family is not supported, or a field is missing or asks for a computation that is not supported.
     """
-    families = {model_type: family for family in FAMILIES for model_type in family.model_types}
     model_type = str(fields.get("model_type"))
+    family = family_of(model_type, where)
+    return ModelKind(model_type, family.model_types[model_type](ConfigReader(fields, where)), fields, family)
+
+
+def family_of(model_type: str, where: str) -> Family[Any]:
+    """The family with this `model_type`, of which it may have several; UserError, beginning with `where`, if there is none."""
+    families = {name: family for family in FAMILIES for name in family.model_types}
     if model_type not in families:
         raise UserError(
             f"{where}: model_type {model_type!r} is not supported{suggest(model_type, families)}; "
             f"supported are: {', '.join(sorted(families))}"
         )
-    family = families[model_type]
-    return ModelKind(model_type, family.model_types[model_type](ConfigReader(fields, where)), fields, family)
+    return families[model_type]

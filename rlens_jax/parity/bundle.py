@@ -10,6 +10,9 @@
     cases       one or more of: file, plan {attention, ffn: lists of layers}, attention_range, active_fraction,
                 probe_fraction, probe, window
 
+    constants   optional: sizes and constants of the model by the names of our configs, such as {"decoder.norm_eps": 1e-6};
+                `rlens_jax.parity.constants` compares those that a bundle names
+
 Other fields are allowed; they appear in the report and have no effect. The file of each case is a safetensors file in the folder
 with these tensors, and no others:
 
@@ -18,6 +21,7 @@ with these tensors, and no others:
     logits                      float32 [B, T, V], or [B, positions, V] with
     logits_positions            int [B, positions]: positions in the sequence
     kept_units.<layer>          optional, int [B, U]: units that our model uses in that layer instead of its own selection
+    embeddings                  optional, float [B, T, D]: states that enter the first layer
     hidden_states.<layer>       optional, float [B, T, D]: states after decoder layer <layer> (from 0), before any final norm
     hidden_states.<layer>.attention   optional, float [B, T, D]: states in that layer, after attention and before the FFN
 """
@@ -34,8 +38,7 @@ from safetensors.numpy import save_file
 
 from rlens_jax.checkpoints.safetensors_file import open_safetensors
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.families.hf_files import read_json_object
-from rlens_jax.files import json_text, new_folder
+from rlens_jax.files import json_text, new_folder, read_json_object, shortened
 from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
 
 FORMAT = "rlens-reference/1"
@@ -43,10 +46,11 @@ MANIFEST = "manifest.json"
 FIELDS = ("format", "model", "family", "framework", "dtype", "cases")
 REDUCTION_FIELDS = ("attention_range", "active_fraction", "probe_fraction", "probe", "window")
 CASE_FIELDS = ("file", "plan", *REDUCTION_FIELDS)
-LOGITS, POSITIONS = "logits", "logits_positions"
+CONSTANTS = "constants"
+LOGITS, POSITIONS, EMBEDDINGS = "logits", "logits_positions", "embeddings"
 KEPT = re.compile(r"kept_units\.(0|[1-9]\d*)")
 STATES = re.compile(r"hidden_states\.(0|[1-9]\d*)(\.attention)?")
-RESULT_NAMES = (LOGITS, POSITIONS, "kept_units.<layer>", "hidden_states.<layer>", "hidden_states.<layer>.attention")
+RESULT_NAMES = (LOGITS, POSITIONS, EMBEDDINGS, "kept_units.<layer>", "hidden_states.<layer>", "hidden_states.<layer>.attention")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Manifest:
     framework: Mapping[str, Any]
     dtype: str
     cases: tuple[Case, ...]
+    constants: Mapping[str, Any]
     further: Mapping[str, Any]
     """Fields that are not part of the format."""
 
@@ -92,13 +97,17 @@ def read_manifest(folder: Path) -> Manifest:
     _require(fields, FIELDS, where)
     for name, kind in (("model", str), ("family", str), ("framework", dict), ("dtype", str), ("cases", list)):
         if not isinstance(fields[name], kind):
-            raise UserError(f"{where}: {name} must be {_KINDS[kind]}, not {fields[name]!r}")
+            raise UserError(f"{where}: {name} must be {_KINDS[kind]}, not {shortened(repr(fields[name]))}")
     _require(fields["framework"], ("name", "version"), f"{where}: framework")
     if not fields["cases"]:
         raise UserError(f"{where}: cases is empty; a bundle has at least one")
+    constants = fields.get(CONSTANTS, {})
+    if not isinstance(constants, dict):
+        raise UserError(f"{where}: {CONSTANTS} must be an object, not {shortened(repr(constants))}")
     cases = tuple(_read_case(case, f"{where}: case {number}") for number, case in enumerate(fields["cases"]))
-    further = {name: value for name, value in fields.items() if name not in FIELDS}
-    return Manifest(folder, fields["model"], fields["family"], fields["framework"], fields["dtype"], cases, further)
+    further = {name: value for name, value in fields.items() if name not in (*FIELDS, CONSTANTS)}
+    framework, dtype = fields["framework"], fields["dtype"]
+    return Manifest(folder, fields["model"], fields["family"], framework, dtype, cases, constants, further)
 
 
 _KINDS = {str: "a text", dict: "an object", list: "a list"}
@@ -113,15 +122,15 @@ def _require(fields: Mapping[str, Any], names: Sequence[str], where: str) -> Non
 
 def _read_case(fields: Any, where: str) -> Case:
     if not isinstance(fields, dict):
-        raise UserError(f"{where}: must be an object, not {fields!r}")
+        raise UserError(f"{where}: must be an object, not {shortened(repr(fields))}")
     _require(fields, CASE_FIELDS, where)
     file = fields["file"]
-    if not isinstance(file, str) or Path(file).name != file:
-        raise UserError(f"{where}: file must be the name of a file in the bundle, not {file!r}")
+    if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
+        raise UserError(f"{where}: file must be the name of a file in the bundle, not {shortened(repr(file))}")
     where = f"{where} ({file})"
     plan = fields["plan"]
     if not isinstance(plan, dict):
-        raise UserError(f"{where}: plan must be an object, not {plan!r}")
+        raise UserError(f"{where}: plan must be an object, not {shortened(repr(plan))}")
     _require(plan, OPERATORS, f"{where}: plan")
     for name in plan:
         if name not in OPERATORS:
@@ -151,7 +160,7 @@ class CaseFile:
         self._handle = handle
         self.names = list(handle.keys())
         for name in self.names:
-            if name not in (*inputs, LOGITS, POSITIONS) and not KEPT.fullmatch(name) and not STATES.fullmatch(name):
+            if name not in (*inputs, LOGITS, POSITIONS, EMBEDDINGS) and not KEPT.fullmatch(name) and not STATES.fullmatch(name):
                 near = suggest(name, [*inputs, *RESULT_NAMES])
                 raise UserError(f"{path}: the tensor {name} is not known{near}; known are {', '.join([*inputs, *RESULT_NAMES])}")
         if LOGITS not in self.names:
@@ -191,7 +200,9 @@ def states_name(layer: int, operator: Operator) -> str:
 
 
 @contextmanager
-def new_bundle(folder: Path, *, model: str, family: str, framework: Mapping[str, str], dtype: str) -> Iterator["BundleWriter"]:
+def new_bundle(
+    folder: Path, *, model: str, family: str, framework: Mapping[str, str], dtype: str, constants: Mapping[str, Any] | None = None
+) -> Iterator["BundleWriter"]:
     """Yield the writer of a new bundle, which appears whole or not at all. UserError when `folder` cannot be created."""
     with new_folder(folder) as unfinished:
         writer = BundleWriter(unfinished)
@@ -202,6 +213,7 @@ def new_bundle(folder: Path, *, model: str, family: str, framework: Mapping[str,
             "family": family,
             "framework": dict(framework),
             "dtype": dtype,
+            **({} if constants is None else {CONSTANTS: dict(constants)}),
             "cases": writer.cases,
         }
         (unfinished / MANIFEST).write_text(json_text(manifest), encoding="utf-8")

@@ -17,7 +17,9 @@ from rlens_jax.checkpoints import orbax_store
 from rlens_jax.checkpoints.checkpoint import read_model_kind
 from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.errors import UserError
-from rlens_jax.parity.bundle import KEPT, LOGITS, new_bundle, states_name
+from rlens_jax.families.registry import read_kind
+from rlens_jax.parity.bundle import EMBEDDINGS, KEPT, LOGITS, new_bundle, states_name
+from rlens_jax.parity.constants import constants_of
 from rlens_jax.plan import Plan, Reduction
 
 QUESTIONS = (
@@ -59,8 +61,10 @@ def dump(
     theirs = load_torch_model(folder)
     inputs = make_inputs(folder, kind.family.reference.names)
     framework = {"name": "pytorch", "version": version("torch"), "transformers": version("transformers")}
-    name = folder.resolve().name
-    with new_bundle(bundle, model=name, family=kind.model_type, framework=framework, dtype="float32") as writer:
+    name, family = folder.resolve().name, kind.model_type
+    # As transformers fills the config.json, and not as this package does.
+    constants = constants_of(read_kind(theirs.config.to_dict(), f"{folder}: transformers' config").config)
+    with new_bundle(bundle, model=name, family=family, framework=framework, dtype="float32", constants=constants) as writer:
         for plan in plans:
             writer.add(plan, reduction, run_case(theirs, inputs, plan, reduction, with_states))
             advance()
@@ -123,9 +127,9 @@ def run_case(model: Any, inputs: Mapping[str, Any], plan: Plan, reduction: Reduc
 
 @contextmanager
 def _states(layers: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """Record the states after each half of each layer while the context is open."""
+    """Record the states before the first layer and after each half of each layer while the context is open."""
     states: dict[str, Any] = {}
-    handles = []
+    handles: list[Any] = []
 
     def after_layer(name: str) -> Callable[..., None]:
         def keep(_: Any, __: Any, output: Any) -> None:
@@ -133,7 +137,7 @@ def _states(layers: Iterable[Any]) -> Iterator[dict[str, Any]]:
 
         return keep
 
-    def before_norm(name: str) -> Callable[..., None]:
+    def before(name: str) -> Callable[..., None]:
         def keep(_: Any, arguments: Any) -> None:
             states[name] = arguments[0].float()
 
@@ -141,9 +145,11 @@ def _states(layers: Iterable[Any]) -> Iterator[dict[str, Any]]:
 
     try:
         for number, layer in enumerate(layers):
+            if number == 0:
+                handles.append(layer.input_layernorm.register_forward_pre_hook(before(EMBEDDINGS)))
             # The input of the second norm is the residual stream after attention.
             norm = layer.post_attention_layernorm
-            handles.append(norm.register_forward_pre_hook(before_norm(states_name(number, "attention"))))
+            handles.append(norm.register_forward_pre_hook(before(states_name(number, "attention"))))
             handles.append(layer.register_forward_hook(after_layer(states_name(number, "ffn"))))
         yield states
     finally:

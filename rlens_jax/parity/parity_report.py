@@ -36,6 +36,7 @@ def validation_json(validation: Validation) -> str:
             },
             "tolerance": validation.tolerance,
             "within_tolerance": validation.within_tolerance,
+            "constants": [{"name": c.name, "model": c.ours, "reference": c.theirs} for c in validation.constants],
             "cases": [_case(result) for result in validation.results],
             "versions": dict(validation.versions),
         }
@@ -50,14 +51,16 @@ def _case(result: CaseResult) -> dict[str, Any]:
         "reduction": asdict(case.reduction),
         "further": dict(case.further),
         "logits": asdict(result.logits),
-        "kept_units": [{"layer": layer, **asdict(overlap)} for layer, overlap in result.overlaps.items()],
-        "hidden_states": [
-            {**asdict(state), "max_relative": state.max_relative if state.max_relative < float("inf") else None}
-            for state in result.states
-        ],
+        "kept_units": [_finite({"layer": layer, **asdict(selection)}) for layer, selection in result.selections.items()],
+        "hidden_states": [_finite(asdict(state)) for state in result.states],
         "within_tolerance": result.within_tolerance,
         "parting": None if result.parting is None else asdict(result.parting),
     }
+
+
+def _finite(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity."""
+    return {name: None if value == float("inf") else value for name, value in fields.items()}
 
 
 HEADINGS = ("case", "plan", "positions", "max abs", "max rel", "argmax equal", "mean KL", "units equal", "")
@@ -67,7 +70,7 @@ def _rows(validation: Validation) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for result in validation.results:
         logits = result.logits
-        smallest = min((overlap.smallest for overlap in result.overlaps.values()), default=None)
+        smallest = min((selection.smallest for selection in result.selections.values()), default=None)
         rows.append(
             (
                 result.case.file,
@@ -90,11 +93,14 @@ def _number(value: float | None) -> str:
 
 def _verdict(validation: Validation) -> str:
     right = sum(result.within_tolerance for result in validation.results)
-    return f"{right} of {len(validation.results)} cases within the tolerance of {validation.tolerance:g}"
+    verdict = f"{right} of {len(validation.results)} cases within the tolerance of {validation.tolerance:g}"
+    return f"{verdict}; {len(validation.constants)} constants differ" if validation.constants else verdict
 
 
 def _partings(validation: Validation) -> list[str]:
-    return [f"{r.case.file}: {r.parting.text}" for r in validation.results if r.parting is not None]
+    """Constants first: they explain what follows."""
+    constants = [f"{c.name}: {c.ours} in the model, {c.theirs} in the reference" for c in validation.constants]
+    return constants + [f"{r.case.file}: {r.parting.text}" for r in validation.results if r.parting is not None]
 
 
 def validation_text(validation: Validation) -> str:
@@ -111,7 +117,8 @@ def validation_markdown(validation: Validation) -> str:
     framework = ", ".join(f"{name} {value}" for name, value in manifest.framework.items())
     parts = [
         f"# {validation.model} against {manifest.model}",
-        f"{_verdict(validation)}: |ours - reference| <= {validation.tolerance:g} * max(1, largest reference logit).",
+        f"{_verdict(validation)}: |ours - reference| <= {validation.tolerance:g} * max(1, largest reference logit), "
+        "each operator on the reference's states within its own limit, and the same kept units except for near-ties.",
         f"Ours: {validation.dtype}. Reference: {framework}, {manifest.dtype}. Where the bundle has kept units, our model "
         "uses them too; the table shows the share of them that our probes choose.",
         markdown_table(HEADINGS, _rows(validation)),
@@ -124,8 +131,8 @@ def validation_markdown(validation: Validation) -> str:
         parts += ["Further fields of the bundle:", "\n".join(lines)]
     states = [(r.case.file, state) for r in validation.results for state in r.states]
     if states:
-        rows = [(file, str(s.layer), s.after, _number(s.max_relative)) for file, s in states]
-        parts += ["## States", markdown_table(("case", "layer", "after", "max rel"), rows)]
+        rows = [(file, str(s.layer), s.after, _number(s.max_relative), _number(s.operator_relative)) for file, s in states]
+        parts += ["## States", markdown_table(("case", "layer", "after", "max rel", "operator alone"), rows)]
     parts.append(", ".join(f"{name} {value}" for name, value in validation.versions.items()))
     return "\n\n".join(parts) + "\n"
 

@@ -116,7 +116,9 @@ def test_reference_inputs_reach_the_logits(folder: Path) -> None:
     ids = np.array([[IMAGE_TOKEN] * 4 + [65, 66], [67, 68, STOP, 0, 0, 0]])
     mask = np.array([[1] * 6, [1] * 3 + [0] * 3])
     colours = np.random.default_rng(1).random((1, 4, 3)).astype(np.float32)
-    rows = kind.family.reference.read("bundle", {"input_ids": ids, "attention_mask": mask, "colours": colours}, kind.config)
+    rows = kind.family.reference.read(
+        "bundle", {"input_ids": ids, "attention_mask": mask, "colours": colours}, kind.config, Path()
+    )
     assert [row.prompt.is_visual.tolist() for row in rows] == [[True] * 4 + [False] * 2, [False] * 3]
     assert [row.prompt.rope_positions.tolist() for row in rows] == [[[0, 1, 2, 3, 4, 5]], [[0, 1, 2]]]
     assert [len(row.images) for row in rows] == [1, 0]
@@ -124,7 +126,7 @@ def test_reference_inputs_reach_the_logits(folder: Path) -> None:
     logits = forward(model, [row.images for row in rows], [row.prompt for row in rows], PLAN, SMALL)
     assert [row.shape for row in logits] == [(6, 258), (3, 258)]
     with pytest.raises(UserError, match="bundle: colours has 1 images, input_ids has tokens for 0"):
-        kind.family.reference.read("bundle", {"input_ids": ids[1:, :3], "colours": colours}, kind.config)
+        kind.family.reference.read("bundle", {"input_ids": ids[1:, :3], "colours": colours}, kind.config, Path())
 
 
 def test_an_unknown_family_is_refused_with_a_suggestion() -> None:

@@ -184,6 +184,22 @@ def test_pixels_count(family: str, references, tmp_path: Path) -> None:
     assert validate(reference.model, "--reference", bundle) == 1
 
 
+def test_a_family_is_one_whatever_the_layout_of_its_folder(tmp_path: Path, capsys) -> None:
+    """A bundle of either layout of InternVL is for models in both."""
+    model = internvl.tiny_internvl(5, text_model="llama", num_hidden_layers=2)
+    inputs = internvl.hf_inputs([internvl.make_example(1, [3, (40, 90), 5])])
+    case = run_case(model, inputs, Plan(), SMALL, with_states=True)
+    hf, native = save_tiny(tmp_path / "hf", model), internvl.save_native(tmp_path / "native", model)
+    internvl.save_tokenizer(native)
+    assert validate(native, "--reference", Reference(hf, "internvl", [case]).write(tmp_path / "a", (0,))) == 0
+    case["img_context_token_id"] = np.array([internvl.IMAGE_TOKEN])
+    assert validate(hf, "--reference", Reference(native, "internvl_chat", [case]).write(tmp_path / "b", (0,))) == 0
+    other = Reference(hf, "qwen2_vl", [case]).write(tmp_path / "c", (0,))
+    assert "the bundle is for 'qwen2_vl', the model is a 'internvl_chat'" in refusal(capsys, native, "--reference", other)
+    unknown = Reference(hf, "internvl2", [case]).write(tmp_path / "d", (0,))
+    assert "model_type 'internvl2' is not supported (did you mean 'internvl'?)" in refusal(capsys, hf, "--reference", unknown)
+
+
 def test_every_image_is_alone_when_the_bundle_does_not_tell(references, tmp_path: Path) -> None:
     """As in transformers."""
     folder = tmp_path / "model"
@@ -282,16 +298,12 @@ BAD = {
         lambda t: t.update(pixel_values=t["pixel_values"][..., :-2]),
         "expected [tiles, 3, 16, 16]",
     ),
-    "internvl: an input of the native layout": (
+    "internvl: another image token": (
         "internvl",
-        lambda t: t.update(img_context_token_id=np.array([260])),
-        "holds img_context_token_id, but the model's config.json contains the image token",
+        lambda t: t.update(img_context_token_id=np.array([1])),
+        "img_context_token_id is 1, but the model's config.json says",
     ),
-    "native: no image token": (
-        "internvl_chat",
-        lambda t: t.pop("img_context_token_id"),
-        "holds no img_context_token_id, and the model's config.json does not contain it either",
-    ),
+    "native: no image token": ("internvl_chat", lambda t: t.pop("img_context_token_id"), "no tokenizer; copy tokenizer.json"),
     "native: a long prompt": (
         "internvl_chat",
         lambda t: t.update(input_ids=np.zeros((1, 600), np.int64), attention_mask=np.ones((1, 600), np.int64)),

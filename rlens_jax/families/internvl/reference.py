@@ -1,16 +1,17 @@
 """Reference inputs of InternVL: the tiles of all images; each run of image tokens belongs to the tiles of one image.
 
-A native config.json does not contain the image token, which the published code keeps in the model. In that layout the input
-`img_context_token_id`, int [1], holds it.
+The input `img_context_token_id`, int [1], is the image token, which the published code of the native layout keeps in the model.
+A bundle may leave it out; then it is that of the compared model.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from rlens_jax.errors import UserError
 from rlens_jax.families.internvl.model import InternVLConfig
-from rlens_jax.families.internvl.preparer import cut_patches
+from rlens_jax.families.internvl.preparer import IMAGE_TOKEN, cut_patches, read_tokenizer
 from rlens_jax.families.reference_inputs import ReferenceInputs, Row, checked, plain_rows
 from rlens_jax.models.prompt import ImageTokens, PreparedImage
 
@@ -39,14 +40,18 @@ def read_images(
 
 
 def _image_token(where: str, tensors: Mapping[str, np.ndarray], config: InternVLConfig) -> int:
-    """From config.json or, in the native layout, from the inputs."""
-    if config.image_token is None:
-        if TOKEN_NAME not in tensors:
-            raise UserError(f"{where}: holds no {TOKEN_NAME}, and the model's config.json does not contain it either")
-        return int(checked(where, tensors, TOKEN_NAME, (1,))[0])
-    if TOKEN_NAME in tensors:
-        raise UserError(f"{where}: holds {TOKEN_NAME}, but the model's config.json contains the image token")
-    return config.image_token
+    token = int(checked(where, tensors, TOKEN_NAME, (1,))[0])
+    if config.image_token not in (None, token):
+        raise UserError(f"{where}: {TOKEN_NAME} is {token}, but the model's config.json says {config.image_token}")
+    return token
+
+
+def _token_of_model(folder: Path, config: InternVLConfig) -> np.ndarray:
+    """The image token of a model folder: from config.json or, in the native layout, from the tokenizer."""
+    token = read_tokenizer(folder).get_vocab().get(IMAGE_TOKEN) if config.image_token is None else config.image_token
+    if token is None:
+        raise UserError(f"{folder}: the tokenizer has no token {IMAGE_TOKEN}, so it is not that of an InternVL")
+    return np.array([token])
 
 
 def _check_runs(where: str, number: int, is_visual: np.ndarray, tile_tokens: int) -> None:
@@ -60,4 +65,4 @@ def _check_runs(where: str, number: int, is_visual: np.ndarray, tile_tokens: int
             )
 
 
-REFERENCE = ReferenceInputs(("pixel_values", TOKEN_NAME), read_images)
+REFERENCE = ReferenceInputs(("pixel_values", TOKEN_NAME), read_images, {TOKEN_NAME: _token_of_model})
