@@ -1,10 +1,12 @@
 """A finished run in words: `report.md`, and the summary that the command prints."""
 
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from rlens_jax.errors import printable
 from rlens_jax.plan import Operator
 from rlens_jax.search.bootstrap import Interval
 from rlens_jax.search.results import ALLOWED_LOSS, OperatorResult, Results, Strategy
@@ -13,6 +15,8 @@ TITLES = {"attention": "Hollow Attention", "ffn": "Probe-Activated Dynamic FFN",
 WIDTH = 100
 """Most columns of the summary, which has at most 25 lines."""
 _MOST_RANKING_LINES = 3
+_MARKUP = re.compile(r"[\\`*<>&|\[\]!~$#]|(?<![^\W_])_|_(?![^\W_])")
+"""Characters with a meaning in Markdown; _ inside a word has none."""
 _STRATEGY_TEXTS: dict[Strategy, str] = {
     "searched": "searched",
     "search_all": "searched, no layer by position (L_p = 0)",
@@ -98,8 +102,11 @@ def _run_facts(results: Results) -> str:
     config, timing = results.config, results.timing
     reduction, compute = config.reduction, config.compute
     rows = [
-        ("model", f"`{config.model}`, {results.num_layers} decoder layers, weights {results.model_hash}"),
-        ("data", f"`{config.data.source}`, samples {results.data_hash}"),
+        (
+            "model",
+            f"{markdown_code(config.model)}, {results.num_layers} decoder layers, weights {markdown_text(results.model_hash)}",
+        ),
+        ("data", f"{markdown_code(config.data.source)}, samples {markdown_text(results.data_hash)}"),
         (
             "reduction",
             f"attention range {reduction.attention_range}, {_percent(float(reduction.active_fraction))} of the FFN "
@@ -111,19 +118,19 @@ def _run_facts(results: Results) -> str:
             f"{config.search.penalty:g} times",
         ),
         ("precision", f"{compute.dtype}, matmul precision {compute.matmul_precision}"),
-        ("device", f"{timing.num_devices} x {timing.device}, {timing.num_cores} CPU cores"),
+        ("device", f"{timing.num_devices} x {markdown_text(timing.device)}, {timing.num_cores} CPU cores"),
         ("time", ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in timing.seconds.items())),
         (
             "evaluations",
             f"{timing.evaluations} by this process, {timing.resumed} read from the journal; "
             f"{timing.compilations} programs compiled",
         ),
-        ("versions", ", ".join(f"{name} {version}" for name, version in results.versions.items())),
+        ("versions", markdown_text(", ".join(f"{name} {version}" for name, version in results.versions.items()))),
     ]
     datasets = []
     for name, dense_test in results.dense_test.items():
         samples = (str(results.validation_samples[name]), str(results.test_samples[name]))
-        datasets.append((name, *samples, _percent(results.dense_validation[name]), _percent(dense_test)))
+        datasets.append((markdown_text(name), *samples, _percent(results.dense_validation[name]), _percent(dense_test)))
     titles = ("dataset", "validation samples", "held-out samples", "dense on validation", "dense held out")
     return markdown_table(("what", "value"), rows) + "\n\n" + markdown_table(titles, datasets)
 
@@ -236,9 +243,22 @@ def _differences(results: Results) -> str:
 
 
 def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown, without a newline at the end."""
+    """A table in Markdown, without a newline at the end; the cells are Markdown."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def markdown_text(text: str) -> str:
+    """Text that comes from data, as Markdown of one line that shows it and nothing else."""
+    return _MARKUP.sub(lambda match: f"&#{ord(match[0])};", printable(" ".join(text.split())))
+
+
+def markdown_code(text: str) -> str:
+    """Text that comes from data, as a code span of one line."""
+    text = printable(" ".join(text.split()))
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def _percent(share: float, digits: int = 1) -> str:

@@ -1,5 +1,6 @@
 """Folders of synthetic finished runs, with examples that try to break the page."""
 
+import dataclasses
 from pathlib import Path
 
 from PIL import Image
@@ -12,7 +13,31 @@ from rlens_jax.search.ranking_file import ranking_fields
 from tests.reporting.synthetic import synthetic_results
 
 ATTACK = "</p><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\"> & \"quotes\""
+HOSTILE = (
+    "`|` | a\n\n# <img src=x onerror=\"document.title='owned'\"> ![x](http://x/y.png) [x](javascript:alert(1)) "
+    "$a^{b$ \\`{{ 7 * 7 }}</title></svg></style></script><script>document.title='owned'</script>\n---\n"
+)
 LONG_WORD = "antidisestablishmentarianism" * 6
+
+
+def hostile_results():
+    """Results in which every text that comes from data tries to become markup, of pages, plots or Markdown."""
+    results = _renamed(synthetic_results(samples=20))
+    config = dataclasses.replace(results.config, model=HOSTILE, data=dataclasses.replace(results.config.data, source=HOSTILE))
+    timing = dataclasses.replace(results.timing, device=HOSTILE)
+    return dataclasses.replace(results, config=config, timing=timing, versions={HOSTILE: HOSTILE}, model_hash=HOSTILE)
+
+
+def _renamed(value):
+    """Results with another name of a dataset, in all mappings."""
+    if isinstance(value, dict):
+        return {HOSTILE if name == "pages_read" else name: _renamed(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(map(_renamed, value))
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: _renamed(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+        return dataclasses.replace(value, **fields)
+    return value
 
 
 def examples(count=3, size=(900, 600)):

@@ -1,11 +1,15 @@
 import dataclasses
+import html
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 
 from rlens_jax.reporting.report_text import report_markdown, summary
 from rlens_jax.search.bootstrap import Interval
+from tests.reporting.runs import HOSTILE, hostile_results
 from tests.reporting.synthetic import synthetic_results, with_margin
 
 
@@ -48,6 +52,16 @@ def test_time_that_was_not_measured_is_not_reported(results):
     text = report_markdown(dataclasses.replace(results, timing=timing))
     assert "not measured" in text
     assert "Time is *measured*" not in text
+
+
+def test_nothing_of_the_data_becomes_markup():
+    def tags(text):
+        return re.findall(r"<(/?[a-z]+\d?)", text)
+
+    markdown = MarkdownIt("commonmark", {"html": True}).enable("table")
+    hostile, plain = (markdown.render(report_markdown(results)) for results in (hostile_results(), synthetic_results(samples=20)))
+    assert tags(hostile) == tags(plain)
+    assert html.unescape(hostile).count(" ".join(HOSTILE.split())) == 7
 
 
 def test_two_harmless_reductions_with_a_loss_together_are_reported(results):
