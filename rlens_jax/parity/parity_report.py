@@ -9,7 +9,7 @@ from rlens_jax.files import json_text
 from rlens_jax.parity.comparison import CaseResult, Validation
 from rlens_jax.parity.rankings import RankingComparison
 from rlens_jax.plan import OPERATORS
-from rlens_jax.reporting.report_text import markdown_table
+from rlens_jax.reporting.report_text import markdown_table, markdown_text
 
 SCHEMA = "rlens-validation/1"
 RANKINGS_SCHEMA = "rlens-ranking-comparison/1"
@@ -116,24 +116,27 @@ def validation_markdown(validation: Validation) -> str:
     manifest = validation.manifest
     framework = ", ".join(f"{name} {value}" for name, value in manifest.framework.items())
     parts = [
-        f"# {validation.model} against {manifest.model}",
+        f"# {markdown_text(validation.model)} against {markdown_text(manifest.model)}",
         f"{_verdict(validation)}: |ours - reference| <= {validation.tolerance:g} * max(1, largest reference logit), "
         "each operator on the reference's states within its own limit, and the same kept units except for near-ties.",
-        f"Ours: {validation.dtype}. Reference: {framework}, {manifest.dtype}. Where the bundle has kept units, our model "
-        "uses them too; the table shows the share of them that our probes choose.",
-        markdown_table(HEADINGS, _rows(validation)),
+        f"Ours: {validation.dtype}. Reference: {markdown_text(framework)}, {markdown_text(manifest.dtype)}. Where the bundle has "
+        "kept units, our model uses them too; the table shows the share of them that our probes choose.",
+        markdown_table(HEADINGS, [tuple(map(markdown_text, row)) for row in _rows(validation)]),
     ]
     if partings := _partings(validation):
-        parts.append("\n".join(f"- {line}" for line in partings))
+        parts.append("\n".join(f"- {markdown_text(line)}" for line in partings))
     further = {**manifest.further, **{f"{r.case.file}: {k}": v for r in validation.results for k, v in r.case.further.items()}}
     if further:
-        lines = [f"- {name}: {json.dumps(value)}" for name, value in further.items()]
+        lines = [f"- {markdown_text(f'{name}: {json.dumps(value)}')}" for name, value in further.items()]
         parts += ["Further fields of the bundle:", "\n".join(lines)]
     states = [(r.case.file, state) for r in validation.results for state in r.states]
     if states:
-        rows = [(file, str(s.layer), s.after, _number(s.max_relative), _number(s.operator_relative)) for file, s in states]
+        rows = [
+            (markdown_text(file), str(s.layer), s.after, _number(s.max_relative), _number(s.operator_relative))
+            for file, s in states
+        ]
         parts += ["## States", markdown_table(("case", "layer", "after", "max rel", "operator alone"), rows)]
-    parts.append(", ".join(f"{name} {value}" for name, value in validation.versions.items()))
+    parts.append(markdown_text(", ".join(f"{name} {value}" for name, value in validation.versions.items())))
     return "\n\n".join(parts) + "\n"
 
 
@@ -156,7 +159,7 @@ def rankings_markdown(comparisons: Sequence[RankingComparison]) -> str:
             for place, (layer, there) in enumerate(zip(comparison.a, comparison.places_of_a_in_b, strict=True), 1)
         ]
         overlaps = [(str(k), f"{share:.0%}") for k, share in enumerate(comparison.overlaps, 1)]
-        parts += [f"## {comparison.name}"] if comparison.name else []
+        parts += [f"## {markdown_text(comparison.name)}"] if comparison.name else []
         parts.append(f"Kendall's tau: {comparison.kendall_tau:.3f}")
         parts.append(markdown_table(("place in A", "layer", "place in B"), rows))
         parts.append(markdown_table(("first k", "in common"), overlaps))

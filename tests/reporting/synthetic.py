@@ -5,7 +5,7 @@ import functools
 
 import numpy as np
 
-from rlens_jax.config import DataConfig, ReportConfig, RunConfig, SearchConfig
+from rlens_jax.config import ComputeConfig, DataConfig, ReportConfig, RunConfig, SearchConfig
 from rlens_jax.flops import LayerSizes, saving
 from rlens_jax.plan import OPERATORS, Plan, Reduction
 from rlens_jax.search.curves import held_out_plans, operator_result, plan_saving
@@ -49,6 +49,7 @@ def synthetic_results(num_layers=12, samples=60, with_search_all=False, operator
         data=DataConfig(validation_samples=samples, test_samples=samples),
         search=SearchConfig(operators=operators),
         reduction=Reduction(attention_range=16),
+        compute=ComputeConfig(dtype="float32"),
         report=ReportConfig(bootstrap_samples=100),
     )
     validation, test = World(num_layers, samples, 1), World(num_layers, samples, 2)

@@ -1,5 +1,6 @@
 """The report in a real browser: Debian's chromium and chromium-driver, or Google's Chrome with its driver."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -12,9 +13,11 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+from rlens_jax.plan import Plan
+from rlens_jax.reporting.plots import plot_candidates, plot_curves
 from rlens_jax.reporting.report_page import report_html
-from rlens_jax.reporting.run_files import read_run
-from tests.reporting.runs import examples, write_run
+from rlens_jax.reporting.run_files import Answer, read_run, write_examples
+from tests.reporting.runs import HOSTILE, examples, hostile_results, write_run
 from tests.reporting.synthetic import synthetic_results
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -44,6 +47,21 @@ def pages(tmp_path_factory):
     for name, runs in (("one", [first]), ("two", [first, second])):
         paths[name] = folder / f"{name}.html"
         paths[name].write_text(report_html(runs))
+    return paths | hostile_pages(folder)
+
+
+def hostile_pages(folder):
+    """A report and plots of a run in which every text that comes from data tries to become markup."""
+    results, evil = hostile_results(), Answer(HOSTILE, 0.5)
+    texts = {"id": HOSTILE, "dataset": HOSTILE, "question": HOSTILE, "references": (HOSTILE,), "dense": evil, "reduced": evil}
+    kept = [dataclasses.replace(examples(1)[0], **texts)]
+    run = write_run(folder / "</title><script>document.title='owned'<".replace("/", "\N{DIVISION SLASH}"), results)
+    write_examples(run, kept, plan=Plan((10,)), model_hash=results.model_hash, data_hash=results.data_hash)
+    page = folder / "hostile.html"
+    page.write_text(report_html([read_run(run)]))
+    paths = {"hostile": page, "curves": folder / "curves.svg", "candidates": folder / "candidates.svg"}
+    paths["curves"].write_bytes(plot_curves(results, "svg"))
+    paths["candidates"].write_bytes(plot_candidates(results, "svg"))
     return paths
 
 
@@ -113,6 +131,24 @@ def test_nothing_is_wider_than_the_window(show, size, name):
         .map((element) => element.outerHTML.slice(0, 80))"""
     assert driver.execute_script(beyond) == []
     assert driver.title.startswith("Which layers waste visual computation")  # no question's script ran
+
+
+def test_nothing_of_the_data_becomes_markup(show):
+    driver = show("hostile", DESKTOP)
+    driver.execute_script("document.querySelectorAll('details').forEach((details) => { details.open = true })")
+    assert driver.title.startswith("Which layers waste visual computation")
+    count = "return [...document.querySelectorAll(arguments[0])].length"
+    assert driver.execute_script(count, "img") == driver.execute_script(count, "img[src^='data:']") == 1
+    tags = "return [...new Set([...document.querySelectorAll('*')].map((element) => element.tagName.toLowerCase()))].sort()"
+    hostile = driver.execute_script(tags)
+    text = driver.execute_script("return document.body.textContent")
+    assert " ".join(text.split()).count(" ".join(HOSTILE.split())) > 10
+    show("one", DESKTOP)
+    assert set(hostile) <= set(driver.execute_script(tags))
+    for name in ("curves", "candidates"):
+        show(name, DESKTOP)
+        assert driver.execute_script("return document.documentElement.tagName") == "svg"
+        assert driver.execute_script(count, "script, img, foreignObject, [onload], [onerror]") == 0
 
 
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
