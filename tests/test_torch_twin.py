@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlens_jax.errors import UserError
-from rlens_jax.families.hf_files import ConfigReader
+from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.qwen2_vl.model import read_config
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.torch_twin import decoder_layers, reduced

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from rlens_jax.families.hf_files import ConfigReader
+from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.qwen2_vl.model import read_config
 from rlens_jax.files import json_text
 from rlens_jax.parity.bundle import new_bundle

@@ -11,15 +11,17 @@ from rlens_jax.checkpoints.leaves import Filler, shapes_of
 from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.checkpoints.published import CONFIG, opened, weight_files
 from rlens_jax.errors import UserError
-from rlens_jax.families.hf_files import read_json_object
 from rlens_jax.families.registry import ModelKind, read_kind
 from rlens_jax.families.table import Problems
+from rlens_jax.files import read_json_object
 from rlens_jax.models.forward import VisionLanguageModel
 
 
 def read_model_kind(model: str | Path) -> ModelKind:
     """Family and sizes of the model in a folder, from its config.json. Raises UserError as `find_model` and `read_kind`."""
     path = find_model(model, weights=False) / CONFIG
+    if not path.exists():
+        raise UserError(f"{path}: no such file; a model folder holds config.json and *.safetensors")
     return read_kind(read_json_object(path), str(path))
 
 

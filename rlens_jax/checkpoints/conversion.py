@@ -43,10 +43,9 @@ from rlens_jax.checkpoints.published import (
 )
 from rlens_jax.checkpoints.safetensors_file import Entry, Writer, dtype_name, entry_of, read_bytes
 from rlens_jax.errors import UserError
-from rlens_jax.families.hf_files import read_json_object
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.families.table import Problems, Table, Tensor
-from rlens_jax.files import json_text, new_folder
+from rlens_jax.files import json_text, new_folder, read_json_object
 from rlens_jax.resources import versions
 
 FORMAT = "rlens-conversion/1"

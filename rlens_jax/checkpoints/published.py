@@ -17,10 +17,9 @@ from safetensors.numpy import save_file
 from rlens_jax.checkpoints.leaves import arrays_of, read_place, shapes_of
 from rlens_jax.checkpoints.safetensors_file import DTYPES, Entry, entries, open_safetensors
 from rlens_jax.errors import UserError
-from rlens_jax.families.hf_files import read_json_object
 from rlens_jax.families.registry import read_kind
 from rlens_jax.families.table import Found, Ignored, Problems, Table, match
-from rlens_jax.files import new_folder
+from rlens_jax.files import new_folder, read_json_object
 
 CONFIG = "config.json"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

@@ -29,7 +29,7 @@ from rlens_jax.console import ArgumentParser, run_command
 from rlens_jax.demo.demo_model import END_OF_TURN, TOKENS, embedded_config, write_processor
 from rlens_jax.demo.training_batches import VALUES, TrainBatch, batches
 from rlens_jax.families import qwen2_vl
-from rlens_jax.families.hf_files import ConfigReader
+from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.qwen2_vl.model import read_config
 from rlens_jax.layout import visible
 from rlens_jax.models.decoder import Decoder

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from rlens_jax.data.benchmarks.catalogue import Instance, Turn
-from rlens_jax.families.hf_files import ConfigReader
+from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.reference_inputs import ReferenceInputs
 from rlens_jax.families.table import Table
 from rlens_jax.models.decoder import Decoder

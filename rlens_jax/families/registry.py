@@ -12,9 +12,10 @@ from jax.typing import DTypeLike
 from rlens_jax.data.benchmarks.catalogue import Instance, Turn
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.families import internvl, llava_onevision, minicpm_v, qwen2_vl
+from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.family import Family, ImageArrays
-from rlens_jax.families.hf_files import ConfigReader
 from rlens_jax.families.table import Table
+from rlens_jax.files import shortened
 from rlens_jax.models.forward import FamilyConfig, VisionLanguageModel
 from rlens_jax.models.prompt import Preparer
 
@@ -78,7 +79,7 @@ def family_of(model_type: str, where: str) -> Family[Any]:
     families = {name: family for family in FAMILIES for name in family.model_types}
     if model_type not in families:
         raise UserError(
-            f"{where}: model_type {model_type!r} is not supported{suggest(model_type, families)}; "
+            f"{where}: model_type {shortened(repr(model_type))} is not supported{suggest(model_type, families)}; "
             f"supported are: {', '.join(sorted(families))}"
         )
     return families[model_type]

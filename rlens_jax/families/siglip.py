@@ -15,7 +15,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from rlens_jax.families.hf_files import ConfigReader
+from rlens_jax.errors import UserError
+from rlens_jax.families.config_reader import MOST_CHANNELS, MOST_LAYERS, MOST_PIXELS, ConfigReader
 from rlens_jax.families.table import QKV, Part, Row, linear, norm, pattern_sizes
 from rlens_jax.models.layers import LayerNorm, Linear, RMSNorm
 from rlens_jax.ops.attention import masked_attention
@@ -43,12 +44,15 @@ class TowerConfig:
 
 def tower_sizes(vision: ConfigReader) -> dict[str, int]:
     """Sizes of a `vision_config` under the names of transformers, except `patch_size`."""
+    width, heads = vision.size("hidden_size"), vision.size("num_attention_heads")
+    if width % heads:
+        raise UserError(f"{vision.where}: hidden_size {width} is no multiple of num_attention_heads {heads}")
     return {
-        "depth": vision.size("num_hidden_layers"),
-        "width": vision.size("hidden_size"),
-        "num_heads": vision.size("num_attention_heads"),
+        "depth": vision.size("num_hidden_layers", most=MOST_LAYERS),
+        "width": width,
+        "num_heads": heads,
         "ffn_width": vision.size("intermediate_size"),
-        "channels": vision.size("num_channels", default=3),
+        "channels": vision.size("num_channels", most=MOST_CHANNELS),
     }
 
 
@@ -88,15 +92,31 @@ class SiglipConfig(TowerConfig):
     norm_eps: float
 
 
+SIGLIP = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+"""Defaults of SiglipVisionConfig in transformers, the same from 4.45 to 5.24."""
+
+
 def read_siglip(vision: ConfigReader) -> SiglipConfig:
-    """Read the sizes from a `vision_config`; UserError if it asks for a computation that is not supported."""
+    """Read the sizes from a `vision_config` with these defaults; UserError if it asks for what is not supported."""
     vision.require("hidden_act", "gelu_pytorch_tanh")
-    patch_size = vision.size("patch_size")
+    patch_size, image_size = vision.size("patch_size", most=MOST_PIXELS), vision.size("image_size", most=MOST_PIXELS)
+    if image_size < patch_size:
+        raise UserError(f"{vision.where}: image_size {image_size} is smaller than patch_size {patch_size}")
     return SiglipConfig(
         **tower_sizes(vision),
         patch_size=patch_size,
-        num_positions=(vision.size("image_size") // patch_size) ** 2,
-        norm_eps=vision.number("layer_norm_eps", default=1e-6),
+        num_positions=(image_size // patch_size) ** 2,
+        norm_eps=vision.number("layer_norm_eps", most=1),
     )
 
 

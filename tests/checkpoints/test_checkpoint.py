@@ -73,7 +73,7 @@ def test_missing_config(folder):
 
 def test_broken_config(folder):
     (folder / "config.json").write_text('{"model_type": ')
-    assert "config.json: not readable as JSON" in refusal(folder)
+    assert "config.json: not valid JSON" in refusal(folder)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_vll", "llama", None, ["qwen2_vl"]])

@@ -15,7 +15,8 @@ from rlens_jax.checkpoints.checkpoint import load_model, read_model_kind
 from rlens_jax.data.images import load_images
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
-from rlens_jax.families.hf_files import ConfigReader, read_qwen2_decoder
+from rlens_jax.families.config_reader import ConfigReader
+from rlens_jax.families.decoder_fields import read_qwen2_decoder
 from rlens_jax.families.internvl.model import Native
 from rlens_jax.families.internvl.preparer import InternVLPreparer, closest_grid, cut_tiles
 from rlens_jax.families.registry import read_kind
@@ -384,7 +385,7 @@ NATIVE_REFUSALS = [
     ("llm_config", None, "llm_config must be an object, not None"),
     ("llm_config.model_type", "phi3", "llm_config: model_type 'phi3' is not supported; text models are: qwen2"),
     ("llm_config.rope_scaling", {"type": "linear", "factor": 2}, "type = 'linear' is not supported"),
-    ("llm_config.rope_theta", None, "llm_config: the field rope_theta is missing"),
+    ("llm_config.rope_theta", None, "the field rope_theta is missing"),
     ("llm_config.hidden_act", "gelu", "llm_config: hidden_act = 'gelu' is not supported"),
     ("vision_config.hidden_act", "quick_gelu", "vision_config: hidden_act = 'quick_gelu' is not supported"),
     ("vision_config.norm_type", "batch_norm", "norm_type = 'batch_norm' is not supported"),
@@ -395,7 +396,7 @@ HF_REFUSALS = [
     ("vision_feature_layer", -2, "vision_feature_layer = -2 is not supported"),
     ("vision_feature_select_strategy", "full", "vision_feature_select_strategy = 'full' is not supported"),
     ("projector_hidden_act", "relu", "projector_hidden_act = 'relu' is not supported"),
-    ("image_token_id", None, "the field image_token_id is missing"),
+    ("image_token_id", None, "image_token_id must be a token id"),
     ("text_config.model_type", "qwen3", "text_config: model_type 'qwen3' is not supported"),
     ("text_config.use_sliding_window", True, "use_sliding_window = True is not supported"),
     ("vision_config.image_size", [448, 224], "image_size = [448, 224] is not supported (only squares)"),
@@ -449,12 +450,13 @@ def test_the_qwen2_reader_still_refuses_dynamic_scaling():
     fields = {
         "hidden_size": 8,
         "num_attention_heads": 2,
+        "num_key_value_heads": 2,
         "num_hidden_layers": 1,
         "intermediate_size": 4,
         "vocab_size": 9,
         "rms_norm_eps": 1e-6,
     }
-    assert read_qwen2_decoder(ConfigReader(fields, "config.json")).rope_theta == 1e6
+    assert read_qwen2_decoder(ConfigReader(fields, "config.json")).rope_theta == 1e4
     scaled = ConfigReader(fields | {"rope_scaling": {"type": "dynamic"}}, "config.json")
     assert "type = 'dynamic' is not supported" in refusal(read_qwen2_decoder, scaled)
 

@@ -403,11 +403,11 @@ def test_views_in_another_order_miss_by_a_hundred_tolerances(pair):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"version": 4.0}, "version = 4.0 is not supported (only 2.6)"),
-        ({"version": None}, "version = None is not supported (only 2.6)"),
+        ({"version": 4.0}, "version = 4.0 is not supported (only 2.6 or '2.6')"),
+        ({"version": None}, "version = None is not supported (only 2.6 or '2.6')"),
         ({"drop_vision_last_layer": True}, "drop_vision_last_layer = True is not supported (only False)"),
         ({"slice_mode": False}, "slice_mode = False is not supported (only True)"),
-        ({"hidden_size": 200}, "hidden_size = 200 must be a multiple of 128, the head size of the resampler"),
+        ({"hidden_size": 208}, "hidden_size = 208 must be a multiple of 128, the head size of the resampler"),
         ({"vision_config": None}, "vision_config must be an object, not None"),
     ],
 )

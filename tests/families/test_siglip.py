@@ -10,7 +10,7 @@ from flax import nnx
 from rlens_jax.checkpoints.leaves import Filler, shapes_of
 from rlens_jax.errors import UserError
 from rlens_jax.families import siglip
-from rlens_jax.families.hf_files import ConfigReader
+from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.siglip import SiglipTower, read_siglip, siglip_parts
 from rlens_jax.families.table import Table
 from tests.numerics import assert_close, error

@@ -18,8 +18,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from rlens_jax.errors import UserError
-from rlens_jax.families.hf_files import ConfigReader, read_decoder, rope_scaling
+from rlens_jax.families.config_reader import MOST_PIXELS, MOST_TOKENS, ConfigReader
+from rlens_jax.families.decoder_fields import LLAMA, QWEN2, read_decoder, rope_fields
 from rlens_jax.families.siglip import TowerConfig, TowerLayer, run_layers, tower_sizes
+from rlens_jax.files import shortened
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import LayerNorm, Linear, RMSNorm
 from rlens_jax.ops.attention import masked_attention
@@ -32,6 +34,51 @@ HF_QK_NORM_EPS = 1e-6
 """transformers does not read it from config.json."""
 TEMPLATES = ("Hermes-2", "internlm2-chat", "internvl2_5")
 """Supported values of `template` in a native config.json."""
+INTERNLM2 = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "bias": True,
+}
+"""Defaults of InternLM2Config in the published code; that of its vocabulary differs between copies."""
+TEXT = {"qwen2": QWEN2, "llama": LLAMA, "internlm2": INTERNLM2}
+"""Defaults of the text models by their `model_type`."""
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "internlm2": "InternLM2ForCausalLM"}
+"""Classes by which OpenGVLab's code chooses the text model."""
+HF_VISION = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "attention_bias": False,
+    "use_qk_norm": False,
+    "intermediate_size": 4096,
+    "hidden_act": "gelu",
+    "norm_type": "layer_norm",
+    "layer_norm_eps": 1e-6,
+    "image_size": 448,
+    "patch_size": 14,
+    "num_channels": 3,
+}
+"""Defaults of InternVLVisionConfig in transformers, the same from 4.52 to 5.24."""
+NATIVE_VISION = {
+    "hidden_size": 3200,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 25,
+    "qkv_bias": False,
+    "qk_normalization": True,
+    "intermediate_size": 12800,
+    "hidden_act": "gelu",
+    "norm_type": "rms_norm",
+    "layer_norm_eps": 1e-6,
+    "image_size": 224,
+    "patch_size": 14,
+    "num_channels": 3,
+}
+"""Defaults of InternVisionConfig in the published code (the 6B tower)."""
 
 
 @dataclass(frozen=True)
@@ -105,31 +152,28 @@ def read_native_config(config: ConfigReader) -> InternVLConfig:
     """
     config.require("select_layer", -1)
     config.require("downsample_ratio", 0.5)
-    config.require("ps_version", "v1", "v2")
-    vision, text = config.section("vision_config"), config.section("llm_config")
-    vision.require("qkv_bias", False, True)
-    vision.require("qk_normalization", True, False)
-    vision.require("norm_type", "rms_norm", "layer_norm")
+    vision, text = config.section("vision_config", NATIVE_VISION), _text_section(config, "llm_config", None)
+    text.require("architectures", [ARCHITECTURES[text.fields["model_type"]]], None)
     image_size = _square(vision, "image_size")
     config.require("force_image_size", image_size, None)
     template = config.fields.get("template")
     if template not in TEMPLATES:
         supported = ", ".join(TEMPLATES)
-        raise UserError(f"{config.where}: template {template!r} is not supported (only {supported})")
-    decoder = _read_text_decoder(text, tied_head=bool(text.fields.get("tie_word_embeddings", False)))
+        raise UserError(f"{config.where}: template {shortened(repr(template))} is not supported (only {supported})")
+    decoder = _read_text_decoder(config, text)
     least, most = config.size("min_dynamic_patch", default=1), config.size("max_dynamic_patch", default=6)
     if least > most:
         raise UserError(f"{config.where}: min_dynamic_patch {least} is larger than max_dynamic_patch {most}")
-    several = bool(config.fields.get("dynamic_image_size", False))
+    several = config.flag("dynamic_image_size")
     return InternVLConfig(
         decoder,
         _read_vision(
             vision,
-            rms_norm=vision.fields.get("norm_type", "rms_norm") == "rms_norm",
-            qkv_bias=vision.fields.get("qkv_bias", False),
-            qk_norm=vision.fields.get("qk_normalization", True),
-            qk_norm_eps=vision.number("layer_norm_eps", default=1e-6),
-            transposed=config.fields.get("ps_version", "v1") == "v1",
+            rms_norm=vision.require("norm_type", "rms_norm", "layer_norm") == "rms_norm",
+            qkv_bias=vision.flag("qkv_bias"),
+            qk_norm=vision.flag("qk_normalization"),
+            qk_norm_eps=vision.number("layer_norm_eps", most=1),
+            transposed=config.require("ps_version", "v1", "v2") == "v1",
             out_width=decoder.width,
         ),
         text_model=text.fields["model_type"],
@@ -138,7 +182,7 @@ def read_native_config(config: ConfigReader) -> InternVLConfig:
         native=Native(
             min_tiles=least if several else 1,
             max_tiles=most if several else 1,
-            thumbnail=bool(config.fields.get("use_thumbnail", False)),
+            thumbnail=config.flag("use_thumbnail"),
             template=template,
         ),
     )
@@ -150,69 +194,70 @@ def read_hf_config(config: ConfigReader) -> InternVLConfig:
     config.require("vision_feature_select_strategy", "default")
     config.require("projector_hidden_act", "gelu")
     config.require("downsample_ratio", 0.5)
-    vision, text = config.section("vision_config"), config.section("text_config")
-    vision.require("attention_bias", False, True)
-    vision.require("use_qk_norm", False, True)
-    vision.require("norm_type", "layer_norm", "rms_norm")
+    config = ConfigReader(config.fields, config.where, {"image_token_id": 151667})
+    vision, text = config.section("vision_config", HF_VISION), _text_section(config, "text_config", "qwen2")
     vision.require("use_absolute_position_embeddings", True)
     vision.require("use_mask_token", False)
     vision.require("use_mean_pooling", True)
-    # In transformers the outer field, where present, overrides the inner one.
-    tied = config.fields.get("tie_word_embeddings", text.fields.get("tie_word_embeddings", False))
-    decoder = _read_text_decoder(text, tied_head=bool(tied))
+    decoder = _read_text_decoder(config, text)
     return InternVLConfig(
         decoder,
         _read_vision(
             vision,
-            rms_norm=vision.fields.get("norm_type") == "rms_norm",
-            qkv_bias=vision.fields.get("attention_bias", False),
-            qk_norm=vision.fields.get("use_qk_norm", False),
+            rms_norm=vision.require("norm_type", "layer_norm", "rms_norm") == "rms_norm",
+            qkv_bias=vision.flag("attention_bias"),
+            qk_norm=vision.flag("use_qk_norm"),
             qk_norm_eps=HF_QK_NORM_EPS,
             transposed=False,
             out_width=decoder.width,
         ),
-        text_model=text.fields["model_type"],
-        image_token=config.size("image_token_id"),
+        text_model=text.fields.get("model_type", "qwen2"),
+        image_token=config.token("image_token_id", vocabulary=decoder.vocabulary),
         max_tokens=_rope_limit(text),
         native=None,
     )
 
 
-def _read_text_decoder(text: ConfigReader, tied_head: bool) -> DecoderConfig:
-    """Read the sizes of a text model by its `model_type`: Qwen2, Llama or InternLM2 (a Llama with fused q, k, v).
+def _text_section(config: ConfigReader, name: str, default: str | None) -> ConfigReader:
+    """The fields of the text model, with the defaults of its class; UserError if it is another one than those of `TEXT`."""
+    text = config.section(name)
+    model_type = text.fields.get("model_type", default)
+    if not isinstance(model_type, str) or model_type not in TEXT:
+        supported = ", ".join(TEXT)
+        raise UserError(f"{text.where}: model_type {shortened(repr(model_type))} is not supported; text models are: {supported}")
+    return ConfigReader(text.fields, text.where, TEXT[model_type])
+
+
+def _read_text_decoder(config: ConfigReader, text: ConfigReader) -> DecoderConfig:
+    """Read the sizes of a text model: Qwen2, Llama or InternLM2 (a Llama with fused q, k, v).
 
     Dynamic NTK scaling of RoPE is accepted, because its factor is 1 up to `max_position_embeddings`. Prompts beyond
-    `_rope_limit` must be refused. The caller reads `tied_head`, because the layouts store it in different places.
+    `_rope_limit` must be refused. The head is tied if either place says so.
 
     Raises:
-        UserError: the text model is another one, or a field is missing or asks for what is not supported.
+        UserError: a field is missing or asks for what is not supported.
     """
-    model_type = text.fields.get("model_type")
-    without_bias = {"qwen2": (), "llama": ("attention_bias", "mlp_bias"), "internlm2": ("bias",)}
-    if model_type not in without_bias:
-        supported = ", ".join(without_bias)
-        raise UserError(f"{text.where}: model_type {model_type!r} is not supported; text models are: {supported}")
-    for name in without_bias[model_type]:
-        text.require(name, False)
-    return read_decoder(text, ("default", "dynamic"), default_theta=None, qkv_bias=model_type == "qwen2", tied_head=tied_head)
+    for name in ("attention_bias", "mlp_bias", "bias"):
+        if name in text.defaults:
+            text.require(name, False)
+    tied = [place.flag("tie_word_embeddings") for place in (config, text)]
+    return read_decoder(text, ("default", "dynamic"), qkv_bias=text.defaults is QWEN2, tied_head=any(tied))
 
 
 def _rope_limit(text: ConfigReader) -> int | None:
     """The longest prompt that dynamic NTK scaling of RoPE does not change; None without scaling."""
-    scaling = rope_scaling(text)
-    if "dynamic" in (scaling.get("type"), scaling.get("rope_type")):
-        return text.size("max_position_embeddings")
-    return None
+    dynamic = rope_fields(text).require("rope_type", "default", "dynamic") == "dynamic"
+    return text.size("max_position_embeddings", most=MOST_TOKENS) if dynamic else None
 
 
 def _square(config: ConfigReader, name: str) -> int:
     """A side in pixels, written as one number or as two equal ones."""
     value = config.fields.get(name)
     if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
-        return ConfigReader({name: value[0]}, config.where).size(name)
+        return ConfigReader({name: value[0]}, config.where).size(name, most=MOST_PIXELS)
     if isinstance(value, list):
-        raise UserError(f"{config.where}: {name} = {value} is not supported (only squares)")
-    return config.size(name)
+        raise UserError(f"{config.where}: {name} = {shortened(repr(value))} is not supported (only squares)")
+    return config.size(name, most=MOST_PIXELS)
 
 
 def _read_vision(
@@ -227,7 +272,7 @@ def _read_vision(
         patch_size=patch_size,
         image_size=image_size,
         rms_norm=rms_norm,
-        norm_eps=vision.number("layer_norm_eps", default=1e-6),
+        norm_eps=vision.number("layer_norm_eps", most=1),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         qk_norm_eps=qk_norm_eps,

@@ -20,8 +20,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from rlens_jax.errors import UserError
-from rlens_jax.families.hf_files import ConfigReader, read_qwen2_decoder
-from rlens_jax.families.siglip import SiglipConfig, SiglipTower, read_siglip
+from rlens_jax.families.config_reader import MOST_PIXELS, ConfigReader
+from rlens_jax.families.decoder_fields import read_qwen2_decoder
+from rlens_jax.families.siglip import SIGLIP, SiglipConfig, SiglipTower, read_siglip
+from rlens_jax.files import shortened
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import Linear
 from rlens_jax.models.prompt import Grid
@@ -29,17 +31,8 @@ from rlens_jax.models.prompt import Grid
 NEWLINE = 0
 """Row of the newline in the table from which visual tokens are taken; patch p of view v is row 1 + v J + p."""
 
-QWEN2_DEFAULTS = {
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-}
-"""Defaults of transformers, which omits fields with these values when it writes a nested config.json."""
+TOKENS = {"image_token_index": 151646, "video_token_index": 151647}
+MOST_PINPOINTS = 1 << 8
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,8 @@ class LlavaOnevisionConfig:
 
 def read_config(config: ConfigReader) -> LlavaOnevisionConfig:
     """Read the sizes from config.json; UserError if it asks for a computation that is not supported."""
-    text, vision = config.section("text_config"), config.section("vision_config")
+    config = ConfigReader(config.fields, config.where, TOKENS)
+    text, vision = config.section("text_config"), config.section("vision_config", SIGLIP)
     text.require("model_type", "qwen2")
     vision.require("model_type", "siglip_vision_model")
     config.require("projector_hidden_act", "gelu")
@@ -78,34 +72,36 @@ def read_config(config: ConfigReader) -> LlavaOnevisionConfig:
     config.require("vision_feature_select_strategy", "full")
     config.require("use_image_newline_parameter", True)
     aspect_ratio = config.fields.get("vision_aspect_ratio", "anyres_max_9")
-    max_tiles = re.fullmatch(r"anyres_max_([1-9]\d*)", str(aspect_ratio))
+    max_tiles = re.fullmatch(r"anyres_max_([1-9][0-9]{0,3})", str(aspect_ratio))
     if max_tiles is None:
-        raise UserError(f"{config.where}: vision_aspect_ratio = {aspect_ratio!r} is not supported (only 'anyres_max_N')")
+        raise config.error("vision_aspect_ratio", "is supported only as 'anyres_max_N', N below 10000", aspect_ratio)
+    tower, decoder = read_siglip(vision), read_qwen2_decoder(text)
     image_size = vision.size("image_size")
-    nested = {"text_config": {**QWEN2_DEFAULTS, **text.fields}}
-    # For this family, transformers ties the head if either place says so.
-    tied = any(place.fields.get("tie_word_embeddings", False) for place in (config, text))
     return LlavaOnevisionConfig(
-        replace(read_qwen2_decoder(ConfigReader(nested, f"{config.where}: text_config")), tied_head=tied),
-        read_siglip(vision),
+        # For this family, transformers ties the head if either place says so.
+        replace(decoder, tied_head=config.flag("tie_word_embeddings") or decoder.tied_head),
+        tower,
         image_size,
         _read_pinpoints(config, image_size),
         int(max_tiles[1]),
-        image_token=config.size("image_token_index", "image_token_id"),
-        video_token=config.size("video_token_index", "video_token_id"),
+        image_token=config.token("image_token_id", "image_token_index", vocabulary=decoder.vocabulary),
+        video_token=config.token("video_token_id", "video_token_index", vocabulary=decoder.vocabulary),
     )
 
 
 def _read_pinpoints(config: ConfigReader, image_size: int) -> tuple[Grid, ...]:
+    """The pinpoints; by default those of the class of transformers, up to 6 x 6 views of 384 pixels."""
     pinpoints = config.fields.get("image_grid_pinpoints")
-    if not isinstance(pinpoints, list) or not pinpoints:
-        raise UserError(f"{config.where}: image_grid_pinpoints must be a list of [height, width]")
+    if pinpoints is None:
+        pinpoints = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
+    if not isinstance(pinpoints, list) or not 0 < len(pinpoints) <= MOST_PINPOINTS:
+        raise config.error("image_grid_pinpoints", f"must be a list of 1 to {MOST_PINPOINTS} pairs [height, width]", pinpoints)
+    sides = range(image_size, MOST_PIXELS + 1, image_size)
     for size in pinpoints:
-        sides = size if isinstance(size, list) and len(size) == 2 else [0]
-        if not all(isinstance(side, int) and side > 0 and side % image_size == 0 for side in sides):
+        if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side in sides for side in size)):
             raise UserError(
-                f"{config.where}: image_grid_pinpoints contains {size!r}; only [height, width] in multiples of "
-                f"the vision tower's image_size, {image_size}, are supported"
+                f"{config.where}: image_grid_pinpoints contains {shortened(repr(size))}; only [height, width] in multiples of "
+                f"the vision tower's image_size, {image_size}, up to {MOST_PIXELS} are supported"
             )
     return tuple((height, width) for height, width in pinpoints)
 

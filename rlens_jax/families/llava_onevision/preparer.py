@@ -14,8 +14,9 @@ from rlens_jax.data.images import Transparency
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
 from rlens_jax.families.family import ImageArrays
-from rlens_jax.families.hf_files import PROCESSOR_FILE, read_folder, read_json_object
+from rlens_jax.families.hf_files import PROCESSOR_FILE, read_folder
 from rlens_jax.families.llava_onevision.model import NEWLINE, LlavaOnevisionConfig
+from rlens_jax.files import read_json_object
 from rlens_jax.layout import smallest_bucket
 from rlens_jax.models.chat import PlaceholderChat
 from rlens_jax.models.prompt import Grid, ImageTokens, PreparedImage, Prompt

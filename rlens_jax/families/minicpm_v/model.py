@@ -15,14 +15,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from rlens_jax.errors import UserError
-from rlens_jax.families.hf_files import ConfigReader, read_qwen2_decoder
-from rlens_jax.families.siglip import SiglipConfig, SiglipTower, read_siglip
+from rlens_jax.families.config_reader import ConfigReader
+from rlens_jax.families.decoder_fields import read_qwen2_decoder
+from rlens_jax.families.siglip import SIGLIP, SiglipConfig, SiglipTower, read_siglip
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import LayerNorm, Linear
 from rlens_jax.ops.attention import masked_attention
 
 VERSION = 2.6
 """MiniCPM-V 2.0 to 4.5 share one `model_type` and differ in this field."""
+DEFAULTS = {"version": None, "drop_vision_last_layer": True, "query_num": 64}
+"""Of the class in the published code."""
 RESAMPLER_HEAD_DIM = 128
 RESAMPLER_NORM_EPS = 1e-6
 RESAMPLER_THETA = 10000.0
@@ -59,18 +62,17 @@ class MiniCPMVConfig:
 
 def read_config(config: ConfigReader) -> MiniCPMVConfig:
     """Read the sizes from config.json; UserError if it asks for a computation that is not supported."""
-    version = config.fields.get("version")
-    if version not in (VERSION, str(VERSION)):
-        raise UserError(f"{config.where}: version = {version!r} is not supported (only {VERSION})")
+    config = ConfigReader(config.fields, config.where, DEFAULTS)
+    config.require("version", VERSION, str(VERSION))
     config.require("drop_vision_last_layer", False)
     config.require("slice_mode", True)
-    decoder, vision = read_qwen2_decoder(config), read_siglip(config.section("vision_config"))
+    decoder, vision = read_qwen2_decoder(config), read_siglip(config.section("vision_config", SIGLIP))
     if decoder.width % RESAMPLER_HEAD_DIM:
         raise UserError(
             f"{config.where}: hidden_size = {decoder.width} must be a multiple of {RESAMPLER_HEAD_DIM}, "
             "the head size of the resampler"
         )
-    resampler = ResamplerConfig(config.size("query_num", default=64), vision.width, decoder.width)
+    resampler = ResamplerConfig(config.size("query_num"), vision.width, decoder.width)
     return MiniCPMVConfig(decoder, vision, resampler)
 
 

@@ -14,9 +14,11 @@ from rlens_jax.data.benchmarks.catalogue import ANSWER_LETTER, SHORT_ANSWER, Ins
 from rlens_jax.data.images import Transparency
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.errors import UserError
+from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.family import ImageArrays
-from rlens_jax.families.hf_files import PROCESSOR_FILE, ConfigReader, read_folder, read_json_object
+from rlens_jax.families.hf_files import PROCESSOR_FILE, read_folder
 from rlens_jax.families.minicpm_v.model import VERSION, MiniCPMVConfig
+from rlens_jax.files import read_json_object
 from rlens_jax.layout import smallest_bucket
 from rlens_jax.models.chat import Chat, question_content
 from rlens_jax.models.prompt import Grid, ImageTokens, PreparedImage, Prompt

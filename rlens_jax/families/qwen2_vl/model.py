@@ -15,7 +15,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from rlens_jax.families.hf_files import ConfigReader, read_qwen2_decoder
+from rlens_jax.errors import UserError
+from rlens_jax.families.config_reader import MOST_CHANNELS, MOST_LAYERS, MOST_PIXELS, ConfigReader
+from rlens_jax.families.decoder_fields import read_decoder, rope_fields
 from rlens_jax.families.siglip import TowerConfig, TowerLayer, run_layers
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import LayerNorm, Linear, rotate, rotation
@@ -51,27 +53,83 @@ class Qwen2VLConfig:
     video_token: int
 
 
+TEXT = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+}
+"""Defaults of Qwen2VLTextConfig in transformers 5.24, and of the flat Qwen2VLConfig before 4.52."""
+VISION = {
+    "depth": 32,
+    "embed_dim": 1280,
+    "hidden_act": "quick_gelu",
+    "mlp_ratio": 4,
+    "num_heads": 16,
+    "in_channels": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "rope_theta": VISION_ROPE_THETA,
+}
+"""Defaults of Qwen2VLVisionConfig in transformers, the same from 4.45 to 5.24."""
+TOKENS = {"image_token_id": 151655, "video_token_id": 151656}
+MROPE_SECTIONS = (16, 24, 24)
+
+
 def read_config(config: ConfigReader) -> Qwen2VLConfig:
     """Read the sizes from config.json; UserError if it asks for a computation that is not supported."""
-    vision = config.section("vision_config")
-    vision.require("hidden_act", "quick_gelu")
-    width = vision.size("embed_dim")
-    decoder = read_qwen2_decoder(config)
+    config = ConfigReader(config.fields, config.where, TOKENS)
+    decoder = _read_decoder(config)
     return Qwen2VLConfig(
         decoder,
-        VisionConfig(
-            depth=vision.size("depth"),
-            width=width,
-            num_heads=vision.size("num_heads"),
-            ffn_width=int(width * vision.number("mlp_ratio")),
-            channels=vision.size("in_channels", "in_chans", default=3),
-            temporal_patch=vision.size("temporal_patch_size", default=2),
-            patch_size=vision.size("patch_size"),
-            merge_size=vision.size("spatial_merge_size", default=2),
-            out_width=decoder.width,
-        ),
-        image_token=config.size("image_token_id"),
-        video_token=config.size("video_token_id"),
+        _read_vision(config.section("vision_config", VISION), decoder.width),
+        image_token=config.token("image_token_id", vocabulary=decoder.vocabulary),
+        video_token=config.token("video_token_id", vocabulary=decoder.vocabulary),
+    )
+
+
+def _read_decoder(config: ConfigReader) -> DecoderConfig:
+    """From `text_config` alone where there is one: transformers ignores the same fields beside it."""
+    nested = config.fields.get("text_config") is not None
+    text = config.section("text_config", TEXT) if nested else ConfigReader(config.fields, config.where, TEXT)
+    text.require("model_type", "qwen2_vl_text", "qwen2_vl")
+    # Before transformers 5 the flag was in text_config; either place ties.
+    tied = [place.flag("tie_word_embeddings") for place in (config, text)]
+    decoder = read_decoder(text, ("default", "mrope"), qkv_bias=True, tied_head=any(tied), rope_sections=MROPE_SECTIONS)
+    if decoder.head_dim * decoder.num_heads != decoder.width:
+        raise UserError(f"{text.where}: hidden_size {decoder.width} is not num_attention_heads x {decoder.head_dim}")
+    return decoder
+
+
+def _read_vision(vision: ConfigReader, out_width: int) -> VisionConfig:
+    vision.require("model_type", "qwen2_vl_vision", "qwen2_vl")
+    vision.require("hidden_act", "quick_gelu")
+    vision.require("hidden_size", out_width)
+    rope = rope_fields(vision)
+    rope.require("rope_type", "default", "axial")
+    rope.require("rope_theta", VISION_ROPE_THETA)
+    width, heads = vision.size("embed_dim"), vision.size("num_attention_heads", "num_heads")
+    if width % (4 * heads):
+        raise UserError(f"{vision.where}: embed_dim {width} is no multiple of 4 x num_heads, {heads}, as 2-D RoPE needs it")
+    ratio = vision.number("mlp_ratio", most=64)
+    if width * ratio < 1:
+        raise vision.error("mlp_ratio", "must give the MLP a unit", ratio)
+    return VisionConfig(
+        depth=vision.size("num_hidden_layers", "depth", most=MOST_LAYERS),
+        width=width,
+        num_heads=heads,
+        ffn_width=int(width * ratio),
+        channels=vision.size("in_channels", most=MOST_CHANNELS),
+        temporal_patch=vision.size("temporal_patch_size", most=MOST_CHANNELS),
+        patch_size=vision.size("patch_size", most=MOST_PIXELS),
+        merge_size=vision.size("spatial_merge_size", most=MOST_CHANNELS),
+        out_width=out_width,
     )
 
 

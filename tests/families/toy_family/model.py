@@ -9,7 +9,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from rlens_jax.families.hf_files import ConfigReader, read_qwen2_decoder
+from rlens_jax.families.config_reader import ConfigReader
+from rlens_jax.families.decoder_fields import read_qwen2_decoder
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import Linear
 
