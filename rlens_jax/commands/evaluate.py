@@ -37,6 +37,8 @@ def main(arguments: Sequence[str]) -> None:
         ("timing-repeats", 5, "measurements per time; 0 measures nothing"),
     ):
         parser.add_argument(f"--{name}", metavar="N", type=int, default=default, help=f"{text} (default: %(default)s)")
+    skip_help = "go on where an image or a prompt cannot be used, and count the question as wrong"
+    parser.add_argument("--skip-unusable", action="store_true", help=skip_help)
     add_restart_option(parser)
     options = parser.parse_args(arguments)
     model, plan = required_model(parser, options), read_plan_options(parser, options)

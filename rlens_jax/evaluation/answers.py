@@ -2,13 +2,17 @@
 
 The log has one line per answer, and every batch is written before the next is computed:
 
-    {"variant": "plan", "dataset": "MME", "index": "12", "text": "Yes", "tokens": 2, "ended": true, "prompt": [37, 1792]}
+    {"variant": "plan", "dataset": "MME", "index": "12", "question": "5f1c...", "text": "Yes", "tokens": 2, "ended": true,
+     "prompt": [37, 1792]}
 
-`prompt` holds the numbers of text and visual tokens. `rlens_jax.durable_log` describes the header and the state after a crash.
+`question` identifies the question (`question_hash`): an answer is used again as long as the data have this question, at whatever
+place. `prompt` holds the numbers of text and visual tokens. `rlens_jax.durable_log` describes the header and the state after a
+crash.
 """
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -17,12 +21,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rlens_jax.data.images import image_hash
+from rlens_jax.data.samples import Sample
 from rlens_jax.durable_log import LogKind, LogWriter, open_log
 from rlens_jax.evaluation.datasets import Dataset
 from rlens_jax.files import replace_file
 
 Key = tuple[str, str, str]
-"""Variant, dataset, index."""
+"""Variant, dataset, question hash."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class LoggedAnswer:
     """Either "plan" or "dense"."""
     dataset: str
     index: str
+    """The question's index when it was answered."""
+    question: str
     text: str
     tokens: int
     """Number of new tokens, including the one that ends the turn."""
@@ -43,7 +51,7 @@ class LoggedAnswer:
 
     @property
     def key(self) -> Key:
-        return self.variant, self.dataset, self.index
+        return self.variant, self.dataset, self.question
 
 
 class Answers:
@@ -64,12 +72,9 @@ class Answers:
     def __contains__(self, key: Key) -> bool:
         return key in self._items
 
-    def __getitem__(self, key: Key) -> LoggedAnswer:
-        return self._items[key]
-
-    def of(self, variant: str, dataset: Dataset) -> list[LoggedAnswer]:
-        """The answers to all questions of a dataset, in order."""
-        return [self[variant, dataset.name, index] for index in dataset.indices]
+    def get(self, key: Key) -> LoggedAnswer | None:
+        """An answer, if there is one."""
+        return self._items.get(key)
 
     def append(self, answers: Sequence[LoggedAnswer]) -> None:
         """Write new answers; they are on disk when this returns."""
@@ -94,7 +99,7 @@ def _keyed(line: bytes) -> tuple[Key, LoggedAnswer]:
     if not isinstance(prompt, list) or [type(number) for number in prompt] != [int, int]:
         raise ValueError("prompt must be two whole numbers")
     answer = LoggedAnswer(**{**fields, "prompt": tuple(prompt)})
-    for name, kind in (("variant", str), ("dataset", str), ("index", str), ("text", str), ("tokens", int)):
+    for name, kind in (("variant", str), ("dataset", str), ("index", str), ("question", str), ("text", str), ("tokens", int)):
         if type(getattr(answer, name)) is not kind:
             raise ValueError(f"{name} is not a {kind.__name__}")
     if type(answer.ended) is not bool:
@@ -102,11 +107,20 @@ def _keyed(line: bytes) -> tuple[Key, LoggedAnswer]:
     return answer.key, answer
 
 
-_KIND = LogKind("rlens-answers", 1, "answers", "answer", _keyed)
+_KIND = LogKind("rlens-answers", 2, "answers", "answer", _keyed)
 FILE_NAME = _KIND.file_name
 
 
-def write_predictions(path: Path, dataset: Dataset, predictions: Sequence[str]) -> None:
+def question_hash(sample: Sample) -> str:
+    """SHA-256, in hex, of all of a sample that a model reads. UserError if an image cannot be read."""
+    how = f"{sample.marked}, {sample.as_stored}, {len(sample.images)}"
+    digest = hashlib.sha256(f"{how}, {len(sample.question)}: {sample.question}".encode())
+    for image in sample.images:
+        digest.update(image_hash(image, sample.id))
+    return digest.hexdigest()
+
+
+def write_predictions(path: Path, dataset: Dataset, predictions: Sequence[str | None]) -> None:
     """Write predictions as a TSV file that VLMEvalKit reads and scores; the folder is made if missing.
 
     One row per question: the columns of the dataset's own file without the image, then `prediction`; quoted as pandas quotes.
@@ -120,6 +134,6 @@ def write_predictions(path: Path, dataset: Dataset, predictions: Sequence[str]) 
         row = dataset.columns(place)
         if place == 0:
             writer.writerow([*row, "prediction"])
-        writer.writerow([*row.values(), prediction])
+        writer.writerow([*row.values(), prediction or ""])
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, text.getvalue().encode())

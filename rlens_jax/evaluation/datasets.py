@@ -15,11 +15,15 @@ from rlens_jax.data.samples import Sample, normalised
 from rlens_jax.data.splits import PAGES, samples_hash
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
+from rlens_jax.files import shortened
 from rlens_jax.metrics.score import Row, Score, mean_ratio
 from rlens_jax.metrics.scorers import score
 
 EXACT_MATCH = "exact match with any reference answer, rlens_jax"
 """The scoring rule of datasets that are not benchmarks; answers are compared as `data.samples.normalised` returns them."""
+
+MAX_NAME_BYTES = 200
+"""Of a dataset's name: with an ending and a temporary file's letters it is a file name, of at most 255 bytes."""
 
 
 @runtime_checkable
@@ -41,8 +45,8 @@ class Dataset(Protocol):
     def columns(self, place: int) -> Mapping[str, str]:
         """A question's columns in a file of predictions, `index` first; all questions have the same columns."""
 
-    def score(self, predictions: Sequence[str]) -> Score:
-        """The score of one prediction per question; UserError if these questions have no score."""
+    def score(self, predictions: Sequence[str | None]) -> Score:
+        """The score of one prediction per question; None is wrong. UserError if these questions have no score."""
 
 
 class Benchmark:
@@ -78,8 +82,9 @@ class Benchmark:
         others = {name: item.options.get(name, item.fields.get(name, "")) for name in (*benchmark.columns, *benchmark.optional)}
         return {"index": item.index, "question": item.question, **answer, **others}
 
-    def score(self, predictions: Sequence[str]) -> Score:
-        return score(self.name, [self._row(place, text) for place, text in enumerate(predictions)])
+    def score(self, predictions: Sequence[str | None]) -> Score:
+        rows = [self._row(place, text or "") for place, text in enumerate(predictions)]
+        return score(self.name, rows, {row.index for row, text in zip(rows, predictions, strict=True) if text is None})
 
     def _row(self, place: int, prediction: str) -> Row:
         item = self._source[place]
@@ -113,9 +118,9 @@ class ExactMatch:
         sample = self._samples[place]
         return {"index": sample.id, "question": sample.question, "answer": str(list(sample.answers))}
 
-    def score(self, predictions: Sequence[str]) -> Score:
+    def score(self, predictions: Sequence[str | None]) -> Score:
         pairs = zip(predictions, self._samples, strict=True)
-        right = [float(normalised(text) in sample.answers) for text, sample in pairs]
+        right = [float(text is not None and normalised(text) in sample.answers) for text, sample in pairs]
         return Score(
             ratios=(mean_ratio(100, self.indices, right),),
             breakdown={},
@@ -148,9 +153,17 @@ def load_datasets(
     names = [dataset.name for dataset in datasets]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"--data names the dataset {name!r} twice")
-        if "/" in name or name.startswith("."):
-            raise UserError(f"dataset {name!r}: the name of a file of predictions must not contain a / or begin with a dot")
+            raise UserError(f"--data names the dataset {shortened(repr(name))} twice")
+        if "/" in name or name.startswith(".") or not name.isprintable():
+            raise UserError(
+                f"dataset {shortened(repr(name))}: the name of a file of predictions must not begin with a dot or contain a / or "
+                "a control character"
+            )
+        if len(name.encode()) > MAX_NAME_BYTES:
+            raise UserError(
+                f"dataset {shortened(repr(name))}: the name of a file of predictions has at most {MAX_NAME_BYTES} bytes, "
+                f"this one {len(name.encode())}"
+            )
     for name in md5:
         if name not in names:
             raise UserError(f"--md5 is for {name!r}, which is not among the data: {', '.join(names)}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, no_type_check
 
+from rlens_jax.data.images import Transparency
 from rlens_jax.errors import UserError
 from rlens_jax.files import json_text
 from rlens_jax.metrics.score import Score
@@ -42,6 +43,7 @@ class EvaluationConfig:
         seed: seed of random probes and the bootstrap.
         bootstrap_samples: draws for the 95 % intervals.
         timing_repeats: measurements per program; 0 measures nothing.
+        skip_unusable: go on where a question cannot be asked, and count it as wrong.
         restart: rename the answers of another configuration in `output`, and begin anew.
 
     Raises:
@@ -63,6 +65,7 @@ class EvaluationConfig:
     seed: int = 0
     bootstrap_samples: int = 1000
     timing_repeats: int = 5
+    skip_unusable: bool = False
     restart: bool = False
 
     def __post_init__(self) -> None:
@@ -111,12 +114,24 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class ImageReading:
+    """How the images of a dataset were read; see `data.images`."""
+
+    upright: bool
+    """Whether the EXIF orientation was applied."""
+    transparency: Transparency
+
+
+@dataclass(frozen=True)
 class DatasetResult:
     """The results of all variants on a dataset."""
 
     digest: str
     """Hash of the questions."""
     questions: int
+    unusable: int
+    """Number of questions that could not be asked, which are wrong; tokens and cost are means over the others."""
+    images: ImageReading
     text_tokens: float
     """Mean text tokens per prompt."""
     visual_tokens: float
@@ -189,6 +204,7 @@ def evaluation_json(result: Evaluation) -> str:
                 **config.settings(),
                 "data": list(config.data),
                 "limit": config.limit,
+                "skip_unusable": config.skip_unusable,
                 "bootstrap_samples": config.bootstrap_samples,
             },
             "device": result.device,
@@ -218,6 +234,8 @@ def summary(result: Evaluation) -> str:
             f"{name}: {part.questions} questions, FLOPs saved {part.cost.saved:.1%} "
             f"({part.cost.saved_with_probes:.1%} with probes)"
         )
+        if part.unusable:
+            lines.append(f"  {part.unusable} of them could not be asked and count as wrong")
         for variant, scored in part.variants.items():
             unended = f", {scored.unended} answers cut off" if scored.unended else ""
             if scored.score is None or scored.interval is None:
@@ -247,6 +265,8 @@ def _dataset(name: str, part: DatasetResult) -> dict[str, Any]:
     return {
         "digest": part.digest,
         "questions": part.questions,
+        "unusable": part.unusable,
+        "images": dataclasses.asdict(part.images),
         "text_tokens": part.text_tokens,
         "visual_tokens": part.visual_tokens,
         "multiply_adds": dataclasses.asdict(part.cost),

@@ -1,9 +1,4 @@
-"""Runs an evaluation: answer all questions, write predictions, score, count costs, measure times.
-
-Questions are answered in windows, so that only the images of one window are in memory. The batches of a window depend on its
-questions alone, and a batch is computed completely or not at all. So a resumed evaluation computes the same batches, in the same
-shapes, as one that was never interrupted.
-"""
+"""Runs an evaluation: answer all questions, write predictions, score, count costs, measure times."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -13,21 +8,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlens_jax.console import Progress, say
-from rlens_jax.engine.batches import FILLER
+from rlens_jax.console import say
 from rlens_jax.engine.choices import automatic_dtype
 from rlens_jax.engine.deployed_model import DeployedModel, load
 from rlens_jax.engine.inputs import Batch, Split
 from rlens_jax.engine.session import ModelFolder
 from rlens_jax.engine.startup import start_jax
 from rlens_jax.engine.timing import time_side_by_side
-from rlens_jax.evaluation.answers import Answers, LoggedAnswer, write_predictions
+from rlens_jax.errors import UserError
+from rlens_jax.evaluation.answering import Questions, answer_questions, batch_members
+from rlens_jax.evaluation.answers import Answers, write_predictions
 from rlens_jax.evaluation.datasets import Dataset, load_datasets
 from rlens_jax.evaluation.evaluation import (
     Cost,
     DatasetResult,
     Evaluation,
     EvaluationConfig,
+    ImageReading,
     Times,
     VariantResult,
     VariantTime,
@@ -40,9 +37,6 @@ from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.resources import cache_folder, versions
 from rlens_jax.search.bootstrap import difference_interval, score_interval
-
-WINDOW_BATCHES = 8
-"""Batches per window: enough questions that batches of several shapes fill up."""
 
 TIMED_TOKENS = 32
 """New tokens in the timed decoding, even if the answers end earlier."""
@@ -62,9 +56,11 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     folder = ModelFolder.find(config.model)
     config.plan.validate(folder.kind.config.decoder.num_layers)
     datasets = load_datasets(config.data, cache_folder() / "data", kind=folder.kind, limit=config.limit, md5=config.md5)
-    questions = {dataset.name: f"{dataset.digest}, {len(dataset.indices)} questions" for dataset in datasets}
-    identity = folder.identity({"data": questions, **config.settings()})
-    with Answers.open(config.output, identity, restart=config.restart) as answers:
+    for dataset in datasets:
+        _check_scores(dataset, config.limit)
+    questions = [Questions.of(dataset) for dataset in datasets]
+    # Each answer names its question, so the log is not bound to the data.
+    with Answers.open(config.output, folder.identity(config.settings()), restart=config.restart) as answers:
         if answers.repaired:
             say(answers.repaired)
         model = load(
@@ -75,22 +71,21 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
             model_shards=config.model_shards,
             seed=config.seed,
         )
-        for dataset in datasets:
-            _answer(config, model, dataset, answers)
-        for dataset in datasets:
+        for each in questions:
+            answer_questions(config, model, each, answers)
+        for each in questions:
             for variant in config.variants:
-                texts = [answer.text for answer in answers.of(variant, dataset)]
-                write_predictions(config.output / variant / f"{dataset.name}.tsv", dataset, texts)
-        times = _times(config, model, datasets[0]) if config.timing_repeats else None
-        decoder = folder.kind.config.decoder
+                path = config.output / variant / f"{each.dataset.name}.tsv"
+                write_predictions(path, each.dataset, _texts(each, variant, answers))
+        times = _times(config, model, questions[0]) if config.timing_repeats else None
         evaluation = Evaluation(
             config=config,
             model_hash=folder.weights_hash,
             model_type=folder.kind.model_type,
-            num_layers=decoder.num_layers,
+            num_layers=folder.kind.config.decoder.num_layers,
             device=jax.devices()[0].device_kind,
             versions=versions(),
-            datasets={dataset.name: _result(config, decoder, dataset, answers) for dataset in datasets},
+            datasets={each.dataset.name: _result(config, model, each, answers) for each in questions},
             times=times,
         )
         if times is not None:
@@ -100,64 +95,44 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     return evaluation
 
 
-def _answer(config: EvaluationConfig, model: DeployedModel, dataset: Dataset, answers: Answers) -> None:
-    """Answer the questions whose answers are not in the log."""
-    variants = config.variants
-
-    def known(place: int, variant: str) -> bool:
-        return (variant, dataset.name, dataset.indices[place]) in answers
-
-    places = range(len(dataset.indices))
-    with Progress(f"answering {dataset.name}", len(places) * len(variants), "answers") as shown:
-        shown.advance(sum(known(place, variant) for place in places for variant in variants), resumed=True)
-        size = WINDOW_BATCHES * config.batch_size * model.programs.groups
-        for window in (places[start : start + size] for start in range(0, len(places), size)):
-            missing = [variant for variant in variants if not all(known(place, variant) for place in window)]
-            if not missing:
-                continue
-            split = model.prepare([dataset.sample(place) for place in window], config.max_new_tokens)
-            for batch in split.batches:
-                members = [window[number] for number in _members(batch)]
-                for variant in missing:
-                    if all(known(place, variant) for place in members):
-                        continue
-                    new = []
-                    for number, answer in model.answer_batch(split, batch, variants[variant], config.max_new_tokens).items():
-                        if not known(window[number], variant):
-                            key = (variant, dataset.name, dataset.indices[window[number]])
-                            prompt = (int(split.num_text[number]), int(split.num_visual[number]))
-                            new.append(LoggedAnswer(*key, answer.text, answer.num_tokens, answer.ended, prompt))
-                    answers.append(new)
-                    shown.advance(len(members))
+def _check_scores(dataset: Dataset, limit: int | None) -> None:
+    """Raise UserError, before anything is answered, if the questions of a dataset have no score."""
+    if dataset.scored:
+        try:
+            dataset.score([None] * len(dataset.indices))
+        except UserError as error:
+            hint = "" if limit is None else f"; --limit {limit} takes the first questions only, leave it out or raise it"
+            raise UserError(f"{error}{hint}") from None
 
 
-def _members(batch: Batch) -> list[int]:
-    """Numbers of the samples in a batch."""
-    numbers = np.asarray(batch.inputs.layout.sample)
-    return numbers[numbers != FILLER].tolist()
+def _texts(questions: Questions, variant: str, answers: Answers) -> list[str | None]:
+    return [None if answer is None else answer.text for answer in questions.answers(variant, answers)]
 
 
-def _result(config: EvaluationConfig, decoder: DecoderConfig, dataset: Dataset, answers: Answers) -> DatasetResult:
-    variants, scores = {}, {}
+def _result(config: EvaluationConfig, model: DeployedModel, questions: Questions, answers: Answers) -> DatasetResult:
+    variants, scores, dataset = {}, {}, questions.dataset
     for variant in config.variants:
-        logged = answers.of(variant, dataset)
-        score = dataset.score([answer.text for answer in logged]) if dataset.scored else None
+        score = dataset.score(_texts(questions, variant, answers)) if dataset.scored else None
         interval = None
         if score is not None:
             scores[variant] = score
             interval = score_interval(score, samples=config.bootstrap_samples, seed=config.seed)
-        variants[variant] = VariantResult(score, interval, sum(not answer.ended for answer in logged))
+        unended = sum(answer is not None and not answer.ended for answer in questions.answers(variant, answers))
+        variants[variant] = VariantResult(score, interval, unended)
     difference = None
     if len(scores) == 2:
         draws = {"samples": config.bootstrap_samples, "seed": config.seed}
         difference = difference_interval(scores["plan"], scores["dense"], **draws)
-    prompts = [answer.prompt for answer in answers.of("plan", dataset)]
+    prompts = [answer.prompt for answer in questions.answers("plan", answers) if answer]
+    sample = dataset.sample(0)
     return DatasetResult(
         digest=dataset.digest,
-        questions=len(prompts),
+        questions=len(dataset.indices),
+        unusable=len(questions.unusable),
+        images=ImageReading(not sample.as_stored, "dropped" if sample.as_stored else model.preparer.transparency),
         text_tokens=float(np.mean([text for text, _ in prompts])),
         visual_tokens=float(np.mean([visual for _, visual in prompts])),
-        cost=_cost(config, decoder, prompts),
+        cost=_cost(config, model.programs.config, prompts),
         variants=variants,
         difference=difference,
     )
@@ -184,17 +159,18 @@ def _cost(config: EvaluationConfig, decoder: DecoderConfig, prompts: Sequence[tu
     )
 
 
-def _times(config: EvaluationConfig, model: DeployedModel, dataset: Dataset) -> Times:
+def _times(config: EvaluationConfig, model: DeployedModel, questions: Questions) -> Times:
     """Times of both variants on the fullest batch of the first questions of a dataset."""
-    count = min(config.batch_size * model.programs.groups, len(dataset.indices))
-    say(f"timing {count} prompts of {dataset.name}")
-    split = model.prepare([dataset.sample(place) for place in range(count)], TIMED_TOKENS)
-    batch = max(split.batches, key=lambda batch: len(_members(batch)))
+    usable = [place for place in range(len(questions.hashes)) if place not in questions.unusable]
+    places = usable[: config.batch_size * model.programs.groups]
+    say(f"timing {len(places)} prompts of {questions.dataset.name}")
+    split = model.prepare([questions.dataset.sample(place) for place in places], TIMED_TOKENS)
+    batch = max(split.batches, key=lambda batch: len(batch_members(batch)))
     measured = time_side_by_side(_timed_calls(model, split, batch, (PlanFile(), config.plan)), config.timing_repeats)
     bucket, rows = batch.inputs.layout.bucket, len(batch.inputs.layout.sample)
     return Times(
         rows=rows,
-        prompts=len(_members(batch)),
+        prompts=len(batch_members(batch)),
         text_slots=bucket.text,
         visual_slots=bucket.visual,
         dense=VariantTime(*measured[0::2]),
@@ -205,7 +181,7 @@ def _times(config: EvaluationConfig, model: DeployedModel, dataset: Dataset) -> 
 
 def _timed_calls(model: DeployedModel, split: Split, batch: Batch, plans: tuple[PlanFile, PlanFile]) -> list[Callable[[], Any]]:
     """Prefill, time to the first token, and decoding; each under the dense plan and then under the other."""
-    samples = [split.samples[number] for number in _members(batch)]
+    samples = [split.samples[number] for number in batch_members(batch)]
     visual = model.programs.put(batch.visual)
 
     def prefill(plan: PlanFile) -> Any:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -56,8 +56,8 @@ SCORERS: Mapping[str, Scorer] = MappingProxyType(
 """By dataset. Those who have the withheld answers can score these datasets, too."""
 
 
-def score(dataset: str, rows: Sequence[Row]) -> Score:
-    """Score all or some of a dataset's rows.
+def score(dataset: str, rows: Sequence[Row], unanswered: Collection[str] = ()) -> Score:
+    """Score all or some of a dataset's rows; those with an index in `unanswered` are wrong, whatever their prediction.
 
     Raises:
         UserError: the dataset is unknown, there are no rows, an index occurs twice, a row has no answers, or the
@@ -81,7 +81,7 @@ def score(dataset: str, rows: Sequence[Row]) -> Score:
             )
             raise UserError(f"{dataset}: row {row.index} has no answers; {remedy}")
     try:
-        per_sample = tuple(scorer.sample(row) for row in rows)
+        per_sample = tuple(scorer.sample(row) * (row.index not in unanswered) for row in rows)
         aggregate = scorer.aggregate(rows, per_sample)
     except UserError as error:
         raise UserError(f"{dataset}: {error}") from None

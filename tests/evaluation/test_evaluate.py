@@ -26,6 +26,7 @@ from rlens_jax.evaluation import answers as answers_module
 from rlens_jax.evaluation.answers import FILE_NAME, Answers
 from rlens_jax.flops import prefill_summary
 from rlens_jax.plan_file import FORMAT, read_plan
+from tests.data.benchmarks.files import benchmark_rows, md5_of, write_tsv
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
@@ -200,7 +201,7 @@ def test_killed_and_resumed(finished: Path, data: Path, plan_path: Path, tmp_pat
     assert results(output) == results(finished)
 
 
-@pytest.mark.parametrize("changed", ["model_hash", "plan.ffn", "data.top_left"])
+@pytest.mark.parametrize("changed", ["model_hash", "plan.ffn"])
 def test_the_folder_of_another_evaluation(
     finished: Path, data: Path, plan_path: Path, tmp_path: Path, changed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,15 +213,72 @@ def test_the_folder_of_another_evaluation(
         fields = json.loads(header)
         fields["fingerprint"]["model_hash"] = "0" * 64
         (output / FILE_NAME).write_bytes(json.dumps(fields).encode() + b"\n" + rest)
-    elif changed == "plan.ffn":
+    else:
         other = tmp_path / "other.json"
         other.write_text(json.dumps({**json.loads(plan_path.read_text()), "ffn": [4]}))
         given = arguments(data, other, output)
-    else:
-        given = [*given, "--limit=8"]
     assert evaluate(given) == 2
     assert f"belongs to a run of another configuration: {changed} was" in capsys.readouterr().err
     assert results(output) == results(finished)
+
+
+def test_rows_come_and_go(
+    finished: Path, data: Path, plan_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The answers to unchanged questions are kept at whatever place; a row that cannot be used ends the run or is wrong."""
+    output, log = tmp_path / "run", (finished / FILE_NAME).read_bytes()
+    shutil.copytree(finished, output)
+    (data / "broken.png").write_bytes((data / "0.png").read_bytes()[:100])
+    rows = [json.loads(line) for line in (data / "own.jsonl").read_text().splitlines()]
+    broken = {"image": "broken.png", "question": "digit ?", "answer": "7", "dataset": "top_left"}
+    changed = [broken, *rows[:1], *rows[3:], {**rows[1], "answer": "9"}, rows[4]]
+    (data / "changed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    given = [part.replace("own.jsonl", "changed.jsonl") for part in arguments(data, plan_path, output)]
+    assert evaluate(given) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: changed.jsonl:1: image ") and "broken.png cannot be decoded" in message
+    assert message.endswith("; with --skip-unusable such questions are not asked and count as wrong")
+    assert evaluate([*given, "--skip-unusable"]) == 0
+    assert "counted as wrong: changed.jsonl:1: image" in capsys.readouterr().err
+    assert (output / FILE_NAME).read_bytes() == log
+    result = json.loads((output / "evaluation.json").read_text())
+    jsonschema.validate(result, SCHEMA)
+    part = result["datasets"]["top_left"]
+    assert (part["questions"], part["unusable"], part["images"]) == (10, 1, {"upright": True, "transparency": "white"})
+    texts = [row["prediction"] for row in predictions(output / "plan" / "top_left.tsv")]
+    before = [row["prediction"] for row in predictions(finished / "plan" / "top_left.tsv")]
+    assert texts == ["", before[0], *before[3:], before[1], before[4]]
+    right = sum(text == row["answer"] for text, row in zip(texts, changed, strict=True))
+    assert part["variants"]["plan"]["score"]["value"] == pytest.approx(10 * right)
+
+
+def test_what_has_no_score_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """MME's score needs all categories, which the first questions do not have."""
+    path, output = write_tsv(tmp_path / "MME.tsv", benchmark_rows("MME", 4)), tmp_path / "run"
+    given = ["embedded", f"--output={output}", f"--md5=MME={md5_of(path)}", "--limit=3", "--data", str(path)]
+    assert evaluate(given) == 2
+    assert "error: MME: no rows of artwork" in (message := capsys.readouterr().err)
+    assert "; --limit 3 takes the first questions only, leave it out or raise it" in message
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("n" * 300, "has at most 200 bytes, this one 300"),
+        ("\N{SNOWMAN}" * 70, "has at most 200 bytes, this one 210"),
+        ("../up", "must not begin with a dot or contain a /"),
+        ("a\tb", "must not begin with a dot or contain a / or a control character"),
+    ],
+)
+def test_names_that_are_no_file_names(name: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").write_bytes(b"not looked at")
+    row = {"image": "a.png", "question": "what ?", "answer": "7", "dataset": name}
+    (tmp_path / "my.jsonl").write_text(json.dumps(row))
+    assert evaluate(["embedded", f"--output={tmp_path / 'run'}", "--data", str(tmp_path / "my.jsonl")]) == 2
+    message = capsys.readouterr().err
+    assert complaint in message and len(message) < 500
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -93,3 +93,10 @@ def test_a_row_twice_is_refused(dataset: str):
     rows = ROWS[dataset]
     with pytest.raises(UserError, match=f"{dataset}: index {rows[0].index} occurs 2 times"):
         score(dataset, [*rows, rows[0]])
+
+
+def test_an_unanswered_question_is_wrong():
+    """Without a prediction, not with an empty one: TextVQA compares texts without articles."""
+    rows = [Row("0", "", ("a",) * 10), Row("1", "x", ("x",) * 10)]
+    assert score("TextVQA_VAL", rows).per_sample == (1, 1)
+    assert score("TextVQA_VAL", rows, {"0"}).per_sample == (0, 1)

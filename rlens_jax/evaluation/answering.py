@@ -1,0 +1,114 @@
+"""Answers all questions of a dataset, except those whose answers are in the log.
+
+Questions are answered in windows, so that only the images of one window are in memory. The batches of a window depend on its
+questions alone, and a batch is computed completely or not at all. So a resumed evaluation computes the same batches, in the same
+shapes, as one that was never interrupted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rlens_jax.console import Progress, say
+from rlens_jax.engine.batches import FILLER
+from rlens_jax.engine.deployed_model import DeployedModel
+from rlens_jax.engine.inputs import Batch, Split
+from rlens_jax.errors import UserError
+from rlens_jax.evaluation.answers import Answers, Key, LoggedAnswer, question_hash
+from rlens_jax.evaluation.datasets import Dataset
+from rlens_jax.evaluation.evaluation import EvaluationConfig
+
+WINDOW_BATCHES = 8
+"""Batches per window: enough questions that batches of several shapes fill up."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of a dataset by their places, and which of them cannot be asked."""
+
+    dataset: Dataset
+    hashes: Sequence[str]
+    unusable: set[int] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> "Questions":
+        """All questions of a dataset; reads all images."""
+        return cls(dataset, [question_hash(dataset.sample(place)) for place in range(len(dataset.indices))])
+
+    def key(self, variant: str, place: int) -> Key:
+        return variant, self.dataset.name, self.hashes[place]
+
+    def answers(self, variant: str, answers: Answers) -> list[LoggedAnswer | None]:
+        """The answers in order; None for a question that cannot be asked."""
+        return [answers.get(self.key(variant, place)) for place in range(len(self.hashes))]
+
+
+def answer_questions(config: EvaluationConfig, model: DeployedModel, questions: Questions, answers: Answers) -> None:
+    """Answer the questions whose answers are not in the log, and note in `questions` which cannot be asked.
+
+    Raises:
+        UserError: a question cannot be asked, and the configuration does not allow to skip it, or none can.
+    """
+    variants, name = config.variants, questions.dataset.name
+
+    def known(place: int, variant: str) -> bool:
+        return questions.key(variant, place) in answers
+
+    places = range(len(questions.hashes))
+    with Progress(f"answering {name}", len(places) * len(variants), "answers") as shown:
+        shown.advance(sum(known(place, variant) for place in places for variant in variants), resumed=True)
+        size = WINDOW_BATCHES * config.batch_size * model.programs.groups
+        for window in (places[start : start + size] for start in range(0, len(places), size)):
+            missing = [variant for variant in variants if not all(known(place, variant) for place in window)]
+            if not missing:
+                continue
+            asked, split = _prepared(config, model, questions, window)
+            if split is None:
+                continue
+            for batch in split.batches:
+                members = [asked[number] for number in batch_members(batch)]
+                for variant in missing:
+                    if all(known(place, variant) for place in members):
+                        continue
+                    new: dict[Key, LoggedAnswer] = {}  # a question may be there twice
+                    for number, answer in model.answer_batch(split, batch, variants[variant], config.max_new_tokens).items():
+                        if not known(asked[number], variant):
+                            key = questions.key(variant, asked[number])
+                            prompt = (int(split.num_text[number]), int(split.num_visual[number]))
+                            index = questions.dataset.indices[asked[number]]
+                            new[key] = LoggedAnswer(
+                                variant, name, index, key[2], answer.text, answer.num_tokens, answer.ended, prompt
+                            )
+                    answers.append(list(new.values()))
+                    shown.advance(len(members))
+    if len(questions.unusable) == len(places):
+        raise UserError(f"{name}: no question can be asked")
+
+
+def batch_members(batch: Batch) -> list[int]:
+    """Numbers of the samples in a batch."""
+    numbers = np.asarray(batch.inputs.layout.sample)
+    return numbers[numbers != FILLER].tolist()
+
+
+def _prepared(
+    config: EvaluationConfig, model: DeployedModel, questions: Questions, window: Sequence[int]
+) -> tuple[list[int], Split | None]:
+    """The places of a window whose questions can be asked, and the prepared samples."""
+    samples = [questions.dataset.sample(place) for place in window]
+    try:
+        return list(window), model.prepare(samples, config.max_new_tokens)
+    except UserError as error:
+        if not config.skip_unusable:
+            raise UserError(f"{error}; with --skip-unusable such questions are not asked and count as wrong") from None
+    usable = []
+    for place, sample in zip(window, samples, strict=True):
+        try:
+            model.prepare([sample], config.max_new_tokens)
+            usable.append(place)
+        except UserError as error:
+            questions.unusable.add(place)
+            say(f"counted as wrong: {error}")
+    asked = [sample for place, sample in zip(window, samples, strict=True) if place in usable]
+    return usable, model.prepare(asked, config.max_new_tokens) if asked else None
