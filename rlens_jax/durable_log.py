@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from rlens_jax.errors import UserError
-from rlens_jax.files import json_leaves, replace_file
+from rlens_jax.files import json_leaves, open_file, parse_json, replace_file
 
 Item = TypeVar("Item")
 
@@ -33,8 +33,8 @@ class LogKind(Generic[Item]):
     """Name of the log in error messages; its file is `noun`.jsonl, its lock `noun`.lock."""
     item: str
     """Name of a line in error messages."""
-    decode: Callable[[bytes], tuple[Hashable, Item]]
-    """Returns a line's key, which is unique in the log, and its item; ValueError for a bad line."""
+    decode: Callable[[Any], tuple[Hashable, Item]]
+    """Returns the key of a line's JSON value, which is unique in the log, and its item; ValueError for a bad one."""
 
     @property
     def file_name(self) -> str:
@@ -121,7 +121,8 @@ def read_log(folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) 
 
 def _locked(folder: Path, name: str) -> int:
     """A descriptor that holds the folder's lock. UserError if another process holds it."""
-    lock = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+    # Not through a link: the file is emptied.
+    lock = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -140,7 +141,7 @@ def _locked(folder: Path, name: str) -> int:
 
 def _make_way(path: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any], restart: bool) -> str | None:
     """Remove a log without a finished line, and rename another run's if `restart`; returns a message if one was renamed."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         header, *lines = list(file) or [b""]
     if _fields(header, kind) is not None and not any(line.endswith(b"\n") for line in lines):
         path.unlink()
@@ -169,7 +170,7 @@ def _write_header(path: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any
 
 def _read(path: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> tuple[dict[Any, Item], int]:
     """The items by key, and the length in bytes of the finished lines."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         header, *lines = list(file) or [b""]
     _check_header(path, kind, header, fingerprint)
     items: dict[Any, Item] = {}
@@ -179,8 +180,8 @@ def _read(path: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> tu
         try:
             if not line.endswith(b"\n"):
                 raise ValueError("the line has no end")
-            key, item = kind.decode(line)
-        except ValueError as error:
+            key, item = kind.decode(parse_json(line, "line"))
+        except (ValueError, UserError) as error:
             # A crash damages the last line only, and its item is made again.
             if number == len(lines) + 1 and not _is_object(line):
                 break
@@ -196,7 +197,7 @@ def _is_object(line: bytes) -> bool:
     """Whether a line is finished and some JSON object: a crash cannot have cut it."""
     try:
         return line.endswith(b"\n") and isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -226,7 +227,7 @@ def _check_header(path: Path, kind: LogKind[Item], line: bytes, fingerprint: Map
 def _fields(line: bytes, kind: LogKind[Item]) -> dict[str, Any] | None:
     """The fields of a header, None if the line is not the header of such a log."""
     try:
-        header = json.loads(line)
-    except ValueError:
+        header = parse_json(line, "header")
+    except UserError:
         return None
     return header if isinstance(header, dict) and header.get("schema") == kind.schema and line.endswith(b"\n") else None

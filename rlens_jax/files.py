@@ -23,6 +23,7 @@ _LONGEST_MESSAGE = 160
 LARGEST_TEXT = 32 * 2**20
 _LONGEST_INTEGER = 40
 """Digits. Tokenizers write 10**30 for "no limit"."""
+_LARGEST_NUMBER = 1e15
 _DEEPEST = 64
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "a truth value", type(None): "null"}
@@ -88,9 +89,9 @@ def read_text(path: Path, limit: int = LARGEST_TEXT) -> str:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
 
 
-def read_json(path: Path) -> Any:
-    """The value of a JSON file. UserError when it cannot be read or `parse_json` refuses it."""
-    return parse_json(read_text(path), path)
+def read_json(path: Path, limit: int = LARGEST_TEXT) -> Any:
+    """The value of a JSON file of at most `limit` bytes. UserError when it cannot be read or `parse_json` refuses it."""
+    return parse_json(read_text(path, limit), path)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -146,23 +147,25 @@ def parse_json(text: str | bytes, where: Path | str, number: Callable[[str], Any
         raise UserError(f"{where}: not UTF-8 text (byte {error.start})") from error
     except RecursionError:
         raise UserError(f"{where}: not valid JSON: too deeply nested") from None
-    _check_nesting_and_strings(value, where)
+    for field, item in _items(value, where):
+        string = "".join(item) if isinstance(item, dict) else item
+        if isinstance(string, str) and ("\0" in string or _SURROGATE.search(string)):
+            name = f"field {field!r}: " if field else ""
+            raise UserError(f"{where}: {name}{shortened(ascii(string))} has NUL or half of a surrogate pair")
     return value
 
 
-def _check_nesting_and_strings(value: Any, where: Path | str) -> None:
+def _items(value: Any, where: Path | str) -> Iterator[tuple[str, Any]]:
+    """All items of nested lists and objects, and their dotted names. UserError if they are nested too deeply."""
     level = [("", value)]
     for _ in range(_DEEPEST):
+        yield from level
         children: list[tuple[str, Any]] = []
         for field, item in level:
             if isinstance(item, dict):
                 children += ((f"{field}.{name}" if field else name, child) for name, child in item.items())
             elif isinstance(item, list):
                 children += ((f"{field}[{index}]", child) for index, child in enumerate(item))
-            text = "".join(item) if isinstance(item, dict) else item
-            if isinstance(text, str) and ("\0" in text or _SURROGATE.search(text)):
-                name = f"field {field!r}: " if field else ""
-                raise UserError(f"{where}: {name}{shortened(ascii(text))} has NUL or half of a surrogate pair")
         if not children:
             return
         level = children
@@ -175,7 +178,13 @@ def shortened(text: str, longest: int = _LONGEST_MESSAGE) -> str:
 
 
 def check_schema(value: Any, schema: Path, path: Path) -> None:
-    """Raise UserError, naming `path` and the field, unless a JSON value follows the JSON schema in the file `schema`."""
+    """Raise UserError, naming `path` and the field, unless a JSON value follows the JSON schema in the file `schema`.
+
+    Numbers above 1e15 are refused: results with them are of no run, and sums of them overflow.
+    """
+    for field, item in _items(value, path):
+        if isinstance(item, int | float) and abs(item) > _LARGEST_NUMBER:
+            raise field_error(path, field, f"the number {item} is too large")
     # Imported here: few commands check a schema, and all of them import this module to start.
     from jsonschema.exceptions import best_match
 
@@ -193,8 +202,11 @@ def field_error(path: Path, field: str, message: str) -> UserError:
 @cache
 def _validator(schema: Path) -> Any:
     from jsonschema import Draft202012Validator
+    from jsonschema.validators import extend
 
-    return Draft202012Validator(json.loads(schema.read_text(encoding="utf-8")))
+    # The standard takes 3.0 for an integer, Python does not.
+    types = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
+    return extend(Draft202012Validator, type_checker=types)(json.loads(schema.read_text(encoding="utf-8")))
 
 
 def json_leaves(value: Any, name: str = "") -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Literal, get_args, no_type_check
 import numpy as np
 
 from rlens_jax.errors import UserError, suggest
+from rlens_jax.files import shortened
 
 Operator = Literal["attention", "ffn"]
 OPERATORS: tuple[Operator, ...] = get_args(Operator)
@@ -18,6 +19,12 @@ ProbeChoice = Literal["strided", "random"]
 WindowChoice = Literal["ordinal", "position"]
 
 UnitInterval = Literal["(0, 1]", "[0, 1)"]
+MOST_LAYERS = 1000
+"""Of any model and any list of layers: published decoders have up to 126."""
+_LARGEST_RANGE = 2**31 - 1
+"""Ordinals are int32."""
+_MOST_DECIMALS = 330
+"""No float is smaller than 5e-324."""
 _RANGES: dict[UnitInterval, str] = {"(0, 1]": "above 0 and at most 1", "[0, 1)": "at least 0 and below 1"}
 
 
@@ -37,9 +44,10 @@ def checked_decimal(name: str, value: object, interval: UnitInterval) -> float:
     except InvalidOperation:
         decimal = Decimal("nan")
     if not (decimal.is_finite() and 0 <= decimal <= 1 and decimal != (0 if interval == "(0, 1]" else 1)):
-        raise UserError(f"{name} must be a decimal number {_RANGES[interval]}, not {value!r}")
-    if exact(float(decimal)) != Fraction(decimal):
-        raise UserError(f"{name} has more digits than a float keeps: {value!r}; write at most 15 digits")
+        raise UserError(f"{name} must be a decimal number {_RANGES[interval]}, not {shortened(repr(value))}")
+    # Fraction writes out all digits, of 1e-99999999 too.
+    if len(str(value)) > _MOST_DECIMALS or decimal.adjusted() < -_MOST_DECIMALS or exact(float(decimal)) != Fraction(decimal):
+        raise UserError(f"{name} has more digits than a float keeps: {shortened(repr(value))}; write at most 15 digits")
     return float(decimal)
 
 
@@ -65,14 +73,16 @@ class Reduction:
     """What the range counts: `ordinal` counts visual tokens, `position` counts absolute positions (as some ports do)."""
 
     def __post_init__(self) -> None:
-        if type(self.attention_range) is not int or self.attention_range < 1:
-            raise UserError(f"attention_range must be a whole number, at least 1, not {self.attention_range!r}")
+        if type(self.attention_range) is not int or not 1 <= self.attention_range <= _LARGEST_RANGE:
+            value = shortened(repr(self.attention_range))
+            raise UserError(f"attention_range must be a whole number from 1 to {_LARGEST_RANGE}, not {value}")
         for field in ("active_fraction", "probe_fraction"):
             object.__setattr__(self, field, checked_decimal(field, getattr(self, field), "(0, 1]"))
         for field, choices in (("probe", get_args(ProbeChoice)), ("window", get_args(WindowChoice))):
             value = getattr(self, field)
             if value not in choices:
-                raise UserError(f"{field} must be one of {', '.join(choices)}, not {value!r}{suggest(str(value), choices)}")
+                near = suggest(str(value), choices)
+                raise UserError(f"{field} must be one of {', '.join(choices)}, not {shortened(repr(value))}{near}")
 
     def probe_count(self, num_visual: int) -> int:
         """M, the number of probes of a sample with `num_visual` visual tokens; 0 if there are none."""
@@ -149,18 +159,20 @@ class Plan:
 
 def _checked_layers(operator: Operator, layers: object) -> tuple[int, ...]:
     if isinstance(layers, str) or not isinstance(layers, Iterable):
-        raise UserError(f"plan.{operator} must be a list of layer numbers, not {layers!r}")
-    checked: list[int] = []
+        raise UserError(f"plan.{operator} must be a list of layer numbers, not {shortened(repr(layers))}")
+    checked: set[int] = set()
     for layer in layers:
         try:
             number = -1 if isinstance(layer, bool) else operators.index(layer)
         except TypeError:
             number = -1
         if number < 0:
-            raise UserError(f"plan.{operator}: a layer must be a whole number, at least 0, not {layer!r}")
+            raise UserError(f"plan.{operator}: a layer must be a whole number, at least 0, not {shortened(repr(layer))}")
+        if number >= MOST_LAYERS:
+            raise UserError(f"plan.{operator}: no model has a layer {number}")
         if number in checked:
             raise UserError(f"plan.{operator} names layer {number} twice")
-        checked.append(number)
+        checked.add(number)
     return tuple(sorted(checked))
 
 

@@ -29,12 +29,14 @@ from pathlib import Path
 from typing import Any
 
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.files import read_json
-from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
+from rlens_jax.files import read_json, shortened
+from rlens_jax.plan import MOST_LAYERS, OPERATORS, Operator, Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Folder, Pruning
-from rlens_jax.search.ranking_file import SCHEMA, RankingFile, check_ranking
+from rlens_jax.search.ranking_file import LARGEST_RANKING, SCHEMA, RankingFile, check_ranking
 
 FORMAT = "rlens-plan/1"
+_MOST_DIGITS = 4
+"""Of a number of layers."""
 
 _REDUCTION_FIELDS = tuple(item.name for item in dataclasses.fields(Reduction))
 _FIELDS = ("format", "num_layers", *OPERATORS, *_REDUCTION_FIELDS, "pruning")
@@ -82,7 +84,7 @@ def read_plan(path: str | Path, first: Mapping[Operator, int] | None = None) -> 
         UserError: the file cannot be read, a field is unknown or wrong, or `first` does not suit the file.
     """
     path = Path(path)
-    fields = read_json(path)
+    fields = read_json(path, LARGEST_RANKING)
     if not isinstance(fields, dict):
         raise UserError(f"{path}: a plan file must hold one JSON object")
     ranking = check_ranking(fields, path) if fields.get("schema") == SCHEMA else None
@@ -102,7 +104,7 @@ def parse_first(text: str) -> dict[Operator, int]:
     for part in text.split(","):
         name, _, count = (piece.strip() for piece in part.partition("="))
         operator = next((known for known in OPERATORS if known == name), None)
-        if operator is None or not count.isdecimal():
+        if operator is None or not count.isdecimal() or len(count) > _MOST_DIGITS:
             raise UserError(f"the first layers must have the form attention=11,ffn=5, not {text!r}{suggest(name, OPERATORS)}")
         if operator in counts:
             raise UserError(f"{text!r} names the first layers of {operator} twice")
@@ -115,13 +117,15 @@ def _from_plan(fields: Mapping[str, Any]) -> PlanFile:
         if name not in _FIELDS:
             raise UserError(f"unknown field {name!r}{suggest(name, _FIELDS)}; known: {', '.join(_FIELDS)}")
     if fields.get("format") != FORMAT:
-        raise UserError(f"field 'format' must be {FORMAT!r}, not {fields.get('format')!r}; is this a plan, or a ranking.json?")
+        raise UserError(
+            f"field 'format' must be {FORMAT!r}, not {shortened(repr(fields.get('format')))}; is this a plan, or a ranking.json?"
+        )
     num_layers = fields.get("num_layers")
-    if num_layers is not None and (type(num_layers) is not int or num_layers < 1):
-        raise UserError(f"num_layers must be a whole number, at least 1, not {num_layers!r}")
+    if num_layers is not None and (type(num_layers) is not int or not 1 <= num_layers <= MOST_LAYERS):
+        raise UserError(f"num_layers must be a whole number from 1 to {MOST_LAYERS}, not {shortened(repr(num_layers))}")
     for name in OPERATORS:
         if not isinstance(fields.get(name, []), list):
-            raise UserError(f"{name} must be a list of layers, such as [20, 21], not {fields[name]!r}")
+            raise UserError(f"{name} must be a list of layers, such as [20, 21], not {shortened(repr(fields[name]))}")
     plan = Plan(fields.get("attention", ()), fields.get("ffn", ()))
     if num_layers is not None:
         plan.validate(num_layers)
@@ -133,10 +137,12 @@ def _pruning(fields: Any) -> Pruning | None:
     if fields is None:
         return None
     if not isinstance(fields, dict) or not isinstance(fields.get("method"), str):
-        raise UserError(f"pruning must be null or an object with a method, not {fields!r}")
+        raise UserError(f"pruning must be null or an object with a method, not {shortened(repr(fields))}")
     method = fields["method"]
     if method not in _METHODS:
-        raise UserError(f"pruning.method must be one of {', '.join(_METHODS)}, not {method!r}{suggest(method, _METHODS)}")
+        raise UserError(
+            f"pruning.method must be one of {', '.join(_METHODS)}, not {shortened(repr(method))}{suggest(method, _METHODS)}"
+        )
     known = [item.name for item in dataclasses.fields(_METHODS[method])]
     values = {name: value for name, value in fields.items() if name != "method"}
     for name in values:

@@ -91,7 +91,7 @@ BAD_OPTIONS = {
     "--search.base_ffn 3": "search.base_ffn reduces ffn in every plan; then search.operators must not rank ffn too",
     "--search.operators ffn --search.base_attention 3,3": "search.base_attention must be different",
     "--search.operators ffn --search.base_attention [-1]": "search.base_attention must be different",
-    "--reduction.attention_range -5": "reduction.attention_range must be a whole number, at least 1, not -5",
+    "--reduction.attention_range -5": "reduction.attention_range must be a whole number from 1 to 2147483647, not -5",
     "--reduction.active_fraction 2": "reduction.active_fraction must be .* at most 1",
     "--reduction.active_fraction x": "reduction.active_fraction must be a decimal number",
     "--reduction.probe best": "reduction.probe must be one of strided, random, not best",
@@ -114,7 +114,7 @@ BAD_OPTIONS = {
     "--hosts.heartbeat_seconds 0": "hosts.heartbeat_seconds must be at least 1, not 0",
     "--seed true": "seed must be a whole number, not true",
     "--seed -1": "seed must be at least 0, not -1",
-    "--config missing.yaml": "cannot read the configuration missing.yaml: No such file or directory",
+    "--config missing.yaml": "cannot read missing.yaml: No such file or directory",
     "--config embeded": "did you mean 'embedded'",
 }
 
@@ -133,7 +133,7 @@ BAD_FILES = {
     "search:\n  penalty: [a]\n": r"search.penalty must be a number, not \['a'\]",
     "search: 3\n": "mine.yaml: search must hold fields, not 3",
     "- 1\n": "mine.yaml must hold fields with values",
-    "search: [\n": "mine.yaml is not valid YAML",
+    "search: [\n": "mine.yaml: not valid YAML",
     "compute:\n  batch_size: 1.5\n": "compute.batch_size must be a whole number, not 1.5",
     "reduction:\n  active_fraction: 1.2\n": "reduction.active_fraction must be a decimal number",
 }

@@ -138,3 +138,32 @@ def test_first_layers_as_text() -> None:
             parse_first(text)
     with pytest.raises(UserError, match="did you mean 'attention'"):
         parse_first("atention=3")
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"active_fraction": "1e-99999999"}, "active_fraction has more digits than a float keeps"),
+        ({"pruning": {"method": "fastv", "share": "1e-99999999"}}, "share has more digits than a float keeps"),
+        ({"active_fraction": "0." + "1" * 3_000_000}, "active_fraction has more digits than a float keeps"),
+        ({"active_fraction": "1e-99999999999999999999"}, "active_fraction must be a decimal number"),
+        ({"ffn": [*range(1_000_000)]}, "no model has a layer 1000"),
+        ({"ffn": [0] * 1_000_000}, "names layer 0 twice"),
+        ({"num_layers": 10**9}, "num_layers must be a whole number from 1 to 1000"),
+        ({"attention_range": 2**31}, "attention_range must be a whole number from 1 to 2147483647"),
+        ({"probe": "x" * 100_000}, "probe must be one of"),
+        ({"pruning": ["x"] * 100_000}, "pruning must be null or an object"),
+        ({"pruning": {"method": "vtw", "layer": "9" * 100_000}}, "layer must be a whole number"),
+    ],
+)
+def test_absurd_values_are_refused_at_once_in_a_short_line(fields: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"format": "rlens-plan/1", **fields}))
+    with pytest.raises(UserError, match=complaint) as caught:
+        read_plan(path)
+    assert len(str(caught.value)) < 500 + len(str(path))
+
+
+def test_first_layers_of_an_absurd_number() -> None:
+    with pytest.raises(UserError, match="must have the form"):
+        parse_first("ffn=" + "9" * 5000)

@@ -16,14 +16,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import yaml
-
 from rlens_jax.config import DTYPES, GROUPS, Dtype, RunConfig, alternatives, dotted_name, field_types, fits, shown, wrong_type
 from rlens_jax.console import ArgumentParser
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.flops import PUBLISHED_DECODERS, DecoderSizes
 from rlens_jax.plan_file import PlanFile, parse_first, read_plan
 from rlens_jax.resources import preset_path
+from rlens_jax.yaml_file import read_yaml
 
 CONFIG = "config"
 EMBEDDED = RunConfig.model
@@ -301,12 +300,7 @@ def _read_file(name: str) -> dict[str, Any]:
     """The values of a YAML file or preset by dotted name. UserError for a bad file, an unknown field or a wrong type."""
     is_file = "/" in name or name.endswith((".yaml", ".yml"))
     path = Path(name) if is_file else preset_path(name)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold fields with values, such as `seed: 1`")
     _check_names(path, "", values, RunConfig)

@@ -90,8 +90,7 @@ class Answers:
         self._writer.close()
 
 
-def _keyed(line: bytes) -> tuple[Key, LoggedAnswer]:
-    fields = json.loads(line)
+def _keyed(fields: Any) -> tuple[Key, LoggedAnswer]:
     known = {field.name for field in dataclasses.fields(LoggedAnswer)}
     if not isinstance(fields, dict) or fields.keys() != known:
         raise ValueError(f"not exactly the fields {', '.join(sorted(known))}")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rlens_jax.errors import UserError
-from rlens_jax.files import parse_json, read_text
+from rlens_jax.files import parse_json, read_text, shortened
+from rlens_jax.plan import MOST_LAYERS
 from rlens_jax.search.ranking_file import check_ranking
 
 
@@ -71,7 +72,7 @@ def compare_rankings(a: str, b: str, num_layers: int | None) -> list[RankingComp
 def _read(argument: str) -> Source:
     if not os.path.isfile(argument):  # noqa: PTH113  (Path.is_file raises OSError for a long list)
         if not re.fullmatch(r"[\s\d,;+-]*", argument):
-            raise UserError(f"{argument}: neither a file nor a list of layers such as 27,26,25")
+            raise UserError(f"{shortened(argument)}: neither a file nor a list of layers such as 27,26,25")
         return Source("the list", {"": _parse(argument, "the list")}, None)
     path = Path(argument)
     text = read_text(path)
@@ -87,8 +88,8 @@ def _read(argument: str) -> Source:
 def _parse(text: str, where: str) -> tuple[int, ...]:
     words = [word for word in re.split(r"[\s,;]+", text) if word]
     for word in words:
-        if not re.fullmatch(r"[+-]?\d+", word):
-            raise UserError(f"{where}: {word!r} is no layer number")
+        if not re.fullmatch(r"[+-]?\d{1,6}", word, re.ASCII):
+            raise UserError(f"{where}: {shortened(repr(word))} is no layer number")
     return _whole_numbers([int(word) for word in words], where)
 
 
@@ -97,7 +98,9 @@ def _whole_numbers(values: Sequence[Any], where: str) -> tuple[int, ...]:
         raise UserError(f"{where}: is an empty list of layers")
     for value in values:
         if type(value) is not int:
-            raise UserError(f"{where}: {value!r} is no layer number")
+            raise UserError(f"{where}: {shortened(repr(value))} is no layer number")
+    if len(values) > MOST_LAYERS:
+        raise UserError(f"{where}: lists {len(values)} layers; no model has more than {MOST_LAYERS}")
     return tuple(values)
 
 

@@ -111,8 +111,7 @@ def _encoded(record: Record) -> bytes:
     return json.dumps(dict(zip(_FIELDS, values, strict=True)), allow_nan=False).encode() + b"\n"
 
 
-def _decoded(line: bytes) -> tuple[Key, Record]:
-    fields = json.loads(line)
+def _decoded(fields: Any) -> tuple[Key, Record]:
     if not isinstance(fields, dict) or fields.keys() != set(_FIELDS):
         raise ValueError(f"not exactly the fields {', '.join(_FIELDS)}")
     if not (isinstance(fields["split"], str) and isinstance(fields["dataset"], str)):

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from rlens_jax.errors import UserError
-from rlens_jax.files import check_schema, field_error, read_json
+from rlens_jax.files import check_schema, field_error, read_json, shortened
 from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
 from rlens_jax.search.objective import PlanScore
 from rlens_jax.search.results import Curve, OperatorResult, RandomCurves, Results, Saving
 from rlens_jax.search.search import Ranking, Round
 
 RANKING = "ranking.json"
+LARGEST_RANKING = 8 * 2**20
+"""Bytes; that of a search over 80 layers, both operators and ten datasets has a third."""
 SCHEMA = "rlens-ranking/1"
 _SCHEMA_FILE = Path(__file__).with_name("ranking.schema.json")
 
@@ -59,7 +61,7 @@ class RankingFile:
 
 def read_ranking(path: Path) -> RankingFile:
     """Read a ranking.json. UserError when it cannot be read or `check_ranking` refuses it."""
-    return check_ranking(read_json(path), path)
+    return check_ranking(read_json(path, LARGEST_RANKING), path)
 
 
 def check_ranking(value: Any, path: Path) -> RankingFile:
@@ -70,9 +72,8 @@ def check_ranking(value: Any, path: Path) -> RankingFile:
     """
     schema = value.get("schema") if isinstance(value, dict) else None
     if schema != SCHEMA:
-        raise UserError(
-            f"{path} is not the ranking.json of a run of rlens_jax.rank: its schema must be {SCHEMA!r}, not {schema!r}"
-        )
+        found = shortened(repr(schema))
+        raise UserError(f"{path} is not the ranking.json of a run of rlens_jax.rank: its schema must be {SCHEMA!r}, not {found}")
     check_schema(value, _SCHEMA_FILE, path)
     _check_names(path, value)
     num_layers = value["model"]["num_layers"]

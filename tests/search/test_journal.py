@@ -122,7 +122,10 @@ def test_a_last_line_of_zeros_is_repaired(tmp_path):
     [
         (b'"outcomes": "8:00"', b'"outcomes": "8:0', "Invalid control|Expecting"),
         (b'"outcomes": "8:00"', b'"outcomes": "9:00"', "number they announce"),
-        (b'"outcomes": "8:00"', b'"outcomes": [NaN]', "finite"),
+        (b'"outcomes": "8:00"', b'"outcomes": [NaN]', "NaN is not a number"),
+        (b'"outcomes": "8:00"', b'"outcomes": [' + b"9" * 5000 + b"]", "a number of 5000 digits"),
+        (b'"outcomes": "8:00"', b'"outcomes": ' + b"[" * 5000 + b"]" * 5000, "too deeply nested"),
+        (b'"attention": [2, 3]', b'"attention": [99999999999999999999]', "no model has a layer"),
         (b'"outcomes": "8:00"', b'"outcomes": []', "finite"),
         (b'"attention": [2, 3]', b'"attention": [2, 2]', "layer 2 twice"),
         (b'"seconds"', b'"second"', "exactly the fields"),
@@ -368,9 +371,25 @@ def test_the_other_processes_follow_the_first_ones_journal(tmp_path):
 
 
 def test_only_a_journal_of_the_same_configuration_is_followed(tmp_path):
-    with pytest.raises(UserError, match=f"cannot read the journal .*{JOURNAL_NAME}"):
+    with pytest.raises(UserError, match=f"cannot read .*{JOURNAL_NAME}"):
         Journal.follow(tmp_path, CONFIG)
     assert os.listdir(tmp_path) == []
     write(tmp_path)
     with pytest.raises(UserError, match="seed was 0, is 1"):
         Journal.follow(tmp_path, CONFIG | {"seed": 1})
+
+
+def test_a_linked_lock_empties_no_other_file(tmp_path):
+    other = tmp_path / "precious"
+    other.write_text("text")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "journal.lock").symlink_to(other)
+    with pytest.raises(UserError, match="cannot write to the run folder"):
+        Journal.open(tmp_path / "run", CONFIG)
+    assert other.read_text() == "text"
+
+
+def test_a_fifo_is_no_journal(tmp_path):
+    os.mkfifo(tmp_path / JOURNAL_NAME)
+    with pytest.raises(UserError, match="not a regular file"):
+        Journal.open(tmp_path, CONFIG)

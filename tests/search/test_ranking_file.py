@@ -82,3 +82,21 @@ def test_what_is_no_ranking_is_named(tmp_path, content, complaint):
         path.write_text(content)
     with pytest.raises(UserError, match=complaint):
         read_ranking(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ('"num_layers": 12', '"num_layers": 1000000', "model.num_layers: 1000000 is greater than the maximum of 1000"),
+        ('"num_layers": 12', '"num_layers": 12.0', "model.num_layers: 12.0 is not of type 'integer'"),
+        ('"num_layers": 12', f'"num_layers": {10**30}', f"model.num_layers: the number {10**30} is too large"),
+        ('"num_layers": 12', '"num_layers": 1e308', r"model.num_layers: the number 1e\+308 is too large"),
+        ('"score": ', '"score": 1e999, "loss": ', "the number 1e999 is too large"),
+        ('"score": ', '"score": Infinity, "loss": ', "Infinity is not a number"),
+    ],
+)
+def test_absurd_numbers_are_refused(results, old: str, new: str, complaint: str, tmp_path) -> None:
+    path = tmp_path / "ranking.json"
+    path.write_text(json_text(ranking_fields(results)).replace(old, new, 1))
+    with pytest.raises(UserError, match=complaint):
+        read_ranking(path)
