@@ -149,10 +149,15 @@ def parse_json(text: str | bytes, where: Path | str, number: Callable[[str], Any
         raise UserError(f"{where}: not valid JSON: too deeply nested") from None
     for field, item in _items(value, where):
         string = "".join(item) if isinstance(item, dict) else item
-        if isinstance(string, str) and ("\0" in string or _SURROGATE.search(string)):
-            name = f"field {field!r}: " if field else ""
-            raise UserError(f"{where}: {name}{shortened(ascii(string))} has NUL or half of a surrogate pair")
+        if isinstance(string, str):
+            check_text(string, f"{where}: field {field!r}" if field else where)
     return value
+
+
+def check_text(text: str, where: Path | str) -> None:
+    """Raise UserError, beginning with `where`, if a text has NUL or half of a surrogate pair, which cannot be written."""
+    if "\0" in text or _SURROGATE.search(text):
+        raise UserError(f"{where}: {shortened(ascii(text))} has NUL or half of a surrogate pair")
 
 
 def _items(value: Any, where: Path | str) -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from rlens_jax.data.benchmarks.tfds_builder import prepared
+from rlens_jax.data.benchmarks.tfds_builder import LocalInfo, prepared
 from rlens_jax.data.pages import DATASETS, SPLITS, Page, Question, Split, make_page, make_question
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError, suggest
@@ -43,7 +43,8 @@ class Pages(tfds.core.GeneratorBasedBuilder):
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=dataset) for dataset in DATASETS]  # noqa: RUF012 (tfds's way)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return self.dataset_info_from_configs(
+        return LocalInfo(
+            builder=self,
             features=tfds.features.FeaturesDict(
                 {
                     "id": tfds.features.Text(),

@@ -28,6 +28,7 @@ from rlens_jax.engine.inputs import Batch, Split, build_split
 from rlens_jax.engine.model_programs import ROWS, ModelPrograms, Program
 from rlens_jax.engine.sizes import Shapes, slot_sizes
 from rlens_jax.errors import UserError
+from rlens_jax.files import check_text
 from rlens_jax.models.decoder import KVCache
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import decode, prefill
@@ -324,6 +325,7 @@ def _sample(name: str, images: Sequence[Image], prompt: str, marked: bool) -> Sa
         raise UserError(f"{name}: images must be a list of files, not one file")
     if not prompt.strip():
         raise UserError(f"{name}: is empty; ask something")
+    check_text(prompt, name)
     marks = prompt.count(IMAGE_MARK)
     if marked and marks != len(images):
         raise UserError(

@@ -1,5 +1,6 @@
 """The pages as tensorflow-datasets: content, safety of preparing, and no TensorFlow."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -90,15 +91,19 @@ def start(data_dir: Path, program: str = PROGRAM) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        env={**os.environ, "TMPDIR": str(data_dir.parent)},
     )
 
 
 def test_two_processes_at_once_are_quiet_and_need_no_tensorflow(tmp_path: Path):
-    both = [start(tmp_path) for _ in range(2)]
+    """They leave no temporary files either, not even tfds's own."""
+    data = tmp_path / "data"
+    both = [start(data) for _ in range(2)]
     for process in both:
         assert process.communicate()[0] == ""
         assert process.returncode == 0
     assert not list(tmp_path.rglob("*incomplete*"))
+    assert list(tmp_path.iterdir()) == [data]
 
 
 def test_a_killed_preparation_is_not_taken_for_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

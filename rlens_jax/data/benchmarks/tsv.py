@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 from rlens_jax.data.images import check_image
 from rlens_jax.errors import UserError, suggest
+from rlens_jax.files import check_text, open_file
 
 REFERENCE_CHARS = 64
 """Most characters of an image cell that is the index of another row (VLMEvalKit, image_base.py)."""
@@ -84,7 +85,7 @@ class TsvTable:
     def images(self, row: TsvRow) -> tuple[bytes, ...]:
         """The encoded image files of a row. UserError if one is not base64, not an image, or too large."""
         where, place = self.where(row, "image"), self.columns.index("image")
-        with _opened(self.path) as file:
+        with open_file(self.path) as file:
             file.seek(row.image_offset)
             _, fields = next(_rows(_Lines(file, self.path), self.path))
         images = _decoded(fields[place], where)
@@ -115,7 +116,7 @@ def scan(
         digest.update(line)
         advance(len(line))
 
-    with _opened(path) as file:
+    with open_file(path) as file:
         numbered = enumerate(_rows(_Lines(file, path, count), path))
         _, (_, header) = next(numbered, (0, (0, [])))
         _check_header(header, ("index", *needed, "image"), path)
@@ -155,7 +156,12 @@ def parse_list(text: str, where: str) -> list[str]:
         raise UserError(f"{where}: {_short(text)} begins like a Python list but is not one") from None
     if not isinstance(items, list) or not all(isinstance(item, str | int | float) for item in items):
         raise UserError(f"{where}: {_short(text)} must be a list of texts")
-    return [str(item) for item in items]
+    try:
+        texts = [str(item) for item in items]
+    except ValueError:  # hexadecimal digits may make a number of thousands of digits
+        raise UserError(f"{where}: {_short(text)} has a number that is too long") from None
+    check_text("".join(texts), where)
+    return texts
 
 
 class _Lines:
@@ -179,6 +185,8 @@ class _Lines:
         if len(line) == _MAX_LINE_BYTES:
             raise UserError(f"{self._path}: a line is longer than {_MAX_LINE_BYTES} bytes; is this a TSV file?")
         begin, self.offset = self.offset, self.offset + len(line)
+        if (place := line.find(b"\0")) >= 0:
+            raise UserError(f"{self._path}: NUL at byte {begin + place}; the file is damaged")
         self._seen(line)
         try:
             return line.decode("utf-8-sig" if begin == 0 else "utf-8")
@@ -268,12 +276,3 @@ def _where(path: Path, number: int, index: str, field: str) -> str:
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= REFERENCE_CHARS else f"{text[:REFERENCE_CHARS]}...")
-
-
-def _opened(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None

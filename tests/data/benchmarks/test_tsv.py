@@ -1,6 +1,7 @@
 """The TSV reader: the same cells as VLMEvalKit reads, at any size, and one clear error for each kind of damage."""
 
 import csv
+import os
 import re
 import struct
 import zlib
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlens_jax.data.benchmarks import tsv
-from rlens_jax.data.benchmarks.tsv import MISSING, TsvTable, scan
+from rlens_jax.data.benchmarks.tsv import MISSING, TsvTable, parse_list, scan
 from rlens_jax.errors import UserError
 from tests.data.benchmarks.files import encoded, md5_of, picture, write_tsv
 
@@ -272,7 +273,25 @@ def test_wrong_encodings_and_places(tmp_path: Path) -> None:
     path.write_bytes(b"index\tquestion\tanswer\timage\n1\tcaf\xe9\ta\tb\n")
     with pytest.raises(UserError, match=re.escape("not UTF-8 text (byte 33)")):
         scan(path, NEEDED)
-    with pytest.raises(UserError, match="no such file"):
-        scan(tmp_path / "b.tsv", NEEDED)
-    with pytest.raises(UserError, match="cannot be read: Is a directory"):
-        scan(tmp_path, NEEDED)
+    path.write_bytes(b"index\tquestion\tanswer\timage\n1\tca\0f\ta\tb\n")
+    with pytest.raises(UserError, match=re.escape("NUL at byte 32; the file is damaged")):
+        scan(path, NEEDED)
+    os.mkfifo(tmp_path / "pipe.tsv")
+    for name, problem in (("b.tsv", "No such file"), (".", "not a regular file"), ("pipe.tsv", "not a regular file")):
+        with pytest.raises(UserError, match=f"cannot read .*: {problem}"):
+            scan(tmp_path / name, NEEDED)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("['what \\ud83d']", "has NUL or half of a surrogate pair"),
+        ("['a\\0b']", "has NUL or half of a surrogate pair"),
+        (f"[0x{'f' * 9000}]", "has a number that is too long"),
+        (f"[{'9' * 9000}]", "begins like a Python list but is not one"),
+    ],
+)
+def test_texts_in_a_list_that_nothing_can_use(text: str, problem: str) -> None:
+    with pytest.raises(UserError, match=f"^here: .*{problem}$") as caught:
+        parse_list(text, "here")
+    assert len(str(caught.value)) < 200
