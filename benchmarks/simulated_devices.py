@@ -90,8 +90,8 @@ def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
     mesh = make_mesh(jax.devices()[:devices], model_shards)
     kind, model = load_model(folder, jnp.float32, mesh=mesh)
     preparer = kind.preparer(folder, config.compute.patch_slots)
-    stop_token = preparer.chat.stop_token
-    programs = Programs(model, mesh, config.reduction, seed=0, new_tokens=1, stop_token=stop_token)
+    stop_tokens = preparer.chat.stop_tokens
+    programs = Programs(model, mesh, config.reduction, seed=0, new_tokens=1, stop_tokens=stop_tokens)
     members = load_splits(config.data, kind.benchmark_prompt, seed=config.seed)["validation"]
     shapes = Shapes(config.compute.text_slots, config.compute.visual_slots, 8, kind.config.decoder.context)
     split = build_split(members, preparer, programs, shapes, True)

@@ -1,8 +1,11 @@
-"""The error type for bad input, suggestions for unknown names, and foreign text made fit for a terminal."""
+"""The error type for bad input, the guard around foreign code, suggestions for unknown names, and foreign text made printable."""
 
 import difflib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+_LONGEST_REASON = 300
 
 
 class UserError(Exception):
@@ -25,3 +28,18 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the nearest of `choices`, or `""` if none is near."""
     near = difflib.get_close_matches(name, list(choices), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+@contextmanager
+def foreign(what: str, advice: str = "") -> Iterator[None]:
+    """Around calls of a library on the files or images of a user: its errors become one line, `what` and the library's reason.
+
+    Libraries raise errors of any type for broken files, some of them bare ones, and panics of Rust, which are no `Exception`.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise UserError(f"{what} ({lines[0].strip()[:_LONGEST_REASON]}){advice}") from None

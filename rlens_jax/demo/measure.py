@@ -44,7 +44,7 @@ def measure(model: str, samples: int) -> dict[str, Any]:
     mesh = make_mesh(jax.devices()[:1], 1)
     kind, loaded = load_model(folder, jnp.dtype("float32"), mesh=mesh)
     preparer = kind.preparer(folder, (PATCH_SLOTS,))
-    programs = Programs(loaded, mesh, Reduction(), seed=0, new_tokens=1, stop_token=preparer.chat.stop_token)
+    programs = Programs(loaded, mesh, Reduction(), seed=0, new_tokens=1, stop_tokens=preparer.chat.stop_tokens)
     num_layers = kind.config.decoder.num_layers
 
     def accuracy(split: Split, skipped: int | None) -> dict[str, float]:

@@ -126,7 +126,9 @@ def program_specs(
     compute = config.compute
     model = abstract_model(kind, dtype_on(mesh, compute), mesh, ffn_form)
     weights = bytes_on_device(nnx.state(model))
-    programs = Programs(model, mesh, config.reduction, seed=config.seed, new_tokens=config.search.max_new_tokens, stop_token=0)
+    programs = Programs(
+        model, mesh, config.reduction, seed=config.seed, new_tokens=config.search.max_new_tokens, stop_tokens=(0,)
+    )
     rows = compute.batch_size * programs.groups
     chosen = slice(None) if all_buckets else slice(-1, None)
     for patches in compute.patch_slots[chosen]:

@@ -26,12 +26,13 @@ from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.choices import automatic_dtype
 from rlens_jax.engine.inputs import Batch, Split, build_split
 from rlens_jax.engine.model_programs import ROWS, ModelPrograms, Program
+from rlens_jax.engine.overflow import not_finite
 from rlens_jax.engine.sizes import Shapes, slot_sizes
 from rlens_jax.errors import UserError
 from rlens_jax.files import check_text
 from rlens_jax.models.decoder import KVCache
 from rlens_jax.models.forward import VisionLanguageModel
-from rlens_jax.models.generation import decode, prefill
+from rlens_jax.models.generation import Tokens, decode, prefill
 from rlens_jax.models.prompt import Preparer, PromptBatch
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.plan_file import PlanFile
@@ -51,8 +52,6 @@ HIDDEN_BYTES = 64_000_000
 """Bytes of the hidden units of a chunk of tokens on a device (our decision): larger chunks are not faster."""
 LEAST_TOKENS = 1024
 """Min tokens of a chunk, over all rows: fewer do not fill the machine."""
-_NO_TOKEN = -1
-"""A stop token that no model generates."""
 
 
 @pytree
@@ -63,8 +62,8 @@ class Prefilled:
     """The first new token of each row."""
     caches: tuple[KVCache, ...]
     """One cache for all layers, or two if tokens were pruned between layers."""
-    scored: Bool[Array, " B"]
-    """Whether all scores of probes and of pruned tokens were numbers."""
+    finite: Bool[Array, " B"]
+    """Whether all scores, of probes and of pruned tokens, and the logits of the first token were finite."""
 
 
 _HEADS = PartitionSpec(None, WORK, MODEL)
@@ -96,17 +95,17 @@ class DeployedPrograms(ModelPrograms):
         model: a family's module with `vision` and `decoder`, laid out on `mesh`.
         mesh: the devices, all of this process.
         seed: draws random probes.
-        stop_token: the token that ends a turn.
+        stop_tokens: the tokens that end a turn.
         chunk: tokens of each row per FFN call in a prefill; None chooses by size.
     """
 
-    def __init__(self, model: VisionLanguageModel, mesh: Mesh, *, seed: int, stop_token: int, chunk: int | None = None):
+    def __init__(self, model: VisionLanguageModel, mesh: Mesh, *, seed: int, stop_tokens: Tokens, chunk: int | None = None):
         super().__init__(model, mesh)
         self._seed = seed
-        self._stop_token = stop_token
+        self._stop_tokens = stop_tokens
         self._chunk = chunk
         self._prefills: dict[tuple[Plan, Reduction, Pruning | None, int], Program] = {}
-        self._decoders: dict[tuple[int, int, int], Program] = {}
+        self._decoders: dict[tuple[int, Tokens, int], Program] = {}
 
     def prefill(self, visual: Float[Array, "B P D"], batch: PromptBatch, deployed: PlanFile, new_tokens: int) -> Prefilled:
         """Read all prompts of a batch, in a program for this plan alone; the caches have room for `new_tokens` tokens."""
@@ -134,8 +133,10 @@ class DeployedPrograms(ModelPrograms):
             )
         return self._prefills[key](visual, batch)
 
-    def decode(self, prefilled: Prefilled, batch: PromptBatch, new_tokens: int, *, to_the_end: bool = False) -> Int[Array, "B Y"]:
-        """The greedy answers, in one program for all plans (paper: decoding is never reduced).
+    def decode(
+        self, prefilled: Prefilled, batch: PromptBatch, new_tokens: int, *, to_the_end: bool = False
+    ) -> tuple[Int[Array, "B Y"], Bool[Array, " B"]]:
+        """The greedy answers, and whether all logits were finite. One program for all plans (paper: decoding is never reduced).
 
         Only pruning needs another program, because it leaves smaller caches.
 
@@ -145,12 +146,12 @@ class DeployedPrograms(ModelPrograms):
             new_tokens: tokens to generate.
             to_the_end: generate all new tokens even if all answers have ended, for measurements.
         """
-        stop_token, parts = _NO_TOKEN if to_the_end else self._stop_token, len(prefilled.caches)
-        key = new_tokens, stop_token, parts
+        stop_tokens, parts = () if to_the_end else self._stop_tokens, len(prefilled.caches)
+        key = new_tokens, stop_tokens, parts
         if key not in self._decoders:
 
-            def run(model: VisionLanguageModel, prefilled: Prefilled, batch: PromptBatch) -> Array:
-                return decode(model.decoder, prefilled.first, prefilled.caches, batch, new_tokens, stop_token)
+            def run(model: VisionLanguageModel, prefilled: Prefilled, batch: PromptBatch) -> tuple[Array, Array]:
+                return decode(model.decoder, prefilled.first, prefilled.caches, batch, new_tokens, stop_tokens)
 
             self._decoders[key] = self.program("decode", run, (_partition(parts), ROWS), ROWS)
         return self._decoders[key](prefilled, batch)
@@ -164,7 +165,7 @@ class DeployedPrograms(ModelPrograms):
 
 def _partition(parts: int) -> Any:
     """The partition of a prefilled batch with `parts` caches over the mesh."""
-    return unchecked(Prefilled, first=ROWS, caches=(_CACHE,) * parts, scored=ROWS)
+    return unchecked(Prefilled, first=ROWS, caches=(_CACHE,) * parts, finite=ROWS)
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ class DeployedModel:
 
         Raises:
             UserError: an empty prompt, another number of marks than of images, an unreadable image, a prompt longer than the
-                model's context, a plan for another number of layers, or probe scores that are not numbers.
+                model's context, a plan for another number of layers, or numbers that are not finite.
         """
         single = isinstance(prompt, str)
         prompts, image_lists = ([prompt], [images]) if single else (list(prompt), list(images))
@@ -270,19 +271,17 @@ class DeployedModel:
     def answer_batch(self, split: Split, batch: Batch, plan: PlanFile, max_new_tokens: int) -> dict[int, Answer]:
         """The answers to a batch of `prepare`, by the number of the sample."""
         prefilled = self.programs.prefill(self.programs.put(batch.visual), batch.inputs, plan, max_new_tokens)
-        tokens = np.asarray(self.programs.decode(prefilled, batch.inputs, max_new_tokens))
-        scored, numbers = np.asarray(prefilled.scored), np.asarray(batch.inputs.layout.sample)
-        for row in np.flatnonzero((numbers != FILLER) & ~scored):
-            raise UserError(
-                f"{split.samples[numbers[row]].id}: probe scores are not numbers under the plan {plan.label()}; check the "
-                "weights, or compute in float32"
-            )
+        tokens, finite = map(np.asarray, self.programs.decode(prefilled, batch.inputs, max_new_tokens))
+        good, numbers = finite & np.asarray(prefilled.finite), np.asarray(batch.inputs.layout.sample)
+        for row in np.flatnonzero((numbers != FILLER) & ~good):
+            number = int(numbers[row])
+            raise not_finite(self.programs, batch, number, split.samples[number].id, plan.plan, plan.reduction)
         return {int(numbers[row]): self._answer(tokens[row].tolist()) for row in np.flatnonzero(numbers != FILLER)}
 
     def _answer(self, tokens: list[int]) -> Answer:
-        stop = self.preparer.chat.stop_token
-        count = tokens.index(stop) + 1 if stop in tokens else len(tokens)
-        return Answer(self.preparer.chat.decode(tokens[:count]), count, stop in tokens)
+        chat = self.preparer.chat
+        count = chat.length(tokens)
+        return Answer(chat.decode(tokens), count, tokens[count - 1] in chat.stop_tokens)
 
 
 def load(
@@ -316,7 +315,7 @@ def load(
     kind, module = load_model(folder, jnp.dtype(dtype or automatic_dtype(jax.default_backend())), mesh=mesh)
     patches = slot_sizes(_LEAST_PATCHES, _MOST_PATCHES)
     preparer = kind.preparer(folder, patches)
-    programs = DeployedPrograms(module, mesh, seed=seed, stop_token=preparer.chat.stop_token, chunk=chunk)
+    programs = DeployedPrograms(module, mesh, seed=seed, stop_tokens=preparer.chat.stop_tokens, chunk=chunk)
     return DeployedModel(programs, preparer, batch_size)
 
 

@@ -16,9 +16,9 @@ from rlens_jax.config import SearchConfig
 from rlens_jax.console import Progress
 from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.inputs import Batch, Split
+from rlens_jax.engine.overflow import not_finite
 from rlens_jax.engine.schedule import Step, memory_parts, schedule
 from rlens_jax.engine.scoring import Scoring
-from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
 from rlens_jax.search.journal import Journal, Record
 from rlens_jax.search.objective import PlanScore, dataset_metrics, score_plan
@@ -56,7 +56,7 @@ class Evaluator:
             progress: counts the evaluations: one per plan and dataset.
 
         Raises:
-            UserError: a probe score was not a number, naming plan and sample.
+            UserError: numbers are not finite, naming plan, sample and layer.
         """
         datasets, todo = self.splits[split].datasets, []
         for plan in dict.fromkeys(plans):
@@ -82,7 +82,7 @@ class Evaluator:
             steps = schedule([batch.filled for batch in members], costs)
             last_step = {item.plan: i for i, step in enumerate(steps) for item in step.items if item}
             for i, run in self._running(members, base, plans, steps):
-                self._enter(results, split, plans, steps[i], run)
+                self._enter(results, split, plans, steps[i], members[steps[i].batch], run)
                 for plan in (plan for plan, last in last_step.items() if last == i):
                     if part is parts[-1]:
                         seconds, began = time.monotonic() - began, time.monotonic()
@@ -104,7 +104,9 @@ class Evaluator:
                 yield running.popleft()
         yield from running
 
-    def _enter(self, results: Sequence[np.ndarray], split: str, plans: Sequence[Plan], step: Step, run: Any) -> None:
+    def _enter(
+        self, results: Sequence[np.ndarray], split: str, plans: Sequence[Plan], step: Step, batch: Batch, run: Any
+    ) -> None:
         """Enter a step's rows into the results; a sample is right if any reference answer is reproduced."""
         samples = self.splits[split].samples
         rows = self.scoring.finish(run, samples)
@@ -114,11 +116,9 @@ class Evaluator:
                 number = rows.sample[row]
                 if item is None or number == FILLER:
                     continue
-                if not rows.scored[row]:
-                    raise UserError(
-                        f"{samples[number].id}: probe scores are not numbers under the plan "
-                        f"{plans[item.plan].label()}; check the weights, or compute in float32"
-                    )
+                if not rows.finite[row]:
+                    programs = self.scoring.programs
+                    raise not_finite(programs, batch, number, samples[number].id, plans[item.plan], programs.reduction)
                 results[item.plan][number] = max(results[item.plan][number], float(rows.right[row]))
 
     def _record(self, split: str, plan: Plan, result: np.ndarray, seconds: float, progress: Progress | None) -> None:

@@ -28,12 +28,12 @@ class Generating:
         return self.programs.generate(visual, inputs, plans)
 
     def finish(self, run: Any, samples: Sequence[Sample]) -> RowOutcomes:
-        numbers, tokens, scored = (np.asarray(part) for part in run)
+        numbers, tokens, finite = (np.asarray(part) for part in run)
         right = np.zeros(len(numbers), bool)
         for row in np.flatnonzero(numbers != FILLER):
             text = normalised(self._decode_text(tokens[row].tolist()))
             right[row] = text in samples[numbers[row]].answers
-        return RowOutcomes(numbers, right, scored)
+        return RowOutcomes(numbers, right, finite)
 
     def state_bytes(self, batch: Batch) -> int:
         return 0

@@ -106,6 +106,10 @@ class ModelPrograms:
         jitted = jax.jit(split_over(counted, self.mesh, axes, (model_specs, *in_specs), out_specs))
         return Program(name, jitted, self.leaves)
 
+    def model(self) -> VisionLanguageModel:
+        """The whole model, as laid out on the mesh."""
+        return self._model(self.leaves)
+
     def _model(self, leaves: list[Array]) -> VisionLanguageModel:
         filled = [(path, variable.replace(leaf)) for (path, variable), leaf in zip(self._variables, leaves, strict=True)]
         return nnx.merge(self._graph, nnx.from_flat_state(filled))

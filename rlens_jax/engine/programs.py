@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlens_jax.engine.model_programs import EVERYWHERE, ROWS, ModelPrograms
 from rlens_jax.models.decoder import Context, Decoder, TracedPlan
 from rlens_jax.models.forward import VisionLanguageModel
-from rlens_jax.models.generation import decode, prefill
+from rlens_jax.models.generation import Tokens, decode, is_any, prefill
 from rlens_jax.models.layers import best_token, log_probability
 from rlens_jax.models.prompt import IGNORE, PromptBatch
 from rlens_jax.plan import Plan, Reduction
@@ -36,20 +36,20 @@ class Programs(ModelPrograms):
         reduction: how reduced layers treat visual tokens.
         seed: draws random probes.
         new_tokens: most tokens that `generate` makes.
-        stop_token: the token that ends a turn.
+        stop_tokens: the tokens that end a turn.
     """
 
     def __init__(
-        self, model: VisionLanguageModel, mesh: Mesh, reduction: Reduction, *, seed: int, new_tokens: int, stop_token: int
+        self, model: VisionLanguageModel, mesh: Mesh, reduction: Reduction, *, seed: int, new_tokens: int, stop_tokens: Tokens
     ):
         super().__init__(model, mesh)
         self.reduction = reduction
         self.seed = seed
         self.new_tokens = new_tokens
-        self.stop_token = stop_token
+        self.stop_tokens = stop_tokens
         self.embed_program = self.program("embed", _embed, (ROWS,) * 2, ROWS)
         self.layers_program = self.program("layers", self._layers, (ROWS,) * 5, ROWS)
-        self.outcome_program = self.program("outcome", _outcome, (ROWS,) * 2, EVERYWHERE)
+        self.outcome_program = self.program("outcome", self._outcome, (ROWS,) * 2, EVERYWHERE)
         self.generate_program = self.program("generate", self._generate, (ROWS,) * 3, EVERYWHERE)
         self.route_program = self.program("route", _route, (ROWS,) * 2, ROWS)
         self.choose_program = self.program("choose", _choose, (ROWS,) * 3, ROWS)
@@ -66,15 +66,15 @@ class Programs(ModelPrograms):
     def outcome(
         self, states: States, batch: PromptBatch
     ) -> tuple[Int[Array, " B"], Bool[Array, " B"], Float[Array, " B"], Bool[Array, " B"]]:
-        """For each row, on every device: its sample; whether every answer token is the argmax; the mean log-probability of the
-        answer; whether every probe score was a number.
+        """For each row, on every device: its sample; whether every answer token is the argmax, where any token that ends a turn
+        is right at the end; the mean log-probability of answer and end-of-turn token; whether all scores and logits are finite.
         """
         return self.outcome_program(states, batch)
 
     def generate(
         self, visual: Float[Array, "B P D"], batch: PromptBatch, plans: Sequence[Plan]
     ) -> tuple[Int[Array, " B"], Int[Array, "B Y"], Bool[Array, " B"]]:
-        """For each row, on every device: its sample; the greedy new tokens; whether every probe score was a number."""
+        """For each row, on every device: its sample; the greedy new tokens; whether all scores and logits are finite."""
         return self.generate_program(visual, batch, self.traced(plans))
 
     def route(self, arrays: Any, sources: Sequence[int]) -> Any:
@@ -118,9 +118,19 @@ class Programs(ModelPrograms):
         self, model: VisionLanguageModel, visual: Array, batch: PromptBatch, plans: TracedPlan
     ) -> tuple[Array, Array, Array]:
         plan, key = own_plan(plans), self.random_key()
-        first, cache, scored = prefill(model.decoder, visual, batch, plan, self.reduction, self.new_tokens, key, self.kernel)
-        tokens = decode(model.decoder, first, cache, batch, self.new_tokens, self.stop_token)
-        return _all_rows((batch.layout.sample, tokens, scored))
+        first, cache, good = prefill(model.decoder, visual, batch, plan, self.reduction, self.new_tokens, key, self.kernel)
+        tokens, finite = decode(model.decoder, first, cache, batch, self.new_tokens, self.stop_tokens)
+        return _all_rows((batch.layout.sample, tokens, good & finite))
+
+    def _outcome(self, model: VisionLanguageModel, states: States, batch: PromptBatch) -> tuple[Array, ...]:
+        x, scored = states
+        logits = model.decoder.logits(jnp.take_along_axis(x, batch.answer_slots[:, :, None], axis=1))
+        counts, best, stops = batch.answer_targets != IGNORE, best_token(logits), self.stop_tokens
+        targets = jnp.where(counts, batch.answer_targets, 0)
+        right = (best == targets) | (is_any(best, stops) & is_any(targets, stops)) | ~counts
+        total = jnp.where(counts, log_probability(logits, targets), 0.0).sum(axis=1)
+        count = jnp.maximum(1, counts.sum(axis=1)).astype(jnp.float32)
+        return _all_rows((batch.layout.sample, right.all(axis=1), total / count, scored & jnp.isfinite(total)))
 
 
 def own_plan(plans: TracedPlan) -> TracedPlan:
@@ -130,18 +140,6 @@ def own_plan(plans: TracedPlan) -> TracedPlan:
 
 def _embed(model: VisionLanguageModel, text_ids: Array, visual: Array) -> States:
     return model.decoder.embed(text_ids, visual), jnp.ones(text_ids.shape[0], bool)
-
-
-def _outcome(model: VisionLanguageModel, states: States, batch: PromptBatch) -> tuple[Array, ...]:
-    x, scored = states
-    answers = jnp.take_along_axis(x, batch.answer_slots[:, :, None], axis=1)
-    logits = model.decoder.logits(answers)
-    counts = batch.answer_targets != IGNORE
-    targets = jnp.where(counts, batch.answer_targets, 0)
-    right = ((best_token(logits) == targets) | ~counts).all(axis=1)
-    total = jnp.where(counts, log_probability(logits, targets), 0.0).sum(axis=1)
-    count = jnp.maximum(1, counts.sum(axis=1)).astype(jnp.float32)
-    return _all_rows((batch.layout.sample, right & jnp.isfinite(total), total / count, scored))
 
 
 def _route(model: VisionLanguageModel, arrays: Any, source: Array) -> Any:

@@ -17,16 +17,18 @@ from rlens_jax.plan import Plan
 
 
 class RowOutcomes(NamedTuple):
-    """For each row of all groups: its sample's number or `FILLER`, is the answer right, were all probe scores numbers."""
+    """For each row of all groups: its sample's number or `FILLER`, is the answer right, were all scores and logits finite."""
 
     sample: np.ndarray
     right: np.ndarray
-    scored: np.ndarray
+    finite: np.ndarray
 
 
 @runtime_checkable
 class Scoring(Protocol):
     """An objective, as the evaluator uses it."""
+
+    programs: Programs
 
     def cost(self, base: Plan, plan: Plan) -> int:
         """The number of layers to run for `plan`."""
@@ -82,8 +84,8 @@ class TeacherForcing:
 
 def read_outcome(run: Any) -> RowOutcomes:
     """The result of `Programs.outcome`, on the host."""
-    sample, right, _, scored = (np.asarray(part) for part in run)
-    return RowOutcomes(sample, right, scored)
+    sample, right, _, finite = (np.asarray(part) for part in run)
+    return RowOutcomes(sample, right, finite)
 
 
 class _BaseStates:

@@ -103,8 +103,8 @@ class LoadedModel:
 
     def programs(self, config: RunConfig) -> Programs:
         """The programs of a search over this model."""
-        stop_token, new_tokens = self.preparer.chat.stop_token, config.search.max_new_tokens
-        return Programs(self.module, self.mesh, config.reduction, seed=config.seed, new_tokens=new_tokens, stop_token=stop_token)
+        ends, new_tokens = self.preparer.chat.stop_tokens, config.search.max_new_tokens
+        return Programs(self.module, self.mesh, config.reduction, seed=config.seed, new_tokens=new_tokens, stop_tokens=ends)
 
 
 def load(folder: ModelFolder, config: RunConfig) -> LoadedModel:

@@ -172,7 +172,7 @@ def fitting_batch_size(config: RunConfig, kind: ModelKind, mesh: Mesh, available
     compute, search = config.compute, config.search
     model = abstract_model(kind, dtype_on(mesh, compute), mesh)
     weights = bytes_on_device(nnx.state(model))
-    programs = Programs(model, mesh, config.reduction, seed=0, new_tokens=search.max_new_tokens, stop_token=0)
+    programs = Programs(model, mesh, config.reduction, seed=0, new_tokens=search.max_new_tokens, stop_tokens=(0,))
     program = programs.layers_program if search.objective == "teacher_forced" else programs.generate_program
     bucket = Bucket(compute.text_slots[-1], compute.visual_slots[-1])
 

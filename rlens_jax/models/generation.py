@@ -10,13 +10,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.models.decoder import Decoder, KVCache, TracedPlan
-from rlens_jax.models.layers import best_token
+from rlens_jax.models.layers import all_finite, best_token
 from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.models.pruned import run_prompt
 from rlens_jax.ops.attention import Kernel
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.pruning import Pruning
 from rlens_jax.sharding.model_axis import on_any_shard
+
+Tokens = tuple[int, ...]
+"""Numbers of some tokens of the vocabulary."""
 
 
 def prefill(
@@ -31,41 +34,53 @@ def prefill(
     pruning: Pruning | None = None,
     chunk: int | None = None,
 ) -> tuple[Int[Array, " B"], tuple[KVCache, ...], Bool[Array, " B"]]:
-    """First new token of each prompt, caches with room for `new_tokens` more, and whether all scores were finite.
+    """First new token of each prompt, caches with room for `new_tokens` more, and whether all scores and logits were finite.
 
     `kernel` and `chunk` are those of `Context`. Logits are computed for the last token of each prompt only.
     """
     states = run_prompt(decoder, visual, batch, plan, reduction, random_key, kernel, pruning, chunk)
     last_text = jnp.take_along_axis(states.x, (batch.layout.num_text - 1)[:, None, None], axis=1)
-    first = best_token(decoder.logits(last_text)[:, 0])
+    logits = decoder.logits(last_text)[:, 0]
     caches = tuple(decoder.make_cache(part.record, part.layout, new_tokens) for part in states.parts)
-    return first, caches, states.scored
+    return best_token(logits), caches, states.scored & all_finite(logits)
 
 
 def decode(
-    decoder: Decoder, first: Int[Array, " B"], caches: tuple[KVCache, ...], batch: PromptBatch, new_tokens: int, stop_token: int
-) -> Int[Array, "B Y"]:
-    """`new_tokens` greedy tokens, `first` included. After its `stop_token` a sample only repeats it.
+    decoder: Decoder,
+    first: Int[Array, " B"],
+    caches: tuple[KVCache, ...],
+    batch: PromptBatch,
+    new_tokens: int,
+    stop_tokens: Tokens,
+) -> tuple[Int[Array, "B Y"], Bool[Array, " B"]]:
+    """`new_tokens` greedy tokens, `first` included, and whether all logits were finite.
 
-    The loop ends when all samples have stopped.
+    After one of the `stop_tokens` a sample only repeats it. The loop ends when all samples have stopped.
     """
     batch_size, axes, _ = batch.rope_positions.shape
-    tokens = jnp.full((batch_size, new_tokens), stop_token, jnp.int32).at[:, 0].set(first)
+    tokens = jnp.full((batch_size, new_tokens), next(iter(stop_tokens), 0), jnp.int32).at[:, 0].set(first)
 
     def running(carry: Any) -> Array:
-        step, any_unfinished, _, _, _ = carry
+        step, any_unfinished, *_ = carry
         return (step < new_tokens) & any_unfinished
 
     def advance(carry: Any) -> Any:
-        step, _, token, tokens, caches = carry
+        step, _, token, tokens, finite, caches = carry
         position = batch.layout.num_tokens + step - 1
         rope = jnp.broadcast_to((batch.next_rope + step - 1)[:, None], (batch_size, axes))
         logits, caches = decoder.decode(token, caches, position, rope, new_tokens + 1 - step)
-        newest = jnp.where(token == stop_token, stop_token, best_token(logits))
+        ended = is_any(token, stop_tokens)
+        newest = jnp.where(ended, token, best_token(logits))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, newest[:, None], step, axis=1)
-        return step + 1, unfinished(newest), newest, tokens, caches
+        return step + 1, unfinished(newest), newest, tokens, finite & (ended | all_finite(logits)), caches
 
     def unfinished(token: Array) -> Array:
-        return on_any_shard((token != stop_token).any())
+        return on_any_shard(~is_any(token, stop_tokens).all())
 
-    return jax.lax.while_loop(running, advance, (jnp.int32(1), unfinished(first), first, tokens, caches))[3]
+    finite = jnp.ones(batch_size, bool)
+    return jax.lax.while_loop(running, advance, (jnp.int32(1), unfinished(first), first, tokens, finite, caches))[3:5]
+
+
+def is_any(tokens: Int[Array, "*B"], of: Tokens) -> Bool[Array, "*B"]:
+    """Whether each token is one `of` these."""
+    return jnp.stack([tokens == number for number in of] or [jnp.zeros(tokens.shape, bool)]).any(axis=0)

@@ -136,6 +136,12 @@ def best_token(logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
     return jnp.take_along_axis(ids, winner, axis=0)[0]
 
 
+def all_finite(logits: Float[Array, "*B V"]) -> Bool[Array, "*B"]:
+    """Whether logits are finite, judged by the largest: it is not a number if any of them is not."""
+    infinite = ~jnp.isfinite(logits.max(axis=-1))
+    return max_over_shards(infinite.astype(jnp.int32)) == 0
+
+
 def log_probability(logits: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Float[Array, "*B"]:
     """log softmax(logits) at `ids`, in float32."""
     highest = max_over_shards(logits.max(axis=-1))

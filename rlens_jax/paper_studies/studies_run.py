@@ -103,7 +103,7 @@ def _bench(config: RunConfig, session: Session, orders: Mapping[Operator, tuple[
     splits = encode_splits(session, loaded, loaded.programs(config), with_answers=True)
 
     def scoring_of(variant: Variant) -> Scoring:
-        return make_scoring(loaded.module, loaded.mesh, variant, config.seed, loaded.preparer.chat.stop_token)
+        return make_scoring(loaded.module, loaded.mesh, variant, config.seed, loaded.preparer.chat.stop_tokens)
 
     return Bench(config, session.folder.kind.config.decoder, splits, session.journal, scoring_of, orders)
 

@@ -28,6 +28,7 @@ from rlens_jax.engine.scoring import RowOutcomes, Scoring, TeacherForcing, read_
 from rlens_jax.layout import Slots, TokenLayout, visible
 from rlens_jax.models.decoder import Context, Decoder, DecoderLayer, TracedPlan, layer_at
 from rlens_jax.models.forward import VisionLanguageModel
+from rlens_jax.models.generation import Tokens
 from rlens_jax.models.prompt import IGNORE, PromptBatch
 from rlens_jax.models.pruned import run_prompt
 from rlens_jax.ops.attention import masked_attention
@@ -41,10 +42,10 @@ TEXT_RANGE = 8
 """R is the number of prompt text tokens divided by this."""
 
 
-def make_scoring(model: VisionLanguageModel, mesh: Mesh, variant: Variant, seed: int, stop_token: int) -> Scoring:
+def make_scoring(model: VisionLanguageModel, mesh: Mesh, variant: Variant, seed: int, stop_tokens: Tokens) -> Scoring:
     """The scoring that evaluates plans under a variant; each variant has its own programs."""
     kind = TextPrograms if variant.tokens == "text" else Programs
-    programs = kind(model, mesh, variant.reduction, seed=seed, new_tokens=1, stop_token=stop_token)
+    programs = kind(model, mesh, variant.reduction, seed=seed, new_tokens=1, stop_tokens=stop_tokens)
     return TeacherForcing(programs) if variant.pruning is None else PrunedForcing(programs, variant.pruning)
 
 
@@ -62,14 +63,14 @@ class PrunedForcing:
             states = run_prompt(model.decoder, visual, batch, plan, programs.reduction, key, programs.kernel, pruning)
             return states.x, states.scored
 
-        self._programs = programs
+        self.programs = programs
         self._prefill = programs.program("pruned", prefill, (ROWS,) * 3, ROWS)
 
     def cost(self, base: Plan, plan: Plan) -> int:
-        return self._programs.config.num_layers
+        return self.programs.config.num_layers
 
     def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
-        programs = self._programs
+        programs = self.programs
         inputs, visual = programs.route((batch.inputs, programs.put(batch.visual)), blocks)
         return programs.outcome(self._prefill(visual, inputs, programs.traced(plans)), inputs)
 

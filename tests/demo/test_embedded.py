@@ -66,7 +66,7 @@ def test_logits_and_answers_equal_those_of_hugging_face(questions: list[tuple[Im
         assert np.abs(logits - expected).max() <= TOLERANCE * max(1, np.abs(expected).max())
 
         first, cache, _ = prefill(ours.decoder, visual, batch, Plan(), Reduction(), 8, jax.random.key(0))
-        tokens = decode(ours.decoder, first, cache, batch, 8, preparer.chat.stop_token)
+        tokens, _ = decode(ours.decoder, first, cache, batch, 8, preparer.chat.stop_tokens)
         new = generated[0, inputs["input_ids"].shape[1] :].tolist()
         assert np.asarray(tokens)[0, : len(new)].tolist() == new
 

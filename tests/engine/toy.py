@@ -46,7 +46,7 @@ SHAPES = Shapes(text_slots=(8, 16), visual_slots=(8, 24), batch_size=4, context=
 class ToyChat(Chat):
     """Token ids as text."""
 
-    stop_token = STOP
+    stop_tokens = (STOP,)
 
     def __init__(self) -> None: ...
 
@@ -106,7 +106,7 @@ def toy_programs(seed: int = 0, new_tokens: int = 3, devices: int = 1, model_sha
     """Programs over the random model."""
     mesh = make_mesh(jax.devices()[:devices], model_shards)
     model = place(toy_model(seed), mesh)
-    return Programs(model, mesh, REDUCTION, seed=0, new_tokens=new_tokens, stop_token=STOP)
+    return Programs(model, mesh, REDUCTION, seed=0, new_tokens=new_tokens, stop_tokens=(STOP,))
 
 
 def toy_samples() -> list[Sample]:

@@ -197,7 +197,7 @@ def test_greedy_tokens(pairs, name, seed):
     def run(model):
         visual = gather(model, patches, source)
         first, cache, _ = prefill(model.decoder, visual, batch, PLAIN, PAPER, new_tokens, KEY)
-        return decode(model.decoder, first, cache, batch, new_tokens, stop_token=-1)
+        return decode(model.decoder, first, cache, batch, new_tokens, stop_tokens=())[0]
 
     assert run(pair.ours)[0].tolist() == expected
 

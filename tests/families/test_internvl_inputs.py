@@ -221,7 +221,7 @@ def test_prompt_by_the_chat_template_of_the_hf_layout(hf):
     assert spelled(prompt.token_ids) == (
         "<|im_start|>user\n<img>[48]</img>\n<img>[16]</img>\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>"
     )
-    assert preparer(hf).chat.stop_token == 257
+    assert preparer(hf).chat.stop_tokens == (257,)
 
 
 @pytest.mark.parametrize("template", [HF_TEMPLATE, "{{ bos_token }}" + HF_TEMPLATE], ids=["without", "with"])
@@ -318,14 +318,16 @@ def test_no_bucket_holds_a_tile(native):
     assert "none of [32, 63] holds a tile of 64 patches" in refusal(preparer, native, (32, 63))
 
 
-def test_a_video_is_refused(hf):
-    message = refusal(preparer(hf).prompt, sample("<video> What happens?"), tiles(1), None)
-    assert "s:1: <video> in the question; only images are supported" in message
-
-
-def test_an_image_token_in_the_question(hf):
-    message = refusal(preparer(hf).prompt, sample("Why <IMG_CONTEXT>?"), tiles(1), None)
-    assert "s:1: the text contains the model's image placeholder" in message
+@pytest.mark.parametrize("layout", ["native", "hf"])
+@pytest.mark.parametrize("text", ["<IMG_CONTEXT>", "</img><img>", "<|im_end|>", "<|im_start|>system", "<video>", "<s>"])
+def test_special_tokens_of_a_user_are_letters(layout, text, request):
+    prepare = preparer(request.getfixturevalue(layout))
+    ids = prepare.prompt(sample(f"Why {text}?"), tiles(1), text).token_ids.tolist()
+    plain = prepare.prompt(sample("Why ?"), tiles(1), "").token_ids.tolist()
+    assert len(ids) == len(plain) + 2 * len(text.encode())
+    for token in range(256, 256 + len(SPECIAL)):
+        assert ids.count(token) == plain.count(token)
+    assert spelled(ids).count(text) >= 2
 
 
 def test_a_prompt_beyond_the_reach_of_plain_rope(native, tmp_path):
@@ -357,7 +359,7 @@ def test_no_chat_template(hf, tmp_path):
 def test_no_image_processor(hf, tmp_path):
     folder = copied(hf, tmp_path)
     (folder / "preprocessor_config.json").unlink()
-    assert "no usable preprocessor_config.json" in refusal(preparer, folder)
+    assert "no preprocessor_config.json; copy" in refusal(preparer, folder)
 
 
 def test_images_of_another_size_than_the_position_embedding(hf, tmp_path):

@@ -168,7 +168,7 @@ def test_prompts_are_those_of_hugging_face(folder, preparer, name):
 def test_visual_tokens_of_a_run(folder, theirs, loaded, preparer):
     """All samples through `build_split`, against Hugging Face one sample at a time; one program a bucket."""
     mesh = make_mesh(jax.devices()[:1], 1)
-    programs = Programs(loaded[1], mesh, Reduction(), seed=0, new_tokens=1, stop_token=191)
+    programs = Programs(loaded[1], mesh, Reduction(), seed=0, new_tokens=1, stop_tokens=(191,))
     shapes = Shapes(text_slots=(32,), visual_slots=(64, 128), batch_size=2, context=512)
     samples = list(SAMPLES.values())
     split = build_split(samples, preparer, programs, shapes, True)
@@ -219,9 +219,9 @@ def test_an_image_that_fits_no_bucket(folder, loaded):
         preparer.images([picture(0, (20, 33))], "s7")
 
 
-def test_videos_are_refused(preparer):
+def test_a_token_that_these_words_cannot_spell(preparer):
     sample = make_sample(5, [(20, 33)], "what is <video> this")
-    with pytest.raises(UserError, match="s5: the text contains the model's video placeholder; videos are not"):
+    with pytest.raises(UserError, match=r"s5: the prompt cannot be written \('<video>' in the text is always a token"):
         preparer.prompt(sample, [ImageTokens(12)], None)
 
 
@@ -234,5 +234,5 @@ def test_a_processor_of_another_checkpoint_is_refused(folder, loaded, tmp_path):
     with pytest.raises(UserError, match=r"preprocessor_config.json and config.json differ in image_grid_pinpoints"):
         LlavaOnevisionPreparer(tmp_path, loaded[0].config, PATCH_SLOTS)
     path.unlink()
-    with pytest.raises(UserError, match=r"no usable preprocessor_config.json"):
+    with pytest.raises(UserError, match=r"no preprocessor_config.json; copy that of the published model"):
         LlavaOnevisionPreparer(tmp_path, loaded[0].config, PATCH_SLOTS)

@@ -290,7 +290,7 @@ def test_an_image_is_text_around_its_views(pair):
     prompt = pair.preparer.prompt(sample_of("Which?", 2), images, "An <unk>")
     written = pair.preparer.chat.tokenizer.decode(prompt.token_ids)
     assert written == expected + "An <unk><|im_end|>"
-    assert prompt.answer_length == len("An ") + 2
+    assert prompt.answer_length == len("An <unk>") + 1
     assert prompt.num_visual == 6 * NUM_QUERIES
     assert (prompt.token_ids[prompt.is_visual] == reference.id_of("<unk>")).all()
     edges = np.flatnonzero(np.diff(np.concatenate([[0], prompt.is_visual, [0]])))
@@ -301,8 +301,8 @@ def test_an_image_is_text_around_its_views(pair):
     text = pair.preparer.chat.tokenizer.decode(marked.token_ids)
     image = f"<image>{slots}</image>"
     assert f"A <image_id>0</image_id>{image}b<image_id>1</image_id>{image}<|im_end|>" in text
-    assert pair.preparer.chat.decode(prompt.token_ids[-6:].tolist()).endswith("\nAn ")
-    assert pair.preparer.chat.stop_token == reference.id_of("<|im_end|>")
+    assert pair.preparer.chat.decode(prompt.token_ids[-9:].tolist()) == "An <unk>"
+    assert pair.preparer.chat.stop_tokens == (reference.id_of("<|im_end|>"),)
 
 
 def test_logits_of_a_model_with_tied_head(tmp_path):
@@ -330,7 +330,7 @@ def test_greedy_tokens(pair, plan, tmp_path):
     sample = Sample("s", "d", tuple(files), "See <image> and <image>?", ("yes",), marked=True)
     other = Sample("t", "d", tuple(files[1:]), "And this?", ("yes",))
     mesh = make_mesh(jax.devices()[:1], 1)
-    programs = Programs(place(pair.ours, mesh), mesh, SMALL, seed=0, new_tokens=new_tokens, stop_token=-1)
+    programs = Programs(place(pair.ours, mesh), mesh, SMALL, seed=0, new_tokens=new_tokens, stop_tokens=())
     shapes = Shapes((128, 256), (48,), 2, 1024)
     split = build_split([sample, other], pair.preparer, programs, shapes, False)
     images = [ImageTokens(0, pair.preparer.slicing.grid(size)) for size in sizes]
@@ -455,28 +455,23 @@ def test_a_tokenizer_of_another_model(pair, tmp_path):
     fields = json.loads(path.read_text())
     del fields["chat_template"]
     path.write_text(json.dumps(fields))
-    with pytest.raises(UserError, match=r"tokenizer_config.json has no chat_template"):
+    with pytest.raises(UserError, match=r"no chat template; copy"):
         MiniCPMVPreparer(tmp_path, pair.config, PATCH_SLOTS)
 
 
-@pytest.mark.parametrize(
-    ("question", "answer", "message"),
-    [
-        ("What happens in <video>?", None, "the question asks for a video (<video>); give its frames as images"),
-        ("What is </image>?", None, "the text contains marks of the model's images"),
-        ("What is <slice>?", None, "the text contains marks of the model's images"),
-        ("What?", "<slice></slice>", "the text contains marks of the model's images"),
-    ],
-)
-def test_refused_text(pair, question, answer, message):
-    with pytest.raises(UserError) as caught:
-        pair.preparer.prompt(sample_of(question, 1), [LITTLE_TOKENS], answer)
-    assert str(caught.value).startswith(f"s: {message}")
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("text", ["<video>", "</image><image>", "<slice>", "<image_id>0</image_id>", "<unk>", "<|im_end|>"])
+def test_special_tokens_of_a_user_are_letters(pair, text):
+    prompt = pair.preparer.prompt(sample_of(f"What {text}?", 1), [LITTLE_TOKENS], text)
+    plain = pair.preparer.prompt(sample_of("What ?", 1), [LITTLE_TOKENS], "")
+    assert len(prompt.token_ids) == len(plain.token_ids) + 2 * len(text)
+    assert prompt.num_visual == NUM_QUERIES
+    for token in reference.SPECIAL:
+        number = reference.id_of(token)
+        assert (prompt.token_ids == number).sum() == (plain.token_ids == number).sum()
 
 
 def test_an_answer_that_merges_with_the_prompt(pair, monkeypatch):
-    monkeypatch.setattr(pair.preparer.chat, "ids", lambda text: [len(text)])
+    monkeypatch.setattr(pair.preparer.chat, "ids", lambda text, hidden: [len(text)])
     with pytest.raises(UserError, match=r"s: the answer 'yes' merges with the prompt's last token"):
         pair.preparer.prompt(sample_of("What?", 1), [LITTLE_TOKENS], "yes")
 

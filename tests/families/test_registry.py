@@ -96,7 +96,7 @@ def test_a_ranking_can_prepare_and_score_it(folder: Path) -> None:
     mesh = make_mesh(jax.devices()[:1], 1)
     preparer = kind.preparer(folder, (8, 16))
     assert isinstance(preparer, Preparer)
-    programs = Programs(model, mesh, SMALL, seed=0, new_tokens=1, stop_token=preparer.chat.stop_token)
+    programs = Programs(model, mesh, SMALL, seed=0, new_tokens=1, stop_tokens=preparer.chat.stop_tokens)
     shapes = Shapes((16, 32), (0, 8, 16), 2, kind.config.decoder.context)
     split = build_split(samples(), preparer, programs, shapes, True)
     assert split.num_visual.tolist() == [6, 13, 0]

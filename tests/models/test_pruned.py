@@ -100,7 +100,7 @@ def run(graph, state, visual, batch, plan, pruning):
 def run_greedy(graph, state, visual, batch, plan, pruning):
     decoder = nnx.merge(graph, state)
     first, caches, _ = prefill(decoder, visual, batch, plan, REDUCTION, NEW_TOKENS, KEY, pruning=pruning)
-    return decode(decoder, first, caches, batch, NEW_TOKENS, CONFIG.vocabulary), caches
+    return decode(decoder, first, caches, batch, NEW_TOKENS, ())[0], caches
 
 
 def settings_for(plan: Plan, pruning: FastV | VTW | Folder | None) -> Settings:

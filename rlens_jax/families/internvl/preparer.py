@@ -4,7 +4,6 @@ The tokens of all tiles of an image are one run in the prompt.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -30,20 +29,21 @@ from rlens_jax.data.benchmarks.catalogue import (
 )
 from rlens_jax.data.images import Transparency
 from rlens_jax.data.samples import IMAGE_MARK, Sample
-from rlens_jax.errors import UserError
+from rlens_jax.errors import UserError, foreign
+from rlens_jax.families.chat_files import load_tokenizer, read_stop_tokens, read_template
 from rlens_jax.families.family import ImageArrays
-from rlens_jax.families.hf_files import PROCESSOR_FILE, read_folder, unusable
+from rlens_jax.families.image_files import MOST_TILES, make_processor, read_processor_fields
 from rlens_jax.families.internvl.model import InternVLConfig, Native
 from rlens_jax.files import read_json_object
 from rlens_jax.layout import smallest_bucket
-from rlens_jax.models.chat import PlaceholderChat
+from rlens_jax.models.chat import NOTHING_HIDDEN, Part, PlaceholderChat
+from rlens_jax.models.literal_text import Hidden
 from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt
 
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 IMAGE_TOKEN, IMAGE_START, IMAGE_END, TURN_END = "<IMG_CONTEXT>", "<img>", "</img>", "<|im_end|>"
-VIDEO_MARK = "<video>"
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """A space, as sentencepiece writes it."""
 SYSTEM_2 = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"  # noqa: RUF001
@@ -107,37 +107,42 @@ class InternVLChat(PlaceholderChat):
         for token in (IMAGE_TOKEN, IMAGE_START, IMAGE_END, TURN_END):
             if token not in vocabulary:
                 raise UserError(f"{folder}: the tokenizer has no token {token}, so it is not that of an InternVL")
-        super().__init__(tokenizer, vocabulary[IMAGE_TOKEN])
-        self.images_end_lines = config.native is not None
-        if config.image_token not in (None, self.image_token):
+        image_token = vocabulary[IMAGE_TOKEN]
+        if config.image_token not in (None, image_token):
             raise UserError(
                 f"{folder}: config.json says image_token_id {config.image_token}, but the tokenizer's {IMAGE_TOKEN} "
-                f"is {self.image_token}"
+                f"is {image_token}"
             )
         # The end token of the text model ends a document, not a turn.
-        self.tokenizer.eos_token = TURN_END
+        tokenizer.eos_token = TURN_END
         if config.native is not None:
             start = "<s>" if config.text_model == "internlm2" else ""
-            self.tokenizer.chat_template = _native_template(config.native.template, start)
-        elif self.tokenizer.chat_template is None:
-            raise UserError(f"{folder}: no chat template; copy chat_template.jinja beside config.json")
+            tokenizer.chat_template = _native_template(config.native.template, start)
+        else:
+            tokenizer.chat_template = read_template(folder, tokenizer)
+        stop_tokens = read_stop_tokens(folder, tokenizer)
+        super().__init__(tokenizer, config.decoder.vocabulary, stop_tokens, image_token, reserved=(IMAGE_MARK,))
+        self.images_end_lines = config.native is not None
+        self.start: list[int] = list(tokenizer("")["input_ids"])
+        """What the tokenizer adds before a text."""
 
-    def encode(self, sample: Sample, tokens_per_image: Sequence[int], answer: str | None) -> tuple[np.ndarray, int]:
-        """See `PlaceholderChat.encode`; each image is enclosed in `<img>` and `</img>`."""
-        if VIDEO_MARK in sample.question:
-            raise UserError(f"{sample.id}: {VIDEO_MARK} in the question; only images are supported")
-        if self.images_end_lines and not sample.marked:
-            question = f"{IMAGE_MARK}\n" * len(sample.images) + sample.question
-            sample = replace(sample, question=question, marked=True)
-        return super().encode(sample, tokens_per_image, answer)
+    def parts(self, sample: Sample) -> list[Part]:
+        """See `PlaceholderChat.parts`; in the native layout, an image before the text has a line of its own."""
+        parts = super().parts(sample)
+        if not self.images_end_lines or sample.marked:
+            return parts
+        return [own for part in parts for own in ([part, {"type": "text", "text": "\n"}] if part["type"] == "image" else [part])]
 
-    def ids(self, text: str) -> list[int]:
-        """Token ids of `text`, with the tokenizer's start token before a text that does not begin with it."""
+    def ids(self, text: str, hidden: Hidden = NOTHING_HIDDEN) -> list[int]:
+        """Token ids of `text`, with the tokenizer's start token before a text that does not begin with it.
+
+        Each image is enclosed in `<img>` and `</img>`.
+        """
         # Older templates of transformers contain <image>.
         text = text.replace(IMAGE_MARK, IMAGE_TOKEN)
         text = text.replace(IMAGE_TOKEN, IMAGE_START + IMAGE_TOKEN + IMAGE_END)
         begins = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
-        return list(self.tokenizer(text, add_special_tokens=not begins)["input_ids"])
+        return [*([] if begins else self.start), *super().ids(text, hidden)]
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -147,16 +152,12 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """
     names = {path.name for path in folder.glob("*")}
     if "tokenizer.json" in names:
-        return read_folder(PreTrainedTokenizerFast, folder, "tokenizer")
+        return load_tokenizer(PreTrainedTokenizerFast, folder)
     if {"vocab.json", "merges.txt"} <= names:
-        return read_folder(Qwen2TokenizerFast, folder, "tokenizer")
+        return load_tokenizer(Qwen2TokenizerFast, folder)
     if {"tokenizer.model", "tokenizer_config.json"} <= names:
-        try:
+        with foreign(f"{folder}: no usable tokenizer", "; copy the files of the published model beside config.json"):
             return _read_sentencepiece(folder)
-        except UserError:
-            raise
-        except Exception as error:  # of protobuf and tokenizers, of many types
-            raise unusable(folder, "tokenizer", error) from None
     raise UserError(
         f"{folder}: no tokenizer; copy tokenizer.json, or vocab.json and merges.txt, or tokenizer.model and "
         "tokenizer_config.json beside config.json"
@@ -239,6 +240,8 @@ class InternVLPreparer:
 
     def __init__(self, folder: Path, config: InternVLConfig, patch_slots: Sequence[int]):
         vision, native = config.vision, config.native
+        if native is not None and native.max_tiles > MOST_TILES:
+            raise UserError(f"{folder / 'config.json'}: max_dynamic_patch {native.max_tiles} is more than {MOST_TILES}")
         self.config = config
         self.transparency: Transparency = "white" if native is None else "dropped"
         self.tile_slots = sorted({slots // vision.num_patches for slots in patch_slots} - {0})
@@ -255,7 +258,8 @@ class InternVLPreparer:
 
     def _image(self, pixels: Image, sample_id: str) -> PreparedImage:
         vision = self.config.vision
-        patches = cut_patches(self._cut(pixels), vision.patch_size)
+        with foreign(f"{sample_id}: an image of {pixels.width} x {pixels.height} pixels cannot be prepared"):
+            patches = cut_patches(self._cut(pixels), vision.patch_size)
         slots = smallest_bucket(self.tile_slots, len(patches))
         if slots is None:
             needed = len(patches) * vision.num_patches
@@ -280,12 +284,10 @@ def _hf_cutter(folder: Path, tile: int) -> Callable[[Image], np.ndarray]:
     # Imported here: where torchvision is installed this import loads it, and a model without images needs neither.
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-    processor = read_folder(GotOcr2ImageProcessorPil, folder, PROCESSOR_FILE)
+    fields, where = read_processor_fields(folder)
+    processor = make_processor(GotOcr2ImageProcessorPil, fields, where)
     if (processor.size["height"], processor.size["width"]) != (tile, tile):
-        raise UserError(
-            f"{folder / PROCESSOR_FILE}: size {dict(processor.size)} is not supported, the position "
-            f"embedding is for {tile} x {tile}"
-        )
+        raise UserError(f"{where}: size {dict(processor.size)} is not supported, the position embedding is for {tile} x {tile}")
 
     def cut(image: Image) -> np.ndarray:
         # InternVLProcessor of transformers always crops, whatever the file says.

@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 from rlens_jax.data.benchmarks.catalogue import Instance, Turn, default_prompt
 from rlens_jax.data.images import Transparency
 from rlens_jax.data.samples import Sample
-from rlens_jax.errors import UserError
+from rlens_jax.errors import UserError, foreign
+from rlens_jax.families.chat_files import load_tokenizer, read_stop_tokens, read_template
 from rlens_jax.families.family import ImageArrays
-from rlens_jax.families.hf_files import PROCESSOR_FILE, read_folder
+from rlens_jax.families.image_files import make_processor, read_processor_fields
 from rlens_jax.families.llava_onevision.model import NEWLINE, LlavaOnevisionConfig
-from rlens_jax.files import read_json_object
 from rlens_jax.layout import smallest_bucket
 from rlens_jax.models.chat import PlaceholderChat
 from rlens_jax.models.prompt import Grid, ImageTokens, PreparedImage, Prompt
@@ -145,25 +145,27 @@ class LlavaOnevisionPreparer:
         self.config = config
         self.transparency: Transparency = "white"
         self.patch_slots = sorted(patch_slots)
-        self.chat = PlaceholderChat(read_folder(AutoTokenizer, folder, "tokenizer"), config.image_token)
-        # The processor's template overrides that of the tokenizer, which may belong to the language model alone.
-        if (folder / "chat_template.json").exists():
-            self.chat.tokenizer.chat_template = read_json_object(folder / "chat_template.json").get("chat_template")
-        self.image_processor = read_folder(LlavaOnevisionImageProcessorPil, folder, PROCESSOR_FILE)
+        tokenizer = load_tokenizer(AutoTokenizer, folder)
+        tokenizer.chat_template = read_template(folder, tokenizer)
+        stop_tokens = read_stop_tokens(folder, tokenizer)
+        self.chat = PlaceholderChat(tokenizer, config.decoder.vocabulary, stop_tokens, config.image_token)
+        fields, where = read_processor_fields(folder)
+        self.image_processor = make_processor(LlavaOnevisionImageProcessorPil, fields, where)
         pinpoints = tuple((height, width) for height, width in self.image_processor.image_grid_pinpoints)
         size = self.image_processor.size
         if pinpoints != config.pinpoints or {size.height, size.width} != {config.image_size}:
             raise UserError(
-                f"{folder}: {PROCESSOR_FILE} and config.json differ in image_grid_pinpoints or in the "
-                "size of a view; take both from the same checkpoint"
+                f"{where} and config.json differ in image_grid_pinpoints or in the size of a view; take both from one checkpoint"
             )
 
     def images(self, pixels: Sequence[Image], sample_id: str) -> list[PreparedImage]:
         """Each image as views [v, J, c], sources [Z, corners] and weights [Z, corners]; see `VisionTower`."""
         if not pixels:
             return []
-        features = self.image_processor(images=[list(pixels)], return_tensors="np")
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in pixels)
         prepared = []
+        with foreign(f"{sample_id}: an image of {sizes} pixels cannot be prepared"):
+            features = self.image_processor(images=[list(pixels)], return_tensors="np")
         for views, size in zip(features["pixel_values"], features["image_sizes"], strict=True):
             image_size = int(size[0]), int(size[1])
             sources, weights, _ = image_sources(self.config, image_size, alone=len(pixels) == 1)
@@ -190,8 +192,6 @@ class LlavaOnevisionPreparer:
     def prompt(self, sample: Sample, images: Sequence[ImageTokens], answer: str | None) -> Prompt:
         """See `Preparer.prompt`."""
         ids, answer_length = self.chat.encode(sample, [image.count for image in images], answer)
-        if (ids == self.config.video_token).any():
-            raise UserError(f"{sample.id}: the text contains the model's video placeholder; videos are not supported")
         return Prompt.plain(ids, ids == self.config.image_token, answer_length)
 
 

@@ -13,21 +13,22 @@ from transformers import PreTrainedTokenizerFast
 from rlens_jax.data.benchmarks.catalogue import ANSWER_LETTER, SHORT_ANSWER, Instance, Turn, is_choice, question_and_options
 from rlens_jax.data.images import Transparency
 from rlens_jax.data.samples import IMAGE_MARK, Sample
-from rlens_jax.errors import UserError
+from rlens_jax.errors import UserError, foreign
+from rlens_jax.families.chat_files import load_tokenizer, read_stop_tokens, read_template
 from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.family import ImageArrays
-from rlens_jax.families.hf_files import PROCESSOR_FILE, read_folder
+from rlens_jax.families.image_files import MOST_TILES, read_processor_fields
 from rlens_jax.families.minicpm_v.model import VERSION, MiniCPMVConfig
-from rlens_jax.files import read_json_object
 from rlens_jax.layout import smallest_bucket
-from rlens_jax.models.chat import Chat, question_content
+from rlens_jax.models.chat import Chat, Part, question_content
 from rlens_jax.models.prompt import Grid, ImageTokens, PreparedImage, Prompt
 
 VIEW_STEP = 3
 """Views are padded to 1, 4, 7 or 10: few shapes to compile, and little computed for padding (our decision)."""
 MAX_SLICES = 9
 """Slices of an image if preprocessor_config.json has no `max_slice_nums` (9 in the published one)."""
-VIDEO_MARK = "<video>"
+MOST_RESOLUTION = 4096
+"""Pixels per side of a view, nine times as many as published."""
 NO_SLICES: Grid = (0, 0)
 
 STEP_BY_STEP = (
@@ -141,13 +142,15 @@ def read_slicing(fields: ConfigReader, config: MiniCPMVConfig) -> Slicing:
     fields.require("image_feature_size", config.resampler.num_queries)
     fields.require("patch_size", config.vision.patch_size)
     mean, std = (fields.fields.get(name, [0.5, 0.5, 0.5]) for name in ("norm_mean", "norm_std"))
-    for name, values, kind in (("norm_mean", mean, "numbers"), ("norm_std", std, "positive numbers")):
-        three = isinstance(values, list) and len(values) == 3 and all(isinstance(x, int | float) for x in values)
-        if not three or (values is std and min(std) <= 0):
-            raise UserError(f"{fields.where}: {name} must be three {kind}, not {values!r}")
+    max_slices, resolution = fields.size("max_slice_nums", default=MAX_SLICES), fields.size("scale_resolution", default=448)
+    if max_slices > MOST_TILES or not config.vision.patch_size <= resolution <= MOST_RESOLUTION:
+        raise UserError(
+            f"{fields.where}: max_slice_nums {max_slices} and scale_resolution {resolution} must be at most {MOST_TILES} and "
+            f"from {config.vision.patch_size} to {MOST_RESOLUTION}"
+        )
     return Slicing(
-        max_slices=fields.size("max_slice_nums", default=MAX_SLICES),
-        resolution=fields.size("scale_resolution", default=448),
+        max_slices=max_slices,
+        resolution=resolution,
         patch_size=config.vision.patch_size,
         mean=np.array(mean, np.float32),
         std=np.array(std, np.float32),
@@ -178,28 +181,36 @@ class Marks:
 def read_marks(fields: ConfigReader) -> Marks:
     """Read the marks from preprocessor_config.json; missing ones have the published values."""
 
+    def text(name: str, default: str) -> str:
+        value = fields.fields.get(name, default)
+        if not isinstance(value, str) or not value:
+            raise UserError(f"{fields.where}: {name} must be a text, not {value!r}")
+        return value
+
     def pair(start: str, end: str, default: str) -> tuple[str, str]:
-        return (str(fields.fields.get(start, f"<{default}>")), str(fields.fields.get(end, f"</{default}>")))
+        return text(start, f"<{default}>"), text(end, f"</{default}>")
+
+    fields.require("use_image_id", True, False)
 
     return Marks(
         image=pair("im_start", "im_end", "image"),
         slice=pair("slice_start", "slice_end", "slice"),
         image_id=pair("im_id_start", "im_id_end", "image_id"),
-        slot=str(fields.fields.get("unk", "<unk>")),
-        use_image_id=bool(fields.fields.get("use_image_id", True)),
+        slot=text("unk", "<unk>"),
+        use_image_id=fields.fields.get("use_image_id", True),
     )
 
 
 class SlicedChat(Chat):
     """A chat whose prompts have text inside images."""
 
-    def __init__(self, folder: Path, marks: Marks, num_queries: int):
+    def __init__(self, folder: Path, marks: Marks, num_queries: int, vocabulary: int):
         # Not AutoTokenizer: tokenizer_config.json names a class that is code of the checkpoint.
-        super().__init__(read_folder(PreTrainedTokenizerFast, folder, "tokenizer"))
+        tokenizer = load_tokenizer(PreTrainedTokenizerFast, folder)
+        tokenizer.chat_template = read_template(folder, tokenizer)
+        super().__init__(tokenizer, vocabulary, read_stop_tokens(folder, tokenizer))
         self.marks = marks
         self.num_queries = num_queries
-        if not self.tokenizer.chat_template:
-            raise UserError(f"{folder}: tokenizer_config.json has no chat_template; copy the published one")
         for token in (*marks.image, *marks.slice, marks.slot):
             if self.ids(token) != [self.tokenizer.convert_tokens_to_ids(token)]:
                 raise UserError(f"{folder}: the tokenizer has no token {token!r}; copy the files of MiniCPM-V 2.6")
@@ -215,31 +226,30 @@ class SlicedChat(Chat):
             The token ids, int32 [T], which of them are visual, bool [T], and how many are the answer and the end of the turn.
 
         Raises:
-            UserError: the text contains marks of images or videos, or the answer merges with the prompt.
+            UserError: as `turn`, or the template loses marks of images.
         """
-        if VIDEO_MARK in sample.question:
-            raise UserError(f"{sample.id}: the question asks for a video ({VIDEO_MARK}); give its frames as images")
         images = [self.marks.text(i, grid, self.num_queries) for i, grid in enumerate(grids)]
-        ids, num_answer = self.turn(sample, _content(sample, images), answer)
+        parts = question_content(sample)
+        between = "" if sample.marked else "\n"
+
+        def write(parts: list[Part]) -> str:
+            """Images at their marks, or each on its own line before the text, as in the published `chat`."""
+            texts = iter(images)
+            return between.join(next(texts) if part["type"] == "image" else part["text"] for part in parts)
+
+        ids, num_answer = self.turn(sample, parts, answer, write)
         token_ids = np.array(ids, np.int32)
         starts = np.flatnonzero(np.isin(token_ids, self.starts)) + 1
         ends = np.flatnonzero(np.isin(token_ids, self.ends))
         num_views = sum(1 + math.prod(grid) for grid in grids)
         if not len(starts) == len(ends) == num_views or (ends - starts != self.num_queries).any():
-            marks = ", ".join((*self.marks.image, *self.marks.slice))
-            raise UserError(f"{sample.id}: the text contains marks of the model's images ({marks}); remove them")
+            raise UserError(
+                f"{sample.id}: the chat template changes the marks of images; copy the chat template of the published model"
+            )
         is_visual = np.zeros(len(token_ids), bool)
         for start, end in zip(starts, ends, strict=True):
             is_visual[start:end] = True
         return token_ids, is_visual, num_answer
-
-
-def _content(sample: Sample, images: Sequence[str]) -> str:
-    """A user turn: images at their marks, or each on its own line before the text, as in the published `chat`."""
-    parts = question_content(sample)
-    texts = iter(images)
-    content = [next(texts) if part["type"] == "image" else part["text"] for part in parts]
-    return ("" if sample.marked else "\n").join(content)
 
 
 def image_arrays(config: MiniCPMVConfig, patches: int) -> ImageArrays:
@@ -262,21 +272,21 @@ class MiniCPMVPreparer:
     """See `Preparer`."""
 
     def __init__(self, folder: Path, config: MiniCPMVConfig, patch_slots: Sequence[int]):
-        path = folder / PROCESSOR_FILE
-        fields = ConfigReader(read_json_object(path), str(path))
+        fields = ConfigReader(*read_processor_fields(folder))
         self.config = config
         self.transparency: Transparency = "dropped"
         self.patch_slots = sorted(patch_slots)
         self.slicing = read_slicing(fields, config)
-        self.chat = SlicedChat(folder, read_marks(fields), config.resampler.num_queries)
+        self.chat = SlicedChat(folder, read_marks(fields), config.resampler.num_queries, config.decoder.vocabulary)
 
     def images(self, pixels: Sequence[Image], sample_id: str) -> list[PreparedImage]:
         """Each image as the arrays of `VisionTower`, without the axis of images."""
         return [self._image(image, sample_id) for image in pixels]
 
     def _image(self, pixels: Image, sample_id: str) -> PreparedImage:
-        views, grid = self.slicing.views(pixels)
-        patches = [self.slicing.patches(view) for view in views]
+        with foreign(f"{sample_id}: an image of {pixels.width} x {pixels.height} pixels cannot be prepared"):
+            views, grid = self.slicing.views(pixels)
+            patches = [self.slicing.patches(view) for view in views]
         largest = max(len(rows) for rows in patches)
         slots = smallest_bucket(self.patch_slots, largest)
         if slots is None:

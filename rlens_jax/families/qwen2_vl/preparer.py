@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,13 +20,19 @@ from rlens_jax.data.benchmarks.catalogue import (
 )
 from rlens_jax.data.images import Transparency
 from rlens_jax.data.samples import Sample
-from rlens_jax.errors import UserError
+from rlens_jax.errors import UserError, foreign
+from rlens_jax.families.chat_files import load_tokenizer, read_stop_tokens, read_template
 from rlens_jax.families.family import ImageArrays
-from rlens_jax.families.hf_files import PROCESSOR_FILE, read_folder
+from rlens_jax.families.image_files import PROCESSOR_FILE, make_processor, read_processor_fields
 from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig
 from rlens_jax.layout import smallest_bucket
 from rlens_jax.models.chat import PlaceholderChat
 from rlens_jax.models.prompt import Grid, ImageTokens, PreparedImage, Prompt
+
+MAX_RATIO = 200
+"""Longer images are refused, as by transformers."""
+MIN_PIXELS, MAX_PIXELS = 56**2, 1280 * 28**2
+"""Pixels of an image after resizing, if the processor's file has none (transformers)."""
 
 
 def patch_places(grid: Grid, merge_size: int) -> np.ndarray:
@@ -65,6 +72,26 @@ def image_arrays(config: Qwen2VLConfig, patches: int) -> ImageArrays:
     return [((patches, config.vision.sizes["c"]), jnp.float32), ((patches, 2), jnp.int32), ((), jnp.int32)]
 
 
+def _processor_fields(folder: Path, config: Qwen2VLConfig) -> tuple[dict[str, Any], str]:
+    """The fields of the image processor, with the limits of pixels where transformers reads them, and the file that has them.
+
+    Raises:
+        UserError: a field is unusable or does not fit config.json.
+    """
+    fields, where = read_processor_fields(folder)
+    vision, size = config.vision, dict(fields.get("size", {}))
+    sizes = {"patch_size": vision.patch_size, "merge_size": vision.merge_size, "temporal_patch_size": vision.temporal_patch}
+    for name, value in sizes.items():
+        if fields.setdefault(name, value) != value:
+            raise UserError(f"{where}: {name} {fields[name]} is not config.json's {value}; take both files from one checkpoint")
+    for name, edge, default in (("min_pixels", "shortest_edge", MIN_PIXELS), ("max_pixels", "longest_edge", MAX_PIXELS)):
+        newer = size.pop(name, None)
+        size[edge] = fields.pop(name, size.get(edge, default if newer is None else newer))
+    if set(size) != {"shortest_edge", "longest_edge"} or size["shortest_edge"] > size["longest_edge"]:
+        raise UserError(f"{where}: size must be the smallest and the largest number of pixels of an image, not {size}")
+    return fields | {"size": size}, where
+
+
 class Qwen2VLPreparer:
     """See `Preparer`; the image processor is the one of transformers that needs no torch."""
 
@@ -75,15 +102,22 @@ class Qwen2VLPreparer:
         self.config = config
         self.transparency: Transparency = "white"
         self.patch_slots = sorted(patch_slots)
-        self.chat = PlaceholderChat(read_folder(AutoTokenizer, folder, "tokenizer"), config.image_token)
-        self.image_processor = read_folder(Qwen2VLImageProcessorPil, folder, PROCESSOR_FILE)
+        tokenizer = load_tokenizer(AutoTokenizer, folder)
+        tokenizer.chat_template = read_template(folder, tokenizer)
+        stop_tokens = read_stop_tokens(folder, tokenizer)
+        self.chat = PlaceholderChat(tokenizer, config.decoder.vocabulary, stop_tokens, config.image_token)
+        self.image_processor = make_processor(Qwen2VLImageProcessorPil, *_processor_fields(folder, config))
 
     def images(self, pixels: Sequence[Image], sample_id: str) -> list[PreparedImage]:
         """Each image as patches [J, c], places [J, 2] and the number of real patches []."""
         return [self._image(image, sample_id) for image in pixels]
 
     def _image(self, pixels: Image, sample_id: str) -> PreparedImage:
-        features = self.image_processor(images=[pixels], return_tensors="np")
+        width, height = pixels.size
+        if max(width, height) > MAX_RATIO * min(width, height):
+            raise UserError(f"{sample_id}: an image of {width} x {height} pixels is longer than {MAX_RATIO} times its width")
+        with foreign(f"{sample_id}: an image of {width} x {height} pixels cannot be prepared"):
+            features = self.image_processor(images=[pixels], return_tensors="np")
         _, rows, columns = (int(side) for side in features["image_grid_thw"][0])
         grid, merge = (rows, columns), self.config.vision.merge_size
         patches = np.asarray(features["pixel_values"], np.float32)

@@ -21,7 +21,7 @@ def image_arrays(config: ToyConfig, patches: int) -> ImageArrays:
 
 
 class ToyChat(Chat):
-    stop_token = STOP
+    stop_tokens = (STOP,)
 
     def __init__(self) -> None: ...
 

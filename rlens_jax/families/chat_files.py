@@ -1,0 +1,102 @@
+"""What a model folder says about text: its tokenizer, its chat template, and the tokens that end a turn."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from transformers import PreTrainedTokenizerFast
+
+from rlens_jax.errors import UserError, foreign
+from rlens_jax.files import read_json_object, read_text
+from rlens_jax.models.template_trial import try_template
+
+TOKENIZER_FILE = "tokenizer_config.json"
+
+Loaded_co = TypeVar("Loaded_co", covariant=True)
+
+
+@runtime_checkable
+class Loader(Protocol[Loaded_co]):
+    """A class of transformers that reads its objects from a folder."""
+
+    def from_pretrained(self, folder: Path, *, local_files_only: bool) -> Loaded_co: ...
+
+
+def load_tokenizer(loader: Loader[Any], folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder, as a class of transformers reads it.
+
+    Raises:
+        UserError: its files are missing or cannot be read, or are not those of a fast tokenizer.
+    """
+    if (path := folder / TOKENIZER_FILE).exists():
+        read_json_object(path)
+    with foreign(f"{folder}: no usable tokenizer", "; copy the files of the published model beside config.json"):
+        # Without network and without code of the checkpoint.
+        tokenizer = loader.from_pretrained(folder, local_files_only=True)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"{folder}: the tokenizer has no tokenizer.json; copy that of the published model beside config.json")
+    return tokenizer
+
+
+def read_template(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The chat template of a folder, from where transformers' processors take it, else that of the tokenizer.
+
+    Raises:
+        UserError: there is none, or it takes too much time or memory.
+    """
+    template, where = _find_template(folder, tokenizer)
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not isinstance(template, str) or not template.strip():
+        raise UserError(f"{where}: no chat template; copy chat_template.jinja of the published model beside config.json")
+    _tried(template, str(where))
+    return template
+
+
+def read_stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """The tokens that end a turn: the tokenizer's, and those of generation_config.json or else of config.json.
+
+    Raises:
+        UserError: the tokenizer has no end-of-turn token, or a file has something else than numbers of tokens.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: the tokenizer has no eos_token; copy {TOKENIZER_FILE} of the published model")
+    stop_tokens = [int(tokenizer.eos_token_id)]
+    path = folder / "generation_config.json"
+    if path.exists():
+        stop_tokens += _token_numbers(read_json_object(path), str(path))
+    if len(stop_tokens) == 1 and (path := folder / "config.json").exists():
+        fields = read_json_object(path)
+        nested = fields.get("text_config")
+        stop_tokens += _token_numbers(fields, str(path))
+        if len(stop_tokens) == 1 and isinstance(nested, dict):
+            stop_tokens += _token_numbers(nested, f"{path}: text_config")
+    return tuple(dict.fromkeys(stop_tokens))
+
+
+def _token_numbers(fields: dict[str, Any], where: str) -> list[int]:
+    """The field `eos_token_id`: a number, a list of them, or none."""
+    value = fields.get("eos_token_id")
+    if value is None:
+        return []
+    numbers = value if isinstance(value, list) else [value]
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**31:
+            raise UserError(f"{where}: eos_token_id must be the number of a token or a list of them, not {value!r}")
+    return numbers
+
+
+def _find_template(folder: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[Any, Path]:
+    """The first template in transformers' order, which may be of any type, and the file or folder that has it."""
+    for name in ("processor_config.json", "chat_template.json"):
+        if (path := folder / name).exists() and (template := read_json_object(path).get("chat_template")) is not None:
+            return template, path
+    if (path := folder / "chat_template.jinja").exists():
+        return read_text(path), path
+    return tokenizer.chat_template, folder
+
+
+@cache
+def _tried(template: str, where: str) -> None:
+    """Try a template once."""
+    try_template(template, where)
