@@ -118,7 +118,7 @@ class Evaluator:
                     continue
                 if not rows.finite[row]:
                     programs = self.scoring.programs
-                    raise not_finite(programs, batch, number, samples[number].id, plans[item.plan], programs.reduction)
+                    raise not_finite(programs, batch, int(number), samples[number].id, plans[item.plan], programs.reduction)
                 results[item.plan][number] = max(results[item.plan][number], float(rows.right[row]))
 
     def _record(self, split: str, plan: Plan, result: np.ndarray, seconds: float, progress: Progress | None) -> None:

@@ -19,7 +19,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
 from rlens_jax.search.journal import Journal
 from rlens_jax.search.search import Ranking, rank_layers
-from tests.engine.toy import LAYERS, SHAPES, ToyPreparer, answered, score, toy_programs, toy_samples, toy_split, words
+from tests.engine.toy import LAYERS, SHAPES, ToyPreparer, answered, damaged, score, toy_programs, toy_samples, toy_split, words
 from tests.toy_search import one_at_a_time
 
 
@@ -149,13 +149,30 @@ def test_any_reference_answer_makes_a_sample_right(programs: Programs, tmp_path:
         assert all((values == expected).all() for values in outcomes.values())
 
 
-def test_probe_scores_that_are_no_numbers_are_an_error(split: Split, tmp_path: Path) -> None:
-    broken = toy_programs()
-    broken.leaves[:] = [jnp.full_like(leaf, jnp.nan) for leaf in broken.leaves]
-    made, journal = evaluator(broken, split, tmp_path)
-    with journal, pytest.raises(UserError, match=r"s\d+: probe scores are not numbers under the plan ffn 2"):
+@pytest.mark.parametrize(
+    ("parameter", "layer", "value", "place"),
+    [
+        ("decoder.embedding", ..., jnp.nan, "the embedding"),
+        ("decoder.layers.attention.o_proj.kernel", 3, 1e38, "the attention of layer 3"),
+        ("decoder.layers.ffn.down_proj.kernel", 2, jnp.inf, "the FFN of layer 2"),
+        ("decoder.norm.scale", ..., jnp.nan, "the last norm or the head"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_an_error(
+    programs: Programs, split: Split, tmp_path: Path, parameter, layer, value, place
+) -> None:
+    made, journal = evaluator(programs, split, tmp_path)
+    message = rf"s\d+: numbers are infinite or undefined under the plan ffn 2, first in {place}; check"
+    with journal, damaged(programs, parameter, layer, value), pytest.raises(UserError, match=message):
         made.outcomes("validation", Plan(), [Plan((), (2,))])
-    assert not (tmp_path / "journal.jsonl").read_text().count("outcomes")
+    assert not (tmp_path / "journal.jsonl").exists()
+
+
+def test_visual_tokens_that_are_not_finite_are_an_error(programs: Programs, split: Split, tmp_path: Path) -> None:
+    broken = replace(split, batches=tuple(replace(b, visual=np.full_like(b.visual, np.nan)) for b in split.batches))
+    made, journal = evaluator(programs, broken, tmp_path)
+    with journal, pytest.raises(UserError, match="first in the vision tower or the connector"):
+        made.outcomes("validation", Plan(), [Plan()])
 
 
 def test_a_checkpoint_may_end_the_run_after_any_evaluation(programs: Programs, split: Split, tmp_path: Path) -> None:

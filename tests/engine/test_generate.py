@@ -17,6 +17,7 @@ from rlens_jax.engine.deployed_model import DeployedModel, automatic_chunk
 from rlens_jax.engine.sizes import slot_sizes
 from rlens_jax.errors import UserError
 from rlens_jax.plan_file import FORMAT
+from tests.engine.toy import damaged
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
@@ -110,6 +111,13 @@ def run(arguments: Sequence[str]) -> int:
     with pytest.raises(SystemExit) as stopped:
         run_command(main, argv=arguments)
     return int(stopped.value.code or 0)
+
+
+def test_weights_that_overflow(model: DeployedModel, page: Path) -> None:
+    message = "the prompt: numbers are infinite or undefined under the plan dense, first in the FFN of layer 7; check"
+    overflowing = damaged(model.programs, "decoder.layers.ffn.down_proj.kernel", 7, 3e38)
+    with overflowing, pytest.raises(UserError, match=message):
+        model.generate([page], QUESTIONS[0], max_new_tokens=TOKENS)
 
 
 def test_bad_input(model: DeployedModel, page: Path, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """A tiny random Qwen2-VL with samples whose answers are what the dense model says, so that reductions can change them."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from rlens_jax.data.samples import Sample
 from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.evaluator import Outcomes
 from rlens_jax.engine.inputs import Split, build_split
+from rlens_jax.engine.model_programs import ModelPrograms
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.sizes import Shapes
 from rlens_jax.families import qwen2_vl
@@ -86,6 +89,18 @@ class ToyPreparer:
         is_visual[len(ids) :] = False  # the random model may well answer with the placeholder
         positions, following = rope_positions(is_visual, grids, 2)
         return Prompt(token_ids, is_visual, positions, following, len(answered))
+
+
+@contextmanager
+def damaged(programs: ModelPrograms, parameter: str, index: Any, value: float) -> Iterator[None]:
+    """Some numbers of a parameter are `value` for a while."""
+    number = programs.names.index(parameter)
+    leaf = programs.leaves[number]
+    programs.leaves[number] = leaf.at[index].set(value)
+    try:
+        yield
+    finally:
+        programs.leaves[number] = leaf
 
 
 def png(rows: int, columns: int) -> bytes:
