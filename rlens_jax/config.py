@@ -35,7 +35,12 @@ class DataConfig:
     cache: str | None = None
     """Folder for prepared datasets; null means the user's cache folder."""
     held_out_share: float = 0.5
-    """Share of the rows of your own JSONL file that is held out for the curves, between 0 and 1."""
+    """Share of the images of each dataset in your own JSONL file that is held out for the curves, between 0 and 1."""
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the source is a mixture of benchmarks, whose images are read as VLMEvalKit reads them."""
+        return self.source.endswith(".json")
 
     def __post_init__(self) -> None:
         _check_types("data", self)

@@ -119,7 +119,7 @@ def parse_json(text: str | bytes, where: Path | str, number: Callable[[str], Any
         fields = dict(pairs)
         if len(fields) < len(pairs):
             names = Counter(name for name, _ in pairs)
-            raise UserError(f"{where}: field {names.most_common(1)[0][0]!r} is given twice")
+            raise UserError(f"{where}: field {shortened(names.most_common(1)[0][0])!r} is given twice")
         return fields
 
     def constant(name: str) -> NoReturn:
@@ -150,7 +150,7 @@ def parse_json(text: str | bytes, where: Path | str, number: Callable[[str], Any
     for field, item in _items(value, where):
         string = "".join(item) if isinstance(item, dict) else item
         if isinstance(string, str):
-            check_text(string, f"{where}: field {field!r}" if field else where)
+            check_text(string, f"{where}: field {shortened(field)!r}" if field else where)
     return value
 
 

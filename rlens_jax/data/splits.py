@@ -43,7 +43,7 @@ def load_splits(data: DataConfig, prompt: Callable[[Instance], Turn], *, seed: i
             split: [sample for name in DATASETS for sample in read_pages(name, split, cache / "pages", limit)]
             for split, limit in limits.items()
         }
-    if source.endswith(".json"):
+    if data.is_mixture:
         if data.benchmarks is None:
             raise UserError(f"data.benchmarks must name the folder of the TSV files of {source}")
         return mixture_samples(Path(source), Path(data.benchmarks), cache / "benchmarks", prompt)

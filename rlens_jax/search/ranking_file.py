@@ -153,6 +153,7 @@ def ranking_fields(results: Results) -> dict[str, Any]:
         "model": {"path": results.config.model, "hash": results.model_hash, "num_layers": results.num_layers},
         "data": {
             "hash": results.data_hash,
+            "orientation": "as stored" if results.config.data.is_mixture else "applied",
             "samples": {"validation": dict(results.validation_samples), "test": dict(results.test_samples)},
         },
         "dense": {"validation": dict(results.dense_validation), "test": dict(results.dense_test)},

@@ -26,6 +26,14 @@ def test_it_follows_its_schema(results):
     jsonschema.validate(json.loads(json_text(ranking_fields(results))), SCHEMA)
 
 
+def test_it_says_how_images_were_read(results):
+    for source, orientation in (("my.jsonl", "applied"), ("pages", "applied"), ("mixture.json", "as stored")):
+        config = dataclasses.replace(results.config, data=dataclasses.replace(results.config.data, source=source))
+        found = ranking_fields(dataclasses.replace(results, config=config))
+        assert found["data"]["orientation"] == orientation
+        jsonschema.validate(json.loads(json_text(found)), SCHEMA)
+
+
 def test_the_schema_knows_every_field_of_it(results):
     found = json.loads(json_text(ranking_fields(results)))
     for spoil in ("rankings", "model", "search", "held_out", "savings"):
