@@ -93,6 +93,8 @@ def _read_checked(path: Path, schema: str) -> Mapping[str, Any]:
 def _is_jpeg(encoded: str) -> bool:
     try:
         with Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)), formats=["JPEG"]) as image:
+            if max(image.size) > 2 * _SIDE:  # from the header: a small file may claim any size
+                return False
             image.load()
     # Pillow's decoders raise errors of nearly every type for broken files, not only OSError.
     except Exception:

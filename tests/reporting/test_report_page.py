@@ -226,6 +226,16 @@ def _set(*path, to):
     return change
 
 
+def jpeg_that_claims(side: int) -> str:
+    """A small JPEG, in base64, whose header has another size: decoding it takes 12 GB."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG")
+    content = bytearray(file.getvalue())
+    place = content.index(b"\xff\xc0") + 5
+    content[place : place + 4] = 2 * side.to_bytes(2, "big")
+    return base64.b64encode(content).decode()
+
+
 @pytest.mark.parametrize(
     ("file", "change", "complaint"),
     [
@@ -259,6 +269,11 @@ def _set(*path, to):
         (
             "examples.json",
             _set("examples", 0, "images", 0, "base64", to="AAAA"),
+            r"examples\[0\]\.images\[0\]\.base64: is not a JPEG in base64",
+        ),
+        (
+            "examples.json",
+            _set("examples", 0, "images", 0, "base64", to=jpeg_that_claims(65_000)),
             r"examples\[0\]\.images\[0\]\.base64: is not a JPEG in base64",
         ),
         ("examples.json", _set("examples", 0, "dense", "score", to=2), r"examples\[0\]\.dense\.score: 2 is greater"),
