@@ -144,8 +144,9 @@ def test_a_benchmark_has_the_columns_of_its_file(finished: Path) -> None:
     assert rows[0]["D"] == 'the "black" ink'
     assert {"question", "answer", "category", "prediction"} < rows[0].keys()
     assert "image" not in rows[0]
-    score = json.loads((finished / "evaluation.json").read_text())["datasets"]["MMStar"]["variants"]["plan"]["score"]
-    assert score["harness"].startswith("VLMEvalKit rules")
+    part = json.loads((finished / "evaluation.json").read_text())["datasets"]["MMStar"]
+    assert part["variants"]["plan"]["score"]["harness"].startswith("VLMEvalKit rules")
+    assert part["images"] == {"upright": False, "transparency": "dropped"}
 
 
 def test_times_have_their_baseline(finished: Path) -> None:
