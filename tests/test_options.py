@@ -8,18 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from rlens_jax.commands import cost, report
+from rlens_jax.commands import cost, report, validate
 from rlens_jax.commands.options import RunParser
 from rlens_jax.config import RunConfig
 from rlens_jax.console import run_command
 from rlens_jax.errors import UserError
+from rlens_jax.parity import dump
+from rlens_jax.plan import Plan
+from rlens_jax.plan_file import FORMAT
+from rlens_jax.resources import embedded_model
 
 SPELLINGS = {
     "rank": ("--model", "--revision", "--data", "--output", "--dtype", "--batch-size"),
     "studies": ("--model", "--revision", "--data", "--output", "--dtype", "--batch-size"),
     "evaluate": ("--model", "--revision", "--data", "--output", "--dtype", "--batch-size", "--plan"),
     "generate": ("--model", "--revision", "--dtype", "--plan"),
-    "validate": ("--model", "--revision", "--dtype"),
+    "validate": ("--model", "--revision", "--dtype", "--plan"),
     "cost": ("--model", "--revision", "--plan"),
     "bench": ("--model", "--revision"),
     "convert": ("--model", "--revision", "--output", "--dtype"),
@@ -97,6 +101,17 @@ def test_model_as_argument_and_as_option(capsys: pytest.CaptureFixture[str]) -> 
         ("convert", ["--dtype", "float32", "a", "--model=b", "c"], "SRC a and --model b differ; give one"),
         ("validate", ["--revision=v1", "--rankings", "1,0", "0,1"], "--revision needs a MODEL"),
         ("validate", ["embedded", "--model=embedded", "--rankings", "1,0", "0,1"], "--rankings takes no MODEL"),
+        ("validate", ["embedded", "--dump", "x", "--layers=12"], "--layers has no meaning with --dump"),
+        ("validate", ["embedded", "--dump", "x", "--json=y"], "--json has no meaning with --dump"),
+        ("validate", ["embedded", "--reference", "x", "--no-states"], "--no-states has no meaning with --reference"),
+        ("validate", ["--rankings", "1,0", "0,1", "--plan=x"], "--plan has no meaning with --rankings"),
+        ("validate", ["embedded", "--dump", "x", "--attention=a"], "'a' is not a list of layers such as 20,21"),
+        ("validate", ["embedded", "--dump", "x", "--plan=p", "--ffn=1"], "--plan and --ffn contradict each other"),
+        ("validate", ["embedded", "--dump", "x", "--plan", "none.json"], "cannot read none.json"),
+        ("generate", ["embedded", "--prompt=x", "--image", "none.png"], "the prompt: image 1: no such file: none.png"),
+        ("generate", ["embedded", "--prompt= "], "the prompt: is empty"),
+        ("generate", ["embedded", "--prompt=x", "--max-new-tokens=0"], "--max-new-tokens must be at least 1, not 0"),
+        ("studies", ["all", "--ranking", "none.json"], "cannot read none.json"),
         ("bench", ["--repeats", "0"], "--repeats must be at least 1, not 0"),
         ("bench", ["qwen2-vl-2bb"], "qwen2-vl-2bb: neither a folder nor one of internvl2-8b, "),
         ("cost", ["Owner/nothing"], "Owner/nothing: no such folder, and the hub cannot provide it"),
@@ -149,3 +164,26 @@ def test_the_report_goes_to_a_folder_or_a_file(tmp_path: Path, monkeypatch: pyte
     for output, written in (("new/folder", "new/folder/report.html"), ("all.html", "all.html")):
         report.main(["a", "b", "--output", str(tmp_path / output)])
         assert (tmp_path / written).read_text() == '["a", "b"]'
+
+
+def test_a_plan_for_another_model_is_refused_before_the_weights_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"format": FORMAT, "num_layers": 28, "ffn": [27]}))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes((embedded_model() / "config.json").read_bytes())
+    arguments = [str(tmp_path / "model"), f"--plan={plan}"]
+    for command, further in (("cost", []), ("generate", ["--prompt=x"]), ("evaluate", [f"--output={tmp_path / 'out'}"])):
+        assert "28" in refusal(command, [*arguments, *further], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, calls = tmp_path / "plan.json", []
+    plan.write_text(json.dumps({"format": FORMAT, "num_layers": 12, "ffn": [11], "attention_range": 7}))
+    monkeypatch.setattr(dump, "dump", lambda *arguments: calls.append(arguments) or arguments[1])
+    validate.main(["embedded", "--dump", "bundle", "--plan", str(plan)])
+    ((model, folder, plans, reduction, with_states, _),) = calls
+    assert (model, folder, with_states) == ("embedded", Path("bundle"), True)
+    assert (plans, reduction.attention_range) == ([Plan(), Plan(ffn=(11,))], 7)

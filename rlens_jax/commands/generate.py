@@ -29,11 +29,17 @@ def main(arguments: Sequence[str]) -> None:
     model = required_model(parser, options)
     if options.prompt is None:
         parser.error("--prompt TEXT is missing")
+    if options.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")
     plan = read_plan_options(parser, options)
 
-    from rlens_jax.engine.deployed_model import load
+    from rlens_jax.checkpoints.checkpoint import read_model_kind
+    from rlens_jax.engine.deployed_model import load, make_sample
     from rlens_jax.engine.startup import start_jax
 
+    # Checks that need no weights come first.
+    make_sample("the prompt", options.image, options.prompt, options.marks)
+    plan.validate(read_model_kind(model).config.decoder.num_layers)
     start_jax()
     loaded = load(model, dtype=options.dtype, chunk=options.chunk, model_shards=options.model_shards, seed=options.seed)
     show(loaded.generate(options.image, options.prompt, plan, max_new_tokens=options.max_new_tokens, marks=options.marks))

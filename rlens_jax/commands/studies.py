@@ -24,6 +24,7 @@ from rlens_jax.console import run_command, show
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.hosts.cluster import is_distributed
 from rlens_jax.paper_studies.study import STUDY_NAMES
+from rlens_jax.search.ranking_file import read_ranking
 
 ALL = "all"
 
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"{missing}; choose one of {', '.join(known)}")
     names = STUDY_NAMES if options.name == ALL else (options.name,)
     _check(config, names)
+    if options.ranking is not None:
+        read_ranking(options.ranking)
     from rlens_jax.paper_studies.studies_run import run_studies
     from rlens_jax.paper_studies.study import summary
 

@@ -12,10 +12,27 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlens_jax.commands.options import add_dtype_option, add_json_option, add_model_argument, new_file, new_folder, read_model
+from rlens_jax.commands.options import (
+    add_dtype_option,
+    add_json_option,
+    add_model_argument,
+    add_plan_options,
+    new_file,
+    new_folder,
+    read_model,
+    read_plan_options,
+)
 from rlens_jax.console import ArgumentParser, Progress, run_command, show
+from rlens_jax.errors import UserError
 from rlens_jax.files import replace_file
 from rlens_jax.plan import Plan, Reduction
+
+USES = {
+    "reference": {"json", "markdown", "tolerance", "dtype"},
+    "dump": {"plan", "first", "attention", "ffn", "attention_range", "active_fraction", "probe_fraction", "no_states"},
+    "rankings": {"json", "markdown", "layers"},
+}
+"""The further options of each choice."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -29,6 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--markdown", metavar="FILE", type=new_file, help="also write a report to this file")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="relative to max(1, largest logit) (default: %(default)s)")
     add_dtype_option(parser, "float32", "float32")
+    add_plan_options(parser)
     parser.add_argument("--layers", metavar="N", type=int, help="--rankings: number of layers of the model")
     for name, operator in (("attention", "Hollow Attention"), ("ffn", "the Dynamic FFN")):
         text = f"--dump: layers with {operator} (default: the later half)"
@@ -45,11 +63,43 @@ def main(arguments: Sequence[str]) -> None:
         parser.error("choose one of --reference BUNDLE, --dump BUNDLE and --rankings A B")
     if (options.model is None) != (chosen == ["rankings"]):
         parser.error("--rankings takes no MODEL" if options.model else f"--{chosen[0]} needs a MODEL")
-    {"reference": _reference, "dump": _dump, "rankings": _rankings}[chosen[0]](options)
+    for name in sorted(set().union(*USES.values()) - USES[chosen[0]]):
+        if getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} has no meaning with --{chosen[0]}")
+    if options.dump is not None:
+        _dump(options, _plans(parser, options))
+    elif options.reference is not None:
+        _reference(options)
+    else:
+        _rankings(options)
 
 
 def _layers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(",") if number)
+    numbers = [number.strip() for number in text.split(",") if number.strip()]
+    if not all(number.isdecimal() for number in numbers):
+        raise UserError(f"{text!r} is not a list of layers such as 20,21")
+    return tuple(map(int, numbers))
+
+
+def _plans(parser: ArgumentParser, options: Namespace) -> tuple[list[Plan], Reduction]:
+    """The plans to dump, and how they reduce: of --plan, or of the options."""
+    from rlens_jax.checkpoints.checkpoint import read_model_kind
+
+    num_layers = read_model_kind(options.model).config.decoder.num_layers
+    if options.plan is not None:
+        for name in sorted(USES["dump"] - {"plan", "first", "no_states"}):
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--plan and --{name.replace('_', '-')} contradict each other; the plan file has all settings")
+        plan = read_plan_options(parser, options)
+        plan.validate(num_layers)
+        if plan.pruning is not None:
+            parser.error(f"{options.plan} prunes tokens, which bundles do not have")
+        return list(dict.fromkeys([Plan(), plan.plan])), plan.reduction
+    later = tuple(range(num_layers // 2, num_layers))
+    attention = later if options.attention is None else options.attention
+    ffn = later if options.ffn is None else options.ffn
+    plans = [Plan(), Plan(attention, ()), Plan((), ffn), Plan(attention, ffn)]
+    return list(dict.fromkeys(plans)), Reduction(options.attention_range, options.active_fraction, options.probe_fraction)
 
 
 def _reference(options: Namespace) -> None:
@@ -64,16 +114,10 @@ def _reference(options: Namespace) -> None:
         sys.exit(1)
 
 
-def _dump(options: Namespace) -> None:
-    from rlens_jax.checkpoints.checkpoint import read_model_kind
+def _dump(options: Namespace, reduced: tuple[list[Plan], Reduction]) -> None:
     from rlens_jax.parity.dump import dump
 
-    num_layers = read_model_kind(options.model).config.decoder.num_layers
-    later = tuple(range(num_layers // 2, num_layers))
-    attention = later if options.attention is None else options.attention
-    ffn = later if options.ffn is None else options.ffn
-    plans = list(dict.fromkeys([Plan(), Plan(attention, ()), Plan((), ffn), Plan(attention, ffn)]))
-    reduction = Reduction(options.attention_range, options.active_fraction, options.probe_fraction)
+    plans, reduction = reduced
     with Progress("running PyTorch", len(plans), "cases") as shown:
         folder = dump(options.model, options.dump, plans, reduction, not options.no_states, shown.advance)
     show(f"{folder}: {len(plans)} cases")

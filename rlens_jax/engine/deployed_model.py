@@ -234,7 +234,7 @@ class DeployedModel:
         if len(prompts) != len(image_lists):
             raise UserError(f"{len(prompts)} prompts, but images for {len(image_lists)}; give a list for each")
         names = ["the prompt"] if single else [f"prompt {number}" for number in range(1, len(prompts) + 1)]
-        samples = [_sample(*parts, marks) for parts in zip(names, image_lists, prompts, strict=True)]
+        samples = [make_sample(*parts, marks) for parts in zip(names, image_lists, prompts, strict=True)]
         texts = [""] * len(samples)
         for number, answer in self.answer(samples, plan or PlanFile(), max_new_tokens):
             texts[number] = answer.text
@@ -319,7 +319,12 @@ def load(
     return DeployedModel(programs, preparer, batch_size)
 
 
-def _sample(name: str, images: Sequence[Image], prompt: str, marked: bool) -> Sample:
+def make_sample(name: str, images: Sequence[Image], prompt: str, marked: bool) -> Sample:
+    """A sample to answer; errors begin with `name`.
+
+    Raises:
+        UserError: an empty prompt, another number of marks than of images, or an image file that does not exist.
+    """
     if isinstance(images, str | Path | bytes):
         raise UserError(f"{name}: images must be a list of files, not one file")
     if not prompt.strip():
