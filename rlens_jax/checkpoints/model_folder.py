@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from rlens_jax.checkpoints import orbax_store
+from rlens_jax.checkpoints.containment import check_entries
 from rlens_jax.checkpoints.published import CONFIG, INDEX, SINGLE
 from rlens_jax.console import Progress
 from rlens_jax.errors import UserError, suggest
@@ -59,6 +60,7 @@ def find_source(model: str | Path, *, weights: bool = True) -> Source:
     if path.is_dir():
         if is_unfinished(path.absolute()) or orbax_store.is_unfinished(path):
             raise UserError(f"{path}: a killed conversion left this folder; convert again and name the new folder")
+        check_entries(path, deep=[orbax_store.STORE])
         return Source(path, path.resolve().name, None)
     if path.exists():
         raise UserError(f"{path}: is a file; name the folder of the model")
@@ -71,6 +73,7 @@ def find_source(model: str | Path, *, weights: bool = True) -> Source:
         folder = _description(on_hub["name"], on_hub["revision"])
     if weights:
         _add_weights(on_hub["name"], folder)
+    check_entries(folder)
     return Source(folder, on_hub["name"], folder.name)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from rlens_jax.checkpoints.containment import inside
 from rlens_jax.checkpoints.leaves import arrays_of, read_place, shapes_of
 from rlens_jax.checkpoints.safetensors_file import DTYPES, Entry, entries, open_safetensors
 from rlens_jax.errors import UserError
@@ -33,12 +34,12 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: those of the index, or model.safetensors, or all."""
     if (folder / INDEX).exists():
         weight_map = read_json_object(folder / INDEX).get("weight_map")
-        names = set(weight_map.values()) if isinstance(weight_map, dict) else {""}
-        if not all(isinstance(name, str) and name for name in names):
+        if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{folder / INDEX}: weight_map must map tensor names to file names")
-        if SINGLE not in names and (folder / SINGLE).exists():
+        paths = {inside(folder, name, folder / INDEX) for name in weight_map.values()}
+        if folder / SINGLE not in paths and (folder / SINGLE).exists():
             raise UserError(f"{folder}: has both {INDEX} and {SINGLE}; remove the one that does not belong to the model")
-        return [folder / name for name in sorted(names)]
+        return sorted(paths)
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     files = sorted(folder.glob("*.safetensors"))
@@ -91,7 +92,9 @@ def opened(files: Sequence[Path], table: Table, problems: Problems) -> Iterator[
         ignored = {}
         for path, entry in listed:
             reason = _ignored(table, entry.name)
-            if reason is not None:
+            if entry.name in ignored:
+                problems.add(path.name, entry.name, "doubled, it is also in another file")
+            elif reason is not None:
                 ignored[entry.name] = reason
             elif entry.dtype not in DTYPES:
                 problems.add(path.name, entry.name, f"has dtype {entry.dtype}, supported are {', '.join(DTYPES)}")

@@ -5,6 +5,7 @@ then the data: all tensors without gaps.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -17,10 +18,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rlens_jax.errors import UserError
+from rlens_jax.files import open_file, parse_json
 
 DTYPES: Mapping[str, np.dtype] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 """Supported dtypes of parameters, by their names in the format."""
 METADATA = "__metadata__"
+LONGEST_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,11 @@ class Entry:
 
 def open_safetensors(path: Path, index: str) -> Any:
     """The `safe_open` handle of a file that `index` names. UserError when the file is missing or damaged."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file, though {index} names it")
+    _header(path)
     try:
         return safe_open(path, framework="np")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file, though {index} names it") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a complete safetensors file ({error})") from None
 
@@ -49,32 +54,56 @@ def dtype_name(dtype: np.dtype) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
-def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Offset of the data, and the header, of a complete file."""
-    with path.open("rb") as file:
+def _header(path: Path) -> tuple[int, dict[str, Entry], dict[str, int]]:
+    """Offset of the data, the tensors in order of their data, and where each begins in it.
+
+    Raises:
+        UserError: the file cannot be read, its header names a tensor twice, or its tensors do not fill it without gaps.
+    """
+
+    def broken(problem: str) -> UserError:
+        return UserError(f"{path}: not a complete safetensors file ({problem})")
+
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        if size < 8 or length > min(size - 8, LONGEST_HEADER):
+            raise broken(f"{size} bytes, and a header of {length}")
+        header = parse_json(file.read(length), path)
+    if not isinstance(header, dict):
+        raise broken("the header is no object")
     header.pop(METADATA, None)
-    return 8 + length, header
+    found = []
+    for name, item in header.items():
+        try:
+            (start, stop), shape, dtype = item["data_offsets"], tuple(item["shape"]), item["dtype"]
+        except (TypeError, KeyError, ValueError):
+            raise broken(f"{name} has no data_offsets, shape and dtype") from None
+        if not isinstance(dtype, str) or not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
+            raise broken(f"{name} has other data_offsets, shape or dtype than whole numbers and a name")
+        found.append((start, stop, Entry(name, dtype, shape, stop - start)))
+    found.sort(key=lambda item: item[:2])
+    end = 0
+    for start, stop, entry in found:
+        if start != end or stop < start or (entry.dtype in DTYPES and entry != entry_of(entry.name, entry.dtype, entry.shape)):
+            raise broken(f"{entry.name} has bytes {start} to {stop}, after {end}")
+        end = stop
+    if 8 + length + end != size:
+        raise broken(f"{size} bytes, but its tensors end at {8 + length + end}")
+    return 8 + length, {entry.name: entry for _, _, entry in found}, {entry.name: start for start, _, entry in found}
 
 
 def entries(path: Path) -> list[Entry]:
-    """The tensors of a complete file, in order of their data."""
-    _, header = _header(path)
-    ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    return [
-        Entry(name, item["dtype"], tuple(item["shape"]), item["data_offsets"][1] - item["data_offsets"][0])
-        for name, item in ordered
-    ]
+    """The tensors of a complete file, in order of their data. UserError when the file is damaged."""
+    return list(_header(path)[1].values())
 
 
 def read_bytes(path: Path, name: str) -> bytes:
     """The bytes of one tensor of any dtype."""
-    begin, header = _header(path)
-    start, stop = header[name]["data_offsets"]
+    begin, tensors, starts = _header(path)
     with path.open("rb") as file:
-        file.seek(begin + start)
-        return file.read(stop - start)
+        file.seek(begin + starts[name])
+        return file.read(tensors[name].num_bytes)
 
 
 class Writer:

@@ -155,7 +155,7 @@ def test_index_names_a_file_that_is_not_there(folder):
     assert "b.safetensors: no such file, though model.safetensors.index.json names it" in refusal(folder)
 
 
-@pytest.mark.parametrize("weight_map", [None, [], {"x": ""}, {"x": 3}])
+@pytest.mark.parametrize("weight_map", [None, [], {}])
 def test_index_without_file_names(folder, weight_map):
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
