@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from rlens_jax.checkpoints import orbax_store
+from rlens_jax.checkpoints.conversion_record import verify_store
 from rlens_jax.checkpoints.leaves import Filler, shapes_of
 from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.checkpoints.published import CONFIG, opened, weight_files
@@ -15,6 +16,8 @@ from rlens_jax.families.registry import ModelKind, read_kind
 from rlens_jax.families.table import Problems
 from rlens_jax.files import read_json_object
 from rlens_jax.models.forward import VisionLanguageModel
+
+HEAD_LEAF = "decoder.head"
 
 
 def read_model_kind(model: str | Path) -> ModelKind:
@@ -25,8 +28,14 @@ def read_model_kind(model: str | Path) -> ModelKind:
     return read_kind(read_json_object(path), str(path))
 
 
+def read_stored_kind(folder: Path) -> ModelKind:
+    """As `read_model_kind`, of a converted folder: a head that is stored is used, whatever config.json says."""
+    kind = read_model_kind(folder)
+    return kind.with_own_head() if HEAD_LEAF in orbax_store.Reader(folder).names else kind
+
+
 def load_model(
-    model: str | Path, dtype: DTypeLike, check_finite: bool = True, mesh: Mesh | None = None
+    model: str | Path, dtype: DTypeLike, check_finite: bool = True, mesh: Mesh | None = None, verify: bool = False
 ) -> tuple[ModelKind, VisionLanguageModel]:
     """Load a model with its weights rounded to `dtype`.
 
@@ -38,22 +47,25 @@ def load_model(
         dtype: dtype of the parameters; float32 or bfloat16.
         check_finite: refuse weights that are not finite.
         mesh: parameters are split over it as in `rlens_jax.sharding.mesh`; None puts all on the first device.
+        verify: compare a converted folder with the checksums of its conversion first, see `verify_store`.
 
     Raises:
         UserError: the folder does not exist, or its config.json or weights are not usable; one message lists all problems
             with the weights.
     """
     folder = find_model(model)
-    kind = read_model_kind(folder)
-    filler = Filler(kind.abstract(dtype), mesh)
     problems = Problems(str(folder))
     if orbax_store.is_store(folder):
+        kind = read_stored_kind(folder)
+        if verify:
+            verify_store(folder)
+        filler = Filler(kind.abstract(dtype), mesh)
         orbax_store.fill(folder, filler, problems, check_finite)
         return kind, filler.model()
-    table = kind.table()
-    table.check_covers(shapes_of(filler.abstract))
-    with opened(weight_files(folder), table, problems) as published:
-        published.check_copies(problems)
+    with opened(weight_files(folder), read_model_kind(folder), problems) as published:
+        kind, table = published.kind, published.table
+        filler = Filler(kind.abstract(dtype), mesh)
+        table.check_covers(shapes_of(filler.abstract))
         finite = []
         for name, tensor in table.tensors.items():
             for place, part in zip(tensor.places, tensor.to_ours(published.read(name)), strict=True):

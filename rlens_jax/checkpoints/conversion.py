@@ -1,20 +1,11 @@
 """Convert published safetensors to our Orbax store and back, tensor by tensor and bit for bit.
 
 A converted folder has `orbax` (see orbax_store), the small files of the source (config.json, tokenizer, processor, licence),
-`carried.safetensors` if the source has tensors that the model does not use, and `conversion.json`:
-
-    format      "rlens-conversion/1"
-    source      name as typed, without parent folders; revision on the hub or null
-    model_type  as in config.json
-    dtype       null, or the dtype to which all used tensors were rounded
-    versions    versions of Python and of the recorded packages
-    files       files of the source: name, bytes, sha256
-    tensors     tensors of the source, in its order and spelling: name, file, shape, dtype (as stored here), num_bytes
-    carried     tensors that the model does not use: name, reason
+`carried.safetensors` if the source has tensors that the model does not use, and `conversion.json` (see conversion_record).
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from rlens_jax.checkpoints import orbax_store
-from rlens_jax.checkpoints.checkpoint import read_model_kind
+from rlens_jax.checkpoints.checkpoint import read_model_kind, read_stored_kind
+from rlens_jax.checkpoints.conversion_record import FORMAT, RECORD, Record, checksum, read_record
 from rlens_jax.checkpoints.leaves import by_layer, leaf_name, shapes_of
 from rlens_jax.checkpoints.published import (
     CONFIG,
@@ -41,15 +33,14 @@ from rlens_jax.checkpoints.published import (
     weight_files,
     with_dtype,
 )
-from rlens_jax.checkpoints.safetensors_file import Entry, Writer, dtype_name, entry_of, read_bytes
+from rlens_jax.checkpoints.safetensors_file import DTYPES, Entry, Writer, dtype_name, entries, entry_of, read_bytes
+from rlens_jax.console import say
 from rlens_jax.errors import UserError
-from rlens_jax.families.registry import ModelKind
 from rlens_jax.families.table import Problems, Table, Tensor
 from rlens_jax.files import json_text, new_folder, read_json_object
 from rlens_jax.resources import versions
 
-FORMAT = "rlens-conversion/1"
-RECORD, CARRIED = "conversion.json", "carried.safetensors"
+CARRIED = "carried.safetensors"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", *PICKLED, "*.bin.index.json", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
 READ_BYTES = 1 << 22
 Advance = Callable[[int], None]
@@ -93,21 +84,18 @@ def to_orbax(
     _check_folders(source, target)
     if orbax_store.is_store(source):
         raise UserError(f"{source}: is converted already; --to-hf converts it back to safetensors")
-    kind, files, problems = read_model_kind(source), weight_files(source), Problems(str(source))
-    table = kind.table()
-    table.check_covers(shapes_of(kind.abstract(np.float32)))
-    small = _small_files(source)
-    with opened(files, table, problems) as published:
-        published.check_copies(problems)
-        problems.raise_any()
-        record = _record(kind, published, dtype, name, revision)
+    files, small, problems = weight_files(source), _small_files(source), Problems(str(source))
+    with opened(files, read_model_kind(source), problems) as published:
+        published.table.check_covers(shapes_of(published.kind.abstract(np.float32)))
+        record = _record(published, dtype, name, revision)
         total = sum(tensor["num_bytes"] for tensor in record["tensors"])
         _check_space(target, total)
         used = [*small, *(path for path in [source / INDEX] if path.exists()), *files]
         with new_folder(target) as unfinished, _hashes(used) as hashes:
             writer = orbax_store.Writer(unfinished)
-            for group in _groups(table):
+            for group in _groups(published.table):
                 leaves = _read_group(group, published, dtype, problems)
+                record["leaves"] |= {leaf: checksum(array) for leaf, array in leaves.items()}
                 if not problems.lines:
                     writer.add(leaves)
                 advance(sum(array.nbytes for array in leaves.values()))
@@ -130,49 +118,72 @@ def to_safetensors(source: Path, target: Path, advance: Advance) -> Converted:
     _check_folders(source, target)
     if not orbax_store.is_store(source):
         raise UserError(f"{source}: is not a converted folder (it has no {orbax_store.STORE!r})")
-    kind, record = read_model_kind(source), _read_record(source)
-    table = kind.table()
-    carried = {item["name"]: item["reason"] for item in record["carried"]}
-    listed = [
-        (item["file"], Entry(item["name"], item["dtype"], tuple(item["shape"]), item["num_bytes"])) for item in record["tensors"]
-    ]
-    spellings = _spellings(source, table, [(file, entry.name) for file, entry in listed if entry.name not in carried])
-    total = sum(entry.num_bytes for _, entry in listed)
+    table, record, problems = read_stored_kind(source).table(), read_record(source), Problems(str(source))
+    if record.leaves is None:
+        say(f"{source}: was converted without checksums, so damage cannot be noticed")
+    spellings = _spellings(record, table)
+    carried = _carried(source, record)
+    total = sum(entry.num_bytes for _, entry in record.tensors)
     _check_space(target, total)
     with new_folder(target) as unfinished:
-        files = dict.fromkeys(file for file, _ in listed)
+        files: dict[str, list[Entry]] = {}
+        for file, entry in record.tensors:
+            files.setdefault(file, []).append(entry)
         with ExitStack() as stack:
-            writers = {
-                file: stack.enter_context(Writer(unfinished / file, [e for name, e in listed if name == file])) for file in files
-            }
+            writers = {file: stack.enter_context(Writer(unfinished / file, listed)) for file, listed in files.items()}
             reader = orbax_store.Reader(source)
             for group in _groups(table):
                 leaves = reader.read(leaf_name(place) for tensor in group for place in tensor.places)
+                record.check(leaves, problems)
+                problems.raise_any()
                 for tensor in group:
                     array = np.ascontiguousarray(tensor.to_published([leaves[leaf_name(place)] for place in tensor.places]))
-                    for file, name in spellings[tensor.name]:
-                        writers[file].write(name, array)
+                    for file, entry in spellings[tensor.name]:
+                        _check_same(record, entry, array)
+                        writers[file].write(entry.name, array)
                     advance(array.nbytes)
-            for file, entry in listed:
-                if entry.name in carried:
-                    writers[file].write(entry.name, read_bytes(source / CARRIED, entry.name))
+            for file, name in carried:
+                writers[file].write(name, read_bytes(source / CARRIED, name))
         if len(files) > 1:
-            index = index_json(total, {entry.name: file for file, entry in listed})
+            index = index_json(total, {entry.name: file for file, entry in record.tensors})
             (unfinished / INDEX).write_text(index, encoding="utf-8")
         _copy_small([path for path in _small_files(source) if path.name != RECORD], unfinished, None)
-    return Converted(target, len(listed), total, carried)
+    return Converted(target, len(record.tensors), total, record.carried)
 
 
-def _spellings(source: Path, table: Table, used: Sequence[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
-    """Files and names of each tensor in the source, copies included, by its name in the table."""
-    spellings: dict[str, list[tuple[str, str]]] = {}
-    for file, name in used:
-        published = table.published_name(name)
+def _spellings(record: Record, table: Table) -> dict[str, list[tuple[str, Entry]]]:
+    """Files and entries of each tensor in the source, copies included, by its name in the table."""
+    spellings: dict[str, list[tuple[str, Entry]]] = {name: [] for name in table.tensors}
+    for file, entry in record.tensors:
+        if entry.name in record.carried:
+            continue
+        published = table.published_name(entry.name)
         original = (table.copies or {}).get(published, published)
-        if original not in table.tensors:
-            raise UserError(f"{source / RECORD}: the tensor {name} is not one of this model")
-        spellings.setdefault(original, []).append((file, name))
+        if original not in spellings:
+            raise UserError(f"{record.path}: the tensor {entry.name} is not one of this model")
+        spellings[original].append((file, entry))
+    lacking = [name for name, found in spellings.items() if not found]
+    if lacking:
+        raise UserError(f"{record.path}: tensors: {lacking[0]} is missing")
     return spellings
+
+
+def _check_same(record: Record, entry: Entry, array: np.ndarray) -> None:
+    if DTYPES.get(entry.dtype) != array.dtype or entry_of(entry.name, entry.dtype, array.shape) != entry:
+        stored = f"the store has {array.dtype} {list(array.shape)}"
+        raise UserError(
+            f"{record.path}: {entry.name} is {entry.dtype} {list(entry.shape)} of {entry.num_bytes} bytes, but {stored}"
+        )
+
+
+def _carried(source: Path, record: Record) -> list[tuple[str, str]]:
+    """Files and names of the tensors that the model does not use, all of which the carried file has as they were."""
+    listed = [(file, entry) for file, entry in record.tensors if entry.name in record.carried]
+    stored = {entry.name: entry for entry in entries(source / CARRIED)} if listed else {}
+    for _, entry in listed:
+        if stored.get(entry.name) != entry:
+            raise UserError(f"{source / CARRIED}: {entry.name} is missing, or is not as {RECORD} has it")
+    return [(file, entry.name) for file, entry in listed]
 
 
 def _check_folders(source: Path, target: Path) -> None:
@@ -236,7 +247,7 @@ def _copy_small(files: list[Path], folder: Path, dtype: np.dtype | None) -> None
             shutil.copyfile(path, folder / path.name)
 
 
-def _record(kind: ModelKind, published: Published, dtype: np.dtype | None, name: str, revision: str | None) -> dict[str, Any]:
+def _record(published: Published, dtype: np.dtype | None, name: str, revision: str | None) -> dict[str, Any]:
     tensors = []
     for path, entry in published.entries:
         if dtype is not None and entry.name not in published.ignored:
@@ -246,23 +257,14 @@ def _record(kind: ModelKind, published: Published, dtype: np.dtype | None, name:
     return {
         "format": FORMAT,
         "source": {"name": name, "revision": revision},
-        "model_type": kind.model_type,
+        "model_type": published.kind.model_type,
         "dtype": None if dtype is None else str(dtype),
         "versions": versions(),
         "files": [],
         "tensors": tensors,
         "carried": [{"name": name, "reason": ignored.reason} for name, ignored in published.ignored.items()],
+        "leaves": {},
     }
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    path = folder / RECORD
-    if not path.exists():
-        raise UserError(f"{path}: no such file; only a folder written by rlens_jax.convert can be converted back")
-    record = read_json_object(path)
-    if record.get("format") != FORMAT:
-        raise UserError(f"{path}: has the format {record.get('format')!r}, this version reads {FORMAT!r}")
-    return record
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import orbax.checkpoint.experimental.v1.partial as ocp_partial
@@ -103,6 +104,15 @@ class Reader:
         self._path = _path_of(folder)
         self._stored = _metadata(self._path)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all leaves."""
+        return list(self._stored)
+
+    def groups(self) -> Iterator[list[str]]:
+        """The names of leaves that are read together."""
+        return by_layer(self._stored, str, lambda name: 4 * prod(self._stored[name].shape))
+
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Read some leaves by name. UserError when one is missing."""
         names = list(names)
@@ -146,9 +156,11 @@ def _load(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked(path: Path, read: Callable[[], Out]) -> Out:
-    """The result of `read`. Orbax raises several exceptions for a damaged store (TypeError for bad metadata)."""
+    """The result of `read`. Orbax and what it calls raise exceptions of many types for a damaged store."""
     try:
         return read()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).partition(" [tensorstore_spec")[0]
+    except jax.errors.JaxRuntimeError:  # of the devices, such as too little memory
+        raise
+    except Exception as error:
+        reason = str(error).partition(" [tensorstore_spec")[0] or type(error).__name__
         raise UserError(f"{path}: damaged or not a complete Orbax checkpoint ({reason})") from None

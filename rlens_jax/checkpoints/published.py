@@ -17,8 +17,9 @@ from safetensors.numpy import save_file
 from rlens_jax.checkpoints.containment import inside
 from rlens_jax.checkpoints.leaves import arrays_of, read_place, shapes_of
 from rlens_jax.checkpoints.safetensors_file import DTYPES, Entry, entries, open_safetensors
+from rlens_jax.console import say
 from rlens_jax.errors import UserError
-from rlens_jax.families.registry import read_kind
+from rlens_jax.families.registry import ModelKind, read_kind
 from rlens_jax.families.table import Found, Ignored, Problems, Table, match
 from rlens_jax.files import new_folder, read_json_object
 
@@ -58,6 +59,8 @@ def weight_files(folder: Path) -> list[Path]:
 class Published:
     """The tensors of a checkpoint: those of the model, and known ones that the model does not need."""
 
+    kind: ModelKind
+    """Has a head of its own if the files have one that differs from the embedding."""
     table: Table
     matched: dict[str, Found]
     """By name in the table; includes copies, such as a tied head."""
@@ -71,21 +74,17 @@ class Published:
         """Read a tensor, by its name in the table."""
         return self._read(self.matched[name])
 
-    def check_copies(self, problems: Problems) -> None:
-        """Add a problem for each copy that differs from its original."""
-        for name, original in (self.table.copies or {}).items():
-            if name in self.matched and not _same_bits(self.read(name), self.read(original)):
-                item, other = self.matched[name], self.matched[original].name
-                problems.add(item.file, item.name, f"differs from {other}, but config.json has tie_word_embeddings")
-
 
 @contextmanager
-def opened(files: Sequence[Path], table: Table, problems: Problems) -> Iterator[Published]:
+def opened(files: Sequence[Path], kind: ModelKind, problems: Problems) -> Iterator[Published]:
     """Open safetensors files and match their tensors with the table of the family.
+
+    A head in the files that differs from the embedding is used, though config.json ties the two, and a line says so.
 
     Raises:
         UserError: a file is incomplete, or the tensors are not those of the table; one message lists all problems.
     """
+    table = kind.table()
     with ExitStack() as stack:
         handles = {path.name: stack.enter_context(open_safetensors(path, INDEX)) for path in files}
         listed = [(path, entry) for path in files for entry in entries(path)]
@@ -101,7 +100,17 @@ def opened(files: Sequence[Path], table: Table, problems: Problems) -> Iterator[
         tensors = [Found(entry.name, path.name, entry.shape) for path, entry in listed]
         matched = match(table, tensors, problems)
         problems.raise_any()
-        yield Published(table, matched, listed, ignored, lambda item: handles[item.file].get_tensor(item.name))
+
+        def read(item: Found) -> np.ndarray:
+            return handles[item.file].get_tensor(item.name)
+
+        for name, original in (table.copies or {}).items():
+            if name in matched and not _same_bits(read(matched[name]), read(matched[original])):
+                own, other = matched[name], matched[original].name
+                say(f"{own.file}: {own.name} differs from {other}, so it is used, though config.json has tie_word_embeddings")
+                kind = kind.with_own_head()
+                table = kind.table()
+        yield Published(kind, table, matched, listed, ignored, read)
 
 
 def all_finite(array: np.ndarray) -> bool:

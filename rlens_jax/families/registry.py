@@ -1,7 +1,7 @@
 """The supported model families, and the reading of a config.json as one of them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,12 @@ class ModelKind:
     def abstract(self, dtype: DTypeLike) -> VisionLanguageModel:
         """The model with shapes and dtypes in place of arrays; nothing is allocated."""
         return nnx.eval_shape(lambda: self.family.model(self.config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+
+    def with_own_head(self) -> "ModelKind":
+        """The same model with a head that is not the embedding, whatever config.json says."""
+        decoder = replace(self.config.decoder, tied_head=False)
+        config: Any = self.config  # of the family's own class, a dataclass
+        return replace(self, config=replace(config, decoder=decoder))
 
     def preparer(self, folder: Path, patch_slots: Sequence[int]) -> Preparer:
         """Prepares images and prompts with the files of a model folder; `patch_slots` are bucket sizes in patches per image.

@@ -159,7 +159,7 @@ class Table:
     """All published tensors of a model.
 
     Rows have the names of published checkpoints. `renames` turn other spellings into these: pairs of regular expression
-    and replacement, applied in order. `copies` are tensors that may be present and must then equal another (a tied head).
+    and replacement, applied in order. `copies` are tensors that may be present besides or in place of another (a tied head).
     """
 
     parts: tuple[Part, ...]
@@ -332,6 +332,10 @@ def match(table: Table, found: Iterable[Found], problems: Problems) -> dict[str,
         shape = expected.get(name) or copies[name]
         if item.shape != shape:
             problems.add(item.file, item.name, f"has shape {list(item.shape)}, expected {list(shape)}")
+    for name, original in (table.copies or {}).items():
+        if original in missing and name in matched:  # either name will do for both
+            matched[original] = matched[name]
+            missing.discard(original)
     for name, shape in expected.items():
         if name in missing:
             problems.add(problems.subject, name, f"missing, expected with shape {list(shape)}")

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from rlens_jax.checkpoints.checkpoint import load_model, model_hash, read_model_kind
+from rlens_jax.checkpoints.conversion import to_orbax, to_safetensors
 from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.errors import UserError
@@ -200,15 +202,34 @@ def test_head_is_required_when_untied(folder):
     assert "lm_head.weight: missing, expected with shape [23, 30]" in refusal(folder)
 
 
-def test_tied_head_must_equal_the_embedding(folder):
+def test_a_tied_head_is_used_if_it_differs_from_the_embedding(folder, tmp_path, capsys):
+    own = load_model(folder, jnp.float32)[1]
+    capsys.readouterr()
     edit_config(folder, tie_word_embeddings=True)
-    assert "lm_head.weight: differs from model.embed_tokens.weight" in refusal(folder)
+    kind, model = load_model(folder, jnp.float32)
+    tiny.assert_same(model, own)
+    assert not kind.config.decoder.tied_head
+    said = "model.safetensors: lm_head.weight differs from model.embed_tokens.weight, so it is used"
+    assert capsys.readouterr().err.count(said) == 1
+    converted, back = tmp_path / "converted", tmp_path / "back"
+    to_orbax(folder, converted, None, lambda num_bytes: None, name="tiny")
+    tiny.assert_same(load_model(converted, jnp.float32)[1], own)
+    to_safetensors(converted, back, lambda num_bytes: None)
+    assert load_file(back / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
+
+
+def test_a_tied_head_needs_one_of_the_two_tensors(folder):
+    edit_config(folder, tie_word_embeddings=True)
     tiny.change(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
     kind, model = load_model(folder, jnp.float32)
     assert kind.config.decoder.tied_head
     assert model.decoder.head is None
-    tiny.change(folder, lambda t: t.pop("lm_head.weight"))
-    tiny.assert_same(load_model(folder, jnp.float32)[1], model)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        copy = Path(shutil.copytree(folder, folder.parent / name))
+        tiny.change(copy, lambda t, name=name: t.pop(name))
+        tiny.assert_same(load_model(copy, jnp.float32)[1], model)
+    tiny.change(copy, lambda t: t.pop("model.embed_tokens.weight"))
+    assert "model.embed_tokens.weight: missing" in refusal(copy)
 
 
 def test_rotary_frequencies_are_ignored(folder):

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from rlens_jax.checkpoints import orbax_store
 from rlens_jax.checkpoints.checkpoint import load_model, model_hash
 from rlens_jax.checkpoints.conversion import to_orbax, to_safetensors
+from rlens_jax.checkpoints.conversion_record import verify_store
 from rlens_jax.checkpoints.published import save_hf
 from rlens_jax.errors import UserError
 from tests.checkpoints import tiny
@@ -132,3 +133,104 @@ def test_a_folder_may_have_any_name_and_be_given_relative(name, published, tmp_p
     tiny.assert_same(load_model(name, jnp.bfloat16)[1], tiny.model(FIELDS, dtype=jnp.bfloat16))
     to_safetensors(Path(name), Path("back"), lambda num_bytes: None)
     assert load_file("back/model.safetensors").keys() == load_file(published / "model.safetensors").keys()
+
+
+def store_files(folder: Path) -> list[Path]:
+    return [path for path in orbax_store.files(folder) if path.stat().st_size]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_damage_is_found_by_the_checksums_or_has_no_effect(seed, good, folder):
+    generator = np.random.default_rng(seed)
+    path = generator.choice(np.array(store_files(folder)))
+    content = bytearray(path.read_bytes())
+    if seed % 2:
+        content[generator.integers(len(content))] ^= 1 << generator.integers(8)
+    else:
+        content = bytearray(b"{}")
+    path.write_bytes(content)
+    problem = ""
+    try:
+        verify_store(folder)
+    except UserError as error:
+        problem = str(error)
+    if problem:
+        assert problem.startswith(str(folder))
+    else:
+        tiny.assert_same(load_model(folder, jnp.bfloat16)[1], load_model(good, jnp.bfloat16)[1])
+
+
+def test_changed_weights_are_named_when_verified_and_when_converted_back(folder, tmp_path):
+    def edit(leaves: dict) -> None:
+        leaves["decoder.norm.scale"][3] += 1
+
+    rewrite(folder, edit)
+    assert load_model(folder, jnp.bfloat16)
+    complaint = "orbax: decoder.norm.scale: differs from its checksum in conversion.json"
+    with pytest.raises(UserError, match=complaint):
+        load_model(folder, jnp.bfloat16, verify=True)
+    with pytest.raises(UserError, match=complaint):
+        to_safetensors(folder, tmp_path / "back", lambda num_bytes: None)
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_leaf_that_is_gone_is_named_when_verified(folder):
+    rewrite(folder, lambda leaves: leaves.pop("decoder.norm.scale"))
+    with pytest.raises(UserError, match=r"orbax: decoder\.norm\.scale: missing"):
+        verify_store(folder)
+
+
+def test_a_conversion_without_checksums_stays_loadable(folder, tmp_path, capsys):
+    record = json.loads((folder / "conversion.json").read_text())
+    del record["leaves"]
+    (folder / "conversion.json").write_text(json.dumps(record))
+    assert load_model(folder, jnp.bfloat16, verify=True)
+    to_safetensors(folder, tmp_path / "back", lambda num_bytes: None)
+    assert capsys.readouterr().err.count("was converted without checksums") == 2
+
+
+def change(item: int, **fields: object):
+    """Changes fields of one listed tensor."""
+
+    def edit(record: dict) -> None:
+        record["tensors"][item].update(fields)
+
+    return edit
+
+
+def add_carried(record: dict) -> None:
+    """Says that a tensor is in a file that is not there."""
+    record["tensors"].append({"name": "y", "file": "model.safetensors", "shape": [1], "dtype": "I64", "num_bytes": 8})
+    record["carried"].append({"name": "y", "reason": ""})
+
+
+@pytest.mark.parametrize(
+    ("edit", "complaint"),
+    [
+        (change(0, file="../evil.safetensors"), "'../evil.safetensors' is not the name of a *.safetensors file in this folder"),
+        (change(0, file="/tmp/evil.safetensors"), "'/tmp/evil.safetensors' is not the name of a"),
+        (change(0, file="config.json"), "'config.json' is not the name of a"),
+        (change(0, file=None), "tensors[0].file: None is not of type 'string'"),
+        (change(0, name="x"), "the tensor x is not one of this model"),
+        (change(0, shape=[1]), "but the store has bfloat16"),
+        (change(0, dtype="F99"), "but the store has bfloat16"),
+        (change(0, num_bytes=2), "of 2 bytes, but the store has bfloat16"),
+        (change(0, num_bytes=10**15), "but the disk has"),
+        (lambda record: record["tensors"].append(record["tensors"][0]), "is there twice"),
+        (lambda record: record["tensors"].pop(), "tensors: "),
+        (lambda record: record.update(tensors=[]), "tensors: [] should be non-empty"),
+        (lambda record: record.update(leaves={"x": "y"}), "leaves.x: 'y' does not match"),
+        (lambda record: record["carried"].append({"name": "lm_head.weight", "reason": ""}), "tensors: lm_head.weight is missing"),
+        (add_carried, "cannot read"),
+    ],
+)
+def test_a_record_that_names_what_it_must_not_writes_nothing(edit, complaint, folder, tmp_path):
+    record = json.loads((folder / "conversion.json").read_text())
+    edit(record)
+    (folder / "conversion.json").write_text(json.dumps(record))
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    with pytest.raises(UserError) as error:
+        to_safetensors(folder, tmp_path / "back", lambda num_bytes: None)
+    assert complaint in str(error.value)
+    assert "\n" not in str(error.value)
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
