@@ -96,7 +96,7 @@ def validate(model: str, bundle: Path, dtype: str, tolerance: float) -> Validati
         raise UserError(f"--tolerance must be a positive number, not {tolerance}")
     manifest, folder = read_manifest(bundle), find_model(model)
     start_jax()
-    kind, loaded = load_model(folder, jnp.dtype(dtype))
+    kind, loaded = load_model(folder, jnp.dtype(dtype), verify=True)
     # A family is one family, whatever the layout of its folder.
     if family_of(manifest.family, f"{bundle / MANIFEST}: family") is not kind.family:
         raise UserError(f"{bundle}: the bundle is for {manifest.family!r}, the model is a {kind.model_type!r}")
