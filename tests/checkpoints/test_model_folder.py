@@ -1,6 +1,7 @@
 """Model names: folders, the embedded model, and repositories in the hub's cache, all offline."""
 
 import json
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -8,7 +9,9 @@ import pytest
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from rlens_jax.checkpoints import model_folder
+from rlens_jax.checkpoints.checkpoint import load_model, model_hash
 from rlens_jax.checkpoints.model_folder import at_revision, find_model, find_source
+from rlens_jax.commands import cost
 from rlens_jax.errors import UserError
 from rlens_jax.resources import embedded_model
 
@@ -100,3 +103,21 @@ def test_revisions(repository: Path) -> None:
     for local in ("embedded", str(embedded_model()), "./x/y"):
         with pytest.raises(UserError, match="only a name on the hub has a --revision"):
             at_revision(local, "v1")
+
+
+def test_commands_read_a_model_from_the_cache(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The cache's files are links to its blobs."""
+    snapshot, blobs = repository / "snapshots" / OTHER, repository / "blobs"
+    snapshot.mkdir()
+    blobs.mkdir()
+    for file in embedded_model().iterdir():
+        shutil.copyfile(file, blobs / file.name)
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", file.name))
+    cost.main([f"{NAME}@v1"])
+    assert capsys.readouterr().out.startswith(f"{NAME}@v1: 12 layers")
+    cost.main(["--model", NAME, "--revision", "v1"])
+    assert capsys.readouterr().out.startswith(f"{NAME}@v1: 12 layers")
+    kind, _ = load_model(f"{NAME}@v1", "float32")
+    assert kind.model_type == "qwen2_vl"
+    kind.preparer(find_model(f"{NAME}@v1"), (64,))
+    assert model_hash(f"{NAME}@v1") == model_hash("embedded")
