@@ -1,13 +1,13 @@
 """What a model folder says about text: its tokenizer, its chat template, and the tokens that end a turn."""
 
-from functools import cache
+import sys
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlens_jax.errors import UserError, foreign
-from rlens_jax.files import read_json_object, read_text
+from rlens_jax.files import read_json_object, read_text, shortened
 from rlens_jax.models.template_trial import try_template
 
 TOKENIZER_FILE = "tokenizer_config.json"
@@ -28,13 +28,15 @@ def load_tokenizer(loader: Loader[Any], folder: Path) -> PreTrainedTokenizerFast
     Raises:
         UserError: its files are missing or cannot be read, or are not those of a fast tokenizer.
     """
-    if (path := folder / TOKENIZER_FILE).exists():
-        read_json_object(path)
+    if loader is AutoTokenizer or (folder / TOKENIZER_FILE).exists():  # which names the class of the tokenizer
+        read_json_object(folder / TOKENIZER_FILE)
     with foreign(f"{folder}: no usable tokenizer", "; copy the files of the published model beside config.json"):
         # Without network and without code of the checkpoint.
         tokenizer = loader.from_pretrained(folder, local_files_only=True)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{folder}: the tokenizer has no tokenizer.json; copy that of the published model beside config.json")
+    # transformers only warns of longer texts. The model's own limit is in config.json.
+    tokenizer.model_max_length = sys.maxsize
     return tokenizer
 
 
@@ -49,40 +51,47 @@ def read_template(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
         template = template.get("default")
     if not isinstance(template, str) or not template.strip():
         raise UserError(f"{where}: no chat template; copy chat_template.jinja of the published model beside config.json")
-    _tried(template, str(where))
+    try_template(template, str(where))
     return template
 
 
-def read_stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+def read_stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast, vocabulary: int) -> tuple[int, ...]:
     """The tokens that end a turn: the tokenizer's, and those of generation_config.json or else of config.json.
 
     Raises:
-        UserError: the tokenizer has no end-of-turn token, or a file has something else than numbers of tokens.
+        UserError: the tokenizer has no end-of-turn token, or a file has something else than numbers of tokens below `vocabulary`.
     """
-    if tokenizer.eos_token_id is None:
+    token = tokenizer.eos_token
+    number = tokenizer.get_vocab().get(token) if token else None
+    if number is None:
         raise UserError(f"{folder}: the tokenizer has no eos_token; copy {TOKENIZER_FILE} of the published model")
-    stop_tokens = [int(tokenizer.eos_token_id)]
+    if number >= vocabulary:
+        raise UserError(
+            f"{folder}: the tokenizer's eos_token {token!r} has number {number}, but the model's embedding has {vocabulary} "
+            "rows; tokenizer and weights are of different models"
+        )
+    stop_tokens = [number]
     path = folder / "generation_config.json"
     if path.exists():
-        stop_tokens += _token_numbers(read_json_object(path), str(path))
+        stop_tokens += _token_numbers(read_json_object(path), str(path), vocabulary)
     if len(stop_tokens) == 1 and (path := folder / "config.json").exists():
         fields = read_json_object(path)
         nested = fields.get("text_config")
-        stop_tokens += _token_numbers(fields, str(path))
+        stop_tokens += _token_numbers(fields, str(path), vocabulary)
         if len(stop_tokens) == 1 and isinstance(nested, dict):
-            stop_tokens += _token_numbers(nested, f"{path}: text_config")
+            stop_tokens += _token_numbers(nested, f"{path}: text_config", vocabulary)
     return tuple(dict.fromkeys(stop_tokens))
 
 
-def _token_numbers(fields: dict[str, Any], where: str) -> list[int]:
+def _token_numbers(fields: dict[str, Any], where: str, vocabulary: int) -> list[int]:
     """The field `eos_token_id`: a number, a list of them, or none."""
     value = fields.get("eos_token_id")
     if value is None:
         return []
     numbers = value if isinstance(value, list) else [value]
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**31:
-            raise UserError(f"{where}: eos_token_id must be the number of a token or a list of them, not {value!r}")
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < vocabulary for n in numbers):
+        wanted = f"the number of one of the model's {vocabulary} tokens, or a list of such numbers"
+        raise UserError(f"{where}: eos_token_id must be {wanted}, not {shortened(repr(value))}")
     return numbers
 
 
@@ -94,9 +103,3 @@ def _find_template(folder: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[An
     if (path := folder / "chat_template.jinja").exists():
         return read_text(path), path
     return tokenizer.chat_template, folder
-
-
-@cache
-def _tried(template: str, where: str) -> None:
-    """Try a template once."""
-    try_template(template, where)

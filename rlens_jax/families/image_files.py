@@ -65,11 +65,13 @@ _FIELDS = {
     "sizes": ("size", "crop_size", "pad_size"),
     "pairs": ("image_grid_pinpoints",),
 }
+_OPTIONAL = frozenset((*_FIELDS["truth"], *_FIELDS["sizes"], "min_pixels", "max_pixels"))
+"""Fields that may be null, which transformers takes as false or as the default."""
 _KIND_OF = {name: kind for kind, names in _FIELDS.items() for name in names}
 
 
 def read_processor_fields(folder: Path) -> tuple[dict[str, Any], str]:
-    """The fields of a folder's image processor without those that are null, and the file that has them.
+    """The fields of a folder's image processor, and the file that has them.
 
     transformers saves them in processor_config.json, whose nested object wins, or in preprocessor_config.json.
 
@@ -87,10 +89,9 @@ def read_processor_fields(folder: Path) -> tuple[dict[str, Any], str]:
         fields = read_json_object(folder / PROCESSOR_FILE)
     if not isinstance(fields, dict):
         raise UserError(f"{where}: must be an object, not {shortened(repr(fields))}")
-    fields = {name: value for name, value in fields.items() if value is not None}
     for name in fields.keys() & _KIND_OF.keys():
         fits, wanted = _KINDS[_KIND_OF[name]]
-        if not fits(fields[name]):
+        if not fits(fields[name]) and not (fields[name] is None and name in _OPTIONAL):
             raise UserError(f"{where}: {name} must be {wanted}, not {shortened(repr(fields[name]))}")
     return fields, where
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from rlens_jax.data.benchmarks.catalogue import Instance, Turn
-from rlens_jax.errors import UserError, suggest
+from rlens_jax.errors import UserError, foreign, suggest
 from rlens_jax.families import internvl, llava_onevision, minicpm_v, qwen2_vl
 from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.family import Family, ImageArrays
@@ -50,7 +50,8 @@ class ModelKind:
         Raises:
             UserError: a file is missing or does not fit config.json, or the buckets are too small.
         """
-        return self.family.preparer(folder, self.config, patch_slots)
+        with foreign(f"{folder}: the files for texts or images are not usable", "; copy those of the published model"):
+            return self.family.preparer(folder, self.config, patch_slots)
 
     def image_arrays(self, patches: int) -> ImageArrays:
         """Shapes and dtypes of a prepared image in a bucket of `patches` patches; UserError if that is too small."""

@@ -1,13 +1,14 @@
 """A trial of a chat template, which is a program of the checkpoint's author, in a process that may be stopped.
 
 A template is written in a language without side effects, but it can loop for ever or build a text of any length. The trial
-writes a long conversation with limits of time, memory and length. Errors of the template are not its concern: they come again
-where the template is used.
+writes a long conversation with limits of time, memory and length. Other errors of a template come again where it is used.
 """
 
 import json
+import signal
 import subprocess
 import sys
+from functools import cache
 
 from rlens_jax.errors import UserError
 
@@ -15,14 +16,10 @@ SECONDS, BYTES, CHARACTERS = 5, 2 * 2**30, 1_000_000
 """Limits of a trial. A published template takes 0.01 s."""
 _PATIENCE = 60
 """Seconds of wall time, with the start of the process."""
-_TOO_LONG, _TOO_MUCH, _TOO_SLOW = 3, 4, -24
-_REASONS = {
-    _TOO_LONG: f"writes more than {CHARACTERS:,} characters",
-    _TOO_MUCH: f"takes more than {BYTES / 2**30:.0f} GiB of memory",
-    _TOO_SLOW: f"takes longer than {SECONDS} s",
-}
+_TEXT = "What does the page say? " * 400
 _PROGRAM = f"""
 import json, resource, sys
+from jinja2 import TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 used = resource.getrusage(resource.RUSAGE_SELF)
@@ -37,28 +34,34 @@ for content in ([image, text, image, text], texts):
         turn = [{{"role": "user", "content": content}}]
         written, _ = render_jinja_template(conversations=[turn], chat_template=template, add_generation_prompt=True)
     except MemoryError:
-        sys.exit({_TOO_MUCH})
+        sys.exit("takes more than {BYTES / 2**30:.0f} GiB of memory")
+    except TemplateSyntaxError as error:
+        sys.exit(f"has an error in line {{error.lineno}} ({{error.message}})")
     except Exception:
         continue
     if len(written[0]) > {CHARACTERS}:
-        sys.exit({_TOO_LONG})
+        sys.exit("writes more than {CHARACTERS:,} characters")
 """
-_TEXT = "What does the page say? " * 400
 
 
 def try_template(template: str, where: str) -> None:
-    """Raise UserError, beginning with `where`, if a chat template takes too much time or memory or writes too much."""
+    """Raise UserError, beginning with `where`, if a chat template has a syntax error, or takes or writes too much."""
+    if reason := _trial(template):
+        raise UserError(f"{where}: the chat template {reason}; copy the chat template of the published model")
+
+
+@cache
+def _trial(template: str) -> str:
+    """What is wrong with a template, or nothing."""
+    command = [sys.executable, "-c", _PROGRAM]
+    too_slow = f"takes longer than {SECONDS} s"
     try:
         ended = subprocess.run(
-            [sys.executable, "-c", _PROGRAM],
-            input=json.dumps([template, _TEXT]),
-            capture_output=True,
-            text=True,
-            timeout=_PATIENCE,
-            check=False,
-        ).returncode
+            command, input=json.dumps([template, _TEXT]), capture_output=True, text=True, timeout=_PATIENCE, check=False
+        )
     except subprocess.TimeoutExpired:
-        ended = _TOO_SLOW
-    if ended:
-        reason = _REASONS.get(ended, f"ends Python (exit code {ended})")
-        raise UserError(f"{where}: the chat template {reason}; copy the chat template of the published model")
+        return too_slow
+    if ended.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        return too_slow
+    lines = ended.stderr.splitlines() or [f"ends Python (exit code {ended.returncode})"]
+    return lines[-1] if ended.returncode else ""

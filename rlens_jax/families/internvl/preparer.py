@@ -120,7 +120,7 @@ class InternVLChat(PlaceholderChat):
             tokenizer.chat_template = _native_template(config.native.template, start)
         else:
             tokenizer.chat_template = read_template(folder, tokenizer)
-        stop_tokens = read_stop_tokens(folder, tokenizer)
+        stop_tokens = read_stop_tokens(folder, tokenizer, config.decoder.vocabulary)
         super().__init__(tokenizer, config.decoder.vocabulary, stop_tokens, image_token, reserved=(IMAGE_MARK,))
         self.images_end_lines = config.native is not None
         self.start: list[int] = list(tokenizer("")["input_ids"])

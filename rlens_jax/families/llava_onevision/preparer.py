@@ -10,7 +10,7 @@ from PIL.Image import Image
 from transformers import AutoTokenizer
 
 from rlens_jax.data.benchmarks.catalogue import Instance, Turn, default_prompt
-from rlens_jax.data.images import Transparency
+from rlens_jax.data.images import MAX_IMAGE_PIXELS, Transparency
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError, foreign
 from rlens_jax.families.chat_files import load_tokenizer, read_stop_tokens, read_template
@@ -147,7 +147,7 @@ class LlavaOnevisionPreparer:
         self.patch_slots = sorted(patch_slots)
         tokenizer = load_tokenizer(AutoTokenizer, folder)
         tokenizer.chat_template = read_template(folder, tokenizer)
-        stop_tokens = read_stop_tokens(folder, tokenizer)
+        stop_tokens = read_stop_tokens(folder, tokenizer, config.decoder.vocabulary)
         self.chat = PlaceholderChat(tokenizer, config.decoder.vocabulary, stop_tokens, config.image_token)
         fields, where = read_processor_fields(folder)
         self.image_processor = make_processor(LlavaOnevisionImageProcessorPil, fields, where)
@@ -162,8 +162,12 @@ class LlavaOnevisionPreparer:
         """Each image as views [v, J, c], sources [Z, corners] and weights [Z, corners]; see `VisionTower`."""
         if not pixels:
             return []
-        sizes = ", ".join(f"{image.width} x {image.height}" for image in pixels)
-        prepared = []
+        sizes, prepared = ", ".join(f"{image.width} x {image.height}" for image in pixels), []
+        if len(pixels) > 1 and max(max(image.size) for image in pixels) ** 2 > MAX_IMAGE_PIXELS:
+            raise UserError(
+                f"{sample_id}: of several images each is padded to a square, which is larger than {MAX_IMAGE_PIXELS} pixels for "
+                f"one of {sizes}; crop it"
+            )
         with foreign(f"{sample_id}: an image of {sizes} pixels cannot be prepared"):
             features = self.image_processor(images=[list(pixels)], return_tensors="np")
         for views, size in zip(features["pixel_values"], features["image_sizes"], strict=True):

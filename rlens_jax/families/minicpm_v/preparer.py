@@ -208,7 +208,7 @@ class SlicedChat(Chat):
         # Not AutoTokenizer: tokenizer_config.json names a class that is code of the checkpoint.
         tokenizer = load_tokenizer(PreTrainedTokenizerFast, folder)
         tokenizer.chat_template = read_template(folder, tokenizer)
-        super().__init__(tokenizer, vocabulary, read_stop_tokens(folder, tokenizer))
+        super().__init__(tokenizer, vocabulary, read_stop_tokens(folder, tokenizer, vocabulary))
         self.marks = marks
         self.num_queries = num_queries
         for token in (*marks.image, *marks.slice, marks.slot):

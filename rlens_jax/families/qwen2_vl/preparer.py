@@ -79,14 +79,14 @@ def _processor_fields(folder: Path, config: Qwen2VLConfig) -> tuple[dict[str, An
         UserError: a field is unusable or does not fit config.json.
     """
     fields, where = read_processor_fields(folder)
-    vision, size = config.vision, dict(fields.get("size", {}))
+    vision, size = config.vision, dict(fields.get("size") or {})
     sizes = {"patch_size": vision.patch_size, "merge_size": vision.merge_size, "temporal_patch_size": vision.temporal_patch}
     for name, value in sizes.items():
         if fields.setdefault(name, value) != value:
             raise UserError(f"{where}: {name} {fields[name]} is not config.json's {value}; take both files from one checkpoint")
     for name, edge, default in (("min_pixels", "shortest_edge", MIN_PIXELS), ("max_pixels", "longest_edge", MAX_PIXELS)):
-        newer = size.pop(name, None)
-        size[edge] = fields.pop(name, size.get(edge, default if newer is None else newer))
+        spellings = (fields.pop(name, None), size.get(edge), size.pop(name, None), default)
+        size[edge] = next(value for value in spellings if value is not None)
     if set(size) != {"shortest_edge", "longest_edge"} or size["shortest_edge"] > size["longest_edge"]:
         raise UserError(f"{where}: size must be the smallest and the largest number of pixels of an image, not {size}")
     return fields | {"size": size}, where
@@ -104,7 +104,7 @@ class Qwen2VLPreparer:
         self.patch_slots = sorted(patch_slots)
         tokenizer = load_tokenizer(AutoTokenizer, folder)
         tokenizer.chat_template = read_template(folder, tokenizer)
-        stop_tokens = read_stop_tokens(folder, tokenizer)
+        stop_tokens = read_stop_tokens(folder, tokenizer, config.decoder.vocabulary)
         self.chat = PlaceholderChat(tokenizer, config.decoder.vocabulary, stop_tokens, config.image_token)
         self.image_processor = make_processor(Qwen2VLImageProcessorPil, *_processor_fields(folder, config))
 
@@ -115,7 +115,10 @@ class Qwen2VLPreparer:
     def _image(self, pixels: Image, sample_id: str) -> PreparedImage:
         width, height = pixels.size
         if max(width, height) > MAX_RATIO * min(width, height):
-            raise UserError(f"{sample_id}: an image of {width} x {height} pixels is longer than {MAX_RATIO} times its width")
+            raise UserError(
+                f"{sample_id}: an image of {width} x {height} pixels: its longer side is more than {MAX_RATIO} times the shorter "
+                "one; crop it"
+            )
         with foreign(f"{sample_id}: an image of {width} x {height} pixels cannot be prepared"):
             features = self.image_processor(images=[pixels], return_tensors="np")
         _, rows, columns = (int(side) for side in features["image_grid_thw"][0])
