@@ -65,6 +65,8 @@ def source_bytes(source: Path) -> int:
         return sum(path.stat().st_size for path in files)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no such file, though {INDEX} names it") from None
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
 
 def to_orbax(

@@ -18,7 +18,7 @@ from rlens_jax.checkpoints.containment import check_entries
 from rlens_jax.checkpoints.published import CONFIG, INDEX, SINGLE
 from rlens_jax.console import Progress
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.files import is_unfinished, read_json_object
+from rlens_jax.files import is_unfinished, read_json_object, shortened
 from rlens_jax.resources import embedded_model
 
 EMBEDDED = "embedded"
@@ -57,15 +57,18 @@ def find_source(model: str | Path, *, weights: bool = True) -> Source:
     if str(model) == EMBEDDED:
         return Source(embedded_model(), EMBEDDED, None)
     path = Path(model)
-    if path.is_dir():
-        if is_unfinished(path.absolute()) or orbax_store.is_unfinished(path):
-            raise UserError(f"{path}: a killed conversion left this folder; convert again and name the new folder")
-        check_entries(path, deep=[orbax_store.STORE])
-        return Source(path, path.resolve().name, None)
-    if path.exists():
-        raise UserError(f"{path}: is a file; name the folder of the model")
+    try:
+        if path.is_dir():
+            if is_unfinished(path.absolute()) or orbax_store.is_unfinished(path):
+                raise UserError(f"{path}: a killed conversion left this folder; convert again and name the new folder")
+            check_entries(path, deep=[orbax_store.STORE])
+            return Source(path, path.resolve().name, None)
+        if path.exists():
+            raise UserError(f"{path}: is a file; name the folder of the model")
+        siblings = [entry.name for entry in path.parent.glob("*/")]
+    except OSError as error:  # a name that is too long, or a folder that may not be entered
+        raise UserError(f"{shortened(str(path))}: cannot be read ({error.strerror})") from None
     on_hub = _HUB_NAME.fullmatch(str(model))
-    siblings = [entry.name for entry in path.parent.glob("*/")]
     near = suggest(path.name, [*siblings, EMBEDDED])
     if on_hub is None:
         raise UserError(f"{path}: no such folder{near}; name the folder of a model, {EMBEDDED!r}, or a name on the hub")

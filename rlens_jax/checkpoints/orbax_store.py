@@ -143,8 +143,14 @@ def _path_of(folder: Path) -> Path:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
+    def read() -> dict[str, Any]:
+        metadata = ocp.metadata(path).metadata
+        if not isinstance(metadata, Mapping):  # Orbax has logged why
+            raise ValueError("no usable metadata")
+        return dict(metadata)
+
     with _context():
-        return _checked(path, lambda: dict(ocp.metadata(path).metadata))
+        return _checked(path, read)
 
 
 def _load(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:

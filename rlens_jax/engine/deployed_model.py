@@ -292,6 +292,7 @@ def load(
     chunk: int | None = None,
     model_shards: int = 1,
     seed: int = 0,
+    verify: bool = False,
 ) -> DeployedModel:
     """Load a model to generate with.
 
@@ -302,9 +303,10 @@ def load(
         chunk: tokens of a prompt per FFN call; None chooses by size.
         model_shards: devices that share a copy of the model; the copies share the prompts.
         seed: draws random probes, where a plan has them.
+        verify: compare a converted folder with the checksums of its conversion first.
 
     Raises:
-        UserError: there is no such model, or it is not usable.
+        UserError: there is no such model, or it is not usable or damaged.
     """
     for name, value in (("batch_size", batch_size), ("chunk", chunk), ("model_shards", model_shards)):
         if value is not None and value < 1:
@@ -312,7 +314,7 @@ def load(
     folder = find_model(model)
     check_fits(read_model_kind(folder).config.decoder.sizes, model_shards)
     mesh = make_mesh(jax.local_devices(), model_shards)
-    kind, module = load_model(folder, jnp.dtype(dtype or automatic_dtype(jax.default_backend())), mesh=mesh)
+    kind, module = load_model(folder, jnp.dtype(dtype or automatic_dtype(jax.default_backend())), mesh=mesh, verify=verify)
     patches = slot_sizes(_LEAST_PATCHES, _MOST_PATCHES)
     preparer = kind.preparer(folder, patches)
     programs = DeployedPrograms(module, mesh, seed=seed, stop_tokens=preparer.chat.stop_tokens, chunk=chunk)

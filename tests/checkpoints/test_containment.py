@@ -190,3 +190,10 @@ def test_a_tensor_that_is_not_used_in_two_shards(folder) -> None:
     with pytest.raises(UserError) as error:
         load_model(folder, jnp.float32)
     assert "c.safetensors: model.layers.0.self_attn.rotary_emb.inv_freq: doubled" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, f"a/{'b' * 300}/c", "a\0b", "loop", "/dev/null"])
+def test_a_model_that_cannot_be_a_folder_is_one_line(name, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    assert len(refusal(read_model_kind, name)) < 500
