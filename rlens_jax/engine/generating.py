@@ -8,6 +8,7 @@ import numpy as np
 from rlens_jax.data.samples import Sample, normalised
 from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.inputs import Batch, Split
+from rlens_jax.engine.overflow import not_finite
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import RowOutcomes
 from rlens_jax.plan import Plan
@@ -43,11 +44,18 @@ class Generating:
 
 
 def generated_texts(programs: Programs, split: Split, plan: Plan, decode_text: Callable[[Sequence[int]], str]) -> list[str]:
-    """The greedy answer to each sample of a split of bare prompts, on every process."""
+    """The greedy answer to each sample of a split of bare prompts, on every process.
+
+    Raises:
+        UserError: numbers are not finite, naming sample and layer.
+    """
     texts = [""] * len(split.samples)
     for batch in split.batches:
         plans = [plan] * programs.groups
-        numbers, tokens, _ = map(np.asarray, programs.generate(programs.put(batch.visual), batch.inputs, plans))
+        numbers, tokens, finite = map(np.asarray, programs.generate(programs.put(batch.visual), batch.inputs, plans))
         for row in np.flatnonzero(numbers != FILLER):
+            if not finite[row]:
+                number = int(numbers[row])
+                raise not_finite(programs, batch, number, split.samples[number].id, plan, programs.reduction)
             texts[numbers[row]] = normalised(decode_text(tokens[row].tolist()))
     return texts

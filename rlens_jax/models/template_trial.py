@@ -25,7 +25,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 used = resource.getrusage(resource.RUSAGE_SELF)
 limit = int(used.ru_utime + used.ru_stime) + {SECONDS}
 resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
-resource.setrlimit(resource.RLIMIT_AS, ({BYTES},) * 2)
+with open("/proc/self/statm") as file:
+    taken = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + {BYTES},) * 2)
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 template, texts = json.load(sys.stdin)
 image, text = {{"type": "image"}}, {{"type": "text", "text": texts}}
@@ -53,7 +55,7 @@ def try_template(template: str, where: str) -> None:
 @cache
 def _trial(template: str) -> str:
     """What is wrong with a template, or nothing."""
-    command = [sys.executable, "-c", _PROGRAM]
+    command = [sys.executable, "-P", "-c", _PROGRAM]
     too_slow = f"takes longer than {SECONDS} s"
     try:
         ended = subprocess.run(

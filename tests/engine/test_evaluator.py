@@ -19,7 +19,19 @@ from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
 from rlens_jax.search.journal import Journal
 from rlens_jax.search.search import Ranking, rank_layers
-from tests.engine.toy import LAYERS, SHAPES, ToyPreparer, answered, damaged, score, toy_programs, toy_samples, toy_split, words
+from tests.engine.toy import (
+    LAYERS,
+    SHAPES,
+    STOP,
+    ToyPreparer,
+    answered,
+    damaged,
+    score,
+    toy_programs,
+    toy_samples,
+    toy_split,
+    words,
+)
 from tests.toy_search import one_at_a_time
 
 
@@ -147,6 +159,32 @@ def test_any_reference_answer_makes_a_sample_right(programs: Programs, tmp_path:
         with journal:
             (outcomes,) = made.outcomes("validation", Plan(), [Plan()])
         assert all((values == expected).all() for values in outcomes.values())
+
+
+def test_any_end_token_ends_an_answer(programs: Programs) -> None:
+    """In generation, and where teacher forcing expects the tokenizer's."""
+    samples = toy_samples()
+    (batch, *_) = build_split(samples, ToyPreparer(), programs, SHAPES, False).batches
+    numbers, endless, _ = map(np.asarray, programs.generate(programs.put(batch.visual), batch.inputs, [Plan()]))
+    other = int(next(token for token in endless[:, 1] if token != STOP))
+    several = toy_programs(stop_tokens=(STOP, other))
+    _, tokens, finite = map(np.asarray, several.generate(several.put(batch.visual), batch.inputs, [Plan()]))
+    assert finite.all()
+    answers = {}
+    for number, row, long in zip(numbers, tokens.tolist(), endless.tolist(), strict=True):
+        stop = next((place for place, token in enumerate(long) if token in (STOP, other)), None)
+        if stop is not None:
+            assert row[: stop + 1] == long[: stop + 1]
+            assert set(row[stop + 1 :]) <= {STOP, other}
+            answers[int(number)] = (words(long[:stop]), long[stop])
+    rows = [replace(samples[number], answers=(text,)) for number, (text, _) in answers.items() if number != FILLER]
+    ends = [end for number, (_, end) in answers.items() if number != FILLER]
+    assert other in ends
+    for batch in build_split(rows, ToyPreparer(), programs, SHAPES, True).batches:
+        for chosen in (programs, several):
+            places, right, _ = plain_batch(chosen, batch, Plan())
+            for place, is_right in zip(places, right, strict=True):
+                assert place == FILLER or is_right == (chosen is several or ends[place] == STOP)
 
 
 @pytest.mark.parametrize(

@@ -117,11 +117,13 @@ def toy_model(seed: int = 0) -> VisionLanguageModel:
     return model
 
 
-def toy_programs(seed: int = 0, new_tokens: int = 3, devices: int = 1, model_shards: int = 1) -> Programs:
+def toy_programs(
+    seed: int = 0, new_tokens: int = 3, devices: int = 1, model_shards: int = 1, stop_tokens: tuple[int, ...] = (STOP,)
+) -> Programs:
     """Programs over the random model."""
     mesh = make_mesh(jax.devices()[:devices], model_shards)
     model = place(toy_model(seed), mesh)
-    return Programs(model, mesh, REDUCTION, seed=0, new_tokens=new_tokens, stop_tokens=(STOP,))
+    return Programs(model, mesh, REDUCTION, seed=0, new_tokens=new_tokens, stop_tokens=stop_tokens)
 
 
 def toy_samples() -> list[Sample]:

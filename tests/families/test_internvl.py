@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from typing import ClassVar
 
 import jax
@@ -200,6 +201,32 @@ def test_greedy_tokens(pairs, name, seed):
         return decode(model.decoder, first, cache, batch, new_tokens, stop_tokens=())[0]
 
     assert run(pair.ours)[0].tolist() == expected
+
+
+def test_several_end_tokens(pairs):
+    pair, new_tokens = pairs("native, Qwen2"), 40
+    examples = [make_example(3, BATCHES["two images with text between"][0])]
+    with torch.no_grad():
+        generate = partial(pair.theirs.generate, **hf_inputs(examples), max_new_tokens=new_tokens, do_sample=False)
+        endless = generate(eos_token_id=None)[0, -new_tokens:].tolist()
+        early, late = sorted({token: place for place, token in reversed(list(enumerate(endless)))}.items(), key=itemgetter(1))[
+            3:5
+        ]
+        stops = (late[0], early[0])
+        theirs = generate(eos_token_id=list(stops), pad_token_id=0)[0].tolist()
+    expected = endless[: early[1] + 1]
+    assert theirs[-len(expected) :] == expected and len(expected) > 3
+    batch, (patches, source) = our_batch(examples), our_images(examples, pair.config)
+
+    @jax.jit
+    def run(model):
+        first, cache, _ = prefill(model.decoder, gather(model, patches, source), batch, PLAIN, PAPER, new_tokens, KEY)
+        return decode(model.decoder, first, cache, batch, new_tokens, stops)
+
+    tokens, finite = run(pair.ours)
+    assert tokens[0, : len(expected)].tolist() == expected
+    assert set(tokens[0, len(expected) :].tolist()) <= set(stops)
+    assert finite.all()
 
 
 def transposed_tokens(model: VisionLanguageModel) -> None:
