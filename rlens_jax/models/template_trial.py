@@ -12,7 +12,7 @@ from functools import cache
 
 from rlens_jax.errors import UserError
 
-SECONDS, BYTES, CHARACTERS = 5, 2 * 2**30, 1_000_000
+SECONDS, BYTES, CHARACTERS = 3, 2 * 2**30, 1_000_000
 """Limits of a trial. A published template takes 0.01 s."""
 _PATIENCE = 60
 """Seconds of wall time, with the start of the process."""
@@ -25,9 +25,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 used = resource.getrusage(resource.RUSAGE_SELF)
 limit = int(used.ru_utime + used.ru_stime) + {SECONDS}
 resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
-with open("/proc/self/statm") as file:
-    taken = int(file.read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + {BYTES},) * 2)
+if sys.platform == "linux":
+    with open("/proc/self/statm") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + {BYTES},) * 2)
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 template, texts = json.load(sys.stdin)
 image, text = {{"type": "image"}}, {{"type": "text", "text": texts}}
