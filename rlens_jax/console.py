@@ -79,8 +79,9 @@ def _for_terminal(text: str) -> str:
 
 
 def show(text: str) -> None:
-    """Print the result of a command to stdout, with foreign text escaped."""
-    print(printable(text))
+    """Print the result of a command to stdout, with foreign text escaped, and with what stdout's encoding lacks."""
+    encoding = sys.stdout.encoding or "utf-8"  # None where a test captures it
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

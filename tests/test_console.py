@@ -67,6 +67,13 @@ def test_foreign_text_is_escaped_and_long_lines_are_cut(capsys):
     assert second == "  second line"
 
 
+def test_what_the_terminal_cannot_write_is_escaped():
+    code = "from rlens_jax.console import show; show('Größe 図')"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "latin-1"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "Größe \\u56f3\n".encode("latin-1"), b"")
+
+
 def test_printable_leaves_ordinary_text_of_all_scripts():
     text = "Größe 図表 קובץ → 3 \N{NO-BREAK SPACE}€ 🙂"
     assert printable(text) == text
