@@ -15,6 +15,7 @@ import json
 import os
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ from rlens_jax.config import SearchConfig
 from rlens_jax.data.splits import load_splits
 from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.evaluator import Evaluator, round_scorer
-from rlens_jax.engine.inputs import Split, build_split
+from rlens_jax.engine.inputs import Split, answer_slots, encode_split, own_samples
+from rlens_jax.engine.preparing import prepare
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import TeacherForcing
-from rlens_jax.engine.sizes import Shapes
+from rlens_jax.engine.shapes import choose_shapes
+from rlens_jax.hosts.processes import Processes
 from rlens_jax.models.prompt import IGNORE
 from rlens_jax.ops.ffn import hidden_units, probe_slots
 from rlens_jax.plan import OPERATORS, Plan, Reduction
@@ -89,12 +92,13 @@ def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
     folder = find_model("embedded")
     mesh = make_mesh(jax.devices()[:devices], model_shards)
     kind, model = load_model(folder, jnp.float32, mesh=mesh)
-    preparer = kind.preparer(folder, config.compute.patch_slots)
+    preparer = kind.preparer(folder)
     stop_tokens = preparer.chat.stop_tokens
     programs = Programs(model, mesh, config.reduction, seed=0, new_tokens=1, stop_tokens=stop_tokens)
     members = load_splits(config.data, kind.benchmark_prompt, seed=config.seed)["validation"]
-    shapes = Shapes(config.compute.text_slots, config.compute.visual_slots, 8, kind.config.decoder.context)
-    split = build_split(members, preparer, programs, shapes, True)
+    prepared = prepare(members, preparer, own_samples(len(members), mesh), True, Processes().gather)
+    shapes = replace(choose_shapes(config.compute, kind, [prepared]), batch_size=8)
+    split = encode_split(prepared, programs, shapes, answer_slots([prepared]), Processes())
     num_layers = kind.config.decoder.num_layers
     plans: dict[Plan, None] = {}
     rankings = {}

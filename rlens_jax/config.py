@@ -107,13 +107,16 @@ class ComputeConfig:
     """Samples per batch of a work group; 0 means as many samples of the largest bucket as fit into a device's memory."""
     model_shards: int = 1
     """Devices per copy of the model (size of the mesh's `model` axis); the copies share the batches."""
-    text_slots: tuple[int, ...] = (32, 64, 128, 256, 512)
-    """Bucket sizes for text tokens, ascending: a sample is padded to the smallest that holds its tokens."""
-    visual_slots: tuple[int, ...] = (128, 256, 512, 1024, 2048)
-    """Bucket sizes for a sample's visual tokens, ascending."""
-    patch_slots: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+    text_slots: tuple[int, ...] | None = None
+    """Bucket sizes for text tokens, ascending: a sample is padded to the smallest that holds its tokens; null chooses them from
+    the data."""
+    visual_slots: tuple[int, ...] | None = None
+    """Bucket sizes for a sample's visual tokens, ascending; null chooses them from the data."""
+    patch_slots: tuple[int, ...] | None = None
     """Bucket sizes for the vision tower's patches of one image, ascending: of all its tiles together; in MiniCPM-V, of one
-    slice."""
+    slice; null chooses them from the data."""
+    max_buckets: int = 8
+    """Most pairs of text and visual slots, and most image sizes, that are chosen from the data: each is compiled."""
     state_memory_gb: float = 2.0
     """Memory in GB for the states that a round's candidates continue from."""
     compilation_cache: str | None = None
@@ -121,11 +124,11 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         _check_types("compute", self)
-        _at_least(1, "compute", self, "model_shards")
+        _at_least(1, "compute", self, "model_shards", "max_buckets")
         _at_least(0, "compute", self, "batch_size", "state_memory_gb")
         for name in ("text_slots", "visual_slots", "patch_slots"):
             slots = getattr(self, name)
-            if not slots or slots[0] < 1 or list(slots) != sorted(set(slots)):
+            if slots is not None and (not slots or slots[0] < 1 or list(slots) != sorted(set(slots))):
                 raise UserError(f"compute.{name} must be at least one size, each at least 1, ascending, not {shown(slots)}")
 
 
@@ -242,12 +245,13 @@ class RunConfig:
         """The values that must agree for a journal to be resumed: a run's folder holds one search.
 
         This leaves out what changes neither outcome nor ranking: folders, the memory for base states, the report's options,
-        and the mesh (with another mesh, outcomes differ in rounding at most). The model and the samples are compared by hash
-        (`rlens_jax.engine.session`).
+        and the mesh (with another mesh, outcomes differ in rounding at most). The model and the samples are compared by hash, and
+        the buckets as they are used (`rlens_jax.engine.session`).
         """
         values = self.portable()
         del values["model"], values["report"], values["data"]["source"]
-        del values["compute"]["state_memory_gb"], values["compute"]["model_shards"]
+        for name in ("state_memory_gb", "model_shards", "text_slots", "visual_slots", "patch_slots", "max_buckets"):
+            del values["compute"][name]
         return values
 
 

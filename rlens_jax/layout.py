@@ -44,6 +44,11 @@ class Bucket:
         """Packed slots per sample, T."""
         return self.text + self.visual
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Text and visual slots."""
+        return self.text, self.visual
+
 
 def smallest_bucket(sizes: Iterable[int], count: int) -> int | None:
     """The smallest of the bucket sizes that holds `count`, None if none does."""

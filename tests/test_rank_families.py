@@ -1,13 +1,24 @@
 """The commands convert and rank published weights of each further family, on a JSONL file of the user's images."""
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from rlens_jax.checkpoints.checkpoint import read_model_kind
 from rlens_jax.commands import convert, rank
+from rlens_jax.config import ComputeConfig
 from rlens_jax.console import run_command
+from rlens_jax.data.jsonl import read_jsonl
+from rlens_jax.engine.preparing import prepare
+from rlens_jax.engine.programs import Programs
+from rlens_jax.engine.shapes import choose_shapes, image_padding, row_padding
+from rlens_jax.hosts.processes import Processes
+from rlens_jax.resources import embedded_model
 from tests.families import internvl
 from tests.families import llava_onevision as llava
 from tests.families import minicpm_v as minicpm
@@ -17,6 +28,8 @@ from tests.torch_support import save_tiny
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 SIZES = ((40, 90), (61, 47), (24, 20), (33, 70))
+MANY = tuple((20 + 37 * number % 90, 20 + 53 * number % 110) for number in range(30))
+"""30 sizes of images, all different, from small to large and from tall to wide."""
 
 
 def save_llava(folder: Path) -> Path:
@@ -37,6 +50,11 @@ def save_minicpm(folder: Path) -> Path:
     return minicpm.MiniCPMV(seed=0).save(minicpm.save_processing(folder))
 
 
+def save_qwen(folder: Path) -> Path:
+    shutil.copytree(embedded_model(), folder)
+    return folder
+
+
 SAVE: dict[str, Callable[[Path], Path]] = {
     "llava_onevision": save_llava,
     "internvl_chat": save_internvl,
@@ -50,16 +68,75 @@ def run(main: Callable[..., None], *arguments: object) -> int:
     return int(stopped.value.code or 0)
 
 
+def write_data(folder: Path, sizes: Sequence[tuple[int, int]]) -> Path:
+    """A JSONL file with an image of each size, and texts of some lengths."""
+    rows = []
+    for number, size in enumerate(sizes):
+        internvl.picture(number, *size).save(folder / f"{number}.png")
+        question = " ".join(["what is this"] * (1 + number % 3))
+        rows.append({"image": f"{number}.png", "question": question, "answer": "a page", "dataset": "own"})
+    data = folder / "own.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return data
+
+
+@pytest.mark.parametrize("family", [*SAVE, "qwen2_vl"])
+def test_images_of_30_sizes_are_padded_little(family: str, tmp_path: Path) -> None:
+    assert len(set(MANY)) == 30
+    folder = {**SAVE, "qwen2_vl": save_qwen}[family](tmp_path / "model")
+    kind = read_model_kind(folder)
+    samples = read_jsonl(write_data(tmp_path, MANY))
+    prepared = prepare(samples, kind.preparer(folder), range(30), True, Processes().gather)
+    assert len(prepared.row_sizes) > 8
+    shapes = choose_shapes(ComputeConfig(), kind, [prepared])
+    print(shapes.identity, row_padding(shapes, [prepared]), image_padding(shapes, [prepared]))
+    assert len(shapes.rows) <= 8
+    assert len(shapes.images) <= 8
+    assert row_padding(shapes, [prepared]) <= 0.12
+    # The same shapes as an array of the family's tower, whatever the image.
+    for number in range(30):
+        for image in prepared.images.take(number):
+            arrays = shapes.arrays_of(shapes.image(image.size))
+            assert all(np.less_equal(a.shape, shape).all() for a, (shape, _) in zip(image.arrays, arrays, strict=True))
+
+
+def test_a_folder_and_a_file_are_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The paper's values, at most 8 buckets, and one compilation per program and bucket."""
+    made, init = [], Programs.__init__
+
+    def spied(self: Programs, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        made.append(self)
+
+    monkeypatch.setattr(Programs, "__init__", spied)
+    data = write_data(tmp_path, MANY)
+    folder, output = save_qwen(tmp_path / "model"), tmp_path / "out"
+    cheap = ["--search.position_layers=10", "--search.operators=ffn", "--search.change=absolute"]
+    cheap += ["--report.random_rankings=1", "--report.timing_repeats=1", "--report.bootstrap_samples=20"]
+    places = [f"--output={output}", f"--compute.compilation_cache={tmp_path / 'compiled'}"]
+    assert run(rank.main, f"--model={folder}", f"--data={data}", *places, *cheap) == 0
+    said = capsys.readouterr().err
+    assert "R = 256, 20 % of the FFN units, 10 % of the visual tokens as probes (as in the paper)" in said
+    assert "dtype: float32 (by the device)" in said
+    ranking = json.loads((output / "ranking.json").read_text())
+    assert ranking["configuration"]["reduction"]["attention_range"] == 256
+    assert ranking["configuration"]["compute"]["dtype"] == "float32"
+    rows, images = ranking["buckets"]["rows"], ranking["buckets"]["images"]
+    assert len(rows) <= 8 and len(images) <= 8
+    assert ranking["buckets"]["padding"] <= 0.12
+    traces = made[-1].traces
+    assert traces["encode"] == len(images)
+    assert traces["embed"] == traces["outcome"] == traces["layers"] == len(rows)
+    assert traces["generate"] <= len(rows)
+
+
 @pytest.mark.parametrize("family", SAVE)
 def test_convert_and_rank(family: str, tmp_path: Path) -> None:
     source, model, output = SAVE[family](tmp_path / "published"), tmp_path / "model", tmp_path / "out"
     assert run(convert.main, source, model) == 0
-    rows = []
-    for number, size in enumerate(SIZES):
-        internvl.picture(number, *size).save(tmp_path / f"{number}.png")
-        rows.append({"image": f"{number}.png", "question": "what is this", "answer": "a page", "dataset": "own"})
-    data = tmp_path / "own.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write_data(tmp_path, SIZES)
     assert (
         run(
             rank.main,

@@ -36,14 +36,14 @@ def measure(model: str, samples: int) -> dict[str, Any]:
     from rlens_jax.engine.batches import FILLER
     from rlens_jax.engine.inputs import Split, build_split
     from rlens_jax.engine.programs import Programs
-    from rlens_jax.engine.sizes import Shapes
+    from rlens_jax.engine.shapes import Shapes, row_buckets
     from rlens_jax.plan import Plan, Reduction
     from rlens_jax.sharding.mesh import make_mesh
 
     folder = find_model(model)
     mesh = make_mesh(jax.devices()[:1], 1)
     kind, loaded = load_model(folder, jnp.dtype("float32"), mesh=mesh)
-    preparer = kind.preparer(folder, (PATCH_SLOTS,))
+    preparer = kind.preparer(folder)
     programs = Programs(loaded, mesh, Reduction(), seed=0, new_tokens=1, stop_tokens=preparer.chat.stop_tokens)
     num_layers = kind.config.decoder.num_layers
 
@@ -59,7 +59,7 @@ def measure(model: str, samples: int) -> dict[str, Any]:
         return {name: float(outcomes[members].mean()) for name, members in split.datasets.items()}
 
     by_dataset = [read_pages(name, "test", cache_folder() / "data" / "pages", samples) for name in DATASETS]
-    shapes = Shapes((TEXT_SLOTS,), (VISUAL_SLOTS,), BATCH, kind.config.decoder.context)
+    shapes = Shapes(row_buckets((TEXT_SLOTS,), (VISUAL_SLOTS,)), ((PATCH_SLOTS,),), kind.image_arrays, BATCH)
     pairs = [pair for rows in by_dataset for pair in zip(rows, [*rows[1:], rows[0]], strict=True)]
     sources = [sample for sample, _ in pairs], [replace(sample, images=other.images) for sample, other in pairs]
     plain, swapped = (build_split(source, preparer, programs, shapes, True) for source in sources)

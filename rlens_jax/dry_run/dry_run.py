@@ -16,7 +16,7 @@ from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.checkpoints.published import CONFIG
 from rlens_jax.config import RunConfig
 from rlens_jax.dry_run.costs import Cost, bytes_sent
-from rlens_jax.dry_run.program import CompiledProgram, Program, compile_program, program_specs
+from rlens_jax.dry_run.program import CompiledProgram, Program, assumed_slots, compile_program, program_specs
 from rlens_jax.dry_run.topology import Slice, slice_devices
 from rlens_jax.dry_run.workload import Phase, Sizes, Workload, workload
 from rlens_jax.engine.choices import with_dtype
@@ -30,6 +30,7 @@ LIKELY_SHARE = 0.5
 
 ASSUMPTIONS = (
     "Every sample is padded to the bucket shown. A real run also uses smaller buckets and takes less time.",
+    "Sizes of buckets that are open are those of the preset of the model's family; a real run chooses them from its samples.",
     "The later layer wins every round of the search: no order costs more. Every layer counts as dense.",
     "Chips reach their published peak rates in bfloat16; the extra passes of float32 products are not counted. A collective "
     "uses the links of one axis of the torus.",
@@ -101,14 +102,14 @@ def dry_run(config: RunConfig, target: Slice, *, all_buckets: bool, progress: Ca
     devices, shards = slice_devices(target), config.compute.model_shards
     check_fits(kind.config.decoder.sizes, shards)
     mesh = make_mesh(devices, shards)
+    bucket = assumed_slots(config.compute, kind).largest
     if not config.compute.batch_size:
         progress("searching for the largest batch size that fits")
-        rows = fitting_batch_size(config, kind, mesh, target.memory_limit)
+        rows = fitting_batch_size(config, kind, mesh, target.memory_limit, bucket)
         config = replace(config, compute=replace(config.compute, batch_size=rows))
     mesh_shape = (len(devices) // shards, shards)
     compute, decoder = config.compute, kind.config.decoder
-    slots = compute.text_slots[-1] + compute.visual_slots[-1]
-    block_bytes = slots * compute.batch_size * decoder.width * jnp.dtype(compute.dtype).itemsize
+    block_bytes = bucket.slots * compute.batch_size * decoder.width * jnp.dtype(compute.dtype).itemsize
     counts = workload(config, Sizes(decoder.num_layers, mesh_shape[0], block_bytes))
     programs: list[Program] = []
     for spec in program_specs(config, kind, mesh, all_buckets=all_buckets):

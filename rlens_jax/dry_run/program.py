@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any
 
 import jax
+import yaml
 from flax import nnx
 from jax.sharding import Mesh
 
-from rlens_jax.config import RunConfig
+from rlens_jax.config import ComputeConfig, RunConfig
 from rlens_jax.dry_run.costs import Collective, Cost, ProgramCost, find_collectives, program_cost, reduced, unreduced
 from rlens_jax.dry_run.hlo import Loops, parse_module
 from rlens_jax.engine.batches import images_together
@@ -23,7 +24,9 @@ from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.sizes import Placed, abstract_model, bytes_on_device, bytes_refused, decoder_arguments, is_out_of_memory
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import Bucket
+from rlens_jax.models.prompt import ImageSize
 from rlens_jax.ops.attention_tpu import kernel_flops
+from rlens_jax.resources import preset_path
 from rlens_jax.sharding.mesh import FfnForm
 
 
@@ -116,6 +119,26 @@ class RefusedProgram:
 Program = CompiledProgram | RefusedProgram
 
 
+@dataclass(frozen=True)
+class Slots:
+    """Bucket sizes, ascending."""
+
+    text: tuple[int, ...]
+    visual: tuple[int, ...]
+    patches: tuple[int, ...]
+
+    @property
+    def largest(self) -> Bucket:
+        return Bucket(self.text[-1], self.visual[-1])
+
+
+def assumed_slots(compute: ComputeConfig, kind: ModelKind) -> Slots:
+    """The configured bucket sizes. Open ones are those of the family's preset: a dry run reads no samples."""
+    preset = yaml.safe_load(preset_path(kind.family.preset).read_text(encoding="utf-8"))["compute"]
+    names = ("text_slots", "visual_slots", "patch_slots")
+    return Slots(*(getattr(compute, name) or tuple(preset[name]) for name in names))
+
+
 def program_specs(
     config: RunConfig, kind: ModelKind, mesh: Mesh, *, all_buckets: bool, ffn_form: FfnForm | None = None
 ) -> Iterator[ProgramSpec]:
@@ -130,11 +153,11 @@ def program_specs(
         model, mesh, config.reduction, seed=config.seed, new_tokens=config.search.max_new_tokens, stop_tokens=(0,)
     )
     rows = compute.batch_size * programs.groups
-    chosen = slice(None) if all_buckets else slice(-1, None)
-    for patches in compute.patch_slots[chosen]:
-        (leading, *_), *_ = kind.image_arrays(patches)
-        num_images = images_together(compute.batch_size, math.prod(leading[:-1])) * programs.groups
-        images = abstract_images(kind, patches, num_images, mesh)
+    chosen, slots = slice(None) if all_buckets else slice(-1, None), assumed_slots(compute, kind)
+    for patches in slots.patches[chosen]:
+        size = kind.image_sizes((patches,))[-1]
+        num_images = images_together(compute.batch_size, math.prod(size)) * programs.groups
+        images = abstract_images(kind, size, num_images, mesh)
         yield ProgramSpec(
             "encode",
             f"patches {patches}",
@@ -143,8 +166,8 @@ def program_specs(
             num_images,
             weights + bytes_on_device(images),
         )
-    for visual in compute.visual_slots[chosen]:
-        for text in compute.text_slots[chosen]:
+    for visual in slots.visual[chosen]:
+        for text in slots.text[chosen]:
             yield from _decoder_specs(config, programs, Bucket(text, visual), rows, weights)
 
 
@@ -181,9 +204,9 @@ def _kernel_flops(config: RunConfig, programs: Programs, bucket: Bucket) -> tupl
     return dense, hollow
 
 
-def abstract_images(kind: ModelKind, patches: int, rows: int, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The arrays of prepared images in a bucket of `patches`, as the family's `Preparer` pads and stacks them."""
-    return tuple(Placed(mesh)((rows, *shape), dtype) for shape, dtype in kind.image_arrays(patches))
+def abstract_images(kind: ModelKind, size: ImageSize, rows: int, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The arrays of prepared images in a bucket of this size, padded and stacked."""
+    return tuple(Placed(mesh)((rows, *shape), dtype) for shape, dtype in kind.image_arrays(size))
 
 
 def compile_program(spec: ProgramSpec, mesh_shape: tuple[int, int], resident_bytes: int, memory_limit: int) -> Program:

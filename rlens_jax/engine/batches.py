@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -11,14 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlens_jax.engine.model_programs import ModelPrograms
+from rlens_jax.engine.preparing import Gather, Row
 from rlens_jax.engine.schedule import filled_blocks
+from rlens_jax.engine.shapes import Shapes
 from rlens_jax.layout import Bucket
-from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate
+from rlens_jax.models.prompt import ImageArrays, ImageSize, PreparedImage, Prompt, PromptBatch, collate
 from rlens_jax.sharding.mesh import groups_of, local_rows
 from rlens_jax.sharding.model_axis import WORK
-
-Gather = Callable[[Any], list[Any]]
-"""Every process's value, in the order of the processes."""
 
 ENCODED_PATCHES = 16384
 """Max patches that a work group encodes together (our decision): more are not faster, and attention among them takes memory."""
@@ -33,25 +31,13 @@ def images_together(batch_size: int, patches: int) -> int:
     return max(1, min(batch_size, ENCODED_PATCHES // patches))
 
 
-@dataclass(frozen=True, order=True)
-class _ImageBucket:
-    """Shapes and dtypes of the arrays of a prepared image; images of one bucket are stacked and encoded together."""
-
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[str, ...]
-
-    @property
-    def patches(self) -> int:
-        """Patches of an image, padding included."""
-        return math.prod(self.shapes[0][:-1])
-
-    def stacked(self, images: Sequence[PreparedImage], size: int) -> list[np.ndarray]:
-        """The arrays of the images with a leading axis of `size` places; places without an image are 0."""
-        arrays = [np.zeros((size, *shape), dtype) for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
-        for place, image in enumerate(images):
-            for array, values in zip(arrays, image.arrays, strict=True):
-                array[place] = values
-        return arrays
+def stacked(images: Sequence[PreparedImage], arrays: ImageArrays, places: int) -> list[np.ndarray]:
+    """The arrays of images with a leading axis of `places`, padded with zeros; places without an image are 0."""
+    filled = [np.zeros((places, *shape), dtype) for shape, dtype in arrays]
+    for place, image in enumerate(images):
+        for array, values in zip(filled, image.arrays, strict=True):
+            array[place][tuple(slice(length) for length in values.shape)] = values
+    return filled
 
 
 class Encoder:
@@ -60,21 +46,18 @@ class Encoder:
     All processes encode together: each gives images to its own work groups, or empty ones if it has none of a bucket left.
     """
 
-    def __init__(self, programs: ModelPrograms, batch_size: int, gather: Gather):
-        self._programs = programs
-        self._gather = gather
-        self._batch_size, self._groups = batch_size, len(programs.own_groups)
-        self._waiting: dict[_ImageBucket, list[tuple[int, int, PreparedImage]]] = defaultdict(list)
-        """Sample, place among its images, and image."""
+    def __init__(self, programs: ModelPrograms, shapes: Shapes, gather: Gather):
+        self._programs, self._shapes, self._gather = programs, shapes, gather
+        self._groups = len(programs.own_groups)
+        self._waiting: dict[ImageSize, list[tuple[int, int, PreparedImage]]] = defaultdict(list)
+        """Sample, place among its images, and image, by bucket."""
         self._encoded: dict[int, list[Any]] = {}
 
     def add(self, sample: int, images: Sequence[PreparedImage]) -> None:
         """Add all images of a sample."""
         self._encoded[sample] = [None] * len(images)
         for place, image in enumerate(images):
-            shapes = tuple(array.shape for array in image.arrays)
-            bucket = _ImageBucket(shapes, tuple(array.dtype.str for array in image.arrays))
-            self._waiting[bucket].append((sample, place, image))
+            self._waiting[self._shapes.image(image.size)].append((sample, place, image))
 
     def encode_full(self) -> None:
         """Encode all full batches that some process has."""
@@ -87,42 +70,22 @@ class Encoder:
         return {sample: np.concatenate([nothing, *images]) for sample, images in self._encoded.items()}
 
     def _encode(self, num_batches: Callable[[int, int], int]) -> None:
-        gathered = self._gather([[b.shapes, b.dtypes, len(images)] for b, images in self._waiting.items()])
-        counts: dict[_ImageBucket, int] = defaultdict(int)
+        counts: dict[ImageSize, int] = defaultdict(int)
         """The most images that any process has in each bucket."""
-        for process in gathered:
-            for shapes, dtypes, count in process:
-                bucket = _ImageBucket(tuple(map(tuple, shapes)), tuple(dtypes))
-                counts[bucket] = max(counts[bucket], count)
+        for process in self._gather([[bucket, len(images)] for bucket, images in self._waiting.items()]):
+            for bucket, count in process:
+                counts[tuple(bucket)] = max(counts[tuple(bucket)], count)
         for bucket in sorted(counts):
-            size = images_together(self._batch_size, bucket.patches) * self._groups
+            size = images_together(self._shapes.batch_size, math.prod(bucket)) * self._groups
             for _ in range(num_batches(counts[bucket], size)):
                 self._encode_batch(bucket, size)
 
-    def _encode_batch(self, bucket: _ImageBucket, size: int) -> None:
+    def _encode_batch(self, bucket: ImageSize, size: int) -> None:
         images, self._waiting[bucket] = self._waiting[bucket][:size], self._waiting[bucket][size:]
-        stacked = bucket.stacked([image for _, _, image in images], size)
-        tokens = local_rows(self._programs.encode(*stacked))
+        arrays = stacked([image for _, _, image in images], self._shapes.arrays_of(bucket), size)
+        tokens = local_rows(self._programs.encode(*arrays))
         for (sample, place, image), rows in zip(images, tokens, strict=False):
             self._encoded[sample][place] = rows[: image.tokens.count].copy()
-
-
-@dataclass(frozen=True)
-class Row:
-    """A prompt, and the number of its sample in the split."""
-
-    sample: int
-    prompt: Prompt
-
-
-def count_tokens(rows: Sequence[Row], count: int, gather: Gather) -> tuple[np.ndarray, np.ndarray]:
-    """Text and visual tokens of all samples, on every process."""
-    num_text, num_visual = np.zeros(count, int), np.zeros(count, int)
-    for counts in gather([[row.sample, row.prompt.num_text, row.prompt.num_visual] for row in rows]):
-        for sample, text, visual in counts:
-            num_text[sample] = max(num_text[sample], text)
-            num_visual[sample] = visual
-    return num_text, num_visual
 
 
 def batches_of_all(

@@ -1,10 +1,14 @@
 """What a run chooses by itself where its configuration leaves a field open."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from jax.sharding import Mesh
 
 from rlens_jax.config import ComputeConfig, Dtype, RunConfig
+from rlens_jax.engine.preparing import PreparedSplit
+from rlens_jax.engine.shapes import Shapes, image_padding, row_padding
+from rlens_jax.plan import Reduction
 
 
 def automatic_dtype(platform: str) -> Dtype:
@@ -15,6 +19,35 @@ def automatic_dtype(platform: str) -> Dtype:
 def dtype_on(mesh: Mesh, compute: ComputeConfig) -> Dtype:
     """The dtype of a run on these devices."""
     return compute.dtype or automatic_dtype(mesh.devices.flat[0].platform)
+
+
+def described(given: RunConfig, config: RunConfig, shapes: Shapes, splits: Sequence[PreparedSplit]) -> str:
+    """What decides the computation of a run and why, in a few lines; `config` is `given` with its open fields filled in."""
+    rows, images = (f"{share(shapes, splits):.1%} padding" for share in (row_padding, image_padding))
+    slots = _origin(given.compute.text_slots and given.compute.visual_slots, "chosen from the samples")
+    sizes = _origin(given.compute.patch_slots, "chosen from the samples")
+    return "\n  ".join(
+        (
+            f"settings for {config.model}:",
+            _reduction_line(config.reduction),
+            f"dtype: {config.compute.dtype} ({_origin(given.compute.dtype, 'by the device')})",
+            f"text + visual slots: {shapes.identity['rows']} ({slots}; {rows})",
+            f"image sizes: {shapes.identity['images']} ({sizes}; {images})",
+        )
+    )
+
+
+def _reduction_line(reduction: Reduction) -> str:
+    text = (
+        f"reduction: R = {reduction.attention_range}, {100 * reduction.active_fraction:.4g} % of the FFN units, "
+        f"{100 * reduction.probe_fraction:.4g} % of the visual tokens as probes"
+    )
+    numbers = [(one.attention_range, one.active_fraction, one.probe_fraction) for one in (reduction, Reduction())]
+    return f"{text} ({'as in the paper' if numbers[0] == numbers[1] else 'configured; the paper has 256, 20 % and 10 %'})"
+
+
+def _origin(configured: object, otherwise: str) -> str:
+    return "configured" if configured else otherwise
 
 
 def with_dtype(config: RunConfig, platform: str) -> RunConfig:

@@ -8,7 +8,7 @@ Its programs are a prefill per plan, and one decoding program for all plans.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,12 +24,14 @@ from rlens_jax.data.images import image_file
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.choices import automatic_dtype
-from rlens_jax.engine.inputs import Batch, Split, build_split
+from rlens_jax.engine.inputs import Batch, Split, encode_split, own_samples
 from rlens_jax.engine.model_programs import ROWS, ModelPrograms, Program
 from rlens_jax.engine.overflow import not_finite
-from rlens_jax.engine.sizes import Shapes, slot_sizes
+from rlens_jax.engine.preparing import prepare
+from rlens_jax.engine.shapes import Shapes, check_context, row_buckets, slot_sizes
 from rlens_jax.errors import UserError
 from rlens_jax.files import check_text
+from rlens_jax.hosts.processes import Processes
 from rlens_jax.models.decoder import KVCache
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import Tokens, decode, prefill
@@ -186,10 +188,10 @@ class Answer:
 class DeployedModel:
     """A loaded model and its programs, which are compiled when a shape first occurs. Made by `load`."""
 
-    def __init__(self, programs: DeployedPrograms, preparer: Preparer, batch_size: int):
+    def __init__(self, programs: DeployedPrograms, preparer: Preparer, shapes: Shapes):
         self.programs = programs
         self.preparer = preparer
-        self.batch_size = batch_size
+        self.shapes = shapes
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is also a sequence of texts
@@ -256,17 +258,12 @@ class DeployedModel:
 
     def prepare(self, samples: Sequence[Sample], max_new_tokens: int) -> Split:
         """Encode images, tokenise prompts, and batch them in a few shapes; UserError for an unusable sample."""
-        rows = min(self.batch_size, 1 << (len(samples) - 1).bit_length())
-        context = self.programs.config.context
-        shapes = Shapes(slot_sizes(_LEAST_TEXT, context), slot_sizes(_LEAST_VISUAL, context), rows, context)
-        split = build_split(samples, self.preparer, self.programs, shapes, False)
-        for sample, length in zip(samples, (split.num_text + split.num_visual).tolist(), strict=True):
-            if length + max_new_tokens > context:
-                raise UserError(
-                    f"{sample.id}: {length} tokens and {max_new_tokens} new ones are more than the model's context of {context}; "
-                    "lower max_new_tokens"
-                )
-        return split
+        rows = min(self.shapes.batch_size, 1 << (len(samples) - 1).bit_length())
+        processes, context = Processes(), self.programs.config.context
+        own = own_samples(len(samples), self.programs.mesh)
+        prepared = prepare(samples, self.preparer, own, False, processes.gather)
+        check_context([prepared], context, max_new_tokens, "lower max_new_tokens, or leave them out")
+        return encode_split(prepared, self.programs, replace(self.shapes, batch_size=rows), 1, processes)
 
     def answer_batch(self, split: Split, batch: Batch, plan: PlanFile, max_new_tokens: int) -> dict[int, Answer]:
         """The answers to a batch of `prepare`, by the number of the sample."""
@@ -315,10 +312,15 @@ def load(
     check_fits(read_model_kind(folder).config.decoder.sizes, model_shards)
     mesh = make_mesh(jax.local_devices(), model_shards)
     kind, module = load_model(folder, jnp.dtype(dtype or automatic_dtype(jax.default_backend())), mesh=mesh, verify=verify)
-    patches = slot_sizes(_LEAST_PATCHES, _MOST_PATCHES)
-    preparer = kind.preparer(folder, patches)
+    preparer, context = kind.preparer(folder), kind.config.decoder.context
     programs = DeployedPrograms(module, mesh, seed=seed, stop_tokens=preparer.chat.stop_tokens, chunk=chunk)
-    return DeployedModel(programs, preparer, batch_size)
+    shapes = Shapes(
+        row_buckets(slot_sizes(_LEAST_TEXT, context), slot_sizes(_LEAST_VISUAL, context)),
+        tuple(kind.image_sizes(slot_sizes(_LEAST_PATCHES, _MOST_PATCHES))),
+        kind.image_arrays,
+        batch_size,
+    )
+    return DeployedModel(programs, preparer, shapes)
 
 
 def make_sample(name: str, images: Sequence[Image], prompt: str, marked: bool) -> Sample:

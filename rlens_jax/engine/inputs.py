@@ -5,21 +5,24 @@ counts: batches per shape, and tokens per sample.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
-from rlens_jax.data.images import load_images
 from rlens_jax.data.samples import Sample
-from rlens_jax.engine.batches import Encoder, Row, batches_of_all, count_tokens, packed_rows
+from rlens_jax.engine.batches import Encoder, batches_of_all, packed_rows
 from rlens_jax.engine.model_programs import ModelPrograms
-from rlens_jax.engine.sizes import Shapes
+from rlens_jax.engine.preparing import PreparedSplit, Row, prepare
+from rlens_jax.engine.shapes import Shapes
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.layout import Bucket
 from rlens_jax.models.prompt import Preparer, PromptBatch
-from rlens_jax.sharding.mesh import put_rows
+from rlens_jax.sharding.mesh import groups_of, put_rows
+from rlens_jax.sharding.model_axis import WORK
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,53 +76,57 @@ def build_split(
     programs: ModelPrograms,
     shapes: Shapes,
     with_answers: bool,
-    advance: Callable[[], None] = lambda: None,
     processes: Processes | None = None,
 ) -> Split:
-    """Prepare, encode and batch all samples of a split; every process calls it with the same samples.
+    """Prepare, encode and batch samples that fit into the buckets of `shapes`; arguments and errors as of `prepare`."""
+    processes = processes or Processes()
+    prepared = prepare(samples, preparer, own_samples(len(samples), programs.mesh), with_answers, processes.gather)
+    return encode_split(prepared, programs, shapes, answer_slots([prepared]), processes)
+
+
+def encode_split(
+    prepared: PreparedSplit,
+    programs: ModelPrograms,
+    shapes: Shapes,
+    slots: int,
+    processes: Processes,
+    advance: Callable[[], None] = lambda: None,
+) -> Split:
+    """Encode and batch a prepared split; every process calls it.
 
     Args:
-        with_answers: one row per reference answer, for teacher forcing; else one bare prompt per sample.
-        advance: called after each of `own_samples`.
-        processes: the processes of the run, if it has several.
-
-    Raises:
-        UserError: an image or a prompt that cannot be used, naming the sample.
+        shapes: buckets that hold all rows.
+        slots: places for the tokens of an answer.
+        advance: called after each of this process's samples.
     """
-    own = own_samples(len(samples), programs)
-    gather = (processes or Processes()).gather
-    encoder, tokens = Encoder(programs, shapes.batch_size, gather), {}
+    own, gather = prepared.own, processes.gather
+    encoder = Encoder(programs, shapes, gather)
     for turn in range(max(gather(len(own)))):
         if turn < len(own):
-            sample = samples[own[turn]]
-            images = preparer.images(load_images(sample, preparer.transparency), sample.id)
-            encoder.add(own[turn], images)
-            tokens[own[turn]] = [image.tokens for image in images]
+            encoder.add(own[turn], prepared.images.take(own[turn]))
             advance()
         if turn % shapes.batch_size == shapes.batch_size - 1:
             encoder.encode_full()
     visual = encoder.finish()
-    rows = [
-        Row(i, preparer.prompt(samples[i], tokens[i], answer))
-        for i in own
-        for answer in (samples[i].answers if with_answers else (None,))
-    ]
-    num_text, num_visual = count_tokens(rows, len(samples), gather)
-    longest = max(gather(max((row.prompt.answer_length for row in rows), default=0)))
-    answer_slots = 1 << max(0, longest - 1).bit_length()
     by_bucket: dict[Bucket, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_bucket[shapes.bucket(row.prompt, samples[row.sample])].append(row)
+    for row in prepared.rows:
+        by_bucket[shapes.row((row.prompt.num_text, row.prompt.num_visual))].append(row)
     size = shapes.batch_size * len(programs.own_groups)
     batches = []
     for bucket, filled in batches_of_all(by_bucket, shapes.batch_size, programs.mesh, gather):
         chunk, by_bucket[bucket] = by_bucket[bucket][:size], by_bucket[bucket][size:]
-        inputs, packed = packed_rows(chunk, size, visual, bucket, answer_slots, programs)
+        inputs, packed = packed_rows(chunk, size, visual, bucket, slots, programs)
         batches.append(Batch(put_rows(inputs, programs.mesh), packed, filled))
-    return Split(tuple(samples), num_text, num_visual, tuple(batches))
+    num_text, num_visual = prepared.num_tokens.T
+    return Split(prepared.samples, num_text, num_visual, tuple(batches))
 
 
-def own_samples(count: int, programs: ModelPrograms) -> range:
+def answer_slots(splits: Iterable[PreparedSplit]) -> int:
+    """Places for the tokens of any answer, one size for all splits: each size is compiled."""
+    return 1 << max(0, max(split.longest_answer for split in splits) - 1).bit_length()
+
+
+def own_samples(count: int, mesh: Mesh) -> range:
     """The samples that this process keeps on its groups; processes that share groups have the same ones."""
-    groups = programs.own_groups
-    return range(groups[0] // len(groups), count, programs.groups // len(groups))
+    groups = groups_of(mesh, jax.process_index())
+    return range(groups[0] // len(groups), count, mesh.shape[WORK] // len(groups))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +16,13 @@ from rlens_jax.checkpoints.checkpoint import load_model, model_hash, read_model_
 from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.config import RunConfig
 from rlens_jax.console import Progress, say
-from rlens_jax.data.splits import Splits, load_splits, samples_hash
-from rlens_jax.engine.choices import dtype_on
-from rlens_jax.engine.inputs import Split, build_split, own_samples
+from rlens_jax.data.splits import load_splits, samples_hash
+from rlens_jax.engine.choices import described, dtype_on, with_dtype
+from rlens_jax.engine.inputs import Split, answer_slots, encode_split, own_samples
+from rlens_jax.engine.preparing import PreparedSplit, prepare
 from rlens_jax.engine.programs import Programs
-from rlens_jax.engine.sizes import Shapes, device_bytes, fitting_batch_size
+from rlens_jax.engine.shapes import Shapes, choose_shapes, useful_rows
+from rlens_jax.engine.sizes import device_bytes, fitting_batch_size
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.models.forward import VisionLanguageModel
@@ -55,10 +57,15 @@ class ModelFolder:
 
 @dataclass(frozen=True)
 class Session:
-    """A run whose inputs are known and whose journal is open."""
+    """A run whose inputs are prepared and whose journal is open."""
 
     folder: ModelFolder
-    splits: Splits
+    config: RunConfig
+    mesh: Mesh
+    preparer: Preparer
+    splits: Mapping[str, PreparedSplit]
+    shapes: Shapes
+    """Their batch size is as configured."""
     data_hash: str
     journal: Journal
     resumed: int
@@ -68,20 +75,36 @@ class Session:
     @classmethod
     @contextmanager
     def open(cls, folder: ModelFolder, config: RunConfig, processes: Processes, *, restart: bool = False) -> Iterator["Session"]:
-        """Read the samples and open the journal of a run; all processes agree on each. `restart` is as of `open_log`.
+        """Read and prepare the samples, choose buckets, and open the journal of a run; all processes agree on each.
+
+        Args:
+            restart: as of `open_log`.
 
         Raises:
-            UserError: unusable samples, or a journal that belongs to other inputs or settings.
+            UserError: a mesh that does not divide devices or model, unusable samples, or a journal that belongs to other inputs
+                or settings.
         """
-        output = Path(config.output)
+        output, kind, compute = Path(config.output), folder.kind, config.compute
         processes.check_shared(output)
+        check_fits(kind.config.decoder.sizes, compute.model_shards)
+        mesh = make_mesh(jax.devices(), compute.model_shards)
+        preparer = processes.agreed(lambda: kind.preparer(folder.path))
         # A model that generates may reason before it answers; teacher forcing scores the bare answer.
-        prompt = partial(folder.kind.benchmark_prompt, step_by_step=config.search.objective == "generation")
+        generates = config.search.objective == "generation"
+        prompt = partial(kind.benchmark_prompt, step_by_step=generates)
         read = partial(load_splits, config.data, prompt, seed=config.seed)
         # The first process to need a dataset prepares it in the cache, which the processes may share.
-        splits = processes.in_order(read, read)
-        data_hash = samples_hash(splits)
-        identity = processes.agreed(lambda: folder.identity({"data_hash": data_hash, **config.deciding_settings()}))
+        samples = processes.in_order(read, read)
+        data_hash, splits = samples_hash(samples), {}
+        for name, members in samples.items():
+            own = own_samples(len(members), mesh)
+            with Progress(f"preparing {name}", len(own), "samples") as bar:
+                splits[name] = prepare(members, preparer, own, not generates, processes.gather, bar.advance)
+        shapes = processes.agreed(lambda: choose_shapes(compute, kind, list(splits.values())))
+        given, config = config, with_dtype(config, jax.default_backend())
+        say(described(given, config, shapes, list(splits.values())))
+        settings = {"data_hash": data_hash, **config.deciding_settings(), "buckets": shapes.identity}
+        identity = processes.agreed(lambda: folder.identity(settings))
         processes.check_same(identity)
         first, rest = partial(Journal.open, restart=restart), Journal.follow
         with processes.in_order(lambda: first(output, identity), lambda: rest(output, identity)) as journal:
@@ -89,7 +112,7 @@ class Session:
                 say(journal.repaired)
             resumed = len(journal.records())
             processes.check_same({"finished evaluations": resumed})
-            yield cls(folder, splits, data_hash, journal, resumed, processes)
+            yield cls(folder, config, mesh, preparer, splits, shapes, data_hash, journal, resumed, processes)
 
 
 @dataclass(frozen=True)
@@ -107,26 +130,26 @@ class LoadedModel:
         return Programs(self.module, self.mesh, config.reduction, seed=config.seed, new_tokens=new_tokens, stop_tokens=ends)
 
 
-def load(folder: ModelFolder, config: RunConfig) -> LoadedModel:
-    """Load the model on all devices; an open batch size becomes the largest that fits into their memory.
+def load(session: Session) -> LoadedModel:
+    """Load the model on all devices; an open batch size becomes the largest useful one that fits into their memory.
 
     Raises:
-        UserError: the mesh does not divide devices or model, not one row fits into memory, or the folder is not usable.
+        UserError: not one row fits into memory, or the folder is not usable.
     """
-    kind, compute = folder.kind, config.compute
-    check_fits(kind.config.decoder.sizes, compute.model_shards)
-    mesh = make_mesh(jax.devices(), compute.model_shards)
-    rows = compute.batch_size or fitting_batch_size(config, kind, mesh, device_bytes(mesh))
-    _, module = load_model(folder.path, jnp.dtype(dtype_on(mesh, compute)), mesh=mesh)
-    preparer = kind.preparer(folder.path, compute.patch_slots)
-    shapes = Shapes(compute.text_slots, compute.visual_slots, rows, kind.config.decoder.context)
-    return LoadedModel(mesh, module, preparer, shapes)
+    folder, config, mesh, shapes = session.folder, session.config, session.mesh, session.shapes
+    rows = config.compute.batch_size
+    if not rows:
+        useful = useful_rows(shapes, list(session.splits.values()), session.processes.count)
+        rows = fitting_batch_size(config, folder.kind, mesh, device_bytes(mesh), shapes.largest, useful)
+        say(f"batch size: {rows}, at most {useful} leave few rows empty")
+    _, module = load_model(folder.path, jnp.dtype(dtype_on(mesh, config.compute)), mesh=mesh)
+    return LoadedModel(mesh, module, session.preparer, replace(shapes, batch_size=rows))
 
 
-def encode_splits(session: Session, loaded: LoadedModel, programs: Programs, *, with_answers: bool) -> dict[str, Split]:
-    """Prepare, encode and batch the samples of all splits, with progress; arguments and errors as of `build_split`."""
-    preparer, shapes, processes, splits = loaded.preparer, loaded.shapes, session.processes, {}
-    for name, samples in session.splits.items():
-        with Progress(f"preparing {name}", len(own_samples(len(samples), programs)), "samples") as bar:
-            splits[name] = build_split(samples, preparer, programs, shapes, with_answers, bar.advance, processes)
+def encode_splits(session: Session, loaded: LoadedModel, programs: Programs) -> dict[str, Split]:
+    """Encode and batch the samples of all splits, with progress."""
+    slots, splits = answer_slots(session.splits.values()), {}
+    for name, prepared in session.splits.items():
+        with Progress(f"encoding {name}", len(prepared.own), "samples") as bar:
+            splits[name] = encode_split(prepared, programs, loaded.shapes, slots, session.processes, bar.advance)
     return splits

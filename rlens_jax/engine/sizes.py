@@ -1,4 +1,4 @@
-"""Shapes and bytes before anything is allocated: abstract models and batches, bucket sizes, and the batch size that fits.
+"""Shapes and bytes before anything is allocated: abstract models and batches, and the batch size that fits.
 
 Lower-case names are plain counts; W work groups.
 """
@@ -19,65 +19,24 @@ from jax.typing import DTypeLike
 
 from rlens_jax.checkpoints.leaves import layout_of, set_ffn_form
 from rlens_jax.config import ComputeConfig, RunConfig
-from rlens_jax.data.samples import Sample
 from rlens_jax.engine.choices import dtype_on
 from rlens_jax.engine.model_programs import Program
 from rlens_jax.engine.programs import Programs
+from rlens_jax.engine.shapes import MAX_ROWS
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
-from rlens_jax.layout import Bucket, TokenLayout, smallest_bucket
+from rlens_jax.layout import Bucket, TokenLayout
 from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.forward import VisionLanguageModel
-from rlens_jax.models.prompt import Prompt, PromptBatch
+from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.pytrees import unchecked
 from rlens_jax.sharding.mesh import FfnForm, rows_sharding
 
 ANSWER_SLOTS = 16
 """Answer tokens of a row (our assumption; a run takes the next power of two of its longest reference answer)."""
-MAX_ROWS = 16
-"""Max rows of a work group in a batch (our decision): more rows of long prompts are not faster and leave more padding."""
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _NEEDED = re.compile(r"(?:[Uu]sed |required for HLO temporaries \()([\d.]+)([KMGT])")
-
-
-def slot_sizes(smallest: int, largest: int) -> tuple[int, ...]:
-    """Bucket sizes 2^k and 3/2 2^k from `smallest` to `largest`: each wastes at most a third of its slots."""
-    sizes = [smallest]
-    while sizes[-1] < largest:
-        power = 1 << (sizes[-1].bit_length() - 1)
-        sizes.append(power * 3 // 2 if sizes[-1] == power else power * 2)
-    return (*sizes[:-1], largest)
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Static shapes of a run: bucket sizes, ascending, and rows per batch of one work group."""
-
-    text_slots: tuple[int, ...]
-    visual_slots: tuple[int, ...]
-    batch_size: int
-    context: int
-    """The longest sequence that the model was made for."""
-
-    def bucket(self, prompt: Prompt, sample: Sample) -> Bucket:
-        """The smallest bucket that holds the prompt; UserError if none does."""
-        if len(prompt.token_ids) > self.context:
-            raise UserError(
-                f"{sample.id}: {len(prompt.token_ids)} tokens, but the model's context is {self.context}; "
-                "leave the sample out or make its images smaller"
-            )
-
-        def fitting(kind: str, slots: tuple[int, ...], count: int) -> int:
-            size = smallest_bucket(slots, count)
-            if size is None:
-                raise UserError(
-                    f"{sample.id}: {count} {kind} tokens, but the largest bucket has {max(slots)}; "
-                    f"add a larger one to compute.{kind}_slots"
-                )
-            return size
-
-        return Bucket(fitting("text", self.text_slots, prompt.num_text), fitting("visual", self.visual_slots, prompt.num_visual))
 
 
 @dataclass(frozen=True)
@@ -154,17 +113,21 @@ def decoder_arguments(programs: Programs, bucket: Bucket, rows: int) -> dict[Pro
     }
 
 
-def fitting_batch_size(config: RunConfig, kind: ModelKind, mesh: Mesh, available: int) -> int:
+def fitting_batch_size(
+    config: RunConfig, kind: ModelKind, mesh: Mesh, available: int, bucket: Bucket, most: int = MAX_ROWS
+) -> int:
     """The largest number of rows per work group of a run that fits into a device's memory.
 
-    The program with the largest temporaries, `layers` (or `generate`), is compiled for the largest bucket. Its memory, as
-    XLA reports it, must fit in addition to the weights and the base states (our decision).
+    The program with the largest temporaries, `layers` (or `generate`), is compiled for the largest bucket. Its memory, as XLA
+    reports it, must fit in addition to the weights and the base states (our decision).
 
     Args:
         config: the run.
         kind: its model.
         mesh: the devices, real or of a slice to compile for.
         available: bytes of a device.
+        bucket: the largest one.
+        most: rows that are useful, a power of two.
 
     Raises:
         UserError: not even one row fits.
@@ -174,7 +137,6 @@ def fitting_batch_size(config: RunConfig, kind: ModelKind, mesh: Mesh, available
     weights = bytes_on_device(nnx.state(model))
     programs = Programs(model, mesh, config.reduction, seed=0, new_tokens=search.max_new_tokens, stop_tokens=(0,))
     program = programs.layers_program if search.objective == "teacher_forced" else programs.generate_program
-    bucket = Bucket(compute.text_slots[-1], compute.visual_slots[-1])
 
     def needed(rows: int) -> int:
         arguments: Any = decoder_arguments(programs, bucket, rows * programs.groups)[program]
@@ -189,13 +151,13 @@ def fitting_batch_size(config: RunConfig, kind: ModelKind, mesh: Mesh, available
             return held + (bytes_refused(str(error)) or available)
         return held + sizes.temp_size_in_bytes + sizes.output_size_in_bytes + int(compute.state_memory_gb * 1e9)
 
-    return max_rows(needed, available)
+    return max_rows(needed, available, most)
 
 
-def max_rows(needed: Callable[[int], int], available: int) -> int:
-    """The largest power of two of rows that fit, up to `MAX_ROWS`.
+def max_rows(needed: Callable[[int], int], available: int, most: int) -> int:
+    """The largest power of two of rows that fit, up to `most`.
 
-    `MAX_ROWS` is tried first: it usually fits, and the TPU compiler refuses at once what does not.
+    `most` is tried first: it usually fits, and the TPU compiler refuses at once what does not.
 
     Args:
         needed: bytes that the program for so many rows takes on a device; each call compiles one.
@@ -204,7 +166,7 @@ def max_rows(needed: Callable[[int], int], available: int) -> int:
     Raises:
         UserError: not even one row fits.
     """
-    rows = MAX_ROWS
+    rows = most
     while (size := needed(rows)) > available:
         if rows == 1:
             raise UserError(

@@ -15,13 +15,10 @@ from rlens_jax.families.reference_inputs import ReferenceInputs
 from rlens_jax.families.table import Table
 from rlens_jax.models.decoder import Decoder
 from rlens_jax.models.forward import FamilyConfig, VisionLanguageModel
-from rlens_jax.models.prompt import Preparer
+from rlens_jax.models.prompt import ImageArrays, ImageSize, Preparer
 
 ConfigT = TypeVar("ConfigT", bound=FamilyConfig)
 ConfigT_contra = TypeVar("ConfigT_contra", bound=FamilyConfig, contravariant=True)
-
-ImageArrays = Sequence[tuple[tuple[int, ...], DTypeLike]]
-"""Shape and dtype of each array of a prepared image."""
 
 
 @runtime_checkable
@@ -39,10 +36,12 @@ class Family(Generic[ConfigT]):
     """Reader of config.json by `model_type`; it raises UserError for a computation that is not supported."""
     vision: MakeVision[ConfigT]
     """Vision tower and connector, from the arrays of prepared images to visual tokens."""
-    preparer: Callable[[Path, ConfigT, Sequence[int]], Preparer]
-    """`preparer(folder, config, patch_slots)`: prepares images and prompts with the files of a model folder."""
-    image_arrays: Callable[[ConfigT, int], ImageArrays]
-    """`image_arrays(config, patches)`: the arrays of an image that `preparer` pads to a bucket of `patches` patches."""
+    preparer: Callable[[Path, ConfigT], Preparer]
+    """`preparer(folder, config)`: prepares images and prompts with the files of a model folder."""
+    image_sizes: Callable[[ConfigT, int], Sequence[ImageSize]]
+    """`image_sizes(config, patches)`: the buckets of images that a value of `compute.patch_slots` stands for, ascending."""
+    image_arrays: Callable[[ConfigT, ImageSize], ImageArrays]
+    """`image_arrays(config, size)`: the arrays of a prepared image, padded to a bucket of this size."""
     table: Callable[[ConfigT], Table]
     """Mapping between published tensors and our parameters."""
     reference: ReferenceInputs[ConfigT]

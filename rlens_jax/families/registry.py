@@ -13,11 +13,11 @@ from rlens_jax.data.benchmarks.catalogue import Instance, Turn
 from rlens_jax.errors import UserError, foreign, suggest
 from rlens_jax.families import internvl, llava_onevision, minicpm_v, qwen2_vl
 from rlens_jax.families.config_reader import ConfigReader
-from rlens_jax.families.family import Family, ImageArrays
+from rlens_jax.families.family import Family
 from rlens_jax.families.table import Table
 from rlens_jax.files import shortened
 from rlens_jax.models.forward import FamilyConfig, VisionLanguageModel
-from rlens_jax.models.prompt import Preparer
+from rlens_jax.models.prompt import ImageArrays, ImageSize, Preparer
 
 FAMILIES: tuple[Family[Any], ...] = (internvl.FAMILY, llava_onevision.FAMILY, minicpm_v.FAMILY, qwen2_vl.FAMILY)
 """`Any`, because each family has its own type of config."""
@@ -44,18 +44,21 @@ class ModelKind:
         config: Any = self.config  # of the family's own class, a dataclass
         return replace(self, config=replace(config, decoder=decoder))
 
-    def preparer(self, folder: Path, patch_slots: Sequence[int]) -> Preparer:
-        """Prepares images and prompts with the files of a model folder; `patch_slots` are bucket sizes in patches per image.
-
-        Raises:
-            UserError: a file is missing or does not fit config.json, or the buckets are too small.
-        """
+    def preparer(self, folder: Path) -> Preparer:
+        """Prepares images and prompts with a model folder's files; UserError if one is missing or does not fit config.json."""
         with foreign(f"{folder}: the files for texts or images are not usable", "; copy those of the published model"):
-            return self.family.preparer(folder, self.config, patch_slots)
+            return self.family.preparer(folder, self.config)
 
-    def image_arrays(self, patches: int) -> ImageArrays:
-        """Shapes and dtypes of a prepared image in a bucket of `patches` patches; UserError if that is too small."""
-        return self.family.image_arrays(self.config, patches)
+    def image_sizes(self, patch_slots: Sequence[int]) -> list[ImageSize]:
+        """The buckets of images that bucket sizes in patches stand for; UserError if none of them holds an image."""
+        sizes = [size for slots in patch_slots for size in self.family.image_sizes(self.config, slots)]
+        if not sizes:
+            raise UserError(f"compute.patch_slots: none of {list(patch_slots)} holds the patches of one view of an image")
+        return list(dict.fromkeys(sizes))
+
+    def image_arrays(self, size: ImageSize) -> ImageArrays:
+        """Shapes and dtypes of a prepared image, padded to a bucket of this size."""
+        return self.family.image_arrays(self.config, size)
 
     def table(self) -> Table:
         """The mapping of the published tensors."""

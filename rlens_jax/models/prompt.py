@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 from PIL.Image import Image
 
@@ -20,6 +21,12 @@ IGNORE = -1
 
 Grid = tuple[int, int]
 
+ImageSize = tuple[int, ...]
+"""The counts of an image that its arrays have as leading axes: patches, or views and patches of each view."""
+
+ImageArrays = Sequence[tuple[tuple[int, ...], DTypeLike]]
+"""Shape and dtype of each array of a prepared image."""
+
 
 @dataclass(frozen=True)
 class ImageTokens:
@@ -32,10 +39,16 @@ class ImageTokens:
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """The input of a vision tower for one image: arrays padded to a bucket."""
+    """The input of a vision tower for one image, without padding."""
 
     arrays: tuple[np.ndarray, ...]
+    """The patches are the first array; zeros at the end of any axis are padding to the tower."""
     tokens: ImageTokens
+
+    @property
+    def size(self) -> ImageSize:
+        """The leading axes of the patches."""
+        return self.arrays[0].shape[:-1]
 
 
 @dataclass(frozen=True)
@@ -83,11 +96,7 @@ class Preparer(Protocol):
     def images(self, pixels: Sequence[Image], sample_id: str) -> Sequence[PreparedImage]:
         """Prepare all images of a sample, in order.
 
-        One call per sample, because some families treat an image differently when there are several. Arrays of equal
-        shapes form a bucket: they are stacked and go through one program.
-
-        Raises:
-            UserError: an image does not fit the largest bucket.
+        One call per sample, because some families treat an image differently when there are several.
         """
 
     def prompt(self, sample: Sample, images: Sequence[ImageTokens], answer: str | None) -> Prompt:

@@ -4,13 +4,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import jax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from rlens_jax.config import RunConfig
-from rlens_jax.engine.choices import with_dtype
 from rlens_jax.engine.scoring import Scoring
 from rlens_jax.engine.session import ModelFolder, Session, encode_splits, load
 from rlens_jax.engine.sizes import memory_explained
@@ -66,11 +64,11 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
     """
     output, processes = Path(config.output), Processes()
     start(config.compute, output, processes)
-    config = with_dtype(config, jax.default_backend())
     folder = ModelFolder.find(config.model)
     # A ranking that cannot be used leaves no run folder behind.
     orders = {} if ranking is None else read_orders(ranking, folder.weights_hash)
     with Session.open(folder, config, processes, restart=restart) as session, memory_explained(config.compute):
+        config = session.config
         bench = _bench(config, session, orders)
         facts = Facts(
             model=config.model,
@@ -99,8 +97,8 @@ def read_orders(path: Path, model_hash: str) -> dict[Operator, tuple[int, ...]]:
 
 def _bench(config: RunConfig, session: Session, orders: Mapping[Operator, tuple[int, ...]]) -> Bench:
     """Load the model and encode the samples."""
-    loaded = load(session.folder, config)
-    splits = encode_splits(session, loaded, loaded.programs(config), with_answers=True)
+    loaded = load(session)
+    splits = encode_splits(session, loaded, loaded.programs(config))
 
     def scoring_of(variant: Variant) -> Scoring:
         return make_scoring(loaded.module, loaded.mesh, variant, config.seed, loaded.preparer.chat.stop_tokens)

@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 
 from rlens_jax.config import RunConfig
-from rlens_jax.engine.choices import with_dtype
 from rlens_jax.engine.evaluator import Evaluator
 from rlens_jax.engine.generating import Generating, generated_texts
 from rlens_jax.engine.inputs import build_split
@@ -65,16 +64,16 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
     output, search, report = Path(config.output), config.search, config.report
     forced = search.objective == "teacher_forced"
     compilations = start(config.compute, output, processes)
-    config = with_dtype(config, jax.default_backend())
     processes.check_same(config.portable() | {"output": config.output})
     folder = processes.agreed(lambda: ModelFolder.find(config.model))
     with Session.open(folder, config, processes, restart=restart) as session, memory_explained(config.compute):
+        config = session.config
         clock.enter("load")
-        loaded = load(session.folder, config)
+        loaded = load(session)
         programs = loaded.programs(config)
         scoring: Scoring = TeacherForcing(programs) if forced else Generating(programs, loaded.preparer.chat.decode)
         clock.enter("encode")
-        splits = encode_splits(session, loaded, programs, with_answers=forced)
+        splits = encode_splits(session, loaded, programs)
         clock.enter("search")
         evaluator = Evaluator(scoring, splits, session.journal, 1e9 * config.compute.state_memory_gb, Stopper().check)
         ranker = Ranker(evaluator, programs.config.num_layers, config)
@@ -102,7 +101,7 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
 
 def answer_examples(session: Session, loaded: LoadedModel, programs: Programs, plan: Plan) -> list[Example]:
     """A few held-out samples with the answers that the model generates, dense and under `plan`; on every process."""
-    samples = choose_samples(session.splits[TEST])
+    samples = choose_samples(session.splits[TEST].samples)
     split = build_split(samples, loaded.preparer, programs, loaded.shapes, False, processes=session.processes)
     decode = loaded.preparer.chat.decode
     texts = [generated_texts(programs, split, each, decode) for each in (Plan(), plan)]

@@ -39,7 +39,7 @@ def test_logits_and_answers_equal_those_of_hugging_face(questions: list[tuple[Im
     theirs = Qwen2VLForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
     processor = AutoProcessor.from_pretrained(folder)
     kind, ours = load_model(folder, jnp.float32)
-    preparer = kind.preparer(folder, (512,))
+    preparer = kind.preparer(folder)
     for image, text in questions:
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
         prompt_text = processor.apply_chat_template(messages, add_generation_prompt=True)

@@ -49,7 +49,7 @@ def test_a_journal_is_resumed_with_the_same_settings_only(folder: ModelFolder, t
     record = Record("test", Plan(), "pages", (1.0,), 0.5)
     config = RunConfig(output=str(tmp_path), data=DATA)
     with Session.open(folder, config, ALONE) as session:
-        assert {name: len(samples) for name, samples in session.splits.items()} == {"validation": 3, "test": 3}
+        assert {name: len(split.samples) for name, split in session.splits.items()} == {"validation": 3, "test": 3}
         assert session.resumed == 0
         session.journal.append(record)
     with Session.open(folder, config, ALONE) as session:
@@ -60,6 +60,7 @@ def test_a_journal_is_resumed_with_the_same_settings_only(folder: ModelFolder, t
         pass
 
 
-def test_a_configured_batch_size_stays(folder: ModelFolder) -> None:
-    compute = ComputeConfig(batch_size=3, text_slots=(16,), visual_slots=(64,), patch_slots=(256,))
-    assert load(folder, RunConfig(compute=compute)).shapes.batch_size == 3
+def test_a_configured_batch_size_stays(folder: ModelFolder, tmp_path: Path) -> None:
+    config = RunConfig(output=str(tmp_path), data=DATA, compute=ComputeConfig(batch_size=3))
+    with Session.open(folder, config, ALONE) as session:
+        assert load(session).shapes.batch_size == 3

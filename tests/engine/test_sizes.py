@@ -7,15 +7,16 @@ from rlens_jax.checkpoints.checkpoint import read_model_kind
 from rlens_jax.config import ComputeConfig, RunConfig
 from rlens_jax.engine.sizes import fitting_batch_size
 from rlens_jax.errors import UserError
+from rlens_jax.layout import Bucket
 from rlens_jax.sharding.mesh import make_mesh
 
 KIND = read_model_kind("embedded")
 
 
 def found(available: int) -> int:
-    compute = ComputeConfig(text_slots=(16,), visual_slots=(64,), patch_slots=(256,), state_memory_gb=0)
+    compute = ComputeConfig(state_memory_gb=0)
     mesh = make_mesh(jax.devices()[:1], 1)
-    return fitting_batch_size(RunConfig(compute=compute), KIND, mesh, available)
+    return fitting_batch_size(RunConfig(compute=compute), KIND, mesh, available, Bucket(16, 64))
 
 
 def test_as_many_as_fit() -> None:

@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from rlens_jax.engine.evaluator import Outcomes
 from rlens_jax.engine.inputs import Split, build_split
 from rlens_jax.engine.model_programs import ModelPrograms
 from rlens_jax.engine.programs import Programs
-from rlens_jax.engine.sizes import Shapes
+from rlens_jax.engine.shapes import Shapes, row_buckets
 from rlens_jax.families import qwen2_vl
 from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig, VisionConfig
 from rlens_jax.families.qwen2_vl.preparer import patch_places, rope_positions
@@ -43,7 +44,14 @@ CONFIG = Qwen2VLConfig(
     video_token=2,
 )
 REDUCTION = Reduction(attention_range=2, active_fraction=0.1, probe_fraction=0.2)
-SHAPES = Shapes(text_slots=(8, 16), visual_slots=(8, 24), batch_size=4, context=512)
+
+
+def shapes_of(text_slots: Sequence[int], visual_slots: Sequence[int], batch_size: int) -> Shapes:
+    """Every pair of slots, and one size for all images."""
+    return Shapes(row_buckets(text_slots, visual_slots), ((48,),), partial(qwen2_vl.FAMILY.image_arrays, CONFIG), batch_size)
+
+
+SHAPES = shapes_of((8, 16), (8, 24), 4)
 
 
 class ToyChat(Chat):
@@ -70,12 +78,7 @@ class ToyPreparer:
         grid = (pixels.height, pixels.width)
         rng = np.random.default_rng(pixels.height * 100 + pixels.width)
         patches = rng.standard_normal((grid[0] * grid[1], 6), np.float32)
-        room = 48 - len(patches)
-        arrays = (
-            np.pad(patches, ((0, room), (0, 0))),
-            np.pad(patch_places(grid, 2), ((0, room), (0, 0))),
-            np.array(len(patches), np.int32),
-        )
+        arrays = patches, patch_places(grid, 2), np.array(len(patches), np.int32)
         return PreparedImage(arrays, ImageTokens(len(patches) // 4, grid))
 
     def prompt(self, sample: Sample, images: Sequence[ImageTokens], answer: str | None) -> Prompt:

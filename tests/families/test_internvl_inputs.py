@@ -37,6 +37,7 @@ from tests.families.internvl import (
     tiny_internvl,
 )
 from tests.families.odd_images import as_opened, odd_images, sample_of
+from tests.families.padding import padded
 from tests.numerics import assert_close
 from tests.torch_support import save_tiny
 
@@ -147,8 +148,8 @@ def tiles(*counts: int) -> list[ImageTokens]:
     return [ImageTokens(16 * count) for count in counts]
 
 
-def preparer(folder: Path, patch_slots=(64, 256, 512)) -> InternVLPreparer:
-    return InternVLPreparer(folder, read_model_kind(folder).config, patch_slots)
+def preparer(folder: Path) -> InternVLPreparer:
+    return InternVLPreparer(folder, read_model_kind(folder).config)
 
 
 def sample(question: str, images: int = 1) -> Sample:
@@ -263,7 +264,7 @@ def test_transparency_is_dropped_in_the_native_layout(native):
 @pytest.mark.parametrize("layout", ["native", "hf"])
 def test_image_in_the_smallest_bucket_of_tiles(layout, request):
     folder = request.getfixturevalue(layout)
-    (image,) = preparer(folder).images([picture(2, 40, 90)], "s:1")
+    (image,) = padded(preparer(folder).images([picture(2, 40, 90)], "s:1"), read_model_kind(folder), (64, 256, 512))
     (patches,) = image.arrays
     assert image.tokens.count == 48
     assert patches.shape == (4, 64, 12)
@@ -283,9 +284,9 @@ def test_from_picture_to_logits(native):
     from tests.families.internvl import Example
 
     theirs, (kind, ours) = tiny_internvl(0, num_hidden_layers=1), load_model(native, jnp.float32)
-    prepare = InternVLPreparer(native, kind.config, (512,))
+    prepare = InternVLPreparer(native, kind.config)
     pictures = [picture(2, 40, 90), picture(3, 50, 11)]
-    images = prepare.images(pictures, "s:1")
+    images = padded(prepare.images(pictures, "s:1"), kind, (512,))
     prompt = prepare.prompt(sample("a <image> b <image> c", 2), [image.tokens for image in images], None)
     example = Example(prompt.token_ids, prompt.is_visual, [cut_tiles(image, TILE, kind.config.native) for image in pictures])
     with torch.no_grad():
@@ -309,13 +310,8 @@ def refusal(function, *arguments) -> str:
     return message
 
 
-def test_an_image_of_too_many_tiles(native):
-    message = refusal(preparer(native, (64, 200)).images, [picture(2, 45, 30)], "s:1")
-    assert "s:1: an image has 7 tiles, the largest bucket 3; add 448 or more to compute.patch_slots" in message
-
-
 def test_no_bucket_holds_a_tile(native):
-    assert "none of [32, 63] holds a tile of 64 patches" in refusal(preparer, native, (32, 63))
+    assert "none of [32, 63] holds the patches of one view" in refusal(read_model_kind(native).image_sizes, (32, 63))
 
 
 @pytest.mark.parametrize("layout", ["native", "hf"])

@@ -21,7 +21,7 @@ from rlens_jax.data.samples import Sample
 from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.inputs import build_split
 from rlens_jax.engine.programs import Programs
-from rlens_jax.engine.sizes import Shapes
+from rlens_jax.engine.shapes import Shapes, row_buckets
 from rlens_jax.errors import UserError
 from rlens_jax.families.llava_onevision.preparer import LlavaOnevisionPreparer, cut_patches
 from rlens_jax.models.prompt import Grid as Size
@@ -40,6 +40,7 @@ from tests.families.llava_onevision import (
     tiny_llava,
 )
 from tests.families.odd_images import as_opened, odd_images, sample_of
+from tests.families.padding import padded
 from tests.numerics import assert_close
 from tests.torch_support import save_tiny
 
@@ -96,7 +97,7 @@ def loaded(folder):
 
 @pytest.fixture
 def preparer(folder, loaded) -> LlavaOnevisionPreparer:
-    return LlavaOnevisionPreparer(folder, loaded[0].config, PATCH_SLOTS)
+    return LlavaOnevisionPreparer(folder, loaded[0].config)
 
 
 def png(image: Image.Image) -> bytes:
@@ -169,7 +170,8 @@ def test_visual_tokens_of_a_run(folder, theirs, loaded, preparer):
     """All samples through `build_split`, against Hugging Face one sample at a time; one program a bucket."""
     mesh = make_mesh(jax.devices()[:1], 1)
     programs = Programs(loaded[1], mesh, Reduction(), seed=0, new_tokens=1, stop_tokens=(191,))
-    shapes = Shapes(text_slots=(32,), visual_slots=(64, 128), batch_size=2, context=512)
+    kind = loaded[0]
+    shapes = Shapes(row_buckets((32,), (64, 128)), tuple(kind.image_sizes(PATCH_SLOTS)), kind.image_arrays, 2)
     samples = list(SAMPLES.values())
     split = build_split(samples, preparer, programs, shapes, True)
     seen = set()
@@ -190,9 +192,12 @@ def test_visual_tokens_of_a_run(folder, theirs, loaded, preparer):
     assert programs.traces["encode"] == 3
 
 
-def test_buckets_count_patches(preparer):
-    sizes = [(14, 14), (20, 33), (61, 47)]
-    views = [preparer.images([picture(0, size)], "s")[0].arrays[0].shape for size in sizes]
+def test_buckets_count_patches(preparer, loaded):
+    def shape(size):
+        (image,) = padded(preparer.images([picture(0, size)], "s"), loaded[0], PATCH_SLOTS)
+        return image.arrays[0].shape
+
+    views = [shape(size) for size in [(14, 14), (20, 33), (61, 47)]]
     assert views == [(7, 9, 48), (7, 9, 48), (20, 9, 48)]
     first, second = preparer.images([picture(0, (14, 14)), picture(1, (61, 47))], "s")
     assert first.arrays[0].shape == second.arrays[0].shape == (1, 9, 48)
@@ -203,20 +208,13 @@ def test_no_image_outgrows_its_bucket(folder, loaded):
     """The visual slots of a bucket hold those of any image with so many views."""
     from transformers.image_processing_utils import select_best_resolution
 
-    slots = [count * SIDE**2 for count in range(1, 18)]
-    preparer = LlavaOnevisionPreparer(folder, loaded[0].config, slots)
+    preparer = LlavaOnevisionPreparer(folder, loaded[0].config)
     rng = np.random.default_rng(1)
     for size in [(14, 900), (900, 14), *(tuple(map(int, rng.integers(3, 90, 2))) for _ in range(60))]:
         height, width = select_best_resolution(size, PINPOINTS)
         (image,) = preparer.images([picture(0, size)], "s")
         assert len(image.arrays[0]) == 1 + (height // VIEW) * (width // VIEW)
-        assert image.tokens.count <= len(image.arrays[1])
-
-
-def test_an_image_that_fits_no_bucket(folder, loaded):
-    preparer = LlavaOnevisionPreparer(folder, loaded[0].config, (16, 40))
-    with pytest.raises(UserError, match=r"s7: an image has 63 patches \(7 views\), the largest bucket 40; add a"):
-        preparer.images([picture(0, (20, 33))], "s7")
+        assert image.tokens.count <= loaded[0].image_arrays(image.size)[1][0][0]
 
 
 def test_a_token_that_these_words_cannot_spell(preparer):
@@ -232,7 +230,7 @@ def test_a_processor_of_another_checkpoint_is_refused(folder, loaded, tmp_path):
     fields = json.loads(path.read_text())
     path.write_text(json.dumps({**fields, "image_grid_pinpoints": PINPOINTS[:3]}))
     with pytest.raises(UserError, match=r"preprocessor_config.json and config.json differ in image_grid_pinpoints"):
-        LlavaOnevisionPreparer(tmp_path, loaded[0].config, PATCH_SLOTS)
+        LlavaOnevisionPreparer(tmp_path, loaded[0].config)
     path.unlink()
     with pytest.raises(UserError, match=r"no preprocessor_config.json; copy that of the published model"):
-        LlavaOnevisionPreparer(tmp_path, loaded[0].config, PATCH_SLOTS)
+        LlavaOnevisionPreparer(tmp_path, loaded[0].config)

@@ -20,13 +20,13 @@ from rlens_jax.checkpoints.leaves import place
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.inputs import build_split
 from rlens_jax.engine.programs import Programs
-from rlens_jax.engine.sizes import Shapes
+from rlens_jax.engine.shapes import Shapes, row_buckets
 from rlens_jax.errors import UserError
 from rlens_jax.families.minicpm_v import model as minicpm_v
 from rlens_jax.families.minicpm_v import preparer as minicpm_v_preparer
 from rlens_jax.families.minicpm_v.model import MiniCPMVConfig
 from rlens_jax.families.minicpm_v.preparer import NO_SLICES, MiniCPMVPreparer, Slicing
-from rlens_jax.families.registry import read_kind
+from rlens_jax.families.registry import ModelKind, read_kind
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt, collate
 from rlens_jax.ops.attention import masked_attention
@@ -35,13 +35,13 @@ from rlens_jax.sharding.mesh import make_mesh
 from tests.families import minicpm_v as reference
 from tests.families.contract import BOTH, SIMPLE, WHOLE, ForwardContract, Logits, set_to, swap
 from tests.families.minicpm_v import NUM_QUERIES, config_json, cut_views, save_processing
+from tests.families.padding import padded
 from tests.numerics import assert_close, error
 from tests.sequences import bucket_for, unpack
 from tests.torch_reductions import reduced
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
-PATCH_SLOTS = (96,)
 KEY = jax.random.key(0)
 SMALL = Reduction(attention_range=7, active_fraction=0.3)
 PLAIN = Plan()
@@ -63,11 +63,15 @@ class Pair:
     """The same weights on both sides."""
 
     theirs: reference.MiniCPMV
-    config: MiniCPMVConfig
+    kind: ModelKind
     preparer: MiniCPMVPreparer
     load: Callable[[], VisionLanguageModel]
     """A fresh copy of our model, to be changed at will."""
     ours: VisionLanguageModel
+
+    @property
+    def config(self) -> MiniCPMVConfig:
+        return self.kind.config
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     theirs = reference.MiniCPMV(seed=0)
     theirs.save(folder)
     kind, ours = load_model(folder, jnp.float32)
-    preparer = MiniCPMVPreparer(folder, kind.config, PATCH_SLOTS)
-    return Pair(theirs, kind.config, preparer, lambda: load_model(folder, jnp.float32)[1], ours)
+    preparer = MiniCPMVPreparer(folder, kind.config)
+    return Pair(theirs, kind, preparer, lambda: load_model(folder, jnp.float32)[1], ours)
 
 
 LARGE, TALL, WIDE, LITTLE = (250, 240), (61, 150), (203, 90), (70, 40)
@@ -105,11 +109,16 @@ def sample_of(question: str, num_images: int) -> Sample:
     return Sample("s", "d", (b"",) * num_images, question, ("yes",), marked="<image>" in question)
 
 
+def prepare(pair: Pair, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
+    """Images padded to 96 patches a view and 1, 4, 7 or 10 views."""
+    return padded(pair.preparer.images(pictures, "s"), pair.kind, (96,))
+
+
 def make_examples(pair: Pair, batch: str) -> list[Example]:
     examples = []
     for seed, (question, sizes) in enumerate(BATCHES[batch]):
         pictures = [picture(10 * seed + i, size) for i, size in enumerate(sizes)]
-        prepared = pair.preparer.images(pictures, "s")
+        prepared = prepare(pair, pictures)
         prompt = pair.preparer.prompt(sample_of(question, len(sizes)), [image.tokens for image in prepared], None)
         visual = [pair.theirs.visual_tokens(cut_views(image)[0]) for image in pictures]
         examples.append(Example(prompt, list(prepared), visual))
@@ -169,7 +178,7 @@ def their_logits(pair: Pair, examples: Sequence[Example]) -> list[np.ndarray]:
 @pytest.mark.parametrize("size", [LARGE, TALL, WIDE, LITTLE])
 def test_tower_and_resampler(pair, size):
     image = picture(3, size)
-    (prepared,) = pair.preparer.images([image], "s")
+    (prepared,) = prepare(pair, [image])
     views, _ = cut_views(image)
     patches, ids, places, counts = filled(prepared)
     features = np.asarray(jax.jit(pair.ours.vision.features)(patches, ids, counts))
@@ -189,7 +198,7 @@ def test_tower_and_resampler(pair, size):
 
 
 def test_images_of_one_bucket_are_encoded_together(pair):
-    images = pair.preparer.images([picture(seed, WIDE) for seed in range(3)], "s")
+    images = prepare(pair, [picture(seed, WIDE) for seed in range(3)])
     together = jax.jit(pair.ours.vision)(*map(np.stack, zip(*(i.arrays for i in images), strict=True)))
     for seed, tokens in enumerate(together):
         expected = pair.theirs.visual_tokens(cut_views(picture(seed, WIDE))[0])
@@ -309,7 +318,7 @@ def test_logits_of_a_model_with_tied_head(tmp_path):
     theirs = reference.MiniCPMV(seed=4, tie_word_embeddings=True)
     folder = theirs.save(save_processing(tmp_path), tie_word_embeddings=True)
     kind, ours = load_model(folder, jnp.float32)
-    pair = Pair(theirs, kind.config, MiniCPMVPreparer(folder, kind.config, PATCH_SLOTS), lambda: ours, ours)
+    pair = Pair(theirs, kind, MiniCPMVPreparer(folder, kind.config), lambda: ours, ours)
     examples = make_examples(pair, "two images with text between")
     assert_close(our_logits(ours, examples)[0], their_logits(pair, examples)[0], WHOLE)
 
@@ -331,7 +340,7 @@ def test_greedy_tokens(pair, plan, tmp_path):
     other = Sample("t", "d", tuple(files[1:]), "And this?", ("yes",))
     mesh = make_mesh(jax.devices()[:1], 1)
     programs = Programs(place(pair.ours, mesh), mesh, SMALL, seed=0, new_tokens=new_tokens, stop_tokens=())
-    shapes = Shapes((128, 256), (48,), 2, 1024)
+    shapes = Shapes(row_buckets((128, 256), (48,)), ((1, 96), (7, 96)), pair.kind.image_arrays, 2)
     split = build_split([sample, other], pair.preparer, programs, shapes, False)
     images = [ImageTokens(0, pair.preparer.slicing.grid(size)) for size in sizes]
     for row, (asked, used) in enumerate([(sample, slice(0, 2)), (other, slice(1, 2))]):
@@ -432,31 +441,31 @@ def test_refused_config(fields, message):
 def test_refused_preprocessor_config(pair, fields, message, tmp_path):
     save_processing(tmp_path, **fields)
     with pytest.raises(UserError) as caught:
-        MiniCPMVPreparer(tmp_path, pair.config, PATCH_SLOTS)
+        MiniCPMVPreparer(tmp_path, pair.config)
     assert str(caught.value) == f"{tmp_path / 'preprocessor_config.json'}: {message}"
 
 
 def test_missing_files(pair, tmp_path):
     with pytest.raises(UserError, match=r"no preprocessor_config.json; copy"):
-        MiniCPMVPreparer(tmp_path, pair.config, PATCH_SLOTS)
+        MiniCPMVPreparer(tmp_path, pair.config)
     save_processing(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"no usable tokenizer \(.*\); copy the files") as caught:
-        MiniCPMVPreparer(tmp_path, pair.config, PATCH_SLOTS)
+        MiniCPMVPreparer(tmp_path, pair.config)
     assert "\n" not in str(caught.value)
 
 
 def test_a_tokenizer_of_another_model(pair, tmp_path):
     save_processing(tmp_path, slice_start="<cut>")
     with pytest.raises(UserError, match=r"the tokenizer has no token '<cut>'"):
-        MiniCPMVPreparer(tmp_path, pair.config, PATCH_SLOTS)
+        MiniCPMVPreparer(tmp_path, pair.config)
     save_processing(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     fields = json.loads(path.read_text())
     del fields["chat_template"]
     path.write_text(json.dumps(fields))
     with pytest.raises(UserError, match=r"no chat template; copy"):
-        MiniCPMVPreparer(tmp_path, pair.config, PATCH_SLOTS)
+        MiniCPMVPreparer(tmp_path, pair.config)
 
 
 @pytest.mark.parametrize("text", ["<video>", "</image><image>", "<slice>", "<image_id>0</image_id>", "<unk>", "<|im_end|>"])
@@ -475,11 +484,6 @@ def test_an_answer_that_merges_with_the_prompt(pair, monkeypatch):
     monkeypatch.setattr(pair.preparer.chat, "ids", lambda text, hidden: [len(text)])
     with pytest.raises(UserError, match=r"s: the answer 'yes' merges with the prompt's last token"):
         pair.preparer.prompt(sample_of("What?", 1), [LITTLE_TOKENS], "yes")
-
-
-def test_a_view_of_too_many_patches(pair):
-    with pytest.raises(UserError, match=r"s: a view of an image has \d+ patches, the largest bucket 96; add"):
-        pair.preparer.images([picture(0, (2000, 2))], "s")
 
 
 def transposed_projection(model: VisionLanguageModel) -> None:

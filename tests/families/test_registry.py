@@ -18,7 +18,7 @@ from rlens_jax.data.benchmarks.catalogue import Instance
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.inputs import build_split
 from rlens_jax.engine.programs import Programs
-from rlens_jax.engine.sizes import Shapes
+from rlens_jax.engine.shapes import Shapes, row_buckets
 from rlens_jax.errors import UserError
 from rlens_jax.families import registry
 from rlens_jax.models.forward import VisionLanguageModel, forward
@@ -94,14 +94,14 @@ def test_weights_load_and_come_back(folder: Path, tmp_path: Path) -> None:
 def test_a_ranking_can_prepare_and_score_it(folder: Path) -> None:
     kind, model = load_model(folder, jnp.float32)
     mesh = make_mesh(jax.devices()[:1], 1)
-    preparer = kind.preparer(folder, (8, 16))
+    preparer = kind.preparer(folder)
     assert isinstance(preparer, Preparer)
     programs = Programs(model, mesh, SMALL, seed=0, new_tokens=1, stop_tokens=preparer.chat.stop_tokens)
-    shapes = Shapes((16, 32), (0, 8, 16), 2, kind.config.decoder.context)
+    shapes = Shapes(row_buckets((16, 32), (0, 8, 16)), tuple(kind.image_sizes((8, 16))), kind.image_arrays, 2)
     split = build_split(samples(), preparer, programs, shapes, True)
     assert split.num_visual.tolist() == [6, 13, 0]
     assert split.num_text.tolist() == [4 + 5, 9 + 6, 8 + 5]
-    assert [shape for shape, _ in kind.image_arrays(16)] == [(16, 3)]
+    assert [shape for shape, _ in kind.image_arrays((16,))] == [(16, 3)]
 
 
 def test_a_question_of_a_benchmark(folder: Path) -> None:

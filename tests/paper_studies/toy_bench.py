@@ -12,15 +12,14 @@ from rlens_jax.config import ReportConfig, RunConfig, SearchConfig
 from rlens_jax.engine.inputs import Split, build_split
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import Scoring, TeacherForcing
-from rlens_jax.engine.sizes import Shapes
 from rlens_jax.paper_studies.study import Variant
 from rlens_jax.paper_studies.study_bench import Bench
 from rlens_jax.paper_studies.study_programs import make_scoring
 from rlens_jax.search.journal import Journal
 from rlens_jax.sharding.mesh import make_mesh
-from tests.engine.toy import CONFIG, REDUCTION, STOP, ToyPreparer, answered, toy_model, toy_programs, toy_samples
+from tests.engine.toy import CONFIG, REDUCTION, STOP, ToyPreparer, answered, shapes_of, toy_model, toy_programs, toy_samples
 
-ONE_BUCKET = Shapes(text_slots=(16,), visual_slots=(24,), batch_size=8, context=512)
+ONE_BUCKET = shapes_of((16,), (24,), 8)
 """Every variant is compiled for each bucket."""
 
 TOY_CONFIG = RunConfig(

@@ -92,7 +92,7 @@ def make_minicpm(folder: Path) -> Reference:
     model = minicpm.MiniCPMV(seed=0)
     model.save(minicpm.save_processing(folder))
     kind, _ = load_model(folder, jnp.float32)
-    preparer = MiniCPMVPreparer(folder, kind.config, (96,))
+    preparer = MiniCPMVPreparer(folder, kind.config)
     prompts, visual, views, bounds = [], [], [], []
     for row, (question, sizes) in enumerate(MINICPM_SAMPLES):
         pictures = [llava.picture(10 * row + i, (height, width)) for i, (width, height) in enumerate(sizes)]

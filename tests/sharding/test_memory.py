@@ -18,9 +18,9 @@ def test_rows_that_fit(available: int, rows: int | None) -> None:
 
     if rows is None:
         with pytest.raises(UserError, match=r"one sample needs .* raise compute.model_shards"):
-            max_rows(needed, available)
+            max_rows(needed, available, 16)
     else:
-        assert max_rows(needed, available) == rows
+        assert max_rows(needed, available, 16) == rows
 
 
 def test_no_more_programs_are_compiled_than_down_to_the_one_that_fits() -> None:
@@ -30,7 +30,7 @@ def test_no_more_programs_are_compiled_than_down_to_the_one_that_fits() -> None:
         compiled.append(rows)
         return 100 + rows**2
 
-    assert max_rows(needed, 164) == 8
+    assert max_rows(needed, 164, 16) == 8
     assert compiled == [16, 8]
 
 

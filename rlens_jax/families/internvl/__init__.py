@@ -2,7 +2,7 @@
 
 from rlens_jax.families.family import Family
 from rlens_jax.families.internvl.model import InternVLConfig, VisionTower, read_hf_config, read_native_config
-from rlens_jax.families.internvl.preparer import InternVLPreparer, benchmark_prompt, image_arrays
+from rlens_jax.families.internvl.preparer import InternVLPreparer, benchmark_prompt, image_arrays, image_sizes
 from rlens_jax.families.internvl.reference import REFERENCE
 from rlens_jax.families.internvl.weights import table
 
@@ -10,6 +10,7 @@ FAMILY = Family[InternVLConfig](
     model_types={"internvl": read_hf_config, "internvl_chat": read_native_config},
     vision=VisionTower,
     preparer=InternVLPreparer,
+    image_sizes=image_sizes,
     image_arrays=image_arrays,
     table=table,
     reference=REFERENCE,

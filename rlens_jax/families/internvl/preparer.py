@@ -31,14 +31,12 @@ from rlens_jax.data.images import Transparency
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.errors import UserError, foreign
 from rlens_jax.families.chat_files import load_tokenizer, read_stop_tokens, read_template
-from rlens_jax.families.family import ImageArrays
 from rlens_jax.families.image_files import MOST_TILES, make_processor, read_processor_fields
 from rlens_jax.families.internvl.model import InternVLConfig, Native
 from rlens_jax.files import read_json_object
-from rlens_jax.layout import smallest_bucket
 from rlens_jax.models.chat import NOTHING_HIDDEN, Part, PlaceholderChat
 from rlens_jax.models.literal_text import Hidden
-from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt
+from rlens_jax.models.prompt import ImageArrays, ImageSize, ImageTokens, PreparedImage, Prompt
 
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -221,13 +219,15 @@ def _native_template(name: str, start: str) -> str:
     )
 
 
-def image_arrays(config: InternVLConfig, patches: int) -> ImageArrays:
+def image_sizes(config: InternVLConfig, patches: int) -> list[ImageSize]:
+    """See `Family.image_sizes`: whole tiles. With 1024 patches per tile, 12 tiles and a thumbnail need 13312 patches."""
+    tiles = patches // config.vision.num_patches
+    return [(tiles, config.vision.num_patches)] if tiles else []
+
+
+def image_arrays(config: InternVLConfig, size: ImageSize) -> ImageArrays:
     """See `Family.image_arrays`."""
-    vision = config.vision
-    tiles = patches // vision.num_patches
-    if not tiles:
-        raise UserError(f"compute.patch_slots: {patches} patches hold no tile of {vision.num_patches} patches")
-    return [((tiles, vision.num_patches, vision.sizes["c"]), jnp.float32)]
+    return [((*size, config.vision.sizes["c"]), jnp.float32)]
 
 
 def cut_patches(tiles: np.ndarray, side: int) -> np.ndarray:
@@ -236,17 +236,14 @@ def cut_patches(tiles: np.ndarray, side: int) -> np.ndarray:
 
 
 class InternVLPreparer:
-    """See `Preparer`. A bucket holds whole tiles: with 1024 patches per tile, 12 tiles and a thumbnail need 13312 patches."""
+    """See `Preparer`."""
 
-    def __init__(self, folder: Path, config: InternVLConfig, patch_slots: Sequence[int]):
+    def __init__(self, folder: Path, config: InternVLConfig):
         vision, native = config.vision, config.native
         if native is not None and native.max_tiles > MOST_TILES:
             raise UserError(f"{folder / 'config.json'}: max_dynamic_patch {native.max_tiles} is more than {MOST_TILES}")
         self.config = config
         self.transparency: Transparency = "white" if native is None else "dropped"
-        self.tile_slots = sorted({slots // vision.num_patches for slots in patch_slots} - {0})
-        if not self.tile_slots:
-            raise UserError(f"compute.patch_slots: none of {list(patch_slots)} holds a tile of {vision.num_patches} patches")
         self.chat = InternVLChat(folder, config)
         self._cut: Callable[[Image], np.ndarray] = (
             _hf_cutter(folder, vision.image_size) if native is None else lambda image: cut_tiles(image, vision.image_size, native)
@@ -260,15 +257,7 @@ class InternVLPreparer:
         vision = self.config.vision
         with foreign(f"{sample_id}: an image of {pixels.width} x {pixels.height} pixels cannot be prepared"):
             patches = cut_patches(self._cut(pixels), vision.patch_size)
-        slots = smallest_bucket(self.tile_slots, len(patches))
-        if slots is None:
-            needed = len(patches) * vision.num_patches
-            raise UserError(
-                f"{sample_id}: an image has {len(patches)} tiles, the largest bucket {self.tile_slots[-1]}; add "
-                f"{needed} or more to compute.patch_slots or lower the model's largest number of tiles"
-            )
-        padded = np.pad(patches, ((0, slots - len(patches)), (0, 0), (0, 0)))
-        return PreparedImage((padded,), ImageTokens(len(patches) * vision.tile_tokens))
+        return PreparedImage((patches,), ImageTokens(len(patches) * vision.tile_tokens))
 
     def prompt(self, sample: Sample, images: Sequence[ImageTokens], answer: str | None) -> Prompt:
         """See `Preparer.prompt`."""

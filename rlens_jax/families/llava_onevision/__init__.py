@@ -2,7 +2,7 @@
 
 from rlens_jax.families.family import Family
 from rlens_jax.families.llava_onevision.model import LlavaOnevisionConfig, VisionTower, read_config
-from rlens_jax.families.llava_onevision.preparer import LlavaOnevisionPreparer, benchmark_prompt, image_arrays
+from rlens_jax.families.llava_onevision.preparer import LlavaOnevisionPreparer, benchmark_prompt, image_arrays, image_sizes
 from rlens_jax.families.llava_onevision.reference import REFERENCE
 from rlens_jax.families.llava_onevision.weights import table
 
@@ -10,6 +10,7 @@ FAMILY = Family[LlavaOnevisionConfig](
     model_types={"llava_onevision": read_config},
     vision=VisionTower,
     preparer=LlavaOnevisionPreparer,
+    image_sizes=image_sizes,
     image_arrays=image_arrays,
     table=table,
     reference=REFERENCE,

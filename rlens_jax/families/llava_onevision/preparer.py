@@ -14,12 +14,10 @@ from rlens_jax.data.images import MAX_IMAGE_PIXELS, Transparency
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError, foreign
 from rlens_jax.families.chat_files import load_tokenizer, read_stop_tokens, read_template
-from rlens_jax.families.family import ImageArrays
 from rlens_jax.families.image_files import make_processor, read_processor_fields
 from rlens_jax.families.llava_onevision.model import NEWLINE, LlavaOnevisionConfig
-from rlens_jax.layout import smallest_bucket
 from rlens_jax.models.chat import PlaceholderChat
-from rlens_jax.models.prompt import Grid, ImageTokens, PreparedImage, Prompt
+from rlens_jax.models.prompt import Grid, ImageArrays, ImageSize, ImageTokens, PreparedImage, Prompt
 
 MAX_EXCESS = 1.1
 """A grid is scaled down when its side exceeds the allowed side by more than this factor (from transformers)."""
@@ -124,27 +122,27 @@ def max_tokens(config: LlavaOnevisionConfig, views: int) -> int:
     return side**2 + min((views - 1) * side**2, limit) + max(1, rows)
 
 
-def image_arrays(config: LlavaOnevisionConfig, patches: int) -> ImageArrays:
+def image_sizes(config: LlavaOnevisionConfig, patches: int) -> list[ImageSize]:
+    """See `Family.image_sizes`: whole views, of 729 patches in the published models."""
+    views = patches // config.side**2
+    return [(views, config.side**2)] if views else []
+
+
+def image_arrays(config: LlavaOnevisionConfig, size: ImageSize) -> ImageArrays:
     """See `Family.image_arrays`."""
-    per_view = config.side**2
-    views = patches // per_view
-    if not views:
-        raise UserError(f"compute.patch_slots: {patches} patches hold no view of {per_view} patches")
-    tokens = max_tokens(config, views)
-    values = (views, per_view, config.vision.sizes["c"])
-    return [(values, jnp.float32), ((tokens, 4), jnp.int32), ((tokens, 4), jnp.float32)]
+    tokens = max_tokens(config, size[0])
+    return [((*size, config.vision.sizes["c"]), jnp.float32), ((tokens, 4), jnp.int32), ((tokens, 4), jnp.float32)]
 
 
 class LlavaOnevisionPreparer:
-    """See `Preparer`. A bucket of n patches holds n // J views, with J = 729 in the published models."""
+    """See `Preparer`."""
 
-    def __init__(self, folder: Path, config: LlavaOnevisionConfig, patch_slots: Sequence[int]):
+    def __init__(self, folder: Path, config: LlavaOnevisionConfig):
         # Imported here: where torchvision is installed this import loads it, and a model without images needs neither.
         from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
         self.config = config
         self.transparency: Transparency = "white"
-        self.patch_slots = sorted(patch_slots)
         tokenizer = load_tokenizer(AutoTokenizer, folder)
         tokenizer.chat_template = read_template(folder, tokenizer)
         stop_tokens = read_stop_tokens(folder, tokenizer, config.decoder.vocabulary)
@@ -173,25 +171,9 @@ class LlavaOnevisionPreparer:
         for views, size in zip(features["pixel_values"], features["image_sizes"], strict=True):
             image_size = int(size[0]), int(size[1])
             sources, weights, _ = image_sources(self.config, image_size, alone=len(pixels) == 1)
-            patches = cut_patches(views, self.config.vision.patch_size)
-            prepared.append(self._padded(patches, sources, weights, sample_id))
+            patches = cut_patches(views, self.config.vision.patch_size).astype(np.float32)
+            prepared.append(PreparedImage((patches, sources, weights), ImageTokens(len(sources))))
         return prepared
-
-    def _padded(self, patches: np.ndarray, sources: np.ndarray, weights: np.ndarray, sample_id: str) -> PreparedImage:
-        count, per_view, _ = patches.shape
-        slots = smallest_bucket((n // per_view for n in self.patch_slots), count)
-        if slots is None:
-            raise UserError(
-                f"{sample_id}: an image has {count * per_view} patches ({count} views), the largest bucket "
-                f"{self.patch_slots[-1]}; add a larger one to compute.patch_slots or make the image smaller"
-            )
-        room = max_tokens(self.config, slots) - len(sources)
-        arrays = (
-            np.pad(patches.astype(np.float32), ((0, slots - count), (0, 0), (0, 0))),
-            np.pad(sources, ((0, room), (0, 0))),
-            np.pad(weights, ((0, room), (0, 0))),
-        )
-        return PreparedImage(arrays, ImageTokens(len(sources)))
 
     def prompt(self, sample: Sample, images: Sequence[ImageTokens], answer: str | None) -> Prompt:
         """See `Preparer.prompt`."""

@@ -2,7 +2,7 @@
 
 from rlens_jax.families.family import Family
 from rlens_jax.families.minicpm_v.model import MiniCPMVConfig, VisionTower, read_config
-from rlens_jax.families.minicpm_v.preparer import MiniCPMVPreparer, benchmark_prompt, image_arrays
+from rlens_jax.families.minicpm_v.preparer import MiniCPMVPreparer, benchmark_prompt, image_arrays, image_sizes
 from rlens_jax.families.minicpm_v.reference import REFERENCE
 from rlens_jax.families.minicpm_v.weights import table
 
@@ -10,6 +10,7 @@ FAMILY = Family[MiniCPMVConfig](
     model_types={"minicpmv": read_config},
     vision=VisionTower,
     preparer=MiniCPMVPreparer,
+    image_sizes=image_sizes,
     image_arrays=image_arrays,
     table=table,
     reference=REFERENCE,

@@ -16,12 +16,10 @@ from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.errors import UserError, foreign
 from rlens_jax.families.chat_files import load_tokenizer, read_stop_tokens, read_template
 from rlens_jax.families.config_reader import ConfigReader
-from rlens_jax.families.family import ImageArrays
 from rlens_jax.families.image_files import MOST_TILES, read_processor_fields
 from rlens_jax.families.minicpm_v.model import VERSION, MiniCPMVConfig
-from rlens_jax.layout import smallest_bucket
 from rlens_jax.models.chat import Chat, Part, question_content
-from rlens_jax.models.prompt import Grid, ImageTokens, PreparedImage, Prompt
+from rlens_jax.models.prompt import Grid, ImageArrays, ImageSize, ImageTokens, PreparedImage, Prompt
 
 VIEW_STEP = 3
 """Views are padded to 1, 4, 7 or 10: few shapes to compile, and little computed for padding (our decision)."""
@@ -252,30 +250,23 @@ class SlicedChat(Chat):
         return token_ids, is_visual, num_answer
 
 
-def image_arrays(config: MiniCPMVConfig, patches: int) -> ImageArrays:
+def image_sizes(config: MiniCPMVConfig, patches: int) -> list[ImageSize]:
+    """See `Family.image_sizes`: 1, 4, 7 or 10 views with so many patches each."""
+    return [(views, patches) for views in range(1, 2 + MAX_SLICES, VIEW_STEP)]
+
+
+def image_arrays(config: MiniCPMVConfig, size: ImageSize) -> ImageArrays:
     """See `Family.image_arrays`."""
-    views = _view_slots(1 + MAX_SLICES)
-    return [
-        ((views, patches, config.vision.sizes["c"]), jnp.float32),
-        ((views, patches), jnp.int32),
-        ((views, patches, 2), jnp.int32),
-        ((views,), jnp.int32),
-    ]
-
-
-def _view_slots(views: int) -> int:
-    """Smallest bucket of views that holds `views`."""
-    return 1 + math.ceil((views - 1) / VIEW_STEP) * VIEW_STEP
+    return [((*size, config.vision.sizes["c"]), jnp.float32), (size, jnp.int32), ((*size, 2), jnp.int32), (size[:1], jnp.int32)]
 
 
 class MiniCPMVPreparer:
     """See `Preparer`."""
 
-    def __init__(self, folder: Path, config: MiniCPMVConfig, patch_slots: Sequence[int]):
+    def __init__(self, folder: Path, config: MiniCPMVConfig):
         fields = ConfigReader(*read_processor_fields(folder))
         self.config = config
         self.transparency: Transparency = "dropped"
-        self.patch_slots = sorted(patch_slots)
         self.slicing = read_slicing(fields, config)
         self.chat = SlicedChat(folder, read_marks(fields), config.resampler.num_queries, config.decoder.vocabulary)
 
@@ -288,19 +279,12 @@ class MiniCPMVPreparer:
             views, grid = self.slicing.views(pixels)
             patches = [self.slicing.patches(view) for view in views]
         largest = max(len(rows) for rows in patches)
-        slots = smallest_bucket(self.patch_slots, largest)
-        if slots is None:
-            raise UserError(
-                f"{sample_id}: a view of an image has {largest} patches, the largest bucket {self.patch_slots[-1]}; "
-                "add a larger one to compute.patch_slots"
-            )
-        view_slots = _view_slots(len(views))
         side, size = math.isqrt(self.config.vision.num_positions), self.slicing.patch_size
         arrays = (
-            np.zeros((view_slots, slots, patches[0].shape[1]), np.float32),
-            np.zeros((view_slots, slots), np.int32),
-            np.zeros((view_slots, slots, 2), np.int32),
-            np.zeros(view_slots, np.int32),
+            np.zeros((len(views), largest, patches[0].shape[1]), np.float32),
+            np.zeros((len(views), largest), np.int32),
+            np.zeros((len(views), largest, 2), np.int32),
+            np.zeros(len(views), np.int32),
         )
         for row, (view, values) in enumerate(zip(views, patches, strict=True)):
             ids, places = view_positions(view.height // size, view.width // size, side)

@@ -22,12 +22,10 @@ from rlens_jax.data.images import Transparency
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError, foreign
 from rlens_jax.families.chat_files import load_tokenizer, read_stop_tokens, read_template
-from rlens_jax.families.family import ImageArrays
-from rlens_jax.families.image_files import PROCESSOR_FILE, make_processor, read_processor_fields
+from rlens_jax.families.image_files import make_processor, read_processor_fields
 from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig
-from rlens_jax.layout import smallest_bucket
 from rlens_jax.models.chat import PlaceholderChat
-from rlens_jax.models.prompt import Grid, ImageTokens, PreparedImage, Prompt
+from rlens_jax.models.prompt import Grid, ImageArrays, ImageSize, ImageTokens, PreparedImage, Prompt
 
 MAX_RATIO = 200
 """Longer images are refused, as by transformers."""
@@ -67,8 +65,14 @@ def rope_positions(is_visual: np.ndarray, grids: Sequence[Grid], merge_size: int
     return positions, following
 
 
-def image_arrays(config: Qwen2VLConfig, patches: int) -> ImageArrays:
+def image_sizes(config: Qwen2VLConfig, patches: int) -> list[ImageSize]:
+    """See `Family.image_sizes`."""
+    return [(patches,)]
+
+
+def image_arrays(config: Qwen2VLConfig, size: ImageSize) -> ImageArrays:
     """See `Family.image_arrays`."""
+    (patches,) = size
     return [((patches, config.vision.sizes["c"]), jnp.float32), ((patches, 2), jnp.int32), ((), jnp.int32)]
 
 
@@ -95,13 +99,12 @@ def _processor_fields(folder: Path, config: Qwen2VLConfig) -> tuple[dict[str, An
 class Qwen2VLPreparer:
     """See `Preparer`; the image processor is the one of transformers that needs no torch."""
 
-    def __init__(self, folder: Path, config: Qwen2VLConfig, patch_slots: Sequence[int]):
+    def __init__(self, folder: Path, config: Qwen2VLConfig):
         # Imported here: where torchvision is installed this import loads it, and a model without images needs neither.
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         self.config = config
         self.transparency: Transparency = "white"
-        self.patch_slots = sorted(patch_slots)
         tokenizer = load_tokenizer(AutoTokenizer, folder)
         tokenizer.chat_template = read_template(folder, tokenizer)
         stop_tokens = read_stop_tokens(folder, tokenizer, config.decoder.vocabulary)
@@ -124,14 +127,7 @@ class Qwen2VLPreparer:
         _, rows, columns = (int(side) for side in features["image_grid_thw"][0])
         grid, merge = (rows, columns), self.config.vision.merge_size
         patches = np.asarray(features["pixel_values"], np.float32)
-        slots = smallest_bucket(self.patch_slots, len(patches))
-        if slots is None:
-            raise UserError(
-                f"{sample_id}: an image has {len(patches)} patches, the largest bucket {self.patch_slots[-1]}; "
-                f"add a larger one to compute.patch_slots or lower max_pixels in {PROCESSOR_FILE}"
-            )
-        room = ((0, slots - len(patches)), (0, 0))
-        arrays = np.pad(patches, room), np.pad(patch_places(grid, merge), room), np.array(len(patches), np.int32)
+        arrays = patches, patch_places(grid, merge), np.array(len(patches), np.int32)
         return PreparedImage(arrays, ImageTokens(len(patches) // merge**2, grid))
 
     def prompt(self, sample: Sample, images: Sequence[ImageTokens], answer: str | None) -> Prompt:

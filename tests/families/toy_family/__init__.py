@@ -2,7 +2,7 @@
 
 from rlens_jax.families.family import Family
 from tests.families.toy_family.model import ToyConfig, ToyVision, read_config
-from tests.families.toy_family.preparer import ToyPreparer, benchmark_prompt, image_arrays
+from tests.families.toy_family.preparer import ToyPreparer, benchmark_prompt, image_arrays, image_sizes
 from tests.families.toy_family.reference import REFERENCE
 from tests.families.toy_family.weights import table
 
@@ -10,6 +10,7 @@ FAMILY = Family[ToyConfig](
     model_types={"toy": read_config},
     vision=ToyVision,
     preparer=ToyPreparer,
+    image_sizes=image_sizes,
     image_arrays=image_arrays,
     table=table,
     reference=REFERENCE,

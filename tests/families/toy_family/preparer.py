@@ -9,15 +9,17 @@ from PIL.Image import Image
 
 from rlens_jax.data.benchmarks.catalogue import Instance, Turn
 from rlens_jax.data.samples import Sample
-from rlens_jax.errors import UserError
-from rlens_jax.families.family import ImageArrays
 from rlens_jax.models.chat import Chat
-from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt
+from rlens_jax.models.prompt import ImageArrays, ImageSize, ImageTokens, PreparedImage, Prompt
 from tests.families.toy_family.model import COLOURS, IMAGE_TOKEN, STOP, ToyConfig
 
 
-def image_arrays(config: ToyConfig, patches: int) -> ImageArrays:
-    return [((patches, COLOURS), jnp.float32)]
+def image_sizes(config: ToyConfig, patches: int) -> list[ImageSize]:
+    return [(patches,)]
+
+
+def image_arrays(config: ToyConfig, size: ImageSize) -> ImageArrays:
+    return [((*size, COLOURS), jnp.float32)]
 
 
 class ToyChat(Chat):
@@ -32,8 +34,7 @@ class ToyChat(Chat):
 class ToyPreparer:
     transparency = "white"
 
-    def __init__(self, folder: Path, config: ToyConfig, patch_slots: Sequence[int]):
-        self.patch_slots = sorted(patch_slots)
+    def __init__(self, folder: Path, config: ToyConfig):
         self.chat = ToyChat()
 
     def images(self, pixels: Sequence[Image], sample_id: str) -> list[PreparedImage]:
@@ -41,10 +42,7 @@ class ToyPreparer:
 
     def _image(self, pixels: Image, sample_id: str) -> PreparedImage:
         patches = np.asarray(pixels, np.float32).reshape(-1, COLOURS) / 255
-        slots = next((n for n in self.patch_slots if n >= len(patches)), None)
-        if slots is None:
-            raise UserError(f"{sample_id}: an image has {len(patches)} patches, the largest bucket {self.patch_slots[-1]}")
-        return PreparedImage((np.pad(patches, ((0, slots - len(patches)), (0, 0))),), ImageTokens(len(patches)))
+        return PreparedImage((patches,), ImageTokens(len(patches)))
 
     def prompt(self, sample: Sample, images: Sequence[ImageTokens], answer: str | None) -> Prompt:
         answered = [] if answer is None else [*answer.encode(), STOP]
