@@ -133,6 +133,7 @@ def conclude(config: RunConfig, session: Session, ranker: Ranker, comparison: Co
         model_hash=session.folder.weights_hash,
         data_hash=session.data_hash,
         num_layers=ranker.num_layers,
+        buckets=session.buckets,
         versions=versions(),
         validation_samples=ranker.samples[VALIDATION],
         test_samples=ranker.samples[TEST],

@@ -4,6 +4,7 @@ The file follows `ranking.schema.json` in this folder. It contains nothing that 
 configuration, so a run that was killed and resumed writes the same bytes as an uninterrupted one.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +161,7 @@ def ranking_fields(results: Results) -> dict[str, Any]:
         "search": {name: _search(result.ranking) for name, result in results.operators.items()},
         "held_out": {name: _held_out(result) for name, result in results.operators.items()},
         "savings": {name: _saving(saving) for name, saving in results.savings.items()},
+        "buckets": dataclasses.asdict(results.buckets),
         "configuration": results.config.portable(),
         "versions": dict(results.versions),
     }

@@ -118,6 +118,21 @@ class OperatorResult:
 
 
 @dataclass(frozen=True)
+class Buckets:
+    """The static shapes of a run, configured or chosen from the data.
+
+    Attributes:
+        rows: text and visual slots.
+        images: patches, or views and patches.
+        padding: share of the slots of all rows that is padding.
+    """
+
+    rows: tuple[tuple[int, int], ...]
+    images: tuple[tuple[int, ...], ...]
+    padding: float
+
+
+@dataclass(frozen=True)
 class PrefillTime:
     """Times of one prefill, measured side by side: dense, and with a plan's work skipped.
 
@@ -173,6 +188,7 @@ class Results:
         config: configuration of the run.
         model_hash, data_hash: hashes of the weights and of the samples.
         num_layers: L.
+        buckets: static shapes of the rows and images.
         versions: version per package.
         validation_samples, test_samples: number of samples per dataset, for the search and for the curves.
         dense_validation, dense_test: metrics of the dense model on these samples.
@@ -185,6 +201,7 @@ class Results:
     model_hash: str
     data_hash: str
     num_layers: int
+    buckets: Buckets
     versions: Mapping[str, str]
     validation_samples: Mapping[str, int]
     test_samples: Mapping[str, int]

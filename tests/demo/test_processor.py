@@ -61,7 +61,7 @@ def test_odd_images_give_the_pixels_of_transformers():
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     folder = find_model("embedded")
-    preparer = read_model_kind(folder).preparer(folder, (1 << 14,))
+    preparer = read_model_kind(folder).preparer(folder)
     processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
     for name, data in odd_images().items():
         (image,) = preparer.images(load_images(sample_of(data), preparer.transparency), name)

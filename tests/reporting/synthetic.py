@@ -10,7 +10,7 @@ from rlens_jax.flops import LayerSizes, saving
 from rlens_jax.plan import OPERATORS, Plan, Reduction
 from rlens_jax.search.curves import held_out_plans, operator_result, plan_saving
 from rlens_jax.search.objective import dataset_metric, score_plan
-from rlens_jax.search.results import PrefillTime, Results, Timing
+from rlens_jax.search.results import Buckets, PrefillTime, Results, Timing
 from rlens_jax.search.search import rank_layers
 from tests.toy_search import one_at_a_time
 
@@ -86,6 +86,7 @@ def synthetic_results(num_layers=12, samples=60, with_search_all=False, operator
         model_hash="sha256:5f1c",
         data_hash="sha256:77aa",
         num_layers=num_layers,
+        buckets=Buckets(((32, 128), (64, 256)), ((512,), (1, 1024)), 0.07),
         versions={"rlens_jax": "0.1.0", "jax": "0.10.2"},
         validation_samples=dict.fromkeys(DATASETS, samples),
         test_samples=dict.fromkeys(DATASETS, samples),
