@@ -36,7 +36,8 @@ def stacked(images: Sequence[PreparedImage], arrays: ImageArrays, places: int) -
     filled = [np.zeros((places, *shape), dtype) for shape, dtype in arrays]
     for place, image in enumerate(images):
         for array, values in zip(filled, image.arrays, strict=True):
-            array[place][tuple(slice(length) for length in values.shape)] = values
+            filled_part: tuple[int | slice, ...] = (place, *map(slice, values.shape))
+            array[filled_part] = values
     return filled
 
 

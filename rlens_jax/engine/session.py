@@ -21,13 +21,14 @@ from rlens_jax.engine.choices import described, dtype_on, with_dtype
 from rlens_jax.engine.inputs import Split, answer_slots, encode_split, own_samples
 from rlens_jax.engine.preparing import PreparedSplit, prepare
 from rlens_jax.engine.programs import Programs
-from rlens_jax.engine.shapes import Shapes, choose_shapes, useful_rows
+from rlens_jax.engine.shapes import Shapes, choose_shapes, row_padding, useful_rows
 from rlens_jax.engine.sizes import device_bytes, fitting_batch_size
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import Preparer
 from rlens_jax.search.journal import Journal
+from rlens_jax.search.results import Buckets
 from rlens_jax.sharding.mesh import check_fits, make_mesh
 
 
@@ -71,6 +72,12 @@ class Session:
     resumed: int
     """Evaluations in the journal that an earlier run made."""
     processes: Processes
+
+    @property
+    def buckets(self) -> Buckets:
+        """The buckets, as they are recorded."""
+        rows = tuple(bucket.size for bucket in self.shapes.rows)
+        return Buckets(rows, self.shapes.images, row_padding(self.shapes, self.splits.values()))
 
     @classmethod
     @contextmanager
@@ -141,7 +148,7 @@ def load(session: Session) -> LoadedModel:
     if not rows:
         useful = useful_rows(shapes, list(session.splits.values()), session.processes.count)
         rows = fitting_batch_size(config, folder.kind, mesh, device_bytes(mesh), shapes.largest, useful)
-        say(f"batch size: {rows}, at most {useful} leave few rows empty")
+        say(f"batch size: {rows}, {'more would leave rows empty' if rows == useful else 'as many as fit into memory'}")
     _, module = load_model(folder.path, jnp.dtype(dtype_on(mesh, config.compute)), mesh=mesh)
     return LoadedModel(mesh, module, session.preparer, replace(shapes, batch_size=rows))
 
