@@ -86,7 +86,7 @@ def test_samples_that_fit_no_configured_bucket_are_named_at_once(compute: Comput
     assert re.search(expected, message), message
 
 
-@pytest.mark.parametrize(("counts", "rows"), [((300, 290), 16), ((18,), 2), ((3, 3), 1), ((1,), 1)])
+@pytest.mark.parametrize(("counts", "rows"), [((300, 290), 16), ((17,), 2), ((3, 3), 1), ((1,), 1)])
 def test_batches_are_not_mostly_empty(counts: Sequence[int], rows: int) -> None:
     sizes = [(10, 100 * (place + 1)) for place, count in enumerate(counts) for _ in range(count)]
     shapes = choose_shapes(ComputeConfig(), KIND, [split(sizes)])
