@@ -119,5 +119,5 @@ def test_commands_read_a_model_from_the_cache(repository: Path, capsys: pytest.C
     assert capsys.readouterr().out.startswith(f"{NAME}@v1: 12 layers")
     kind, _ = load_model(f"{NAME}@v1", "float32")
     assert kind.model_type == "qwen2_vl"
-    kind.preparer(find_model(f"{NAME}@v1"), (64,))
+    kind.preparer(find_model(f"{NAME}@v1"))
     assert model_hash(f"{NAME}@v1") == model_hash("embedded")

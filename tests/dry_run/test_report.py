@@ -20,7 +20,7 @@ from rlens_jax.resources import embedded_model
 from tests.dry_run.programs import GIB, compiled, spec
 
 SCHEMA = json.loads(files("rlens_jax.dry_run").joinpath("dry_run.schema.json").read_text())
-CONFIG = RunConfig(compute=ComputeConfig(batch_size=4, model_shards=1))
+CONFIG = RunConfig(compute=ComputeConfig(dtype="float32", batch_size=4, model_shards=1))
 STATES = Shape("bf16", (4, 96, 64))
 REDUCE = Collective("all-reduce", (STATES,), (STATES,), "model", 4, True, "", 28)
 OOM = (

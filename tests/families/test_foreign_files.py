@@ -20,7 +20,6 @@ from rlens_jax.families.chat_files import read_stop_tokens
 from rlens_jax.models.prompt import Preparer
 
 PROCESSOR, TOKENIZER, GENERATION = "preprocessor_config.json", "tokenizer_config.json", "generation_config.json"
-PATCHES = [256, 1024]
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def preparer(folder: Path) -> Preparer:
-    return read_model_kind(folder).preparer(folder, PATCHES)
+    return read_model_kind(folder).preparer(folder)
 
 
 def edit(path: Path, **fields: Any) -> None:
