@@ -205,7 +205,7 @@ class RunConfig:
     """A ranking run."""
 
     model: str = "embedded"
-    """`embedded`, the model that comes with the package, or the folder of a checkpoint."""
+    """`embedded`, the model that comes with the package; the folder of a checkpoint; or a name on the Hugging Face hub."""
     output: str = "runs/rank"
     """Folder for the results and the journal; a stopped run resumes from it."""
     seed: int = 0

@@ -28,7 +28,7 @@ class EvaluationConfig:
     """An evaluation run.
 
     Attributes:
-        model: a folder, or "embedded".
+        model: a folder, "embedded", or a name on the Hugging Face hub.
         plan: which layers are reduced, and how.
         data: sources as of `evaluation.datasets.load_datasets`.
         output: folder of answers, predictions and results.
