@@ -21,10 +21,8 @@ def not_finite(programs: ModelPrograms, batch: Batch, number: int, sample_id: st
     Of several processes none can see all weights, so the place is only named where there is one.
     """
     place = "" if jax.process_count() > 1 else f", first in {_origin(programs, batch, number, plan, reduction)}"
-    return UserError(
-        f"{sample_id}: numbers are infinite or undefined under the plan {plan.label()}{place}; check the weights, "
-        "or compute in float32"
-    )
+    advice = "check the weights" if programs.dtype == np.float32 else "check the weights, or compute in float32"
+    return UserError(f"{sample_id}: numbers are infinite or undefined under the plan {plan.label()}{place}; {advice}")
 
 
 def _origin(programs: ModelPrograms, batch: Batch, number: int, plan: Plan, reduction: Reduction) -> str:

@@ -53,6 +53,12 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + _trailing(self.bias[...], y.ndim)
 
 
+def _inverse_root(x: Float[Array, "*T one"]) -> Float[Array, "*T one"]:
+    """1 / sqrt(x); not a number if x is infinite, because 0 would hide that a model overflows."""
+    root = jax.lax.rsqrt(x)
+    return jnp.where(root > 0, root, jnp.float32(jnp.nan))
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, computed in float32."""
 
@@ -62,7 +68,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        x32 = x32 * _inverse_root(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return x32.astype(x.dtype) * _trailing(self.scale[...], x.ndim)
 
 
@@ -77,7 +83,7 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         x32 = x.astype(jnp.float32)
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        x32 = x32 * _inverse_root(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         scale, bias = (_trailing(p[...].astype(jnp.float32), x.ndim) for p in (self.scale, self.bias))
         return (x32 * scale + bias).astype(x.dtype)
 

@@ -193,6 +193,7 @@ def test_any_end_token_ends_an_answer(programs: Programs) -> None:
         ("decoder.embedding", ..., jnp.nan, "the embedding"),
         ("decoder.layers.attention.o_proj.kernel", 3, 1e38, "the attention of layer 3"),
         ("decoder.layers.ffn.down_proj.kernel", 2, jnp.inf, "the FFN of layer 2"),
+        ("decoder.layers.ffn.down_proj.kernel", 2, 1e30, "the attention of layer 3"),  # its norm squares the states
         ("decoder.norm.scale", ..., jnp.nan, "the last norm or the head"),
     ],
 )
