@@ -123,6 +123,9 @@ def to_safetensors(source: Path, target: Path, advance: Advance) -> Converted:
     table, record, problems = read_stored_kind(source).table(), read_record(source), Problems(str(source))
     if record.leaves is None:
         say(f"{source}: was converted without checksums, so damage cannot be noticed")
+    reader = orbax_store.Reader(source)
+    reader.check_shapes(_leaf_shapes(table), problems)
+    problems.raise_any()
     spellings = _spellings(record, table)
     carried = _carried(source, record)
     total = sum(entry.num_bytes for _, entry in record.tensors)
@@ -133,7 +136,6 @@ def to_safetensors(source: Path, target: Path, advance: Advance) -> Converted:
             files.setdefault(file, []).append(entry)
         with ExitStack() as stack:
             writers = {file: stack.enter_context(Writer(unfinished / file, listed)) for file, listed in files.items()}
-            reader = orbax_store.Reader(source)
             for group in _groups(table):
                 leaves = reader.read(leaf_name(place) for tensor in group for place in tensor.places)
                 record.check(leaves, problems)
@@ -151,6 +153,15 @@ def to_safetensors(source: Path, target: Path, advance: Advance) -> Converted:
             (unfinished / INDEX).write_text(index, encoding="utf-8")
         _copy_small([path for path in _small_files(source) if path.name != RECORD], unfinished, None)
     return Converted(target, len(record.tensors), total, record.carried)
+
+
+def _leaf_shapes(table: Table) -> dict[str, tuple[int, ...]]:
+    """Shapes of the leaves of a store, by name."""
+    return {
+        leaf_name(place): shape
+        for tensor in table.tensors.values()
+        for place, shape in zip(tensor.places, tensor.place_shapes, strict=True)
+    }
 
 
 def _spellings(record: Record, table: Table) -> dict[str, list[tuple[str, Entry]]]:

@@ -76,14 +76,7 @@ def fill(folder: Path, filler: Filler, problems: Problems, check_finite: bool) -
         name: shapes[place.path] if place.layer is None else shapes[place.path][1:] for name, place in places.items()
     }
     stored = _metadata(path)
-    for name, leaf in stored.items():
-        if name not in places:
-            problems.add(STORE, name, f"not known{suggest(name, places)}")
-        elif tuple(leaf.shape) != expected_shapes[name]:
-            problems.add(STORE, name, f"has shape {list(leaf.shape)}, expected {list(expected_shapes[name])}")
-    for name in places:
-        if name not in stored:
-            problems.add(STORE, name, "missing")
+    _check_shapes(stored, expected_shapes, problems)
     problems.raise_any()
     finite = {}
     for names in by_layer(places, str, lambda name: 4 * prod(expected_shapes[name])):
@@ -97,6 +90,18 @@ def fill(folder: Path, filler: Filler, problems: Problems, check_finite: bool) -
     problems.raise_any()
 
 
+def _check_shapes(stored: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], problems: Problems) -> None:
+    """Add a problem for each stored leaf that does not fit, and for each that is missing."""
+    for name, leaf in stored.items():
+        if name not in expected:
+            problems.add(STORE, name, f"not known{suggest(name, expected)}")
+        elif tuple(leaf.shape) != expected[name]:
+            problems.add(STORE, name, f"has shape {list(leaf.shape)}, expected {list(expected[name])}")
+    for name in expected:
+        if name not in stored:
+            problems.add(STORE, name, "missing")
+
+
 class Reader:
     """Reads leaves of a store to the host, in their stored dtypes. UserError when the store is damaged."""
 
@@ -108,6 +113,10 @@ class Reader:
     def names(self) -> list[str]:
         """The names of all leaves."""
         return list(self._stored)
+
+    def check_shapes(self, expected: Mapping[str, tuple[int, ...]], problems: Problems) -> None:
+        """Add a problem for each leaf that is missing, or is not as `expected` by name."""
+        _check_shapes(self._stored, expected, problems)
 
     def groups(self) -> Iterator[list[str]]:
         """The names of leaves that are read together."""

@@ -15,9 +15,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from rlens_jax.errors import UserError
+from rlens_jax.errors import UserError, foreign
 from rlens_jax.files import open_file, parse_json
 
 DTYPES: Mapping[str, np.dtype] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -43,10 +43,8 @@ def open_safetensors(path: Path, index: str) -> Any:
     if not path.exists():
         raise UserError(f"{path}: no such file, though {index} names it")
     _header(path)
-    try:
+    with foreign(f"{path}: not a complete safetensors file"):
         return safe_open(path, framework="np")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({error})") from None
 
 
 def dtype_name(dtype: np.dtype) -> str:

@@ -10,6 +10,8 @@ from rlens_jax.errors import UserError
 from rlens_jax.families.config_reader import MOST_LAYERS, MOST_TOKENS, ConfigReader
 from rlens_jax.models.decoder import DecoderConfig
 
+MOST_THETA = 1e12
+"""Known models have at most 1e9."""
 QWEN2 = {
     "vocab_size": 151936,
     "hidden_size": 4096,
@@ -92,7 +94,7 @@ def read_decoder(
         vocabulary=text.size("vocab_size"),
         context=text.size("max_position_embeddings", most=MOST_TOKENS),
         norm_eps=text.number("rms_norm_eps", most=1),
-        rope_theta=rope.number("rope_theta"),
+        rope_theta=rope.number("rope_theta", most=MOST_THETA),
         rope_sections=(head_dim // 2,) if rope_sections is None else _sections(rope, rope_sections, head_dim // 2),
         qkv_bias=qkv_bias,
         tied_head=tied_head,

@@ -234,3 +234,10 @@ def test_a_record_that_names_what_it_must_not_writes_nothing(edit, complaint, fo
     assert complaint in str(error.value)
     assert "\n" not in str(error.value)
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_config_of_other_sizes_than_the_store_is_named_when_converted_back(folder, tmp_path):
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"vocab_size": 22}))
+    with pytest.raises(UserError, match=r"orbax: decoder\.embedding: has shape \[23, 30\], expected \[22, 30\]"):
+        to_safetensors(folder, tmp_path / "back", lambda num_bytes: None)
