@@ -263,7 +263,7 @@ BAD = {
     "fraction above one": (lambda _: ["--reduction.active_fraction=1.5"], "reduction.active_fraction"),
     "layer 99": (lambda _: ["--search.operators=ffn", "--search.base_attention=99"], "layer 99"),
     "output is a file": (output_is_a_file, "out"),
-    "unreadable image": (bad_image, "bad.png cannot be read"),
+    "unreadable image": (bad_image, "bad.png is not an image"),
     "absurd image": (huge_image, "400000000 pixels"),
     "empty dataset": (no_rows, "empty"),
     "no image": (one_row({"question": "what ?", "answer": "7"}), "own.jsonl:1"),
