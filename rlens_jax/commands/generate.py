@@ -14,7 +14,7 @@ From Python:
 from collections.abc import Sequence
 
 from rlens_jax.commands.options import add_model_options, read_plan_options, required_model
-from rlens_jax.console import ArgumentParser, run_command, show
+from rlens_jax.console import ArgumentParser, run_command, say, show
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -33,7 +33,10 @@ def main(arguments: Sequence[str]) -> None:
         parser.error(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")
     plan = read_plan_options(parser, options)
 
+    import jax
+
     from rlens_jax.checkpoints.checkpoint import read_model_kind
+    from rlens_jax.engine.choices import automatic_dtype, dtype_line
     from rlens_jax.engine.deployed_model import load, make_sample
     from rlens_jax.engine.startup import start_jax
 
@@ -42,6 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     plan.validate(read_model_kind(model).config.decoder.num_layers)
     start_jax()
     loaded = load(model, dtype=options.dtype, chunk=options.chunk, model_shards=options.model_shards, seed=options.seed)
+    say(f"settings for {model}: {dtype_line(options.dtype, options.dtype or automatic_dtype(jax.default_backend()))}")
     show(loaded.generate(options.image, options.prompt, plan, max_new_tokens=options.max_new_tokens, marks=options.marks))
 
 

@@ -30,11 +30,16 @@ def described(given: RunConfig, config: RunConfig, shapes: Shapes, splits: Seque
         (
             f"settings for {config.model}:",
             _reduction_line(config.reduction),
-            f"dtype: {config.compute.dtype} ({_origin(given.compute.dtype, 'by the device')})",
+            dtype_line(given.compute.dtype, config.compute.dtype),
             f"text + visual slots: {shapes.identity['rows']} ({slots}; {rows})",
             f"image sizes: {shapes.identity['images']} ({sizes}; {images})",
         )
     )
+
+
+def dtype_line(given: str | None, chosen: str | None) -> str:
+    """The dtype of weights and computation, and why it is this one."""
+    return f"dtype: {chosen} ({_origin(given, 'by the device')})"
 
 
 def _reduction_line(reduction: Reduction) -> str:

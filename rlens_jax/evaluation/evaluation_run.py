@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from rlens_jax.console import say
-from rlens_jax.engine.choices import automatic_dtype
+from rlens_jax.engine.choices import automatic_dtype, dtype_line
 from rlens_jax.engine.deployed_model import DeployedModel, load
 from rlens_jax.engine.inputs import Batch, Split
 from rlens_jax.engine.session import ModelFolder
@@ -51,7 +51,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
         UserError: bad input of any kind; among them a folder that belongs to another model, plan or data.
     """
     start_jax()
-    config = dataclasses.replace(config, dtype=config.dtype or automatic_dtype(jax.default_backend()))
+    given, config = config.dtype, dataclasses.replace(config, dtype=config.dtype or automatic_dtype(jax.default_backend()))
     # Checks that need no weights come first.
     folder = ModelFolder.find(config.model)
     config.plan.validate(folder.kind.config.decoder.num_layers)
@@ -71,6 +71,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
             model_shards=config.model_shards,
             seed=config.seed,
         )
+        say(f"settings for {config.model}: {dtype_line(given, config.dtype)}")
         for each in questions:
             answer_questions(config, model, each, answers)
         for each in questions:

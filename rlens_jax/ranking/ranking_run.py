@@ -90,7 +90,7 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
         clock.enter("examples")
         examples = answer_examples(session, loaded, programs, comparison.recommended)
         clock.enter("report")
-        timing = conclude_timing(session, clock, compilations.compiled, prefill)
+        timing = conclude_timing(session, clock, compilations.compiled, loaded.shapes.batch_size, prefill)
         results = conclude(config, session, ranker, comparison, timing)
         if processes.leads:
             hashes = {"model_hash": results.model_hash, "data_hash": results.data_hash}
@@ -111,7 +111,9 @@ def answer_examples(session: Session, loaded: LoadedModel, programs: Programs, p
     ]
 
 
-def conclude_timing(session: Session, clock: Clock, compilations: int, prefill: Mapping[str, PrefillTime]) -> Timing:
+def conclude_timing(
+    session: Session, clock: Clock, compilations: int, batch_size: int, prefill: Mapping[str, PrefillTime]
+) -> Timing:
     """What differs from one run of the same configuration to the next."""
     return Timing(
         started=clock.started,
@@ -122,6 +124,7 @@ def conclude_timing(session: Session, clock: Clock, compilations: int, prefill: 
         evaluations=len(session.journal.records()) - session.resumed,
         resumed=session.resumed,
         compilations=compilations,
+        batch_size=batch_size,
         prefill=prefill,
     )
 

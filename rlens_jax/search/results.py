@@ -166,6 +166,7 @@ class Timing:
         evaluations: number of evaluations by this process.
         resumed: number of evaluations read from the journal.
         compilations: number of programs compiled by this process.
+        batch_size: rows per batch of a work group.
         prefill: prefill times per plan of `Results.savings`, if measured.
     """
 
@@ -177,6 +178,7 @@ class Timing:
     evaluations: int
     resumed: int
     compilations: int
+    batch_size: int
     prefill: Mapping[str, PrefillTime]
 
 

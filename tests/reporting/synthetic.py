@@ -103,6 +103,7 @@ def synthetic_results(num_layers=12, samples=60, with_search_all=False, operator
             evaluations=500,
             resumed=0,
             compilations=3,
+            batch_size=16,
             prefill=dict.fromkeys([*operators, "both"] if combined else operators, prefill),
         ),
     )
