@@ -14,7 +14,7 @@ from rlens_jax.commands.generate import main
 from rlens_jax.console import run_command
 from rlens_jax.data.pages import make_page
 from rlens_jax.engine.deployed_model import DeployedModel, automatic_chunk
-from rlens_jax.engine.sizes import slot_sizes
+from rlens_jax.engine.shapes import slot_sizes
 from rlens_jax.errors import UserError
 from rlens_jax.plan_file import FORMAT
 from tests.engine.toy import damaged
