@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -23,7 +24,7 @@ _LONGEST_MESSAGE = 160
 LARGEST_TEXT = 32 * 2**20
 _LONGEST_INTEGER = 40
 """Digits. Tokenizers write 10**30 for "no limit"."""
-_LARGEST_NUMBER = 1e15
+_LARGEST_NUMBER, _MOST_ITEMS, _MOST_ERRORS = 1e15, 300_000, 100
 _DEEPEST = 64
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "a truth value", type(None): "null"}
@@ -185,15 +186,18 @@ def shortened(text: str, longest: int = _LONGEST_MESSAGE) -> str:
 def check_schema(value: Any, schema: Path, path: Path) -> None:
     """Raise UserError, naming `path` and the field, unless a JSON value follows the JSON schema in the file `schema`.
 
-    Numbers above 1e15 are refused: results with them are of no run, and sums of them overflow.
+    Numbers above 1e15 are refused: results with them are of no run, and sums of them overflow. So are more than 300,000 items,
+    three times those of a search over 80 layers: to check them all takes minutes.
     """
-    for field, item in _items(value, path):
+    for number, (field, item) in enumerate(_items(value, path)):
+        if number == _MOST_ITEMS:
+            raise UserError(f"{path}: has more than {_MOST_ITEMS:,} values, so it is no such file")
         if isinstance(item, int | float) and abs(item) > _LARGEST_NUMBER:
             raise field_error(path, field, f"the number {item} is too large")
     # Imported here: few commands check a schema, and all of them import this module to start.
     from jsonschema.exceptions import best_match
 
-    error = best_match(_validator(schema).iter_errors(value))
+    error = best_match(islice(_validator(schema).iter_errors(value), _MOST_ERRORS))
     if error is not None:
         message = shortened(" ".join(error.message.split()))  # it begins with the whole wrong value
         raise field_error(path, error.json_path.removeprefix("$").removeprefix("."), message)

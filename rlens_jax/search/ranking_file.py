@@ -143,7 +143,8 @@ def _check_order(path: Path, field: str, order: Sequence[int], num_layers: int) 
 
 def _check_same(path: Path, field: str, names: Iterable[str], expected: Iterable[str], what: str) -> None:
     if set(names) != set(expected):
-        raise field_error(path, field, f"must have the {what} {', '.join(expected)}, not {', '.join(names)}")
+        found = shortened(", ".join(names))
+        raise field_error(path, field, f"must have the {what} {', '.join(expected)}, not {found}")
 
 
 def ranking_fields(results: Results) -> dict[str, Any]:

@@ -108,3 +108,11 @@ def test_absurd_numbers_are_refused(results, old: str, new: str, complaint: str,
     path.write_text(json_text(ranking_fields(results)).replace(old, new, 1))
     with pytest.raises(UserError, match=complaint):
         read_ranking(path)
+
+
+def test_a_file_of_too_many_values_is_refused_at_once(results, tmp_path) -> None:
+    path = tmp_path / "ranking.json"
+    fields = ranking_fields(results)
+    path.write_text(json.dumps({**fields, "search": [0] * 400_000}))
+    with pytest.raises(UserError, match="has more than 300,000 values, so it is no such file"):
+        read_ranking(path)
