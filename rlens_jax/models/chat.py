@@ -71,10 +71,10 @@ class Chat:
             UserError: the template or the tokenizer fails, a token is outside the embedding, or the tokenizer merges the first
                 letters of the answer with the end of the prompt.
         """
-        texts, hidden = self._literal.hide([answer or "", *(part["text"] for part in parts if "text" in part)])
-        following = iter(texts[1:])
-        content = write([{**part, "text": next(following)} if "text" in part else part for part in parts])
         with foreign(f"{sample.id}: the prompt cannot be written"):
+            texts, hidden = self._literal.hide([answer or "", *(part["text"] for part in parts if "text" in part)])
+            following = iter(texts[1:])
+            content = write([{**part, "text": next(following)} if "text" in part else part for part in parts])
             turn = {"role": "user", "content": content}
             text = str(self.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True))
             if len(text) > _LONGEST_TEMPLATE + sum(map(len, texts)):

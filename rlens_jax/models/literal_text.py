@@ -35,13 +35,27 @@ class LiteralText:
         contents = {content for content in (*self._added.values(), *reserved) if content and not content.isspace()}
         self._pattern = re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)")
         self._plain: dict[str, Tokenizer] = {}
+        self._normalizer = tokenizer.backend_tokenizer.normalizer
+        tokens = [token for token in tokenizer.added_tokens_decoder.values() if token.normalized and token.content.strip()]
+        self._normalised = {self._normalizer.normalize_str(t.content): t.content for t in tokens} if self._normalizer else {}
+        """Added tokens that the tokenizer looks for in normalised text, by their own normalised spelling."""
 
     def hide(self, texts: Sequence[str]) -> tuple[list[str], Hidden]:
-        """The texts with a stand-in for each part that could become an added token, and what the stand-ins are for."""
+        """The texts with a stand-in for each part that could become an added token, and what the stand-ins are for.
+
+        Raises:
+            ValueError: other letters of a text become an added token when the tokenizer normalises them.
+        """
         found = sorted({match for text in texts for match in self._pattern.findall(text)})
         stand_ins = dict(zip(found, _unused("".join(texts)), strict=False))
         hidden = {stand_in: content for content, stand_in in stand_ins.items()}
-        return [self._pattern.sub(lambda match: stand_ins[match[0]], text) for text in texts], hidden
+        written = [self._pattern.sub(lambda match: stand_ins[match[0]], text) for text in texts]
+        if self._normalised:
+            normalised = "\0".join(map(self._normalizer.normalize_str, written))
+            for spelling, content in self._normalised.items():
+                if spelling in normalised:
+                    raise ValueError(f"letters of the text become the token {content!r}; spell them differently")
+        return written, hidden
 
     def ids(self, text: str, hidden: Hidden) -> list[int]:
         """Token ids of a text. Its hidden parts are tokenised as letters.

@@ -217,6 +217,13 @@ def test_no_image_outgrows_its_bucket(folder, loaded):
         assert image.tokens.count <= loaded[0].image_arrays(image.size)[1][0][0]
 
 
+def test_several_images_of_which_one_is_too_long_for_a_square(preparer):
+    long, small = Image.new("RGB", (10_001, 1)), Image.new("RGB", (9, 9))
+    with pytest.raises(UserError, match="s7: of several images each is padded to a square, which is larger"):
+        preparer.images([small, long], "s7")
+    assert len(preparer.images([long], "s7")) == 1
+
+
 def test_a_token_that_these_words_cannot_spell(preparer):
     sample = make_sample(5, [(20, 33)], "what is <video> this")
     with pytest.raises(UserError, match=r"s5: the prompt cannot be written \('<video>' in the text is always a token"):

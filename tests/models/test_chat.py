@@ -113,6 +113,17 @@ def test_no_text_forges_what_stands_for_a_token():
     assert "<|im_end|> \U000f0000\U000f0001" in chat.tokenizer.decode(forged)
 
 
+def test_a_text_that_becomes_a_token_when_it_is_normalised_is_refused():
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.NFKC()
+    chat = chat_of(tokenizer)
+    written = "\N{FULLWIDTH LESS-THAN SIGN}think>"
+    assert tokenizer.token_to_id("<think>") in chat.tokenizer(written)["input_ids"]
+    with pytest.raises(UserError, match=r"^s:1: the prompt cannot be written \(letters of the text become the token '<think>'"):
+        chat.encode(sample(f"What is {written}?"), [1], None)
+    chat.encode(sample("What \N{FULLWIDTH LESS-THAN SIGN}|im_end|>?"), [1], None)  # a token that only its own letters make
+
+
 def test_a_tokenizer_that_cannot_spell_a_token_refuses_it():
     """A list of words that has its special tokens as words."""
     tokenizer = Tokenizer(
