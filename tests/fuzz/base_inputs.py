@@ -69,18 +69,11 @@ _TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Preparable:
-    """A model folder without weights: its family's name, and the patches of a bucket."""
-
-    folder: Path
-    patch_slots: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class BaseInputs:
     """Files and folders of each kind."""
 
-    preparable: dict[str, Preparable]
+    preparable: dict[str, Path]
+    """Model folders without weights, by family."""
     model: Path
     converted: Path
     bundle: Path
@@ -96,11 +89,11 @@ class BaseInputs:
 def make_base_inputs(folder: Path) -> BaseInputs:
     """All base inputs, below `folder`."""
     preparable = {
-        "qwen2_vl": Preparable(_embedded(folder / "qwen2_vl"), (1024,)),
-        "llava_onevision": Preparable(_folder(folder / "llava_onevision", _llava(), _llava_pixels(), "<image>"), (600,)),
-        "minicpmv": Preparable(_folder(folder / "minicpmv", _minicpm(), _minicpm_pixels(), "IMAGE"), (600,)),
-        "internvl": Preparable(_folder(folder / "internvl", _internvl(), _internvl_pixels(), "<IMG_CONTEXT>\n"), (1024,)),
-        "internvl_chat": Preparable(_folder(folder / "internvl_chat", _native(), None, "IMAGE"), (1024,)),
+        "qwen2_vl": _embedded(folder / "qwen2_vl"),
+        "llava_onevision": _folder(folder / "llava_onevision", _llava(), _llava_pixels(), "<image>"),
+        "minicpmv": _folder(folder / "minicpmv", _minicpm(), _minicpm_pixels(), "IMAGE"),
+        "internvl": _folder(folder / "internvl", _internvl(), _internvl_pixels(), "<IMG_CONTEXT>\n"),
+        "internvl_chat": _folder(folder / "internvl_chat", _native(), None, "IMAGE"),
     }
     model = _weights(folder / "model")
     converted = folder / "converted"

@@ -121,7 +121,7 @@ class Case:
 def config_json(case: Case) -> None:
     """A wrong value may be accepted only if it changes nothing."""
     name = case.rng.choice(sorted(case.base.preparable))
-    source = case.base.preparable[name].folder
+    source = case.base.preparable[name]
     expected = case.baseline(f"config {name}", lambda: read_model_kind(source).config)
     folder = case.copy(source)
     case.damage = damage_file(case.rng, folder / "config.json", case.outside)
@@ -139,8 +139,8 @@ def config_json(case: Case) -> None:
 
 def image_processor(case: Case) -> None:
     """A wrong value may be accepted only if the pixels stay the same."""
-    folders = {name: preparable.folder for name, preparable in sorted(case.base.preparable.items())}
-    name, file = case.rng.choice([(name, file) for name, f in folders.items() for file in PIXEL_FILES if (f / file).exists()])
+    folders = sorted(case.base.preparable.items())
+    name, file = case.rng.choice([(name, file) for name, f in folders for file in PIXEL_FILES if (f / file).exists()])
     pixels = _prepare_damaged(case, name, file)
     expected = _prepared(case, name)
     if pixels is not None and case.damage.is_wrong_value:
@@ -152,7 +152,7 @@ def image_processor(case: Case) -> None:
 def text_files(case: Case) -> None:
     """Tokenizer, template and end tokens: token ids stay within the vocabulary."""
     name = case.rng.choice(sorted(case.base.preparable))
-    folder = case.base.preparable[name].folder
+    folder = case.base.preparable[name]
     file = case.rng.choice([file for file in TEXT_FILES if (folder / file).exists()])
     prepared = _prepare_damaged(case, name, file)
     vocabulary = read_model_kind(folder).config.decoder.vocabulary
@@ -161,13 +161,12 @@ def text_files(case: Case) -> None:
 
 
 def _prepare_damaged(case: Case, name: str, file: str) -> Any:
-    base = case.base.preparable[name]
-    folder = case.copy(base.folder)
+    folder = case.copy(case.base.preparable[name])
     if "template" in (folder / file).read_text() and case.rng.random() < 0.4:
         case.damage = _hostile_template(case.rng, folder / file)
     else:
         case.damage = damage_file(case.rng, folder / file, case.outside)
-    return case.read(lambda: _prepare(folder, base.patch_slots, case.base.data))
+    return case.read(lambda: _prepare(folder, case.base.data))
 
 
 def warm_up(case: Case) -> None:
@@ -190,11 +189,11 @@ def user_text(case: Case) -> None:
     name = case.rng.choice(sorted(case.base.preparable))
     text = "".join(case.rng.choice(TEXT_PIECES) for _ in range(case.rng.randrange(1, 6)))
     case.damage = Damage(f"{name}: {text[:60]!r}")
-    base = case.base.preparable[name]
-    preparer = case.baseline(f"preparer {name}", lambda: read_model_kind(base.folder).preparer(base.folder, base.patch_slots))
+    source = case.base.preparable[name]
+    preparer = case.baseline(f"preparer {name}", lambda: read_model_kind(source).preparer(source))
     plain, odd = (Sample("s", "d", (case.base.data / "0.png",), question, ("a",)) for question in ("what", text))
     images = [image.tokens for image in preparer.images(load_images(plain, preparer.transparency), "s")]
-    vocabulary = json.loads((base.folder / "tokenizer.json").read_text())
+    vocabulary = json.loads((source / "tokenizer.json").read_text())
     # A tokenizer of words reads unknown letters as <unk>.
     special = {token["id"] for token in vocabulary["added_tokens"] if token["content"].strip() not in ("", "<unk>")}
 
@@ -207,14 +206,14 @@ def user_text(case: Case) -> None:
 
 
 def _prepared(case: Case, name: str) -> Any:
-    base = case.base.preparable[name]
-    return case.baseline(f"prepared {name}", lambda: _prepare(base.folder, base.patch_slots, case.base.data))
+    folder = case.base.preparable[name]
+    return case.baseline(f"prepared {name}", lambda: _prepare(folder, case.base.data))
 
 
-def _prepare(folder: Path, patch_slots: tuple[int, ...], data: Path) -> tuple[list[np.ndarray], list[list[int]]]:
+def _prepare(folder: Path, data: Path) -> tuple[list[np.ndarray], list[list[int]]]:
     """Arrays and token ids of a sample, with and without an answer."""
     kind = read_model_kind(folder)
-    preparer = kind.preparer(folder, patch_slots)
+    preparer = kind.preparer(folder)
     sample = Sample("s", "d", (data / "0.png",), "What is this?", ("a",))
     images = preparer.images(load_images(sample, preparer.transparency), sample.id)
     tokens = [image.tokens for image in images]
