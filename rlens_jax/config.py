@@ -104,7 +104,8 @@ class ComputeConfig:
     matmul_precision: Literal["highest", "high", "default"] = "highest"
     """JAX's matmul precision. On TPU, `default` multiplies float32 in bfloat16; on CPU all are the same."""
     batch_size: int = 0
-    """Samples per batch of a work group; 0 means as many samples of the largest bucket as fit into a device's memory."""
+    """Samples per batch of a work group; 0 means as many samples of the largest bucket as fit into a device's memory, but fewer
+    where batches would have many rows without a sample."""
     model_shards: int = 1
     """Devices per copy of the model (size of the mesh's `model` axis); the copies share the batches."""
     text_slots: tuple[int, ...] | None = None
