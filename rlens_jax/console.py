@@ -4,6 +4,7 @@ Progress and messages go to stderr, so that stdout holds only a command's result
 """
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -24,8 +25,8 @@ SECONDS_BETWEEN_LINES = 5.0
 """Of progress, if stderr is not a terminal."""
 
 _LONGEST_LINE = 1500
-BAD_INPUT, INTERRUPTED, STOPPED = 2, 130, 143
-"""Exit codes: bad input, Ctrl-C, SIGTERM; the latter two as shells count a signal (128 + its number)."""
+BAD_INPUT, INTERRUPTED, PIPE_CLOSED, STOPPED = 2, 130, 141, 143
+"""Exit codes: bad input, Ctrl-C, SIGPIPE, SIGTERM; all but the first as shells count a signal (128 + its number)."""
 
 
 class StopRequested(BaseException):
@@ -36,6 +37,8 @@ def run_command(
     main: Callable[[Sequence[str]], None], *, interrupted: str = RESUMABLE, argv: Sequence[str] | None = None
 ) -> NoReturn:
     """Run a command and exit: 0 when done, 2 with one line for bad input, 130 after Ctrl-C, 143 after SIGTERM.
+
+    If the reader of stdout has closed it, the exit code is 141 and nothing is said.
 
     Any other exception is an error in this program and passes through, with its traceback. `main` imports JAX inside its body,
     so that JAX starts quietly and bad input is reported at once.
@@ -57,6 +60,10 @@ def _exit_code(main: Callable[[Sequence[str]], None], argv: Sequence[str], inter
     try:
         check_arguments(argv)
         main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # its reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout once more at its end
+        return PIPE_CLOSED
     except UserError as error:
         print(f"error: {_for_terminal(str(error))}", file=sys.stderr)
         return BAD_INPUT

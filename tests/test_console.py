@@ -79,6 +79,15 @@ def test_printable_leaves_ordinary_text_of_all_scripts():
     assert printable(text) == text
 
 
+def test_a_reader_of_stdout_may_leave_early():
+    command = [sys.executable, "-m", "rlens_jax.cost", "qwen2-vl-7b"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    run = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (run.returncode, run.stderr) == (141, b"")
+
+
 def test_an_argument_that_is_not_utf_8_is_one_line():
     for command in (["-m", "rlens_jax.cost"], ["-m", "rlens_jax", "cost"], ["-m", "rlens_jax"]):
         run = subprocess.run([sys.executable, *command, b"caf\xe9", "--visual=3"], capture_output=True)
