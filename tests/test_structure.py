@@ -27,7 +27,8 @@ RANKING_RUN = (
     "search/journal.py",
 )
 """The modules that a reader of a ranking run opens, in order. All others are libraries of these."""
-MAX_FILES, MAX_LINES, MAX_FUNCTION_LINES, MAX_RANKING_LINES = 165, 23_000, 70, 1500
+MAX_FILES, MAX_LINES, MAX_FUNCTION_LINES, MAX_RANKING_LINES = 187, 26_200, 70, 1500
+"""The first two are what the package has, with little to spare: raise them on purpose, with the feature that needs it."""
 
 
 def num_lines(path: Path) -> int:
