@@ -6,6 +6,7 @@ A kind is a function of a `Case`. It damages a copy of a base input in `case.fol
 
 import importlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -138,12 +139,13 @@ def config_json(case: Case) -> None:
 
 
 def image_processor(case: Case) -> None:
-    """A wrong value may be accepted only if the pixels stay the same."""
+    """A wrong value may be accepted only if the pixels stay the same; a finite number is one that the file asks for."""
     folders = sorted(case.base.preparable.items())
     name, file = case.rng.choice([(name, file) for name, f in folders for file in PIXEL_FILES if (f / file).exists()])
     pixels = _prepare_damaged(case, name, file)
     expected = _prepared(case, name)
-    if pixels is not None and case.damage.is_wrong_value:
+    is_number = isinstance(case.damage.value, int | float) and math.isfinite(case.damage.value)
+    if pixels is not None and case.damage.is_wrong_value and not is_number:
         same = len(pixels[0]) == len(expected[0]) and all(map(np.array_equal, pixels[0], expected[0]))
         if not same:
             raise WrongTreatmentError("accepted with other pixels")
@@ -260,7 +262,8 @@ def _damage_header(rng: Random, path: Path) -> Damage:
 def orbax_folder(case: Case) -> None:
     """Any damage to a converted folder: converting it back gives the source's bytes or nothing, and writes nothing elsewhere."""
     folder = case.copy(case.base.converted)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    # Orbax draws the names of its data files; their sizes hardly change.
+    files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: (path.suffix, path.stat().st_size))
     record = [path for path in files if path.name == "conversion.json"]
     path = case.rng.choice([*files, *record * len(files)])
     if path.suffix == ".json" or case.rng.random() < 0.2:
