@@ -62,7 +62,7 @@ def read_record(folder: Path) -> Record:
 
     Raises:
         UserError: there is none, it has another format or a wrong field, names a tensor twice, or names a file that does not
-            lie in the folder of its source.
+            lie in the folder of its source or is none of its files.
     """
     path = folder / RECORD
     if not path.exists():
@@ -78,6 +78,9 @@ def read_record(folder: Path) -> Record:
     names = [entry.name for _, entry in tensors]
     if len(set(names)) < len(names):
         raise UserError(f"{path}: tensors: {next(name for name in names if names.count(name) > 1)} is there twice")
+    listed = {item["name"] for item in fields["files"]}
+    if unknown := next((file for file, _ in tensors if file not in listed), None):
+        raise UserError(f"{path}: tensors: {unknown} is none of the files of the source")
     return Record(path, tensors, {item["name"]: item["reason"] for item in fields["carried"]}, fields.get("leaves"))
 
 

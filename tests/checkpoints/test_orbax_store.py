@@ -217,6 +217,7 @@ def add_carried(record: dict) -> None:
         (change(0, num_bytes=2), "of 2 bytes, but the store has bfloat16"),
         (change(0, num_bytes=10**15), "but the disk has"),
         (lambda record: record["tensors"].append(record["tensors"][0]), "is there twice"),
+        (lambda record: record["tensors"][0].update(file="other.safetensors"), "other.safetensors is none of the files of the"),
         (lambda record: record["tensors"].pop(), "tensors: "),
         (lambda record: record.update(tensors=[]), "tensors: [] should be non-empty"),
         (lambda record: record.update(leaves={"x": "y"}), "leaves.x: 'y' does not match"),
