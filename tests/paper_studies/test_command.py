@@ -47,6 +47,7 @@ def test_bad_input_is_answered_in_one_line(arguments: list[str], message: str, c
 def requested(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[Sequence[str], RunConfig, Path | None]:
     """What the command passes on to the studies."""
     requests = []
+    monkeypatch.setattr("rlens_jax.commands.studies.read_ranking", lambda path: None)
     monkeypatch.setattr(studies_run, "run_studies", lambda *request, restart: requests.append(request) or [])
     main(arguments)
     (request,) = requests
