@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -42,6 +45,14 @@ def good(published, tmp_path_factory) -> Path:
 @pytest.fixture
 def folder(good, tmp_path) -> Path:
     return Path(shutil.copytree(good, tmp_path / "model"))
+
+
+@pytest.fixture
+def late_errors_ignored(monkeypatch) -> Iterator[None]:
+    """TensorStore's threads report further errors of a damaged store to an event loop that Orbax has closed by then."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    yield
+    time.sleep(0.3)
 
 
 def refusal(folder: Path) -> str:
@@ -107,6 +118,7 @@ def test_leaves_that_are_no_numbers(folder):
     assert "orbax: decoder.layers.1.input_norm.scale: holds NaN or infinite values" in refusal(folder)
 
 
+@pytest.mark.usefixtures("late_errors_ignored")
 def test_damaged_metadata(folder):
     (folder / "orbax" / "state" / "_METADATA").write_text("{")
     assert f"{folder / 'orbax'}: damaged or not a complete Orbax checkpoint" in refusal(folder)
@@ -139,6 +151,7 @@ def store_files(folder: Path) -> list[Path]:
     return [path for path in orbax_store.files(folder) if path.stat().st_size]
 
 
+@pytest.mark.usefixtures("late_errors_ignored")
 @pytest.mark.parametrize("seed", range(6))
 def test_damage_is_found_by_the_checksums_or_has_no_effect(seed, good, folder):
     generator = np.random.default_rng(seed)
