@@ -447,14 +447,10 @@ def bundle(case: Case) -> None:
     manifest, path = case.read(read), case.damage.path
     if manifest is None or path is None or not case.damage.text.startswith("manifest"):
         return
-    if (
-        path[0] == "cases"
-        and len(path) > 2
-        and path[2] in CASE_FIELDS
-        and path[2] != "attention_range"
-        and case.damage.is_wrong_value
-    ):
-        raise WrongTreatmentError("accepted a wrong value of a case")
+    is_layers = "plan" in path and case.damage.value in ([], [1, 2])
+    in_case = path[2] if path[0] == "cases" and len(path) > 2 else None
+    if in_case in CASE_FIELDS and in_case != "attention_range" and case.damage.is_wrong_value and not is_layers:
+        raise WrongTreatmentError(f"accepted a wrong value of {in_case}")
 
 
 def journal(case: Case) -> None:
