@@ -23,9 +23,9 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 class DataConfig:
     """The samples that plans are scored on."""
 
-    source: str = "pages"
-    """`pages` (the embedded model's datasets), the path of your own FILE.jsonl, or the path of a benchmark mixture FILE.json,
-    made with python -m rlens_jax.data.benchmarks.mixture."""
+    source: str | None = None
+    """The path of your own FILE.jsonl, the path of a benchmark mixture FILE.json, made with
+    python -m rlens_jax.data.benchmarks.mixture, or `pages` (the embedded model's datasets). Only a dry run can do without."""
     benchmarks: str | None = None
     """Folder with VLMEvalKit's TSV files. A mixture needs it."""
     validation_samples: int = 120
@@ -40,7 +40,7 @@ class DataConfig:
     @property
     def is_mixture(self) -> bool:
         """Whether the source is a mixture of benchmarks, whose images are read as VLMEvalKit reads them."""
-        return self.source.endswith(".json")
+        return self.source is not None and self.source.endswith(".json")
 
     def __post_init__(self) -> None:
         _check_types("data", self)

@@ -116,6 +116,7 @@ def test_model_as_argument_and_as_option(capsys: pytest.CaptureFixture[str]) -> 
         ("bench", ["qwen2-vl-2bb"], "qwen2-vl-2bb: neither a folder nor one of internvl2-8b, "),
         ("cost", ["Owner/nothing"], "Owner/nothing: no such folder, and the hub cannot provide it"),
         ("generate", ["Owner/nothing", "--prompt", "x"], "Owner/nothing: no such folder, and the hub cannot provide it"),
+        ("evaluate", ["FOLDER"], "--data DATA is missing: name the data to score the model on"),
         ("evaluate", ["embedded", "--revision=v1"], "embedded: only a name on the hub has a --revision"),
     ],
 )

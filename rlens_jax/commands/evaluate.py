@@ -15,7 +15,14 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlens_jax.commands.options import add_model_options, add_restart_option, new_folder, read_plan_options, required_model
+from rlens_jax.commands.options import (
+    EMBEDDED,
+    add_model_options,
+    add_restart_option,
+    new_folder,
+    read_plan_options,
+    required_model,
+)
 from rlens_jax.console import ArgumentParser, run_command, show
 
 
@@ -23,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, evaluate, print."""
     parser = ArgumentParser("python -m rlens_jax.evaluate", __doc__)
     add_model_options(parser)
-    parser.add_argument("--data", metavar="DATA", nargs="+", default=["pages"], help="data sets (default: pages)")
+    parser.add_argument("--data", metavar="DATA", nargs="+", help="data sets (default for the embedded model: pages)")
     output_help = "folder for results (default: %(default)s)"
     parser.add_argument("--output", metavar="DIR", type=new_folder, default=Path("runs/evaluate"), help=output_help)
     parser.add_argument("--baseline", action="store_true", help="also answer with the dense model, and report the differences")
@@ -42,6 +49,8 @@ def main(arguments: Sequence[str]) -> None:
     add_restart_option(parser)
     options = parser.parse_args(arguments)
     model, plan = required_model(parser, options), read_plan_options(parser, options)
+    if options.data is None and model != EMBEDDED:
+        parser.error("--data DATA is missing: name the data to score the model on")
 
     from rlens_jax.data.benchmarks.catalogue import named_sum
     from rlens_jax.evaluation.evaluation import EvaluationConfig, summary
@@ -51,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     config = EvaluationConfig(
         model=model,
         plan=plan,
-        data=tuple(options.data),
+        data=tuple(options.data or ["pages"]),
         md5=dict(named_sum(text, parser.error) for text in options.md5),
         **{name: getattr(options, name) for name in names},
     )

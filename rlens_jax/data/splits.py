@@ -37,6 +37,8 @@ def load_splits(data: DataConfig, prompt: Callable[[Instance], Turn], *, seed: i
         UserError: the source cannot be read, or leaves a split without samples.
     """
     source, cache = data.source, Path(data.cache or cache_folder() / "data")
+    if source is None:
+        raise UserError(f"data.source is missing: name a .jsonl or .json file, or {PAGES!r}, the embedded model's data")
     if source == PAGES:
         limits = {"validation": data.validation_samples, "test": data.test_samples}
         return {

@@ -182,8 +182,9 @@ def sample_counts(config: RunConfig) -> dict[str, Samples]:
         text = f"{len(DATASETS)} datasets of pages"
         counts = {split: limit * len(DATASETS) for split, limit in limits.items()}
         return {split: Samples(count, count, count, text) for split, count in counts.items()}
-    if not Path(data.source).exists():
-        text = f"as many as in the paper, because {data.source} does not exist"
+    if data.source is None or not Path(data.source).exists():
+        reason = "no data is named" if data.source is None else f"{data.source} does not exist"
+        text = f"as many as in the paper, because {reason}"
         paper = Samples(PAPER_SAMPLES, PAPER_SAMPLES, PAPER_SAMPLES, text)
         return {"validation": paper, "test": paper}
     splits = split_samples(read_jsonl(Path(data.source)), data, config.seed)

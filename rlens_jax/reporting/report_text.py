@@ -106,7 +106,7 @@ def _run_facts(results: Results) -> str:
             "model",
             f"{markdown_code(config.model)}, {results.num_layers} decoder layers, weights {markdown_text(results.model_hash)}",
         ),
-        ("data", f"{markdown_code(config.data.source)}, samples {markdown_text(results.data_hash)}"),
+        ("data", f"{markdown_code(str(config.data.source))}, samples {markdown_text(results.data_hash)}"),
         (
             "reduction",
             f"attention range {reduction.attention_range}, {_percent(float(reduction.active_fraction))} of the FFN "

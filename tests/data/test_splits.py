@@ -24,7 +24,7 @@ def split(members: list[Sample], validation_samples: int = 100, test_samples: in
     return split_samples(members, data, seed)
 
 
-def load(source: str) -> Splits:
+def load(source: str | None) -> Splits:
     data = DataConfig(source, validation_samples=1, test_samples=1)
     return load_splits(data, lambda instance: instance.question, seed=0)
 
@@ -92,6 +92,8 @@ def test_one_image_cannot_be_split() -> None:
 
 
 def test_a_source_of_no_known_kind() -> None:
+    with pytest.raises(UserError, match=r"data\.source is missing"):
+        load(None)
     with pytest.raises(UserError, match=r"data\.source: 'pagse' is neither"):
         load("pagse")
     with pytest.raises(UserError, match=r"data\.benchmarks must name the folder of the TSV files of my\.json"):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlens_jax.config import ComputeConfig, ReportConfig, RunConfig, SearchConfig
+from rlens_jax.config import ComputeConfig, DataConfig, ReportConfig, RunConfig, SearchConfig
 from rlens_jax.dry_run.workload import Counter, Phase, Sizes, count_search, workload
 from rlens_jax.engine.inputs import Batch
 from rlens_jax.engine.programs import Programs, States
@@ -23,6 +23,7 @@ SIZES = Sizes(num_layers=LAYERS, groups=1, block_bytes=10)
 
 def run_config(**search: Any) -> RunConfig:
     return RunConfig(
+        data=DataConfig("pages"),
         search=SearchConfig(**search),
         compute=ComputeConfig(batch_size=10, state_memory_gb=1),
         report=ReportConfig(random_rankings=1),

@@ -14,7 +14,7 @@ from rlens_jax.plan import Plan
 from rlens_jax.search.journal import Record
 
 ALONE = Processes()
-DATA = DataConfig(validation_samples=1, test_samples=1)
+DATA = DataConfig("pages", validation_samples=1, test_samples=1)
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

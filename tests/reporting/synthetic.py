@@ -46,7 +46,7 @@ class World:
 def synthetic_results(num_layers=12, samples=60, with_search_all=False, operators=OPERATORS):
     config = RunConfig(
         output="runs/synthetic",
-        data=DataConfig(validation_samples=samples, test_samples=samples),
+        data=DataConfig("pages", validation_samples=samples, test_samples=samples),
         search=SearchConfig(operators=operators),
         reduction=Reduction(attention_range=16),
         compute=ComputeConfig(dtype="float32"),
