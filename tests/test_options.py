@@ -175,7 +175,11 @@ def test_a_plan_for_another_model_is_refused_before_the_weights_are_read(
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_bytes((embedded_model() / "config.json").read_bytes())
     arguments = [str(tmp_path / "model"), f"--plan={plan}"]
-    for command, further in (("cost", []), ("generate", ["--prompt=x"]), ("evaluate", [f"--output={tmp_path / 'out'}"])):
+    for command, further in (
+        ("cost", []),
+        ("generate", ["--prompt=x"]),
+        ("evaluate", ["--data=pages", f"--output={tmp_path / 'out'}"]),
+    ):
         assert "28" in refusal(command, [*arguments, *further], capsys)
     assert not (tmp_path / "out").exists()
 
