@@ -119,6 +119,25 @@ def read_log(folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) 
         raise UserError(f"cannot read the {kind.noun} {path}: {error.strerror}") from error
 
 
+def check_free(folder: Path, kind: LogKind[Any]) -> None:
+    """Raise UserError if a process has the log of a folder open for writing."""
+    try:
+        lock = os.open(folder / f"{kind.noun}.lock", os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:  # there is none, or `open_log` says what is wrong
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: the processes of a run check at the same time
+    except BlockingIOError:
+        raise _in_use(folder, lock) from None
+    finally:
+        os.close(lock)
+
+
+def _in_use(folder: Path, lock: int) -> UserError:
+    holder = os.read(lock, 32).decode(errors="replace").strip()
+    return UserError(f"another run is using {folder} (process {holder}); wait for it to end, or choose another folder")
+
+
 def _locked(folder: Path, name: str) -> int:
     """A descriptor that holds the folder's lock. UserError if another process holds it."""
     # Not through a link: the file is emptied.
@@ -126,11 +145,9 @@ def _locked(folder: Path, name: str) -> int:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.read(lock, 32).decode(errors="replace").strip()
+        error = _in_use(folder, lock)
         os.close(lock)
-        raise UserError(
-            f"another run is using {folder} (process {holder}); wait for it to end, or choose another folder"
-        ) from None
+        raise error from None
     except OSError:
         os.close(lock)
         raise

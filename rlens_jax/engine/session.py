@@ -93,6 +93,7 @@ class Session:
         """
         output, kind, compute = Path(config.output), folder.kind, config.compute
         processes.check_shared(output)
+        processes.agreed(lambda: Journal.check_free(output))
         check_fits(kind.config.decoder.sizes, compute.model_shards)
         mesh = make_mesh(jax.devices(), compute.model_shards)
         preparer = processes.agreed(lambda: kind.preparer(folder.path))

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from rlens_jax.durable_log import LogKind, LogWriter, open_log, read_log
+from rlens_jax.durable_log import LogKind, LogWriter, check_free, open_log, read_log
 from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
 
@@ -59,6 +59,11 @@ class Journal:
         self.repaired = repaired
         self._records = records
         self._writer = writer
+
+    @staticmethod
+    def check_free(folder: Path) -> None:
+        """Raise UserError if another run is writing the journal of this folder."""
+        check_free(folder, _KIND)
 
     @classmethod
     def open(cls, folder: Path, fingerprint: Mapping[str, Any], *, restart: bool = False) -> "Journal":

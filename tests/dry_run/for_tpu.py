@@ -19,7 +19,7 @@ from rlens_jax.families.registry import read_kind
 from rlens_jax.sharding.mesh import make_mesh
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
-CASES = (("qwen2_vl_7b", 4), ("internvl2_8b", 4), ("internvl2_8b", 8))
+CASES = (("qwen2_vl_7b", 4), ("internvl2_8b", 8))
 """Models and sizes of the `model` axis. LLaVA-OneVision-7B and MiniCPM-V 2.6 have the decoder layers of Qwen2-VL-7B."""
 
 

@@ -47,7 +47,7 @@ class ToyRun:
 
     def scoring(self, variant: Variant) -> Scoring:
         if variant not in self._scorings:
-            self._scorings[variant] = make_scoring(self.model, self.mesh, variant, 0, STOP)
+            self._scorings[variant] = make_scoring(self.model, self.mesh, variant, 0, (STOP,))
         return self._scorings[variant]
 
     def programs(self, variant: Variant) -> Programs:

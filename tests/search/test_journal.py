@@ -269,6 +269,10 @@ def test_a_folder_in_use_is_refused_and_free_after_a_kill(tmp_path):
 
 
 def test_one_process_cannot_open_a_folder_twice(tmp_path):
+    Journal.check_free(tmp_path)
+    with Journal.open(tmp_path, CONFIG), pytest.raises(UserError, match="another run"):
+        Journal.check_free(tmp_path)
+    Journal.check_free(tmp_path)
     with Journal.open(tmp_path, CONFIG), pytest.raises(UserError, match="another run"):
         Journal.open(tmp_path, CONFIG)
     with Journal.open(tmp_path, CONFIG):
