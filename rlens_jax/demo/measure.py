@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlens_jax.console import ArgumentParser, run_command, say
+from rlens_jax.console import ArgumentParser, Progress, run_command
 from rlens_jax.data.pages import DATASETS
 from rlens_jax.files import json_text
 from rlens_jax.resources import cache_folder
@@ -47,40 +47,39 @@ def measure(model: str, samples: int) -> dict[str, Any]:
     programs = Programs(loaded, mesh, Reduction(), seed=0, new_tokens=1, stop_tokens=preparer.chat.stop_tokens)
     num_layers = kind.config.decoder.num_layers
 
-    def accuracy(split: Split, skipped: int | None) -> dict[str, float]:
-        runs = [(0, num_layers)] if skipped is None else [(0, skipped), (skipped + 1, num_layers)]
-        outcomes = np.zeros(len(split.samples))
-        for batch in split.batches:
-            states = programs.embed(batch.inputs.text_ids, batch.visual)
-            for start, stop in runs:
-                states = programs.layers(states, batch.inputs, [Plan()], [start], stop)
-            numbers, right, *_ = (np.asarray(part) for part in programs.outcome(states, batch.inputs))
-            outcomes[numbers[numbers != FILLER]] = right[numbers != FILLER]
-        return {name: float(outcomes[members].mean()) for name, members in split.datasets.items()}
+    def accuracies(split: Split, what: str, skipped: Sequence[int]) -> list[dict[str, float]]:
+        """Accuracy of the whole model, then without each of the `skipped` layers, from the states in front of it."""
+        outcomes = np.zeros((1 + len(skipped), len(split.samples)))
+        with Progress(what, len(split.batches), "batches") as bar:
+            for batch in split.batches:
+                states = [programs.embed(batch.inputs.text_ids, batch.visual)]
+                for layer in range(num_layers):
+                    states.append(programs.layers(states[-1], batch.inputs, [Plan()], [layer], layer + 1))
+                without = (programs.layers(states[k], batch.inputs, [Plan()], [k + 1], num_layers) for k in skipped)
+                for right_of, last in zip(outcomes, (states[-1], *without), strict=True):
+                    numbers, right, *_ = (np.asarray(part) for part in programs.outcome(last, batch.inputs))
+                    right_of[numbers[numbers != FILLER]] = right[numbers != FILLER]
+                bar.advance()
+        return [{name: float(row[members].mean()) for name, members in split.datasets.items()} for row in outcomes]
 
     by_dataset = [read_pages(name, "test", cache_folder() / "data" / "pages", samples) for name in DATASETS]
     shapes = Shapes(row_buckets((TEXT_SLOTS,), (VISUAL_SLOTS,)), ((PATCH_SLOTS,),), kind.image_arrays, BATCH)
     pairs = [pair for rows in by_dataset for pair in zip(rows, [*rows[1:], rows[0]], strict=True)]
     sources = [sample for sample, _ in pairs], [replace(sample, images=other.images) for sample, other in pairs]
     plain, swapped = (build_split(source, preparer, programs, shapes, True) for source in sources)
-    say("dense ...")
-    dense = accuracy(plain, None)
+    dense, *without_layer = accuracies(plain, "with and without each layer", range(num_layers))
     results: dict[str, Any] = {
         "schema": "rlens-embedded/1",
         "samples": {name: len(members) for name, members in plain.datasets.items()},
         "accuracy": {**dense, "overall": sum(dense.values()) / len(dense)},
-        "swapped_images": accuracy(swapped, None),
+        "swapped_images": accuracies(swapped, "with swapped images", ())[0],
         "commonest_answer": {
             name: max(Counter(plain.samples[i].answers[0] for i in members).values()) / len(members)
             for name, members in plain.datasets.items()
         },
         "visual_share": float(np.min(plain.num_visual / (plain.num_visual + plain.num_text))),
-        "without_layer": [],
+        "without_layer": [{**values, "overall": sum(values.values()) / len(values)} for values in without_layer],
     }
-    for layer in range(num_layers):
-        say(f"without layer {layer} ...")
-        without = accuracy(plain, layer)
-        results["without_layer"].append({**without, "overall": sum(without.values()) / len(without)})
     return results
 
 

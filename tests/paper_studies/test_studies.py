@@ -338,6 +338,8 @@ def test_a_case_starts_from_the_nearer_of_its_predecessor_and_the_dense_model() 
 class NoScoring:
     """Fails when it is asked to evaluate anything."""
 
+    programs = None
+
     def cost(self, base: Plan, plan: Plan) -> int:
         raise AssertionError("evaluated again")
 
