@@ -15,7 +15,7 @@ from rlens_jax.commands.options import read_config
 from rlens_jax.console import say
 from rlens_jax.families.internvl.preparer import closest_grid
 from rlens_jax.families.llava_onevision.preparer import image_sources
-from rlens_jax.families.minicpm_v.preparer import VIEW_STEP, Slicing
+from rlens_jax.families.minicpm_v.preparer import NO_SLICES, VIEW_STEP, Slicing
 
 SIZES = (
     *((640, 480), (480, 640), (1024, 768), (500, 375), (1600, 1200)),  # photos
@@ -56,11 +56,11 @@ def minicpm_v(width: int, height: int) -> tuple[int, int]:
     black = np.zeros(3, np.float32)
     slicing = Slicing(9, 448, 14, black, black)
     grid = slicing.grid((width, height))
-    sides = [slicing.view_size((width, height), enlarge=grid is None)]
-    if grid is not None:
+    sides = [slicing.view_size((width, height), enlarge=grid == NO_SLICES)]
+    if grid != NO_SLICES:
         whole = slicing.sliced_size((width, height), grid)
         sides.append((whole[0] // grid[0], whole[1] // grid[1]))
-    views = 1 + (grid[0] * grid[1] if grid else 0)
+    views = 1 + grid[0] * grid[1]
     assert views <= 1 + 3 * VIEW_STEP
     return 64 * views, max((w // 14) * (h // 14) for w, h in sides)
 

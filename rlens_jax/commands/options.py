@@ -108,7 +108,7 @@ def add_model_options(parser: ArgumentParser) -> None:
 
 def add_restart_option(parser: ArgumentParser) -> None:
     """--restart, for commands that resume."""
-    restart_help = "if the output folder has work of another configuration, keep it under another name and begin anew"
+    restart_help = "if the output folder has work of another configuration, keep it under another name and start again"
     parser.add_argument("--restart", action="store_true", help=restart_help)
 
 

@@ -44,7 +44,7 @@ class EvaluationConfig:
         bootstrap_samples: draws for the 95 % intervals.
         timing_repeats: measurements per program; 0 measures nothing.
         skip_unusable: go on where a question cannot be asked, and count it as wrong.
-        restart: rename the answers of another configuration in `output`, and begin anew.
+        restart: rename the answers of another configuration in `output`, and start again.
 
     Raises:
         UserError: an option is out of range.

@@ -57,7 +57,7 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
         names: the studies.
         config: the configuration, as of a ranking run.
         ranking: ranking.json of a finished run, with the orders of layers; None searches for them.
-        restart: rename a journal of another configuration, and begin anew.
+        restart: rename a journal of another configuration, and start again.
 
     Raises:
         UserError: bad input of any kind.
