@@ -38,8 +38,11 @@ def foreign(what: str, advice: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except UserError:
         raise
     except BaseException as error:
+        # Ctrl-C, SIGTERM and the like are nobody's error. The class of Rust's panics cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise UserError(f"{what} ({lines[0].strip()[:_LONGEST_REASON]}){advice}") from None

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from rlens_jax.console import Progress, run_command, say, show
-from rlens_jax.errors import UserError, printable
+from rlens_jax.console import Progress, StopRequested, run_command, say, show
+from rlens_jax.errors import UserError, foreign, printable
 
 
 def ended(main, capsys, argv=(), **options):
@@ -77,6 +77,18 @@ def test_what_the_terminal_cannot_write_is_escaped():
 def test_printable_leaves_ordinary_text_of_all_scripts():
     text = "Größe 図表 קובץ → 3 \N{NO-BREAK SPACE}€ 🙂"
     assert printable(text) == text
+
+
+def test_the_guard_of_libraries_turns_their_errors_into_one_line_and_lets_signals_pass():
+    panic = type("PanicException", (BaseException,), {})  # as the libraries in Rust have it
+    for error in (ValueError("bad\nfile"), panic("bad"), RuntimeError()):
+        with pytest.raises(UserError, match=r"^a\.json \((bad|RuntimeError)\); copy it$"), foreign("a.json", "; copy it"):
+            raise error
+    for signal_error in (StopRequested, KeyboardInterrupt, SystemExit):
+        with pytest.raises(signal_error), foreign("a.json"):
+            raise signal_error
+    with pytest.raises(UserError, match="mine"), foreign("a.json"):
+        raise UserError("mine")
 
 
 def test_a_reader_of_stdout_may_leave_early():

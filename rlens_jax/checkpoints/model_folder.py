@@ -7,8 +7,7 @@ code are never downloaded.
 
 import glob
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +16,7 @@ from rlens_jax.checkpoints import orbax_store
 from rlens_jax.checkpoints.containment import check_entries
 from rlens_jax.checkpoints.published import CONFIG, INDEX, SINGLE
 from rlens_jax.console import Progress
-from rlens_jax.errors import UserError, suggest
+from rlens_jax.errors import UserError, foreign, suggest
 from rlens_jax.files import is_unfinished, read_json_object, shortened
 from rlens_jax.resources import embedded_model
 
@@ -29,6 +28,7 @@ TEXT_FILES = (
     *("added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
 )
+_NOT_FROM_HUB = ", and the hub cannot provide it"
 _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w][\w./-]*))?")
 
 
@@ -72,7 +72,7 @@ def find_source(model: str | Path, *, weights: bool = True) -> Source:
     near = suggest(path.name, [*siblings, EMBEDDED])
     if on_hub is None:
         raise UserError(f"{path}: no such folder{near}; name the folder of a model, {EMBEDDED!r}, or a name on the hub")
-    with _from_hub(f"{model}: no such folder{near}"):
+    with foreign(f"{model}: no such folder{near}{_NOT_FROM_HUB}"):
         folder = _description(on_hub["name"], on_hub["revision"])
     if weights:
         _add_weights(on_hub["name"], folder)
@@ -116,7 +116,7 @@ def _add_weights(name: str, folder: Path) -> None:
     if not (folder / INDEX).is_file():
         for pattern in (SINGLE, "*.safetensors"):
             if not list(folder.glob("*.safetensors")):
-                with _from_hub(f"{name}: the cache has no weights"):
+                with foreign(f"{name}: the cache has no weights{_NOT_FROM_HUB}"):
                     _fetch(name, folder.name, [pattern])
         return
     weight_map = read_json_object(folder / INDEX).get("weight_map")
@@ -125,7 +125,7 @@ def _add_weights(name: str, folder: Path) -> None:
     if missing:
         with Progress(f"downloading {name}", len(missing), "files") as shown:
             for file in missing:
-                with _from_hub(f"{name}: the cache has no {file}"):
+                with foreign(f"{name}: the cache has no {file}{_NOT_FROM_HUB}"):
                     _fetch(name, folder.name, [glob.escape(file)])
                 shown.advance()
 
@@ -136,14 +136,3 @@ def _fetch(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
 
     # A pattern's * also matches /, and no model has files in sub-folders.
     return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
-
-
-@contextmanager
-def _from_hub(problem: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # the hub and its transports have dozens of exceptions
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{problem}, and the hub cannot provide it ({reason})") from None
