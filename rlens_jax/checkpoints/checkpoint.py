@@ -21,17 +21,26 @@ HEAD_LEAF = "decoder.head"
 
 
 def read_model_kind(model: str | Path) -> ModelKind:
-    """Family and sizes of the model in a folder, from its config.json. Raises UserError as `find_model` and `read_kind`."""
-    path = find_model(model, weights=False) / CONFIG
+    """Family and sizes of a model, from its config.json. Raises UserError as `find_model` and `kind_in`."""
+    return kind_in(find_model(model, weights=False))
+
+
+def kind_in(folder: Path) -> ModelKind:
+    """Family and sizes of the model in a folder that `find_model` returned. UserError as `read_kind`, or without config.json."""
+    path = folder / CONFIG
     if not path.exists():
         raise UserError(f"{path}: no such file; a model folder holds config.json and *.safetensors")
     return read_kind(read_json_object(path), str(path))
 
 
-def read_stored_kind(folder: Path) -> ModelKind:
-    """As `read_model_kind`, of a converted folder: a head that is stored is used, whatever config.json says."""
-    kind = read_model_kind(folder)
-    return kind.with_own_head() if HEAD_LEAF in orbax_store.Reader(folder).names else kind
+def open_store(folder: Path) -> tuple[ModelKind, orbax_store.Reader]:
+    """The kind and the leaves of a converted folder. A head that is stored is used, whatever config.json says.
+
+    Raises:
+        UserError: as `kind_in`, or the store is damaged.
+    """
+    kind, reader = kind_in(folder), orbax_store.Reader(folder)
+    return (kind.with_own_head() if HEAD_LEAF in reader.names else kind), reader
 
 
 def load_model(
@@ -56,13 +65,13 @@ def load_model(
     folder = find_model(model)
     problems = Problems(str(folder))
     if orbax_store.is_store(folder):
-        kind = read_stored_kind(folder)
+        kind, reader = open_store(folder)
         if verify:
-            verify_store(folder)
+            verify_store(folder, reader)
         filler = Filler(kind.abstract(dtype), mesh)
-        orbax_store.fill(folder, filler, problems, check_finite)
+        reader.fill(filler, problems, check_finite)
         return kind, filler.model()
-    with opened(weight_files(folder), read_model_kind(folder), problems) as published:
+    with opened(weight_files(folder), kind_in(folder), problems) as published:
         kind, table = published.kind, published.table
         filler = Filler(kind.abstract(dtype), mesh)
         table.check_covers(shapes_of(filler.abstract))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rlens_jax.checkpoints import orbax_store
-from rlens_jax.checkpoints.checkpoint import read_model_kind, read_stored_kind
+from rlens_jax.checkpoints.checkpoint import open_store, read_model_kind
 from rlens_jax.checkpoints.conversion_record import FORMAT, RECORD, Record, checksum, read_record
 from rlens_jax.checkpoints.leaves import by_layer, leaf_name, shapes_of
 from rlens_jax.checkpoints.published import (
@@ -120,10 +120,10 @@ def to_safetensors(source: Path, target: Path, advance: Advance) -> Converted:
     _check_folders(source, target)
     if not orbax_store.is_store(source):
         raise UserError(f"{source}: is not a converted folder (it has no {orbax_store.STORE!r})")
-    table, record, problems = read_stored_kind(source).table(), read_record(source), Problems(str(source))
+    kind, reader = open_store(source)
+    table, record, problems = kind.table(), read_record(source), Problems(str(source))
     if record.leaves is None:
         say(f"{source}: was converted without checksums, so damage cannot be noticed")
-    reader = orbax_store.Reader(source)
     reader.check_shapes(_leaf_shapes(table), problems)
     problems.raise_any()
     spellings = _spellings(record, table)

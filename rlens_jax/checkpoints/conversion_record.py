@@ -84,8 +84,8 @@ def read_record(folder: Path) -> Record:
     return Record(path, tensors, {item["name"]: item["reason"] for item in fields["carried"]}, fields.get("leaves"))
 
 
-def verify_store(folder: Path) -> None:
-    """Compare all leaves of a converted folder with their checksums; say so if it has none.
+def verify_store(folder: Path, reader: orbax_store.Reader) -> None:
+    """Compare all leaves of a converted folder, which `reader` reads, with their checksums; say so if it has none.
 
     Raises:
         UserError: leaves are damaged, missing or not known; one message lists them.
@@ -94,7 +94,7 @@ def verify_store(folder: Path) -> None:
     if record is None or record.leaves is None:
         say(f"{folder}: was converted without checksums, so damage cannot be noticed; convert it again to have them")
         return
-    reader, problems = orbax_store.Reader(folder), Problems(str(folder))
+    problems = Problems(str(folder))
     for name in sorted(record.leaves.keys() - set(reader.names)):
         problems.add(orbax_store.STORE, name, "missing")
     for names in reader.groups():

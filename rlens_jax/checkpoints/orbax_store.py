@@ -63,47 +63,8 @@ class Writer:
             ocp_partial.finalize(self._path)
 
 
-def fill(folder: Path, filler: Filler, problems: Problems, check_finite: bool) -> None:
-    """Fill a model from a store, rounded to the dtype of the model.
-
-    Raises:
-        UserError: the store is damaged or does not fit the model; one message lists all problems.
-    """
-    path = _path_of(folder)
-    shapes = shapes_of(filler.abstract)
-    places = unstacked(shapes)
-    expected_shapes = {
-        name: shapes[place.path] if place.layer is None else shapes[place.path][1:] for name, place in places.items()
-    }
-    stored = _metadata(path)
-    _check_shapes(stored, expected_shapes, problems)
-    problems.raise_any()
-    finite = {}
-    for names in by_layer(places, str, lambda name: 4 * prod(expected_shapes[name])):
-        targets = {name: filler.target(places[name]) for name in names}
-        loaded = _load(path, {name: targets.get(name, ocp.PLACEHOLDER) for name in stored})
-        for name in names:
-            finite[name] = filler.put(places[name], loaded[name])
-    for name, flag in finite.items():
-        if check_finite and not flag:
-            problems.add(STORE, name, "holds NaN or infinite values")
-    problems.raise_any()
-
-
-def _check_shapes(stored: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], problems: Problems) -> None:
-    """Add a problem for each stored leaf that does not fit, and for each that is missing."""
-    for name, leaf in stored.items():
-        if name not in expected:
-            problems.add(STORE, name, f"not known{suggest(name, expected)}")
-        elif tuple(leaf.shape) != expected[name]:
-            problems.add(STORE, name, f"has shape {list(leaf.shape)}, expected {list(expected[name])}")
-    for name in expected:
-        if name not in stored:
-            problems.add(STORE, name, "missing")
-
-
 class Reader:
-    """Reads leaves of a store to the host, in their stored dtypes. UserError when the store is damaged."""
+    """Reads the leaves of a store, whose description is read once. UserError when the store is damaged."""
 
     def __init__(self, folder: Path):
         self._path = _path_of(folder)
@@ -115,15 +76,44 @@ class Reader:
         return list(self._stored)
 
     def check_shapes(self, expected: Mapping[str, tuple[int, ...]], problems: Problems) -> None:
-        """Add a problem for each leaf that is missing, or is not as `expected` by name."""
-        _check_shapes(self._stored, expected, problems)
+        """Add a problem for each stored leaf that does not fit `expected`, by name, and for each that is missing."""
+        for name, leaf in self._stored.items():
+            if name not in expected:
+                problems.add(STORE, name, f"not known{suggest(name, expected)}")
+            elif tuple(leaf.shape) != expected[name]:
+                problems.add(STORE, name, f"has shape {list(leaf.shape)}, expected {list(expected[name])}")
+        for name in expected:
+            if name not in self._stored:
+                problems.add(STORE, name, "missing")
+
+    def fill(self, filler: Filler, problems: Problems, check_finite: bool) -> None:
+        """Fill a model with the leaves, rounded to the dtype of the model.
+
+        Raises:
+            UserError: the store is damaged or does not fit the model; one message lists all problems.
+        """
+        shapes = shapes_of(filler.abstract)
+        places = unstacked(shapes)
+        expected = {name: shapes[place.path] if place.layer is None else shapes[place.path][1:] for name, place in places.items()}
+        self.check_shapes(expected, problems)
+        problems.raise_any()
+        finite = {}
+        for names in by_layer(places, str, lambda name: 4 * prod(expected[name])):
+            targets = {name: filler.target(places[name]) for name in names}
+            loaded = _load(self._path, {name: targets.get(name, ocp.PLACEHOLDER) for name in self._stored})
+            for name in names:
+                finite[name] = filler.put(places[name], loaded[name])
+        for name, flag in finite.items():
+            if check_finite and not flag:
+                problems.add(STORE, name, "holds NaN or infinite values")
+        problems.raise_any()
 
     def groups(self) -> Iterator[list[str]]:
         """The names of leaves that are read together."""
         return by_layer(self._stored, str, lambda name: 4 * prod(self._stored[name].shape))
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Read some leaves by name. UserError when one is missing."""
+        """Read some leaves by name to the host, in their stored dtypes. UserError when one is missing."""
         names = list(names)
         missing = [name for name in names if name not in self._stored]
         if missing:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from rlens_jax.checkpoints.checkpoint import read_model_kind
+from rlens_jax.checkpoints.checkpoint import kind_in
 from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.checkpoints.published import CONFIG
 from rlens_jax.config import RunConfig
@@ -96,7 +96,7 @@ def dry_run(config: RunConfig, target: Slice, *, all_buckets: bool, progress: Ca
     folder = find_model(config.model, weights=False)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: has no {CONFIG}; a dry run needs the checkpoint's {CONFIG}, but no weights")
-    kind = read_model_kind(folder)
+    kind = kind_in(folder)
     config = with_dtype(config, "tpu")
     jax.config.update("jax_default_matmul_precision", config.compute.matmul_precision)
     devices, shards = slice_devices(target), config.compute.model_shards

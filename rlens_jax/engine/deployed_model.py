@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from rlens_jax.checkpoints.checkpoint import load_model, read_model_kind
+from rlens_jax.checkpoints.checkpoint import kind_in, load_model
 from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.data.images import image_file
 from rlens_jax.data.samples import IMAGE_MARK, Sample
@@ -309,7 +309,7 @@ def load(
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
     folder = find_model(model)
-    check_fits(read_model_kind(folder).config.decoder.sizes, model_shards)
+    check_fits(kind_in(folder).config.decoder.sizes, model_shards)
     mesh = make_mesh(jax.local_devices(), model_shards)
     kind, module = load_model(folder, jnp.dtype(dtype or automatic_dtype(jax.default_backend())), mesh=mesh, verify=verify)
     preparer, context = kind.preparer(folder), kind.config.decoder.context

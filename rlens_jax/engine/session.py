@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlens_jax.checkpoints.checkpoint import load_model, model_hash, read_model_kind
+from rlens_jax.checkpoints.checkpoint import kind_in, load_model, model_hash
 from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.config import RunConfig
 from rlens_jax.console import Progress, say
@@ -43,7 +43,7 @@ class ModelFolder:
     def find(cls, model: str | Path) -> "ModelFolder":
         """The folder that `model` names; UserError unless it describes a supported model."""
         path = find_model(model)
-        return cls(path, read_model_kind(path))
+        return cls(path, kind_in(path))
 
     @cached_property
     def weights_hash(self) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from rlens_jax.checkpoints import orbax_store
-from rlens_jax.checkpoints.checkpoint import read_model_kind
+from rlens_jax.checkpoints.checkpoint import kind_in
 from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import read_kind
@@ -48,7 +48,7 @@ def dump(
     folder = find_model(model)
     if orbax_store.is_store(folder):
         raise UserError(f"{folder}: is a converted folder, which PyTorch cannot read; convert it back with --to-hf")
-    kind = read_model_kind(folder)
+    kind = kind_in(folder)
     if kind.model_type not in CONFIG_MAPPING:  # code in a model folder is never run
         raise UserError(
             f"{folder}: transformers has no class of model_type {kind.model_type!r}; write a bundle with the published code "

@@ -164,7 +164,7 @@ def test_damage_is_found_by_the_checksums_or_has_no_effect(seed, good, folder):
     path.write_bytes(content)
     problem = ""
     try:
-        verify_store(folder)
+        verify_store(folder, orbax_store.Reader(folder))
     except UserError as error:
         problem = str(error)
     if problem:
@@ -190,7 +190,7 @@ def test_changed_weights_are_named_when_verified_and_when_converted_back(folder,
 def test_a_leaf_that_is_gone_is_named_when_verified(folder):
     rewrite(folder, lambda leaves: leaves.pop("decoder.norm.scale"))
     with pytest.raises(UserError, match=r"orbax: decoder\.norm\.scale: missing"):
-        verify_store(folder)
+        verify_store(folder, orbax_store.Reader(folder))
 
 
 def test_a_conversion_without_checksums_stays_loadable(folder, tmp_path, capsys):
