@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     import jax
 
     from rlens_jax.checkpoints.checkpoint import read_model_kind
-    from rlens_jax.engine.choices import automatic_dtype, dtype_line
+    from rlens_jax.engine.choices import chosen_dtype, dtype_line
     from rlens_jax.engine.deployed_model import load, make_sample
     from rlens_jax.engine.startup import start_jax
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     plan.validate(read_model_kind(model).config.decoder.num_layers)
     start_jax()
     loaded = load(model, dtype=options.dtype, chunk=options.chunk, model_shards=options.model_shards, seed=options.seed)
-    say(f"settings for {model}: {dtype_line(options.dtype, options.dtype or automatic_dtype(jax.default_backend()))}")
+    say(f"settings for {model}: {dtype_line(options.dtype, chosen_dtype(options.dtype, jax.default_backend()))}")
     show(loaded.generate(options.image, options.prompt, plan, max_new_tokens=options.max_new_tokens, marks=options.marks))
 
 

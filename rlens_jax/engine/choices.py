@@ -11,14 +11,16 @@ from rlens_jax.engine.shapes import Shapes, image_padding, row_padding
 from rlens_jax.plan import Reduction
 
 
-def automatic_dtype(platform: str) -> Dtype:
-    """bfloat16 on an accelerator, as models are published; float32 on a CPU, which has no fast bfloat16 products."""
-    return "float32" if platform == "cpu" else "bfloat16"
+def chosen_dtype(configured: Dtype | None, platform: str) -> Dtype:
+    """The configured dtype. None is bfloat16 on an accelerator, as models are published, and float32 on a CPU, which has no fast
+    bfloat16 products; `platform` is JAX's name of it.
+    """
+    return configured or ("float32" if platform == "cpu" else "bfloat16")
 
 
 def dtype_on(mesh: Mesh, compute: ComputeConfig) -> Dtype:
     """The dtype of a run on these devices."""
-    return compute.dtype or automatic_dtype(mesh.devices.flat[0].platform)
+    return chosen_dtype(compute.dtype, mesh.devices.flat[0].platform)
 
 
 def described(given: RunConfig, config: RunConfig, shapes: Shapes, splits: Sequence[PreparedSplit]) -> str:
@@ -57,4 +59,4 @@ def _origin(configured: object, otherwise: str) -> str:
 
 def with_dtype(config: RunConfig, platform: str) -> RunConfig:
     """The configuration of a run on devices of this platform of JAX, with its dtype filled in."""
-    return replace(config, compute=replace(config.compute, dtype=config.compute.dtype or automatic_dtype(platform)))
+    return replace(config, compute=replace(config.compute, dtype=chosen_dtype(config.compute.dtype, platform)))

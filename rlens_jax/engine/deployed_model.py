@@ -20,10 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.checkpoints.checkpoint import kind_in, load_model
 from rlens_jax.checkpoints.model_folder import find_model
+from rlens_jax.config import Dtype
 from rlens_jax.data.images import image_file
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.engine.batches import FILLER
-from rlens_jax.engine.choices import automatic_dtype
+from rlens_jax.engine.choices import chosen_dtype
 from rlens_jax.engine.inputs import Batch, Split, encode_split, own_samples
 from rlens_jax.engine.model_programs import ROWS, ModelPrograms, Program
 from rlens_jax.engine.overflow import not_finite
@@ -284,7 +285,7 @@ class DeployedModel:
 def load(
     model: str | Path,
     *,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     batch_size: int = BATCH_SIZE,
     chunk: int | None = None,
     model_shards: int = 1,
@@ -311,7 +312,7 @@ def load(
     folder = find_model(model)
     check_fits(kind_in(folder).config.decoder.sizes, model_shards)
     mesh = make_mesh(jax.local_devices(), model_shards)
-    kind, module = load_model(folder, jnp.dtype(dtype or automatic_dtype(jax.default_backend())), mesh=mesh, verify=verify)
+    kind, module = load_model(folder, jnp.dtype(chosen_dtype(dtype, jax.default_backend())), mesh=mesh, verify=verify)
     preparer, context = kind.preparer(folder), kind.config.decoder.context
     programs = DeployedPrograms(module, mesh, seed=seed, stop_tokens=preparer.chat.stop_tokens, chunk=chunk)
     shapes = Shapes(

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, no_type_check
 
+from rlens_jax.config import Dtype
 from rlens_jax.data.images import Transparency
 from rlens_jax.errors import UserError
 from rlens_jax.files import json_text
@@ -59,7 +60,7 @@ class EvaluationConfig:
     md5: Mapping[str, str] = field(default_factory=dict)
     max_new_tokens: int = 512
     batch_size: int = 8
-    dtype: str | None = None
+    dtype: Dtype | None = None
     chunk: int | None = None
     model_shards: int = 1
     seed: int = 0

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from rlens_jax.console import say
-from rlens_jax.engine.choices import automatic_dtype, dtype_line
+from rlens_jax.engine.choices import chosen_dtype, dtype_line
 from rlens_jax.engine.deployed_model import DeployedModel, load
 from rlens_jax.engine.inputs import Batch, Split
 from rlens_jax.engine.session import ModelFolder
@@ -51,7 +51,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
         UserError: bad input of any kind; among them a folder that belongs to another model, plan or data.
     """
     start_jax()
-    given, config = config.dtype, dataclasses.replace(config, dtype=config.dtype or automatic_dtype(jax.default_backend()))
+    given, config = config.dtype, dataclasses.replace(config, dtype=chosen_dtype(config.dtype, jax.default_backend()))
     # Checks that need no weights come first.
     folder = ModelFolder.find(config.model)
     config.plan.validate(folder.kind.config.decoder.num_layers)
