@@ -119,7 +119,7 @@ def find_decoder(model: str) -> DecoderSizes:
     # Imported here: a short name needs no JAX.
     from rlens_jax.checkpoints.checkpoint import read_model_kind
 
-    known = (*PUBLISHED_DECODERS, "embedded")
+    known = (*PUBLISHED_DECODERS, EMBEDDED)
     if "/" not in model and not Path(model).exists() and model not in known:
         raise UserError(f"{model}: neither a folder nor one of {', '.join(known)}{suggest(model, known)}")
     decoder = read_model_kind(model).config.decoder

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import yaml
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -28,6 +27,7 @@ from rlens_jax.models.prompt import ImageSize
 from rlens_jax.ops.attention_tpu import kernel_flops
 from rlens_jax.resources import preset_path
 from rlens_jax.sharding.mesh import FfnForm
+from rlens_jax.yaml_file import read_yaml
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Slots:
 
 def assumed_slots(compute: ComputeConfig, kind: ModelKind) -> Slots:
     """The configured bucket sizes. Open ones are those of the family's preset: a dry run reads no samples."""
-    preset = yaml.safe_load(preset_path(kind.family.preset).read_text(encoding="utf-8"))["compute"]
+    preset = read_yaml(preset_path(kind.family.preset))["compute"]
     names = ("text_slots", "visual_slots", "patch_slots")
     return Slots(*(getattr(compute, name) or tuple(preset[name]) for name in names))
 

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlens_jax.errors import UserError, foreign
 from rlens_jax.files import read_json_object, read_text, shortened
+from rlens_jax.models.chat import PlaceholderChat
 from rlens_jax.models.template_trial import try_template
 
 TOKENIZER_FILE = "tokenizer_config.json"
@@ -20,6 +21,17 @@ class Loader(Protocol[Loaded_co]):
     """A class of transformers that reads its objects from a folder."""
 
     def from_pretrained(self, folder: Path, *, local_files_only: bool) -> Loaded_co: ...
+
+
+def read_chat(folder: Path, image_token: int, vocabulary: int) -> PlaceholderChat:
+    """The chat of a folder whose template writes placeholders of images, all by files that transformers reads.
+
+    Raises:
+        UserError: as `load_tokenizer`, `read_template` and `read_stop_tokens`.
+    """
+    tokenizer = load_tokenizer(AutoTokenizer, folder)
+    tokenizer.chat_template = read_template(folder, tokenizer)
+    return PlaceholderChat(tokenizer, vocabulary, read_stop_tokens(folder, tokenizer, vocabulary), image_token)
 
 
 def load_tokenizer(loader: Loader[Any], folder: Path) -> PreTrainedTokenizerFast:

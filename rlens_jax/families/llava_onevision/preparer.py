@@ -7,16 +7,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from PIL.Image import Image
-from transformers import AutoTokenizer
 
 from rlens_jax.data.benchmarks.catalogue import Instance, Turn, default_prompt
 from rlens_jax.data.images import MAX_IMAGE_PIXELS, Transparency
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError, foreign
-from rlens_jax.families.chat_files import load_tokenizer, read_stop_tokens, read_template
+from rlens_jax.families.chat_files import read_chat
 from rlens_jax.families.image_files import make_processor, read_processor_fields
 from rlens_jax.families.llava_onevision.model import NEWLINE, LlavaOnevisionConfig
-from rlens_jax.models.chat import PlaceholderChat
 from rlens_jax.models.prompt import Grid, ImageArrays, ImageSize, ImageTokens, PreparedImage, Prompt
 
 MAX_EXCESS = 1.1
@@ -143,10 +141,7 @@ class LlavaOnevisionPreparer:
 
         self.config = config
         self.transparency: Transparency = "white"
-        tokenizer = load_tokenizer(AutoTokenizer, folder)
-        tokenizer.chat_template = read_template(folder, tokenizer)
-        stop_tokens = read_stop_tokens(folder, tokenizer, config.decoder.vocabulary)
-        self.chat = PlaceholderChat(tokenizer, config.decoder.vocabulary, stop_tokens, config.image_token)
+        self.chat = read_chat(folder, config.image_token, config.decoder.vocabulary)
         fields, where = read_processor_fields(folder)
         self.image_processor = make_processor(LlavaOnevisionImageProcessorPil, fields, where)
         pinpoints = tuple((height, width) for height, width in self.image_processor.image_grid_pinpoints)

@@ -188,14 +188,12 @@ def read_marks(fields: ConfigReader) -> Marks:
     def pair(start: str, end: str, default: str) -> tuple[str, str]:
         return text(start, f"<{default}>"), text(end, f"</{default}>")
 
-    fields.require("use_image_id", True, False)
-
     return Marks(
         image=pair("im_start", "im_end", "image"),
         slice=pair("slice_start", "slice_end", "slice"),
         image_id=pair("im_id_start", "im_id_end", "image_id"),
         slot=text("unk", "<unk>"),
-        use_image_id=fields.fields.get("use_image_id", True),
+        use_image_id=fields.require("use_image_id", True, False),
     )
 
 

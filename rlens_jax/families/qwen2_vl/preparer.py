@@ -7,7 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from PIL.Image import Image
-from transformers import AutoTokenizer
 
 from rlens_jax.data.benchmarks.catalogue import (
     CHINESE_LETTER,
@@ -21,10 +20,9 @@ from rlens_jax.data.benchmarks.catalogue import (
 from rlens_jax.data.images import Transparency
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError, foreign
-from rlens_jax.families.chat_files import load_tokenizer, read_stop_tokens, read_template
+from rlens_jax.families.chat_files import read_chat
 from rlens_jax.families.image_files import make_processor, read_processor_fields
 from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig
-from rlens_jax.models.chat import PlaceholderChat
 from rlens_jax.models.prompt import Grid, ImageArrays, ImageSize, ImageTokens, PreparedImage, Prompt
 
 MAX_RATIO = 200
@@ -105,10 +103,7 @@ class Qwen2VLPreparer:
 
         self.config = config
         self.transparency: Transparency = "white"
-        tokenizer = load_tokenizer(AutoTokenizer, folder)
-        tokenizer.chat_template = read_template(folder, tokenizer)
-        stop_tokens = read_stop_tokens(folder, tokenizer, config.decoder.vocabulary)
-        self.chat = PlaceholderChat(tokenizer, config.decoder.vocabulary, stop_tokens, config.image_token)
+        self.chat = read_chat(folder, config.image_token, config.decoder.vocabulary)
         self.image_processor = make_processor(Qwen2VLImageProcessorPil, *_processor_fields(folder, config))
 
     def images(self, pixels: Sequence[Image], sample_id: str) -> list[PreparedImage]:
