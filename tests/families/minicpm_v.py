@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 
+from tests.families.tiny_files import NUM_QUERIES, PATCH, RESOLUTION, byte_tokenizer, preprocessor_json
 from tests.torch_support import redraw
 
-PATCH, RESOLUTION, NUM_QUERIES, WIDTH = 8, 64, 5, 256
+WIDTH = 256
 MARKS = ("<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>")
 SPECIAL = ("<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", *MARKS)
 CHAT_TEMPLATE = (
@@ -67,31 +66,6 @@ def config_json(**overrides) -> dict:
         "slice_mode": True,
         "query_num": NUM_QUERIES,
         "vision_config": {**VISION, "model_type": "siglip"},
-        **overrides,
-    }
-
-
-def preprocessor_json(**overrides) -> dict:
-    """preprocessor_config.json in the published form."""
-    return {
-        "image_processor_type": "MiniCPMVImageProcessor",
-        "auto_map": {"AutoImageProcessor": "image_processing_minicpmv.MiniCPMVImageProcessor"},
-        "max_slice_nums": 9,
-        "scale_resolution": RESOLUTION,
-        "patch_size": PATCH,
-        "use_image_id": True,
-        "image_feature_size": NUM_QUERIES,
-        "im_start": "<image>",
-        "im_end": "</image>",
-        "slice_start": "<slice>",
-        "slice_end": "</slice>",
-        "unk": "<unk>",
-        "im_id_start": "<image_id>",
-        "im_id_end": "</image_id>",
-        "slice_mode": True,
-        "norm_mean": [0.5, 0.4, 0.6],
-        "norm_std": [0.5, 0.6, 0.45],
-        "version": 2.6,
         **overrides,
     }
 
@@ -239,12 +213,7 @@ def save_processing(folder: Path, **overrides) -> Path:
     `overrides` are fields of preprocessor_config.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    byte_tokenizer(SPECIAL).save(str(folder / "tokenizer.json"))
     fields = {
         "tokenizer_class": "MiniCPMVTokenizerFast",
         "auto_map": {"AutoTokenizer": ["tokenization_minicpmv_fast.MiniCPMVTokenizerFast", None]},

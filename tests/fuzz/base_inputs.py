@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 
 from rlens_jax.checkpoints.conversion import to_orbax
 from rlens_jax.families.registry import read_kind
@@ -24,6 +22,7 @@ from rlens_jax.search.journal import Journal, Record
 from rlens_jax.search.ranking_file import ranking_fields
 from tests.checkpoints import tiny
 from tests.data.benchmarks.files import benchmark_rows, write_tsv
+from tests.families.tiny_files import NUM_QUERIES, PATCH, byte_tokenizer, preprocessor_json
 from tests.reporting.synthetic import synthetic_results
 
 FINGERPRINT = {"model": "m", "seed": 0, "search": {"penalty": 2.0}}
@@ -91,7 +90,7 @@ def make_base_inputs(folder: Path) -> BaseInputs:
     preparable = {
         "qwen2_vl": _embedded(folder / "qwen2_vl"),
         "llava_onevision": _folder(folder / "llava_onevision", _llava(), _llava_pixels(), "<image>"),
-        "minicpmv": _folder(folder / "minicpmv", _minicpm(), _minicpm_pixels(), "IMAGE"),
+        "minicpmv": _folder(folder / "minicpmv", _minicpm(), preprocessor_json(), "IMAGE"),
         "internvl": _folder(folder / "internvl", _internvl(), _internvl_pixels(), "<IMG_CONTEXT>\n"),
         "internvl_chat": _folder(folder / "internvl_chat", _native(), None, "IMAGE"),
     }
@@ -126,11 +125,7 @@ def _folder(folder: Path, config: dict[str, Any], pixels: dict[str, Any] | None,
     """config.json, a tokenizer of bytes with a template, and the files of an image processor."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json_text(config))
-    tokenizer = Tokenizer(BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    byte_tokenizer(SPECIAL).save(str(folder / "tokenizer.json"))
     fields = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "chat_template": _TEMPLATE.replace("IMAGE", image),
@@ -181,30 +176,8 @@ def _minicpm() -> dict[str, Any]:
         "version": 2.6,
         "drop_vision_last_layer": False,
         "slice_mode": True,
-        "query_num": 5,
-        "vision_config": _TOWER | {"model_type": "siglip", "image_size": 80, "patch_size": 8},
-    }
-
-
-def _minicpm_pixels() -> dict[str, Any]:
-    return {
-        "image_processor_type": "MiniCPMVImageProcessor",
-        "max_slice_nums": 9,
-        "scale_resolution": 64,
-        "patch_size": 8,
-        "use_image_id": True,
-        "image_feature_size": 5,
-        "im_start": "<image>",
-        "im_end": "</image>",
-        "slice_start": "<slice>",
-        "slice_end": "</slice>",
-        "unk": "<unk>",
-        "im_id_start": "<image_id>",
-        "im_id_end": "</image_id>",
-        "slice_mode": True,
-        "norm_mean": [0.5, 0.4, 0.6],
-        "norm_std": [0.5, 0.6, 0.45],
-        "version": 2.6,
+        "query_num": NUM_QUERIES,
+        "vision_config": _TOWER | {"model_type": "siglip", "image_size": 80, "patch_size": PATCH},
     }
 
 

@@ -309,18 +309,25 @@ def image_file(case: Case) -> None:
         raise WrongTreatmentError(f"read as {image.mode} {image.size}")
 
 
+def _damage_line(case: Case, path: Path) -> int:
+    """Damage the JSON value of one line, most often, or the file. Returns the number of the line, from 0."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    number = case.rng.randrange(len(lines))
+    if case.rng.random() < 0.8:
+        content, damage = damaged_json(case.rng, json.loads(lines[number]))
+        lines[number] = content + b"\n"
+        path.write_bytes(b"".join(lines))
+        case.damage = Damage(f"line {number + 1}: {damage.text}", damage.path, damage.value)
+    else:
+        case.damage = damage_file(case.rng, path, case.outside)
+    return number
+
+
 def jsonl(case: Case) -> None:
     """A row is read as it is written, or the file is refused."""
     folder = case.copy(case.base.data)
     path = folder / "rows.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True)
-    number = case.rng.randrange(len(lines))
-    if case.rng.random() < 0.8:
-        content, case.damage = damaged_json(case.rng, json.loads(lines[number]))
-        lines[number] = content + b"\n"
-        path.write_bytes(b"".join(lines))
-    else:
-        case.damage = damage_file(case.rng, path, case.outside)
+    number = _damage_line(case, path)
     samples = case.read(lambda: [(sample, load_images(sample, "white")) for sample in read_jsonl(path)])
     if samples is None or case.damage.path is None:
         return
@@ -458,15 +465,7 @@ def journal(case: Case) -> None:
     expected = case.baseline("journal", lambda: _records(Path(shutil.copytree(case.base.journal, case.folder / "good"))))
     folder = case.copy(case.base.journal)
     path = folder / "journal.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True)
-    number = case.rng.randrange(len(lines))
-    if case.rng.random() < 0.75:
-        content, case.damage = damaged_json(case.rng, json.loads(lines[number]))
-        lines[number] = content + b"\n"
-        path.write_bytes(b"".join(lines))
-        case.damage = Damage(f"line {number + 1}: {case.damage.text}", case.damage.path, case.damage.value)
-    else:
-        case.damage = damage_file(case.rng, path, case.outside)
+    _damage_line(case, path)
     before = path.read_bytes() if path.is_file() else None
     records = case.read(lambda: _records(folder))
     if records is None and before is not None and path.read_bytes() != before:
