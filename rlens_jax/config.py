@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, no_type_check
 
 from rlens_jax.errors import UserError, suggest
+from rlens_jax.files import quoted
 from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
 
 Dtype = Literal["float32", "bfloat16"]
@@ -295,7 +296,7 @@ def wrong_type(name: str, hint: Any, text: str) -> UserError:
 
 def shown(value: Any) -> str:
     """A value as error messages show it."""
-    return repr(list(value)) if isinstance(value, tuple) else repr(value)
+    return quoted(list(value) if isinstance(value, tuple) else value)
 
 
 def _described(hint: Any) -> str:

@@ -183,6 +183,11 @@ def shortened(text: str, longest: int = _LONGEST_MESSAGE) -> str:
     return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-(longest // 2) :]}"
 
 
+def quoted(value: Any) -> str:
+    """A foreign value for messages: as Python writes it, `shortened`."""
+    return shortened(repr(value))
+
+
 def check_schema(value: Any, schema: Path, path: Path) -> None:
     """Raise UserError, naming `path` and the field, unless a JSON value follows the JSON schema in the file `schema`.
 

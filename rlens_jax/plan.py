@@ -10,7 +10,7 @@ from typing import Literal, get_args, no_type_check
 import numpy as np
 
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.files import shortened
+from rlens_jax.files import quoted
 
 Operator = Literal["attention", "ffn"]
 OPERATORS: tuple[Operator, ...] = get_args(Operator)
@@ -44,10 +44,10 @@ def checked_decimal(name: str, value: object, interval: UnitInterval) -> float:
     except InvalidOperation:
         decimal = Decimal("nan")
     if not (decimal.is_finite() and 0 <= decimal <= 1 and decimal != (0 if interval == "(0, 1]" else 1)):
-        raise UserError(f"{name} must be a decimal number {_RANGES[interval]}, not {shortened(repr(value))}")
+        raise UserError(f"{name} must be a decimal number {_RANGES[interval]}, not {quoted(value)}")
     # Fraction writes out all digits, of 1e-99999999 too.
     if len(str(value)) > _MOST_DECIMALS or decimal.adjusted() < -_MOST_DECIMALS or exact(float(decimal)) != Fraction(decimal):
-        raise UserError(f"{name} has more digits than a float keeps: {shortened(repr(value))}; write at most 15 digits")
+        raise UserError(f"{name} has more digits than a float keeps: {quoted(value)}; write at most 15 digits")
     return float(decimal)
 
 
@@ -74,7 +74,7 @@ class Reduction:
 
     def __post_init__(self) -> None:
         if type(self.attention_range) is not int or not 1 <= self.attention_range <= _LARGEST_RANGE:
-            value = shortened(repr(self.attention_range))
+            value = quoted(self.attention_range)
             raise UserError(f"attention_range must be a whole number from 1 to {_LARGEST_RANGE}, not {value}")
         for field in ("active_fraction", "probe_fraction"):
             object.__setattr__(self, field, checked_decimal(field, getattr(self, field), "(0, 1]"))
@@ -82,7 +82,7 @@ class Reduction:
             value = getattr(self, field)
             if value not in choices:
                 near = suggest(str(value), choices)
-                raise UserError(f"{field} must be one of {', '.join(choices)}, not {shortened(repr(value))}{near}")
+                raise UserError(f"{field} must be one of {', '.join(choices)}, not {quoted(value)}{near}")
 
     def probe_count(self, num_visual: int) -> int:
         """M, the number of probes of a sample with `num_visual` visual tokens; 0 if there are none."""
@@ -159,7 +159,7 @@ class Plan:
 
 def _checked_layers(operator: Operator, layers: object) -> tuple[int, ...]:
     if isinstance(layers, str) or not isinstance(layers, Iterable):
-        raise UserError(f"plan.{operator} must be a list of layer numbers, not {shortened(repr(layers))}")
+        raise UserError(f"plan.{operator} must be a list of layer numbers, not {quoted(layers)}")
     checked: set[int] = set()
     for layer in layers:
         try:
@@ -167,7 +167,7 @@ def _checked_layers(operator: Operator, layers: object) -> tuple[int, ...]:
         except TypeError:
             number = -1
         if number < 0:
-            raise UserError(f"plan.{operator}: a layer must be a whole number, at least 0, not {shortened(repr(layer))}")
+            raise UserError(f"plan.{operator}: a layer must be a whole number, at least 0, not {quoted(layer)}")
         if number >= MOST_LAYERS:
             raise UserError(f"plan.{operator}: no model has a layer {number}")
         if number in checked:

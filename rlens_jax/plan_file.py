@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.files import read_json, shortened
+from rlens_jax.files import quoted, read_json
 from rlens_jax.plan import MOST_LAYERS, OPERATORS, Operator, Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Folder, Pruning
 from rlens_jax.search.ranking_file import LARGEST_RANKING, SCHEMA, RankingFile, check_ranking
@@ -118,14 +118,14 @@ def _from_plan(fields: Mapping[str, Any]) -> PlanFile:
             raise UserError(f"unknown field {name!r}{suggest(name, _FIELDS)}; known: {', '.join(_FIELDS)}")
     if fields.get("format") != FORMAT:
         raise UserError(
-            f"field 'format' must be {FORMAT!r}, not {shortened(repr(fields.get('format')))}; is this a plan, or a ranking.json?"
+            f"field 'format' must be {FORMAT!r}, not {quoted(fields.get('format'))}; is this a plan, or a ranking.json?"
         )
     num_layers = fields.get("num_layers")
     if num_layers is not None and (type(num_layers) is not int or not 1 <= num_layers <= MOST_LAYERS):
-        raise UserError(f"num_layers must be a whole number from 1 to {MOST_LAYERS}, not {shortened(repr(num_layers))}")
+        raise UserError(f"num_layers must be a whole number from 1 to {MOST_LAYERS}, not {quoted(num_layers)}")
     for name in OPERATORS:
         if not isinstance(fields.get(name, []), list):
-            raise UserError(f"{name} must be a list of layers, such as [20, 21], not {shortened(repr(fields[name]))}")
+            raise UserError(f"{name} must be a list of layers, such as [20, 21], not {quoted(fields[name])}")
     plan = Plan(fields.get("attention", ()), fields.get("ffn", ()))
     if num_layers is not None:
         plan.validate(num_layers)
@@ -137,12 +137,10 @@ def _pruning(fields: Any) -> Pruning | None:
     if fields is None:
         return None
     if not isinstance(fields, dict) or not isinstance(fields.get("method"), str):
-        raise UserError(f"pruning must be null or an object with a method, not {shortened(repr(fields))}")
+        raise UserError(f"pruning must be null or an object with a method, not {quoted(fields)}")
     method = fields["method"]
     if method not in _METHODS:
-        raise UserError(
-            f"pruning.method must be one of {', '.join(_METHODS)}, not {shortened(repr(method))}{suggest(method, _METHODS)}"
-        )
+        raise UserError(f"pruning.method must be one of {', '.join(_METHODS)}, not {quoted(method)}{suggest(method, _METHODS)}")
     known = [item.name for item in dataclasses.fields(_METHODS[method])]
     values = {name: value for name, value in fields.items() if name != "method"}
     for name in values:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import no_type_check
 
 from rlens_jax.errors import UserError
-from rlens_jax.files import shortened
+from rlens_jax.files import quoted
 from rlens_jax.plan import checked_decimal, exact
 
 
@@ -105,7 +105,7 @@ def _kept(num_visual: int, share: float | str) -> int:
 
 def _check_layer(method: str, layer: object) -> None:
     if type(layer) is not int or layer < 1:
-        raise UserError(f"{method}: layer must be a whole number, at least 1, not {shortened(repr(layer))}")
+        raise UserError(f"{method}: layer must be a whole number, at least 1, not {quoted(layer)}")
 
 
 def _check_layer_follows(method: str, layer: int, num_layers: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rlens_jax.errors import UserError
-from rlens_jax.files import shortened
+from rlens_jax.files import quoted
 
 WEIGHTS = ".safetensors"
 _LONGEST_NAME = 255
@@ -23,7 +23,7 @@ def inside(folder: Path, name: object, source: Path) -> Path:
     """
     plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\:") and not name.startswith(".")
     if not isinstance(name, str) or not plain or not name.endswith(WEIGHTS) or len(name.encode()) > _LONGEST_NAME:
-        raise UserError(f"{source}: {shortened(repr(name))} is not the name of a *{WEIGHTS} file in this folder")
+        raise UserError(f"{source}: {quoted(name)} is not the name of a *{WEIGHTS} file in this folder")
     return folder / name
 
 

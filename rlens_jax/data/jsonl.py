@@ -24,7 +24,7 @@ from rlens_jax.console import say
 from rlens_jax.data.images import image_file
 from rlens_jax.data.samples import IMAGE_MARK, Sample, normalised
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.files import LARGEST_TEXT, open_file, parse_json, shortened
+from rlens_jax.files import LARGEST_TEXT, open_file, parse_json, quoted
 
 _FIELDS = ("image", "images", "question", "answer", "answers", "dataset", "marks", "id")
 _VIDEO_FIELDS = ("video", "videos")
@@ -42,7 +42,7 @@ def read_jsonl(path: Path) -> list[Sample]:
     for number, line in _lines(path):
         sample = _sample(_row(line, f"{path}:{number}"), path, number)
         if sample.id in line_of_id:
-            name = shortened(repr(sample.id))
+            name = quoted(sample.id)
             raise UserError(f"{path}:{number}: field 'id': line {line_of_id[sample.id]} has the id {name} already")
         line_of_id[sample.id] = number
         samples.append(sample)
@@ -79,7 +79,7 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
         if name in _VIDEO_FIELDS:
             raise UserError(f"{where}: field {name!r}: videos are not supported, only images")
         if name not in _FIELDS:
-            unknown = shortened(repr(name))
+            unknown = quoted(name)
             raise UserError(f"{where}: unknown field {unknown}{suggest(name, _FIELDS)}; known fields: {', '.join(_FIELDS)}")
     return row
 

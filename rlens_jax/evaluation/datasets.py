@@ -15,7 +15,7 @@ from rlens_jax.data.samples import Sample, normalised
 from rlens_jax.data.splits import PAGES, samples_hash
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
-from rlens_jax.files import shortened
+from rlens_jax.files import quoted
 from rlens_jax.metrics.score import Row, Score, mean_ratio
 from rlens_jax.metrics.scorers import score
 
@@ -153,15 +153,15 @@ def load_datasets(
     names = [dataset.name for dataset in datasets]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"--data names the dataset {shortened(repr(name))} twice")
+            raise UserError(f"--data names the dataset {quoted(name)} twice")
         if "/" in name or name.startswith(".") or not name.isprintable():
             raise UserError(
-                f"dataset {shortened(repr(name))}: the name of a file of predictions must not begin with a dot or contain a / or "
+                f"dataset {quoted(name)}: the name of a file of predictions must not begin with a dot or contain a / or "
                 "a control character"
             )
         if len(name.encode()) > MAX_NAME_BYTES:
             raise UserError(
-                f"dataset {shortened(repr(name))}: the name of a file of predictions has at most {MAX_NAME_BYTES} bytes, "
+                f"dataset {quoted(name)}: the name of a file of predictions has at most {MAX_NAME_BYTES} bytes, "
                 f"this one {len(name.encode())}"
             )
     for name in md5:

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlens_jax.errors import UserError, foreign
-from rlens_jax.files import read_json_object, read_text, shortened
+from rlens_jax.files import quoted, read_json_object, read_text
 from rlens_jax.models.chat import PlaceholderChat
 from rlens_jax.models.template_trial import try_template
 
@@ -103,7 +103,7 @@ def _token_numbers(fields: dict[str, Any], where: str, vocabulary: int) -> list[
     numbers = value if isinstance(value, list) else [value]
     if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < vocabulary for n in numbers):
         wanted = f"the number of one of the model's {vocabulary} tokens, or a list of such numbers"
-        raise UserError(f"{where}: eos_token_id must be {wanted}, not {shortened(repr(value))}")
+        raise UserError(f"{where}: eos_token_id must be {wanted}, not {quoted(value)}")
     return numbers
 
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rlens_jax.errors import UserError
-from rlens_jax.files import shortened
+from rlens_jax.files import quoted
 
 MOST = 1 << 20
 """No size of a model is larger; counts of tokens may be."""
@@ -90,7 +90,7 @@ class ConfigReader:
         value = self.fields.get(name, self.defaults.get(name, allowed[0]))
         if not any(value == supported and isinstance(value, bool) == isinstance(supported, bool) for supported in allowed):
             supported = " or ".join(repr(choice) for choice in allowed)
-            raise UserError(f"{self.where}: {name} = {shortened(repr(value))} is not supported (only {supported})")
+            raise UserError(f"{self.where}: {name} = {quoted(value)} is not supported (only {supported})")
         return value
 
     def section(self, name: str, defaults: Mapping[str, Any] = _NOTHING) -> "ConfigReader":
@@ -110,4 +110,4 @@ class ConfigReader:
 
     def error(self, name: str, problem: str, value: Any) -> UserError:
         """The error for a field with an unsuitable value."""
-        return UserError(f"{self.where}: {name} {problem}, not {shortened(repr(value))}")
+        return UserError(f"{self.where}: {name} {problem}, not {quoted(value)}")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlens_jax.errors import UserError, foreign
-from rlens_jax.files import read_json_object, shortened
+from rlens_jax.files import quoted, read_json_object
 
 PROCESSOR_FILE = "preprocessor_config.json"
 NESTED_FILE = "processor_config.json"
@@ -88,11 +88,11 @@ def read_processor_fields(folder: Path) -> tuple[dict[str, Any], str]:
     if fields is None:
         fields = read_json_object(folder / PROCESSOR_FILE)
     if not isinstance(fields, dict):
-        raise UserError(f"{where}: must be an object, not {shortened(repr(fields))}")
+        raise UserError(f"{where}: must be an object, not {quoted(fields)}")
     for name in fields.keys() & _KIND_OF.keys():
         fits, wanted = _KINDS[_KIND_OF[name]]
         if not fits(fields[name]) and not (fields[name] is None and name in _OPTIONAL):
-            raise UserError(f"{where}: {name} must be {wanted}, not {shortened(repr(fields[name]))}")
+            raise UserError(f"{where}: {name} must be {wanted}, not {quoted(fields[name])}")
     return fields, where
 
 

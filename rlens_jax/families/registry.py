@@ -15,7 +15,7 @@ from rlens_jax.families import internvl, llava_onevision, minicpm_v, qwen2_vl
 from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.family import Family
 from rlens_jax.families.table import Table
-from rlens_jax.files import shortened
+from rlens_jax.files import quoted
 from rlens_jax.models.forward import FamilyConfig, VisionLanguageModel
 from rlens_jax.models.prompt import ImageArrays, ImageSize, Preparer
 
@@ -89,7 +89,7 @@ def family_of(model_type: str, where: str) -> Family[Any]:
     families = {name: family for family in FAMILIES for name in family.model_types}
     if model_type not in families:
         raise UserError(
-            f"{where}: model_type {shortened(repr(model_type))} is not supported{suggest(model_type, families)}; "
+            f"{where}: model_type {quoted(model_type)} is not supported{suggest(model_type, families)}; "
             f"supported are: {', '.join(sorted(families))}"
         )
     return families[model_type]

@@ -38,7 +38,7 @@ from safetensors.numpy import save_file
 
 from rlens_jax.checkpoints.safetensors_file import open_safetensors
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.files import json_text, new_folder, read_json_object, shortened
+from rlens_jax.files import json_text, new_folder, quoted, read_json_object
 from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
 
 FORMAT = "rlens-reference/1"
@@ -97,13 +97,13 @@ def read_manifest(folder: Path) -> Manifest:
     _require(fields, FIELDS, where)
     for name, kind in (("model", str), ("family", str), ("framework", dict), ("dtype", str), ("cases", list)):
         if not isinstance(fields[name], kind):
-            raise UserError(f"{where}: {name} must be {_KINDS[kind]}, not {shortened(repr(fields[name]))}")
+            raise UserError(f"{where}: {name} must be {_KINDS[kind]}, not {quoted(fields[name])}")
     _require(fields["framework"], ("name", "version"), f"{where}: framework")
     if not fields["cases"]:
         raise UserError(f"{where}: cases is empty; a bundle has at least one")
     constants = fields.get(CONSTANTS, {})
     if not isinstance(constants, dict):
-        raise UserError(f"{where}: {CONSTANTS} must be an object, not {shortened(repr(constants))}")
+        raise UserError(f"{where}: {CONSTANTS} must be an object, not {quoted(constants)}")
     cases = tuple(_read_case(case, f"{where}: case {number}") for number, case in enumerate(fields["cases"]))
     further = {name: value for name, value in fields.items() if name not in (*FIELDS, CONSTANTS)}
     framework, dtype = fields["framework"], fields["dtype"]
@@ -122,15 +122,15 @@ def _require(fields: Mapping[str, Any], names: Sequence[str], where: str) -> Non
 
 def _read_case(fields: Any, where: str) -> Case:
     if not isinstance(fields, dict):
-        raise UserError(f"{where}: must be an object, not {shortened(repr(fields))}")
+        raise UserError(f"{where}: must be an object, not {quoted(fields)}")
     _require(fields, CASE_FIELDS, where)
     file = fields["file"]
     if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
-        raise UserError(f"{where}: file must be the name of a file in the bundle, not {shortened(repr(file))}")
+        raise UserError(f"{where}: file must be the name of a file in the bundle, not {quoted(file)}")
     where = f"{where} ({file})"
     plan = fields["plan"]
     if not isinstance(plan, dict):
-        raise UserError(f"{where}: plan must be an object, not {shortened(repr(plan))}")
+        raise UserError(f"{where}: plan must be an object, not {quoted(plan)}")
     _require(plan, OPERATORS, f"{where}: plan")
     for name in plan:
         if name not in OPERATORS:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlens_jax.errors import UserError
-from rlens_jax.files import parse_json, read_text, shortened
+from rlens_jax.files import parse_json, quoted, read_text, shortened
 from rlens_jax.plan import MOST_LAYERS
 from rlens_jax.search.ranking_file import check_ranking
 
@@ -89,7 +89,7 @@ def _parse(text: str, where: str) -> tuple[int, ...]:
     words = [word for word in re.split(r"[\s,;]+", text) if word]
     for word in words:
         if not re.fullmatch(r"[+-]?\d{1,6}", word, re.ASCII):
-            raise UserError(f"{where}: {shortened(repr(word))} is no layer number")
+            raise UserError(f"{where}: {quoted(word)} is no layer number")
     return _whole_numbers([int(word) for word in words], where)
 
 
@@ -98,7 +98,7 @@ def _whole_numbers(values: Sequence[Any], where: str) -> tuple[int, ...]:
         raise UserError(f"{where}: is an empty list of layers")
     for value in values:
         if type(value) is not int:
-            raise UserError(f"{where}: {shortened(repr(value))} is no layer number")
+            raise UserError(f"{where}: {quoted(value)} is no layer number")
     if len(values) > MOST_LAYERS:
         raise UserError(f"{where}: lists {len(values)} layers; no model has more than {MOST_LAYERS}")
     return tuple(values)

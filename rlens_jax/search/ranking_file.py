@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlens_jax.errors import UserError
-from rlens_jax.files import check_schema, field_error, read_json, shortened
+from rlens_jax.files import check_schema, field_error, quoted, read_json, shortened
 from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
 from rlens_jax.search.objective import PlanScore
 from rlens_jax.search.results import Curve, OperatorResult, RandomCurves, Results, Saving
@@ -73,7 +73,7 @@ def check_ranking(value: Any, path: Path) -> RankingFile:
     """
     schema = value.get("schema") if isinstance(value, dict) else None
     if schema != SCHEMA:
-        found = shortened(repr(schema))
+        found = quoted(schema)
         raise UserError(f"{path} is not the ranking.json of a run of rlens_jax.rank: its schema must be {SCHEMA!r}, not {found}")
     check_schema(value, _SCHEMA_FILE, path)
     _check_names(path, value)

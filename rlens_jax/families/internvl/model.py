@@ -21,7 +21,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.families.config_reader import MOST_PIXELS, MOST_TOKENS, ConfigReader
 from rlens_jax.families.decoder_fields import LLAMA, QWEN2, read_decoder, rope_fields
 from rlens_jax.families.siglip import TowerConfig, TowerLayer, run_layers, tower_sizes
-from rlens_jax.files import shortened
+from rlens_jax.files import quoted
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import LayerNorm, Linear, RMSNorm
 from rlens_jax.ops.attention import masked_attention
@@ -159,7 +159,7 @@ def read_native_config(config: ConfigReader) -> InternVLConfig:
     template = config.fields.get("template")
     if template not in TEMPLATES:
         supported = ", ".join(TEMPLATES)
-        raise UserError(f"{config.where}: template {shortened(repr(template))} is not supported (only {supported})")
+        raise UserError(f"{config.where}: template {quoted(template)} is not supported (only {supported})")
     decoder = _read_text_decoder(config, text)
     least, most = config.size("min_dynamic_patch", default=1), config.size("max_dynamic_patch", default=6)
     if least > most:
@@ -224,7 +224,7 @@ def _text_section(config: ConfigReader, name: str, default: str | None) -> Confi
     model_type = text.fields.get("model_type", default)
     if not isinstance(model_type, str) or model_type not in TEXT:
         supported = ", ".join(TEXT)
-        raise UserError(f"{text.where}: model_type {shortened(repr(model_type))} is not supported; text models are: {supported}")
+        raise UserError(f"{text.where}: model_type {quoted(model_type)} is not supported; text models are: {supported}")
     return ConfigReader(text.fields, text.where, TEXT[model_type])
 
 
@@ -256,7 +256,7 @@ def _square(config: ConfigReader, name: str) -> int:
     if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
         return ConfigReader({name: value[0]}, config.where).size(name, most=MOST_PIXELS)
     if isinstance(value, list):
-        raise UserError(f"{config.where}: {name} = {shortened(repr(value))} is not supported (only squares)")
+        raise UserError(f"{config.where}: {name} = {quoted(value)} is not supported (only squares)")
     return config.size(name, most=MOST_PIXELS)
 
 

@@ -23,7 +23,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.families.config_reader import MOST_PIXELS, ConfigReader
 from rlens_jax.families.decoder_fields import read_qwen2_decoder
 from rlens_jax.families.siglip import SIGLIP, SiglipConfig, SiglipTower, read_siglip
-from rlens_jax.files import shortened
+from rlens_jax.files import quoted
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import Linear
 from rlens_jax.models.prompt import Grid
@@ -100,7 +100,7 @@ def _read_pinpoints(config: ConfigReader, image_size: int) -> tuple[Grid, ...]:
     for size in pinpoints:
         if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side in sides for side in size)):
             raise UserError(
-                f"{config.where}: image_grid_pinpoints contains {shortened(repr(size))}; only [height, width] in multiples of "
+                f"{config.where}: image_grid_pinpoints contains {quoted(size)}; only [height, width] in multiples of "
                 f"the vision tower's image_size, {image_size}, up to {MOST_PIXELS} are supported"
             )
     return tuple((height, width) for height, width in pinpoints)
