@@ -10,6 +10,7 @@ from rlens_jax.errors import UserError, foreign
 from rlens_jax.files import quoted, read_json_object, read_text
 from rlens_jax.models.chat import PlaceholderChat
 from rlens_jax.models.template_trial import try_template
+from rlens_jax.resources import embedded_model
 
 TOKENIZER_FILE = "tokenizer_config.json"
 
@@ -63,7 +64,8 @@ def read_template(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
         template = template.get("default")
     if not isinstance(template, str) or not template.strip():
         raise UserError(f"{where}: no chat template; copy chat_template.jinja of the published model beside config.json")
-    try_template(template, str(where))
+    if folder != embedded_model():  # the package's own needs no trial, which starts a process
+        try_template(template, str(where))
     return template
 
 

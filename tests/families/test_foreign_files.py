@@ -164,6 +164,15 @@ def test_templates_are_found_where_transformers_processors_look(folder: Path, mo
     assert preparer(folder).chat.tokenizer.chat_template == "of the processor"
 
 
+def test_the_template_of_the_embedded_model_alone_needs_no_trial(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(chat_files, "try_template", lambda template, where: tried.append(where))
+    preparer(find_model("embedded"))
+    assert tried == []
+    preparer(folder)
+    assert len(tried) == 1
+
+
 def test_all_end_tokens_of_a_checkpoint(folder: Path) -> None:
     own = preparer(folder).chat.stop_tokens[0]
     for fields, expected in (
