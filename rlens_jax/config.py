@@ -30,7 +30,7 @@ class DataConfig:
     benchmarks: str | None = None
     """Folder with VLMEvalKit's TSV files. A mixture needs it."""
     validation_samples: int = 120
-    """Validation samples per dataset, used by the search. A mixture ignores it."""
+    """Validation samples per dataset, used by the search: with `pages`, 4 questions about each image. A mixture ignores it."""
     test_samples: int = 150
     """Held-out samples per dataset, used by the curves. A mixture ignores it."""
     cache: str | None = None

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 Split = Literal["train", "validation", "test"]
 Cells = tuple[tuple[int, int], ...]
@@ -82,6 +81,8 @@ class Question:
 @functools.cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     """Amount of ink, float32 [1797, 10, 10] in 0..1 with an empty border of one pixel, and labels, int64 [1797]."""
+    from sklearn.datasets import load_digits  # imported late: it takes most of a second
+
     images, labels = load_digits(return_X_y=True)
     amount = images.reshape(-1, 8, 8).astype(np.float32) / 16
     return np.pad(amount, ((0, 0), (1, 1), (1, 1))), labels.astype(np.int64)

@@ -1,6 +1,7 @@
 """The samples of a run, split into validation (for the search) and test (for the held-out curves)."""
 
 import hashlib
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,7 @@ from rlens_jax.data.benchmarks.mixture import mixture_samples
 from rlens_jax.data.components import components
 from rlens_jax.data.images import image_hash, image_size
 from rlens_jax.data.jsonl import read_jsonl
-from rlens_jax.data.pages import DATASETS
-from rlens_jax.data.pages_tfds import read_pages
+from rlens_jax.data.page_samples import read_pages
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
 from rlens_jax.resources import cache_folder
@@ -36,18 +36,16 @@ def load_splits(data: DataConfig, prompt: Callable[[Instance], Turn], *, seed: i
     Raises:
         UserError: the source cannot be read, or leaves a split without samples.
     """
-    source, cache = data.source, Path(data.cache or cache_folder() / "data")
+    source = data.source
     if source is None:
         raise UserError(f"data.source is missing: name a .jsonl or .json file, or {PAGES!r}, the embedded model's data")
     if source == PAGES:
-        limits = {"validation": data.validation_samples, "test": data.test_samples}
-        return {
-            split: [sample for name in DATASETS for sample in read_pages(name, split, cache / "pages", limit)]
-            for split, limit in limits.items()
-        }
+        pages = {"validation": read_pages("validation", data.validation_samples), "test": read_pages("test", data.test_samples)}
+        return {split: list(itertools.chain(*by_dataset.values())) for split, by_dataset in pages.items()}
     if data.is_mixture:
         if data.benchmarks is None:
             raise UserError(f"data.benchmarks must name the folder of the TSV files of {source}")
+        cache = Path(data.cache or cache_folder() / "data")
         return mixture_samples(Path(source), Path(data.benchmarks), cache / "benchmarks", prompt)
     if not source.endswith(".jsonl"):
         raise UserError(f"data.source: {source!r} is neither {PAGES!r} nor a .jsonl or .json file")

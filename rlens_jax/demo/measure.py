@@ -14,7 +14,6 @@ from typing import Any
 from rlens_jax.console import ArgumentParser, Progress, run_command
 from rlens_jax.data.pages import DATASETS
 from rlens_jax.files import json_text
-from rlens_jax.resources import cache_folder
 
 PATCH_SLOTS, TEXT_SLOTS, VISUAL_SLOTS, BATCH = 512, 48, 128, 16
 
@@ -32,7 +31,7 @@ def measure(model: str, samples: int) -> dict[str, Any]:
 
     from rlens_jax.checkpoints.checkpoint import load_model
     from rlens_jax.checkpoints.model_folder import find_model
-    from rlens_jax.data.pages_tfds import read_pages
+    from rlens_jax.data.page_samples import read_pages
     from rlens_jax.engine.batches import FILLER
     from rlens_jax.engine.inputs import Split, build_split
     from rlens_jax.engine.programs import Programs
@@ -62,9 +61,8 @@ def measure(model: str, samples: int) -> dict[str, Any]:
                 bar.advance()
         return [{name: float(row[members].mean()) for name, members in split.datasets.items()} for row in outcomes]
 
-    by_dataset = [read_pages(name, "test", cache_folder() / "data" / "pages", samples) for name in DATASETS]
     shapes = Shapes(row_buckets((TEXT_SLOTS,), (VISUAL_SLOTS,)), ((PATCH_SLOTS,),), kind.image_arrays, BATCH)
-    pairs = [pair for rows in by_dataset for pair in zip(rows, [*rows[1:], rows[0]], strict=True)]
+    pairs = [pair for rows in read_pages("test", samples).values() for pair in zip(rows, [*rows[1:], rows[0]], strict=True)]
     sources = [sample for sample, _ in pairs], [replace(sample, images=other.images) for sample, other in pairs]
     plain, swapped = (build_split(source, preparer, programs, shapes, True) for source in sources)
     dense, *without_layer = accuracies(plain, "with and without each layer", range(num_layers))

@@ -9,8 +9,7 @@ from typing import Protocol, runtime_checkable
 from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, L2_CATEGORIES, find_benchmark
 from rlens_jax.data.benchmarks.tfds_builder import BenchmarkSource, read_benchmark
 from rlens_jax.data.jsonl import read_jsonl
-from rlens_jax.data.pages import DATASETS
-from rlens_jax.data.pages_tfds import read_pages
+from rlens_jax.data.page_samples import TEST_SAMPLES, read_pages
 from rlens_jax.data.samples import Sample, normalised
 from rlens_jax.data.splits import PAGES, samples_hash
 from rlens_jax.errors import UserError
@@ -172,7 +171,8 @@ def load_datasets(
 
 def _load(source: str, cache: Path, kind: ModelKind, limit: int | None, md5: Mapping[str, str]) -> list[Dataset]:
     if source == PAGES:
-        return [ExactMatch(name, read_pages(name, "test", cache / "pages", limit)) for name in DATASETS]
+        pages = read_pages("test", min(limit or TEST_SAMPLES, TEST_SAMPLES))
+        return [ExactMatch(name, samples) for name, samples in pages.items()]
     path = Path(source)
     if path.suffix == ".tsv":
         benchmark = find_benchmark(path.stem)

@@ -173,15 +173,35 @@ def test_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [item.images for item in source] == [(picture(i // 2),) for i in range(10)]
 
 
-def test_neither_tensorflow_nor_jax(tmp_path: Path) -> None:
+PROGRAM = """
+import os, signal, sys
+from pathlib import Path
+from rlens_jax.data.benchmarks import tfds_builder
+
+folder = Path(sys.argv[1])
+if sys.argv[3] == "killed":
+    tfds_builder._examples = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+assert len(tfds_builder.read_benchmark("MME", folder, folder / "data", sys.argv[2])) == 2
+assert not {"tensorflow", "torch", "jax", "pandas"} & set(sys.modules)
+"""
+
+
+def test_preparations_side_by_side_and_one_that_was_killed(tmp_path: Path) -> None:
+    """What the killed one left is not taken for data, one of two others prepares, and neither TensorFlow nor JAX is imported."""
     path = write_tsv(tmp_path / "MME.tsv", benchmark_rows("MME", images=1))
-    program = (
-        "import sys; from pathlib import Path\n"
-        "from rlens_jax.data.benchmarks.tfds_builder import read_benchmark\n"
-        "folder = Path(sys.argv[1])\n"
-        "assert len(read_benchmark('MME', folder, folder, sys.argv[2])) == 2\n"
-        "assert not {'tensorflow', 'torch', 'jax', 'pandas'} & set(sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program, tmp_path, md5_of(path)], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "")
-    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["reading MME.tsv"] * 2
+
+    def start(kind: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path), md5_of(path), kind]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    killed = start("killed")
+    killed.communicate()
+    assert killed.returncode == -9
+    assert list(tmp_path.rglob("incomplete.*"))
+    said = []
+    for process in [start("whole"), start("whole")]:
+        out, errors = process.communicate()
+        assert (process.returncode, out) == (0, "")
+        said += [line.split(":")[0] for line in errors.splitlines()]
+    assert said == ["reading MME.tsv"] * 2  # by one of them
+    assert not list(tmp_path.rglob("incomplete.*"))
