@@ -62,7 +62,9 @@ def measure(model: str, samples: int) -> dict[str, Any]:
         return [{name: float(row[members].mean()) for name, members in split.datasets.items()} for row in outcomes]
 
     shapes = Shapes(row_buckets((TEXT_SLOTS,), (VISUAL_SLOTS,)), ((PATCH_SLOTS,),), kind.image_arrays, BATCH)
-    pairs = [pair for rows in read_pages("test", samples).values() for pair in zip(rows, [*rows[1:], rows[0]], strict=True)]
+    by_dataset = read_pages("test", samples).values()
+    # A page has at most two successive questions of a dataset, so the next but one is about another page.
+    pairs = [pair for rows in by_dataset for pair in zip(rows, [*rows[2:], *rows[:2]], strict=True)]
     sources = [sample for sample, _ in pairs], [replace(sample, images=other.images) for sample, other in pairs]
     plain, swapped = (build_split(source, preparer, programs, shapes, True) for source in sources)
     dense, *without_layer = accuracies(plain, "with and without each layer", range(num_layers))
