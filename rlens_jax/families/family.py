@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from flax import nnx
 from jax.typing import DTypeLike
@@ -15,7 +15,7 @@ from rlens_jax.families.reference_inputs import ReferenceInputs
 from rlens_jax.families.table import Table
 from rlens_jax.models.decoder import Decoder
 from rlens_jax.models.forward import FamilyConfig, VisionLanguageModel
-from rlens_jax.models.prompt import ImageArrays, ImageSize, Preparer
+from rlens_jax.models.prompt import ImageArrays, ImageSize, Measure, Preparer
 
 ConfigT = TypeVar("ConfigT", bound=FamilyConfig)
 ConfigT_contra = TypeVar("ConfigT_contra", bound=FamilyConfig, contravariant=True)
@@ -42,6 +42,9 @@ class Family(Generic[ConfigT]):
     """`image_sizes(config, patches)`: the buckets of images that a value of `compute.patch_slots` stands for, ascending."""
     image_arrays: Callable[[ConfigT, ImageSize], ImageArrays]
     """`image_arrays(config, size)`: the arrays of a prepared image, padded to a bucket of this size."""
+    measure: Callable[[ConfigT, Mapping[str, Any]], Measure]
+    """`measure(config, fields)`: the rule that sizes images. `fields` are those of the image processor; the published values
+    stand for missing ones."""
     table: Callable[[ConfigT], Table]
     """Mapping between published tensors and our parameters."""
     reference: ReferenceInputs[ConfigT]

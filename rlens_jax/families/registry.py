@@ -14,10 +14,11 @@ from rlens_jax.errors import UserError, foreign, suggest
 from rlens_jax.families import internvl, llava_onevision, minicpm_v, qwen2_vl
 from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.family import Family
+from rlens_jax.families.image_files import NESTED_FILE, PROCESSOR_FILE, read_processor_fields
 from rlens_jax.families.table import Table
 from rlens_jax.files import quoted
 from rlens_jax.models.forward import FamilyConfig, VisionLanguageModel
-from rlens_jax.models.prompt import ImageArrays, ImageSize, Preparer
+from rlens_jax.models.prompt import ImageArrays, ImageSize, Measure, Preparer
 
 FAMILIES: tuple[Family[Any], ...] = (internvl.FAMILY, llava_onevision.FAMILY, minicpm_v.FAMILY, qwen2_vl.FAMILY)
 """`Any`, because each family has its own type of config."""
@@ -59,6 +60,16 @@ class ModelKind:
     def image_arrays(self, size: ImageSize) -> ImageArrays:
         """Shapes and dtypes of a prepared image, padded to a bucket of this size."""
         return self.family.image_arrays(self.config, size)
+
+    def measure(self, folder: Path, limits: Mapping[str, Any]) -> Measure:
+        """The rule that sizes images by width and height: `limits`, else the folder's image processor, else the published one.
+
+        Raises:
+            UserError: the file of the image processor is not usable.
+        """
+        found = any((folder / name).exists() for name in (PROCESSOR_FILE, NESTED_FILE))
+        fields = read_processor_fields(folder)[0] if found else {}
+        return self.family.measure(self.config, {**fields, **limits})
 
     def table(self) -> Table:
         """The mapping of the published tensors."""

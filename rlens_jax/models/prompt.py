@@ -1,6 +1,6 @@
 """A sample before the decoder reads it: prepared images, prompts of token ids with rotary positions, and batches of prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -35,6 +35,10 @@ class ImageTokens:
     count: int
     grid: Grid = (0, 0)
     """For Qwen2-VL: rows and columns of patches. For MiniCPM-V: columns and rows of slices, 0 without slices."""
+
+
+Measure = Callable[[int, int], tuple[ImageSize, ImageTokens]]
+"""Size and tokens of a prepared image, from its width and height in pixels; it is alone in its prompt."""
 
 
 @dataclass(frozen=True)

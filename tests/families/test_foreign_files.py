@@ -18,6 +18,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.families import chat_files
 from rlens_jax.families.chat_files import read_stop_tokens
 from rlens_jax.models.prompt import Preparer
+from tests.families.measured import check_measured
 
 PROCESSOR, TOKENIZER, GENERATION = "preprocessor_config.json", "tokenizer_config.json", "generation_config.json"
 
@@ -39,6 +40,12 @@ def edit(path: Path, **fields: Any) -> None:
     """Set fields of a JSON file; `...` removes one."""
     old = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({name: value for name, value in {**old, **fields}.items() if value is not ...}))
+
+
+def test_images_are_sized_without_being_prepared(folder: Path) -> None:
+    check_measured(folder, preparer(folder))
+    edit(folder / PROCESSOR, min_pixels=..., max_pixels=..., size={"shortest_edge": 4096, "longest_edge": 8192})
+    check_measured(folder, preparer(folder))
 
 
 def refusal(folder: Path) -> str:

@@ -36,6 +36,7 @@ from tests.families.internvl import (
     save_tokenizer,
     tiny_internvl,
 )
+from tests.families.measured import check_measured
 from tests.families.odd_images import as_opened, odd_images, sample_of
 from tests.families.padding import padded
 from tests.numerics import assert_close
@@ -150,6 +151,12 @@ def tiles(*counts: int) -> list[ImageTokens]:
 
 def preparer(folder: Path) -> InternVLPreparer:
     return InternVLPreparer(folder, read_model_kind(folder).config)
+
+
+@pytest.mark.parametrize("layout", ["native", "hf"])
+def test_images_are_sized_without_being_prepared(layout, request):
+    folder = request.getfixturevalue(layout)
+    check_measured(folder, preparer(folder))
 
 
 def sample(question: str, images: int = 1) -> Sample:

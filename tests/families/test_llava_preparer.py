@@ -39,6 +39,7 @@ from tests.families.llava_onevision import (
     picture,
     tiny_llava,
 )
+from tests.families.measured import check_measured
 from tests.families.odd_images import as_opened, odd_images, sample_of
 from tests.families.padding import padded
 from tests.numerics import assert_close
@@ -117,6 +118,10 @@ def test_odd_images_give_the_pixels_of_transformers(preparer):
         (views,) = image_processor()(images=[[as_opened(data)]], return_tensors="np")["pixel_values"]
         expected = cut_patches(views, VIEW // SIDE)
         np.testing.assert_array_equal(image.arrays[0][: len(expected)], expected, err_msg=name)
+
+
+def test_images_are_sized_without_being_prepared(folder, preparer):
+    check_measured(folder, preparer)
 
 
 SAMPLES = {

@@ -34,6 +34,7 @@ from rlens_jax.plan import Plan, Reduction
 from rlens_jax.sharding.mesh import make_mesh
 from tests.families import minicpm_v as reference
 from tests.families.contract import BOTH, SIMPLE, WHOLE, ForwardContract, Logits, set_to, swap
+from tests.families.measured import check_measured
 from tests.families.minicpm_v import NUM_QUERIES, config_json, cut_views, save_processing
 from tests.families.padding import padded
 from tests.numerics import assert_close, error
@@ -92,6 +93,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     kind, ours = load_model(folder, jnp.float32)
     preparer = MiniCPMVPreparer(folder, kind.config)
     return Pair(theirs, kind, preparer, lambda: load_model(folder, jnp.float32)[1], ours)
+
+
+def test_images_are_sized_without_being_prepared(pair, tmp_path):
+    folder = save_processing(tmp_path)
+    (folder / "config.json").write_text(json.dumps(pair.kind.fields))
+    check_measured(folder, pair.preparer)
 
 
 LARGE, TALL, WIDE, LITTLE = (250, 240), (61, 150), (203, 90), (70, 40)

@@ -2,7 +2,7 @@
 
 from rlens_jax.families.family import Family
 from rlens_jax.families.internvl.model import InternVLConfig, VisionTower, read_hf_config, read_native_config
-from rlens_jax.families.internvl.preparer import InternVLPreparer, benchmark_prompt, image_arrays, image_sizes
+from rlens_jax.families.internvl.preparer import InternVLPreparer, benchmark_prompt, image_arrays, image_sizes, measure
 from rlens_jax.families.internvl.reference import REFERENCE
 from rlens_jax.families.internvl.weights import table
 
@@ -12,6 +12,7 @@ FAMILY = Family[InternVLConfig](
     preparer=InternVLPreparer,
     image_sizes=image_sizes,
     image_arrays=image_arrays,
+    measure=measure,
     table=table,
     reference=REFERENCE,
     benchmark_prompt=benchmark_prompt,

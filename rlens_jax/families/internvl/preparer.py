@@ -3,8 +3,10 @@
 The tokens of all tiles of an image are one run in the prompt.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,7 @@ from rlens_jax.families.internvl.model import InternVLConfig, Native
 from rlens_jax.files import read_json_object
 from rlens_jax.models.chat import NOTHING_HIDDEN, Part, PlaceholderChat
 from rlens_jax.models.literal_text import Hidden
-from rlens_jax.models.prompt import ImageArrays, ImageSize, ImageTokens, PreparedImage, Prompt
+from rlens_jax.models.prompt import ImageArrays, ImageSize, ImageTokens, Measure, PreparedImage, Prompt
 
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -228,6 +230,19 @@ def image_sizes(config: InternVLConfig, patches: int) -> list[ImageSize]:
 def image_arrays(config: InternVLConfig, size: ImageSize) -> ImageArrays:
     """See `Family.image_arrays`."""
     return [((*size, config.vision.sizes["c"]), jnp.float32)]
+
+
+def measure(config: InternVLConfig, fields: Mapping[str, Any]) -> Measure:
+    """See `Family.measure`. `min_patches` and `max_patches` of `fields` replace the numbers of tiles in a native config.json."""
+    vision, native = config.vision, config.native or Native(1, 12, True, "")
+    least, most = fields.get("min_patches", native.min_tiles), fields.get("max_patches", native.max_tiles)
+
+    def measured(width: int, height: int) -> tuple[ImageSize, ImageTokens]:
+        tiles = math.prod(closest_grid(width, height, vision.image_size, least, most))
+        tiles += native.thumbnail and tiles > 1
+        return (tiles, vision.num_patches), ImageTokens(tiles * vision.tile_tokens)
+
+    return measured
 
 
 def cut_patches(tiles: np.ndarray, side: int) -> np.ndarray:

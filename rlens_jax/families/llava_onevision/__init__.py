@@ -2,7 +2,13 @@
 
 from rlens_jax.families.family import Family
 from rlens_jax.families.llava_onevision.model import LlavaOnevisionConfig, VisionTower, read_config
-from rlens_jax.families.llava_onevision.preparer import LlavaOnevisionPreparer, benchmark_prompt, image_arrays, image_sizes
+from rlens_jax.families.llava_onevision.preparer import (
+    LlavaOnevisionPreparer,
+    benchmark_prompt,
+    image_arrays,
+    image_sizes,
+    measure,
+)
 from rlens_jax.families.llava_onevision.reference import REFERENCE
 from rlens_jax.families.llava_onevision.weights import table
 
@@ -12,6 +18,7 @@ FAMILY = Family[LlavaOnevisionConfig](
     preparer=LlavaOnevisionPreparer,
     image_sizes=image_sizes,
     image_arrays=image_arrays,
+    measure=measure,
     table=table,
     reference=REFERENCE,
     benchmark_prompt=benchmark_prompt,

@@ -1,8 +1,9 @@
 """Images and prompts of a LLaVA-OneVision checkpoint: its own image processor, chat template and tokenizer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from rlens_jax.errors import UserError, foreign
 from rlens_jax.families.chat_files import read_chat
 from rlens_jax.families.image_files import make_processor, read_processor_fields
 from rlens_jax.families.llava_onevision.model import NEWLINE, LlavaOnevisionConfig
-from rlens_jax.models.prompt import Grid, ImageArrays, ImageSize, ImageTokens, PreparedImage, Prompt
+from rlens_jax.models.prompt import Grid, ImageArrays, ImageSize, ImageTokens, Measure, PreparedImage, Prompt
 
 MAX_EXCESS = 1.1
 """A grid is scaled down when its side exceeds the allowed side by more than this factor (from transformers)."""
@@ -130,6 +131,16 @@ def image_arrays(config: LlavaOnevisionConfig, size: ImageSize) -> ImageArrays:
     """See `Family.image_arrays`."""
     tokens = max_tokens(config, size[0])
     return [((*size, config.vision.sizes["c"]), jnp.float32), ((tokens, 4), jnp.int32), ((tokens, 4), jnp.float32)]
+
+
+def measure(config: LlavaOnevisionConfig, fields: Mapping[str, Any]) -> Measure:
+    """See `Family.measure`; config.json has all that matters."""
+
+    def measured(width: int, height: int) -> tuple[ImageSize, ImageTokens]:
+        sources, _, views = image_sources(config, (height, width), alone=True)
+        return (views, config.side**2), ImageTokens(len(sources))
+
+    return measured
 
 
 class LlavaOnevisionPreparer:

@@ -2,7 +2,7 @@
 
 from rlens_jax.families.family import Family
 from rlens_jax.families.minicpm_v.model import MiniCPMVConfig, VisionTower, read_config
-from rlens_jax.families.minicpm_v.preparer import MiniCPMVPreparer, benchmark_prompt, image_arrays, image_sizes
+from rlens_jax.families.minicpm_v.preparer import MiniCPMVPreparer, benchmark_prompt, image_arrays, image_sizes, measure
 from rlens_jax.families.minicpm_v.reference import REFERENCE
 from rlens_jax.families.minicpm_v.weights import table
 
@@ -12,6 +12,7 @@ FAMILY = Family[MiniCPMVConfig](
     preparer=MiniCPMVPreparer,
     image_sizes=image_sizes,
     image_arrays=image_arrays,
+    measure=measure,
     table=table,
     reference=REFERENCE,
     benchmark_prompt=benchmark_prompt,

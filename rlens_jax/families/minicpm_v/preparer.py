@@ -1,9 +1,10 @@
 """Images and prompts of a MiniCPM-V 2.6 checkpoint: adaptive slicing, and marks around the views in the prompt."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +17,10 @@ from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.errors import UserError, foreign
 from rlens_jax.families.chat_files import load_tokenizer, read_stop_tokens, read_template
 from rlens_jax.families.config_reader import ConfigReader
-from rlens_jax.families.image_files import MOST_TILES, read_processor_fields
+from rlens_jax.families.image_files import MOST_TILES, PROCESSOR_FILE, read_processor_fields
 from rlens_jax.families.minicpm_v.model import VERSION, MiniCPMVConfig
 from rlens_jax.models.chat import Chat, Part, question_content
-from rlens_jax.models.prompt import Grid, ImageArrays, ImageSize, ImageTokens, PreparedImage, Prompt
+from rlens_jax.models.prompt import Grid, ImageArrays, ImageSize, ImageTokens, Measure, PreparedImage, Prompt
 
 VIEW_STEP = 3
 """Views are padded to 1, 4, 7 or 10: few shapes to compile, and little computed for padding (our decision)."""
@@ -256,6 +257,28 @@ def image_sizes(config: MiniCPMVConfig, patches: int) -> list[ImageSize]:
 def image_arrays(config: MiniCPMVConfig, size: ImageSize) -> ImageArrays:
     """See `Family.image_arrays`."""
     return [((*size, config.vision.sizes["c"]), jnp.float32), (size, jnp.int32), ((*size, 2), jnp.int32), (size[:1], jnp.int32)]
+
+
+def measure(config: MiniCPMVConfig, fields: Mapping[str, Any]) -> Measure:
+    """See `Family.measure`."""
+    published = {
+        "version": VERSION,
+        "slice_mode": True,
+        "image_feature_size": config.resampler.num_queries,
+        "patch_size": config.vision.patch_size,
+    }
+    slicing = read_slicing(ConfigReader({**published, **fields}, PROCESSOR_FILE), config)
+
+    def measured(width: int, height: int) -> tuple[ImageSize, ImageTokens]:
+        grid = slicing.grid((width, height))
+        sizes = [slicing.view_size((width, height), enlarge=grid == NO_SLICES)]
+        if grid != NO_SLICES:
+            whole = slicing.sliced_size((width, height), grid)
+            sizes.append((whole[0] // grid[0], whole[1] // grid[1]))
+        views, largest = 1 + math.prod(grid), max(w * h for w, h in sizes) // slicing.patch_size**2
+        return (views, largest), ImageTokens(views * config.resampler.num_queries, grid)
+
+    return measured
 
 
 class MiniCPMVPreparer:

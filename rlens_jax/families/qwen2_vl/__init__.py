@@ -2,7 +2,7 @@
 
 from rlens_jax.families.family import Family
 from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig, VisionTower, read_config
-from rlens_jax.families.qwen2_vl.preparer import Qwen2VLPreparer, benchmark_prompt, image_arrays, image_sizes
+from rlens_jax.families.qwen2_vl.preparer import Qwen2VLPreparer, benchmark_prompt, image_arrays, image_sizes, measure
 from rlens_jax.families.qwen2_vl.reference import REFERENCE
 from rlens_jax.families.qwen2_vl.weights import table
 
@@ -12,6 +12,7 @@ FAMILY = Family[Qwen2VLConfig](
     preparer=Qwen2VLPreparer,
     image_sizes=image_sizes,
     image_arrays=image_arrays,
+    measure=measure,
     table=table,
     reference=REFERENCE,
     benchmark_prompt=benchmark_prompt,

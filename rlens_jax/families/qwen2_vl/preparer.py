@@ -1,6 +1,7 @@
 """Images and prompts of a Qwen2-VL checkpoint: its own image processor and tokenizer, and mRoPE positions."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from rlens_jax.errors import UserError, foreign
 from rlens_jax.families.chat_files import read_chat
 from rlens_jax.families.image_files import make_processor, read_processor_fields
 from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig
-from rlens_jax.models.prompt import Grid, ImageArrays, ImageSize, ImageTokens, PreparedImage, Prompt
+from rlens_jax.models.prompt import Grid, ImageArrays, ImageSize, ImageTokens, Measure, PreparedImage, Prompt
 
 MAX_RATIO = 200
 """Longer images are refused, as by transformers."""
 MIN_PIXELS, MAX_PIXELS = 56**2, 1280 * 28**2
 """Pixels of an image after resizing, if the processor's file has none (transformers)."""
+PUBLISHED_PIXELS = {"shortest_edge": 56**2, "longest_edge": 16384 * 28**2}
+"""These limits in the published checkpoints' file."""
 
 
 def patch_places(grid: Grid, merge_size: int) -> np.ndarray:
@@ -74,6 +77,33 @@ def image_arrays(config: Qwen2VLConfig, size: ImageSize) -> ImageArrays:
     return [((patches, config.vision.sizes["c"]), jnp.float32), ((patches, 2), jnp.int32), ((), jnp.int32)]
 
 
+def measure(config: Qwen2VLConfig, fields: Mapping[str, Any]) -> Measure:
+    """See `Family.measure`."""
+    # Imported here: where torchvision is installed this import loads it, and a model without images needs neither.
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    side, merge = config.vision.patch_size, config.vision.merge_size
+    limits = _with_limits(fields, PUBLISHED_PIXELS)["size"]
+
+    def measured(width: int, height: int) -> tuple[ImageSize, ImageTokens]:
+        if fields.get("do_resize", True):
+            height, width = smart_resize(height, width, side * merge, limits["shortest_edge"], limits["longest_edge"])
+        grid = height // side, width // side
+        patches = math.prod(grid)
+        return (patches,), ImageTokens(patches // merge**2, grid)
+
+    return measured
+
+
+def _with_limits(fields: Mapping[str, Any], default: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of an image processor, with the limits of pixels where transformers reads them."""
+    rest, size = dict(fields), dict(fields.get("size") or {})
+    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        spellings = (rest.pop(name, None), size.get(edge), size.pop(name, None), default[edge])
+        size[edge] = next(value for value in spellings if value is not None)
+    return rest | {"size": size}
+
+
 def _processor_fields(folder: Path, config: Qwen2VLConfig) -> tuple[dict[str, Any], str]:
     """The fields of the image processor, with the limits of pixels where transformers reads them, and the file that has them.
 
@@ -81,17 +111,16 @@ def _processor_fields(folder: Path, config: Qwen2VLConfig) -> tuple[dict[str, An
         UserError: a field is unusable or does not fit config.json.
     """
     fields, where = read_processor_fields(folder)
-    vision, size = config.vision, dict(fields.get("size") or {})
+    vision = config.vision
     sizes = {"patch_size": vision.patch_size, "merge_size": vision.merge_size, "temporal_patch_size": vision.temporal_patch}
     for name, value in sizes.items():
         if fields.setdefault(name, value) != value:
             raise UserError(f"{where}: {name} {fields[name]} is not config.json's {value}; take both files from one checkpoint")
-    for name, edge, default in (("min_pixels", "shortest_edge", MIN_PIXELS), ("max_pixels", "longest_edge", MAX_PIXELS)):
-        spellings = (fields.pop(name, None), size.get(edge), size.pop(name, None), default)
-        size[edge] = next(value for value in spellings if value is not None)
+    fields = _with_limits(fields, {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS})
+    size = fields["size"]
     if set(size) != {"shortest_edge", "longest_edge"} or size["shortest_edge"] > size["longest_edge"]:
         raise UserError(f"{where}: size must be the smallest and the largest number of pixels of an image, not {size}")
-    return fields | {"size": size}, where
+    return fields, where
 
 
 class Qwen2VLPreparer:

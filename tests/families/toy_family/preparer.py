@@ -1,7 +1,8 @@
 """Images of the toy family are as many patches as they have pixels; its text is bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from PIL.Image import Image
 from rlens_jax.data.benchmarks.catalogue import Instance, Turn
 from rlens_jax.data.samples import Sample
 from rlens_jax.models.chat import Chat
-from rlens_jax.models.prompt import ImageArrays, ImageSize, ImageTokens, PreparedImage, Prompt
+from rlens_jax.models.prompt import ImageArrays, ImageSize, ImageTokens, Measure, PreparedImage, Prompt
 from tests.families.toy_family.model import COLOURS, IMAGE_TOKEN, STOP, ToyConfig
 
 
@@ -20,6 +21,10 @@ def image_sizes(config: ToyConfig, patches: int) -> list[ImageSize]:
 
 def image_arrays(config: ToyConfig, size: ImageSize) -> ImageArrays:
     return [((*size, COLOURS), jnp.float32)]
+
+
+def measure(config: ToyConfig, fields: Mapping[str, Any]) -> Measure:
+    return lambda width, height: ((width * height,), ImageTokens(width * height))
 
 
 class ToyChat(Chat):
