@@ -95,7 +95,7 @@ def compiled_flops(mesh: Mesh) -> float:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, Spec(*spec)))
 
     samples = mesh.shape["work"]
-    positions = [array((samples, n), jnp.int32, "work") for n in (TEXT, VISUAL)]
+    positions = [array((samples, n), jnp.int32, "work") for n in (TEXT, VISUAL, TEXT)]
     layout = TokenLayout(*positions, *[array((samples,), jnp.int32, "work")] * 3)
     stack = HalvedStack(*[array((LAYERS, F, 2, D // 2), jnp.bfloat16, None, "model")] * 3)
     x = array((samples, TEXT + VISUAL, D), jnp.bfloat16, "work")

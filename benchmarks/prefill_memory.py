@@ -46,9 +46,9 @@ def temporary_bytes(plan: Plan, chunk: int | None) -> int:
     def integers(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    layout = TokenLayout(integers(1, TEXT), integers(1, VISUAL), integers(1), integers(1), integers(1))
+    layout = TokenLayout(integers(1, TEXT), integers(1, VISUAL), integers(1, TEXT), *[integers(1)] * 3)
     rope = integers(1, len(CONFIG.rope_sections), TEXT + VISUAL)
-    batch = PromptBatch(integers(1, TEXT), layout, rope, integers(1), integers(1, 1), integers(1, 1))
+    batch = PromptBatch(integers(1, TEXT), layout, rope, *[integers(1, 1)] * 7)
     visual = jax.ShapeDtypeStruct((1, VISUAL, CONFIG.width), jnp.float32)
 
     def run(state: Any, visual: Any, batch: PromptBatch) -> Any:

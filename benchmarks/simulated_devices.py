@@ -32,15 +32,14 @@ from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.commands.options import read_config
 from rlens_jax.config import SearchConfig
 from rlens_jax.data.splits import load_splits
-from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.evaluator import Evaluator, round_scorer
-from rlens_jax.engine.inputs import Split, answer_slots, encode_split, own_samples
+from rlens_jax.engine.inputs import Split, answer_places, encode_split, own_samples
 from rlens_jax.engine.preparing import prepare
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import TeacherForcing
 from rlens_jax.engine.shapes import choose_shapes
 from rlens_jax.hosts.processes import Processes
-from rlens_jax.models.prompt import IGNORE
+from rlens_jax.models.prompt import FILLER, IGNORE
 from rlens_jax.ops.ffn import hidden_units, probe_slots
 from rlens_jax.plan import OPERATORS, Plan, Reduction
 from rlens_jax.search.journal import Journal
@@ -98,7 +97,7 @@ def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
     members = load_splits(config.data, kind.benchmark_prompt, seed=config.seed)["validation"]
     prepared = prepare(members, preparer, own_samples(len(members), mesh), True, Processes().gather)
     shapes = replace(choose_shapes(config.compute, kind, [prepared]), batch_size=8)
-    split = encode_split(prepared, programs, shapes, answer_slots([prepared]), Processes())
+    split = encode_split(prepared, programs, shapes, answer_places([prepared]), Processes())
     num_layers = kind.config.decoder.num_layers
     plans: dict[Plan, None] = {}
     rankings = {}
@@ -158,7 +157,7 @@ def nearest_to_a_tie(decoder: Any, split: Split, plan: Plan, reduction: Reductio
         inputs = batch.inputs
         context = decoder.context(inputs.layout, inputs.rope_positions, jax.random.key(0))
         x = decoder.embed(inputs.text_ids, batch.visual)
-        numbers = np.asarray(inputs.layout.sample)
+        numbers = np.asarray(inputs.samples)[:, 0]
         real = numbers != FILLER
         for layer in range(decoder.config.num_layers):
             module = nnx.merge(graph, jax.tree.map(lambda p, layer=layer: p[layer], stack))

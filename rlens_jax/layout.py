@@ -4,9 +4,13 @@ All decoder states are *packed*. A batch with bucket (X text slots, P visual slo
 hold the text tokens, the last P the visual tokens of all images of the sample. Both runs are in sequence order, with padding at
 their end. The slot of a visual token within its run is its *ordinal*. Visual -> visual masks are therefore static bands for any
 images. The order of text and visual tokens is data: the sequence position of each slot. (Our decision, docs/method.md.)
+
+A row may hold several prompts that begin with the same tokens, images included. These tokens are its *trunk*, the rest of each
+prompt is a *branch*. A branch sees the trunk and itself, and its tokens have the positions that they have without the other
+branches. The text run is the trunk's text, then branch after branch. All visual tokens are in the trunk.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,10 +61,18 @@ def smallest_bucket(sizes: Iterable[int], count: int) -> int | None:
 
 @pytree
 class Slots:
-    """Some slots of a batch: int32 sequence positions, and visual ordinals, which are -1 for text."""
+    """Some slots of a batch, int32."""
 
     position: Int[Array, "B T"]
+    """Sequence position."""
     ordinal: Int[Array, "B T"]
+    """Visual ordinal, -1 for text."""
+    branch: Int[Array, "B T"]
+    """Number of the branch from 1; 0 is the trunk."""
+
+    def cut(self, select: Callable[[Array], Array]) -> "Slots":
+        """The slots that `select` takes from an array [B, T]."""
+        return Slots(select(self.position), select(self.ordinal), select(self.branch))
 
 
 @pytree
@@ -69,10 +81,12 @@ class TokenLayout:
 
     text_position: Int[Array | np.ndarray, "B X"]
     visual_position: Int[Array | np.ndarray, "B P"]
+    text_branch: Int[Array | np.ndarray, "B X"]
+    """The branch of each text slot, 0 for the trunk and for empty slots."""
     num_text: Int[Array | np.ndarray, " B"]
     num_visual: Int[Array | np.ndarray, " B"]
-    sample: Int[Array | np.ndarray, " B"]
-    """Number of the sample in the run; it seeds random probes."""
+    seed: Int[Array | np.ndarray, " B"]
+    """Seeds random probes: the number of the first sample with the row's trunk."""
 
     @property
     def bucket(self) -> Bucket:
@@ -81,24 +95,17 @@ class TokenLayout:
     @property
     def text(self) -> Slots:
         position = jnp.asarray(self.text_position)
-        return Slots(position, jnp.full_like(position, -1))
+        return Slots(position, jnp.full_like(position, -1), jnp.asarray(self.text_branch))
 
     @property
     def visual(self) -> Slots:
         ordinal = jax.lax.broadcasted_iota(jnp.int32, self.visual_position.shape, 1)
-        return Slots(jnp.asarray(self.visual_position), ordinal)
+        return Slots(jnp.asarray(self.visual_position), ordinal, jnp.zeros_like(ordinal))
 
     @property
     def slots(self) -> Slots:
         """All packed slots, text run first."""
-        text, visual = self.text, self.visual
-        return Slots(
-            jnp.concatenate([text.position, visual.position], axis=1), jnp.concatenate([text.ordinal, visual.ordinal], axis=1)
-        )
-
-    @property
-    def num_tokens(self) -> Int[Array | np.ndarray, " B"]:
-        return self.num_text + self.num_visual
+        return jax.tree.map(lambda *runs: jnp.concatenate(runs, axis=1), self.text, self.visual)
 
 
 def visible(query: Slots, key: Slots, attention_range: Range, window: Window = "ordinal") -> Bool[Array, "B T S"]:
@@ -114,9 +121,12 @@ def visible(query: Slots, key: Slots, attention_range: Range, window: Window = "
         t   1 1 1 1 1 0 0
         v   1 0 0 1 1 1 0
         t   1 1 1 1 1 1 1
+
+    A branch sees the trunk and itself only.
     """
     later = query.position[:, :, None] - key.position[:, None, :]
-    causal = later >= 0
+    key_branch = key.branch[:, None, :]
+    causal = (later >= 0) & ((key_branch == 0) | (key_branch == query.branch[:, :, None]))
     if attention_range is None:
         return causal
     both_visual = (query.ordinal >= 0)[:, :, None] & (key.ordinal >= 0)[:, None, :]
@@ -127,7 +137,7 @@ def visible(query: Slots, key: Slots, attention_range: Range, window: Window = "
 def keep_visual(layout: TokenLayout, ordinals: Int[Array, "B kept"], num_kept: Int[Array, " B"]) -> TokenLayout:
     """The layout after visual tokens were pruned: ordinals and positions count the remaining tokens again from 0.
 
-    `ordinals` are those of the survivors, ascending per sample; entries from `num_kept` on are ignored.
+    `ordinals` are those of the survivors, ascending per sample; entries from `num_kept` on are ignored. The rows have one branch.
     """
     slot = jax.lax.broadcasted_iota(jnp.int32, ordinals.shape, 1)
     survives = slot < jnp.asarray(num_kept)[:, None]
@@ -139,43 +149,71 @@ def keep_visual(layout: TokenLayout, ordinals: Int[Array, "B kept"], num_kept: I
     earlier = survives[:, None, :] & (ordinals[:, None, :] < visual_before[:, :, None])
     text = text_slot + earlier.sum(axis=2, dtype=jnp.int32)
     text = jnp.where(text_slot < jnp.asarray(layout.num_text)[:, None], text, PADDING_POSITION)
-    return TokenLayout(text, visual, layout.num_text, num_kept, layout.sample)
+    return TokenLayout(text, visual, layout.text_branch, layout.num_text, num_kept, layout.seed)
 
 
-def pack_layout(is_visual: Sequence[np.ndarray], bucket: Bucket, samples: Sequence[int]) -> TokenLayout:
-    """The layout of a batch, as NumPy arrays.
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a row in order: the trunk, then branch after branch."""
 
-    `is_visual` is bool [T_i] per sample; `samples` are the numbers of the samples in the run.
+    is_visual: np.ndarray
+    """bool [T_i]; visual tokens are in the trunk."""
+    position: np.ndarray
+    """int32 [T_i]."""
+    branch: np.ndarray
+    """int32 [T_i]: 0 for the trunk, then 1, 2, ..."""
+
+    @classmethod
+    def sequence(cls, is_visual: np.ndarray) -> "Tokens":
+        """Tokens without branches."""
+        position = np.arange(len(is_visual), dtype=np.int32)
+        return cls(is_visual, position, np.zeros_like(position))
+
+
+def pack_layout(rows: Sequence[Tokens], bucket: Bucket, seeds: Sequence[int]) -> TokenLayout:
+    """The layout of a batch, as NumPy arrays; `seeds` are those of the rows.
 
     Raises:
-        ValueError: a sample has more tokens than its bucket has slots.
+        ValueError: a row has more tokens than its bucket has slots.
     """
-    text, visual = (np.full((len(is_visual), n), PADDING_POSITION, np.int32) for n in (bucket.text, bucket.visual))
-    for row, mask in enumerate(is_visual):
-        for slots, positions in ((text, np.flatnonzero(~mask)), (visual, np.flatnonzero(mask))):
-            if len(positions) > slots.shape[1]:
-                raise ValueError(f"sample {samples[row]} has {len(positions)} tokens for {slots.shape[1]} slots")
-            slots[row, : len(positions)] = positions
-    num_visual = np.array([mask.sum() for mask in is_visual], np.int32)
-    num_text = np.array([len(mask) for mask in is_visual], np.int32) - num_visual
-    return TokenLayout(text, visual, num_text, num_visual, np.array(samples, np.int32))
+    text, visual = (np.full((len(rows), n), PADDING_POSITION, np.int32) for n in (bucket.text, bucket.visual))
+    branch = np.zeros_like(text)
+    for number, tokens in enumerate(rows):
+        for slots, chosen in ((text, ~tokens.is_visual), (visual, tokens.is_visual)):
+            if (count := int(chosen.sum())) > slots.shape[1]:
+                raise ValueError(f"row {number} has {count} tokens for {slots.shape[1]} slots")
+            slots[number, :count] = tokens.position[chosen]
+        branches = tokens.branch[~tokens.is_visual]
+        branch[number, : len(branches)] = branches
+    num_visual = np.array([tokens.is_visual.sum() for tokens in rows], np.int32)
+    num_text = np.array([len(tokens.is_visual) for tokens in rows], np.int32) - num_visual
+    return TokenLayout(text, visual, branch, num_text, num_visual, np.array(seeds, np.int32))
 
 
 def pack_rows(rows: Sequence[np.ndarray], layout: TokenLayout) -> np.ndarray:
-    """Packs per-token values in sequence order, [T_i, ...] per sample, to [B, T, ...]; empty slots are 0."""
-    bucket = layout.bucket
-    packed = np.zeros((len(rows), bucket.slots, *rows[0].shape[1:]), rows[0].dtype)
-    for i, row in enumerate(rows):
-        num_text, num_visual = int(layout.num_text[i]), int(layout.num_visual[i])
-        packed[i, :num_text] = row[layout.text_position[i, :num_text]]
-        packed[i, bucket.text : bucket.text + num_visual] = row[layout.visual_position[i, :num_visual]]
+    """Packs per-token values in the order of `Tokens`, [T_i, ...] per row, to [B, T, ...]; empty slots are 0."""
+    packed = np.zeros((len(rows), layout.bucket.slots, *rows[0].shape[1:]), rows[0].dtype)
+    for number, row in enumerate(rows):
+        slots, order = _places(layout, number)
+        packed[number, slots] = row[order]
     return packed
 
 
 def unpack_rows(packed: np.ndarray, layout: TokenLayout) -> list[np.ndarray]:
-    """The inverse of `pack_rows`: packed [B, T, ...] to [T_i, ...] per sample, without padding."""
-    positions = np.concatenate([layout.text_position, layout.visual_position], axis=1)
-    return [
-        row[np.argsort(position, kind="stable")[: int(count)]]
-        for row, position, count in zip(packed, positions, np.asarray(layout.num_tokens), strict=True)
-    ]
+    """The inverse of `pack_rows`: packed [B, T, ...] to [T_i, ...] per row, without padding."""
+    unpacked = []
+    for number, row in enumerate(packed):
+        slots, order = _places(layout, number)
+        unpacked.append(row[slots[np.argsort(order)]])
+    return unpacked
+
+
+def _places(layout: TokenLayout, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """The used slots of a row, and the place of each slot's token in the order of `Tokens`."""
+    num_text, num_visual = int(layout.num_text[row]), int(layout.num_visual[row])
+    text = np.arange(num_text)
+    # A token of the trunk is preceded by as many tokens as its position says, a token of a branch by all visual tokens.
+    in_trunk = np.asarray(layout.text_branch)[row, :num_text] == 0
+    order = np.where(in_trunk, np.asarray(layout.text_position)[row, :num_text], text + num_visual)
+    slots = np.concatenate([text, layout.bucket.text + np.arange(num_visual)])
+    return slots, np.concatenate([order, np.asarray(layout.visual_position)[row, :num_visual]])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlens_jax.layout import Bucket, TokenLayout, pack_layout, pack_rows, unpack_rows
+from rlens_jax.layout import Bucket, TokenLayout, Tokens, pack_layout, pack_rows, unpack_rows
 
 
 def spell(sequence: str) -> np.ndarray:
@@ -29,7 +29,7 @@ def make_layout(
     masks: Sequence[np.ndarray], spare: tuple[int, int] = (0, 0), samples: Sequence[int] | None = None
 ) -> TokenLayout:
     """The layout of a batch, on the device."""
-    layout = pack_layout(masks, bucket_for(masks, spare), samples or range(len(masks)))
+    layout = pack_layout([Tokens.sequence(mask) for mask in masks], bucket_for(masks, spare), samples or range(len(masks)))
     return jax.tree.map(jnp.asarray, layout)
 
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlens_jax.layout import Bucket, Slots, pack_layout, pack_rows, unpack_rows, visible
+from rlens_jax.layout import Bucket, Slots, Tokens, pack_layout, pack_rows, unpack_rows, visible
 from tests.sequences import bucket_for, make_layout, run_length, spell, unpack
 from tests.torch_reductions import hollow_mask
 
@@ -80,12 +80,11 @@ def test_no_token_sees_an_empty_slot():
 
 
 def test_pack_layout_of_two_images():
-    layout = pack_layout([spell("tvvtv"), spell("tt")], Bucket(text=3, visual=4), [7, 9])
+    layout = pack_layout([Tokens.sequence(spell(text)) for text in ("tvvtv", "tt")], Bucket(text=3, visual=4), [7, 9])
     empty = 2**30
     np.testing.assert_array_equal(layout.text_position, [[0, 3, empty], [0, 1, empty]])
     np.testing.assert_array_equal(layout.visual_position, [[1, 2, 4, empty], [empty] * 4])
-    assert (layout.num_text.tolist(), layout.num_visual.tolist(), layout.sample.tolist()) == ([2, 2], [3, 0], [7, 9])
-    assert layout.num_tokens.tolist() == [5, 2]
+    assert (layout.num_text.tolist(), layout.num_visual.tolist(), layout.seed.tolist()) == ([2, 2], [3, 0], [7, 9])
     slots = make_layout([spell("tvvtv")]).slots
     assert isinstance(slots, Slots)
     np.testing.assert_array_equal(slots.ordinal, [[-1, -1, 0, 1, 2]])
@@ -94,7 +93,7 @@ def test_pack_layout_of_two_images():
 def test_packing_and_unpacking_are_inverse():
     rng = np.random.default_rng(0)
     bucket = bucket_for(SAMPLES, spare=(1, 5))
-    layout = pack_layout(SAMPLES, bucket, range(len(SAMPLES)))
+    layout = pack_layout([Tokens.sequence(mask) for mask in SAMPLES], bucket, range(len(SAMPLES)))
     rows = [rng.standard_normal((len(mask), 2)).astype(np.float32) for mask in SAMPLES]
     packed = pack_rows(rows, layout)
     assert packed.shape == (len(SAMPLES), bucket.slots, 2)
@@ -105,8 +104,8 @@ def test_packing_and_unpacking_are_inverse():
 
 
 def test_a_sample_that_does_not_fit_is_an_error():
-    with pytest.raises(ValueError, match="sample 5 has 3 tokens for 2 slots"):
-        pack_layout([spell("tvvv")], Bucket(text=4, visual=2), [5])
+    with pytest.raises(ValueError, match="row 0 has 3 tokens for 2 slots"):
+        pack_layout([Tokens.sequence(spell("tvvv"))], Bucket(text=4, visual=2), [5])
 
 
 def test_the_layout_is_a_pytree_of_arrays():

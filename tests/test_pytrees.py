@@ -20,14 +20,14 @@ ROTARY = (jnp.zeros((2, LAYOUT.bucket.slots, 4)),) * 2
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Slots(jnp.zeros((2, 5), int), jnp.zeros((2, 6), int)),
-        lambda: TokenLayout(*(np.zeros(shape, np.int32) for shape in ((2, 5), (2, 7), (2,), (3,), (2,)))),
+        lambda: Slots(jnp.zeros((2, 5), int), jnp.zeros((2, 6), int), jnp.zeros((2, 5), int)),
+        lambda: TokenLayout(*(np.zeros(shape, np.int32) for shape in ((2, 5), (2, 7), (2, 5), (2,), (3,), (2,)))),
         lambda: Kept(jnp.zeros((2, 5), int), jnp.ones(3, bool)),
         lambda: FfnWeights(jnp.zeros((7, 4)), jnp.zeros((7, 4)), jnp.zeros((4, 7))),
         lambda: HalvedStack(*(jnp.zeros((3, 7, 4, 2)),) * 3),
         lambda: TracedPlan(jnp.zeros(5, bool), jnp.zeros(6, bool)),
         lambda: TracedPlan(jnp.zeros(5), jnp.zeros(5)),
-        lambda: KVCache(jnp.zeros((3, 2, 1, 9, 4)), jnp.zeros((3, 2, 1, 9, 4)), jnp.zeros((2, 8), int)),
+        lambda: KVCache(jnp.zeros((3, 2, 1, 9, 4)), jnp.zeros((3, 2, 1, 9, 4)), *[jnp.zeros((2, 8), int)] * 2),
         lambda: LayerRecord(jnp.zeros((2, 1, 9, 4)), jnp.zeros((2, 1, 9, 4)), jnp.zeros((2, 5), int)),
         lambda: Context(LAYOUT, (ROTARY[0], ROTARY[1][:, 1:]), jax.random.key(0)),
     ],
@@ -48,8 +48,8 @@ def test_jax_rebuilds_a_pytree_from_anything():
 
 
 def test_a_prefix_of_a_tree_maps_over_it():
-    prefix = unchecked(KVCache, k=1, v=1, position=0)
-    cache = KVCache(jnp.zeros((3, 2, 1, 9, 4)), jnp.ones((3, 2, 1, 9, 4)), jnp.zeros((2, 9), int))
+    prefix = unchecked(KVCache, k=1, v=1, position=0, branch=0)
+    cache = KVCache(jnp.zeros((3, 2, 1, 9, 4)), jnp.ones((3, 2, 1, 9, 4)), *[jnp.zeros((2, 9), int)] * 2)
     total = jax.vmap(lambda row: row.v.sum(), in_axes=(prefix,))(cache)
     np.testing.assert_array_equal(total, [3 * 9 * 4] * 2)
 

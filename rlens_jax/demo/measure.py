@@ -32,10 +32,10 @@ def measure(model: str, samples: int) -> dict[str, Any]:
     from rlens_jax.checkpoints.checkpoint import load_model
     from rlens_jax.checkpoints.model_folder import find_model
     from rlens_jax.data.page_samples import read_pages
-    from rlens_jax.engine.batches import FILLER
     from rlens_jax.engine.inputs import Split, build_split
     from rlens_jax.engine.programs import Programs
     from rlens_jax.engine.shapes import Shapes, row_buckets
+    from rlens_jax.models.prompt import FILLER
     from rlens_jax.plan import Plan, Reduction
     from rlens_jax.sharding.mesh import make_mesh
 

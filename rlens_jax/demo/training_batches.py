@@ -14,7 +14,7 @@ from jaxtyping import Array
 from rlens_jax.data.pages import CELL, INKS, Cells, Page, Question, make_page, make_question, transcription
 from rlens_jax.demo.demo_model import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 from rlens_jax.families.qwen2_vl.preparer import patch_places, rope_positions
-from rlens_jax.layout import Bucket, TokenLayout, pack_layout, pack_rows
+from rlens_jax.layout import Bucket, TokenLayout, Tokens, pack_layout, pack_rows
 from rlens_jax.models.prompt import IGNORE
 from rlens_jax.pytrees import pytree
 
@@ -181,7 +181,7 @@ def make_batch(rng: np.random.Generator, size: int, tokens: Mapping[str, int], t
         patches[i, : len(page_patches)] = page_patches
         grid = (page.pixels.shape[0] // PATCH_SIZE, page.pixels.shape[1] // PATCH_SIZE)
         places[i, : len(page_patches)] = patch_places(grid, MERGE_SIZE)
-    layout = pack_layout([lesson.is_visual for lesson in lessons], BUCKET, range(size))
+    layout = pack_layout([Tokens.sequence(lesson.is_visual) for lesson in lessons], BUCKET, range(size))
     return TrainBatch(
         text_ids=pack_rows([lesson.token_ids for lesson in lessons], layout)[:, : BUCKET.text],
         # Empty slots are filled with 0, which must become IGNORE.

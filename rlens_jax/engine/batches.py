@@ -14,16 +14,12 @@ from rlens_jax.engine.preparing import Gather, Row
 from rlens_jax.engine.schedule import filled_blocks
 from rlens_jax.engine.shapes import Shapes
 from rlens_jax.layout import Bucket
-from rlens_jax.models.prompt import ImageArrays, ImageSize, PreparedImage, Prompt, PromptBatch, collate
+from rlens_jax.models.prompt import FILLER, Branches, ImageArrays, ImageSize, Places, PreparedImage, Prompt, PromptBatch, collate
 from rlens_jax.sharding.mesh import groups_of, local_rows
 from rlens_jax.sharding.model_axis import WORK
 
 ENCODED_PATCHES = 16384
 """Max patches that a work group encodes together (our decision): more are not faster, and attention among them takes memory."""
-
-
-FILLER = -1
-"""The sample number of rows that only fill a batch."""
 
 
 def images_together(batch_size: int, patches: int) -> int:
@@ -109,15 +105,16 @@ def batches_of_all(
 
 
 def packed_rows(
-    chunk: Sequence[Row], size: int, visual: Mapping[int, np.ndarray], bucket: Bucket, answer_slots: int, programs: ModelPrograms
+    chunk: Sequence[Row], size: int, visual: Mapping[int, np.ndarray], bucket: Bucket, places: Places, programs: ModelPrograms
 ) -> tuple[PromptBatch, np.ndarray]:
     """This process's rows of a batch, filled up to `size` rows: the prompts, and the visual tokens [size, P, D]."""
     axes = len(programs.config.rope_sections)
     filler = Prompt(np.zeros(1, np.int32), np.zeros(1, bool), np.zeros((axes, 1), np.int32), 1, 0)
     room = size - len(chunk)
-    prompts = [*(row.prompt for row in chunk), *[filler] * room]
-    samples = [*(row.sample for row in chunk), *[FILLER] * room]
+    rows = [Branches.alone(prompt) for prompt in (*(row.prompt for row in chunk), *[filler] * room)]
+    samples = [*([row.sample] for row in chunk), *[[FILLER]] * room]
+    seeds = [*(row.sample for row in chunk), *[0] * room]
     packed = np.zeros((size, bucket.visual, programs.config.width), programs.dtype)
     for place, row in enumerate(chunk):
         packed[place, : len(visual[row.sample])] = visual[row.sample]
-    return collate(prompts, samples, bucket, answer_slots), packed
+    return collate(rows, samples, seeds, bucket, places), packed

@@ -23,7 +23,6 @@ from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.config import Dtype
 from rlens_jax.data.images import image_file
 from rlens_jax.data.samples import IMAGE_MARK, Sample
-from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.choices import chosen_dtype
 from rlens_jax.engine.inputs import Batch, Split, encode_split, own_samples
 from rlens_jax.engine.model_programs import ROWS, ModelPrograms, Program
@@ -36,7 +35,7 @@ from rlens_jax.hosts.processes import Processes
 from rlens_jax.models.decoder import KVCache
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import Tokens, decode, prefill
-from rlens_jax.models.prompt import Preparer, PromptBatch
+from rlens_jax.models.prompt import FILLER, Places, Preparer, PromptBatch
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.pruning import VTW, FastV, Pruning
@@ -61,16 +60,16 @@ LEAST_TOKENS = 1024
 class Prefilled:
     """A batch whose prompts are in the cache."""
 
-    first: Int[Array, " B"]
-    """The first new token of each row."""
+    first: Int[Array, "B Q"]
+    """The first new token of each branch."""
     caches: tuple[KVCache, ...]
     """One cache for all layers, or two if tokens were pruned between layers."""
-    finite: Bool[Array, " B"]
+    finite: Bool[Array, "B Q"]
     """Whether all scores, of probes and of pruned tokens, and the logits of the first token were finite."""
 
 
 _HEADS = PartitionSpec(None, WORK, MODEL)
-_CACHE = unchecked(KVCache, k=_HEADS, v=_HEADS, position=ROWS)
+_CACHE = unchecked(KVCache, k=_HEADS, v=_HEADS, position=ROWS, branch=ROWS)
 """The partition of a cache over the mesh."""
 
 
@@ -138,7 +137,7 @@ class DeployedPrograms(ModelPrograms):
 
     def decode(
         self, prefilled: Prefilled, batch: PromptBatch, new_tokens: int, *, to_the_end: bool = False
-    ) -> tuple[Int[Array, "B Y"], Bool[Array, " B"]]:
+    ) -> tuple[Int[Array, "B Q Y"], Bool[Array, "B Q"]]:
         """The greedy answers, and whether all logits were finite. One program for all plans (paper: decoding is never reduced).
 
         Only pruning needs another program, because it leaves smaller caches.
@@ -264,17 +263,17 @@ class DeployedModel:
         own = own_samples(len(samples), self.programs.mesh)
         prepared = prepare(samples, self.preparer, own, False, processes.gather)
         check_context([prepared], context, max_new_tokens, "lower max_new_tokens, or leave them out")
-        return encode_split(prepared, self.programs, replace(self.shapes, batch_size=rows), 1, processes)
+        return encode_split(prepared, self.programs, replace(self.shapes, batch_size=rows), Places(1, 0), processes)
 
     def answer_batch(self, split: Split, batch: Batch, plan: PlanFile, max_new_tokens: int) -> dict[int, Answer]:
         """The answers to a batch of `prepare`, by the number of the sample."""
         prefilled = self.programs.prefill(self.programs.put(batch.visual), batch.inputs, plan, max_new_tokens)
         tokens, finite = map(np.asarray, self.programs.decode(prefilled, batch.inputs, max_new_tokens))
-        good, numbers = finite & np.asarray(prefilled.finite), np.asarray(batch.inputs.layout.sample)
-        for row in np.flatnonzero((numbers != FILLER) & ~good):
-            number = int(numbers[row])
+        good, numbers = finite & np.asarray(prefilled.finite), np.asarray(batch.inputs.samples)
+        for number in numbers[(numbers != FILLER) & ~good].tolist():
             raise not_finite(self.programs, batch, number, split.samples[number].id, plan.plan, plan.reduction)
-        return {int(numbers[row]): self._answer(tokens[row].tolist()) for row in np.flatnonzero(numbers != FILLER)}
+        asked = numbers != FILLER
+        return {number: self._answer(row) for number, row in zip(numbers[asked].tolist(), tokens[asked].tolist(), strict=True)}
 
     def _answer(self, tokens: list[int]) -> Answer:
         chat = self.preparer.chat

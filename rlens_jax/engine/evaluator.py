@@ -14,11 +14,11 @@ import numpy as np
 
 from rlens_jax.config import SearchConfig
 from rlens_jax.console import Progress
-from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.inputs import Batch, Split
 from rlens_jax.engine.overflow import not_finite
 from rlens_jax.engine.schedule import Step, memory_parts, schedule
 from rlens_jax.engine.scoring import Scoring
+from rlens_jax.models.prompt import FILLER
 from rlens_jax.plan import Plan
 from rlens_jax.search.journal import Journal, Record
 from rlens_jax.search.objective import PlanScore, dataset_metrics, score_plan
@@ -112,14 +112,14 @@ class Evaluator:
         rows = self.scoring.finish(run, samples)
         block = len(rows.sample) // len(step.items)
         for group, item in enumerate(step.items):
-            for row in range(group * block, (group + 1) * block):
-                number = rows.sample[row]
+            mine = slice(group * block, (group + 1) * block)
+            for number, right, finite in zip(*(part[mine].flat for part in rows), strict=True):
                 if item is None or number == FILLER:
                     continue
-                if not rows.finite[row]:
+                if not finite:
                     programs = self.scoring.programs
                     raise not_finite(programs, batch, int(number), samples[number].id, plans[item.plan], programs.reduction)
-                results[item.plan][number] = max(results[item.plan][number], float(rows.right[row]))
+                results[item.plan][number] = max(results[item.plan][number], float(right))
 
     def _record(self, split: str, plan: Plan, result: np.ndarray, seconds: float, progress: Progress | None) -> None:
         """Write a plan's outcomes to the journal; its datasets share the seconds in proportion to their samples."""

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from rlens_jax.data.samples import Sample, normalised
-from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.inputs import Batch, Split
 from rlens_jax.engine.overflow import not_finite
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import RowOutcomes
+from rlens_jax.models.prompt import FILLER
 from rlens_jax.plan import Plan
 
 
@@ -30,10 +30,10 @@ class Generating:
 
     def finish(self, run: Any, samples: Sequence[Sample]) -> RowOutcomes:
         numbers, tokens, finite = (np.asarray(part) for part in run)
-        right = np.zeros(len(numbers), bool)
-        for row in np.flatnonzero(numbers != FILLER):
-            text = normalised(self._decode_text(tokens[row].tolist()))
-            right[row] = text in samples[numbers[row]].answers
+        right = np.zeros(numbers.shape, bool)
+        for place in zip(*np.nonzero(numbers != FILLER), strict=True):
+            text = normalised(self._decode_text(tokens[place].tolist()))
+            right[place] = text in samples[numbers[place]].answers
         return RowOutcomes(numbers, right, finite)
 
     def state_bytes(self, batch: Batch) -> int:
@@ -53,9 +53,9 @@ def generated_texts(programs: Programs, split: Split, plan: Plan, decode_text: C
     for batch in split.batches:
         plans = [plan] * programs.groups
         numbers, tokens, finite = map(np.asarray, programs.generate(programs.put(batch.visual), batch.inputs, plans))
-        for row in np.flatnonzero(numbers != FILLER):
-            if not finite[row]:
-                number = int(numbers[row])
+        for place in zip(*np.nonzero(numbers != FILLER), strict=True):
+            number = int(numbers[place])
+            if not finite[place]:
                 raise not_finite(programs, batch, number, split.samples[number].id, plan, programs.reduction)
-            texts[numbers[row]] = normalised(decode_text(tokens[row].tolist()))
+            texts[number] = normalised(decode_text(tokens[place].tolist()))
     return texts

@@ -20,7 +20,7 @@ from rlens_jax.engine.preparing import PreparedSplit, Row, prepare
 from rlens_jax.engine.shapes import Shapes
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.layout import Bucket
-from rlens_jax.models.prompt import Preparer, PromptBatch
+from rlens_jax.models.prompt import Places, Preparer, PromptBatch
 from rlens_jax.sharding.mesh import groups_of, put_rows
 from rlens_jax.sharding.model_axis import WORK
 
@@ -30,7 +30,7 @@ class Batch:
     """Rows of one bucket that are evaluated together, one block per work group. Equal to itself only.
 
     A row is a pair of a sample and a reference answer, or a sample when the answer is to be generated. Its sample's number in
-    the split is `inputs.layout.sample`, or `FILLER`.
+    the split is in `inputs.samples`, or `FILLER`.
     """
 
     inputs: PromptBatch
@@ -81,14 +81,14 @@ def build_split(
     """Prepare, encode and batch samples that fit into the buckets of `shapes`; arguments and errors as of `prepare`."""
     processes = processes or Processes()
     prepared = prepare(samples, preparer, own_samples(len(samples), programs.mesh), with_answers, processes.gather)
-    return encode_split(prepared, programs, shapes, answer_slots([prepared]), processes)
+    return encode_split(prepared, programs, shapes, answer_places([prepared]), processes)
 
 
 def encode_split(
     prepared: PreparedSplit,
     programs: ModelPrograms,
     shapes: Shapes,
-    slots: int,
+    places: Places,
     processes: Processes,
     advance: Callable[[], None] = lambda: None,
 ) -> Split:
@@ -96,7 +96,7 @@ def encode_split(
 
     Args:
         shapes: buckets that hold all rows.
-        slots: places for the tokens of an answer.
+        places: those of each row.
         advance: called after each of this process's samples.
     """
     own, gather = prepared.own, processes.gather
@@ -115,15 +115,15 @@ def encode_split(
     batches = []
     for bucket, filled in batches_of_all(by_bucket, shapes.batch_size, programs.mesh, gather):
         chunk, by_bucket[bucket] = by_bucket[bucket][:size], by_bucket[bucket][size:]
-        inputs, packed = packed_rows(chunk, size, visual, bucket, slots, programs)
+        inputs, packed = packed_rows(chunk, size, visual, bucket, places, programs)
         batches.append(Batch(put_rows(inputs, programs.mesh), packed, filled))
     num_text, num_visual = prepared.num_tokens.T
     return Split(prepared.samples, num_text, num_visual, tuple(batches))
 
 
-def answer_slots(splits: Iterable[PreparedSplit]) -> int:
+def answer_places(splits: Iterable[PreparedSplit]) -> Places:
     """Places for the tokens of any answer, one size for all splits: each size is compiled."""
-    return 1 << max(0, max(split.longest_answer for split in splits) - 1).bit_length()
+    return Places(1, 1 << max(0, max(split.longest_answer for split in splits) - 1).bit_length())
 
 
 def own_samples(count: int, mesh: Mesh) -> range:

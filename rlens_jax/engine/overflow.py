@@ -29,7 +29,8 @@ def _origin(programs: ModelPrograms, batch: Batch, number: int, plan: Plan, redu
     """The first part of the model whose results are not finite for the rows of a sample."""
     decoder, inputs = programs.model().decoder, batch.inputs
     layout, text = inputs.layout, inputs.layout.bucket.text
-    rows = jnp.asarray(layout.sample) == number
+    mine = jnp.asarray(inputs.samples) == number
+    rows = mine.any(axis=1)
     tokens = rows[:, None] & (jnp.asarray(layout.slots.position) != PADDING_POSITION)
     x = decoder.embed(inputs.text_ids, programs.put(batch.visual))
     if not _finite(x[:, text:], tokens[:, text:]):
@@ -44,8 +45,8 @@ def _origin(programs: ModelPrograms, batch: Batch, number: int, plan: Plan, redu
         x, kept = feed(stack, jnp.int32(layer), x, context, reduction, layer in plan.ffn, None)
         if not _finite(x, tokens) or not bool((kept.scored | ~rows).all()):
             return f"the FFN of layer {layer}"
-    last = jnp.take_along_axis(x, inputs.last_prompt_slot[:, None, None], axis=1)
-    if not bool((all_finite(decoder.logits(last)[:, 0]) | ~rows).all()):
+    last = jnp.take_along_axis(x, jnp.asarray(inputs.prompt_end)[:, :, None], axis=1)
+    if not bool((all_finite(decoder.logits(last)) | ~mine).all()):
         return "the last norm or the head"
     return "the tokens of the answer"
 

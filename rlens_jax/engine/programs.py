@@ -65,16 +65,16 @@ class Programs(ModelPrograms):
 
     def outcome(
         self, states: States, batch: PromptBatch
-    ) -> tuple[Int[Array, " B"], Bool[Array, " B"], Float[Array, " B"], Bool[Array, " B"]]:
-        """For each row, on every device: its sample; whether every answer token is the argmax, where any token that ends a turn
-        is right at the end; the mean log-probability of answer and end-of-turn token; whether all scores and logits are finite.
+    ) -> tuple[Int[Array, "B Q"], Bool[Array, "B Q"], Float[Array, "B Q"], Bool[Array, "B Q"]]:
+        """For each branch, on every device: its sample; whether every answer token is the argmax, where any token that ends a
+        turn is right at the end; the mean log-probability of answer and end-of-turn token; whether all numbers are finite.
         """
         return self.outcome_program(states, batch)
 
     def generate(
         self, visual: Float[Array, "B P D"], batch: PromptBatch, plans: Sequence[Plan]
-    ) -> tuple[Int[Array, " B"], Int[Array, "B Y"], Bool[Array, " B"]]:
-        """For each row, on every device: its sample; the greedy new tokens; whether all scores and logits are finite."""
+    ) -> tuple[Int[Array, "B Q"], Int[Array, "B Q Y"], Bool[Array, "B Q"]]:
+        """For each branch, on every device: its sample; the greedy new tokens; whether all scores and logits are finite."""
         return self.generate_program(visual, batch, self.traced(plans))
 
     def route(self, arrays: Any, sources: Sequence[int]) -> Any:
@@ -120,7 +120,7 @@ class Programs(ModelPrograms):
         plan, key = own_plan(plans), self.random_key()
         first, cache, good = prefill(model.decoder, visual, batch, plan, self.reduction, self.new_tokens, key, self.kernel)
         tokens, finite = decode(model.decoder, first, cache, batch, self.new_tokens, self.stop_tokens)
-        return _all_rows((batch.layout.sample, tokens, good & finite))
+        return _all_rows((batch.samples, tokens, good & finite))
 
     def _outcome(self, model: VisionLanguageModel, states: States, batch: PromptBatch) -> tuple[Array, ...]:
         x, scored = states
@@ -128,9 +128,12 @@ class Programs(ModelPrograms):
         counts, best, stops = batch.answer_targets != IGNORE, best_token(logits), self.stop_tokens
         targets = jnp.where(counts, batch.answer_targets, 0)
         right = (best == targets) | (is_any(best, stops) & is_any(targets, stops)) | ~counts
-        total = jnp.where(counts, log_probability(logits, targets), 0.0).sum(axis=1)
-        count = jnp.maximum(1, counts.sum(axis=1)).astype(jnp.float32)
-        return _all_rows((batch.layout.sample, right.all(axis=1), total / count, scored & jnp.isfinite(total)))
+        branches = jnp.arange(batch.samples.shape[1])[None, None, :]
+        mine = counts[:, :, None] & (batch.answer_branch[:, :, None] == branches)  # [B, A, Q]
+        total = jnp.where(mine, log_probability(logits, targets)[:, :, None], 0.0).sum(axis=1)
+        count = jnp.maximum(1, mine.sum(axis=1)).astype(jnp.float32)
+        all_right = (right[:, :, None] | ~mine).all(axis=1)
+        return _all_rows((batch.samples, all_right, total / count, scored[:, None] & jnp.isfinite(total)))
 
 
 def own_plan(plans: TracedPlan) -> TracedPlan:

@@ -17,7 +17,7 @@ from rlens_jax.plan import Plan
 
 
 class RowOutcomes(NamedTuple):
-    """For each row of all groups: its sample's number or `FILLER`, is the answer right, were all scores and logits finite."""
+    """For each branch [rows, Q] of all groups: its sample or `FILLER`, is the answer right, were all numbers finite."""
 
     sample: np.ndarray
     right: np.ndarray
@@ -74,7 +74,7 @@ class TeacherForcing:
         return read_outcome(run)
 
     def state_bytes(self, batch: Batch) -> int:
-        slots = batch.inputs.layout.bucket.slots * len(batch.inputs.layout.sample) // self.programs.groups
+        slots = batch.inputs.layout.bucket.slots * len(batch.inputs.samples) // self.programs.groups
         config = self.programs.config
         return slots * config.width * self.programs.dtype.itemsize * config.num_layers
 

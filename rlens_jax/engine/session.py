@@ -18,7 +18,7 @@ from rlens_jax.config import RunConfig
 from rlens_jax.console import Progress, say
 from rlens_jax.data.splits import load_splits, samples_hash
 from rlens_jax.engine.choices import described, dtype_on, with_dtype
-from rlens_jax.engine.inputs import Split, answer_slots, encode_split, own_samples
+from rlens_jax.engine.inputs import Split, answer_places, encode_split, own_samples
 from rlens_jax.engine.preparing import PreparedSplit, prepare
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.shapes import Shapes, choose_shapes, row_padding, useful_rows
@@ -156,8 +156,8 @@ def load(session: Session) -> LoadedModel:
 
 def encode_splits(session: Session, loaded: LoadedModel, programs: Programs) -> dict[str, Split]:
     """Encode and batch the samples of all splits, with progress."""
-    slots, splits = answer_slots(session.splits.values()), {}
+    places, splits = answer_places(session.splits.values()), {}
     for name, prepared in session.splits.items():
         with Progress(f"encoding {name}", len(prepared.own), "samples") as bar:
-            splits[name] = encode_split(prepared, programs, loaded.shapes, slots, session.processes, bar.advance)
+            splits[name] = encode_split(prepared, programs, loaded.shapes, places, session.processes, bar.advance)
     return splits

@@ -28,7 +28,7 @@ from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import Bucket, TokenLayout
 from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.forward import VisionLanguageModel
-from rlens_jax.models.prompt import PromptBatch
+from rlens_jax.models.prompt import Places, PromptBatch
 from rlens_jax.pytrees import unchecked
 from rlens_jax.sharding.mesh import FfnForm, rows_sharding
 
@@ -71,7 +71,7 @@ def bytes_on_device(arrays: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
 
 
-def abstract_batch(bucket: Bucket, rows: int, rope_axes: int, place: Placed) -> PromptBatch:
+def abstract_batch(bucket: Bucket, places: Places, rows: int, rope_axes: int, place: Placed) -> PromptBatch:
     """A batch of prompts in one bucket, `rows` over all work groups together."""
 
     def numbers(*shape: int) -> Any:
@@ -81,25 +81,25 @@ def abstract_batch(bucket: Bucket, rows: int, rope_axes: int, place: Placed) -> 
         TokenLayout,
         text_position=numbers(bucket.text),
         visual_position=numbers(bucket.visual),
+        text_branch=numbers(bucket.text),
         num_text=numbers(),
         num_visual=numbers(),
-        sample=numbers(),
+        seed=numbers(),
     )
     return unchecked(
         PromptBatch,
         text_ids=numbers(bucket.text),
         layout=layout,
         rope_positions=numbers(rope_axes, bucket.slots),
-        next_rope=numbers(),
-        answer_slots=numbers(ANSWER_SLOTS),
-        answer_targets=numbers(ANSWER_SLOTS),
+        **{name: numbers(places.branches) for name in ("samples", "prompt_end", "next_position", "next_rope")},
+        **{name: numbers(places.answers) for name in ("answer_slots", "answer_targets", "answer_branch")},
     )
 
 
 def decoder_arguments(programs: Programs, bucket: Bucket, rows: int) -> dict[Program, tuple[Any, ...]]:
     """The abstract arguments of each decoder program for batches of `rows` rows in all."""
     place, config = Placed(programs.mesh), programs.config
-    batch = abstract_batch(bucket, rows, len(config.rope_sections), place)
+    batch = abstract_batch(bucket, Places(1, ANSWER_SLOTS), rows, len(config.rope_sections), place)
     visual = place((rows, bucket.visual, config.width), programs.dtype)
     states = (place((rows, bucket.slots, config.width), programs.dtype), place((rows,), jnp.bool_))
     flags = place((programs.groups, config.num_layers), jnp.bool_)

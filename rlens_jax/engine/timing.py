@@ -24,7 +24,7 @@ from rlens_jax.engine.inputs import Batch
 from rlens_jax.engine.model_programs import ROWS, Program
 from rlens_jax.engine.programs import Programs
 from rlens_jax.flops import DecoderSizes, layer_cost
-from rlens_jax.layout import Bucket, pack_layout, pack_rows
+from rlens_jax.layout import Bucket, Tokens, pack_layout, pack_rows
 from rlens_jax.models.decoder import Context, Decoder, DecoderConfig
 from rlens_jax.models.generation import prefill
 from rlens_jax.models.prompt import PromptBatch
@@ -67,7 +67,7 @@ def time_plans(programs: Programs, batch: Batch, plans: Mapping[str, Plan], repe
     for name, plan in plans.items():
         calls = [partial(_static_prefill(programs, static), visual, batch.inputs) for static in (Plan(), plan)]
         dense, reduced = time_side_by_side(calls, repeats)
-        times[name] = PrefillTime(dense, reduced, len(batch.inputs.layout.sample), bucket.text, bucket.visual)
+        times[name] = PrefillTime(dense, reduced, len(batch.inputs.samples), bucket.text, bucket.visual)
     return times
 
 
@@ -170,7 +170,7 @@ def decoder_inputs(published: DecoderSizes, num_layers: int) -> tuple[Decoder, F
     )
     is_visual = np.zeros(length, bool)
     is_visual[TEXT_BEFORE : TEXT_BEFORE + VISUAL] = True
-    layout = pack_layout([is_visual], Bucket(TEXT_BEFORE + TEXT_AFTER, VISUAL), [0])
+    layout = pack_layout([Tokens.sequence(is_visual)], Bucket(TEXT_BEFORE + TEXT_AFTER, VISUAL), [0])
     in_order = np.arange(length, dtype=np.int32)[:, None]
     decoder = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, length, config.width))

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rlens_jax.console import Progress, say
-from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.deployed_model import DeployedModel
 from rlens_jax.engine.inputs import Batch, Split
 from rlens_jax.errors import UserError
 from rlens_jax.evaluation.answers import Answers, Key, LoggedAnswer, question_hash
 from rlens_jax.evaluation.datasets import Dataset
 from rlens_jax.evaluation.evaluation import EvaluationConfig
+from rlens_jax.models.prompt import FILLER
 
 WINDOW_BATCHES = 8
 """Batches per window: enough questions that batches of several shapes fill up."""
@@ -88,7 +88,7 @@ def answer_questions(config: EvaluationConfig, model: DeployedModel, questions: 
 
 def batch_members(batch: Batch) -> list[int]:
     """Numbers of the samples in a batch."""
-    numbers = np.asarray(batch.inputs.layout.sample)
+    numbers = np.asarray(batch.inputs.samples)
     return numbers[numbers != FILLER].tolist()
 
 

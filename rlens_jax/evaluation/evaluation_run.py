@@ -168,7 +168,7 @@ def _times(config: EvaluationConfig, model: DeployedModel, questions: Questions)
     split = model.prepare([questions.dataset.sample(place) for place in places], TIMED_TOKENS)
     batch = max(split.batches, key=lambda batch: len(batch_members(batch)))
     measured = time_side_by_side(_timed_calls(model, split, batch, (PlanFile(), config.plan)), config.timing_repeats)
-    bucket, rows = batch.inputs.layout.bucket, len(batch.inputs.layout.sample)
+    bucket, rows = batch.inputs.layout.bucket, len(batch.inputs.samples)
     return Times(
         rows=rows,
         prompts=len(batch_members(batch)),

@@ -99,6 +99,8 @@ class KVCache:
     v: Float[Array, "L B K S H"]
     position: Int[Array, "B S"]
     """Sequence position of each slot."""
+    branch: Int[Array, "B S"]
+    """Its branch, 0 for the trunk."""
 
 
 @pytree
@@ -207,9 +209,9 @@ class DecoderLayer(nnx.Module):
         return x + sum_over_shards(y), kept
 
     def decode(
-        self, x: States, rotary: Rotary, cache: LayerCache, mask: Bool[Array, "B 1 S"], slot: Int[Array, ""], units: Units
+        self, x: States, rotary: Rotary, cache: LayerCache, mask: Bool[Array, "B Q S"], slot: Int[Array, ""], units: Units
     ) -> tuple[States, LayerCache]:
-        """One new token per sample through the plain layer (paper: decoding is never reduced)."""
+        """One new token per branch through the plain layer (paper: decoding is never reduced)."""
         with jax.named_scope("attention"):
             q, k, v = self.attention.project(self.input_norm(x), rotary)
             k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=2) for old, new in zip(cache, (k, v), strict=True))
@@ -292,39 +294,42 @@ class Decoder(nnx.Module):
         return jax.lax.fori_loop(start, stop, body, (x, jnp.ones(x.shape[0], bool)))
 
     def make_cache(self, record: LayerRecord, layout: TokenLayout, new_tokens: int) -> KVCache:
-        """The cache of the layers of a prefill, with room for `new_tokens` more; plans drop nothing from it (paper)."""
-        room = ((0, 0), (0, 0), (0, 0), (0, new_tokens), (0, 0))
-        position = jnp.pad(layout.slots.position, ((0, 0), (0, new_tokens)), constant_values=PADDING_POSITION)
-        return KVCache(jnp.pad(record.k, room), jnp.pad(record.v, room), position)
+        """The cache of the layers of a prefill, with room for `new_tokens` more in all; plans drop nothing from it (paper)."""
+        room, slots = ((0, 0), (0, 0), (0, 0), (0, new_tokens), (0, 0)), layout.slots
+        position = jnp.pad(slots.position, ((0, 0), (0, new_tokens)), constant_values=PADDING_POSITION)
+        branch = jnp.pad(slots.branch, ((0, 0), (0, new_tokens)))
+        return KVCache(jnp.pad(record.k, room), jnp.pad(record.v, room), position, branch)
 
     def decode(
         self,
-        token_ids: Int[Array, " B"],
+        token_ids: Int[Array, "B Q"],
         caches: tuple[KVCache, ...],
-        position: Int[Array, " B"],
-        rope_position: Int[Array, "B axes"],
+        position: Int[Array, "B Q"],
+        rope_position: Int[Array, "B axes Q"],
         room: Int[Array, ""],
-    ) -> tuple[Float[Array, "B V"], tuple[KVCache, ...]]:
-        """One decoding step: logits of the next token, and the caches with the newest one, which is at `position`.
+    ) -> tuple[Float[Array, "B Q V"], tuple[KVCache, ...]]:
+        """One decoding step of all branches: logits of the next token of each, and the caches with the newest, at `position`.
 
         There is one cache per group of layers that hold the same tokens. The last `room` slots of each are free, and the newest
-        token goes into the first of them.
+        tokens go into the first of them.
         """
-        rotary = self._rotary(rope_position[:, :, None])
-        x = embed_tokens(self.embedding[...], token_ids)[:, None]
+        rotary = self._rotary(rope_position)
+        x = embed_tokens(self.embedding[...], token_ids)
         first, advanced = 0, []
         for cache in caches:
             x, cache = self._decode_layers(x, first, cache, rotary, position, cache.position.shape[1] - room)
             first += cache.k.shape[0]
             advanced.append(cache)
-        return self.logits(x)[:, 0], tuple(advanced)
+        return self.logits(x), tuple(advanced)
 
     def _decode_layers(
-        self, x: States, first: int, cache: KVCache, rotary: Rotary, position: Int[Array, " B"], slot: Int[Array, ""]
+        self, x: States, first: int, cache: KVCache, rotary: Rotary, position: Int[Array, "B Q"], slot: Int[Array, ""]
     ) -> tuple[States, KVCache]:
         """The layers of one cache, which begin with number `first`."""
-        positions = jax.lax.dynamic_update_slice_in_dim(cache.position, position[:, None], slot, axis=1)
-        query, key = (Slots(p, jnp.full_like(p, -1)) for p in (position[:, None], positions))
+        branch = 1 + jax.lax.broadcasted_iota(jnp.int32, position.shape, 1)
+        positions = jax.lax.dynamic_update_slice_in_dim(cache.position, position, slot, axis=1)
+        branches = jax.lax.dynamic_update_slice_in_dim(cache.branch, branch, slot, axis=1)
+        query, key = (Slots(p, jnp.full_like(p, -1), b) for p, b in ((position, branch), (positions, branches)))
         mask, halved = visible(query, key, None), self._halved()
 
         def body(x: Array, layer: tuple[Array, LayerCache]) -> tuple[Array, LayerCache]:
@@ -334,7 +339,7 @@ class Decoder(nnx.Module):
 
         numbers = jnp.arange(first, first + cache.k.shape[0])
         x, (k, v) = jax.lax.scan(body, x, (numbers, (cache.k, cache.v)))
-        return x, KVCache(k, v, positions)
+        return x, KVCache(k, v, positions, branches)
 
     def _rotary(self, rope_positions: Int[Array | np.ndarray, "B axes T"]) -> Rotary:
         return rotation(rope_angles(rope_positions, self.config.rope_theta, self.config.rope_sections))

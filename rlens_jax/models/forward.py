@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from rlens_jax.layout import Bucket, unpack_rows
 from rlens_jax.models.decoder import Context, Decoder, DecoderConfig, Imposed, Layer, States, layer_at
-from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate
+from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate_alone
 from rlens_jax.ops.ffn import Kept
 from rlens_jax.plan import Operator, Plan, Reduction
 
@@ -130,5 +130,4 @@ def run_vision(vision: PyTree, *arrays: Array) -> Float[Array, "I Z D"]:
 def pack(prompts: Sequence[Prompt]) -> PromptBatch:
     """One batch on the device, in the smallest bucket that holds every prompt."""
     bucket = Bucket(max([1, *(p.num_text for p in prompts)]), max([1, *(p.num_visual for p in prompts)]))
-    batch = collate(prompts, range(len(prompts)), bucket, max(p.answer_length for p in prompts))
-    return jax.tree.map(jnp.asarray, batch)
+    return jax.tree.map(jnp.asarray, collate_alone(prompts, bucket, max(p.answer_length for p in prompts)))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.models.decoder import Decoder, KVCache, TracedPlan
 from rlens_jax.models.layers import all_finite, best_token
-from rlens_jax.models.prompt import PromptBatch
+from rlens_jax.models.prompt import FILLER, PromptBatch
 from rlens_jax.models.pruned import run_prompt
 from rlens_jax.ops.attention import Kernel
 from rlens_jax.plan import Plan, Reduction
@@ -33,32 +33,35 @@ def prefill(
     kernel: Kernel = "packed",
     pruning: Pruning | None = None,
     chunk: int | None = None,
-) -> tuple[Int[Array, " B"], tuple[KVCache, ...], Bool[Array, " B"]]:
-    """First new token of each prompt, caches with room for `new_tokens` more, and whether all scores and logits were finite.
+) -> tuple[Int[Array, "B Q"], tuple[KVCache, ...], Bool[Array, "B Q"]]:
+    """First new token of each branch, caches with room for `new_tokens` each, and whether all scores and logits were finite.
 
     `kernel` and `chunk` are those of `Context`. Logits are computed for the last token of each prompt only.
     """
     states = run_prompt(decoder, visual, batch, plan, reduction, random_key, kernel, pruning, chunk)
-    last_text = jnp.take_along_axis(states.x, (batch.layout.num_text - 1)[:, None, None], axis=1)
-    logits = decoder.logits(last_text)[:, 0]
-    caches = tuple(decoder.make_cache(part.record, part.layout, new_tokens) for part in states.parts)
-    return best_token(logits), caches, states.scored & all_finite(logits)
+    prompt_end = jnp.asarray(batch.prompt_end)
+    logits = decoder.logits(jnp.take_along_axis(states.x, prompt_end[:, :, None], axis=1))
+    room = new_tokens * prompt_end.shape[1]
+    caches = tuple(decoder.make_cache(part.record, part.layout, room) for part in states.parts)
+    return best_token(logits), caches, states.scored[:, None] & all_finite(logits)
 
 
 def decode(
     decoder: Decoder,
-    first: Int[Array, " B"],
+    first: Int[Array, "B Q"],
     caches: tuple[KVCache, ...],
     batch: PromptBatch,
     new_tokens: int,
     stop_tokens: Tokens,
-) -> tuple[Int[Array, "B Y"], Bool[Array, " B"]]:
-    """`new_tokens` greedy tokens, `first` included, and whether all logits were finite.
+) -> tuple[Int[Array, "B Q Y"], Bool[Array, "B Q"]]:
+    """`new_tokens` greedy tokens of each branch, `first` included, and whether all logits were finite.
 
-    After one of the `stop_tokens` a sample only repeats it. The loop ends when all samples have stopped.
+    After one of the `stop_tokens` a branch only repeats it. The loop ends when all branches have stopped.
     """
-    batch_size, axes, _ = batch.rope_positions.shape
-    tokens = jnp.full((batch_size, new_tokens), next(iter(stop_tokens), 0), jnp.int32).at[:, 0].set(first)
+    axes = batch.rope_positions.shape[1]
+    rows, branches = first.shape
+    filler = jnp.asarray(batch.samples) == FILLER
+    tokens = jnp.full((rows, branches, new_tokens), next(iter(stop_tokens), 0), jnp.int32).at[:, :, 0].set(first)
 
     def running(carry: Any) -> Array:
         step, any_unfinished, *_ = carry
@@ -66,18 +69,18 @@ def decode(
 
     def advance(carry: Any) -> Any:
         step, _, token, tokens, finite, caches = carry
-        position = batch.layout.num_tokens + step - 1
-        rope = jnp.broadcast_to((batch.next_rope + step - 1)[:, None], (batch_size, axes))
-        logits, caches = decoder.decode(token, caches, position, rope, new_tokens + 1 - step)
+        position = batch.next_position + step - 1
+        rope = jnp.broadcast_to((batch.next_rope + step - 1)[:, None], (rows, axes, branches))
+        logits, caches = decoder.decode(token, caches, position, rope, branches * (new_tokens + 1 - step))
         ended = is_any(token, stop_tokens)
         newest = jnp.where(ended, token, best_token(logits))
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, newest[:, None], step, axis=1)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, newest[:, :, None], step, axis=2)
         return step + 1, unfinished(newest), newest, tokens, finite & (ended | all_finite(logits)), caches
 
     def unfinished(token: Array) -> Array:
-        return on_any_shard(~is_any(token, stop_tokens).all())
+        return on_any_shard(~(is_any(token, stop_tokens) | filler).all())
 
-    finite = jnp.ones(batch_size, bool)
+    finite = jnp.ones((rows, branches), bool)
     return jax.lax.while_loop(running, advance, (jnp.int32(1), unfinished(first), first, tokens, finite, caches))[3:5]
 
 

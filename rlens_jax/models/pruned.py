@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlens_jax.layout import Slots, TokenLayout, keep_visual, visible
+from rlens_jax.layout import TokenLayout, keep_visual, visible
 from rlens_jax.models.decoder import Context, Decoder, LayerRecord, States, TracedPlan
 from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.ops.attention import Kernel
@@ -53,7 +53,7 @@ def run_prompt(
     """All layers over prompts, with or without answers after them.
 
     FastV chooses tokens by the last token of the *prompt* in both cases, so that an answer is scored with the tokens that
-    generation would see.
+    generation would see. With token pruning, a row has one prompt.
 
     Raises:
         UserError: the pruned layer does not exist.
@@ -67,7 +67,7 @@ def run_prompt(
     x = decoder.embed(batch.text_ids, visual)
     if isinstance(pruning, FastV | VTW):
         pruning.validate(decoder.config.num_layers)
-        return _prefill_pruned(decoder, x, context, plan, reduction, pruning, batch.last_prompt_slot)
+        return _prefill_pruned(decoder, x, context, plan, reduction, pruning, jnp.asarray(batch.prompt_end)[:, 0])
     x, record = decoder.prefill(x, context, plan, reduction)
     return PromptStates(x, (Part(record, layout),), record.kept.scored.all(axis=0))
 
@@ -126,7 +126,7 @@ def _scored_layers(
     x, record = decoder.prefill(x, context, plan, reduction, range(last, num_layers))
     records.append(record)
     key = context.layout.slots
-    query = Slots(jnp.take_along_axis(key.position, row, axis=1), jnp.full_like(row, -1))
+    query = key.cut(lambda x: jnp.take_along_axis(x, row, axis=1))
     received = attention_received(q[:, :, 0], record.k[-1], visible(query, key, None)[:, 0])
     return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *records), received
 

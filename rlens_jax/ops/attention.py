@@ -6,6 +6,7 @@ slice of visual keys and the text keys. No T x S matrix is formed. In dense atte
 `attend` chooses between these paths and the TPU's kernel (`rlens_jax.ops.attention_tpu`).
 """
 
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from rlens_jax.layout import KV, Queries, Range, Slots, TokenLayout, Window, visible
+from rlens_jax.layout import KV, Queries, Range, TokenLayout, Window, visible
 from rlens_jax.ops.attention_tpu import splash_attention
 
 Kernel = Literal["packed", "splash"]
@@ -94,12 +95,12 @@ def packed_attention(
     block = block or max(DENSE_BLOCK if attention_range is None else HOLLOW_BLOCK, num_visual // MAX_BLOCKS)
 
     def attend_block(start: int, stop: int, key_spans: list[tuple[int, int]]) -> Float[Array, "B N block H"]:
-        query = Slots(slots.position[:, start:stop], slots.ordinal[:, start:stop])
+        query = slots.cut(lambda x: x[:, start:stop])
 
         def keys(x: Array, axis: int) -> Array:
             return jnp.concatenate([jax.lax.slice_in_dim(x, *span, axis=axis) for span in key_spans], axis=axis)
 
-        key = Slots(keys(slots.position, 1), keys(slots.ordinal, 1))
+        key = slots.cut(partial(keys, axis=1))
         mask = visible(query, key, attention_range, window)
         return masked_attention(q[:, :, start:stop], keys(k, 2), keys(v, 2), mask)
 
@@ -147,7 +148,7 @@ def chunked_attention(
                 text = jax.lax.slice_in_dim(x, 0, num_text, axis=axis)
                 return jnp.concatenate([text, jax.lax.dynamic_slice_in_dim(x, first, width, axis)], axis=axis)
 
-            query, key = (Slots(cut(slots.position, 1), cut(slots.ordinal, 1)) for cut in (queries, keys))
+            query, key = (slots.cut(partial(cut, axis=1)) for cut in (queries, keys))
             mask = visible(query, key, attention_range, window)
             part = masked_attention(queries(q, 2), keys(k, 2), keys(v, 2), mask)
             return jax.lax.dynamic_update_slice_in_dim(output, part, start, axis=2), None

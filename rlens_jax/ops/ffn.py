@@ -134,7 +134,7 @@ def probe_slots(layout: TokenLayout, reduction: Reduction, random_key: Array) ->
     """Ordinals of the probes, and which entries are probes: samples differ in M, and the array has room for the largest.
 
     Strided probes lie at (i P) // M (our decision). Random probes (paper) are drawn without replacement. They follow from
-    `random_key`, which identifies run and layer, and from the sample's number.
+    `random_key`, which identifies run and layer, and from the row's seed.
     """
     visual_slots = layout.bucket.visual
     capacity = reduction.probe_capacity(visual_slots)
@@ -144,7 +144,7 @@ def probe_slots(layout: TokenLayout, reduction: Reduction, random_key: Array) ->
     if reduction.probe == "strided":
         slots = index * layout.num_visual[:, None] // jnp.maximum(count, 1)
     else:
-        keys = jax.vmap(lambda sample: jax.random.fold_in(random_key, sample))(layout.sample)
+        keys = jax.vmap(lambda seed: jax.random.fold_in(random_key, seed))(layout.seed)
         draw = jax.vmap(lambda key: jax.random.uniform(key, (visual_slots,)))(keys)
         ordinal = jax.lax.broadcasted_iota(jnp.int32, draw.shape, 1)
         draw = jnp.where(ordinal < layout.num_visual[:, None], draw, 2.0)

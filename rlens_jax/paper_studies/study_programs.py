@@ -143,7 +143,7 @@ def text_visible(layout: TokenLayout, num_prompt: Int[Array, " B"]) -> Bool[Arra
     slots = layout.slots
     slot = jax.lax.broadcasted_iota(jnp.int32, slots.position.shape, 1)
     ordinal = jnp.where(is_prompt_text(layout, num_prompt), slot, -1)
-    roles = Slots(slots.position, ordinal)
+    roles = Slots(slots.position, ordinal, slots.branch)
     both_text = (ordinal >= 0)[:, :, None] & (ordinal >= 0)[:, None, :]
     attention_range = jnp.maximum(1, num_prompt // TEXT_RANGE)
     near = ordinal[:, :, None] - ordinal[:, None, :] < attention_range[:, None, None]
@@ -169,9 +169,10 @@ def feed_text(
     exchanged = TokenLayout(
         text_position=layout.visual_position,
         visual_position=layout.text_position,
+        text_branch=jnp.zeros_like(layout.visual_position),
         num_text=layout.num_visual,
         num_visual=num_prompt,
-        sample=layout.sample,
+        seed=layout.seed,
     )
     key = jax.random.fold_in(context.random_key, layer)
     turned = jnp.concatenate([y[:, num_text:], y[:, :num_text]], axis=1)

@@ -13,7 +13,7 @@ from rlens_jax.data.samples import Sample
 from rlens_jax.demo.measure import measure
 from rlens_jax.layout import Bucket, unpack_rows
 from rlens_jax.models.generation import decode, prefill
-from rlens_jax.models.prompt import collate
+from rlens_jax.models.prompt import collate_alone
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.resources import embedded_model
 
@@ -55,7 +55,7 @@ def test_logits_and_answers_equal_those_of_hugging_face(questions: list[tuple[Im
         with torch.no_grad():
             expected = theirs(**inputs).logits[0].numpy()
             generated = theirs.generate(**inputs, do_sample=False, max_new_tokens=8)
-        batch = jax.tree.map(jnp.asarray, collate([prompt], [0], Bucket(48, 128), 1))
+        batch = jax.tree.map(jnp.asarray, collate_alone([prompt], Bucket(48, 128), 1))
         visual = ours.vision(*(jnp.asarray(array)[None] for array in prepared.arrays))
         visual = visual[:, : prepared.tokens.count]
         visual = jnp.pad(visual, ((0, 0), (0, 128 - visual.shape[1]), (0, 0)))

@@ -16,7 +16,7 @@ from rlens_jax.engine.sizes import Placed, abstract_batch, abstract_model, bytes
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import Bucket
-from rlens_jax.models.prompt import Prompt, collate
+from rlens_jax.models.prompt import Places, Prompt, collate_alone
 from rlens_jax.sharding.mesh import make_mesh
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
@@ -53,8 +53,8 @@ def kind_name(kind: ModelKind) -> str:
 def test_a_batch_is_shaped_as_collate_makes_it() -> None:
     bucket = Bucket(5, 7)
     prompt = Prompt(np.zeros(3, np.int32), np.zeros(3, bool), np.zeros((3, 3), np.int32), 3, 1)
-    real = collate([prompt] * 4, [0] * 4, bucket, 16)
-    abstract = abstract_batch(bucket, 4, 3, Placed(mesh()))
+    real = collate_alone([prompt] * 4, bucket, 16)
+    abstract = abstract_batch(bucket, Places(1, 16), 4, 3, Placed(mesh()))
     assert jax.tree.map(lambda x: (x.shape, jnp.dtype(x.dtype)), abstract) == jax.tree.map(lambda x: (x.shape, x.dtype), real)
 
 

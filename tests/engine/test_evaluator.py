@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from rlens_jax.console import StopRequested
-from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.evaluator import Evaluator, Outcomes
 from rlens_jax.engine.generating import Generating
 from rlens_jax.engine.inputs import Batch, Split, build_split
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import Scoring, TeacherForcing
 from rlens_jax.errors import UserError
+from rlens_jax.models.prompt import FILLER
 from rlens_jax.plan import Plan
 from rlens_jax.search.journal import Journal
 from rlens_jax.search.search import Ranking, rank_layers
@@ -64,7 +64,7 @@ def plain_outcomes(programs: Programs, split: Split, plan: Plan) -> Outcomes:
     values = np.zeros(len(split.samples))
     for batch in split.batches:
         numbers, right, _ = plain_batch(programs, batch, plan)
-        for number, is_right in zip(numbers, right, strict=True):
+        for number, is_right in zip(numbers.flat, right.flat, strict=True):
             if number != FILLER:
                 values[number] = max(values[number], float(is_right))
     return {name: values[members] for name, members in split.datasets.items()}
@@ -166,12 +166,12 @@ def test_any_end_token_ends_an_answer(programs: Programs) -> None:
     samples = toy_samples()
     (batch, *_) = build_split(samples, ToyPreparer(), programs, SHAPES, False).batches
     numbers, endless, _ = map(np.asarray, programs.generate(programs.put(batch.visual), batch.inputs, [Plan()]))
-    other = int(next(token for token in endless[:, 1] if token != STOP))
+    other = int(next(token for token in endless[:, 0, 1] if token != STOP))
     several = toy_programs(stop_tokens=(STOP, other))
     _, tokens, finite = map(np.asarray, several.generate(several.put(batch.visual), batch.inputs, [Plan()]))
     assert finite.all()
     answers = {}
-    for number, row, long in zip(numbers, tokens.tolist(), endless.tolist(), strict=True):
+    for number, row, long in zip(numbers.flat, tokens[:, 0].tolist(), endless[:, 0].tolist(), strict=True):
         stop = next((place for place, token in enumerate(long) if token in (STOP, other)), None)
         if stop is not None:
             assert row[: stop + 1] == long[: stop + 1]
@@ -183,7 +183,7 @@ def test_any_end_token_ends_an_answer(programs: Programs) -> None:
     for batch in build_split(rows, ToyPreparer(), programs, SHAPES, True).batches:
         for chosen in (programs, several):
             places, right, _ = plain_batch(chosen, batch, Plan())
-            for place, is_right in zip(places, right, strict=True):
+            for place, is_right in zip(places.flat, right.flat, strict=True):
                 assert place == FILLER or is_right == (chosen is several or ends[place] == STOP)
 
 

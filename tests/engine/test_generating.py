@@ -3,8 +3,8 @@
 import numpy as np
 
 from rlens_jax.data.samples import Sample, normalised
-from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.generating import Generating
+from rlens_jax.models.prompt import FILLER
 
 COMPOSED, DECOMPOSED = "caf\N{LATIN SMALL LETTER E WITH ACUTE}", "cafe\N{COMBINING ACUTE ACCENT}"
 
@@ -15,6 +15,6 @@ def test_spellings_of_one_answer_are_right() -> None:
     scoring = Generating.__new__(Generating)  # no programs: the tokens are given
     scoring._decode_text = lambda ids: texts[ids[0]]
     samples = [Sample("s", "d", (), "?", (normalised("9\n"), normalised(DECOMPOSED)))]
-    numbers = np.array([0, 0, 0, 0, 0, FILLER])
-    outcomes = scoring.finish((numbers, np.arange(6)[:, None], np.ones(6, bool)), samples)
-    assert outcomes.right.tolist() == [True] * 4 + [False] * 2
+    numbers = np.array([[0, 0, 0, 0, 0, FILLER]])
+    outcomes = scoring.finish((numbers, np.arange(6)[None, :, None], np.ones((1, 6), bool)), samples)
+    assert outcomes.right.tolist() == [[True] * 4 + [False] * 2]

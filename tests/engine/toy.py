@@ -15,7 +15,6 @@ from PIL import Image
 
 from rlens_jax.checkpoints.leaves import place
 from rlens_jax.data.samples import Sample
-from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.evaluator import Outcomes
 from rlens_jax.engine.inputs import Split, build_split
 from rlens_jax.engine.model_programs import ModelPrograms
@@ -26,7 +25,7 @@ from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig, VisionConfig
 from rlens_jax.families.qwen2_vl.preparer import patch_places, rope_positions
 from rlens_jax.models.chat import Chat
 from rlens_jax.models.forward import VisionLanguageModel
-from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt
+from rlens_jax.models.prompt import FILLER, ImageTokens, PreparedImage, Prompt
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.search.objective import PlanScore, dataset_metric
 from rlens_jax.sharding.mesh import make_mesh
@@ -147,7 +146,7 @@ def answered(samples: list[Sample], programs: Programs, shapes: Shapes = SHAPES)
     for batch in split.batches:
         plans = [Plan()] * programs.groups
         numbers, tokens, _ = programs.generate(programs.put(batch.visual), batch.inputs, plans)
-        for number, row in zip(np.asarray(numbers), np.asarray(tokens).tolist(), strict=True):
+        for number, row in zip(np.asarray(numbers)[:, 0], np.asarray(tokens)[:, 0].tolist(), strict=True):
             if number != FILLER:
                 texts[split.samples[number].id] = words(row)
     return [Sample(s.id, s.dataset, s.images, s.question, (texts[s.id],)) for s in samples]

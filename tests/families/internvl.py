@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 
 from rlens_jax.families.internvl.model import InternVLConfig, Native
 from rlens_jax.families.internvl.preparer import cut_tiles
-from rlens_jax.models.prompt import Prompt, PromptBatch, collate
+from rlens_jax.models.prompt import Prompt, PromptBatch, collate_alone
 from tests.families.pair import text_inputs
 from tests.sequences import bucket_for
 from tests.torch_support import redraw
@@ -275,7 +275,7 @@ def our_batch(examples: Sequence[Example], spare: tuple[int, int] = (0, 0)) -> P
         Prompt(e.token_ids, e.is_visual, np.arange(len(e.token_ids), dtype=np.int32)[None], len(e.token_ids), 0) for e in examples
     ]
     bucket = bucket_for([example.is_visual for example in examples], spare)
-    return jax.tree.map(jnp.asarray, collate(prompts, range(len(examples)), bucket, 1))
+    return jax.tree.map(jnp.asarray, collate_alone(prompts, bucket, 1))
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from rlens_jax.families.llava_onevision.preparer import base_sources, cut_patches, grid_sources
 from rlens_jax.models.prompt import Grid as Size
-from rlens_jax.models.prompt import Prompt, PromptBatch, collate
+from rlens_jax.models.prompt import Prompt, PromptBatch, collate_alone
 from tests.families.pair import text_inputs
 from tests.sequences import bucket_for
 from tests.torch_support import redraw
@@ -198,7 +198,7 @@ def our_batch(examples: Sequence[Example], spare: tuple[int, int] = (0, 0)) -> P
         positions = np.arange(len(example.token_ids), dtype=np.int32)[None]
         prompts.append(Prompt(example.token_ids, example.is_visual, positions, positions.shape[1], 0))
     bucket = bucket_for([example.is_visual for example in examples], spare)
-    return jax.tree.map(jnp.asarray, collate(prompts, range(len(examples)), bucket, 1))
+    return jax.tree.map(jnp.asarray, collate_alone(prompts, bucket, 1))
 
 
 def patches_of(examples: Sequence[Example]) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 
 from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig
 from rlens_jax.families.qwen2_vl.preparer import patch_places, rope_positions
-from rlens_jax.models.prompt import Prompt, PromptBatch, collate
+from rlens_jax.models.prompt import Prompt, PromptBatch, collate_alone
 from tests.families.pair import text_inputs
 from tests.sequences import bucket_for
 
@@ -127,4 +127,4 @@ def our_batch(examples: Sequence[Example], config: Qwen2VLConfig, spare: tuple[i
         positions, following = rope_positions(example.is_visual, example.grids, config.vision.merge_size)
         prompts.append(Prompt(example.token_ids, example.is_visual, positions, following, 0))
     bucket = bucket_for([example.is_visual for example in examples], spare)
-    return jax.tree.map(jnp.asarray, collate(prompts, range(len(examples)), bucket, 1))
+    return jax.tree.map(jnp.asarray, collate_alone(prompts, bucket, 1))

@@ -286,7 +286,7 @@ def test_from_picture_to_logits(native):
     import torch
 
     from rlens_jax.layout import Bucket, unpack_rows
-    from rlens_jax.models.prompt import collate
+    from rlens_jax.models.prompt import collate_alone
     from rlens_jax.plan import Plan, Reduction
     from tests.families.internvl import Example
 
@@ -298,7 +298,7 @@ def test_from_picture_to_logits(native):
     example = Example(prompt.token_ids, prompt.is_visual, [cut_tiles(image, TILE, kind.config.native) for image in pictures])
     with torch.no_grad():
         expected = theirs(**hf_inputs([example])).logits[0].numpy()
-    batch = collate([prompt], [0], Bucket(300, prompt.num_visual), 1)
+    batch = collate_alone([prompt], Bucket(300, prompt.num_visual), 1)
     tokens = ours.vision(jnp.stack([image.arrays[0] for image in images]))
     own = [row[: image.tokens.count] for row, image in zip(tokens, images, strict=True)]
     decoder, batch = ours.decoder, jax.tree.map(jnp.asarray, batch)

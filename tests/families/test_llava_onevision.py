@@ -189,7 +189,7 @@ def test_grids_of_every_size():
 def step_inputs(batch, step: int, new_tokens: int):
     """Position and rotary position of the token number `step` after the prompts, and the room in the cache."""
     rope = batch.next_rope + step
-    return batch.layout.num_tokens + step, rope[:, None], jnp.int32(new_tokens - step)
+    return batch.next_position + step, rope[:, None, :], jnp.int32(new_tokens - step)
 
 
 @pytest.mark.parametrize("plan", [PLAIN, BOTH], ids=Plan.label)
@@ -205,8 +205,8 @@ def test_greedy_tokens_with_two_images(pair, plan):
     tokens = [int(logits[-1].argmax())]
     decode = jax.jit(pair.ours.decoder.decode)
     for step in range(new_tokens - 1):
-        row, cache = decode(jnp.asarray(tokens[-1:], jnp.int32), cache, *step_inputs(batch, step, new_tokens))
-        tokens.append(int(row[0].argmax()))
+        row, cache = decode(jnp.asarray([tokens[-1:]], jnp.int32), cache, *step_inputs(batch, step, new_tokens))
+        tokens.append(int(row[0, 0].argmax()))
     assert tokens == expected
 
 

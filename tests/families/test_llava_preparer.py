@@ -18,14 +18,13 @@ from transformers import AutoTokenizer
 from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.data.images import load_images
 from rlens_jax.data.samples import Sample
-from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.inputs import build_split
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.shapes import Shapes, row_buckets
 from rlens_jax.errors import UserError
 from rlens_jax.families.llava_onevision.preparer import LlavaOnevisionPreparer, cut_patches
+from rlens_jax.models.prompt import FILLER, ImageTokens
 from rlens_jax.models.prompt import Grid as Size
-from rlens_jax.models.prompt import ImageTokens
 from rlens_jax.plan import Reduction
 from rlens_jax.sharding.mesh import make_mesh
 from tests.families.llava_onevision import (
@@ -181,7 +180,7 @@ def test_visual_tokens_of_a_run(folder, theirs, loaded, preparer):
     split = build_split(samples, preparer, programs, shapes, True)
     seen = set()
     for batch in split.batches:
-        for row, place in enumerate(batch.inputs.layout.sample.tolist()):
+        for row, place in enumerate(batch.inputs.samples[:, 0].tolist()):
             if place == FILLER:
                 continue
             inputs = their_inputs(folder, samples[place])

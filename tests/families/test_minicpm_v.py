@@ -28,7 +28,7 @@ from rlens_jax.families.minicpm_v.model import MiniCPMVConfig
 from rlens_jax.families.minicpm_v.preparer import NO_SLICES, MiniCPMVPreparer, Slicing
 from rlens_jax.families.registry import ModelKind, read_kind
 from rlens_jax.models.forward import VisionLanguageModel
-from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt, collate
+from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt, collate_alone
 from rlens_jax.ops.attention import masked_attention
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.sharding.mesh import make_mesh
@@ -168,7 +168,7 @@ def our_logits(
     """Logits of all tokens of each sample, from one padded batch."""
     prompts = [example.prompt for example in examples]
     bucket = bucket_for([prompt.is_visual for prompt in prompts], (2, 3))
-    batch = jax.tree.map(jnp.asarray, collate(prompts, range(len(prompts)), bucket, 1))
+    batch = jax.tree.map(jnp.asarray, collate_alone(prompts, bucket, 1))
     visual = np.full((len(prompts), bucket.visual, model.decoder.config.width), 5, np.float32)
     for row, example in enumerate(examples):
         tokens = np.concatenate([np.zeros((0, visual.shape[2]), np.float32), *our_visual(model, example)])
@@ -351,7 +351,7 @@ def test_greedy_tokens(pair, plan, tmp_path):
     split = build_split([sample, other], pair.preparer, programs, shapes, False)
     images = [ImageTokens(0, pair.preparer.slicing.grid(size)) for size in sizes]
     for row, (asked, used) in enumerate([(sample, slice(0, 2)), (other, slice(1, 2))]):
-        (batch,) = [b for b in split.batches if row in b.inputs.layout.sample.tolist()]
+        (batch,) = [b for b in split.batches if row in b.inputs.samples.tolist()]
         numbers, tokens, scored = programs.generate(programs.put(batch.visual), batch.inputs, [plan])
         assert scored.all()
         prompt = pair.preparer.prompt(asked, images[used], None)

@@ -194,11 +194,7 @@ def test_rows_and_columns_exchanged_miss_by_a_hundred_tolerances(pair):
 def step_inputs(batch, step: int, new_tokens: int):
     """Position and rotary position of the token number `step` after the prompts, and the room in the cache."""
     rope = batch.next_rope + step
-    return (
-        batch.layout.num_tokens + step,
-        jnp.stack([rope] * batch.rope_positions.shape[1], axis=1),
-        jnp.int32(new_tokens - step),
-    )
+    return (batch.next_position + step, jnp.stack([rope] * batch.rope_positions.shape[1], axis=1), jnp.int32(new_tokens - step))
 
 
 @pytest.mark.parametrize("plan", [PLAIN, PLANS[2]], ids=Plan.label)
@@ -215,10 +211,10 @@ def test_decoding_step_by_step(pair, plan):
     _, cache, batch = start(pair.ours, pair.config, prompts, plan, SMALL, steps)
     decode = jax.jit(pair.ours.decoder.decode)
     for step in range(steps):
-        newest = jnp.asarray([example.token_ids[step - steps] for example in whole])
+        newest = jnp.asarray([[example.token_ids[step - steps]] for example in whole])
         logits, cache = decode(newest, cache, *step_inputs(batch, step, steps))
         for row, expected in zip(logits, theirs, strict=True):
-            assert_close(row, expected[step - steps], WHOLE)
+            assert_close(row[0], expected[step - steps], WHOLE)
 
 
 @pytest.mark.parametrize("plan", [PLAIN, PLANS[2]], ids=Plan.label)
@@ -234,8 +230,8 @@ def test_greedy_tokens(pair, plan):
     tokens = [int(logits[-1].argmax())]
     decode = jax.jit(pair.ours.decoder.decode)
     for step in range(new_tokens - 1):
-        row, cache = decode(jnp.asarray(tokens[-1:], jnp.int32), cache, *step_inputs(batch, step, new_tokens))
-        tokens.append(int(row[0].argmax()))
+        row, cache = decode(jnp.asarray([tokens[-1:]], jnp.int32), cache, *step_inputs(batch, step, new_tokens))
+        tokens.append(int(row[0, 0].argmax()))
     assert tokens == expected
 
 

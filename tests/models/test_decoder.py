@@ -258,11 +258,11 @@ def test_decoding_equals_the_prefill_of_the_whole(decoder, plan):
         assert_close(ours, theirs[: len(ours)], 1e-4)
     decode = jax.jit(decoder.decode)
     for step in range(steps):
-        position = layout.num_tokens + step
-        newest = jnp.asarray([row[len(row) - steps + step] for row in ids])
+        position = (layout.num_text + layout.num_visual + step)[:, None]
+        newest = jnp.asarray([[row[len(row) - steps + step]] for row in ids])
         logits, cache = decode(newest, cache, position, position[:, None], jnp.int32(steps - step))
         for ours, theirs in zip(logits, expected, strict=True):
-            assert_close(ours, theirs[len(theirs) - steps + step], 1e-4)
+            assert_close(ours[0], theirs[len(theirs) - steps + step], 1e-4)
     assert decode._cache_size() == 1
 
 

@@ -12,7 +12,7 @@ from rlens_jax.layout import Bucket, unpack_rows
 from rlens_jax.models import forward as forward_module
 from rlens_jax.models.decoder import Decoder
 from rlens_jax.models.forward import VisionLanguageModel, attend, encode, feed, forward
-from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt, collate
+from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt, collate_alone
 from rlens_jax.models.pruned import run_prompt
 from rlens_jax.plan import Plan, Reduction
 from tests.numerics import assert_close, error
@@ -64,7 +64,7 @@ def text() -> list[Prompt]:
 
 def fast_logits(model: VisionLanguageModel, images, text, plan: Plan) -> list[np.ndarray]:
     """The prefill that deployment compiles, in a larger bucket, with every image encoded alone."""
-    batch = collate(text, range(len(text)), Bucket(text=22, visual=37), 1)
+    batch = collate_alone(text, Bucket(text=22, visual=37), 1)
     visual = np.zeros((len(text), 37, TOY.width), np.float32)
     for row, sample in zip(visual, images, strict=True):
         tokens = [np.asarray(model.vision(image.arrays[0]))[: image.tokens.count] for image in sample]

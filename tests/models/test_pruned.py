@@ -13,7 +13,7 @@ from flax import nnx
 from rlens_jax.errors import UserError
 from rlens_jax.models.decoder import Decoder
 from rlens_jax.models.generation import decode, prefill
-from rlens_jax.models.prompt import Prompt, PromptBatch, collate
+from rlens_jax.models.prompt import Prompt, PromptBatch, collate_alone
 from rlens_jax.models.pruned import run_prompt
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Folder
@@ -81,7 +81,7 @@ def bare(prompts: list[Prompt]) -> list[Prompt]:
 def batch_of(prompts: list[Prompt], vectors: list[np.ndarray]) -> tuple[PromptBatch, jax.Array]:
     """The batch in a bucket with room to spare, and the visual tokens, with noise in empty slots."""
     bucket = bucket_for([p.is_visual for p in prompts], spare=(2, 3))
-    batch = jax.tree.map(jnp.asarray, collate(prompts, range(len(prompts)), bucket, max(ANSWERS)))
+    batch = jax.tree.map(jnp.asarray, collate_alone(prompts, bucket, max(ANSWERS)))
     rows = [row[: len(p.is_visual)] for row, p in zip(vectors, prompts, strict=True)]
     noise = np.random.default_rng(4)
     packed = pack(rows, batch.layout, lambda shape: noise.standard_normal(shape).astype(np.float32))
@@ -168,7 +168,7 @@ def test_dropping_nothing_is_no_pruning_bit_for_bit(decoder, prompts, vectors, p
 @pytest.mark.parametrize("pruning", [FastV(3, 0.5), Folder(0.5)], ids=lambda pruning: pruning.label())
 def test_text_alone_is_left_as_it_is(decoder, reference, prompts, vectors, pruning):
     """A bucket without visual slots."""
-    batch = collate(prompts[2:3], [0], bucket_for([prompts[2].is_visual]), max(ANSWERS))
+    batch = collate_alone(prompts[2:3], bucket_for([prompts[2].is_visual]), max(ANSWERS))
     none = jnp.zeros((1, 0, CONFIG.width))
     logits, layout, scored = run(*nnx.split(decoder), none, jax.tree.map(jnp.asarray, batch), PLAN, pruning)
     expected = reference(*torch_inputs(reference, prompts[2], vectors[2]), 0, Settings())

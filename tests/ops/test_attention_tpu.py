@@ -148,7 +148,7 @@ def test_visited_blocks_are_those_with_something_to_see(num_visual, attention_ra
     size = block_size(num_visual, attention_range, block)
     length = -(-num_visual // size) * size
     slot = jnp.arange(length, dtype=jnp.int32)[None]
-    slots = Slots(slot, slot)
+    slots = Slots(slot, slot, jnp.zeros_like(slot))
 
     def count(band):
         seen = np.asarray(visible(slots, slots, band))[0]

@@ -87,8 +87,8 @@ def test_what_is_left_is_packed_and_numbered_anew():
     # t v v t v t; v t; t t t
     assert left.text_position.tolist() == [[0, 3, 5, none], [1, none, none, none], [0, 1, 2, none]]
     assert left.visual_position.tolist() == [[1, 2, 4], [0, none, none], [none] * 3]
-    assert left.num_tokens.tolist() == [6, 2, 3]
-    assert left.sample.tolist() == layout.sample.tolist()
+    assert (left.num_text + left.num_visual).tolist() == [6, 2, 3]
+    assert left.seed.tolist() == layout.seed.tolist()
 
 
 def test_nobody_gone_is_the_same_layout():

@@ -297,7 +297,7 @@ def test_pruned_outcomes_are_those_of_the_model(finished: Finished) -> None:
 
         for batch in split.batches:
             logits = np.asarray(run(toy.model.decoder, batch.visual, batch.inputs))
-            for row, sample in enumerate(np.asarray(batch.inputs.layout.sample).tolist()):
+            for row, sample in enumerate(np.asarray(batch.inputs.samples)[:, 0].tolist()):
                 slots, targets = (np.asarray(x)[row] for x in (batch.inputs.answer_slots, batch.inputs.answer_targets))
                 said = logits[row, slots].argmax(axis=-1)
                 right[sample] = bool((said == targets)[targets >= 0].all())

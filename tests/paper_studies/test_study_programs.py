@@ -10,7 +10,7 @@ from flax import nnx
 
 from rlens_jax.layout import Bucket, pack_rows, unpack_rows
 from rlens_jax.models.decoder import Context, Decoder, DecoderLayer, TracedPlan
-from rlens_jax.models.prompt import Prompt, PromptBatch, collate
+from rlens_jax.models.prompt import Prompt, PromptBatch, collate_alone
 from rlens_jax.paper_studies.study_programs import attend_text, feed_text, num_prompt_text, run_text_layers, text_visible
 from rlens_jax.plan import Reduction
 from tests.numerics import assert_close
@@ -51,7 +51,7 @@ def decoder() -> Decoder:
 
 @pytest.fixture(scope="module")
 def batch() -> PromptBatch:
-    return collate(prompts(), [0, 1], Bucket(text=30, visual=8), 4)
+    return collate_alone(prompts(), Bucket(text=30, visual=8), 4)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlens_jax.engine.batches import FILLER
 from rlens_jax.engine.evaluator import Evaluator
 from rlens_jax.engine.generating import Generating
 from rlens_jax.engine.inputs import Split
@@ -15,7 +14,7 @@ from rlens_jax.engine.model_programs import ROWS
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import TeacherForcing
 from rlens_jax.models.layers import log_probability
-from rlens_jax.models.prompt import IGNORE
+from rlens_jax.models.prompt import FILLER, IGNORE
 from rlens_jax.models.pruned import run_prompt
 from rlens_jax.plan import OPERATORS, Plan
 from rlens_jax.pruning import FastV, Pruning
@@ -95,9 +94,9 @@ def test_generation(one: Programs, many: Programs) -> None:
         for batch in split.batches:
             plans, blocks = [PLAN] * programs.groups, range(programs.groups)
             numbers, tokens, _ = scoring.start(batch, Plan(), plans, blocks)
-            generated |= {
-                int(number): row.tolist() for number, row in zip(numbers, np.asarray(tokens), strict=True) if number != FILLER
-            }
+            numbers, tokens = np.asarray(numbers), np.asarray(tokens)
+            real = numbers != FILLER
+            generated |= dict(zip(numbers[real].tolist(), tokens[real].tolist(), strict=True))
         texts.append(generated)
     assert texts[0] == texts[1]
     assert len(texts[0]) == len(split.samples)
@@ -118,7 +117,7 @@ def pruned_log_probabilities(programs: Programs, split: Split, pruning: Pruning)
     program = programs.program("pruned", run, (ROWS, ROWS), ROWS)
     values = np.full(len(split.samples), np.nan)
     for batch in split.batches:
-        numbers = np.asarray(batch.inputs.layout.sample)
+        numbers = np.asarray(batch.inputs.samples)[:, 0]
         real = numbers != FILLER
         values[numbers[real]] = np.asarray(program(batch.visual, batch.inputs))[real]
     return values
