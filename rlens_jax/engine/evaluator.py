@@ -58,16 +58,17 @@ class Evaluator:
         Raises:
             UserError: numbers are not finite, naming plan, sample and layer.
         """
-        datasets, todo = self.splits[split].datasets, []
+        datasets, count = self.splits[split].datasets, len(self.splits[split].samples)
+        todo = []
         for plan in dict.fromkeys(plans):
-            known = [(split, plan, name) in self.journal for name in datasets]
-            if progress is not None:
-                progress.advance(sum(known), resumed=True)
-            if not all(known):
+            if np.isnan(self.journal.outcomes(split, plan, count)).any():
                 todo.append(plan)
+            elif progress is not None:
+                progress.advance(len(datasets), resumed=True)
         if todo:
             self._evaluate(split, base, todo, progress)
-        return [{name: np.array(self.journal[split, plan, name].outcomes) for name in datasets} for plan in plans]
+        outcomes = [self.journal.outcomes(split, plan, count) for plan in plans]
+        return [{name: values[members] for name, members in datasets.items()} for values in outcomes]
 
     def _evaluate(self, split: str, base: Plan, plans: Sequence[Plan], progress: Progress | None) -> None:
         batches = self.splits[split].batches
@@ -122,13 +123,11 @@ class Evaluator:
                 results[item.plan][number] = max(results[item.plan][number], float(right))
 
     def _record(self, split: str, plan: Plan, result: np.ndarray, seconds: float, progress: Progress | None) -> None:
-        """Write a plan's outcomes to the journal; its datasets share the seconds in proportion to their samples."""
-        for name, members in self.splits[split].datasets.items():
-            if (split, plan, name) not in self.journal:
-                share = seconds * len(members) / len(result)
-                self.journal.append(Record(split, plan, name, tuple(result[members].tolist()), share))
-                if progress is not None:
-                    progress.advance()
+        """Write those of a plan's outcomes to the journal that it has not."""
+        (new,) = np.isnan(self.journal.outcomes(split, plan, len(result))).nonzero()
+        self.journal.append(Record(split, plan, new, result[new], seconds))
+        if progress is not None:
+            progress.advance(len(self.splits[split].datasets))
 
 
 def round_scorer(

@@ -70,7 +70,7 @@ class Session:
     data_hash: str
     journal: Journal
     resumed: int
-    """Evaluations in the journal that an earlier run made."""
+    """Outcomes in the journal that earlier processes made."""
     processes: Processes
 
     @property
@@ -118,8 +118,8 @@ class Session:
         with processes.in_order(lambda: first(output, identity), lambda: rest(output, identity)) as journal:
             if journal.repaired:
                 say(journal.repaired)
-            resumed = len(journal.records())
-            processes.check_same({"finished evaluations": resumed})
+            resumed = journal.num_outcomes
+            processes.check_same({"finished outcomes": resumed})
             yield cls(folder, config, mesh, preparer, splits, shapes, data_hash, journal, resumed, processes)
 
 

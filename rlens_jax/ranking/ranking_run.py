@@ -121,7 +121,7 @@ def conclude_timing(
         num_devices=jax.device_count(),
         num_cores=os.cpu_count() or 1,
         seconds=clock.seconds,
-        evaluations=len(session.journal.records()) - session.resumed,
+        evaluations=session.journal.num_outcomes - session.resumed,
         resumed=session.resumed,
         compilations=compilations,
         batch_size=batch_size,

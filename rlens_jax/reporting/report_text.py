@@ -122,7 +122,7 @@ def _run_facts(results: Results) -> str:
         ("time", ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in timing.seconds.items())),
         (
             "evaluations",
-            f"{timing.evaluations} by this process, {timing.resumed} read from the journal; "
+            f"{timing.evaluations} samples under a plan by this process, {timing.resumed} read from the journal; "
             f"{timing.compilations} programs compiled",
         ),
         ("versions", markdown_text(", ".join(f"{name} {version}" for name, version in results.versions.items()))),

@@ -163,8 +163,8 @@ class Timing:
         num_devices: number of devices used.
         num_cores: number of CPU cores of the host.
         seconds: seconds per phase; of this process only, if the run was resumed.
-        evaluations: number of evaluations by this process.
-        resumed: number of evaluations read from the journal.
+        evaluations: number of samples that this process evaluated, counted once per plan.
+        resumed: number of those that it read from the journal.
         compilations: number of programs compiled by this process.
         batch_size: rows per batch of a work group.
         prefill: prefill times per plan of `Results.savings`, if measured.

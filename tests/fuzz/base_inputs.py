@@ -263,11 +263,18 @@ def _run(folder: Path) -> Path:
     return folder
 
 
+JOURNAL = {
+    ("search", Plan()): ([0, 2, 1], [1.0, 0.0, 1.0]),
+    ("search", Plan(ffn=(3,))): ([4], [0.5]),
+    ("validation", Plan((2, 3), (3,))): ([0, 1, 2], [0.0, 0.0, 1.0]),
+}
+"""Split and plan -> samples and outcomes."""
+
+
 def _journal(folder: Path) -> Path:
     with Journal.open(folder, FINGERPRINT) as journal:
-        journal.append(Record("search", Plan(), "doc", (1.0, 0.0, 1.0), 1.5))
-        journal.append(Record("search", Plan(ffn=(3,)), "doc", (1.0, 0.5, 1.0), 2.5))
-        journal.append(Record("validation", Plan((2, 3), (3,)), "doc", (0.0, 0.0, 1.0), 1.0))
+        for (split, plan), (samples, outcomes) in JOURNAL.items():
+            journal.append(Record(split, plan, samples, outcomes, 1.5))
     return folder
 
 

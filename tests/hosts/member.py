@@ -76,13 +76,13 @@ def ranking(config, processes, output):
     processes.check_same(config.portable())
     processes.check_shared(output)
     journal = processes.in_order(lambda: Journal.open(output, IDENTITY), lambda: Journal.follow(output, IDENTITY))
-    done = processes.gather(len(journal.records()))
+    done = processes.gather(journal.num_outcomes)
     say(f"resumed {done}, {jax.device_count()} devices")
     stopper = Stopper()
     with journal, Progress("toy", STEPS, "steps") as shown:
         for step in range(done[0], STEPS):
             everywhere = np.sum(process_allgather(np.int32(step))) / processes.count
-            journal.append(Record("toy", Plan((step,)), "toy", (float(everywhere),), 0.0))
+            journal.append(Record("toy", Plan((step,)), [0], [float(everywhere)], 0.0))
             shown.advance()
             stopper.check()
             if step == 5 and processes.index == config.seed - 100:

@@ -15,11 +15,13 @@ from rlens_jax.search.journal import JOURNAL_NAME, Journal, Record
 CONFIG = {"model": "toy", "seed": 0, "reduction": {"attention_range": 256, "active_fraction": 0.2}}
 
 RECORDS = [
-    Record("validation", Plan(), "chart", (1.0, 0.0, 1.0, 1.0, 0.0), 1.5),
-    Record("validation", Plan(attention=(2, 3)), "chart", (0.0,) * 8, 2.0),
-    Record("heldout", Plan(attention=(2, 3)), "chart", (1.0,) * 9, 2.0),
-    Record("validation", Plan(attention=(2, 3)), "doc", (0.1, 1 / 3, 1.0, -2.5e-300), 0.25),
+    Record("validation", Plan(), (0, 3, 4, 7, 2), (1.0, 0.0, 1.0, 1.0, 0.0), 1.5),
+    Record("validation", Plan(attention=(2, 3)), range(8), (0.0,) * 8, 2.0),
+    Record("heldout", Plan(attention=(2, 3)), range(9), (1.0,) * 9, 2.0),
+    Record("validation", Plan(attention=(2, 3)), (8, 11, 9, 10), (0.1, 1 / 3, 1.0, -2.5e-300), 0.25),
 ]
+COUNT = 12
+NAN = float("nan")
 
 
 def write(folder, records=RECORDS):
@@ -29,92 +31,121 @@ def write(folder, records=RECORDS):
     return folder / JOURNAL_NAME
 
 
+def content(journal):
+    """All that the journal knows of the plans in RECORDS."""
+    keys = dict.fromkeys((record.split, record.plan) for record in RECORDS)
+    found = {key: journal.outcomes(*key, COUNT) for key in keys}
+    assert journal.num_outcomes == sum(np.isfinite(values).sum() for values in found.values())
+    return [(key, number, values[number]) for key, values in found.items() for number in np.flatnonzero(np.isfinite(values))]
+
+
+def written(records):
+    """What `content` finds after these records."""
+    triples = [((r.split, r.plan), *pair) for r in records for pair in zip(r.samples, r.outcomes, strict=True)]
+    keys = list(dict.fromkeys((record.split, record.plan) for record in RECORDS))
+    return sorted(triples, key=lambda triple: (keys.index(triple[0]), triple[1]))
+
+
 def reopen(folder):
     with Journal.open(folder, CONFIG) as journal:
-        return journal.records(), journal.repaired
+        return content(journal), journal.repaired
 
 
 def test_what_is_written_is_read_back(tmp_path):
     write(tmp_path / "new" / "run")
     with Journal.open(tmp_path / "new" / "run", CONFIG) as journal:
-        assert journal.records() == tuple(RECORDS)
+        assert content(journal) == written(RECORDS)
         assert journal.repaired is None
-        for record in RECORDS:
-            assert journal[record.split, record.plan, record.dataset] == record
-        assert ("heldout", Plan(), "chart") not in journal
-        assert ("validation", Plan(ffn=(2, 3)), "chart") not in journal
+        np.testing.assert_array_equal(journal.outcomes("validation", Plan(), 9), [1, NAN, 0, 0, 1, NAN, NAN, 1, NAN])
+        assert journal.outcomes("validation", Plan(), 9).dtype == np.float64
+        for split, plan in (("heldout", Plan()), ("validation", Plan(ffn=(2, 3)))):
+            assert np.isnan(journal.outcomes(split, plan, 4)).tolist() == [True] * 4
 
 
 def test_the_file_is_as_documented(tmp_path):
     header, *lines = map(json.loads, write(tmp_path).read_text().splitlines())
-    assert header == {"schema": "rlens-journal", "version": 1, "fingerprint": CONFIG}
-    assert lines[0] == {"split": "validation", "attention": [], "ffn": [], "dataset": "chart", "outcomes": "5:b0", "seconds": 1.5}
+    assert header == {"schema": "rlens-journal", "version": 2, "fingerprint": CONFIG}
+    first = {"split": "validation", "attention": [], "ffn": [], "samples": [0, 3, 4, 7, 2], "outcomes": "5:b0", "seconds": 1.5}
+    assert lines[0] == first
     assert [line["outcomes"] for line in lines[1:3]] == ["8:00", "9:ff80"]
+    assert lines[3]["samples"] == [8, 11, 9, 10]
     assert lines[3]["outcomes"] == [0.1, 1 / 3, 1.0, -2.5e-300]
     assert sorted(os.listdir(tmp_path)) == ["journal.jsonl", "journal.lock"]
 
 
-def test_numpy_outcomes_are_taken(tmp_path):
-    outcomes = tuple(np.array([1.0, 0.0, 1.0]))
-    write(tmp_path, [Record("validation", Plan(), "chart", outcomes, 0.0)])
-    assert reopen(tmp_path)[0][0].outcomes == (1.0, 0.0, 1.0)
+def test_numpy_arrays_are_taken(tmp_path):
+    write(tmp_path, [Record("validation", Plan(), np.array([4, 0], np.int32), np.array([True, False]), 0.0)])
+    assert reopen(tmp_path)[0] == [(("validation", Plan()), 0, 0.0), (("validation", Plan()), 4, 1.0)]
 
 
 def test_records_of_a_resumed_run_are_added(tmp_path):
     write(tmp_path, RECORDS[:2])
     write(tmp_path, RECORDS[2:])
-    assert reopen(tmp_path) == (tuple(RECORDS), None)
+    assert reopen(tmp_path) == (written(RECORDS), None)
 
 
 @pytest.mark.parametrize("reopened", [False, True])
 def test_nothing_is_evaluated_twice(tmp_path, reopened):
     path = write(tmp_path)
     before = path.read_bytes()
-    again = Record("validation", Plan(attention=(3, 2)), "doc", (1.0,), 0.0)
+    again = Record("validation", Plan(attention=(3, 2)), (12, 5), (1.0, 1.0), 0.0)
     with Journal.open(tmp_path, CONFIG) as journal:
         if not reopened:
-            fresh = Record("validation", Plan(ffn=(1,)), "doc", (1.0,), 0.0)
+            fresh = Record("validation", Plan(ffn=(1,)), [5], (1.0,), 0.0)
             journal.append(fresh)
             before, again = path.read_bytes(), fresh
-        with pytest.raises(ValueError, match=r"evaluated twice: .* on doc, split validation"):
+        with pytest.raises(
+            ValueError, match=r"repeats the evaluation of sample 5 \(split validation, plan (attention 2-3|ffn 1)"
+        ):
             journal.append(again)
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("outcomes", [(), (0.5, float("nan")), (float("inf"),)])
-def test_outcomes_that_mean_nothing_are_not_written(tmp_path, outcomes):
+@pytest.mark.parametrize(
+    ("samples", "outcomes", "reason"),
+    [
+        ((), (), "finite numbers, at least one"),
+        ((8, 9), (0.5, NAN), "finite"),
+        ((8,), (float("inf"),), "finite"),
+        ((8, 9), (1.0,), "2 samples have 1 outcomes"),
+        ((8, 8), (1.0, 1.0), "names a sample twice"),
+        ((-1,), (1.0,), "whole numbers from 0"),
+        ((10**7,), (1.0,), "whole numbers from 0 to 9999999"),
+    ],
+)
+def test_what_means_nothing_is_not_written(tmp_path, samples, outcomes, reason):
     path = write(tmp_path)
     before = path.read_bytes()
-    with Journal.open(tmp_path, CONFIG) as journal, pytest.raises(ValueError, match="finite"):
-        journal.append(Record("validation", Plan(), "other", outcomes, 0.0))
+    with Journal.open(tmp_path, CONFIG) as journal, pytest.raises(ValueError, match=reason):
+        journal.append(Record("validation", Plan(), samples, outcomes, 0.0))
     assert path.read_bytes() == before
 
 
 def test_a_write_torn_at_any_byte_is_repaired(tmp_path):
     path = write(tmp_path)
-    content = path.read_bytes()
-    last = content.rindex(b"\n", 0, -1) + 1
-    for cut in range(last, len(content)):
-        path.write_bytes(content[:cut])
+    whole = path.read_bytes()
+    last = whole.rindex(b"\n", 0, -1) + 1
+    for cut in range(last, len(whole)):
+        path.write_bytes(whole[:cut])
         records, repaired = reopen(tmp_path)
-        assert records == tuple(RECORDS[:-1])
-        assert path.read_bytes() == content[:last]
+        assert records == written(RECORDS[:-1])
+        assert path.read_bytes() == whole[:last]
         if cut == last:
             assert repaired is None
         else:
             assert f"last line of {cut - last} bytes; 3 finished" in repaired
     write(tmp_path, RECORDS[-1:])
-    assert path.read_bytes() == content
+    assert path.read_bytes() == whole
 
 
 def test_a_last_line_of_zeros_is_repaired(tmp_path):
     path = write(tmp_path)
-    content = path.read_bytes()
-    path.write_bytes(content + bytes(30) + b'"seconds": 1.0}\n')
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(30) + b'"seconds": 1.0}\n')
     records, repaired = reopen(tmp_path)
-    assert records == tuple(RECORDS)
+    assert records == written(RECORDS)
     assert "unfinished last line of 46 bytes" in repaired
-    assert path.read_bytes() == content
+    assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize(
@@ -127,10 +158,18 @@ def test_a_last_line_of_zeros_is_repaired(tmp_path):
         (b'"outcomes": "8:00"', b'"outcomes": ' + b"[" * 5000 + b"]" * 5000, "too deeply nested"),
         (b'"attention": [2, 3]', b'"attention": [99999999999999999999]', "no model has a layer"),
         (b'"outcomes": "8:00"', b'"outcomes": []', "finite"),
+        (b'"outcomes": "8:00"', b'"outcomes": "7:00"', "8 samples have 7 outcomes"),
+        (b'"outcomes": "8:00"', b'"outcomes": [true]', "finite numbers"),
+        (b'"samples": [0, 1', b'"samples": [1, 1', "names a sample twice"),
+        (b'"samples": [0, 1', b'"samples": [0, -1', "samples must be whole numbers from 0 to 9999999"),
+        (b'"samples": [0, 1', b'"samples": [0, 1.0', "samples must be whole numbers"),
+        (b'"samples": [0, 1', b'"samples": [0, true', "samples must be whole numbers"),
+        (b'"samples": [0, 1', b'"samples": [0, 10000000', "samples must be whole numbers"),
+        (b'"samples": [0, 1, 2, 3, 4, 5, 6, 7]', b'"samples": "01234567"', "samples must be a list"),
         (b'"attention": [2, 3]', b'"attention": [2, 2]', "layer 2 twice"),
         (b'"seconds"', b'"second"', "exactly the fields"),
         (b'"seconds": 2.0', b'"seconds": "2"', "seconds must be a number"),
-        (b'"validation"', b"7", "must be texts"),
+        (b'"validation"', b"7", "split must be a text"),
     ],
 )
 def test_a_corrupt_line_in_the_middle_is_named(tmp_path, old, new, reason):
@@ -150,8 +189,30 @@ def test_a_line_that_repeats_an_evaluation_is_named(tmp_path):
     path = write(tmp_path)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines, lines[1]]))
-    with pytest.raises(UserError, match="line 6 repeats"):
+    with pytest.raises(UserError, match="line 6 repeats the step of an earlier line"):
         Journal.open(tmp_path, CONFIG)
+    other = lines[1].replace(b"[0, 3, 4, 7, 2]", b"[1, 5, 6, 8, 2]")
+    assert other != lines[1]
+    path.write_bytes(b"".join([*lines, other]))
+    for opened in (Journal.open, Journal.follow):
+        message = (
+            r"journal.jsonl, line 6 repeats the evaluation of sample 2 \(split validation, plan dense\); restore the file, or"
+        )
+        with pytest.raises(UserError, match=message) as raised:
+            opened(tmp_path, CONFIG)
+        assert "\n" not in str(raised.value)
+    path.write_bytes(b"".join(lines))
+    assert reopen(tmp_path) == (written(RECORDS), None)  # the refusal let go of the folder
+
+
+def test_a_sample_that_the_split_has_not_is_named(tmp_path):
+    write(tmp_path)
+    with Journal.open(tmp_path, CONFIG) as journal:
+        with pytest.raises(
+            UserError, match=r"sample 7 of the split validation under the plan dense, but the split has 7 samples"
+        ):
+            journal.outcomes("validation", Plan(), 7)
+        assert len(journal.outcomes("validation", Plan(), 8)) == 8
 
 
 def test_a_wrong_but_whole_last_line_is_not_a_torn_one(tmp_path):
@@ -171,9 +232,11 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path, content):
 
 def test_another_version_is_refused(tmp_path):
     path = write(tmp_path)
-    path.write_bytes(path.read_bytes().replace(b'"version": 1', b'"version": 2'))
-    with pytest.raises(UserError, match="has version 2, this program reads 1"):
+    path.write_bytes(path.read_bytes().replace(b'"version": 2', b'"version": 1'))
+    with pytest.raises(UserError, match=r"has version 1, this program reads 2; .* --restart, which renames this journal"):
         Journal.open(tmp_path, CONFIG)
+    with Journal.open(tmp_path, CONFIG, restart=True) as journal:
+        assert journal.num_outcomes == 0
 
 
 def test_another_configuration_is_refused_field_by_field(tmp_path):
@@ -190,7 +253,7 @@ def test_another_configuration_is_refused_field_by_field(tmp_path):
     assert "model" not in message and "active_fraction" not in message and "\n" not in message
     assert path.read_bytes() == before
     # The refusal lets go of the folder.
-    assert reopen(tmp_path) == (tuple(RECORDS), None)
+    assert reopen(tmp_path) == (written(RECORDS), None)
 
 
 def test_the_order_of_fields_and_the_kind_of_sequence_do_not_matter(tmp_path):
@@ -209,11 +272,11 @@ def test_a_run_that_ended_before_its_first_evaluation_leaves_no_journal(tmp_path
         raise UserError("an image cannot be read")
     assert os.listdir(tmp_path) == ["journal.lock"]
     # A killed process cannot remove it; it binds nobody.
-    header = json.dumps({"schema": "rlens-journal", "version": 1, "fingerprint": other}).encode() + b"\n"
+    header = json.dumps({"schema": "rlens-journal", "version": 2, "fingerprint": other}).encode() + b"\n"
     for left in (header, header + b'{"split": "valid'):
         (tmp_path / JOURNAL_NAME).write_bytes(left)
         write(tmp_path)
-        assert reopen(tmp_path) == (tuple(RECORDS), None)
+        assert reopen(tmp_path) == (written(RECORDS), None)
         (tmp_path / JOURNAL_NAME).unlink()
 
 
@@ -221,16 +284,16 @@ def test_a_restart_keeps_another_runs_journal_under_another_name(tmp_path):
     before = write(tmp_path).read_bytes()
     for number in (1, 2):
         with Journal.open(tmp_path, {"seed": number}, restart=True) as journal:
-            assert journal.records() == ()
+            assert journal.num_outcomes == 0
             assert f"is now journal.{number}.jsonl" in journal.repaired
             journal.append(RECORDS[0])
     assert (tmp_path / "journal.1.jsonl").read_bytes() == before
     with Journal.open(tmp_path, {"seed": 2}, restart=True) as journal:
-        assert journal.records() == (RECORDS[0],)
+        assert content(journal) == written(RECORDS[:1])
         assert journal.repaired is None
     (tmp_path / JOURNAL_NAME).write_text("something else\n")
     with Journal.open(tmp_path, CONFIG, restart=True) as journal:
-        assert journal.records() == ()
+        assert journal.num_outcomes == 0
     assert (tmp_path / "journal.3.jsonl").read_text() == "something else\n"
 
 
@@ -243,7 +306,7 @@ from rlens_jax.search.journal import Journal, Record
 journal = Journal.open(Path(sys.argv[1]), {"seed": 0})
 print("open", flush=True)
 for number in range(int(sys.argv[2])):
-    journal.append(Record("validation", Plan((number,)), "chart", (1.0, 0.5), 0.0))
+    journal.append(Record("validation", Plan((number,)), (0, 1), (1.0, 0.5), 0.0))
     print(number, flush=True)
 sys.stdin.read()
 """
@@ -290,10 +353,10 @@ def test_what_was_appended_survives_a_kill(tmp_path):
         rest = writer.stdout.read()
         whole = len(rest[: rest.rindex("\n") + 1].splitlines()) if "\n" in rest else 0
     with Journal.open(tmp_path, {"seed": 0}) as journal:
-        records = journal.records()
-        assert len(records) >= 5 + whole
-        assert [record.plan for record in records] == [Plan((number,)) for number in range(len(records))]
-        journal.append(Record("validation", Plan(), "chart", (1.0,), 0.0))
+        steps = journal.num_outcomes // 2
+        assert steps >= 5 + whole
+        assert all(journal.outcomes("validation", Plan((number,)), 2).tolist() == [1.0, 0.5] for number in range(steps))
+        journal.append(Record("validation", Plan(), (0,), (1.0,), 0.0))
 
 
 def test_a_file_in_place_of_the_folder(tmp_path):
@@ -320,7 +383,7 @@ def test_a_failing_header_leaves_nothing_behind(tmp_path, monkeypatch):
             Journal.open(tmp_path, CONFIG)
     assert os.listdir(tmp_path) == ["journal.lock"]
     write(tmp_path)
-    assert reopen(tmp_path) == (tuple(RECORDS), None)
+    assert reopen(tmp_path) == (written(RECORDS), None)
 
 
 @pytest.mark.parametrize("function", ["write", "fsync"])
@@ -341,9 +404,9 @@ def test_a_failing_append_leaves_the_journal_as_it_was(tmp_path, monkeypatch, fu
             with pytest.raises(UserError, match=r"cannot write to the journal .*o space left"):
                 journal.append(RECORDS[-1])
         assert path.read_bytes() == before
-        assert ("validation", RECORDS[-1].plan, "doc") not in journal
+        assert content(journal) == written(RECORDS[:-1])
         journal.append(RECORDS[-1])
-    assert reopen(tmp_path) == (tuple(RECORDS), None)
+    assert reopen(tmp_path) == (written(RECORDS), None)
 
 
 def test_every_append_is_synced(tmp_path, monkeypatch):
@@ -360,17 +423,17 @@ def test_every_append_is_synced(tmp_path, monkeypatch):
 def test_the_other_processes_follow_the_first_ones_journal(tmp_path):
     write(tmp_path, RECORDS[:2])
     with Journal.open(tmp_path, CONFIG) as journal, Journal.follow(tmp_path, CONFIG) as follower:
-        assert follower.records() == tuple(RECORDS[:2])
+        assert content(follower) == written(RECORDS[:2])
         before = (tmp_path / JOURNAL_NAME).read_bytes()
         follower.append(RECORDS[2])
         assert (tmp_path / JOURNAL_NAME).read_bytes() == before
         journal.append(RECORDS[2])
-        assert follower.records() == journal.records()
-        with pytest.raises(ValueError, match="evaluated twice"):
+        assert content(follower) == content(journal) == written(RECORDS[:3])
+        with pytest.raises(ValueError, match="repeats the evaluation"):
             follower.append(RECORDS[0])
         with pytest.raises(ValueError, match="finite"):
-            follower.append(Record("validation", Plan(), "other", (float("nan"),), 0.0))
-    assert reopen(tmp_path)[0] == tuple(RECORDS[:3])
+            follower.append(Record("validation", Plan(), (8,), (NAN,), 0.0))
+    assert reopen(tmp_path)[0] == written(RECORDS[:3])
     assert sorted(os.listdir(tmp_path)) == ["journal.jsonl", "journal.lock"]
 
 
