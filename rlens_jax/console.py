@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from rlens_jax.errors import UserError, printable, suggest
 from rlens_jax.files import shortened
+from rlens_jax.forecast import Forecast
 from rlens_jax.quiet import quiet_libraries
 
 RESUMABLE = "interrupted; what is finished is kept, and the same command goes on from there"
@@ -144,18 +145,32 @@ def say(line: str) -> None:
 
 
 class Progress:
-    """Context manager that shows progress: a bar if stderr is a terminal, else a line every `SECONDS_BETWEEN_LINES`."""
+    """Context manager that shows progress: a bar if stderr is a terminal, else a line every `SECONDS_BETWEEN_LINES`.
 
-    def __init__(self, label: str, total: int, unit: str):
-        self._label, self._total, self._unit = printable(label), total, unit
+    Args:
+        label: what is done.
+        total: items to do.
+        unit: their name, in the plural.
+        forecast: knows the items of all phases of the command, of this one under `label`, and counts them; then the time left
+            of the whole command is shown, too.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, forecast: Forecast | None = None):
+        self._name, self._label, self._total, self._unit = label, printable(label), total, unit
         self._before = self._done = 0
         self._stream = sys.stderr
+        self._forecast = forecast
         self._bar: tqdm[NoReturn] | None = None
 
     def __enter__(self) -> "Progress":
         self._start = self._last_line = time.monotonic()
+        if self._forecast is not None:
+            self._forecast.begin()
         if self._stream.isatty() and not _muted.is_set():
-            self._bar = tqdm(desc=self._label, total=self._total, unit=f" {self._unit}", file=self._stream, dynamic_ncols=True)
+            form = "{l_bar}{bar}| {n_fmt}/{total_fmt}{unit}{postfix}"
+            self._bar = tqdm(
+                desc=self._label, total=self._total, unit=f" {self._unit}", file=self._stream, dynamic_ncols=True, bar_format=form
+            )
         else:
             self._print_line()
         return self
@@ -164,11 +179,11 @@ class Progress:
         """Count `items` more as done. Items `resumed` from an earlier run do not count for the rate."""
         self._done += items
         self._before += items if resumed else 0
+        if self._forecast is not None:
+            self._forecast.advance(self._name, items, resumed=resumed)
         if self._bar is not None:
-            self._bar.update(0 if resumed else items)
-            if resumed:
-                self._bar.initial += items
-                self._bar.n += items
+            self._bar.set_postfix_str(self._time().removeprefix(", "), refresh=False)
+            self._bar.update(items)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES and self._done < self._total:
             self._print_line()
 
@@ -179,17 +194,23 @@ class Progress:
             self._print_line()
 
     def _print_line(self) -> None:
-        if _muted.is_set():
-            return
-        self._last_line = time.monotonic()
-        seconds = self._last_line - self._start
-        text = f"{self._label}: {self._done}/{self._total} {self._unit}"
-        if self._done > self._before and seconds > 0:
-            rate = (self._done - self._before) / seconds
-            speed = f"{rate:.1f} {self._unit}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
-            left = (self._total - self._done) / rate
-            text += f", {speed}, " + (f"{_duration(left)} left" if left else f"took {_duration(seconds)}")
-        print(text, file=self._stream, flush=True)
+        if not _muted.is_set():
+            self._last_line = time.monotonic()
+            print(f"{self._label}: {self._done}/{self._total} {self._unit}{self._time()}", file=self._stream, flush=True)
+
+    def _time(self) -> str:
+        """The time left, or the rate and the time taken."""
+        seconds, counted = time.monotonic() - self._start, self._done - self._before
+        if not (counted > 0 and seconds > 0):
+            return ""
+        rate = counted / seconds
+        speed = f"{rate:.1f} {self._unit}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+        if self._done >= self._total:
+            return f", {speed}, took {_duration(seconds)}"
+        left = None if self._forecast is None else self._forecast.seconds(self._name)
+        if left is None:
+            return f", {speed}, {_duration((self._total - self._done) / rate)} left"
+        return f", {_duration(left[0])} left, {_duration(left[1])} for the whole run"
 
 
 def _duration(seconds: float) -> str:
