@@ -64,6 +64,9 @@ class SearchConfig:
     """Weight of a drop of a dataset's metric, relative to a gain (paper: 2)."""
     change: Literal["relative", "absolute"] = "relative"
     """Whether the change of a dataset's metric is divided by the dense model's metric."""
+    stopping: Literal["exact", "none"] = "exact"
+    """`exact` stops the evaluation of a candidate that cannot become the best of its round any more, which changes no ranking;
+    `none` evaluates all candidates on all samples."""
     objective: Literal["teacher_forced", "generation"] = "teacher_forced"
     """`teacher_forced` checks in one pass whether greedy decoding would produce a reference answer exactly; `generation`
     generates the answer and compares the text."""
@@ -246,12 +249,12 @@ class RunConfig:
     def deciding_settings(self) -> dict[str, Any]:
         """The values that must agree for a journal to be resumed: a run's folder holds one search.
 
-        This leaves out what changes neither outcome nor ranking: folders, the memory for base states, the report's options,
-        and the mesh (with another mesh, outcomes differ in rounding at most). The model and the samples are compared by hash, and
-        the buckets as they are used (`rlens_jax.engine.session`).
+        This leaves out what changes neither outcome nor ranking: folders, early stopping, the memory for base states, the
+        report's options, and the mesh (with another mesh, outcomes differ in rounding at most). The model and the samples are
+        compared by hash, and the buckets as they are used (`rlens_jax.engine.session`).
         """
         values = self.portable()
-        del values["model"], values["report"], values["data"]["source"]
+        del values["model"], values["report"], values["data"]["source"], values["search"]["stopping"]
         for name in ("state_memory_gb", "model_shards", "text_slots", "visual_slots", "patch_slots", "max_buckets"):
             del values["compute"][name]
         return values

@@ -21,7 +21,7 @@ from rlens_jax.engine.scoring import Scoring
 from rlens_jax.models.prompt import FILLER
 from rlens_jax.plan import Plan
 from rlens_jax.search.journal import Journal, Record
-from rlens_jax.search.objective import PlanScore, dataset_metrics, score_plan
+from rlens_jax.search.objective import PlanScore, score_outcomes
 from rlens_jax.search.search import ScoreRound
 
 Outcomes = dict[str, np.ndarray]
@@ -133,11 +133,11 @@ class Evaluator:
 def round_scorer(
     evaluator: Evaluator, split: str, dense: Mapping[str, float], search: SearchConfig, progress: Progress | None = None
 ) -> ScoreRound:
-    """The scores that `rank_layers` asks for, on a split with the dense metrics `dense`; see `score_plan`."""
+    """The scores that `rank_layers` asks for, on a split with the dense metrics `dense`; see `score_outcomes`."""
     alpha, relative = search.penalty, search.change == "relative"
 
     def score_round(base: Plan, candidates: list[Plan]) -> list[PlanScore]:
         outcomes = evaluator.outcomes(split, base, candidates, progress)
-        return [score_plan(dataset_metrics(each), dense, alpha=alpha, relative=relative) for each in outcomes]
+        return [score_outcomes(each, dense, alpha=alpha, relative=relative) for each in outcomes]
 
     return score_round

@@ -23,6 +23,10 @@ _STRATEGY_TEXTS: dict[Strategy, str] = {
     "position": "by position, last layer first",
     "random": "random (mean of the rankings)",
 }
+_STOPPING_TEXTS = {
+    "exact": "candidates are dropped when they cannot win their round any more",
+    "none": "all candidates are evaluated on all samples",
+}
 _AGAIN = (
     "`python -m rlens_jax.rank --config config.yaml --output ANOTHER_FOLDER`, with the `config.yaml` in this folder. "
     "`ranking.json` contains the rankings, every evaluation and every number above except times, which are in `timing.json`. "
@@ -115,7 +119,7 @@ def _run_facts(results: Results) -> str:
         (
             "objective",
             f"{config.search.objective.replace('_', ' ')}, {config.search.change} change, drops weigh "
-            f"{config.search.penalty:g} times",
+            f"{config.search.penalty:g} times; {_STOPPING_TEXTS[config.search.stopping]}",
         ),
         ("precision", f"{compute.dtype}, matmul precision {compute.matmul_precision}"),
         ("device", f"{timing.num_devices} x {markdown_text(timing.device)}, {timing.num_cores} CPU cores"),

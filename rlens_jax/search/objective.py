@@ -5,7 +5,7 @@ Sums are exactly rounded (`math.fsum`), so that no order of samples, batches or 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,11 +23,14 @@ class PlanScore:
         score: the search's objective, higher is better; 0 for the dense model.
         loss: minus the mean change over the datasets, without the penalty; what reports show.
         metrics: the plan's metric on each dataset.
+        bound: whether the plan was dropped before it was evaluated on all samples. Then score and metrics are upper bounds, and
+            the loss is a lower bound.
     """
 
     score: float
     loss: float
     metrics: Metrics
+    bound: bool = False
 
 
 def dataset_metric(outcomes: Sequence[float] | np.ndarray) -> float:
@@ -81,6 +84,19 @@ def score_plan(metrics: Metrics, dense_metrics: Metrics, *, alpha: float = 2.0, 
     changes = relative_changes(metrics, dense_metrics, relative=relative)
     score = math.fsum(phi(change, alpha) for change in changes.values())
     return PlanScore(score, plan_loss(metrics, dense_metrics, relative=relative), dict(metrics))
+
+
+def score_outcomes(
+    outcomes: Mapping[str, np.ndarray], dense_metrics: Metrics, *, alpha: float = 2.0, relative: bool = True
+) -> PlanScore:
+    """The score of a plan from the outcomes of each dataset: its bound if some are NaN, which count as right.
+
+    No sample can be more than right, and neither a metric nor `phi` falls if a sample's outcome rises; so the bound is one.
+    Errors as of `relative_changes`.
+    """
+    bound = any(np.isnan(values).any() for values in outcomes.values())
+    best = {name: np.nan_to_num(values, nan=1.0) for name, values in outcomes.items()}
+    return replace(score_plan(dataset_metrics(best), dense_metrics, alpha=alpha, relative=relative), bound=bound)
 
 
 def comparable(score: float) -> float:

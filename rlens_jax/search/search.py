@@ -14,7 +14,8 @@ from rlens_jax.search.objective import PlanScore, comparable
 ScoreRound = Callable[[Plan, list[Plan]], Sequence[PlanScore]]
 """`score_round(base, candidates)`: the candidates' scores, in their order.
 
-Each candidate is the base with one more layer, except in the call `score_round(base, [base])`.
+Each candidate is the base with one more layer, except in the call `score_round(base, [base])`. The candidates are in evaluation
+order: the first ones are likely to score best. Those that cannot score best may have a bound as their score; see `Race`.
 """
 
 
@@ -27,7 +28,7 @@ class Round:
         layers: the layers tried, ascending.
         scores: their plans' scores, in the same order.
         chosen: the layer appended to the ranking.
-        ties: the other layers with the chosen layer's score, after rounding.
+        ties: the other layers with the chosen layer's score, after rounding, ascending.
     """
 
     base: Plan
@@ -100,14 +101,30 @@ def rank_layers(
     rounds: list[Round] = []
     ranked = prefixes[-1]
     while len(order) < num_layers:
-        layers = tuple(layer for layer in range(num_layers) if layer not in order)
-        scores = _scores(score_round, ranked, [ranked.with_layer(operator, layer) for layer in layers])
-        best = max(comparable(score.score) for score in scores)
-        *ties, chosen = (layer for layer, score in zip(layers, scores, strict=True) if comparable(score.score) == best)
-        rounds.append(Round(ranked, layers, scores, chosen, tuple(ties)))
-        order.append(chosen)
-        ranked = ranked.with_layer(operator, chosen)
+        layers = [layer for layer in range(num_layers) if layer not in order]
+        rounds.append(_round(score_round, operator, ranked, layers, rounds[-1] if rounds else None))
+        order.append(rounds[-1].chosen)
+        ranked = ranked.with_layer(operator, order[-1])
     return Ranking(operator, base, tuple(order), base_score, prefix_scores, tuple(rounds))
+
+
+def _round(score_round: ScoreRound, operator: Operator, base: Plan, layers: Sequence[int], before: Round | None) -> Round:
+    """One round, whose candidates are evaluated in the order of the round before."""
+    tried = evaluation_order(layers, before)
+    by_layer = dict(zip(tried, _scores(score_round, base, [base.with_layer(operator, layer) for layer in tried]), strict=True))
+    scores = tuple(by_layer[layer] for layer in layers)
+    best = max(comparable(score.score) for score in scores if not score.bound)
+    for layer, score in by_layer.items():
+        if score.bound and comparable(score.score) >= best:
+            raise ValueError(f"layer {layer} was dropped at {score.score}, but the best score is {best}")
+    *ties, chosen = (layer for layer in layers if not by_layer[layer].bound and comparable(by_layer[layer].score) == best)
+    return Round(base, tuple(layers), scores, chosen, tuple(ties))
+
+
+def evaluation_order(layers: Sequence[int], before: Round | None) -> list[int]:
+    """The layers by their scores and bounds in the round before, best first; the later ones first among equals or without one."""
+    scores = {} if before is None else dict(zip(before.layers, before.scores, strict=True))
+    return sorted(layers, key=lambda layer: (-comparable(scores[layer].score) if scores else 0.0, -layer))
 
 
 def _scores(score_round: ScoreRound, base: Plan, candidates: list[Plan]) -> tuple[PlanScore, ...]:

@@ -1,9 +1,11 @@
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.search.objective import comparable, dataset_metric, phi, plan_loss, relative_changes, score_plan
+from rlens_jax.search.objective import comparable, dataset_metric, phi, plan_loss, relative_changes, score_outcomes, score_plan
 
 DENSE = {"chart": 0.8, "doc": 50.0}
 
@@ -54,6 +56,38 @@ def test_the_dense_model_scores_zero():
     scored = score_plan(DENSE, DENSE)
     assert (scored.score, scored.loss) == (0, 0)
     assert str(scored.loss) == "0.0"
+
+
+def test_unknown_outcomes_count_as_right_and_make_a_bound():
+    outcomes = {"chart": np.array([0.0, 1.0, np.nan, np.nan]), "doc": np.array([60.0, 50.0])}
+    scored = score_outcomes(outcomes, DENSE, alpha=3.0)
+    assert scored.bound
+    assert scored.metrics == {"chart": 0.75, "doc": 55.0}
+    assert replace(scored, bound=False) == score_plan(scored.metrics, DENSE, alpha=3.0)
+    whole = score_outcomes({**outcomes, "chart": np.array([0.0, 1.0, 1.0, 0.0])}, DENSE, alpha=3.0)
+    assert not whole.bound
+    assert whole.score < scored.score and whole.loss > scored.loss
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0, 7.0])
+def test_no_score_falls_if_an_outcome_rises(alpha):
+    """What the bound needs: metrics, changes, phi and their sum, all with their rounding, never fall."""
+    changes = np.sort(np.concatenate([np.linspace(-2, 2, 101), np.random.default_rng(0).normal(0, 1e-12, 50)]))
+    contributions = [phi(change, alpha) for change in changes.tolist()]
+    assert contributions == sorted(contributions)
+    draw = np.random.default_rng(1)
+    for number in range(200):
+        sizes = draw.integers(1, 12, 3)
+        values = [draw.integers(0, 2, size).astype(float) if number % 2 else draw.random(size) for size in sizes]
+        dense = {str(i): float(draw.random() + 0.01) for i in range(3)}
+        scores = []
+        for _ in range(12):
+            of = {str(i): each.copy() for i, each in enumerate(values)}
+            scores.append(score_outcomes(of, dense, alpha=alpha, relative=number % 3 > 0).score)
+            chosen = values[draw.integers(3)]
+            place = draw.integers(len(chosen))
+            chosen[place] = min(1.0, chosen[place] + draw.choice([1e-16, 0.1, 1.0]))
+        assert scores == sorted(scores)
 
 
 def test_a_dataset_the_dense_model_fails_is_refused():

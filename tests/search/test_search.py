@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 
 from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
 from rlens_jax.search.curves import random_rankings
 from rlens_jax.search.objective import PlanScore
-from rlens_jax.search.search import position_ranking, prefix_plans, rank_layers
+from rlens_jax.search.search import evaluation_order, position_ranking, prefix_plans, rank_layers
 from tests.toy_search import one_at_a_time
 
 
@@ -127,6 +129,37 @@ def test_every_candidate_is_its_base_with_one_layer_more():
         for plan in candidates:
             assert set(plan.ffn) > set(base.ffn)
             assert len(plan.ffn) == len(base.ffn) + 1
+
+
+def test_candidates_come_in_the_order_of_the_round_before():
+    recorder = Recorder(table_value)
+    rank_layers(4, 0, "ffn", recorder)
+    tried = [[(set(plan.ffn) - set(base.ffn)).pop() for plan in plans] for base, plans in recorder.calls[1:]]
+    # Round 1: later layers first. Then by their scores: -0.1 for 0, -0.2 for 3, -0.3 for 2, -0.4 for 1; with 0, 2 beats 1.
+    assert tried == [[3, 2, 1, 0], [3, 2, 1], [1, 3], [3]]
+    ties = rank_layers(5, 0, "ffn", Recorder(additive([0.0, -1.0, 0.0, -1.0, 0.0]))).rounds[0]
+    assert evaluation_order([0, 1, 2, 3], ties) == [2, 0, 3, 1]
+
+
+def bounded(values, bounds):
+    """Scores in which the layers of `bounds` are dropped."""
+    return lambda base, plans: [
+        replace(score(bounds.get(plan.ffn, sum(values[layer] for layer in plan.ffn))), bound=plan.ffn in bounds) for plan in plans
+    ]
+
+
+def test_a_dropped_candidate_neither_wins_nor_ties():
+    (first, *_) = rank_layers(3, 0, "ffn", bounded([-0.5, -0.1, -0.2], {(0,): -0.15, (2,): -0.11})).rounds
+    assert (first.chosen, first.ties) == (1, ())
+    assert first.layers == (0, 1, 2)
+    assert [(scored.score, scored.bound) for scored in first.scores] == [(-0.15, True), (-0.1, False), (-0.11, True)]
+    assert evaluation_order([0, 2], first) == [2, 0]  # a bound counts as a score
+
+
+@pytest.mark.parametrize("bound", [-0.1, -0.05, -0.1 + 1e-13, -0.1 - 1e-13])
+def test_a_candidate_dropped_at_the_best_score_is_a_mistake(bound):
+    with pytest.raises(ValueError, match=f"layer 2 was dropped at {bound}, but the best score is -0.1"):
+        rank_layers(3, 0, "ffn", bounded([-0.5, -0.1, -0.2], {(2,): bound}))
 
 
 def test_rounds_and_single_plans_give_the_same_ranking():
