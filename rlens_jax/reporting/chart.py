@@ -263,10 +263,13 @@ def _samples(drawn: Drawn) -> list[tuple[float, float]]:
 
 @dataclass(frozen=True)
 class Cell:
-    """A candidate of a heat map: shade of its harm, whether it won its round, its score, and the text on hover."""
+    """A candidate of a heat map: shade of its harm, whether it won its round, whether its score is an upper bound, its score,
+    and the text on hover.
+    """
 
     shade: int
     chosen: bool
+    bound: bool
     text: str
     tip: str
 
@@ -277,6 +280,11 @@ class HeatMap:
 
     rows: tuple[tuple[Cell | None, ...], ...]
     legend: tuple[str, ...]
+
+    @property
+    def stopped_early(self) -> int:
+        """The number of candidates whose evaluation stopped early."""
+        return sum(cell is not None and cell.bound for row in self.rows for cell in row)
 
 
 def heat_map(search: Mapping[str, Any], num_layers: int, worst: float) -> HeatMap:
@@ -293,12 +301,15 @@ def heat_map(search: Mapping[str, Any], num_layers: int, worst: float) -> HeatMa
 def _cell(candidate: Mapping[str, Any], number: int, chosen: bool, worst: float) -> Cell:
     metrics = ", ".join(f"{name} {100 * value:.1f} %" for name, value in candidate["metrics"].items())
     score, loss = f"{candidate['score']:+.4f}", f"{100 * candidate['loss']:.2f} %"
-    tip = f"round {number}, layer {candidate['layer']}{', chosen' if chosen else ''}: score {score}, loss {loss}"
+    bound, at_most, at_least = (True, "at most ", "at least ") if candidate.get("bound") else (False, "", "")
+    how = ", chosen" if chosen else ", stopped early" if bound else ""
+    tip = f"round {number}, layer {candidate['layer']}{how}: score {at_most}{score}, loss {at_least}{loss}"
     return Cell(
         shade=shade(candidate["score"], worst),
         chosen=chosen,
-        text=f"{candidate['score']:+.3f}".replace("-", MINUS),
-        tip=tip.replace("-", MINUS) + f"; {metrics}",
+        bound=bound,
+        text=("\u2264 " if bound else "") + f"{candidate['score']:+.3f}".replace("-", MINUS),
+        tip=tip.replace("-", MINUS) + f"; {at_most}{metrics}",
     )
 
 

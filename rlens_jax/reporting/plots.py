@@ -10,9 +10,10 @@ from typing import Literal
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
+from matplotlib.collections import PatchCollection, QuadMesh
 from matplotlib.colors import FuncNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 from rlens_jax.plan import Operator
@@ -149,7 +150,10 @@ def _candidates(results: Results) -> Figure:
     bar = figure.colorbar(image, ax=list(axes), pad=0.02)
     bar.set_label("candidate's score on validation (0 = dense model)")
     bar.ax.axhline(0, color="black", linewidth=2)
-    figure.suptitle("circle: chosen in this round; grey: ranked already, or by position", fontsize=10)
+    legend = "circle: chosen in this round; grey: ranked already, or by position"
+    if any(result.ranking.stopped_early for result in results.operators.values()):
+        legend += "\nhatched: stopped early, when it could not win any more; the colour is an upper bound"
+    figure.suptitle(legend, fontsize=10)
     return figure
 
 
@@ -174,6 +178,13 @@ def _candidate_panel(axis: Axes, result: OperatorResult, num_layers: int, norm: 
         edgecolors="white",
         linewidth=0.4 if num_layers <= _SHALLOW else 0,
     )
+    stopped = [
+        Rectangle((layer - 0.5, row + 0.5), 1, 1)
+        for row, round_ in enumerate(rounds)
+        for layer, score in zip(round_.layers, round_.scores, strict=True)
+        if score.bound
+    ]
+    axis.add_collection(PatchCollection(stopped, facecolor="none", edgecolor="white", linewidth=0, hatch="////"))
     axis.set_facecolor(_RANKED_GREY)
     axis.plot(
         [round_.chosen for round_ in rounds],

@@ -27,6 +27,11 @@ _STOPPING_TEXTS = {
     "exact": "candidates are dropped when they cannot win their round any more",
     "none": "all candidates are evaluated on all samples",
 }
+_STOPPED_EARLY = (
+    "Stopped early: the evaluation of a candidate ended when it could not become the best of its round any more, even with all "
+    "other samples right. Its score is an upper bound and is marked so. Rankings, ties and the scores of all chosen layers are "
+    "those of a full evaluation; `--search.stopping none` makes one."
+)
 _AGAIN = (
     "`python -m rlens_jax.rank --config config.yaml --output ANOTHER_FOLDER`, with the `config.yaml` in this folder. "
     "`ranking.json` contains the rankings, every evaluation and every number above except times, which are in `timing.json`. "
@@ -226,14 +231,16 @@ def _differences(results: Results) -> str:
     rows = []
     for name, result in results.operators.items():
         reduced = float(result.curves["searched"].mean.value[-1])
-        ties = sum(bool(round_.ties) for round_ in result.ranking.rounds)
+        ranking, ties = result.ranking, sum(bool(round_.ties) for round_ in result.ranking.rounds)
+        least = "at least " if any(score.bound for round_ in ranking.rounds[:1] for score in round_.scores) else ""
         rows.append(
             (
                 TITLES[name],
                 f"{reduced / dense:.2f} x dense" if dense else "dense scores 0",
-                f"{result.first_round_spread(results.validation_samples):.0f} samples",
+                f"{least}{result.first_round_spread(results.validation_samples):.0f} samples",
                 _percent(result.tied_share, 0),
-                f"{ties} of {len(result.ranking.rounds)}",
+                f"{ties} of {len(ranking.rounds)}",
+                f"{ranking.stopped_early} of {ranking.num_candidates}",
             )
         )
     titles = (
@@ -242,8 +249,12 @@ def _differences(results: Results) -> str:
         "best and worst candidate of round 1 differ by",
         "candidates tied with the winner, mean over rounds",
         "rounds with a tie",
+        "candidates stopped early",
     )
-    return markdown_table(titles, rows)
+    table = markdown_table(titles, rows)
+    if not any(result.ranking.stopped_early for result in results.operators.values()):
+        return table
+    return f"{table}\n\n{_STOPPED_EARLY}"
 
 
 def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -117,6 +117,8 @@ def _check_search(path: Path, where: str, search: Mapping[str, Any], fields: Map
         if round_["chosen"] not in layers:
             raise field_error(path, f"{field}.chosen", f"layer {round_['chosen']} was no candidate")
         for place, candidate in enumerate(round_["candidates"]):
+            if candidate.get("bound") and candidate["score"] >= round_["score"]:
+                raise field_error(path, f"{field}.candidates[{place}].score", "a bound must be below the score of the round")
             metrics = f"{field}.candidates[{place}].metrics"
             _check_same(path, metrics, candidate["metrics"], fields["dense"]["test"], "datasets")
 
@@ -173,7 +175,8 @@ def _plan(plan: Plan) -> dict[str, list[int]]:
 
 
 def _evaluation(score: PlanScore) -> dict[str, Any]:
-    return {"score": score.score, "loss": score.loss, "metrics": dict(score.metrics)}
+    evaluation = {"score": score.score, "loss": score.loss, "metrics": dict(score.metrics)}
+    return {**evaluation, "bound": True} if score.bound else evaluation
 
 
 def _search(ranking: Ranking) -> dict[str, Any]:

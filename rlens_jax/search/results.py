@@ -108,7 +108,9 @@ class OperatorResult:
         return sum(shares) / len(shares) if shares else 0.0
 
     def first_round_spread(self, samples: Mapping[str, int]) -> float:
-        """Difference between the best and the worst candidate of the first round, in right samples."""
+        """Difference between the best and the worst candidate of the first round, in right samples; at least, if some stopped
+        early.
+        """
         if not self.ranking.rounds:
             return 0.0
         scores = self.ranking.rounds[0].scores

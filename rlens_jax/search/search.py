@@ -63,6 +63,16 @@ class Ranking:
     prefix_scores: tuple[PlanScore, ...]
     rounds: tuple[Round, ...]
 
+    @property
+    def stopped_early(self) -> int:
+        """The number of candidates whose evaluation stopped early."""
+        return sum(score.bound for round_ in self.rounds for score in round_.scores)
+
+    @property
+    def num_candidates(self) -> int:
+        """The number of candidates of all rounds."""
+        return sum(len(round_.scores) for round_ in self.rounds)
+
     def curve(self) -> list[PlanScore]:
         """The scores with the first 0, 1, ... L layers of the order reduced."""
         return [self.base_score, *self.prefix_scores, *(round_.chosen_score for round_ in self.rounds)]
@@ -117,7 +127,7 @@ def _round(score_round: ScoreRound, operator: Operator, base: Plan, layers: Sequ
     for layer, score in by_layer.items():
         if score.bound and comparable(score.score) >= best:
             raise ValueError(f"layer {layer} was dropped at {score.score}, but the best score is {best}")
-    *ties, chosen = (layer for layer in layers if not by_layer[layer].bound and comparable(by_layer[layer].score) == best)
+    *ties, chosen = (layer for layer in layers if comparable(by_layer[layer].score) == best)
     return Round(base, tuple(layers), scores, chosen, tuple(ties))
 
 

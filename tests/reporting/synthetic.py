@@ -9,7 +9,7 @@ from rlens_jax.config import ComputeConfig, DataConfig, ReportConfig, RunConfig,
 from rlens_jax.flops import LayerSizes, saving
 from rlens_jax.plan import OPERATORS, Plan, Reduction
 from rlens_jax.search.curves import held_out_plans, operator_result, plan_saving
-from rlens_jax.search.objective import dataset_metric, score_plan
+from rlens_jax.search.objective import comparable, dataset_metric, score_plan
 from rlens_jax.search.results import Buckets, PrefillTime, Results, Timing
 from rlens_jax.search.search import rank_layers
 from tests.toy_search import one_at_a_time
@@ -107,6 +107,23 @@ def synthetic_results(num_layers=12, samples=60, with_search_all=False, operator
             prefill=dict.fromkeys([*operators, "both"] if combined else operators, prefill),
         ),
     )
+
+
+def with_bounds(results):
+    """The same results, but of each round every second candidate that did not win stopped early."""
+
+    def stopped(round_):
+        best, scores = comparable(round_.chosen_score.score), list(round_.scores)
+        losers = [place for place, score in enumerate(scores) if comparable(score.score) < best]
+        for place in losers[::2]:
+            scores[place] = dataclasses.replace(scores[place], bound=True)
+        return dataclasses.replace(round_, scores=tuple(scores))
+
+    operators = {}
+    for name, result in results.operators.items():
+        ranking = dataclasses.replace(result.ranking, rounds=tuple(map(stopped, result.ranking.rounds)))
+        operators[name] = dataclasses.replace(result, ranking=ranking)
+    return dataclasses.replace(results, operators=operators)
 
 
 def with_margin(results, operator, low):

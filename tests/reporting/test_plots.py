@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from rlens_jax.reporting.plots import plot_candidates, plot_curves
-from tests.reporting.synthetic import synthetic_results
+from tests.reporting.synthetic import synthetic_results, with_bounds
 
 PLOTS = (plot_curves, plot_candidates)
 
@@ -42,6 +42,13 @@ def test_the_heat_map_names_axes_and_numbers_rounds_and_layers(results):
     for text in ("layer", "round of the search", "candidate's score on validation (0 = dense model)"):
         assert text in found
     assert [found.count(str(number)) for number in (9, 10, 11)] == [4, 2, 2]
+
+
+def test_candidates_that_stopped_early_are_hatched(results):
+    plain, hatched = (plot_candidates(each, "svg") for each in (results, with_bounds(results)))
+    assert b"hatch" in hatched and b"hatch" not in plain
+    assert any(text.startswith("hatched: stopped early") for text in texts(hatched))
+    assert not any("hatched" in text for text in texts(plain))
 
 
 @pytest.mark.parametrize("num_layers", [3, 80])

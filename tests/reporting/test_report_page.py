@@ -21,7 +21,7 @@ from rlens_jax.reporting.report_files import write_report
 from rlens_jax.reporting.report_page import MAX_BYTES, MAX_RUNS, report_html
 from rlens_jax.reporting.run_files import MAX_EXAMPLES, MAX_IMAGES, read_run, write_examples
 from tests.reporting.runs import ATTACK, examples, write_run
-from tests.reporting.synthetic import synthetic_results
+from tests.reporting.synthetic import synthetic_results, with_bounds
 
 
 class Page(HTMLParser):
@@ -102,6 +102,19 @@ def test_every_candidate_of_every_round_is_a_cell(folder, page):
     assert len(cells) == sum(len(round_["candidates"]) for round_ in rounds) == 2 * 45
     chosen = [cell["data-tip"] for cell in cells if "chosen" in cell["class"]]
     assert [int(re.search(r"layer (\d+), chosen", tip)[1]) for tip in chosen] == [r["chosen"] for r in rounds]
+
+
+def test_candidates_that_stopped_early_are_hatched_and_called_bounds(page, tmp_path):
+    results = with_bounds(synthetic_results(samples=20))
+    stopped = sum(result.ranking.stopped_early for result in results.operators.values())
+    parsed = Page(report_html([read_run(write_run(tmp_path / "run", results))]))
+    cells = [attributes for _, attributes in parsed.tags if "bound" in attributes.get("class", "").split()]
+    assert len(cells) == stopped > 30
+    assert all(
+        re.search(r"layer \d+, stopped early: score at most .*, loss at least .*; at most", cell["data-tip"]) for cell in cells
+    )
+    assert f"Hatched: {stopped} candidates whose evaluation stopped early" in parsed.words
+    assert "Hatched" not in Page(page).words
 
 
 def test_nothing_of_the_files_becomes_markup(page):

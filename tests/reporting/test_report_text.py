@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 from rlens_jax.reporting.report_text import report_markdown, summary
 from rlens_jax.search.bootstrap import Interval
 from tests.reporting.runs import HOSTILE, hostile_results
-from tests.reporting.synthetic import synthetic_results, with_margin
+from tests.reporting.synthetic import synthetic_results, with_bounds, with_margin
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,17 @@ def test_it_says_whether_the_search_was_worth_it_and_why_not(results):
     assert "**The searched order does not beat position and random**" in lost
     assert "on 180 validation samples" in lost
     assert "searching every layer (L_p = 0) gives a larger area" in lost
+
+
+def test_candidates_that_stopped_early_are_counted_and_explained(results):
+    assert "| 0 of 45 |" in report_markdown(results)
+    assert "Stopped early" not in report_markdown(results)
+    bounded = with_bounds(results)
+    text = report_markdown(bounded)
+    for result in bounded.operators.values():
+        assert f"| {result.ranking.stopped_early} of 45 |" in text
+        assert f"| at least {result.first_round_spread(bounded.validation_samples):.0f} samples |" in text
+    assert "Its score is an upper bound" in text
 
 
 def test_time_that_was_not_measured_is_not_reported(results):

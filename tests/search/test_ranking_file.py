@@ -9,7 +9,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.files import json_text, replace_file
 from rlens_jax.plan import Plan
 from rlens_jax.search.ranking_file import ranking_fields, read_ranking
-from tests.reporting.synthetic import synthetic_results
+from tests.reporting.synthetic import synthetic_results, with_bounds
 
 SCHEMA = json.loads(files("rlens_jax.search").joinpath("ranking.schema.json").read_text())
 
@@ -55,6 +55,34 @@ def test_it_holds_the_rankings_and_every_evaluation_of_the_search(results):
         chosen = next(item for item in tried if item["layer"] == search["rounds"][0]["chosen"])
         assert chosen["score"] == max(item["score"] for item in tried)
         assert [point["num_reduced"] for point in found["held_out"][operator]["curves"]["searched"]["points"]] == [*range(13)]
+
+
+def test_bounds_are_marked_and_lie_below_the_score_of_their_round(results, tmp_path):
+    found = json.loads(json_text(ranking_fields(with_bounds(results))))
+    jsonschema.validate(found, SCHEMA)
+    plain = ranking_fields(results)
+    for operator, search in found["search"].items():
+        pairs = zip(search["rounds"], plain["search"][operator]["rounds"], strict=True)
+        candidates = [pair for ours, others in pairs for pair in zip(ours["candidates"], others["candidates"], strict=True)]
+        stopped = [ours for ours, _ in candidates if ours.pop("bound", None)]
+        assert len(stopped) == with_bounds(results).operators[operator].ranking.stopped_early > 15
+        assert all(ours == others for ours, others in candidates)
+    path = tmp_path / "ranking.json"
+    round_ = found["search"]["ffn"]["rounds"][1]
+    for place, candidate in enumerate(round_["candidates"]):
+        candidate["bound"] = True
+        path.write_text(json.dumps(found))
+        if candidate["score"] < round_["score"]:
+            read_ranking(path)
+        else:
+            message = rf"search\.ffn\.rounds\[1\]\.candidates\[{place}\]\.score: a bound must be below the score of the round"
+            with pytest.raises(UserError, match=message):
+                read_ranking(path)
+            del candidate["bound"]
+    candidate["bound"] = False
+    path.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r"bound: True was expected"):
+        read_ranking(path)
 
 
 def test_nothing_in_it_depends_on_time_or_place(results):
