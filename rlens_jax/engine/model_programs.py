@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from rlens_jax.checkpoints.leaves import axes_of
+from rlens_jax.engine import profile
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.ops.attention import Kernel
 from rlens_jax.sharding.mesh import ParameterLayout, groups_of, put_rows, split_over
@@ -32,7 +33,7 @@ class Program:
         self._leaves = leaves
 
     def __call__(self, *arguments: Any) -> Any:
-        return self._jitted(self._leaves, *arguments)
+        return profile.run(self.name, arguments, lambda: self._jitted(self._leaves, *arguments))
 
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
         """The program, traced for abstract arguments (shape, dtype, sharding); nothing runs."""

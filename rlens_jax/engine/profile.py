@@ -1,0 +1,149 @@
+"""Where the time of a run goes: `profile.json`, written on request.
+
+The parts of a run exclude each other, so they add up to its time. While a profile is taken, each program's result is waited for,
+so that its time is its own: the run is then slower, as host and device do not work at the same time.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rlens_jax.files import json_text, replace_file
+
+PROFILE = "profile.json"
+SCHEMA = "rlens-profile/1"
+PARTS = ("compile", "data", "load", "vision", "base states", "candidates", "outcomes", "host")
+"""Compilation of all programs; reading and preparing samples; loading the model; the vision tower; states that candidates start
+from; the layers of candidates, and generation; answers from last states; all else."""
+_OF_PROGRAM = {"encode": "vision", "embed": "base states", "outcome": "outcomes"}
+_COMPILING = "/jax/core/compile/"
+
+
+@dataclass
+class _Compiled:
+    """The compilations of one program for one shape."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Profile:
+    """Seconds per part, and the compilations of each program, of a run that is in progress."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    compiled: dict[tuple[str, tuple[int, ...]], _Compiled] = field(default_factory=lambda: defaultdict(_Compiled))
+    _within: list[str] = field(default_factory=lambda: ["host"])
+    _since: float = field(default_factory=time.perf_counter)
+    _program: tuple[str, tuple[int, ...]] | None = None
+    _events: list[tuple[float, float]] = field(default_factory=list)
+    """Begin and seconds of the compilations so far, without those inside others."""
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the time inside as that of a part, without the parts inside it."""
+        self._count()
+        self._within.append(name)
+        try:
+            yield
+        finally:
+            self._count()
+            self._within.pop()
+
+    def run(self, name: str, arguments: Sequence[Any], call: Callable[[], Any]) -> Any:
+        """Call a program and wait for its result; count the time and the compilations for it."""
+        outer = self._within[-1]
+        part = _OF_PROGRAM.get(name, outer if outer in ("base states", "candidates") else "candidates")
+        self._program = name, program_shape(arguments)
+        try:
+            with self.part(part):
+                return jax.block_until_ready(call())
+        finally:
+            self._program = None
+
+    def on_event(self, event: str, seconds: float, **facts: Any) -> None:
+        """Take note of a compilation; a listener of `jax.monitoring`."""
+        if not event.startswith(_COMPILING):
+            return
+        began, own = time.perf_counter() - seconds, seconds
+        while self._events and self._events[-1][0] >= began:  # it happened inside this one
+            own -= self._events.pop()[1]
+        self._events.append((began, seconds))
+        self.seconds["compile"] += own
+        self.seconds[self._within[-1]] -= own
+        entry = self.compiled[self._program or (str(facts.get("fun_name", "unknown")), ())]
+        entry.seconds += own
+        entry.count += event.endswith("backend_compile_duration")
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of profile.json, as JSON values."""
+        self._count()
+        programs = [
+            {"program": name, "shape": list(shape), "compilations": entry.count, "seconds": entry.seconds}
+            for (name, shape), entry in self.compiled.items()
+            if entry.count
+        ]
+        return {
+            "schema": SCHEMA,
+            "seconds": {name: max(0.0, seconds) for name, seconds in self.seconds.items()},
+            "programs": sorted(programs, key=lambda program: -program["seconds"]),
+        }
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        self.seconds[self._within[-1]] += now - self._since
+        self._since = now
+
+
+_current: ContextVar[Profile | None] = ContextVar("profile", default=None)
+
+
+@contextmanager
+def profiled(folder: Path | None) -> Iterator[None]:
+    """Profile all that happens inside and write profile.json into `folder` when it ends well; None does nothing."""
+    if folder is None:
+        yield
+        return
+    profile = Profile()
+    token = _current.set(profile)
+    jax.monitoring.register_event_duration_secs_listener(profile.on_event)
+    try:
+        yield
+        replace_file(folder / PROFILE, json_text(profile.fields()).encode())
+    finally:
+        jax.monitoring.unregister_event_duration_listener(profile.on_event)
+        _current.reset(token)
+
+
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """Count the time inside as that of a part, if a profile is taken."""
+    profile = _current.get()
+    if profile is None:
+        yield
+    else:
+        with profile.part(name):
+            yield
+
+
+def run(name: str, arguments: Sequence[Any], call: Callable[[], Any]) -> Any:
+    """Call a program, in the profile if one is taken."""
+    profile = _current.get()
+    return call() if profile is None else profile.run(name, arguments, call)
+
+
+def program_shape(arguments: Sequence[Any]) -> tuple[int, ...]:
+    """Rows, text slots and visual slots of a program over prompts; else the shape of its first array."""
+    for argument in arguments:
+        layout = getattr(argument, "layout", None)
+        if layout is not None:
+            bucket = layout.bucket
+            return len(layout.num_text), bucket.text, bucket.visual
+    return tuple(next((leaf.shape for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "shape")), ()))
