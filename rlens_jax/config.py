@@ -142,6 +142,8 @@ class ComputeConfig:
 class ReportConfig:
     """The report's comparisons, intervals and timings."""
 
+    extent: Literal["full", "none"] = "full"
+    """`none` ends the run with the rankings: no held-out curves, no savings, no report."""
     random_rankings: int = 10
     """Number of random rankings to compare with."""
     bootstrap_samples: int = 1000

@@ -160,7 +160,8 @@ def _from_ranking(ranking: RankingFile, first: Mapping[Operator, int] | None) ->
     layers = {operator: set(ranking.base.layers(operator)) for operator in OPERATORS}
     for operator, count in first.items():
         if operator not in orders:
-            raise UserError(f"ranks {' and '.join(orders)}, so there are no first layers of {operator}")
+            more = "; the file is provisional, its run goes on or was stopped" if ranking.provisional else ""
+            raise UserError(f"ranks {' and '.join(orders)}, so there are no first layers of {operator}{more}")
         if not 0 <= count <= len(orders[operator]):
             raise UserError(f"ranks {len(orders[operator])} layers of {operator}; {count} cannot be reduced")
         layers[operator] |= set(orders[operator][:count])

@@ -17,6 +17,7 @@ from PIL import Image
 
 from rlens_jax.commands.rank import main
 from rlens_jax.console import run_command
+from rlens_jax.reporting.run_files import read_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
@@ -125,7 +126,8 @@ def test_killed_at_random_moments_and_restarted(finished: Path, cache: Path, tmp
         process.send_signal(signal.SIGKILL)
         process.communicate()
         kills += 1
-        assert not (output / "ranking.json").exists() or process.returncode == 0
+        if (output / "ranking.json").exists():
+            read_run(output)  # what was found before the kill is valid
     assert kills == 4
     assert rank(options(cache, output)) == 0
     assert (output / "ranking.json").read_bytes() == (finished / "ranking.json").read_bytes()

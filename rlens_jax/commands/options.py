@@ -27,8 +27,8 @@ from rlens_jax.yaml_file import read_yaml
 CONFIG = "config"
 EMBEDDED = RunConfig.model
 SHORT_NAME = ", or the short name of a published model"
-SHORT = {"data.source": "--data", "compute.dtype": "--dtype", "compute.batch_size": "--batch-size"}
-"""Fields of a run with the spelling that other commands have for them."""
+SHORT = {"data.source": "--data", "compute.dtype": "--dtype", "compute.batch_size": "--batch-size", "report.extent": "--report"}
+"""Fields of a run with a second, shorter spelling, which most other commands have, too."""
 
 Setting = tuple[str, str]
 """Dotted name and text of a field, or `config` and the name of a file or preset."""

@@ -23,6 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, run, print."""
     parser = RunParser("python -m rlens_jax.rank", "[--model FOLDER] [--data FILE.jsonl] [--output DIR]", __doc__)
     add_restart_option(parser)
+    parser.add_argument("--profile", action="store_true", help="also write where the time of the run goes to profile.json")
     group = parser.add_argument_group("dry run")
     group.add_argument(
         "--dry-run",
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     from rlens_jax.reporting.report_text import summary
 
     with joined(config.hosts) as processes:
-        results = rank(config, processes, restart=options.restart)
+        results = rank(config, processes, restart=options.restart, profile=options.profile)
         if processes.leads:
             show(summary(results, Path(config.output)))
 

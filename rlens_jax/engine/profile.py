@@ -34,7 +34,7 @@ class _Compiled:
     seconds: float = 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Profile:
     """Seconds per part, and the compilations of each program, of a run that is in progress."""
 
@@ -68,14 +68,14 @@ class Profile:
         finally:
             self._program = None
 
-    def on_event(self, event: str, seconds: float, **facts: Any) -> None:
+    def on_event(self, event: str, duration_secs: float, **facts: str | int) -> None:
         """Take note of a compilation; a listener of `jax.monitoring`."""
         if not event.startswith(_COMPILING):
             return
-        began, own = time.perf_counter() - seconds, seconds
+        began, own = time.perf_counter() - duration_secs, duration_secs
         while self._events and self._events[-1][0] >= began:  # it happened inside this one
             own -= self._events.pop()[1]
-        self._events.append((began, seconds))
+        self._events.append((began, duration_secs))
         self.seconds["compile"] += own
         self.seconds[self._within[-1]] -= own
         entry = self.compiled[self._program or (str(facts.get("fun_name", "unknown")), ())]

@@ -1,12 +1,15 @@
 """A ranking run, in one direction.
 
 session (model folder, samples, journal) -> programs -> encoded samples -> ranker (search, curves) -> conclusion -> report
+
+The rankings are written as soon as they are found, before the curves.
 """
 
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -14,9 +17,11 @@ from pathlib import Path
 import jax
 
 from rlens_jax.config import RunConfig
+from rlens_jax.console import say
 from rlens_jax.engine.evaluator import Evaluator
 from rlens_jax.engine.generating import Generating, generated_texts
 from rlens_jax.engine.inputs import build_split
+from rlens_jax.engine.profile import part, profiled
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import Scoring, TeacherForcing
 from rlens_jax.engine.session import LoadedModel, ModelFolder, Session, encode_splits, load
@@ -25,12 +30,14 @@ from rlens_jax.engine.startup import start
 from rlens_jax.engine.timing import time_plans
 from rlens_jax.flops import mean_saving
 from rlens_jax.hosts.processes import Processes, Stopper
-from rlens_jax.plan import Plan
+from rlens_jax.plan import Operator, Plan
 from rlens_jax.ranking.ranker import TEST, VALIDATION, Comparison, Ranker
-from rlens_jax.reporting.report_files import write_report
+from rlens_jax.reporting.report_files import is_finished, write_provisional, write_rankings, write_report
+from rlens_jax.reporting.report_text import found
 from rlens_jax.reporting.run_files import Answer, Example, choose_samples, write_examples
 from rlens_jax.resources import versions
-from rlens_jax.search.results import PrefillTime, Results, Timing
+from rlens_jax.search.results import PrefillTime, Results, Searched, Timing
+from rlens_jax.search.search import Ranking
 
 
 @dataclass
@@ -45,41 +52,69 @@ class Clock:
 
     def enter(self, phase: str) -> None:
         """End the current phase and begin another."""
-        now = time.monotonic()
-        self.seconds[self.phase] = now - self.began
-        self.phase, self.began = phase, now
+        self.seconds = self.so_far
+        self.phase, self.began = phase, time.monotonic()
+
+    @property
+    def so_far(self) -> dict[str, float]:
+        """Seconds per phase, the current one included."""
+        return self.seconds | {self.phase: time.monotonic() - self.began}
 
 
-def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool = False) -> Results:
+def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool = False, profile: bool = False) -> Searched:
     """Rank layers: search, compare on held-out samples, time, and write all results to `config.output`.
 
+    Each ranking is shown and written, marked as provisional, as soon as it is found. The run ends with the rankings if
+    `config.report.extent` is `none`; otherwise the value returned is a `Results`.
+
     Evaluations in the journal of that folder are not made again. `restart` is as of `open_log`. If the run has several
-    `processes`, each prepares its share of the samples, all decide alike, and process 0 writes.
+    `processes`, each prepares its share of the samples, all decide alike, and process 0 writes. `profile` also writes
+    profile.json; see `rlens_jax.engine.profile`.
 
     Raises:
         UserError: bad input of any kind.
     """
     processes = processes or Processes()
     clock = Clock("data")
-    output, search, report = Path(config.output), config.search, config.report
-    forced = search.objective == "teacher_forced"
+    output, report = Path(config.output), config.report
     compilations = start(config.compute, output, processes)
     processes.check_same(config.portable() | {"output": config.output})
     folder = processes.agreed(lambda: ModelFolder.find(config.model))
-    with Session.open(folder, config, processes, restart=restart) as session, memory_explained(config.compute):
+    with ExitStack() as opened:
+        opened.enter_context(profiled(output if profile and processes.leads else None))
+        opened.enter_context(memory_explained(config.compute))
+        with part("data"):
+            session = opened.enter_context(Session.open(folder, config, processes, restart=restart))
         config = session.config
         clock.enter("load")
-        loaded = load(session)
+        with part("load"):
+            loaded = load(session)
         programs = loaded.programs(config)
-        scoring: Scoring = TeacherForcing(programs) if forced else Generating(programs, loaded.preparer.chat.decode)
+        scoring = scoring_of(programs, loaded, config)
         clock.enter("encode")
         splits = encode_splits(session, loaded, programs)
         clock.enter("search")
         evaluator = Evaluator(scoring, splits, session.journal, 1e9 * config.compute.state_memory_gb, Stopper().check)
         ranker = Ranker(evaluator, programs.config.num_layers, config)
-        rankings = {operator: ranker.rank(operator, search.position_layers) for operator in search.operators}
+
+        def searched(*, provisional: bool) -> Searched:
+            timing = conclude_timing(session, clock, compilations.compiled, loaded.shapes.batch_size)
+            return conclude_search(session, ranker, rankings, timing, provisional=provisional)
+
+        rankings: dict[Operator, Ranking] = {}
+        finished = bool(session.resumed) and processes.leads and is_finished(output)
+        for operator in config.search.operators:
+            rankings[operator] = ranker.rank(operator, config.search.position_layers)
+            say(found(rankings[operator]))
+            if processes.leads and not finished:
+                write_provisional(searched(provisional=True), output)
+        if report.extent == "none":
+            clock.enter("report")
+            if processes.leads:
+                write_rankings(searched(provisional=False), output)
+            return searched(provisional=False)
         clock.enter("full search")
-        complete = {operator: ranker.rank(operator, 0) for operator in search.operators if report.full_search}
+        complete = {operator: ranker.rank(operator, 0) for operator in rankings if report.full_search}
         scoring.release()
         clock.enter("held-out curves")
         decoder, tokens = programs.config, splits[TEST].num_tokens
@@ -90,13 +125,19 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
         clock.enter("examples")
         examples = answer_examples(session, loaded, programs, comparison.recommended)
         clock.enter("report")
-        timing = conclude_timing(session, clock, compilations.compiled, loaded.shapes.batch_size, prefill)
-        results = conclude(config, session, ranker, comparison, timing)
+        results = conclude(searched(provisional=False), ranker, comparison, prefill)
         if processes.leads:
             hashes = {"model_hash": results.model_hash, "data_hash": results.data_hash}
             write_examples(output, examples, plan=comparison.recommended, **hashes)
             write_report(results, output)
     return results
+
+
+def scoring_of(programs: Programs, loaded: LoadedModel, config: RunConfig) -> Scoring:
+    """What decides whether an answer is right, by the objective of the search."""
+    if config.search.objective == "teacher_forced":
+        return TeacherForcing(programs)
+    return Generating(programs, loaded.preparer.chat.decode)
 
 
 def answer_examples(session: Session, loaded: LoadedModel, programs: Programs, plan: Plan) -> list[Example]:
@@ -111,28 +152,28 @@ def answer_examples(session: Session, loaded: LoadedModel, programs: Programs, p
     ]
 
 
-def conclude_timing(
-    session: Session, clock: Clock, compilations: int, batch_size: int, prefill: Mapping[str, PrefillTime]
-) -> Timing:
-    """What differs from one run of the same configuration to the next."""
+def conclude_timing(session: Session, clock: Clock, compilations: int, batch_size: int) -> Timing:
+    """What differs from one run of the same configuration to the next, as far as the run has come."""
     return Timing(
         started=clock.started,
         device=jax.devices()[0].device_kind,
         num_devices=jax.device_count(),
         num_cores=os.cpu_count() or 1,
-        seconds=clock.seconds,
+        seconds=clock.so_far,
         evaluations=session.journal.num_outcomes - session.resumed,
         resumed=session.resumed,
         compilations=compilations,
         batch_size=batch_size,
-        prefill=prefill,
+        prefill={},
     )
 
 
-def conclude(config: RunConfig, session: Session, ranker: Ranker, comparison: Comparison, timing: Timing) -> Results:
-    """The finished run as values."""
-    return Results(
-        config=config,
+def conclude_search(
+    session: Session, ranker: Ranker, rankings: Mapping[Operator, Ranking], timing: Timing, *, provisional: bool
+) -> Searched:
+    """The rankings found so far, with what they depend on."""
+    return Searched(
+        config=session.config,
         model_hash=session.folder.weights_hash,
         data_hash=session.data_hash,
         num_layers=ranker.num_layers,
@@ -141,8 +182,14 @@ def conclude(config: RunConfig, session: Session, ranker: Ranker, comparison: Co
         validation_samples=ranker.samples[VALIDATION],
         test_samples=ranker.samples[TEST],
         dense_validation=ranker.metrics(VALIDATION, Plan()),
-        dense_test=ranker.metrics(TEST, Plan()),
-        operators=comparison.operators,
-        combined=comparison.combined,
+        rankings=dict(rankings),
+        provisional=provisional,
         timing=timing,
     )
+
+
+def conclude(searched: Searched, ranker: Ranker, comparison: Comparison, prefill: Mapping[str, PrefillTime]) -> Results:
+    """The finished run as values."""
+    facts = vars(searched) | {"timing": replace(searched.timing, prefill=prefill)}
+    dense_test = ranker.metrics(TEST, Plan())
+    return Results(**facts, dense_test=dense_test, operators=comparison.operators, combined=comparison.combined)

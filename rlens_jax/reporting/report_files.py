@@ -6,13 +6,13 @@ from typing import Any
 
 import yaml
 
+from rlens_jax.errors import UserError
 from rlens_jax.files import json_text, replace_file
-from rlens_jax.reporting.plots import plot_candidates, plot_curves
 from rlens_jax.reporting.report_page import report_html
 from rlens_jax.reporting.report_text import report_markdown
 from rlens_jax.reporting.run_files import TIMING, RunFiles, read_examples
-from rlens_jax.search.ranking_file import RANKING, ranking_fields
-from rlens_jax.search.results import Results, Timing
+from rlens_jax.search.ranking_file import RANKING, ranking_fields, read_ranking
+from rlens_jax.search.results import Results, Searched, Timing
 
 TIMING_SCHEMA = "rlens-timing/1"
 
@@ -26,18 +26,44 @@ def write_report(results: Results, folder: Path) -> list[Path]:
     Raises:
         UserError: a file cannot be written, or the folder has the examples of another run.
     """
+    # Imported late: a run needs matplotlib at its end only, and importing it takes a second.
+    from rlens_jax.reporting.plots import plot_candidates, plot_curves
+
     ranking, timing = ranking_fields(results), timing_fields(results.timing)
     run = RunFiles(folder.resolve().name, ranking, timing, read_examples(folder, ranking))
     contents = {"curves.png": plot_curves(results, "png"), "curves.svg": plot_curves(results, "svg")}
     if any(result.ranking.rounds for result in results.operators.values()):
         contents["candidates.png"] = plot_candidates(results, "png")
         contents["candidates.svg"] = plot_candidates(results, "svg")
-    contents["config.yaml"] = yaml.safe_dump(results.config.portable(), sort_keys=False).encode()
     contents["report.md"] = report_markdown(results).encode()
     contents["report.html"] = report_html([run]).encode()
-    contents[TIMING] = json_text(timing).encode()
-    contents[RANKING] = json_text(ranking).encode()
-    return [replace_file(folder / name, content) for name, content in contents.items()]
+    return [*(replace_file(folder / name, content) for name, content in contents.items()), *write_rankings(results, folder)]
+
+
+def write_rankings(run: Searched, folder: Path) -> list[Path]:
+    """Write config.yaml, timing.json and, last, ranking.json; returns their paths. UserError if one cannot be written."""
+    contents = {
+        "config.yaml": yaml.safe_dump(run.config.portable(), sort_keys=False),
+        TIMING: json_text(timing_fields(run.timing)),
+        RANKING: json_text(ranking_fields(run)),
+    }
+    return [replace_file(folder / name, content.encode()) for name, content in contents.items()]
+
+
+def write_provisional(run: Searched, folder: Path) -> None:
+    """Write the rankings found so far, and a report.html that shows them. UserError if a file cannot be written."""
+    files = RunFiles(folder.resolve().name, ranking_fields(run), timing_fields(run.timing), examples=None)
+    page = report_html([files])
+    write_rankings(run, folder)
+    replace_file(folder / "report.html", page.encode())
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the folder has the ranking.json of a finished run."""
+    try:
+        return not read_ranking(folder / RANKING).provisional
+    except UserError:  # there is none, or one of another version
+        return False
 
 
 def timing_fields(timing: Timing) -> dict[str, Any]:

@@ -69,11 +69,19 @@ class OperatorView:
     order: tuple[LayerCell, ...]
     by_position: int
     layers: tuple[LayerCell, ...]
+    heat: HeatMap
+    held_out: "HeldOutView | None"
+    """None without held-out curves."""
+
+
+@dataclass(frozen=True)
+class HeldOutView:
+    """The curves of an operator."""
+
     allowed: int
     chart: Chart
     areas: tuple[tuple[str, Mapping[str, float], Mapping[str, float] | None], ...]
     unbeaten: str
-    heat: HeatMap
 
 
 @dataclass(frozen=True)
@@ -102,10 +110,14 @@ def report_html(runs: Sequence[RunFiles]) -> str:
     """The whole page, a single file.
 
     Raises:
-        UserError: there are more than `MAX_RUNS` runs, or several that make more than `MAX_BYTES`.
+        UserError: there are more than `MAX_RUNS` runs, or several that make more than `MAX_BYTES`, or one of several without
+            held-out curves.
     """
     if len(runs) > MAX_RUNS:
         raise UserError(f"a report shows at most {MAX_RUNS} runs side by side, not {len(runs)}")
+    for run in runs:
+        if len(runs) > 1 and "held_out" not in run.ranking:
+            raise UserError(f"{run.name} has no held-out curves to compare; finish its run, or report it alone")
     views = [_run_view(run, letter) for run, letter in zip(runs, "ABCDEFGH", strict=False)]
     style = _asset("report.css") + "".join(map(_heat_width, sorted({run.num_layers for run in runs})))
     script = _asset("report.js")
@@ -174,7 +186,7 @@ def _run_view(run: RunFiles, letter: str) -> RunView:
         name=run.name,
         files=run,
         operators=tuple(_operator_view(run, name, worst) for name in ranking["rankings"]),
-        savings=tuple(_saving_row(name, saving, prefill.get(name)) for name, saving in ranking["savings"].items()),
+        savings=tuple(_saving_row(name, saving, prefill.get(name)) for name, saving in ranking.get("savings", {}).items()),
         timed=next(iter(prefill.values()), None),
         configuration=yaml.safe_dump(ranking["configuration"], sort_keys=False, allow_unicode=True),
         example_plan="" if run.examples is None else Plan(**run.examples["plan"]).label(),
@@ -197,23 +209,30 @@ def _saving_row(name: str, saving: Mapping[str, Any], time: Mapping[str, Any] | 
 
 def _operator_view(run: RunFiles, operator: str, worst: float) -> OperatorView:
     ranking = run.ranking
-    order, held_out, search = (ranking[part][operator] for part in ("rankings", "held_out", "search"))
-    lost = ranking["savings"][operator]["plan"][operator]
+    order, search, evaluated = ranking["rankings"][operator], ranking["search"][operator], "held_out" in ranking
+    lost = ranking["savings"][operator]["plan"][operator] if evaluated else ()
     ranks = {layer: rank for rank, layer in enumerate(order, 1)}
     layers = tuple(LayerCell(layer, ranks[layer], layer in lost) for layer in sorted(order))
-    areas, margins = held_out["areas"], held_out["margins"]
-    unbeaten = [name for name in ("position", "random") if margins[name]["low"] <= 0]
     return OperatorView(
         name=operator,
         title=_OPERATORS[operator],
         order=tuple(layers[layer] for layer in order),
         by_position=search["position_layers"],
         layers=layers,
+        heat=heat_map(search, run.num_layers, worst),
+        held_out=_held_out_view(run, operator) if evaluated else None,
+    )
+
+
+def _held_out_view(run: RunFiles, operator: str) -> HeldOutView:
+    held_out = run.ranking["held_out"][operator]
+    areas, margins = held_out["areas"], held_out["margins"]
+    unbeaten = [name for name in ("position", "random") if margins[name]["low"] <= 0]
+    return HeldOutView(
         allowed=_allowed(held_out["curves"]["searched"]),
         chart=_run_chart(run, operator),
         areas=tuple((_STRATEGIES[name][0], areas[name], margins.get(name)) for name in _STRATEGIES if name in areas),
         unbeaten=" and ".join(unbeaten),
-        heat=heat_map(search, run.num_layers, worst),
     )
 
 

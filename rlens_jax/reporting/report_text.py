@@ -9,7 +9,8 @@ from statistics import fmean
 from rlens_jax.errors import printable
 from rlens_jax.plan import Operator
 from rlens_jax.search.bootstrap import Interval
-from rlens_jax.search.results import ALLOWED_LOSS, OperatorResult, Results, Strategy
+from rlens_jax.search.results import ALLOWED_LOSS, OperatorResult, Results, Searched, Strategy
+from rlens_jax.search.search import Ranking
 
 TITLES = {"attention": "Hollow Attention", "ffn": "Probe-Activated Dynamic FFN", "both": "both at once"}
 WIDTH = 100
@@ -60,11 +61,20 @@ def report_markdown(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def summary(results: Results, folder: Path) -> str:
+def found(ranking: Ranking) -> str:
+    """A ranking in two lines, for the terminal, as soon as it is found."""
+    scores = " ".join(f"{point.score:.3f}" for point in ranking.curve())
+    order = " ".join(map(str, ranking.order))
+    return f"{TITLES[ranking.operator]}, best to reduce first: {order}\n  scores with 0, 1, 2, ... of them reduced: {scores}"
+
+
+def summary(results: Searched, folder: Path) -> str:
     """The two rankings, their savings, the verdict on the search, and the path of the report, for the terminal."""
     lines = ["Layers in the order in which to reduce them, best first:"]
-    for name, result in results.operators.items():
-        lines += _wrapped_order(TITLES[name], result.ranking.order)
+    for name, ranking in results.rankings.items():
+        lines += _wrapped_order(TITLES[name], ranking.order)
+    if not isinstance(results, Results):
+        return "\n".join([*lines, "", f"Ranking: {folder / 'ranking.json'}"])
     samples = sum(results.test_samples.values())
     lines += ["", f"At less than {_percent(ALLOWED_LOSS, 0)} loss of each operator alone, on {samples} held-out samples:"]
     lines.append(f"  {'':<28}{'layers':>9}{'loss':>9}{'FLOPs saved':>13}{'with probes':>13}{'time saved':>13}")

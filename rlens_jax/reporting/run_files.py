@@ -32,7 +32,7 @@ _QUALITIES = (85, 70, 55, 40, 25)
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A finished run: its name in the report, and the fields of ranking.json, timing.json and, if present, examples.json."""
+    """A run: its name in the report, and the fields of ranking.json, timing.json and, if present, examples.json."""
 
     name: str
     ranking: Mapping[str, Any]
@@ -46,7 +46,7 @@ class RunFiles:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Read the files of a finished run.
+    """Read the files of a run that has found a ranking.
 
     UserError, naming file and field, if a file is missing, does not follow its schema, or contradicts itself or another file.
     """
@@ -57,7 +57,7 @@ def read_run(folder: Path) -> RunFiles:
     ranking = read_ranking(folder / RANKING).fields
     timing = _read_checked(folder / TIMING, "timing.schema.json")
     for plan in timing["prefill"]:
-        if plan not in ranking["savings"]:
+        if plan not in ranking.get("savings", {}):
             raise field_error(folder / TIMING, f"prefill.{plan}", f"{RANKING} has no such plan")
     return RunFiles(folder.resolve().name, ranking, timing, read_examples(folder, ranking))
 

@@ -2,6 +2,9 @@
 
 The file follows `ranking.schema.json` in this folder. It contains nothing that differs between two runs of one
 configuration, so a run that was killed and resumed writes the same bytes as an uninterrupted one.
+
+While a run goes on, its file is marked as provisional: it has the rankings found so far, each of which is final, and no held-out
+curves. So a plan can be taken from it. Without a report, the final file has no curves either.
 """
 
 import dataclasses
@@ -14,7 +17,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.files import check_schema, field_error, quoted, read_json, shortened
 from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
 from rlens_jax.search.objective import PlanScore
-from rlens_jax.search.results import Curve, OperatorResult, RandomCurves, Results, Saving
+from rlens_jax.search.results import Curve, OperatorResult, RandomCurves, Results, Saving, Searched
 from rlens_jax.search.search import Ranking, Round
 
 RANKING = "ranking.json"
@@ -40,6 +43,11 @@ class RankingFile:
     def num_layers(self) -> int:
         """L of the ranked model."""
         return self.fields["model"]["num_layers"]
+
+    @property
+    def provisional(self) -> bool:
+        """Whether the run goes on, or was stopped: rankings or curves are missing."""
+        return self.fields.get("provisional", False)
 
     @property
     def orders(self) -> dict[Operator, tuple[int, ...]]:
@@ -81,8 +89,9 @@ def check_ranking(value: Any, path: Path) -> RankingFile:
     for operator, order in value["rankings"].items():
         _check_order(path, f"rankings.{operator}", order, num_layers)
         _check_search(path, f"search.{operator}", value["search"][operator], value, operator)
-        _check_held_out(path, f"held_out.{operator}", value["held_out"][operator], num_layers)
-    for name, saving in value["savings"].items():
+        if "held_out" in value:
+            _check_held_out(path, f"held_out.{operator}", value["held_out"][operator], num_layers)
+    for name, saving in value.get("savings", {}).items():
         for operator, layers in saving["plan"].items():
             check_layers(path, f"savings.{name}.plan.{operator}", layers, num_layers)
     return RankingFile(value)
@@ -97,14 +106,17 @@ def check_layers(path: Path, field: str, layers: Iterable[int], num_layers: int)
 
 def _check_names(path: Path, fields: Mapping[str, Any]) -> None:
     """All parts must be about the same datasets, operators and plans."""
-    datasets, rankings = fields["dense"]["test"], fields["rankings"]
-    _check_same(path, "dense.validation", fields["dense"]["validation"], datasets, "datasets")
+    datasets, rankings = fields["dense"]["validation"], fields["rankings"]
     for split in ("validation", "test"):
         _check_same(path, f"data.samples.{split}", fields["data"]["samples"][split], datasets, "datasets")
-    for part in ("search", "held_out"):
-        _check_same(path, part, fields[part], rankings, "operators")
-    plans = [*rankings, "both"] if len(rankings) == 2 else [*rankings]
-    _check_same(path, "savings", fields["savings"], plans, "plans")
+    _check_same(path, "search", fields["search"], rankings, "operators")
+    if ("held_out" in fields) != ("test" in fields["dense"]):
+        raise field_error(path, "dense.test", "must be there if and only if the field held_out is")
+    if "held_out" in fields:
+        _check_same(path, "dense.test", fields["dense"]["test"], datasets, "datasets")
+        _check_same(path, "held_out", fields["held_out"], rankings, "operators")
+        plans = [*rankings, "both"] if len(rankings) == 2 else [*rankings]
+        _check_same(path, "savings", fields["savings"], plans, "plans")
 
 
 def _check_search(path: Path, where: str, search: Mapping[str, Any], fields: Mapping[str, Any], operator: str) -> None:
@@ -120,7 +132,7 @@ def _check_search(path: Path, where: str, search: Mapping[str, Any], fields: Map
             if candidate.get("bound") and candidate["score"] >= round_["score"]:
                 raise field_error(path, f"{field}.candidates[{place}].score", "a bound must be below the score of the round")
             metrics = f"{field}.candidates[{place}].metrics"
-            _check_same(path, metrics, candidate["metrics"], fields["dense"]["test"], "datasets")
+            _check_same(path, metrics, candidate["metrics"], fields["dense"]["validation"], "datasets")
 
 
 def _check_held_out(path: Path, where: str, held_out: Mapping[str, Any], num_layers: int) -> None:
@@ -149,24 +161,29 @@ def _check_same(path: Path, field: str, names: Iterable[str], expected: Iterable
         raise field_error(path, field, f"must have the {what} {', '.join(expected)}, not {found}")
 
 
-def ranking_fields(results: Results) -> dict[str, Any]:
-    """The fields of ranking.json, as JSON values."""
+def ranking_fields(run: Searched) -> dict[str, Any]:
+    """The fields of ranking.json, as JSON values; curves and savings only of a run that has them."""
+    dense, held_out = {"validation": dict(run.dense_validation)}, {}
+    if isinstance(run, Results):
+        dense["test"] = dict(run.dense_test)
+        held_out["held_out"] = {str(name): _held_out(result) for name, result in run.operators.items()}
+        held_out["savings"] = {str(name): _saving(saving) for name, saving in run.savings.items()}
     return {
         "schema": SCHEMA,
-        "rankings": {name: list(result.ranking.order) for name, result in results.operators.items()},
-        "model": {"path": results.config.model, "hash": results.model_hash, "num_layers": results.num_layers},
+        **({"provisional": True} if run.provisional else {}),
+        "rankings": {name: list(ranking.order) for name, ranking in run.rankings.items()},
+        "model": {"path": run.config.model, "hash": run.model_hash, "num_layers": run.num_layers},
         "data": {
-            "hash": results.data_hash,
-            "orientation": "as stored" if results.config.data.is_mixture else "applied",
-            "samples": {"validation": dict(results.validation_samples), "test": dict(results.test_samples)},
+            "hash": run.data_hash,
+            "orientation": "as stored" if run.config.data.is_mixture else "applied",
+            "samples": {"validation": dict(run.validation_samples), "test": dict(run.test_samples)},
         },
-        "dense": {"validation": dict(results.dense_validation), "test": dict(results.dense_test)},
-        "search": {name: _search(result.ranking) for name, result in results.operators.items()},
-        "held_out": {name: _held_out(result) for name, result in results.operators.items()},
-        "savings": {name: _saving(saving) for name, saving in results.savings.items()},
-        "buckets": dataclasses.asdict(results.buckets),
-        "configuration": results.config.portable(),
-        "versions": dict(results.versions),
+        "dense": dense,
+        "search": {name: _search(ranking) for name, ranking in run.rankings.items()},
+        **held_out,
+        "buckets": dataclasses.asdict(run.buckets),
+        "configuration": run.config.portable(),
+        "versions": dict(run.versions),
     }
 
 

@@ -185,8 +185,8 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Results:
-    """A finished run.
+class Searched:
+    """A run whose searches have ended, all or some of them, before anything was evaluated on held-out samples.
 
     Attributes:
         config: configuration of the run.
@@ -195,9 +195,9 @@ class Results:
         buckets: static shapes of the rows and images.
         versions: version per package.
         validation_samples, test_samples: number of samples per dataset, for the search and for the curves.
-        dense_validation, dense_test: metrics of the dense model on these samples.
-        operators: results per ranked operator.
-        combined: saving of both operators at once; None if only one was ranked.
+        dense_validation: metrics of the dense model on the validation samples.
+        rankings: the rankings found; each is final.
+        provisional: whether the run goes on: other rankings or the held-out curves are to come.
         timing: times of this run.
     """
 
@@ -210,10 +210,24 @@ class Results:
     validation_samples: Mapping[str, int]
     test_samples: Mapping[str, int]
     dense_validation: Metrics
+    rankings: Mapping[Operator, Ranking]
+    provisional: bool
+    timing: Timing
+
+
+@dataclass(frozen=True)
+class Results(Searched):
+    """A finished run with its held-out curves.
+
+    Attributes:
+        dense_test: metrics of the dense model on the held-out samples.
+        operators: results per ranked operator.
+        combined: saving of both operators at once; None if only one was ranked.
+    """
+
     dense_test: Metrics
     operators: Mapping[Operator, OperatorResult]
     combined: Saving | None
-    timing: Timing
 
     @property
     def savings(self) -> dict[str, Saving]:

@@ -10,7 +10,7 @@ from rlens_jax.flops import LayerSizes, saving
 from rlens_jax.plan import OPERATORS, Plan, Reduction
 from rlens_jax.search.curves import held_out_plans, operator_result, plan_saving
 from rlens_jax.search.objective import comparable, dataset_metric, score_plan
-from rlens_jax.search.results import Buckets, PrefillTime, Results, Timing
+from rlens_jax.search.results import Buckets, PrefillTime, Results, Searched, Timing
 from rlens_jax.search.search import rank_layers
 from tests.toy_search import one_at_a_time
 
@@ -91,6 +91,8 @@ def synthetic_results(num_layers=12, samples=60, with_search_all=False, operator
         validation_samples=dict.fromkeys(DATASETS, samples),
         test_samples=dict.fromkeys(DATASETS, samples),
         dense_validation=dense_validation,
+        rankings={operator: result.ranking for operator, result in results.items()},
+        provisional=False,
         dense_test=dense_test,
         operators=results,
         combined=combined,
@@ -123,7 +125,16 @@ def with_bounds(results):
     for name, result in results.operators.items():
         ranking = dataclasses.replace(result.ranking, rounds=tuple(map(stopped, result.ranking.rounds)))
         operators[name] = dataclasses.replace(result, ranking=ranking)
-    return dataclasses.replace(results, operators=operators)
+    rankings = {name: result.ranking for name, result in operators.items()}
+    return dataclasses.replace(results, operators=operators, rankings=rankings)
+
+
+def only_searched(results, provisional, operators=OPERATORS):
+    """The same run before its held-out curves, with the rankings of some operators."""
+    facts = {field.name: getattr(results, field.name) for field in dataclasses.fields(Searched)}
+    rankings = {operator: results.rankings[operator] for operator in operators}
+    timing = dataclasses.replace(results.timing, prefill={})
+    return Searched(**facts | {"rankings": rankings, "provisional": provisional, "timing": timing})
 
 
 def with_margin(results, operator, low):

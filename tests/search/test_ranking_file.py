@@ -8,8 +8,9 @@ import pytest
 from rlens_jax.errors import UserError
 from rlens_jax.files import json_text, replace_file
 from rlens_jax.plan import Plan
+from rlens_jax.plan_file import read_plan
 from rlens_jax.search.ranking_file import ranking_fields, read_ranking
-from tests.reporting.synthetic import synthetic_results, with_bounds
+from tests.reporting.synthetic import only_searched, synthetic_results, with_bounds
 
 SCHEMA = json.loads(files("rlens_jax.search").joinpath("ranking.schema.json").read_text())
 
@@ -100,6 +101,35 @@ def test_it_is_read_as_it_was_written(results, tmp_path):
     assert (ranking.model_hash, ranking.num_layers) == (results.model_hash, results.num_layers)
     assert ranking.base == Plan()
     assert ranking.reduction == results.config.reduction
+
+
+@pytest.mark.parametrize("provisional", [True, False])
+def test_rankings_without_curves_are_written_and_read(provisional, tmp_path):
+    found = only_searched(synthetic_results(), provisional, operators=("ffn",))
+    fields = ranking_fields(found)
+    assert not {"held_out", "savings"} & set(fields)
+    path = replace_file(tmp_path / "ranking.json", json_text(fields).encode())
+    ranking = read_ranking(path)
+    assert ranking.provisional == provisional
+    assert ranking.orders == {"ffn": found.rankings["ffn"].order}
+    plan = read_plan(path, {"ffn": 2}).plan
+    assert plan == Plan(ffn=tuple(sorted(found.rankings["ffn"].order[:2])))
+    more = "; the file is provisional, its run goes on or was stopped" if provisional else ""
+    with pytest.raises(UserError, match=f"ranks ffn, so there are no first layers of attention{more}$"):
+        read_plan(path, {"attention": 2})
+
+
+@pytest.mark.parametrize(
+    ("missing", "complaint"),
+    [("held_out", "'held_out' is a dependency of 'savings'"), ("dense.test", "dense.test: must be there if and only if")],
+)
+def test_curves_are_there_as_a_whole_or_not_at_all(missing, complaint, tmp_path):
+    fields = json.loads(json_text(ranking_fields(synthetic_results())))
+    *within, name = missing.split(".")
+    del (fields[within[0]] if within else fields)[name]
+    path = replace_file(tmp_path / "ranking.json", json_text(fields).encode())
+    with pytest.raises(UserError, match=complaint):
+        read_ranking(path)
 
 
 @pytest.mark.parametrize(
