@@ -268,7 +268,7 @@ def jpeg_that_claims(side: int) -> str:
         ("ranking.json", _set("search", "ffn", "rounds", 0, "chosen", to=11), r"rounds\[0\]\.chosen: layer 11 was no"),
         ("ranking.json", _set("savings", "both", "plan", "ffn", to=[99]), r"savings\.both\.plan\.ffn: there is no layer 99"),
         ("ranking.json", lambda v: v["savings"].pop("both"), r"savings: must have the plans attention, ffn, both"),
-        ("ranking.json", lambda v: v["dense"]["validation"].popitem(), r"dense\.validation: must have the datasets"),
+        ("ranking.json", lambda v: v["dense"]["validation"].popitem(), r"data\.samples\.validation: must have the datasets"),
         ("ranking.json", lambda v: v["configuration"].pop("reduction"), r"configuration: 'reduction' is a required"),
         (
             "ranking.json",
