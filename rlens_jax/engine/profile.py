@@ -19,10 +19,10 @@ from rlens_jax.files import json_text, replace_file
 
 PROFILE = "profile.json"
 SCHEMA = "rlens-profile/1"
-PARTS = ("compile", "data", "load", "vision", "base states", "candidates", "outcomes", "host")
+PARTS = ("compile", "data", "load", "vision", "base states", "candidates", "outcomes", "timing", "host")
 """Compilation of all programs; reading and preparing samples; loading the model; the vision tower; states that candidates start
-from; the layers of candidates, and generation; answers from last states; all else."""
-_OF_PROGRAM = {"encode": "vision", "embed": "base states", "outcome": "outcomes"}
+from; the layers of candidates, and generation; answers from last states; the timed prefills; all else."""
+_OF_PROGRAM = {"encode": "vision", "embed": "base states", "outcome": "outcomes", "static prefill": "timing"}
 _COMPILING = "/jax/core/compile/"
 
 

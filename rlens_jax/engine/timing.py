@@ -64,9 +64,9 @@ def time_plans(programs: Programs, batch: Batch, plans: Mapping[str, Plan], repe
     """The times of one batch's prefill under each plan, each beside the dense prefill and compiled for its plan alone."""
     visual, bucket = programs.put(batch.visual), batch.inputs.layout.bucket
     times = {}
+    calls = {plan: partial(_static_prefill(programs, plan), visual, batch.inputs) for plan in {Plan(), *plans.values()}}
     for name, plan in plans.items():
-        calls = [partial(_static_prefill(programs, static), visual, batch.inputs) for static in (Plan(), plan)]
-        dense, reduced = time_side_by_side(calls, repeats)
+        dense, reduced = time_side_by_side([calls[Plan()], calls[plan]], repeats)
         times[name] = PrefillTime(dense, reduced, len(batch.inputs.samples), bucket.text, bucket.visual)
     return times
 
