@@ -48,7 +48,7 @@ def test_compilations_are_counted_by_program_and_shape(tmp_path: Path) -> None:
     fields = json.loads((tmp_path / "profile.json").read_text())
     found = {(item["program"], *item["shape"]): item["compilations"] for item in fields["programs"]}
     assert found["layers", 5] == found["layers", 6] == 1
-    assert fields["seconds"]["compile"] == pytest.approx(sum(item["seconds"] for item in fields["programs"]))
+    assert fields["seconds"]["compile"] > 0.99 * sum(item["seconds"] for item in fields["programs"])
     assert fields["seconds"]["compile"] > fields["seconds"]["candidates"]
 
 
