@@ -11,7 +11,7 @@ branches. The text run is the trunk's text, then branch after branch. All visual
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import jax
@@ -87,6 +87,8 @@ class TokenLayout:
     num_visual: Int[Array | np.ndarray, " B"]
     seed: Int[Array | np.ndarray, " B"]
     """Seeds random probes: the number of the first sample with the row's trunk."""
+    max_branches: int = field(default=1, metadata={"static": True})
+    """Max branches of a row. With one, each row is a plain causal sequence, and nothing is spent on branches."""
 
     @property
     def bucket(self) -> Bucket:
@@ -122,7 +124,17 @@ def visible(query: Slots, key: Slots, attention_range: Range, window: Window = "
         v   1 0 0 1 1 1 0
         t   1 1 1 1 1 1 1
 
-    A branch sees the trunk and itself only.
+    A branch sees the trunk and itself. Trunk `t v v t`, branches `a a` and `b b`, R = 1:
+
+            t v v t a a b b
+        t   1 0 0 0 0 0 0 0
+        v   1 1 0 0 0 0 0 0
+        v   1 0 1 0 0 0 0 0
+        t   1 1 1 1 0 0 0 0
+        a   1 1 1 1 1 0 0 0
+        a   1 1 1 1 1 1 0 0
+        b   1 1 1 1 0 0 1 0
+        b   1 1 1 1 0 0 1 1
     """
     later = query.position[:, :, None] - key.position[:, None, :]
     key_branch = key.branch[:, None, :]
@@ -170,11 +182,11 @@ class Tokens:
         return cls(is_visual, position, np.zeros_like(position))
 
 
-def pack_layout(rows: Sequence[Tokens], bucket: Bucket, seeds: Sequence[int]) -> TokenLayout:
+def pack_layout(rows: Sequence[Tokens], bucket: Bucket, seeds: Sequence[int], max_branches: int = 1) -> TokenLayout:
     """The layout of a batch, as NumPy arrays; `seeds` are those of the rows.
 
     Raises:
-        ValueError: a row has more tokens than its bucket has slots.
+        ValueError: a row has more tokens than its bucket has slots, or too many branches.
     """
     text, visual = (np.full((len(rows), n), PADDING_POSITION, np.int32) for n in (bucket.text, bucket.visual))
     branch = np.zeros_like(text)
@@ -184,10 +196,12 @@ def pack_layout(rows: Sequence[Tokens], bucket: Bucket, seeds: Sequence[int]) ->
                 raise ValueError(f"row {number} has {count} tokens for {slots.shape[1]} slots")
             slots[number, :count] = tokens.position[chosen]
         branches = tokens.branch[~tokens.is_visual]
+        if branches.max(initial=0) > max_branches:
+            raise ValueError(f"row {number} has {branches.max()} branches for {max_branches} places")
         branch[number, : len(branches)] = branches
     num_visual = np.array([tokens.is_visual.sum() for tokens in rows], np.int32)
     num_text = np.array([len(tokens.is_visual) for tokens in rows], np.int32) - num_visual
-    return TokenLayout(text, visual, branch, num_text, num_visual, np.array(seeds, np.int32))
+    return TokenLayout(text, visual, branch, num_text, num_visual, np.array(seeds, np.int32), max_branches)
 
 
 def pack_rows(rows: Sequence[np.ndarray], layout: TokenLayout) -> np.ndarray:

@@ -33,6 +33,28 @@ def make_layout(
     return jax.tree.map(jnp.asarray, layout)
 
 
+def fork(trunk: np.ndarray, lengths: Sequence[int]) -> Tokens:
+    """A row: the trunk's tokens, bool [T], and text branches of these lengths."""
+    ends = [len(trunk) + length for length in lengths]
+    return Tokens(
+        is_visual=np.concatenate([trunk, np.zeros(sum(lengths), bool)]),
+        position=np.concatenate([np.arange(len(trunk)), *(np.arange(len(trunk), end) for end in ends)]).astype(np.int32),
+        branch=np.repeat(np.arange(len(lengths) + 1), [len(trunk), *lengths]).astype(np.int32),
+    )
+
+
+def forked_layout(rows: Sequence[Tokens], spare: tuple[int, int] = (0, 0)) -> TokenLayout:
+    """The layout of rows with branches, on the device."""
+    most = max(int(row.branch.max(initial=1)) for row in rows)
+    layout = pack_layout(rows, bucket_for([row.is_visual for row in rows], spare), range(len(rows)), most)
+    return jax.tree.map(jnp.asarray, layout)
+
+
+def branch_tokens(row: Tokens) -> list[np.ndarray]:
+    """The places in the row of the tokens of each branch alone, the trunk's first."""
+    return [np.flatnonzero((row.branch == 0) | (row.branch == number)) for number in range(1, int(row.branch.max()) + 1)]
+
+
 def random_rows(rng: np.random.Generator, masks: Sequence[np.ndarray], *shape: int) -> list[np.ndarray]:
     """For each sample float32 [T_i, *shape], standard normal."""
     return [rng.standard_normal((len(mask), *shape)).astype(np.float32) for mask in masks]

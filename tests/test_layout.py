@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlens_jax.layout import Bucket, Slots, Tokens, pack_layout, pack_rows, unpack_rows, visible
-from tests.sequences import bucket_for, make_layout, run_length, spell, unpack
+from tests.sequences import bucket_for, fork, forked_layout, make_layout, run_length, spell, unpack
 from tests.torch_reductions import hollow_mask
 
 pytestmark = pytest.mark.torch
@@ -22,13 +22,19 @@ t   1 1 1 1 1 1 1
 SAMPLES = [run_length(2, 7, 1, 4, 3), run_length(3), run_length(0, 5, 0, 2, 1), run_length(1, 13, 2, 1)]
 
 
-def read_picture(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """The sequence and the 0/1 matrix of a picture, whatever text is around it."""
+def read_picture(text: str) -> tuple[str, np.ndarray]:
+    """The letters and the 0/1 matrix of a picture, whatever text is around it."""
     lines = [line.split() for line in text.splitlines()]
-    rows = [line for line in lines if line and line[0] in ("t", "v") and set(line[1:]) <= {"0", "1"} and line[1:]]
-    (heading,) = [line for line in lines if len(line) > 1 and set(line) <= {"t", "v"}]
+    rows = [line for line in lines if line[1:] and set(line[1:]) <= {"0", "1"}]
+    (heading,) = [line for line in lines if len(line) > 1 and max(map(len, line)) == 1 and set(line) <= set("tvab")]
     assert [row[0] for row in rows] == heading
-    return spell("".join(heading)), np.array([[int(cell) for cell in row[1:]] for row in rows], bool)
+    return "".join(heading), np.array([[int(cell) for cell in row[1:]] for row in rows], bool)
+
+
+def pictures_of_visible() -> tuple[str, str]:
+    """The two pictures in its docstring."""
+    plain, _, branches = visible.__doc__.partition("A branch sees")
+    return plain, branches
 
 
 def sequence_mask(is_visual: np.ndarray, attention_range: int | None, window: str = "ordinal") -> np.ndarray:
@@ -41,18 +47,26 @@ def sequence_mask(is_visual: np.ndarray, attention_range: int | None, window: st
 
 
 def test_visible_is_the_picture():
-    is_visual, expected = read_picture(PICTURE)
-    np.testing.assert_array_equal(sequence_mask(is_visual, 2), expected)
+    letters, expected = read_picture(PICTURE)
+    np.testing.assert_array_equal(sequence_mask(spell(letters), 2), expected)
+
+
+def test_visible_is_the_picture_with_branches():
+    letters, expected = read_picture(pictures_of_visible()[1])
+    assert letters == "tvvtaabb"
+    layout = forked_layout([fork(spell("tvvt"), [2, 2])], spare=(2, 3))
+    (rows,) = unpack(np.asarray(visible(layout.slots, layout.slots, 1)), layout)
+    np.testing.assert_array_equal(unpack(rows.T[None], layout)[0].T, expected)
 
 
 def test_the_picture_in_the_docstring_is_the_same():
-    for ours, tested in zip(read_picture(visible.__doc__), read_picture(PICTURE), strict=True):
+    for ours, tested in zip(read_picture(pictures_of_visible()[0]), read_picture(PICTURE), strict=True):
         np.testing.assert_array_equal(ours, tested)
 
 
 def test_the_torch_mask_is_the_picture():
-    is_visual, expected = read_picture(PICTURE)
-    np.testing.assert_array_equal(hollow_mask(torch.tensor(is_visual), 2).numpy(), expected)
+    letters, expected = read_picture(PICTURE)
+    np.testing.assert_array_equal(hollow_mask(torch.tensor(spell(letters)), 2).numpy(), expected)
 
 
 @pytest.mark.parametrize("window", ["ordinal", "position"])
@@ -106,6 +120,11 @@ def test_packing_and_unpacking_are_inverse():
 def test_a_sample_that_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match="row 0 has 3 tokens for 2 slots"):
         pack_layout([Tokens.sequence(spell("tvvv"))], Bucket(text=4, visual=2), [5])
+
+
+def test_more_branches_than_places_are_an_error():
+    with pytest.raises(ValueError, match="row 1 has 3 branches for 2 places"):
+        pack_layout([fork(spell("tv"), lengths) for lengths in ([1, 1], [1, 1, 1])], Bucket(text=6, visual=2), [5, 6], 2)
 
 
 def test_the_layout_is_a_pytree_of_arrays():

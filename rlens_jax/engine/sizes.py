@@ -85,6 +85,7 @@ def abstract_batch(bucket: Bucket, places: Places, rows: int, rope_axes: int, pl
         num_text=numbers(),
         num_visual=numbers(),
         seed=numbers(),
+        max_branches=places.branches,
     )
     return unchecked(
         PromptBatch,

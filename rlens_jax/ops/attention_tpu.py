@@ -1,7 +1,7 @@
 """Attention on a TPU: dense and Hollow Attention by JAX's Pallas splash kernel, a sparse flash attention.
 
 Packed slots are two runs, text and visual, each in sequence order with its padding at the end (rlens_jax/layout.py). The keys
-that a query sees lie in both runs. Two calls of the kernel handle them, and their outputs are merged by log-sum-exp
+that a query sees lie in both runs. Calls of the kernel handle them, and their outputs are merged by log-sum-exp
 (docs/method.md):
 
     same run        A static band over slots: 0 <= i - j < R between visual tokens, causal (an endless band) between text tokens
@@ -10,9 +10,11 @@ that a query sees lie in both runs. Two calls of the kernel handle them, and the
     other run       The first n keys, where n counts the tokens of the other run that precede the query in the sequence. This
                     count is data, one number per query. The kernel computes the mask as `slot < n`. The block map is computed
                     on the device; blocks that no query needs are neither fetched nor multiplied.
+    trunk           If rows may have several branches: the same for the text of a branch and the text of its trunk. The trunk and
+                    each branch are segments of the text run, so the first call keeps them apart.
 
-Neither call holds scores in HBM. For the G query heads of one kv head, a call writes its output [G, P, H] and its log-sum-exp,
-which the kernel stores 128 times, [G, P, 128] float32. At P = 16384, X = 1024, G = 7 and H = 128 in bfloat16 the two calls take
+No call holds scores in HBM. For the G query heads of one kv head, a call writes its output [G, P, H] and its log-sum-exp,
+which the kernel stores 128 times, [G, P, 128] float32. At P = 16384, X = 1024, G = 7 and H = 128 in bfloat16 two calls take
 176 MB, of which a program compiled for v5e keeps all but 73 MB on chip. The scores of the text part in plain XLA would take
 470 MB, written and read several times, or a scan over blocks of queries.
 
@@ -22,7 +24,7 @@ Additional axis word: `run`, the slots of one run.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -33,7 +35,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array, Float, Int
 
-from rlens_jax.layout import KV, Bucket, Queries, Range, TokenLayout, Window
+from rlens_jax.layout import KV, PADDING_POSITION, Bucket, Queries, Range, TokenLayout, Window
 
 LANES = 128
 """Vector lanes of a TPU. The number of slots in a block is a multiple of it."""
@@ -72,21 +74,19 @@ def splash_attention(
     scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     if attention_range is not None and attention_range >= bucket.visual and window == "ordinal":
         attention_range = None
-    text, visual = layout.text.position, layout.visual.position
-    reach = _reach(visual, attention_range) if attention_range is not None and window == "position" else None
-    text_order = _Order(jnp.asarray(layout.num_text), _num_before(text, visual), None)
-    visual_order = _Order(jnp.asarray(layout.num_visual), _num_before(visual, text), reach)
+    text_order, visual_order = _orders(layout, attention_range if window == "position" else None)
 
     def attend_sample(sample: tuple[Array, Array, Array, _Order, _Order]) -> Float[Array, "K G T H"]:
         q, k, v, text_order, visual_order = sample
 
         def attend_group(heads: tuple[Array, Array, Array]) -> Float[Array, "G T H"]:
             text = _make_run(heads, slice(bucket.text), text_order, block_size(bucket.text, None, block))
+            prefixes = [] if text.trunk is None else [(text, text.trunk)]
             if not bucket.visual:
-                return _attend_run(text, None, None, interpret)[:, : bucket.text]
+                return _attend_run(text, prefixes, None, interpret)[:, : bucket.text]
             visual = _make_run(heads, slice(bucket.text, None), visual_order, block_size(bucket.visual, attention_range, block))
-            of_text = _attend_run(text, visual, None, interpret)[:, : bucket.text]
-            of_visual = _attend_run(visual, text, attention_range, interpret)[:, : bucket.visual]
+            of_text = _attend_run(text, [(visual, text.before), *prefixes], None, interpret)[:, : bucket.text]
+            of_visual = _attend_run(visual, [(text, visual.before)], attention_range, interpret)[:, : bucket.visual]
             return jnp.concatenate([of_text, of_visual], axis=1)
 
         return jax.lax.map(attend_group, (q.reshape(k.shape[0], -1, *q.shape[1:]), k[:, None], v[:, None]))
@@ -98,12 +98,14 @@ def splash_attention(
 
 
 class _Order(NamedTuple):
-    """How the tokens of one run lie in the sequence: one value per slot, or per sample."""
+    """How the tokens of one run lie in the sequence: one value per slot."""
 
-    used: Int[Array, "*B"]
-    """Number of slots that are not padding."""
+    segment: Int[Array, "*B run"]
+    """0 for padding. Tokens of different segments are on different branches, or one is in the trunk."""
     before: Int[Array, "*B run"]
     """Number of tokens of the other run that precede each token."""
+    trunk: Int[Array, "*B run"] | None
+    """Number of text tokens in the trunk, if this is the text of a branch; None where rows have one branch."""
     reach: Int[Array, "*B run"] | None
     """Number of slots that each token sees back, if less than the band (position window)."""
 
@@ -115,16 +117,33 @@ class _Run(NamedTuple):
     k: Float[Array, "1 run H"]
     v: Float[Array, "1 run H"]
     segment: Int[Array, " run"]
-    """1 for tokens, 0 for padding."""
     before: Int[Array, " run"]
+    trunk: Int[Array, " run"] | None
     reach: Int[Array, " run"] | None
     block: int
+
+
+def _orders(layout: TokenLayout, position_range: Range) -> tuple[_Order, _Order]:
+    """The orders of the text and the visual run; `position_range` is R of the position window."""
+    text, visual = layout.text, layout.visual
+    in_trunk = text.branch == 0  # and empty slots
+    used_text, used_visual = text.position < PADDING_POSITION, visual.position < PADDING_POSITION
+    segment, trunk = used_text.astype(jnp.int32), None
+    if layout.max_branches > 1:
+        segment = segment * (text.branch + 1)
+        trunk = jnp.where(in_trunk, 0, (in_trunk & used_text).sum(axis=1, dtype=jnp.int32, keepdims=True))
+    reach = None if position_range is None else _reach(visual.position, position_range)
+    return (
+        _Order(segment, _num_before(text.position, visual.position), trunk, None),
+        _Order(used_visual.astype(jnp.int32), _num_before(visual.position, text.position), None, reach),
+    )
 
 
 def _num_before(position: Int[Array, "B run"], other: Int[Array, "B other"]) -> Int[Array, "B run"]:
     """Number of tokens of the other run that precede each token of this one; arbitrary for empty slots.
 
-    The tokens are counted, because positions have gaps after pruning.
+    The tokens are counted, because positions have gaps after pruning. Positions are sorted up to the first branch; the text of
+    branches follows all visual tokens, so it is never among those counted.
     """
     return jax.vmap(jnp.searchsorted)(other, position).astype(jnp.int32)
 
@@ -141,29 +160,31 @@ def _make_run(heads: tuple[Array, Array, Array], slots: slice, order: _Order, bl
     q, k, v = (x[:, slots] for x in heads)
     padding = -q.shape[1] % block
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0))) for x in (q, k, v))
-    segment = (jnp.arange(q.shape[1], dtype=jnp.int32) < order.used).astype(jnp.int32)
-    before = jnp.pad(order.before, (0, padding)) * segment
-    reach = None if order.reach is None else jnp.pad(order.reach, (0, padding))
-    return _Run(q, k, v, segment, before, reach, block)
+    segment, before, trunk, reach = jax.tree.map(lambda x: jnp.pad(x, (0, padding)), order)
+    return _Run(q, k, v, segment, jnp.where(segment > 0, before, 0), trunk, reach, block)
 
 
-def _attend_run(run: _Run, other: _Run | None, attention_range: Range, interpret: bool) -> Float[Array, "G run H"]:
-    """Attention of one run's queries to their band and to the preceding tokens of the other run."""
+def _attend_run(
+    run: _Run, prefixes: Sequence[tuple[_Run, Int[Array, " run"]]], attention_range: Range, interpret: bool
+) -> Float[Array, "G run H"]:
+    """Attention of one run's queries to their band, and to the first keys of other runs: how many, by query."""
     heads, length, _ = run.q.shape
     kernel = _band_kernel(heads, length, attention_range, run.block, interpret)
     if run.reach is not None and attention_range is not None:
         kernel = _narrowed(kernel, run.reach, attention_range)
     segments = splash.SegmentIds(q=run.segment, kv=run.segment)
-    same, (same_total,) = kernel(run.q, run.k, run.v, segments)
-    if other is None:
-        return same
-    kernel = _prefix_kernel(run.before, other.k.shape[1], run.block, other.block, interpret)
-    across, (across_total,) = kernel(run.q, other.k, other.v)
-    # The softmax over both parts: each part's outputs, weighted by its share of the summed exponentials.
-    share = jax.nn.sigmoid(across_total - same_total)[:, :, None]
-    # A query that no token of the other run precedes has a share of 0 in a mean over arbitrary slots.
-    across = jnp.where((run.before > 0)[None, :, None], across.astype(jnp.float32), jnp.float32(0))
-    return (same.astype(jnp.float32) * (1 - share) + across * share).astype(run.q.dtype)
+    attended, (total,) = kernel(run.q, run.k, run.v, segments)
+    attended = attended.astype(jnp.float32)
+    for other, seen in prefixes:
+        kernel = _prefix_kernel(seen, other.k.shape[1], run.block, other.block, interpret)
+        across, (across_total,) = kernel(run.q, other.k, other.v)
+        # The softmax over both parts: each part's outputs, weighted by its share of the summed exponentials.
+        share = jax.nn.sigmoid(across_total - total)[:, :, None]
+        # A query that sees none of these keys has a share of 0 in a mean over arbitrary slots.
+        across = jnp.where((seen > 0)[None, :, None], across.astype(jnp.float32), jnp.float32(0))
+        attended = attended * (1 - share) + across * share
+        total = jnp.logaddexp(total, across_total)
+    return attended.astype(run.q.dtype)
 
 
 @functools.lru_cache
@@ -281,12 +302,15 @@ def visited_blocks(num_visual: int, attention_range: Range, block: int | None = 
     return Blocks(int(visited), int(causal), block)
 
 
-def kernel_flops(bucket: Bucket, attention_range: Range, heads: int, head_dim: int) -> int:
-    """FLOPs (2 per multiply-add) of `splash_attention` for one sample. XLA's cost analysis does not include them.
+def kernel_flops(bucket: Bucket, attention_range: Range, heads: int, head_dim: int, max_branches: int = 1) -> int:
+    """FLOPs (2 per multiply-add) of `splash_attention` for one row. XLA's cost analysis does not include them.
 
-    This is an upper bound: blocks between text and visual tokens depend on the sample, and all are counted.
+    This is an upper bound: blocks between text and visual tokens, and between branches and their trunk, depend on the row, and
+    all are counted.
     """
     text, visual = visited_blocks(bucket.text, None), visited_blocks(bucket.visual, attention_range)
     rows = [-(-slots // run.size) * run.size for slots, run in zip((bucket.text, bucket.visual), (text, visual), strict=True)]
     pairs = text.visited * text.size**2 + visual.visited * visual.size**2 + 2 * rows[0] * rows[1]
+    if max_branches > 1:
+        pairs += rows[0] ** 2
     return 4 * pairs * heads * head_dim

@@ -200,7 +200,7 @@ def test_greedy_tokens(pairs, name, seed):
         first, cache, _ = prefill(model.decoder, visual, batch, PLAIN, PAPER, new_tokens, KEY)
         return decode(model.decoder, first, cache, batch, new_tokens, stop_tokens=())[0]
 
-    assert run(pair.ours)[0].tolist() == expected
+    assert run(pair.ours)[0, 0].tolist() == expected
 
 
 def test_several_end_tokens(pairs):
@@ -224,8 +224,8 @@ def test_several_end_tokens(pairs):
         return decode(model.decoder, first, cache, batch, new_tokens, stops)
 
     tokens, finite = run(pair.ours)
-    assert tokens[0, : len(expected)].tolist() == expected
-    assert set(tokens[0, len(expected) :].tolist()) <= set(stops)
+    assert tokens[0, 0, : len(expected)].tolist() == expected
+    assert set(tokens[0, 0, len(expected) :].tolist()) <= set(stops)
     assert finite.all()
 
 

@@ -147,7 +147,7 @@ def test_greedy_tokens_with_caches_are_those_of_pytorch(decoder, reference, prom
     for i, (prompt, ours) in enumerate(zip(prompts, tokens, strict=True)):
         x, is_visual, rope = torch_inputs(reference, prompt, vectors[i])
         expected = reference.greedy(x, is_visual, rope, prompt.next_rope, NEW_TOKENS, settings_for(plan, pruning))
-        assert ours.tolist() == expected
+        assert ours.tolist() == [expected]
     bucket = batch.layout.bucket
     assert [cache.k.shape[0] for cache in caches] == [pruning.layer, CONFIG.num_layers - pruning.layer]
     assert [cache.k.shape[3] - NEW_TOKENS for cache in caches] == [bucket.slots, bucket.text + pruning.kept(bucket.visual)]

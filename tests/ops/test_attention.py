@@ -17,7 +17,7 @@ from rlens_jax.ops.attention import chunked_attention, packed_attention, referen
 from rlens_jax.ops.attention_tpu import splash_attention
 from tests import torch_reductions
 from tests.numerics import assert_close
-from tests.sequences import make_layout, pack, random_rows, run_length, unpack
+from tests.sequences import branch_tokens, fork, forked_layout, make_layout, pack, random_rows, run_length, unpack
 from tests.torch_reductions import hollow_mask
 
 pytestmark = pytest.mark.torch
@@ -29,6 +29,8 @@ UNEVEN = [run_length(3, 31, 5), run_length(2, 7, 140, 11, 6), run_length(7), run
 """The same, with more text between two images than a block has."""
 LONG = [run_length(3, 271, 5), run_length(2, 101, 4, 61, 1, 131, 37), run_length(7), run_length(1, 1, 1)]
 """The same, in several of the kernel's blocks, which have 128 slots or more."""
+BRANCHES = [(4, 1, 131, 7, 9), (6, 2), (3,), (2, 5)]
+"""Text tokens of the branches of each sample."""
 ABUNDANT = 1000
 
 
@@ -239,6 +241,22 @@ class TestAttentionContract:
             dirty = unpack(compiled(path.attention, *options)(*packed_qkv(rows, layout, garbage), layout).swapaxes(1, 2), layout)
             for ours, expected in zip(dirty, clean, strict=True):
                 np.testing.assert_array_equal(ours, expected)
+
+    @pytest.mark.parametrize("window", [None, "ordinal", "position"], ids=["dense", "ordinal", "position"])
+    def test_a_branch_has_the_outputs_of_its_prompt_alone(self, path: Path, window):
+        """With nonsense in all empty slots; the last trunk has text for several blocks of the kernel."""
+        attention_range = path.attention_range if window else None
+        trunks = [*path.masks[:3], run_length(149, 3, 1)]
+        forked = [fork(trunk, lengths) for trunk, lengths in zip(trunks, BRANCHES, strict=True)]
+        layout, rows = forked_layout(forked, spare=(2, 3)), qkv_rows(8, [row.is_visual for row in forked])
+        rng = np.random.default_rng(9)
+        options = path.options(attention_range, window or "ordinal")
+        together = run(path.attention, rows, layout, *options, padding=lambda shape: 1e3 * rng.standard_normal(shape))
+        for sample, (ours, row) in enumerate(zip(together, forked, strict=True)):
+            for tokens in branch_tokens(row):
+                alone = [[part[sample][tokens]] for part in rows]
+                (expected,) = torch_attention(alone, [row.is_visual[tokens]], attention_range, window or "ordinal")
+                assert_close(ours[tokens], expected, 1e-5)
 
     @pytest.mark.parametrize("hollow", [False, True], ids=["dense", "hollow"])
     def test_a_sample_does_not_depend_on_its_batch(self, path: Path, hollow):

@@ -1,6 +1,7 @@
 """What is particular to the TPU's attention, run by Pallas' interpreters on the CPU; its contract is in test_attention.py."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,8 @@ def test_the_caller_names_the_kernel(attention_range):
     assert not kernel_calls(traced(layout, attention_range, kernel="packed"))
     # Text and visual queries, each with their own run and the other.
     assert len(kernel_calls(traced(layout, attention_range, kernel="splash"))) == 4
+    # The text of branches and of their trunks.
+    assert len(kernel_calls(traced(replace(layout, max_branches=2), attention_range, kernel="splash"))) == 5
 
 
 @pytest.mark.parametrize("setting", ["default", "highest"])
@@ -170,6 +173,7 @@ def test_flops_count_whole_blocks():
     # Text with itself, 13 visited blocks, and text with visual slots both ways.
     pairs = 384**2 + 13 * 256**2 + 2 * 384 * 1792
     assert kernel_flops(Bucket(text=380, visual=1664), 256, 28, 128) == 4 * pairs * 28 * 128
+    assert kernel_flops(Bucket(text=380, visual=1664), 256, 28, 128, 3) == 4 * (pairs + 384**2) * 28 * 128
     assert kernel_flops(Bucket(text=380, visual=0), 256, 28, 128) == 4 * 384**2 * 28 * 128
 
 
