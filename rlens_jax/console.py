@@ -192,6 +192,8 @@ class Progress:
             self._bar.close()
         else:
             self._print_line()
+        if self._forecast is not None:
+            self._forecast.end(self._name)
 
     def _print_line(self) -> None:
         if not _muted.is_set():

@@ -37,13 +37,13 @@ class Forecast:
         """Seconds and work of finished items, full and raced."""
         self._now = 0.0
 
-    def total(self, phase: str) -> int:
-        """Items left of a phase."""
-        return len(self._left[phase])
-
     def begin(self) -> None:
         """Start the clock of the next items."""
         self._now = time.monotonic()
+
+    def end(self, phase: str) -> None:
+        """Expect nothing more of a phase."""
+        self._left[phase] = []
 
     def advance(self, phase: str, items: int, *, resumed: bool) -> None:
         """Take the next items of a phase as done; `resumed` ones took no time and count for no rate."""

@@ -1,8 +1,13 @@
 """The time left of a whole command."""
 
+from dataclasses import replace
+
 import pytest
 
+from rlens_jax.config import ReportConfig, RunConfig, SearchConfig
 from rlens_jax.forecast import RACED_SHARE, Forecast, Work
+from rlens_jax.ranking.expected_work import expected_work
+from rlens_jax.search.search import num_evaluations
 
 
 class Clock:
@@ -43,3 +48,27 @@ def test_resumed_items_count_for_no_rate(monkeypatch: pytest.MonkeyPatch) -> Non
     clock.now += 4.2
     forecast.advance("search", 1, resumed=False)
     assert forecast.seconds("search") == pytest.approx((4.2, 4.2 + 42 / RACED_SHARE))
+
+
+def test_the_work_of_a_run_counts_the_layers_of_each_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """L = 4 and L_p = 1: the dense plan, one layer by position, and rounds of three, two and one candidates."""
+    clock, samples = Clock(monkeypatch), {"validation": 10, "test": 5}
+    search = SearchConfig(operators=("ffn",), position_layers=1)
+    forecast = expected_work(RunConfig(search=search, report=ReportConfig(extent="none")), 4, samples)
+    forecast.begin()
+    clock.now += 40
+    forecast.advance("ranking ffn", 1, resumed=False)
+    rounds = (2 + 3 + 4) + (3 + 4) + 4
+    assert forecast.seconds("ranking ffn") == pytest.approx((10 + 10 * RACED_SHARE * rounds,) * 2)
+    forecast.advance("ranking ffn", num_evaluations(4, 1) - 1, resumed=True)
+    assert forecast.seconds("ranking ffn") == (0, 0)
+
+    full = expected_work(RunConfig(search=replace(search, stopping="none")), 4, samples)
+    full.begin()
+    clock.now += 40
+    full.advance("ranking ffn", 1, resumed=False)
+    phase, whole = full.seconds("ranking ffn") or (0, 0)
+    assert phase == 10 + 10 * rounds
+    assert whole > phase + 5 * (4 + 2 * 3 * 2.5)
+    full.end("held-out curves")
+    assert full.seconds("ranking ffn") == (phase, phase)

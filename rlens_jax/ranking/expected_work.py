@@ -1,0 +1,44 @@
+"""The work that a ranking run expects, phase by phase, in layers times samples, for the time left that it shows."""
+
+from collections.abc import Mapping
+
+from rlens_jax.config import RunConfig
+from rlens_jax.forecast import Forecast, Work
+from rlens_jax.plan import OPERATORS, Operator
+from rlens_jax.search.curves import random_points
+
+CURVES = "held-out curves"
+
+
+def search_label(operator: Operator, position_layers: int | None) -> str:
+    """The name of a search among the phases of a run."""
+    return f"ranking {operator}" if position_layers != 0 else f"ranking {operator}, L_p = 0"
+
+
+def expected_work(config: RunConfig, num_layers: int, samples: Mapping[str, int]) -> Forecast:
+    """The phases of a run with L layers and so many samples per split.
+
+    A candidate costs the layers from the one that it reduces. Which layers remain in a round is not known: the first ones are
+    assumed. Early stopping shortens the candidates of a round.
+    """
+    search, report, phases = config.search, config.report, {}
+    searches = [search.position_layers, *([0] if report.full_search and report.extent == "full" else [])]
+    for position_layers in searches:
+        for operator in search.operators:
+            work = _search(num_layers, position_layers, samples["validation"], raced=search.stopping == "exact")
+            phases[search_label(operator, position_layers)] = work
+    if report.extent == "full":
+        orders = (1 + len(searches)) * len(search.operators)
+        prefixes = [(num_layers + 1) / 2] * (num_layers - 1) * orders  # each starts from the states of its predecessor
+        points = [num_layers / 2] * (len(random_points(num_layers)) * report.random_rankings * len(search.operators))
+        others = [num_layers] * (1 + (len(search.operators) == len(OPERATORS)))
+        phases[CURVES] = Work([layers * samples["test"] for layers in (*others, *prefixes, *points)])
+    return Forecast(phases)
+
+
+def _search(num_layers: int, position_layers: int | None, samples: int, *, raced: bool) -> Work:
+    by_position = num_layers // 4 if position_layers is None else position_layers
+    first = [num_layers * samples, *(samples * layers for layers in range(1, by_position + 1))]
+    rounds = range(num_layers - by_position, 0, -1)
+    candidates = [samples * (num_layers - layer) for size in rounds for layer in reversed(range(size))]
+    return Work(first, candidates) if raced else Work(first + candidates)
