@@ -4,7 +4,9 @@
 
 FOLDER contains VLMEvalKit's TSV files. About --instances questions (the paper: 2350) are drawn for the search, and about
 --held-out questions for the curves, about images that the search does not see. Each benchmark gets the same share, stratified
-by category. Pairs of MME and sets of HallusionBench stay whole. The same files, seed and options draw the same instances.
+by category. Images are drawn, each with all its questions in the benchmark: 2 in MME and ChartQA, about 4 in DocVQA and 6 in
+InfoVQA; the command says how many. Pairs of MME and sets of HallusionBench stay whole. The same files, seed and options draw
+the same instances.
 
 The file is JSON in the order of the TSV files, so that other programs can use the same instances:
 
@@ -32,6 +34,7 @@ from rlens_jax.console import ArgumentParser, run_command, say, show
 from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Instance, Turn, find_benchmark, instance, named_sum
 from rlens_jax.data.benchmarks.tfds_builder import read_benchmark, read_table
 from rlens_jax.data.benchmarks.tsv import TsvTable
+from rlens_jax.data.components import components
 from rlens_jax.data.images import image_hash
 from rlens_jax.data.samples import Sample, normalised
 from rlens_jax.errors import UserError, suggest
@@ -58,8 +61,9 @@ def draw(tables: Mapping[str, TsvTable], *, instances: int, held_out: int, seed:
     """Draw a mixture.
 
     Every benchmark gives the same number of instances, but at most half of its own to each split. Strata are drawn in
-    proportion to their size and groups (`Instance.group`) as a whole, so a number may be off by about half a group per
-    stratum. No held-out instance shares an image with a validation instance, of whatever benchmark.
+    proportion to their size. All questions about an image, and all members of a group (`Instance.group`), are drawn together, so
+    a number may be off by about half as many per stratum. No held-out instance shares an image with a validation instance, of
+    whatever benchmark.
 
     Raises:
         UserError: a row is wrong for its benchmark, there are fewer instances than datasets, or no instance can be held out.
@@ -75,9 +79,10 @@ def draw(tables: Mapping[str, TsvTable], *, instances: int, held_out: int, seed:
     for split, total in zip(SPLITS, (instances, held_out), strict=True):
         taken: set[bytes] = set()
         for name, table in tables.items():
-            groups: dict[tuple[str, ...], list[Instance]] = defaultdict(list)
-            for item in items[name]:
-                groups[item.group].append(item)
+            groups: dict[int, list[Instance]] = defaultdict(list)
+            together = components([item.group, *images[name][item.index]] for item in items[name])
+            for item, number in zip(items[name], together, strict=True):
+                groups[number].append(item)
             free = [group for group in groups.values() if not any(images[name][item.index] & seen for item in group)]
             drawn = _stratified(free, min(round(total / len(tables)), len(items[name]) // 2), rngs[name])
             if not drawn:
@@ -113,6 +118,13 @@ def _apportioned(sizes: np.ndarray, count: int) -> np.ndarray:
     rest = round(shares.sum()) - int(seats.sum())
     seats[np.argsort(seats - shares, kind="stable")[:rest]] += 1
     return seats
+
+
+def _counted(table: TsvTable, indices: Sequence[str]) -> str:
+    """How many questions there are, and about how many images."""
+    chosen = set(indices)
+    images = {image for row in table.rows if row.index in chosen for image in row.image_hashes}
+    return f"{len(chosen)} (about {len(images)} images)"
 
 
 def write_mixture(mixture: Mixture, path: Path) -> None:
@@ -249,8 +261,8 @@ def main(arguments: Sequence[str]) -> None:
     tables = {name: read_table(BENCHMARKS[name], options.data, sums.get(name)) for name in dict.fromkeys(options.datasets)}
     mixture = draw(tables, instances=options.instances, held_out=options.held_out, seed=options.seed)
     write_mixture(mixture, options.output)
-    for name in tables:
-        say(f"{name}: {len(mixture.validation[name])} for the search, {len(mixture.test[name])} held out")
+    for name, table in tables.items():
+        say(f"{name}: {_counted(table, mixture.validation[name])} for the search, {_counted(table, mixture.test[name])} held out")
     numbers = [sum(map(len, getattr(mixture, split).values())) for split in SPLITS]
     show(f"{options.output}: {numbers[0]} instances for the search, {numbers[1]} held out")
 
