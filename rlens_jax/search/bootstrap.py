@@ -7,6 +7,7 @@ are compared are taken from the same draws, so that errors that they share cance
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -33,6 +34,7 @@ def bootstrap_interval(
     outcomes_by_dataset: Mapping[str, np.ndarray],
     statistic: Statistic,
     *,
+    images: Mapping[str, np.ndarray] | None = None,
     samples: int = 1000,
     seed: int = 0,
     level: float = 0.95,
@@ -42,13 +44,20 @@ def bootstrap_interval(
     Args:
         outcomes_by_dataset: per dataset, outcomes [points, samples of the dataset]. Their order decides the draws.
         statistic: `mean_over_datasets`, `area_under_curve(...)`, or another of that form.
+        images: per dataset, the number of each sample's images; samples with equal numbers, also of different datasets, are
+            drawn together. By default each sample is drawn by itself.
         samples: number of draws.
         seed: seed of the draws.
         level: coverage of the interval.
     """
     outcomes = [np.asarray(values, np.float64) for values in outcomes_by_dataset.values()]
-    counts = _draw_counts([values.shape[1] for values in outcomes], samples, seed)
-    drawn = [times @ values.T / values.shape[1] for times, values in zip(counts, outcomes, strict=True)]
+    if images is None:
+        ends = np.cumsum([values.shape[1] for values in outcomes])
+        groups = np.split(np.arange(ends[-1]), ends[:-1])
+    else:
+        groups = [images[name] for name in outcomes_by_dataset]
+    counts = _draw_images(groups, samples, seed)
+    drawn = [times @ values.T / times.sum(axis=1, keepdims=True) for times, values in zip(counts, outcomes, strict=True)]
     measured = np.stack([values.mean(axis=1) for values in outcomes], axis=-1)
     return _interval(statistic(measured[np.newaxis])[0], statistic(np.stack(drawn, axis=-1)), (1 - level) / 2)
 
@@ -102,6 +111,24 @@ def score_draws(score: Score, *, samples: int = 1000, seed: int = 0) -> np.ndarr
         return counts[:, [column[group] for group in sums]] @ np.fromiter(sums.values(), np.float64)
 
     return np.sum([ratio.scale * total(ratio.numerators) / total(ratio.denominators) for ratio in score.ratios], axis=0)
+
+
+def _draw_images(images: Sequence[np.ndarray], samples: int, seed: int) -> list[np.ndarray]:
+    """How often each draw takes each sample of each dataset: float64[draws, size].
+
+    Questions about one image are not independent, so an image is drawn with all its questions. The strata are the images that
+    have questions in the same datasets, so that each draw has as many images of each dataset as there are.
+    """
+    datasets: dict[int, list[int]] = {}
+    for dataset, numbers in enumerate(images):
+        for image in dict.fromkeys(numbers.tolist()):
+            datasets.setdefault(image, []).append(dataset)
+    strata: dict[tuple[int, ...], list[int]] = {}
+    for image, members in datasets.items():
+        strata.setdefault(tuple(members), []).append(image)
+    counts = np.concatenate(_draw_counts(map(len, strata.values()), samples, seed), axis=1)
+    column = {image: place for place, image in enumerate(chain.from_iterable(strata.values()))}
+    return [counts[:, [column[image] for image in numbers.tolist()]] for numbers in images]
 
 
 def _draw_counts(sizes: Iterable[int], samples: int, seed: int) -> list[np.ndarray]:

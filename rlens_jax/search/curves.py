@@ -4,7 +4,7 @@ Curves use samples that the search never saw. All strategies share the same boot
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,7 @@ def random_points(num_layers: int) -> tuple[int, ...]:
 
 
 def held_out_plans(ranking: Ranking, num_random: int, seed: int, search_all: Ranking | None) -> list[Plan]:
-    """All plans whose outcomes `operator_result` needs, each once, the base first.
+    """All plans whose outcomes `operator_result` needs, each once, in the order of `chain_order`: the base first.
 
     Args:
         ranking: the searched ranking.
@@ -46,7 +46,21 @@ def held_out_plans(ranking: Ranking, num_random: int, seed: int, search_all: Ran
     for order in random_rankings(len(ranking.order), num_random, seed):
         prefixes = prefix_plans(ranking.operator, order, ranking.base)
         plans += [prefixes[k] for k in random_points(len(order))]
-    return list(dict.fromkeys(plans))
+    return chain_order(plans, len(ranking.order))
+
+
+def chain_order(plans: Iterable[Plan], num_layers: int) -> list[Plan]:
+    """The plans, each once, in the order in which a chain runs the fewest layers.
+
+    In a chain, each plan starts from the states of the one before at the first layer in which they differ. Sorted by what they do
+    in layer 0, then in layer 1, and so on, all plans that treat the first k layers alike follow each other, so these layers run
+    once for all of them.
+    """
+
+    def treatment(plan: Plan) -> list[bool]:
+        return np.stack(plan.flags(num_layers), axis=1).ravel().tolist()
+
+    return sorted(dict.fromkeys(plans), key=treatment)
 
 
 def operator_result(
@@ -60,6 +74,7 @@ def operator_result(
     search_all: Ranking | None,
     bootstrap_samples: int,
     relative: bool,
+    images: Mapping[str, np.ndarray] | None = None,
 ) -> OperatorResult:
     """Curves, areas and saving of one operator, from the outcomes of `held_out_plans` with the same arguments.
 
@@ -68,8 +83,9 @@ def operator_result(
         outcomes, dense: outcomes of the plans and metrics of the dense model, both on held-out samples.
         seed: seed of the random rankings and of the bootstrap.
         relative: whether losses are relative to the dense metrics, as changes are in the search.
+        images: as in `bootstrap_interval`.
     """
-    held_out = _HeldOut(outcomes, dense, relative, bootstrap_samples, seed)
+    held_out = _HeldOut(outcomes, dense, relative, bootstrap_samples, seed, images)
     orders = _orders(ranking, search_all)
     prefixes = {name: prefix_plans(ranking.operator, order, ranking.base) for name, order in orders.items()}
     curves = {name: held_out.curve(order, prefixes[name]) for name, order in orders.items()}
@@ -83,8 +99,9 @@ def operator_result(
     # All orders give the same plan with no layer and with all layers; between, compare at the points of random rankings.
     area_points = (0, *(k for k in points if k < num_layers), num_layers)
     tables = {name: held_out.table([plans[k] for k in area_points]) for name, plans in prefixes.items()}
-    random_tables = [held_out.table([plans[k] for k in area_points]) for plans in random_prefixes]
-    tables["random"] = {name: np.mean([table[name] for table in random_tables], axis=0) for name in dense}
+    if random_prefixes:
+        random_tables = [held_out.table([plans[k] for k in area_points]) for plans in random_prefixes]
+        tables["random"] = {name: np.mean([table[name] for table in random_tables], axis=0) for name in dense}
     area = area_under_curve(area_points)
 
     searched, allowed = curves["searched"], curves["searched"].allowed
@@ -120,6 +137,7 @@ class _HeldOut:
     relative: bool
     bootstrap_samples: int
     seed: int
+    images: Mapping[str, np.ndarray] | None
 
     def table(self, plans: Sequence[Plan]) -> dict[str, np.ndarray]:
         """Outcomes per dataset: float64[plans, samples]."""
@@ -137,7 +155,7 @@ class _HeldOut:
         return Curve(order, points, losses, mean=self.interval(self.table(plans), mean_over_datasets))
 
     def interval(self, table: Mapping[str, np.ndarray], statistic: Statistic) -> Interval:
-        return bootstrap_interval(table, statistic, samples=self.bootstrap_samples, seed=self.seed)
+        return bootstrap_interval(table, statistic, images=self.images, samples=self.bootstrap_samples, seed=self.seed)
 
     def difference(self, table: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], statistic: Statistic) -> Interval:
         """The interval of the statistic of `table` minus that of `other`, on the same draws."""

@@ -69,6 +69,46 @@ def test_datasets_are_drawn_independently():
     assert interval.high - interval.low > 0.05
 
 
+def test_an_image_is_drawn_with_all_its_questions():
+    """Four questions with the same answer about each image are as good as one, and no better."""
+    once = right_or_wrong((2, 60), 0.6)
+    images = np.random.default_rng(1).permutation(np.repeat(np.arange(60), 4))
+    ours = bootstrap_interval({"chart": once[:, images]}, mean_over_datasets, images={"chart": images})
+    alone = bootstrap_interval({"chart": once[:, images]}, mean_over_datasets)
+    expected = bootstrap_interval({"chart": once}, mean_over_datasets)
+    widths = [interval.high - interval.low for interval in (ours, alone, expected)]
+    np.testing.assert_allclose(widths[0], widths[2], rtol=0.15)
+    assert (widths[1] < 0.65 * widths[0]).all()
+    np.testing.assert_allclose(ours.value, expected.value)
+
+
+def test_samples_with_images_of_their_own_are_drawn_as_before():
+    outcomes = {"chart": right_or_wrong((2, 40), 0.6), "doc": right_or_wrong((2, 30), 0.3, seed=1)}
+    numbers = {"chart": np.arange(100, 140), "doc": np.arange(30)}
+    ours, plain = (bootstrap_interval(outcomes, mean_over_datasets, images=images) for images in (numbers, None))
+    np.testing.assert_array_equal([ours.low, ours.high], [plain.low, plain.high])
+
+
+def test_images_of_two_datasets_are_drawn_together():
+    """Opposite answers about the same images cancel; images of one dataset keep their share of every draw."""
+    first = right_or_wrong((1, 100), 0.5)
+    pages = np.arange(100)
+    shared = {"chart": pages, "doc": pages[::-1]}
+    interval = bootstrap_interval({"chart": first, "doc": 1 - first[:, ::-1]}, mean_over_datasets, images=shared)
+    assert interval.low == interval.high == 0.5
+    # 100 images with one right question each, and 50 with a wrong one in the second dataset only.
+    outcomes = {"chart": np.ones((1, 100)), "doc": np.concatenate([np.ones((1, 100)), np.zeros((1, 50))], axis=1)}
+    interval = bootstrap_interval(outcomes, mean_over_datasets, images={"chart": pages, "doc": np.arange(150)})
+    assert [float(interval.low[0]), float(interval.high[0])] == pytest.approx([(1 + 2 / 3) / 2] * 2)
+
+
+def test_a_draw_of_images_with_more_questions_has_more_questions():
+    """A metric stays a mean over questions: of two images, one with three right and one with one wrong question."""
+    outcomes = {"chart": np.array([[1.0, 1.0, 1.0, 0.0]])}
+    interval = bootstrap_interval(outcomes, lambda m: m[:, 0, 0], images={"chart": np.array([7, 7, 7, 2])})
+    assert (interval.value, interval.low, interval.high) == (0.75, 0, 1)
+
+
 def test_area_under_the_curve_by_hand():
     metrics = np.array([[[1.0, 0.8], [0.8, 0.6], [0.0, 0.0]]])  # means 0.9, 0.7, 0.0
     expected = ((0.9 + 0.7) / 2 * 1 + (0.7 + 0.0) / 2 * 3) / 4

@@ -1,8 +1,11 @@
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
 from rlens_jax.plan import Plan
-from rlens_jax.search.curves import held_out_plans, operator_result, random_points
+from rlens_jax.search.curves import chain_order, held_out_plans, operator_result, random_points
 from rlens_jax.search.objective import PlanScore
 from rlens_jax.search.search import rank_layers
 from tests.reporting.synthetic import synthetic_results, with_margin
@@ -17,23 +20,24 @@ def outcomes(plan):
     return {"toy": [1.0] * right + [0.0] * (20 - right)}
 
 
-def toy_result(search_all=None):
+def toy_result(search_all=None, num_random=3, images=None):
     def score(plan):
         value = -sum(WORTH[layer] for layer in plan.ffn) / 20
         return PlanScore(score=value, loss=-value, metrics={"toy": 1 + value})
 
     ranking = rank_layers(6, 1, "ffn", one_at_a_time(score))
-    plans = held_out_plans(ranking, 3, 0, search_all)
+    plans = held_out_plans(ranking, num_random, 0, search_all)
     return operator_result(
         ranking,
         {plan: outcomes(plan) for plan in plans},
         {"toy": 1.0},
         lambda plan, with_probes: len(plan.ffn) / (7 if with_probes else 6),
-        num_random=3,
+        num_random=num_random,
         seed=0,
         search_all=search_all,
         bootstrap_samples=50,
         relative=True,
+        images=images,
     )
 
 
@@ -51,6 +55,49 @@ def test_the_plans_are_all_that_is_needed_each_once_the_base_first():
     assert len(set(plans)) == len(plans)
     # Two curves with L + 1 points and both ends in common; five plans of ten random orders, few equal.
     assert 60 < len(plans) <= 2 * 11 + 2 + 50
+
+
+def test_a_chain_runs_each_beginning_of_a_plan_once():
+    """Its layers are the nodes of the tree of all plans, by what they do from layer 0 on: no order can run fewer."""
+    ranking = synthetic_results().operators["ffn"].ranking
+    plans = held_out_plans(ranking, 6, 0, None) + [Plan(attention=(k, 11)) for k in range(11)]
+    chain = chain_order(plans, 12)
+    assert sorted(chain, key=str) == sorted(set(plans), key=str)
+
+    def layers_run(order):
+        firsts = [before.lowest_difference(plan) for before, plan in pairwise(order)]
+        return 12 + sum(12 - first for first in firsts)
+
+    beginnings = {
+        (k, *((layer in plan.attention, layer in plan.ffn) for layer in range(k))) for plan in plans for k in range(1, 13)
+    }
+    assert layers_run(chain) == len(beginnings)
+    assert layers_run(held_out_plans(ranking, 6, 0, None)) < 0.75 * sum(12 - min(plan.ffn, default=11) for plan in plans)
+    based = held_out_plans(replace(ranking, base=Plan((3,))), 2, 0, None)
+    assert based[0] == Plan((3,))
+
+
+def test_without_random_rankings_nothing_is_compared_with_chance():
+    result = toy_result(num_random=0)
+    assert result.random.orders == result.random.means == ()
+    assert result.areas.keys() == {"searched", "position"}
+    assert result.margins.keys() == result.beats.keys() == {"position"}
+    with_random = toy_result()
+    assert result.curves["searched"].metrics == with_random.curves["searched"].metrics
+    assert {"random", "position"} == with_random.beats.keys()
+    assert (
+        len(held_out_plans(result.ranking, 0, 0, None)) == 7 + 5 - 1
+    )  # two orders, of which both ends and one more are the same
+
+
+def test_intervals_draw_images():
+    """With all samples of one image, nothing is left to chance; the values stay."""
+    ours, plain = toy_result(images={"toy": np.zeros(20, int)}), toy_result()
+    for name, curve in ours.curves.items():
+        np.testing.assert_allclose(curve.mean.low, curve.mean.value)
+        np.testing.assert_allclose(curve.mean.high, curve.mean.value)
+        np.testing.assert_array_equal(curve.mean.value, plain.curves[name].mean.value)
+    assert ours.areas["searched"].low == pytest.approx(ours.areas["searched"].value)
 
 
 def test_curve_losses_areas_and_saving_are_what_the_outcomes_say():
