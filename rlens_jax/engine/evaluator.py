@@ -70,6 +70,10 @@ class Evaluator:
         outcomes = [self.journal.outcomes(split, plan, count) for plan in plans]
         return [{name: values[members] for name, members in datasets.items()} for values in outcomes]
 
+    def chain(self, split: str, plans: Sequence[Plan], progress: Progress | None = None) -> list[Outcomes]:
+        """As `outcomes`, but each plan starts from the states of the plan before it."""
+        return [self.outcomes(split, plan, [plan], progress)[0] for plan in plans]
+
     def _evaluate(self, split: str, base: Plan, plans: Sequence[Plan], progress: Progress | None) -> None:
         batches = self.splits[split].batches
         parts = memory_parts([self.scoring.state_bytes(batch) for batch in batches], self.state_bytes)

@@ -19,6 +19,7 @@ from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.paper_studies.study import Case, Flops, Point, Series, Variant
 from rlens_jax.plan import Operator, Plan
 from rlens_jax.search.bootstrap import Interval, Statistic, bootstrap_interval, mean_over_datasets
+from rlens_jax.search.curves import chain_order
 from rlens_jax.search.journal import Journal
 from rlens_jax.search.objective import dataset_metrics, plan_loss
 from rlens_jax.search.search import Ranking, num_evaluations, rank_layers
@@ -96,8 +97,9 @@ class Bench:
         with Progress(label, total, "evaluations") as progress:
             for variant in dict.fromkeys(case.variant for case in distinct):
                 evaluator, scoring = self._evaluator(TEST, variant)
-                for base, case in chained([case for case in distinct if case.variant == variant]):
-                    (measured[case],) = evaluator.outcomes(self._split_name(TEST, variant), base, [case.plan], progress)
+                plans = chain_order([case.plan for case in distinct if case.variant == variant], self.num_layers)
+                outcomes = evaluator.chain(self._split_name(TEST, variant), plans, progress)
+                measured |= {Case(plan, variant): values for plan, values in zip(plans, outcomes, strict=True)}
                 scoring.release()
         return {case: measured[self._canonical(case)] for case in (Case(Plan(), self.plain), *cases)}
 
@@ -204,18 +206,3 @@ class Bench:
             state_bytes=self.config.compute.state_memory_gb * 1e9,
         )
         return evaluator, scoring
-
-
-def chained(cases: list[Case]) -> list[tuple[Plan, Case]]:
-    """Each case with the plan whose stored states it starts from: the previous case's plan, or dense if that is nearer.
-
-    The nearer plan agrees on more of the first layers. All cases have the same variant.
-    """
-    bases = []
-    previous = Plan()
-    for case in cases:
-        # An equal plan, None, is the nearest.
-        near, dense = (plan.lowest_difference(case.plan) for plan in (previous, Plan()))
-        bases.append((previous if near is None or (dense is not None and near > dense) else Plan(), case))
-        previous = case.plan
-    return bases

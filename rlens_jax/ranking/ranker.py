@@ -7,7 +7,7 @@ from rlens_jax.config import RunConfig
 from rlens_jax.console import Progress
 from rlens_jax.engine.evaluator import Evaluator, round_scorer
 from rlens_jax.plan import OPERATORS, Operator, Plan
-from rlens_jax.search.curves import FlopsSaved, held_out_plans, operator_result, plan_saving
+from rlens_jax.search.curves import FlopsSaved, chain_order, held_out_plans, operator_result, plan_saving
 from rlens_jax.search.objective import dataset_metrics
 from rlens_jax.search.results import OperatorResult, Saving
 from rlens_jax.search.search import Ranking, num_evaluations, rank_layers
@@ -50,7 +50,7 @@ class Ranker:
 
     def metrics(self, split: str, plan: Plan, progress: Progress | None = None) -> dict[str, float]:
         """Each dataset's metric under a plan."""
-        (outcomes,) = self.evaluator.outcomes(split, Plan(), [plan], progress)
+        (outcomes,) = self.evaluator.chain(split, [plan], progress)
         return dataset_metrics(outcomes)
 
     def rank(self, operator: Operator, position_layers: int | None) -> Ranking:
@@ -69,21 +69,20 @@ class Ranker:
     ) -> Comparison:
         """Compare rankings with other orders, and with `complete`, rankings without position prior, on the held-out samples."""
         report, seed, relative = self.config.report, self.config.seed, self.config.search.change == "relative"
-        plans = {
-            operator: held_out_plans(ranking, report.random_rankings, seed, complete.get(operator))
-            for operator, ranking in rankings.items()
-        }
+        plans = [Plan()]
+        for operator, ranking in rankings.items():
+            plans += held_out_plans(ranking, report.random_rankings, seed, complete.get(operator))
+        plans = chain_order(plans, self.num_layers)
         both = len(rankings) == len(OPERATORS)
-        total = (1 + sum(map(len, plans.values())) + both) * len(self.samples[TEST])
         results: dict[Operator, OperatorResult] = {}
         combined = None
-        with Progress("held-out curves", total, "evaluations") as progress:
-            dense = self.metrics(TEST, Plan(), progress)
+        with Progress("held-out curves", (len(plans) + both) * len(self.samples[TEST]), "evaluations") as progress:
+            outcomes = dict(zip(plans, self.evaluator.chain(TEST, plans, progress), strict=True))
+            dense = dataset_metrics(outcomes[Plan()])
             for operator, ranking in rankings.items():
-                outcomes = self.evaluator.outcomes(TEST, Plan(), plans[operator], progress)
                 results[operator] = operator_result(
                     ranking,
-                    dict(zip(plans[operator], outcomes, strict=True)),
+                    outcomes,
                     dense,
                     flops_saved,
                     num_random=report.random_rankings,

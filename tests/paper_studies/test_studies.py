@@ -15,8 +15,8 @@ from rlens_jax.flops import LayerSizes, saving, visual_in_layer
 from rlens_jax.models.pruned import run_prompt
 from rlens_jax.paper_studies import reduction_studies
 from rlens_jax.paper_studies.studies_run import STUDIES, plot_study, write_study
-from rlens_jax.paper_studies.study import STUDY_NAMES, Case, Facts, Variant, study_json, summary
-from rlens_jax.paper_studies.study_bench import Bench, chained
+from rlens_jax.paper_studies.study import STUDY_NAMES, Facts, study_json, summary
+from rlens_jax.paper_studies.study_bench import Bench
 from rlens_jax.plan import OPERATORS, Plan
 from rlens_jax.pruning import VTW, FastV
 from rlens_jax.search.objective import dataset_metric
@@ -326,13 +326,6 @@ def test_the_journal_keeps_variants_apart(finished: Finished) -> None:
     others = [v for v, none in zip(variants, empty, strict=True) if v and none and not v["pruning"]]
     assert set(dense) == {"validation", "test"}
     assert not others  # the dense model is measured once, whatever the variant would have done
-
-
-def test_a_case_starts_from_the_nearer_of_its_predecessor_and_the_dense_model() -> None:
-    variant = Variant(REDUCTION)
-    plans = [Plan(), Plan((4,)), Plan((1, 4)), Plan((1, 3, 4)), Plan((2,))]
-    bases = [base for base, _ in chained([Case(plan, variant) for plan in plans])]
-    assert bases == [Plan(), Plan(), Plan(), Plan((1, 4)), Plan()]
 
 
 class NoScoring:
