@@ -144,8 +144,8 @@ class ReportConfig:
 
     extent: Literal["full", "none"] = "full"
     """`none` ends the run with the rankings: no held-out curves, no savings, no report."""
-    random_rankings: int = 10
-    """Number of random rankings to compare with."""
+    random_rankings: int = 0
+    """Number of random rankings to compare with on the held-out samples; each costs several evaluations."""
     bootstrap_samples: int = 1000
     """Draws of the bootstrap behind the 95 % intervals."""
     full_search: bool = False
@@ -155,7 +155,8 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         _check_types("report", self)
-        _at_least(1, "report", self, "random_rankings", "bootstrap_samples", "timing_repeats")
+        _at_least(0, "report", self, "random_rankings")
+        _at_least(1, "report", self, "bootstrap_samples", "timing_repeats")
 
 
 @no_type_check  # user input: __post_init__ checks it and raises UserError

@@ -104,7 +104,7 @@ BAD_OPTIONS = {
     "--compute.dtype float16": "compute.dtype must be one of float32, bfloat16 or null, not float16",
     "--compute.batch_size -1": "compute.batch_size must be at least 0, not -1",
     "--compute.state_memory_gb -1": "compute.state_memory_gb must be at least 0",
-    "--report.random_rankings 0": "report.random_rankings must be at least 1, not 0",
+    "--report.random_rankings -1": "report.random_rankings must be at least 0, not -1",
     "--hosts.num_processes 0": "hosts.num_processes must be at least 1, not 0",
     "--hosts.num_processes 2": "hosts.coordinator and hosts.process_id must be set too",
     "--hosts.process_id 0": "hosts.coordinator and hosts.num_processes must be set too",

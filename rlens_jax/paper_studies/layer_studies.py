@@ -8,7 +8,7 @@ relative score lost with half of the layers reduced, text over visual, on the sa
 tokens: the order of layers was searched for them, and the last layer is free for them but not for text, whose last token
 predicts the answer.
 
-`strategies` compares orders of layers: searched, hybrid (the last L_p layers by position), by position, random.
+`strategies` compares orders of layers: searched, hybrid (the last L_p layers by position), by position, random if asked for.
 """
 
 import math
@@ -183,11 +183,12 @@ def _strategies(bench: Bench, operator: Operator) -> dict[str, list[tuple[int, .
     """The orders of each strategy: one, or several to average over."""
     length, report = bench.num_layers, bench.config.report
     hybrids = sorted({length // 4, length // 2, 3 * length // 4} - {0, length})
+    drawn = random_rankings(length, report.random_rankings, bench.config.seed)
     return {
         "searched": [bench.search(operator, 0).order],
         **{f"hybrid, L_p = {prior}": [bench.search(operator, prior).order] for prior in hybrids},
         "by position": [position_ranking(length)],
-        f"random, mean of {report.random_rankings}": random_rankings(length, report.random_rankings, bench.config.seed),
+        **({f"random, mean of {len(drawn)}": drawn} if drawn else {}),
     }
 
 

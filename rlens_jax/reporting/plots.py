@@ -94,7 +94,8 @@ def _curve_panel(axis: Axes, operator: Operator, result: OperatorResult, results
             zorder=4 if name == "searched" else 3,
             label=STRATEGY_NAMES[name],
         )
-    _random_marks(axis, result.random)
+    if result.random.orders:
+        _random_marks(axis, result.random)
     number = result.curves["searched"].allowed
     axis.plot(
         number,

@@ -81,6 +81,7 @@ class HeldOutView:
     allowed: int
     chart: Chart
     areas: tuple[tuple[str, Mapping[str, float], Mapping[str, float] | None], ...]
+    rivals: str
     unbeaten: str
 
 
@@ -227,11 +228,13 @@ def _operator_view(run: RunFiles, operator: str, worst: float) -> OperatorView:
 def _held_out_view(run: RunFiles, operator: str) -> HeldOutView:
     held_out = run.ranking["held_out"][operator]
     areas, margins = held_out["areas"], held_out["margins"]
-    unbeaten = [name for name in ("position", "random") if margins[name]["low"] <= 0]
+    rivals = [name for name in ("position", "random") if name in margins]
+    unbeaten = [name for name in rivals if margins[name]["low"] <= 0]
     return HeldOutView(
         allowed=_allowed(held_out["curves"]["searched"]),
         chart=_run_chart(run, operator),
         areas=tuple((_STRATEGIES[name][0], areas[name], margins.get(name)) for name in _STRATEGIES if name in areas),
+        rivals=" and ".join(rivals),
         unbeaten=" and ".join(unbeaten),
     )
 
@@ -251,19 +254,23 @@ def _run_chart(run: RunFiles, operator: str) -> Chart:
     held_out = run.ranking["held_out"][operator]
     curves, random = held_out["curves"], held_out["random"]
     means = list(zip(*(ranking["means"] for ranking in random["rankings"]), strict=True))
-    series = [
-        Series(
-            name=_STRATEGIES["random"][1],
-            label=_STRATEGIES["random"][1],
-            style="random",
-            x=tuple(map(float, random["num_reduced"])),
-            y=tuple(sum(values) / len(values) for values in means),
-            low=tuple(map(min, means)),
-            high=tuple(map(max, means)),
-            notes=("",) * len(means),
-            joined=False,
-        )
-    ]
+    series = (
+        []
+        if not means
+        else [
+            Series(
+                name=_STRATEGIES["random"][1],
+                label=_STRATEGIES["random"][1],
+                style="random",
+                x=tuple(map(float, random["num_reduced"])),
+                y=tuple(sum(values) / len(values) for values in means),
+                low=tuple(map(min, means)),
+                high=tuple(map(max, means)),
+                notes=("",) * len(means),
+                joined=False,
+            )
+        ]
+    )
     series += [_curve_series(curves[name], name) for name in ("position", "search_all", "searched") if name in curves]
     searched = curves["searched"]["points"]
     allowed = _allowed(curves["searched"])

@@ -49,7 +49,7 @@ def report_markdown(results: Results) -> str:
         _rankings(results),
         f"## Savings at less than {_percent(ALLOWED_LOSS, 0)} loss",
         _savings(results),
-        "## Does the search beat position and chance?",
+        f"## Does the search beat {'position and chance' if results.config.report.random_rankings else 'position'}?",
         "![Held-out score against the number of reduced layers](curves.svg)",
         *(_quality(name, result, results) for name, result in results.operators.items()),
         "## How much the layers differ",
@@ -90,7 +90,7 @@ def summary(results: Searched, folder: Path) -> str:
             if other != "searched"
         )
         losers = _unbeaten(result)
-        verdict = "beats position and random" if losers is None else f"NOT better than {losers}"
+        verdict = f"beats {' and '.join(_rivals(result))}" if losers is None else f"NOT better than {losers}"
         text = f"{TITLES[name]}: area {_percent(float(result.areas['searched'].value))} ({others}): {verdict}"
         lines += textwrap.wrap(text, WIDTH, subsequent_indent="  ")
     lines += ["", f"Report: {folder / 'report.html'} (as text: report.md)"]
@@ -205,15 +205,22 @@ def _quality(name: Operator, result: OperatorResult, results: Results) -> str:
     return "\n\n".join([f"### {TITLES[name]}", markdown_table(titles, rows), note, _verdict(result, results)])
 
 
+def _rivals(result: OperatorResult) -> list[Strategy]:
+    """The orders that need no search: by position, and random if there are any."""
+    return [name for name in ("position", "random") if name in result.margins]
+
+
 def _unbeaten(result: OperatorResult) -> str | None:
-    """Those of position and random that the searched order does not beat on held-out samples; None if it beats both."""
-    return " and ".join(n for n in ("position", "random") if not result.beats[n]) or None
+    """Those of the rivals that the searched order does not beat on held-out samples; None if it beats all."""
+    return " and ".join(name for name in _rivals(result) if not result.beats[name]) or None
 
 
 def _verdict(result: OperatorResult, results: Results) -> str:
     losers = _unbeaten(result)
     if losers is None:
-        return "The searched order beats position and random: the intervals of both differences lie above 0."
+        rivals = _rivals(result)
+        intervals = "intervals of both differences lie" if len(rivals) > 1 else "interval of the difference lies"
+        return f"The searched order beats {' and '.join(rivals)}: the {intervals} above 0."
     samples = sum(results.validation_samples.values())
     reasons = [
         f"{len(result.ranking.prefix_scores)} of {len(result.ranking.order)} layers are ranked by position in both orders",
@@ -227,7 +234,7 @@ def _verdict(result: OperatorResult, results: Results) -> str:
     better = result.areas.get("search_all")
     if better is not None and float(better.value) > float(result.areas["searched"].value):
         reasons.append("searching every layer (L_p = 0) gives a larger area, so the layers ranked by position cost some")
-    behind = [name for name in ("position", "random") if float(result.margins[name].value) < 0]
+    behind = [name for name in _rivals(result) if float(result.margins[name].value) < 0]
     estimate = f"it is behind {' and '.join(behind)}" if behind else "it is not behind, but the interval reaches 0"
     return (
         f"**The searched order does not beat {losers}** beyond the 95 % interval; by the point estimate "

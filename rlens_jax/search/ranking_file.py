@@ -141,6 +141,9 @@ def _check_held_out(path: Path, where: str, held_out: Mapping[str, Any], num_lay
         _check_order(path, f"{field}.order", curve["order"], num_layers)
         if [point["num_reduced"] for point in curve["points"]] != list(range(num_layers + 1)):
             raise field_error(path, f"{field}.points", f"must have 0, 1, ... {num_layers} reduced layers")
+    drawn = {"random"} if held_out["random"]["rankings"] else set()
+    _check_same(path, f"{where}.areas", held_out["areas"], {*held_out["curves"], *drawn}, "strategies")
+    _check_same(path, f"{where}.margins", held_out["margins"], {*held_out["curves"], *drawn} - {"searched"}, "strategies")
     points = held_out["random"]["num_reduced"]
     for number, random in enumerate(held_out["random"]["rankings"]):
         if len(random["means"]) != len(points):

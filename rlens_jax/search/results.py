@@ -81,9 +81,9 @@ class OperatorResult:
     Attributes:
         ranking: the result of the search on the validation samples.
         curves: curves of the strategies with one order; always "searched" and "position".
-        random: curves of random orders.
+        random: curves of random orders, which may be none.
         area_points: the numbers of reduced layers over which areas are taken, the same for all strategies.
-        areas: area under the curve per strategy; for random, of the mean of its rankings.
+        areas: area under the curve per strategy; for random, of the mean of its rankings, if there are any.
         margins: area of "searched" minus the area of each other strategy, on the same draws.
         saving: saving of the first `curves["searched"].allowed` layers.
     """

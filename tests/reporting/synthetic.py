@@ -43,14 +43,14 @@ class World:
 
 
 @functools.cache
-def synthetic_results(num_layers=12, samples=60, with_search_all=False, operators=OPERATORS):
+def synthetic_results(num_layers=12, samples=60, with_search_all=False, operators=OPERATORS, num_random=10):
     config = RunConfig(
         output="runs/synthetic",
         data=DataConfig("pages", validation_samples=samples, test_samples=samples),
         search=SearchConfig(operators=operators),
         reduction=Reduction(attention_range=16),
         compute=ComputeConfig(dtype="float32"),
-        report=ReportConfig(bootstrap_samples=100),
+        report=ReportConfig(bootstrap_samples=100, random_rankings=num_random),
     )
     validation, test = World(num_layers, samples, 1), World(num_layers, samples, 2)
     dense_validation, dense_test = validation.metrics(Plan()), test.metrics(Plan())
@@ -64,13 +64,13 @@ def synthetic_results(num_layers=12, samples=60, with_search_all=False, operator
     for operator in operators:
         ranking = rank_layers(num_layers, None, operator, score_round)
         search_all = rank_layers(num_layers, 0, operator, score_round) if with_search_all else None
-        plans = held_out_plans(ranking, 10, 0, search_all)
+        plans = held_out_plans(ranking, num_random, 0, search_all)
         results[operator] = operator_result(
             ranking,
             {plan: test.outcomes(plan) for plan in plans},
             dense_test,
             flops_saved,
-            num_random=10,
+            num_random=num_random,
             seed=0,
             search_all=search_all,
             bootstrap_samples=config.report.bootstrap_samples,

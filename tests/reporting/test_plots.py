@@ -44,6 +44,12 @@ def test_the_heat_map_names_axes_and_numbers_rounds_and_layers(results):
     assert [found.count(str(number)) for number in (9, 10, 11)] == [4, 2, 2]
 
 
+def test_without_random_rankings_the_legend_has_none():
+    found = texts(plot_curves(synthetic_results(samples=20, num_random=0), "svg"))
+    assert "by position, last layer first" in found
+    assert not any("random" in text for text in found)
+
+
 def test_candidates_that_stopped_early_are_hatched(results):
     plain, hatched = (plot_candidates(each, "svg") for each in (results, with_bounds(results)))
     assert b"hatch" in hatched and b"hatch" not in plain

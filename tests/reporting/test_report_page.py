@@ -104,6 +104,15 @@ def test_every_candidate_of_every_round_is_a_cell(folder, page):
     assert [int(re.search(r"layer (\d+), chosen", tip)[1]) for tip in chosen] == [r["chosen"] for r in rounds]
 
 
+def test_without_random_rankings_nobody_speaks_of_chance(tmp_path):
+    page = report_html([read_run(write_run(tmp_path / "run", synthetic_results(samples=20, num_random=0)))])
+    words = Page(page).words
+    assert "Does the search beat position?" in words
+    shown = words.replace("random_rankings: 0", "")  # the configuration
+    assert "random" not in shown and "chance" not in shown and "Whiskers" not in shown
+    assert re.search(r"(does not beat position|beats position: the interval of the difference lies)", words)
+
+
 def test_candidates_that_stopped_early_are_hatched_and_called_bounds(page, tmp_path):
     results = with_bounds(synthetic_results(samples=20))
     stopped = sum(result.ranking.stopped_early for result in results.operators.values())

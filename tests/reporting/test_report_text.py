@@ -47,6 +47,17 @@ def test_it_says_whether_the_search_was_worth_it_and_why_not(results):
     assert "searching every layer (L_p = 0) gives a larger area" in lost
 
 
+def test_without_random_rankings_nobody_speaks_of_chance():
+    results = with_margin(with_margin(synthetic_results(samples=20, num_random=0), "ffn", 0.01), "attention", -0.01)
+    text = report_markdown(results)
+    assert "## Does the search beat position?" in text
+    assert text.count("The searched order beats position: the interval of the difference lies above 0.") == 1
+    assert text.count("**The searched order does not beat position** beyond") == 1
+    both = f"{text}\n{summary(results, Path('x'))}"
+    assert "random" not in both and "chance" not in both
+    assert ": beats position\n" in both and ": NOT better than position\n" in both
+
+
 def test_candidates_that_stopped_early_are_counted_and_explained(results):
     assert "| 0 of 45 |" in report_markdown(results)
     assert "Stopped early" not in report_markdown(results)

@@ -58,6 +58,22 @@ def test_it_holds_the_rankings_and_every_evaluation_of_the_search(results):
         assert [point["num_reduced"] for point in found["held_out"][operator]["curves"]["searched"]["points"]] == [*range(13)]
 
 
+def test_random_rankings_are_compared_everywhere_or_nowhere(tmp_path):
+    path = tmp_path / "ranking.json"
+    found = json.loads(json_text(ranking_fields(synthetic_results(samples=20, num_random=0))))
+    jsonschema.validate(found, SCHEMA)
+    path.write_text(json.dumps(found))
+    held_out = read_ranking(path).fields["held_out"]["ffn"]
+    assert held_out["random"]["rankings"] == []
+    assert held_out["areas"].keys() == {"searched", "position"}
+    for part in ("areas", "margins"):
+        spoilt = json.loads(json.dumps(found))
+        spoilt["held_out"]["ffn"][part]["random"] = held_out[part]["position"]
+        path.write_text(json.dumps(spoilt))
+        with pytest.raises(UserError, match=rf"held_out\.ffn\.{part}: must have the strategies .*position"):
+            read_ranking(path)
+
+
 def test_bounds_are_marked_and_lie_below_the_score_of_their_round(results, tmp_path):
     found = json.loads(json_text(ranking_fields(with_bounds(results))))
     jsonschema.validate(found, SCHEMA)
