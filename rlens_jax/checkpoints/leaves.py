@@ -22,6 +22,8 @@ from rlens_jax.sharding.model_axis import MODEL
 Item = TypeVar("Item")
 Model = TypeVar("Model", bound=nnx.Module)
 
+HOST_BYTES = 1 << 24
+"""Max bytes of a stack that is joined on the host."""
 TOGETHER_BYTES = 1 << 28
 """Max bytes of small layers that are read or written together: a call to Orbax takes as long as 100 MB."""
 
@@ -122,7 +124,10 @@ def by_layer(items: Iterable[Item], name: Callable[[Item], str], num_bytes: Call
 
 
 class Filler(Generic[Model]):
-    """Fills an abstract model on its devices. A stack is allocated when its first layer arrives, and written in place.
+    """Fills an abstract model on its devices.
+
+    A stack is allocated when its first layer arrives, and written in place. Each shape of a stack is compiled for that, so a
+    small stack is joined on the host instead.
 
     Args:
         abstract: the model, with shapes and dtypes in place of arrays.
@@ -137,6 +142,8 @@ class Filler(Generic[Model]):
         self._filled: dict[str, jax.Array] = {}
         self._open: dict[str, int] = {}
         """Number of missing layers of each stack."""
+        self._joining: dict[str, dict[int, np.ndarray]] = {}
+        """The layers so far of small stacks."""
 
     def target(self, place: Place) -> jax.ShapeDtypeStruct:
         """Shape, dtype and sharding of the array for a place; the vocabulary is padded to fill its shards."""
@@ -162,11 +169,20 @@ class Filler(Generic[Model]):
         path = place.path
         if place.layer is None:
             self._filled[path], self._open[path] = array, 0
-            return _all_finite(array)
+            return jnp.asarray(np.isfinite(array).all()) if _is_small(array, 1) else _all_finite(array)
+        shape = self._layout.shape(path, self.leaves[path].shape)
+        sharding = self._layout.sharding(path, shape)
+        held, _ = self._layout.held(path, shape)
+        missing = self._open.get(path, shape[0])
+        if _is_small(array, shape[0]):
+            layer = self._joining.setdefault(path, {})[place.layer] = np.asarray(array)
+            self._open[path] = missing - 1
+            if missing == 1:
+                layers = self._joining.pop(path)
+                joined = np.stack([layers[number] for number in range(shape[0])]).reshape(held)
+                self._filled[path] = jax.device_put(joined, sharding)
+            return jnp.asarray(np.isfinite(layer).all())
         if path not in self._open:
-            shape = self._layout.shape(path, self.leaves[path].shape)
-            sharding = self._layout.sharding(path, shape)
-            held, _ = self._layout.held(path, shape)
             self._filled[path], self._open[path] = _allocate(held, array.dtype, sharding), shape[0]
         stack = self._filled[path]
         self._filled[path], finite = _write(stack, array, jnp.int32(place.layer), stack.sharding)
@@ -187,6 +203,11 @@ class Filler(Generic[Model]):
         model = nnx.merge(graph, nnx.from_flat_state(filled))
         set_ffn_form(model, self._layout.ffn_form)
         return model
+
+
+def _is_small(array: jax.Array, layers: int) -> bool:
+    """Whether so many arrays may be joined on the host: they are small, and this process has all of them."""
+    return layers * array.nbytes <= HOST_BYTES and array.is_fully_addressable
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -41,8 +41,13 @@ def test_halves_suit_the_devices_whose_kernel_fetches_units(units, width, dtype,
     assert suited_form(units, width, dtype, device_kind) == ("halves" if halves else "rows")
 
 
-def test_ffn_units_can_be_stored_as_half_rows() -> None:
-    """Row by row the same numbers; which axis is cut, and all other parameters, stay as they are."""
+@pytest.mark.parametrize("host_bytes", [leaves.HOST_BYTES, 0])
+def test_ffn_units_can_be_stored_as_half_rows(host_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row the same numbers; which axis is cut, and all other parameters, stay as they are.
+
+    So it is for stacks that are joined on the host, and for those that are written in place.
+    """
+    monkeypatch.setattr(leaves, "HOST_BYTES", host_bytes)
     given = Holder(Decoder(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     mesh = make_mesh(jax.devices()[:1], 1)
     rows = leaves.place(given, mesh)
