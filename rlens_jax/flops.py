@@ -75,6 +75,15 @@ def layer_cost(
     return projections + attention + ffn + 2 * sizes.width * sizes.ffn_width * probes
 
 
+def branch_cost(sizes: LayerSizes, trunk: int, branch: int) -> int:
+    """Multiply-adds of one layer for the `branch` text tokens of a prompt that shares its first `trunk` tokens with others.
+
+    The shared tokens cost `layer_cost`, once. The branch attends to them and to itself. No plan reduces it.
+    """
+    projections = branch * 2 * sizes.width * (sizes.width + sizes.kv_width)
+    return projections + 2 * branch * (trunk + branch) * sizes.width + 3 * sizes.width * sizes.ffn_width * branch
+
+
 def visual_in_layer(pruning: Pruning | None, num_visual: int, num_layers: int) -> list[int]:
     """Visual tokens in each layer, from `num_visual` before pruning. UserError if the pruned layer does not exist."""
     if pruning is None:

@@ -8,7 +8,7 @@ or a JSONL file (exact match).
 The output folder gets evaluation.json (scores with 95 % intervals and FLOPs; schema:
 rlens_jax/evaluation/evaluation.schema.json), timing.json (prefill, time to first token and tokens per second, dense and reduced
 in the same run) and plan/NAME.tsv, predictions in VLMEvalKit's format. Answers are kept: after an interruption the same command
-resumes.
+resumes. Questions about the same images share what is computed for these, unless the plan prunes visual tokens.
 """
 
 import dataclasses
@@ -44,6 +44,8 @@ def main(arguments: Sequence[str]) -> None:
         ("timing-repeats", 5, "measurements per time; 0 measures nothing"),
     ):
         parser.add_argument(f"--{name}", metavar="N", type=int, default=default, help=f"{text} (default: %(default)s)")
+    sharing_help = "compute each question alone, also where several are about the same images"
+    parser.add_argument("--no-sharing", dest="sharing", action="store_false", help=sharing_help)
     skip_help = "go on where an image or a prompt cannot be used, and count the question as wrong"
     parser.add_argument("--skip-unusable", action="store_true", help=skip_help)
     add_restart_option(parser)

@@ -20,7 +20,7 @@ import stat
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -141,6 +141,15 @@ def image_hash(source: bytes | Path, sample_id: str) -> bytes:
         while block := file.read(2**20):
             digest.update(block)
     return digest.digest()
+
+
+def images_key(sample: Sample) -> tuple[Hashable, ...]:
+    """Equal for samples whose images have equal contents and are read in the same way; empty without images.
+
+    Raises:
+        UserError: an image file cannot be read.
+    """
+    return (sample.as_stored, *(image_hash(image, sample.id) for image in sample.images)) if sample.images else ()
 
 
 def image_size(source: bytes | Path, sample_id: str) -> int:

@@ -8,7 +8,7 @@ Its programs are a prefill per plan, and one decoding program for all plans.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,18 +24,17 @@ from rlens_jax.config import Dtype
 from rlens_jax.data.images import image_file
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.engine.choices import chosen_dtype
-from rlens_jax.engine.inputs import Batch, Split, encode_split, own_samples
+from rlens_jax.engine.inputs import Batch
 from rlens_jax.engine.model_programs import ROWS, ModelPrograms, Program
 from rlens_jax.engine.overflow import not_finite
-from rlens_jax.engine.preparing import prepare
-from rlens_jax.engine.shapes import Shapes, check_context, row_buckets, slot_sizes
+from rlens_jax.engine.prompt_batches import AskedPrompts, prompt_batches
+from rlens_jax.engine.shapes import Shapes, row_buckets, slot_sizes
 from rlens_jax.errors import UserError
 from rlens_jax.files import check_text
-from rlens_jax.hosts.processes import Processes
 from rlens_jax.models.decoder import KVCache
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import Tokens, decode, prefill
-from rlens_jax.models.prompt import FILLER, Places, Preparer, PromptBatch
+from rlens_jax.models.prompt import FILLER, Preparer, PromptBatch
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.pruning import VTW, FastV, Pruning
@@ -220,6 +219,8 @@ class DeployedModel:
     ) -> str | list[str]:
         """The greedy answer to a prompt with images, or the answers to a list of prompts, each with its list of images.
 
+        Prompts of a list with the same images share what is computed for these, unless the plan prunes visual tokens.
+
         Args:
             images: paths of image files, or their content as bytes; for a list of prompts, a list of such lists.
             prompt: the question.
@@ -246,9 +247,9 @@ class DeployedModel:
         """Yield the number of each sample and its answer, batch by batch; UserError as `generate`."""
         self.check(plan, max_new_tokens)
         if samples:
-            split = self.prepare(samples, max_new_tokens)
-            for batch in split.batches:
-                yield from self.answer_batch(split, batch, plan, max_new_tokens).items()
+            asked = self.prepare(samples, max_new_tokens, sharing=plan.pruning is None)
+            for batch in asked.batches:
+                yield from self.answer_batch(asked, batch, plan, max_new_tokens).items()
 
     def check(self, plan: PlanFile, max_new_tokens: int) -> None:
         """Raise UserError unless the plan fits this model and `max_new_tokens` is positive."""
@@ -256,24 +257,19 @@ class DeployedModel:
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
 
-    def prepare(self, samples: Sequence[Sample], max_new_tokens: int) -> Split:
-        """Encode images, tokenise prompts, and batch them in a few shapes; UserError for an unusable sample."""
-        rows = min(self.shapes.batch_size, 1 << (len(samples) - 1).bit_length())
-        processes, context = Processes(), self.programs.config.context
-        own = own_samples(len(samples), self.programs.mesh)
-        prepared = prepare(samples, self.preparer, own, False, processes.gather)
-        check_context([prepared], context, max_new_tokens, "lower max_new_tokens, or leave them out")
-        return encode_split(prepared, self.programs, replace(self.shapes, batch_size=rows), Places(1, 0), processes)
+    def prepare(self, samples: Sequence[Sample], max_new_tokens: int, *, sharing: bool) -> AskedPrompts:
+        """Prompts of samples in batches; see `prompt_batches`. Only for plans without pruning can they be `sharing` rows."""
+        return prompt_batches(samples, self.preparer, self.programs, self.shapes, max_new_tokens, sharing=sharing)
 
-    def answer_batch(self, split: Split, batch: Batch, plan: PlanFile, max_new_tokens: int) -> dict[int, Answer]:
+    def answer_batch(self, asked: AskedPrompts, batch: Batch, plan: PlanFile, max_new_tokens: int) -> dict[int, Answer]:
         """The answers to a batch of `prepare`, by the number of the sample."""
         prefilled = self.programs.prefill(self.programs.put(batch.visual), batch.inputs, plan, max_new_tokens)
         tokens, finite = map(np.asarray, self.programs.decode(prefilled, batch.inputs, max_new_tokens))
         good, numbers = finite & np.asarray(prefilled.finite), np.asarray(batch.inputs.samples)
         for number in numbers[(numbers != FILLER) & ~good].tolist():
-            raise not_finite(self.programs, batch, number, split.samples[number].id, plan.plan, plan.reduction)
-        asked = numbers != FILLER
-        return {number: self._answer(row) for number, row in zip(numbers[asked].tolist(), tokens[asked].tolist(), strict=True)}
+            raise not_finite(self.programs, batch, number, asked.samples[number].id, plan.plan, plan.reduction)
+        real = numbers != FILLER
+        return {number: self._answer(row) for number, row in zip(numbers[real].tolist(), tokens[real].tolist(), strict=True)}
 
     def _answer(self, tokens: list[int]) -> Answer:
         chat = self.preparer.chat

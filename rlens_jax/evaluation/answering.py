@@ -1,18 +1,21 @@
 """Answers all questions of a dataset, except those whose answers are in the log.
 
-Questions are answered in windows, so that only the images of one window are in memory. The batches of a window depend on its
-questions alone, and a batch is computed completely or not at all. So a resumed evaluation computes the same batches, in the same
-shapes, as one that was never interrupted.
+Questions are answered in windows, so that only the images of one window are in memory. All questions about the same images are in
+one window, where they share rows. The batches of a window depend on its questions alone, and a batch is computed completely or
+not at all. So a resumed evaluation computes the same batches, in the same shapes, as one that was never interrupted.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from rlens_jax.console import Progress, say
+from rlens_jax.data.images import images_key
 from rlens_jax.engine.deployed_model import DeployedModel
-from rlens_jax.engine.inputs import Batch, Split
+from rlens_jax.engine.inputs import Batch
+from rlens_jax.engine.prompt_batches import AskedPrompts
 from rlens_jax.errors import UserError
 from rlens_jax.evaluation.answers import Answers, Key, LoggedAnswer, question_hash
 from rlens_jax.evaluation.datasets import Dataset
@@ -20,7 +23,7 @@ from rlens_jax.evaluation.evaluation import EvaluationConfig
 from rlens_jax.models.prompt import FILLER
 
 WINDOW_BATCHES = 8
-"""Batches per window: enough questions that batches of several shapes fill up."""
+"""Batches per window, at least: enough questions that batches of several shapes fill up."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,40 @@ class Questions:
 
     dataset: Dataset
     hashes: Sequence[str]
+    images: Sequence[Hashable]
+    """Equal for questions about the same images."""
     unusable: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, dataset: Dataset) -> "Questions":
         """All questions of a dataset; reads all images."""
-        return cls(dataset, [question_hash(dataset.sample(place)) for place in range(len(dataset.indices))])
+        hashes: list[str] = []
+        images: list[Hashable] = []
+        for place in range(len(dataset.indices)):
+            sample = dataset.sample(place)
+            key = images_key(sample)
+            hashes.append(question_hash(sample, key))
+            images.append(key or place)
+        return cls(dataset, hashes, images)
+
+    @property
+    def per_image(self) -> float:
+        """Mean number of questions about the same images."""
+        return len(self.images) / len(set(self.images))
+
+    def windows(self, least: int) -> Iterator[list[int]]:
+        """All places, in windows of at least `least`: ordered by the first question about the same images."""
+        by_images: dict[Hashable, list[int]] = defaultdict(list)
+        for place, key in enumerate(self.images):
+            by_images[key].append(place)
+        window: list[int] = []
+        for places in by_images.values():
+            window += places
+            if len(window) >= least:
+                yield window
+                window = []
+        if window:
+            yield window
 
     def key(self, variant: str, place: int) -> Key:
         return variant, self.dataset.name, self.hashes[place]
@@ -58,57 +89,65 @@ def answer_questions(config: EvaluationConfig, model: DeployedModel, questions: 
     places = range(len(questions.hashes))
     with Progress(f"answering {name}", len(places) * len(variants), "answers") as shown:
         shown.advance(sum(known(place, variant) for place in places for variant in variants), resumed=True)
-        size = WINDOW_BATCHES * config.batch_size * model.programs.groups
-        for window in (places[start : start + size] for start in range(0, len(places), size)):
+        for window in questions.windows(WINDOW_BATCHES * config.batch_size * model.programs.groups):
             missing = [variant for variant in variants if not all(known(place, variant) for place in window)]
             if not missing:
                 continue
-            asked, split = _prepared(config, model, questions, window)
-            if split is None:
+            asked, prompts = _prepared(config, model, questions, window)
+            if prompts is None:
                 continue
-            for batch in split.batches:
+            for batch in prompts.batches:
                 members = [asked[number] for number in batch_members(batch)]
                 for variant in missing:
                     if all(known(place, variant) for place in members):
                         continue
                     new: dict[Key, LoggedAnswer] = {}  # a question may be there twice
-                    for number, answer in model.answer_batch(split, batch, variants[variant], config.max_new_tokens).items():
+                    for number, answer in model.answer_batch(prompts, batch, variants[variant], config.max_new_tokens).items():
                         if not known(asked[number], variant):
-                            key = questions.key(variant, asked[number])
-                            prompt = (int(split.num_text[number]), int(split.num_visual[number]))
-                            index = questions.dataset.indices[asked[number]]
+                            key, size = questions.key(variant, asked[number]), prompts.sizes[number]
                             new[key] = LoggedAnswer(
-                                variant, name, index, key[2], answer.text, answer.num_tokens, answer.ended, prompt
+                                variant,
+                                name,
+                                questions.dataset.indices[asked[number]],
+                                key[2],
+                                answer.text,
+                                answer.num_tokens,
+                                answer.ended,
+                                (size.text, size.visual),
+                                (size.trunk_text, size.sharers),
                             )
                     answers.append(list(new.values()))
                     shown.advance(len(members))
     if len(questions.unusable) == len(places):
         raise UserError(f"{name}: no question can be asked")
+    alone = all(answer is None or answer.row[1] == 1 for answer in questions.answers("plan", answers))
+    if config.shares and questions.per_image > 1 and alone:
+        say(f"{name}: questions about the same images share nothing: they differ before their images, or are longer than these")
 
 
 def batch_members(batch: Batch) -> list[int]:
-    """Numbers of the samples in a batch."""
+    """Numbers of the samples in a batch, in order."""
     numbers = np.asarray(batch.inputs.samples)
     return numbers[numbers != FILLER].tolist()
 
 
 def _prepared(
     config: EvaluationConfig, model: DeployedModel, questions: Questions, window: Sequence[int]
-) -> tuple[list[int], Split | None]:
+) -> tuple[list[int], AskedPrompts | None]:
     """The places of a window whose questions can be asked, and the prepared samples."""
     samples = [questions.dataset.sample(place) for place in window]
     try:
-        return list(window), model.prepare(samples, config.max_new_tokens)
+        return list(window), model.prepare(samples, config.max_new_tokens, sharing=config.shares)
     except UserError as error:
         if not config.skip_unusable:
             raise UserError(f"{error}; with --skip-unusable such questions are not asked and count as wrong") from None
     usable = []
     for place, sample in zip(window, samples, strict=True):
         try:
-            model.prepare([sample], config.max_new_tokens)
+            model.prepare([sample], config.max_new_tokens, sharing=False)
             usable.append(place)
         except UserError as error:
             questions.unusable.add(place)
             say(f"counted as wrong: {error}")
     asked = [sample for place, sample in zip(window, samples, strict=True) if place in usable]
-    return usable, model.prepare(asked, config.max_new_tokens) if asked else None
+    return usable, model.prepare(asked, config.max_new_tokens, sharing=config.shares) if asked else None

@@ -3,11 +3,11 @@
 The log has one line per answer, and every batch is written before the next is computed:
 
     {"variant": "plan", "dataset": "MME", "index": "12", "question": "5f1c...", "text": "Yes", "tokens": 2, "ended": true,
-     "prompt": [37, 1792]}
+     "prompt": [37, 1792], "row": [21, 6]}
 
 `question` identifies the question (`question_hash`): an answer is used again as long as the data have this question, at whatever
-place. `prompt` holds the numbers of text and visual tokens. `rlens_jax.durable_log` describes the header and the state after a
-crash.
+place. `prompt` holds the numbers of text and visual tokens; `row` says how many of the text tokens were shared, and by how many
+questions. `rlens_jax.durable_log` describes the header and the state after a crash.
 """
 
 import csv
@@ -15,13 +15,12 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rlens_jax.data.images import image_hash
 from rlens_jax.data.samples import Sample
 from rlens_jax.durable_log import LogKind, LogWriter, open_log
 from rlens_jax.evaluation.datasets import Dataset
@@ -48,6 +47,8 @@ class LoggedAnswer:
     """Whether the model ended its turn."""
     prompt: tuple[int, int]
     """Numbers of text and visual tokens."""
+    row: tuple[int, int]
+    """Text tokens of the trunk of its row, and the number of questions in the row."""
 
     @property
     def key(self) -> Key:
@@ -94,10 +95,10 @@ def _keyed(fields: Any) -> tuple[Key, LoggedAnswer]:
     known = {field.name for field in dataclasses.fields(LoggedAnswer)}
     if not isinstance(fields, dict) or fields.keys() != known:
         raise ValueError(f"not exactly the fields {', '.join(sorted(known))}")
-    prompt = fields["prompt"]
-    if not isinstance(prompt, list) or [type(number) for number in prompt] != [int, int]:
-        raise ValueError("prompt must be two whole numbers")
-    answer = LoggedAnswer(**{**fields, "prompt": tuple(prompt)})
+    for name in (pairs := ("prompt", "row")):
+        if not isinstance(fields[name], list) or [type(number) for number in fields[name]] != [int, int]:
+            raise ValueError(f"{name} must be two whole numbers")
+    answer = LoggedAnswer(**{**fields, **{name: tuple(fields[name]) for name in pairs}})
     for name, kind in (("variant", str), ("dataset", str), ("index", str), ("question", str), ("text", str), ("tokens", int)):
         if type(getattr(answer, name)) is not kind:
             raise ValueError(f"{name} is not a {kind.__name__}")
@@ -106,17 +107,13 @@ def _keyed(fields: Any) -> tuple[Key, LoggedAnswer]:
     return answer.key, answer
 
 
-_KIND = LogKind("rlens-answers", 2, "answers", "answer", _keyed)
+_KIND = LogKind("rlens-answers", 3, "answers", "answer", _keyed)
 FILE_NAME = _KIND.file_name
 
 
-def question_hash(sample: Sample) -> str:
-    """SHA-256, in hex, of all of a sample that a model reads. UserError if an image cannot be read."""
-    how = f"{sample.marked}, {sample.as_stored}, {len(sample.images)}"
-    digest = hashlib.sha256(f"{how}, {len(sample.question)}: {sample.question}".encode())
-    for image in sample.images:
-        digest.update(image_hash(image, sample.id))
-    return digest.hexdigest()
+def question_hash(sample: Sample, images: Hashable) -> str:
+    """SHA-256, in hex, of all of a sample that a model reads; `images` is its `data.images.images_key`."""
+    return hashlib.sha256(f"{sample.marked}, {images}, {len(sample.question)}: {sample.question}".encode()).hexdigest()
 
 
 def write_predictions(path: Path, dataset: Dataset, predictions: Sequence[str | None]) -> None:

@@ -41,6 +41,7 @@ class EvaluationConfig:
         dtype: type of weights and computation; None means bfloat16 on an accelerator and float32 on a CPU.
         chunk: tokens of a prompt per FFN call; None chooses by size.
         model_shards: devices that share a copy of the model.
+        sharing: questions about the same images share what is computed for these, unless a plan prunes visual tokens.
         seed: seed of random probes and the bootstrap.
         bootstrap_samples: draws for the 95 % intervals.
         timing_repeats: measurements per program; 0 measures nothing.
@@ -63,6 +64,7 @@ class EvaluationConfig:
     dtype: Dtype | None = None
     chunk: int | None = None
     model_shards: int = 1
+    sharing: bool = True
     seed: int = 0
     bootstrap_samples: int = 1000
     timing_repeats: int = 5
@@ -82,9 +84,14 @@ class EvaluationConfig:
         dense = {"dense": PlanFile()} if self.baseline else {}
         return {**dense, "plan": self.plan}
 
+    @property
+    def shares(self) -> bool:
+        """Whether questions share rows. Pruning keeps other visual tokens for each question."""
+        return self.sharing and self.plan.pruning is None
+
     def settings(self) -> dict[str, Any]:
         """The settings that determine answers, as JSON values. The mesh is left out: it changes rounding at most."""
-        names = ("max_new_tokens", "batch_size", "dtype", "chunk", "seed")
+        names = ("max_new_tokens", "batch_size", "dtype", "chunk", "sharing", "seed")
         return {"plan": self.plan.fields(), **{name: getattr(self, name) for name in names}}
 
 
@@ -101,10 +108,19 @@ class VariantResult:
 
 
 @dataclass(frozen=True)
+class SharedCost:
+    """As computed: what several questions share counts once for all of them."""
+
+    dense: float
+    reduced: float
+    reduced_with_probes: float
+
+
+@dataclass(frozen=True)
 class Cost:
     """Multiply-adds of the decoder layers in the prefill, means over the questions.
 
-    `saved` and `saved_with_probes` are shares of the dense cost.
+    They are for each question alone, except those of `shared`. `saved` and `saved_with_probes` are shares of the dense cost.
     """
 
     dense: float
@@ -112,6 +128,7 @@ class Cost:
     reduced_with_probes: float
     saved: float
     saved_with_probes: float
+    shared: SharedCost
 
 
 @dataclass(frozen=True)
@@ -132,6 +149,8 @@ class DatasetResult:
     questions: int
     unusable: int
     """Number of questions that could not be asked, which are wrong; tokens and cost are means over the others."""
+    per_image: float
+    """Mean number of questions about the same images."""
     images: ImageReading
     text_tokens: float
     """Mean text tokens per prompt."""
@@ -163,8 +182,10 @@ class Times:
 
     rows: int
     """Rows of the batch, including filler rows."""
+    branches: int
+    """Places for prompts in a row."""
     prompts: int
-    """Rows that hold a prompt."""
+    """Prompts in the batch."""
     text_slots: int
     visual_slots: int
     dense: VariantTime
@@ -223,8 +244,8 @@ def timing_json(times: Times) -> str:
 
 
 def tokens_per_second(times: Times, variant: VariantTime) -> float:
-    """New tokens of all rows per second, from the median decoding time; prefill not counted."""
-    return times.rows * times.decode_steps / median(variant.decode)
+    """New tokens of all places per second, from the median decoding time; prefill not counted."""
+    return times.rows * times.branches * times.decode_steps / median(variant.decode)
 
 
 def summary(result: Evaluation) -> str:
@@ -235,6 +256,9 @@ def summary(result: Evaluation) -> str:
             f"{name}: {part.questions} questions, FLOPs saved {part.cost.saved:.1%} "
             f"({part.cost.saved_with_probes:.1%} with probes)"
         )
+        if part.per_image > 1 and result.config.shares:
+            shared = part.cost.shared.reduced / part.cost.reduced
+            lines.append(f"  {part.per_image:.1f} questions an image share its prefill: {shared:.1%} of the FLOPs of each alone")
         if part.unusable:
             lines.append(f"  {part.unusable} of them could not be asked and count as wrong")
         for variant, scored in part.variants.items():
@@ -267,6 +291,7 @@ def _dataset(name: str, part: DatasetResult) -> dict[str, Any]:
         "digest": part.digest,
         "questions": part.questions,
         "unusable": part.unusable,
+        "questions_per_image": part.per_image,
         "images": dataclasses.asdict(part.images),
         "text_tokens": part.text_tokens,
         "visual_tokens": part.visual_tokens,

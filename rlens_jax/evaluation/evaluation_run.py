@@ -9,15 +9,16 @@ import jax
 import numpy as np
 
 from rlens_jax.console import say
+from rlens_jax.data.samples import Sample
 from rlens_jax.engine.choices import chosen_dtype, dtype_line
 from rlens_jax.engine.deployed_model import DeployedModel, load
-from rlens_jax.engine.inputs import Batch, Split
+from rlens_jax.engine.inputs import Batch
 from rlens_jax.engine.session import ModelFolder
 from rlens_jax.engine.startup import start_jax
 from rlens_jax.engine.timing import time_side_by_side
 from rlens_jax.errors import UserError
 from rlens_jax.evaluation.answering import Questions, answer_questions, batch_members
-from rlens_jax.evaluation.answers import Answers, write_predictions
+from rlens_jax.evaluation.answers import Answers, LoggedAnswer, write_predictions
 from rlens_jax.evaluation.datasets import Dataset, load_datasets
 from rlens_jax.evaluation.evaluation import (
     Cost,
@@ -25,6 +26,7 @@ from rlens_jax.evaluation.evaluation import (
     Evaluation,
     EvaluationConfig,
     ImageReading,
+    SharedCost,
     Times,
     VariantResult,
     VariantTime,
@@ -32,7 +34,7 @@ from rlens_jax.evaluation.evaluation import (
     timing_json,
 )
 from rlens_jax.files import replace_file
-from rlens_jax.flops import prefill_cost, visual_in_layer
+from rlens_jax.flops import branch_cost, prefill_cost, visual_in_layer
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.resources import cache_folder, versions
@@ -72,6 +74,8 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
             seed=config.seed,
         )
         say(f"settings for {config.model}: {dtype_line(given, config.dtype)}")
+        if config.sharing and not config.shares and any(each.per_image > 1 for each in questions):
+            say("questions about the same images share nothing: the plan prunes visual tokens, other ones for each question")
         for each in questions:
             answer_questions(config, model, each, answers)
         for each in questions:
@@ -112,65 +116,80 @@ def _texts(questions: Questions, variant: str, answers: Answers) -> list[str | N
 
 def _result(config: EvaluationConfig, model: DeployedModel, questions: Questions, answers: Answers) -> DatasetResult:
     variants, scores, dataset = {}, {}, questions.dataset
+    draws = {"samples": config.bootstrap_samples, "seed": config.seed}
     for variant in config.variants:
         score = dataset.score(_texts(questions, variant, answers)) if dataset.scored else None
         interval = None
         if score is not None:
             scores[variant] = score
-            interval = score_interval(score, samples=config.bootstrap_samples, seed=config.seed)
+            interval = score_interval(score, questions.images, **draws)
         unended = sum(answer is not None and not answer.ended for answer in questions.answers(variant, answers))
         variants[variant] = VariantResult(score, interval, unended)
     difference = None
     if len(scores) == 2:
-        draws = {"samples": config.bootstrap_samples, "seed": config.seed}
-        difference = difference_interval(scores["plan"], scores["dense"], **draws)
-    prompts = [answer.prompt for answer in questions.answers("plan", answers) if answer]
+        difference = difference_interval(scores["plan"], scores["dense"], questions.images, **draws)
+    answered = [answer for answer in questions.answers("plan", answers) if answer]
     sample = dataset.sample(0)
     return DatasetResult(
         digest=dataset.digest,
         questions=len(dataset.indices),
         unusable=len(questions.unusable),
+        per_image=questions.per_image,
         images=ImageReading(not sample.as_stored, "dropped" if sample.as_stored else model.preparer.transparency),
-        text_tokens=float(np.mean([text for text, _ in prompts])),
-        visual_tokens=float(np.mean([visual for _, visual in prompts])),
-        cost=_cost(config, model.programs.config, prompts),
+        text_tokens=float(np.mean([answer.prompt[0] for answer in answered])),
+        visual_tokens=float(np.mean([answer.prompt[1] for answer in answered])),
+        cost=_cost(config, model.programs.config, answered),
         variants=variants,
         difference=difference,
     )
 
 
-def _cost(config: EvaluationConfig, decoder: DecoderConfig, prompts: Sequence[tuple[int, int]]) -> Cost:
+def _cost(config: EvaluationConfig, decoder: DecoderConfig, answers: Sequence[LoggedAnswer]) -> Cost:
     """Mean cost over the prompts, without padding; the shares saved are means of each prompt's share."""
-    sizes = decoder.layer_sizes
+    sizes, num_layers = decoder.layer_sizes, decoder.num_layers
 
-    def cost(reduced: PlanFile, with_probes: bool) -> np.ndarray:
-        costs = []
-        for text, visual in prompts:
-            in_layer = visual_in_layer(reduced.pruning, visual, decoder.num_layers)
-            costs.append(prefill_cost(sizes, text, in_layer, reduced.plan, reduced.reduction, with_probes=with_probes))
-        return np.array(costs, float)
+    def cost(reduced: PlanFile, with_probes: bool) -> tuple[np.ndarray, float]:
+        """Of each prompt alone; and the mean of a row's trunk, divided among its prompts, and of each one's branch."""
+        alone, shared = [], []
+        for answer in answers:
+            (text, visual), (trunk_text, sharers) = answer.prompt, answer.row
+            in_layer = visual_in_layer(reduced.pruning, visual, num_layers)
+            whole, trunk = (
+                prefill_cost(sizes, count, in_layer, reduced.plan, reduced.reduction, with_probes=with_probes)
+                for count in (text, trunk_text)
+            )
+            alone.append(whole)
+            shared.append(trunk / sharers + num_layers * branch_cost(sizes, trunk_text + visual, text - trunk_text))
+        return np.array(alone, float), float(np.mean(shared))
 
-    dense, without_probes, with_probes = cost(PlanFile(), False), cost(config.plan, False), cost(config.plan, True)
+    (dense, shared_dense), (reduced, shared_reduced) = cost(PlanFile(), False), cost(config.plan, False)
+    with_probes, shared_with_probes = cost(config.plan, True)
     return Cost(
         dense=float(dense.mean()),
-        reduced=float(without_probes.mean()),
+        reduced=float(reduced.mean()),
         reduced_with_probes=float(with_probes.mean()),
-        saved=float((1 - without_probes / dense).mean()),
+        saved=float((1 - reduced / dense).mean()),
         saved_with_probes=float((1 - with_probes / dense).mean()),
+        shared=SharedCost(shared_dense, shared_reduced, shared_with_probes),
     )
 
 
 def _times(config: EvaluationConfig, model: DeployedModel, questions: Questions) -> Times:
     """Times of both variants on the fullest batch of the first questions of a dataset."""
-    usable = [place for place in range(len(questions.hashes)) if place not in questions.unusable]
-    places = usable[: config.batch_size * model.programs.groups]
+    count = config.batch_size * model.programs.groups
+    usable = [place for window in questions.windows(count) for place in window if place not in questions.unusable]
+    places = usable[:count]
     say(f"timing {len(places)} prompts of {questions.dataset.name}")
-    split = model.prepare([questions.dataset.sample(place) for place in places], TIMED_TOKENS)
-    batch = max(split.batches, key=lambda batch: len(batch_members(batch)))
-    measured = time_side_by_side(_timed_calls(model, split, batch, (PlanFile(), config.plan)), config.timing_repeats)
-    bucket, rows = batch.inputs.layout.bucket, len(batch.inputs.samples)
+    samples = [questions.dataset.sample(place) for place in places]
+    prompts = model.prepare(samples, TIMED_TOKENS, sharing=config.shares)
+    batch = max(prompts.batches, key=lambda batch: len(batch_members(batch)))
+    members = [samples[number] for number in batch_members(batch)]
+    calls = _timed_calls(model, members, batch, (PlanFile(), config.plan), config.shares)
+    measured = time_side_by_side(calls, config.timing_repeats)
+    bucket, (rows, branches) = batch.inputs.layout.bucket, batch.inputs.samples.shape
     return Times(
         rows=rows,
+        branches=branches,
         prompts=len(batch_members(batch)),
         text_slots=bucket.text,
         visual_slots=bucket.visual,
@@ -180,16 +199,17 @@ def _times(config: EvaluationConfig, model: DeployedModel, questions: Questions)
     )
 
 
-def _timed_calls(model: DeployedModel, split: Split, batch: Batch, plans: tuple[PlanFile, PlanFile]) -> list[Callable[[], Any]]:
-    """Prefill, time to the first token, and decoding; each under the dense plan and then under the other."""
-    samples = [split.samples[number] for number in batch_members(batch)]
+def _timed_calls(
+    model: DeployedModel, samples: Sequence[Sample], batch: Batch, plans: tuple[PlanFile, PlanFile], sharing: bool
+) -> list[Callable[[], Any]]:
+    """Prefill, time to the first token, and decoding of a batch of samples; each under the dense plan and then the other."""
     visual = model.programs.put(batch.visual)
 
     def prefill(plan: PlanFile) -> Any:
         return model.programs.prefill(visual, batch.inputs, plan, TIMED_TOKENS)
 
     def first_token(plan: PlanFile) -> Any:
-        prepared = model.prepare(samples, TIMED_TOKENS)
+        prepared = model.prepare(samples, TIMED_TOKENS, sharing=sharing)
         return [
             model.programs.prefill(model.programs.put(part.visual), part.inputs, plan, TIMED_TOKENS).first
             for part in prepared.batches

@@ -1,11 +1,11 @@
 """Percentile bootstrap: the interval in which a measured number would lie for other samples of the same kind.
 
 A draw resamples with replacement. It takes as many samples as there are, stratum by stratum: from each dataset of a
-curve, and from each stratum of a benchmark (a category of MME). A pair or group counts as one sample. All numbers that
-are compared are taken from the same draws, so that errors that they share cancel.
+curve, and from each stratum of a benchmark (a category of MME). A pair or group counts as one sample, and so do all questions
+about the same images. All numbers that are compared are taken from the same draws, so that errors that they share cancel.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -15,6 +15,9 @@ from rlens_jax.metrics.score import Score
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 """Maps metrics float64[draws, points, datasets] to float64[draws] or float64[draws, points]."""
+
+
+Images = Sequence[Hashable] | None
 
 
 @dataclass(frozen=True)
@@ -83,28 +86,34 @@ def area_under_curve(num_reduced: Sequence[int]) -> Statistic:
     return area
 
 
-def score_interval(score: Score, *, samples: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
-    """The interval of a benchmark's score, in the unit of the score. Arguments as in `bootstrap_interval`."""
-    return _interval(score.value, score_draws(score, samples=samples, seed=seed), (1 - level) / 2)
+def score_interval(score: Score, images: Images = None, *, samples: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
+    """The interval of a benchmark's score, in the unit of the score. Arguments as in `score_draws` and `bootstrap_interval`."""
+    return _interval(score.value, score_draws(score, images, samples=samples, seed=seed), (1 - level) / 2)
 
 
-def difference_interval(score: Score, other: Score, *, samples: int = 1000, seed: int = 0) -> Interval:
+def difference_interval(score: Score, other: Score, images: Images = None, *, samples: int = 1000, seed: int = 0) -> Interval:
     """The 95 % interval of `score` minus `other`, two scores of the same questions."""
-    drawn = score_draws(score, samples=samples, seed=seed) - score_draws(other, samples=samples, seed=seed)
-    return _interval(score.value - other.value, drawn, tail=0.025)
+    drawn, others = (score_draws(each, images, samples=samples, seed=seed) for each in (score, other))
+    return _interval(score.value - other.value, drawn - others, tail=0.025)
 
 
-def score_draws(score: Score, *, samples: int = 1000, seed: int = 0) -> np.ndarray:
+def score_draws(score: Score, images: Images = None, *, samples: int = 1000, seed: int = 0) -> np.ndarray:
     """The score of the questions of each draw, by the benchmark's own formula: float64[samples].
 
     The formula matters: MME's acc+ and HallusionBench's fAcc are not means over questions. The draws depend on the
-    groups of the questions and their order, not on the answers.
+    groups of the questions, their images and their order, not on the answers.
+
+    Args:
+        images: of each question, equal for the same images, which are drawn together with all groups that have them. They
+            may be in several strata. None: every group has its own.
     """
     groups_of: dict[str, dict[str, None]] = {}  # stratum -> its groups, in order
     for group, stratum in zip(score.groups, score.strata, strict=True):
         groups_of.setdefault(stratum, {})[group] = None
-    counts = np.concatenate(_draw_counts(map(len, groups_of.values()), samples, seed), axis=1)
-    column = {group: place for place, group in enumerate(group for groups in groups_of.values() for group in groups)}
+    together = _drawn_together(score.groups, score.groups if images is None else images)
+    units = [np.array([together[group] for group in groups]) for groups in groups_of.values()]
+    counts = np.concatenate(_draw_images(units, samples, seed), axis=1)
+    column = {group: place for place, group in enumerate(chain.from_iterable(groups_of.values()))}
 
     def total(sums: Mapping[str, float]) -> np.ndarray:
         """The sum over the groups of a draw: float64[samples]."""
@@ -129,6 +138,22 @@ def _draw_images(images: Sequence[np.ndarray], samples: int, seed: int) -> list[
     counts = np.concatenate(_draw_counts(map(len, strata.values()), samples, seed), axis=1)
     column = {image: place for place, image in enumerate(chain.from_iterable(strata.values()))}
     return [counts[:, [column[image] for image in numbers.tolist()]] for numbers in images]
+
+
+def _drawn_together(groups: Sequence[str], images: Sequence[Hashable]) -> dict[str, int]:
+    """For each group, a number that is equal for all groups that have an image in common, directly or through others."""
+    parent: dict[Hashable, Hashable] = {}
+
+    def name(item: Hashable) -> Hashable:
+        while (above := parent.setdefault(item, item)) != item:
+            parent[item] = parent[above]
+            item = above
+        return item
+
+    for group, image in zip(groups, images, strict=True):
+        parent[name((1, image))] = name((0, group))
+    numbers: dict[Hashable, int] = {}
+    return {group: numbers.setdefault(name((0, group)), len(numbers)) for group in groups}
 
 
 def _draw_counts(sizes: Iterable[int], samples: int, seed: int) -> list[np.ndarray]:
