@@ -3,7 +3,7 @@
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.flops import LayerSizes, layer_cost, prefill_cost, saving, visual_in_layer
+from rlens_jax.flops import LayerSizes, branch_cost, layer_cost, prefill_cost, saving, visual_in_layer
 from rlens_jax.plan import Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Folder
 
@@ -37,6 +37,15 @@ def test_a_layer_counted_by_hand():
     assert cost(hollow=True, dynamic=False, with_probes=True) == dense - 2 * 2 * (400 - 80)
     assert cost(hollow=False, dynamic=True, with_probes=False) == dense - 3 * 2 * 8 * 20
     assert cost(hollow=False, dynamic=True, with_probes=True) == dense - 3 * 2 * 8 * 20 + 2 * 2 * 10 * 2
+
+
+def test_a_branch_attends_to_the_trunk_and_itself():
+    # A trunk of 23 tokens and branches of 4 and 5, which see 27 and 28 tokens.
+    sizes = LayerSizes(width=2, kv_width=1, ffn_width=10)
+    trunk = layer_cost(sizes, 3, 20, Reduction(), hollow=False, dynamic=False, with_probes=False)
+    pairs = 23 * 23 + 4 * 27 + 5 * 28
+    assert trunk + branch_cost(sizes, 23, 4) + branch_cost(sizes, 23, 5) == 32 * 2 * 2 * 3 + 2 * pairs * 2 + 3 * 2 * 10 * 32
+    assert branch_cost(sizes, 23, 0) == 0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ import rlens_jax
 from rlens_jax.commands.generate import main
 from rlens_jax.console import run_command
 from rlens_jax.data.pages import make_page
-from rlens_jax.engine.deployed_model import DeployedModel, automatic_chunk
-from rlens_jax.engine.shapes import slot_sizes
+from rlens_jax.engine.deployed_model import DeployedModel, automatic_chunk, make_sample
+from rlens_jax.engine.shapes import row_buckets, slot_sizes
 from rlens_jax.errors import UserError
-from rlens_jax.plan_file import FORMAT
+from rlens_jax.plan_file import FORMAT, PlanFile
 from tests.engine.toy import damaged
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
@@ -75,6 +76,38 @@ def test_batches_and_plans_share_the_decoding_program(model: DeployedModel, page
         assert model.generate(given, asked, plan, max_new_tokens=TOKENS) == answer
     assert model.programs.traces == {"encode": 2, "prefill": 3, "decode": 2}  # for batches of one, whatever is asked
     assert model.generate(images=[], prompt=[]) == []
+
+
+def test_prompts_about_the_same_images_share_a_row(model: DeployedModel, page: Path, plan_path: Path, tmp_path: Path) -> None:
+    """Contents count, not names; the answers are those of prompts alone, in the order of the prompts."""
+    (tmp_path / "copy.png").write_bytes(page.read_bytes())
+    (tmp_path / page.name).write_bytes(png(1))
+    images = [page, tmp_path / page.name, tmp_path / "copy.png", page]
+    asked = [QUESTIONS[0], QUESTIONS[0], QUESTIONS[2], QUESTIONS[1]]
+    samples = [make_sample("a prompt", [image], text, False) for image, text in zip(images, asked, strict=True)]
+    together, alone = (model.prepare(samples, TOKENS, sharing=sharing) for sharing in (True, False))
+    assert [size.sharers for size in together.sizes] == [3, 1, 3, 3]
+    assert [size.sharers for size in alone.sizes] == [1, 1, 1, 1]
+    for plan in (PlanFile(), rlens_jax.read_plan(plan_path)):
+        answers = {}
+        for batch in alone.batches:
+            answers |= model.answer_batch(alone, batch, plan, TOKENS)
+        shared = model.generate([[image] for image in images], asked, plan, max_new_tokens=TOKENS)
+        assert shared == [answers[number].text for number in range(len(samples))]
+        assert len(set(shared)) > 1
+
+
+def test_what_cannot_share_a_row(model: DeployedModel, page: Path) -> None:
+    """Prompts with their image at the end, and branches that do not fit into a row together."""
+
+    def sharers(model: DeployedModel, questions: Sequence[str], marks: bool) -> list[int]:
+        samples = [make_sample("a prompt", [page], text, marks) for text in questions]
+        return [size.sharers for size in model.prepare(samples, TOKENS, sharing=True).sizes]
+
+    assert sharers(model, [f"{question} <image>" for question in QUESTIONS], True) == [1, 1, 1]
+    small = replace(model.shapes, rows=row_buckets((32,), (128,)))
+    assert sharers(model, QUESTIONS, False) == [3, 3, 3]
+    assert sharers(DeployedModel(model.programs, model.preparer, small), QUESTIONS, False) == [2, 2, 1]
 
 
 def test_with_token_pruning(model: DeployedModel, page: Path, tmp_path: Path) -> None:

@@ -31,36 +31,42 @@ from tests.data.benchmarks.files import benchmark_rows, md5_of, write_tsv
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 SCHEMA = json.loads((Path(answers_module.__file__).parent / "evaluation.schema.json").read_text())
-PAGES = 9
+PAGES, QUESTIONS = 2, 12
+CELLS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2))
+"""The row and column of the digit that a question is about."""
 
 
-def png(rng: np.random.Generator) -> tuple[bytes, int]:
-    """A page, and the digit at its top left."""
+def png(rng: np.random.Generator) -> tuple[bytes, np.ndarray]:
+    """A page, and its digits."""
     page, buffer = make_page(rng, "test", augment=False), io.BytesIO()
     Image.fromarray(page.pixels).save(buffer, "PNG")
-    return buffer.getvalue(), int(page.digits[0, 0])
+    return buffer.getvalue(), page.digits
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine questions the model was trained for as JSONL, and three rows of a benchmark as TSV."""
+    """Six questions the model was trained for about each of two images of one name, as JSONL; a benchmark of three rows as TSV."""
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(5)
-    rows, cells = [], []
-    for number in range(PAGES):
-        image, digit = png(rng)
-        (folder / f"{number}.png").write_bytes(image)
-        question = "digit at row 1 column 1 ?"
+    rows, cells, pages = [], [], [png(rng) for _ in range(PAGES)]
+    for number, (image, _) in enumerate(pages):
+        (folder / str(number)).mkdir()
+        (folder / str(number) / "page.png").write_bytes(image)
+    for number in range(QUESTIONS):
+        image, digits = pages[number % PAGES]
+        row, column = CELLS[number // PAGES]
+        question = f"digit at row {row + 1} column {column + 1} ?"
         # The fourth has a reference answer that the model will not give.
-        answer = "red" if number == 3 else str(digit)
-        rows.append({"image": f"{number}.png", "question": question, "answer": answer, "dataset": "top_left"})
-        code = base64.b64encode(image).decode()
+        answer = "red" if number == 3 else str(digits[row, column])
+        rows.append({"image": f"{number % PAGES}/page.png", "question": question, "answer": answer, "dataset": "digits"})
+    for number in range(3):
+        code = base64.b64encode(png(rng)[0]).decode()
         options = ["red", "green", "blue", 'the "black" ink']
-        cells.append([str(7 * number), question, *options, "A", "coarse", "fine", code])
+        cells.append([str(7 * number), "digit at row 1 column 1 ?", *options, "A", "coarse", "fine", code])
     (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with (folder / "MMStar.tsv").open("w", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(["index", "question", *"ABCD", "answer", "category", "l2_category", "image"])
-        writer.writerows(cells[:3])
+        writer.writerows(cells)
     return folder
 
 
@@ -75,7 +81,7 @@ def plan_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(data: Path, plan: Path, output: Path, *more: str) -> list[str]:
     md5 = hashlib.md5((data / "MMStar.tsv").read_bytes()).hexdigest()
     sources = [str(data / "own.jsonl"), str(data / "MMStar.tsv")]
-    settings = ("--batch-size=2", "--max-new-tokens=3", "--bootstrap-samples=50", "--timing-repeats=0", "--baseline")
+    settings = ("--batch-size=8", "--max-new-tokens=3", "--bootstrap-samples=50", "--timing-repeats=0", "--baseline")
     return [
         "embedded", f"--plan={plan}", f"--output={output}", f"--md5=MMStar={md5}", *settings, *more, "--data", *sources
     ]  # fmt: skip
@@ -112,15 +118,15 @@ def test_scores_costs_and_predictions(finished: Path, data: Path, plan_path: Pat
     result = json.loads((finished / "evaluation.json").read_text())
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     jsonschema.validate(result, SCHEMA)
-    own = result["datasets"]["top_left"]
+    own = result["datasets"]["digits"]
     references = [json.loads(line)["answer"] for line in (data / "own.jsonl").read_text().splitlines()]
     values = {}
     for variant, part in own["variants"].items():
         rows = predictions(finished / part["predictions"])
-        assert [row["index"] for row in rows] == [f"own.jsonl:{number}" for number in range(1, PAGES + 1)]
+        assert [row["index"] for row in rows] == [f"own.jsonl:{number}" for number in range(1, QUESTIONS + 1)]
         right = [row["prediction"] == reference for row, reference in zip(rows, references, strict=True)]
         values[variant] = part["score"]["value"]
-        assert values[variant] == pytest.approx(100 * sum(right) / PAGES)
+        assert values[variant] == pytest.approx(100 * sum(right) / QUESTIONS)
         assert part["score"]["low"] <= values[variant] <= part["score"]["high"]
         assert part["unended"] == 0
     assert values["dense"] >= 60  # it can read, but is never right at the fourth question
@@ -136,6 +142,24 @@ def test_scores_costs_and_predictions(finished: Path, data: Path, plan_path: Pat
     counted = prefill_summary(sizes, num_layers, *tokens, plan.plan, plan.reduction, plan.pruning)
     assert own["multiply_adds"]["saved"] == pytest.approx(1 - counted["without_probes"]["share_of_dense"])
     assert own["multiply_adds"]["saved_with_probes"] == pytest.approx(1 - counted["with_probes"]["share_of_dense"])
+
+
+def test_questions_about_one_image_share_its_prefill(finished: Path, data: Path, plan_path: Path, tmp_path: Path) -> None:
+    """The answers are those of each question alone, for less than a third of the multiply-adds."""
+    output = tmp_path / "run"
+    assert evaluate([*arguments(data, plan_path, output)[:-1], "--no-sharing"]) == 0
+    assert predictions(output / "plan" / "digits.tsv") == predictions(finished / "plan" / "digits.tsv")
+    alone, shared = (
+        json.loads((folder / "evaluation.json").read_text())["datasets"]["digits"]["multiply_adds"]
+        for folder in (output, finished)
+    )
+    for name in ("dense", "reduced", "reduced_with_probes"):
+        assert shared["shared"][name] < 0.3 * shared[name]
+        assert alone["shared"][name] == pytest.approx(alone[name])
+        assert alone[name] == shared[name]
+    part = json.loads((finished / "evaluation.json").read_text())["datasets"]
+    assert (part["digits"]["questions_per_image"], part["MMStar"]["questions_per_image"]) == (6, 1)
+    assert part["MMStar"]["multiply_adds"]["shared"]["dense"] == pytest.approx(part["MMStar"]["multiply_adds"]["dense"])
 
 
 def test_a_benchmark_has_the_columns_of_its_file(finished: Path) -> None:
@@ -155,7 +179,8 @@ def test_times_have_their_baseline(finished: Path) -> None:
         for name in ("prefill", "first_token", "decode"):
             assert len(times[variant][name]) == 1
             assert times[variant][name][0] > 0
-        assert times[variant]["tokens_per_second"] == times["rows"] * 31 / times[variant]["decode"][0]
+        assert times[variant]["tokens_per_second"] == 8 * 31 / times[variant]["decode"][0]
+    assert (times["rows"], times["branches"], times["prompts"]) == (1, 8, 6)
 
 
 def test_interrupted_anywhere_and_resumed(
@@ -229,9 +254,9 @@ def test_rows_come_and_go(
     """The answers to unchanged questions are kept at whatever place; a row that cannot be used ends the run or is wrong."""
     output, log = tmp_path / "run", (finished / FILE_NAME).read_bytes()
     shutil.copytree(finished, output)
-    (data / "broken.png").write_bytes((data / "0.png").read_bytes()[:100])
+    (data / "broken.png").write_bytes((data / "0" / "page.png").read_bytes()[:100])
     rows = [json.loads(line) for line in (data / "own.jsonl").read_text().splitlines()]
-    broken = {"image": "broken.png", "question": "digit ?", "answer": "7", "dataset": "top_left"}
+    broken = {"image": "broken.png", "question": "digit ?", "answer": "7", "dataset": "digits"}
     changed = [broken, *rows[:1], *rows[3:], {**rows[1], "answer": "9"}, rows[4]]
     (data / "changed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
     given = [part.replace("own.jsonl", "changed.jsonl") for part in arguments(data, plan_path, output)]
@@ -244,13 +269,13 @@ def test_rows_come_and_go(
     assert (output / FILE_NAME).read_bytes() == log
     result = json.loads((output / "evaluation.json").read_text())
     jsonschema.validate(result, SCHEMA)
-    part = result["datasets"]["top_left"]
-    assert (part["questions"], part["unusable"], part["images"]) == (10, 1, {"upright": True, "transparency": "white"})
-    texts = [row["prediction"] for row in predictions(output / "plan" / "top_left.tsv")]
-    before = [row["prediction"] for row in predictions(finished / "plan" / "top_left.tsv")]
+    part = result["datasets"]["digits"]
+    assert (part["questions"], part["unusable"], part["images"]) == (QUESTIONS + 1, 1, {"upright": True, "transparency": "white"})
+    texts = [row["prediction"] for row in predictions(output / "plan" / "digits.tsv")]
+    before = [row["prediction"] for row in predictions(finished / "plan" / "digits.tsv")]
     assert texts == ["", before[0], *before[3:], before[1], before[4]]
     right = sum(text == row["answer"] for text, row in zip(texts, changed, strict=True))
-    assert part["variants"]["plan"]["score"]["value"] == pytest.approx(10 * right)
+    assert part["variants"]["plan"]["score"]["value"] == pytest.approx(100 * right / (QUESTIONS + 1))
 
 
 def test_what_has_no_score_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,6 +84,24 @@ def copies(rows: list[Row], groups: tuple[str, ...], times: dict[str, int]) -> l
     return [(row, n) for row, group in zip(rows, groups, strict=True) for n in range(times[group])]
 
 
+def test_questions_about_one_image_are_drawn_together():
+    hits = drawn(60, 0.5)
+    twice = score("DocVQA_VAL", doc_rows(np.repeat(hits, 2)))
+    once = score_draws(score("DocVQA_VAL", doc_rows(hits)), samples=50)
+    assert score_draws(twice, np.repeat(range(60), 2).tolist(), samples=50) == pytest.approx(once)
+    # Images of their own change nothing.
+    assert score_draws(twice, range(120), samples=50) == pytest.approx(score_draws(twice, samples=50))
+
+
+def test_an_image_in_several_strata_is_drawn_once_for_all():
+    hits = np.repeat(drawn((30, 1), 0.5), 2, axis=1)
+    rows = mme_rows({"OCR": hits.tolist(), "count": (1 - hits).tolist()}, [(1, 1)] * 30)
+    draws = score_draws(score("MME", rows), [row.image for row in rows], samples=50)
+    # One of the two categories is right wherever the other is wrong.
+    assert draws == pytest.approx(2800 - 200)
+    assert score_draws(score("MME", rows), samples=50).std() > 1
+
+
 def counts(groups: tuple[str, ...], strata: tuple[str, ...], samples: int, seed: int) -> list[dict[str, int]]:
     """How often each group is drawn in each draw."""
     rng = np.random.default_rng(seed)
