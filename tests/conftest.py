@@ -41,4 +41,5 @@ def one_device() -> Iterator[None]:
     devices = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda: devices)
+        patch.setattr(jax, "local_devices", lambda: devices)
         yield
