@@ -6,7 +6,7 @@ import pytest
 
 from rlens_jax.config import ReportConfig, RunConfig, SearchConfig
 from rlens_jax.forecast import RACED_SHARE, Forecast, Work
-from rlens_jax.ranking.expected_work import expected_work
+from rlens_jax.search.expected_work import expected_work
 from rlens_jax.search.search import num_evaluations
 
 
