@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from rlens_jax.config import RunConfig
+from rlens_jax.config import RunConfig, SearchConfig
 from rlens_jax.forecast import Forecast, Work
-from rlens_jax.plan import OPERATORS, Operator
+from rlens_jax.plan import OPERATORS, Operator, Plan
 from rlens_jax.search.curves import random_points
 
 CURVES = "held-out curves"
@@ -25,8 +25,7 @@ def expected_work(config: RunConfig, num_layers: int, samples: Mapping[str, int]
     searches = [search.position_layers, *([0] if report.full_search and report.extent == "full" else [])]
     for position_layers in searches:
         for operator in search.operators:
-            work = _search(num_layers, position_layers, samples["validation"], raced=search.stopping == "exact")
-            phases[search_label(operator, position_layers)] = work
+            phases[search_label(operator, position_layers)] = _search(search, num_layers, position_layers, samples["validation"])
     if report.extent == "full":
         orders = (1 + len(searches)) * len(search.operators)
         prefixes = [(num_layers + 1) / 2] * (num_layers - 1) * orders  # each starts from the states of its predecessor
@@ -36,9 +35,11 @@ def expected_work(config: RunConfig, num_layers: int, samples: Mapping[str, int]
     return Forecast(phases)
 
 
-def _search(num_layers: int, position_layers: int | None, samples: int, *, raced: bool) -> Work:
+def _search(search: SearchConfig, num_layers: int, position_layers: int | None, samples: int) -> Work:
+    """The dense plan, the base, which may be dense, the prefixes that are ranked by position, and the rounds."""
     by_position = num_layers // 4 if position_layers is None else position_layers
-    first = [num_layers * samples, *(samples * layers for layers in range(1, by_position + 1))]
+    first = [num_layers, num_layers if search.base() != Plan() else 0, *range(1, by_position + 1)]
     rounds = range(num_layers - by_position, 0, -1)
-    candidates = [samples * (num_layers - layer) for size in rounds for layer in reversed(range(size))]
-    return Work(first, candidates) if raced else Work(first + candidates)
+    candidates = [num_layers - layer for size in rounds for layer in reversed(range(size))]
+    full, raced = ([samples * layers for layers in items] for items in (first, candidates))
+    return Work(full, raced) if search.stopping == "exact" else Work(full + raced)
