@@ -17,6 +17,7 @@ from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+SearchMethod = Literal["greedy", "one_shot"]
 
 
 @no_type_check  # user input: __post_init__ checks it and raises UserError
@@ -64,9 +65,12 @@ class SearchConfig:
     """Weight of a drop of a dataset's metric, relative to a gain (paper: 2)."""
     change: Literal["relative", "absolute"] = "relative"
     """Whether the change of a dataset's metric is divided by the dense model's metric."""
+    method: SearchMethod = "greedy"
+    """`greedy` appends the best layer round by round, on top of those ranked before; `one_shot` sorts the layers by their scores
+    in the first round, which is much faster and gives another ranking."""
     stopping: Literal["exact", "none"] = "exact"
     """`exact` stops the evaluation of a candidate that cannot become the best of its round any more, which changes no ranking;
-    `none` evaluates all candidates on all samples."""
+    `none` evaluates all candidates on all samples, as `one_shot` always does."""
     objective: Literal["teacher_forced", "generation"] = "teacher_forced"
     """`teacher_forced` checks in one pass whether greedy decoding would produce a reference answer exactly; `generation`
     generates the answer and compares the text."""
@@ -92,6 +96,10 @@ class SearchConfig:
                 raise UserError(f"{name} must be different layer numbers, each at least 0, not {shown(layers)}")
             if layers and operator in self.operators:
                 raise UserError(f"{name} reduces {operator} in every plan; then search.operators must not rank {operator} too")
+
+    def by(self, method: SearchMethod) -> "SearchConfig":
+        """The same search by another method; one that sorts all layers by one round needs all of their scores."""
+        return dataclasses.replace(self, method=method, stopping=self.stopping if method == "greedy" else "none")
 
     def base(self) -> Plan:
         """The reductions that every plan of the search has."""

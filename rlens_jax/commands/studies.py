@@ -8,6 +8,7 @@ NAME is one of
   strategies  orders of layers: searched, by position, hybrid, random
   probes      number of probes, strided or random
   pruning     FastV, VTW and combinations with the reductions: score against FLOPs
+  search_methods  greedy search and one-shot ranking: agreement, score, work
   all         all of them; on the embedded model less than 20 minutes on two CPU cores
 
 Each study writes NAME.json (schema: rlens_jax/paper_studies/study.schema.json), NAME.png and NAME.svg to the output folder.

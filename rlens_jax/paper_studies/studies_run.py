@@ -18,6 +18,7 @@ from rlens_jax.files import replace_file
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.paper_studies.layer_studies import layers_study, strategies_study, text_study
 from rlens_jax.paper_studies.reduction_studies import fraction_study, probes_study, pruning_study, range_study
+from rlens_jax.paper_studies.search_studies import search_methods_study
 from rlens_jax.paper_studies.study import Facts, Panel, Study, StudyName, Variant, study_json
 from rlens_jax.paper_studies.study_bench import Bench
 from rlens_jax.paper_studies.study_programs import make_scoring
@@ -34,6 +35,7 @@ STUDIES: Mapping[StudyName, Callable[[Bench], Study]] = {
     "strategies": strategies_study,
     "probes": probes_study,
     "pruning": pruning_study,
+    "search_methods": search_methods_study,
 }
 
 _STYLES = (

@@ -17,7 +17,7 @@ SCHEMA = "rlens-study/1"
 
 Tokens = Literal["visual", "text"]
 
-StudyName = Literal["layers", "text", "fraction", "range", "strategies", "probes", "pruning"]
+StudyName = Literal["layers", "text", "fraction", "range", "strategies", "probes", "pruning", "search_methods"]
 STUDY_NAMES: tuple[StudyName, ...] = get_args(StudyName)
 
 Bound = float | Literal["infinite", "undefined"]

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rlens_jax.config import RunConfig
+from rlens_jax.config import RunConfig, SearchMethod
 from rlens_jax.console import Progress
 from rlens_jax.engine.evaluator import Evaluator, Outcomes, round_scorer
 from rlens_jax.engine.inputs import Split
@@ -73,19 +73,21 @@ class Bench:
     def order(self, operator: Operator) -> tuple[int, ...]:
         """The searched order of layers: from `orders`, else with the configured L_p."""
         if operator not in self._orders:
-            self._orders[operator] = self.search(operator, self.config.search.position_layers).order
+            search = self.config.search
+            self._orders[operator] = self.search(operator, search.position_layers, search.method).order
         return self._orders[operator]
 
-    def search(self, operator: Operator, position_layers: int | None) -> Ranking:
+    def search(self, operator: Operator, position_layers: int | None, method: SearchMethod = "greedy") -> Ranking:
         """The Layer Ranking Algorithm on the validation samples; None is L // 4."""
         prior = self.num_layers // 4 if position_layers is None else position_layers
-        total = num_evaluations(self.num_layers, prior) + 1  # the dense plan is evaluated before the search, too
+        search = self.config.search.by(method)
+        total = num_evaluations(self.num_layers, prior, method) + 1  # the dense plan is evaluated before the search, too
         label = f"ranking {operator}, L_p = {prior}"
         evaluator, scoring = self._evaluator(VALIDATION, self.plain)
         with Progress(label, total * len(self._splits[VALIDATION].datasets), "evaluations") as progress:
             (outcomes,) = evaluator.outcomes(VALIDATION, Plan(), [Plan()], progress)
-            score_round = round_scorer(evaluator, VALIDATION, dataset_metrics(outcomes), self.config.search, progress)
-            ranking = rank_layers(self.num_layers, prior, operator, score_round)
+            score_round = round_scorer(evaluator, VALIDATION, dataset_metrics(outcomes), search, progress)
+            ranking = rank_layers(self.num_layers, prior, operator, score_round, method=method)
         scoring.release()
         return ranking
 

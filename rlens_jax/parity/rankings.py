@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -117,18 +118,24 @@ def _check(order: Sequence[int], num_layers: int, where: str) -> None:
         seen.add(layer)
 
 
+def kendall_tau(a: Sequence[int], b: Sequence[int]) -> float:
+    """The agreement of two orders of the same layers, at least two: 1 for equal ones, -1 for the reverse."""
+    place = {layer: number for number, layer in enumerate(b)}
+    pairs = list(combinations(a, 2))
+    agreeing = sum(place[x] < place[y] for x, y in pairs)
+    return (2 * agreeing - len(pairs)) / len(pairs)
+
+
 def _compare(name: str, a: tuple[int, ...], b: tuple[int, ...]) -> RankingComparison:
     place_a, place_b = ({layer: place for place, layer in enumerate(order, 1)} for order in (a, b))
     common = [layer for layer in a if layer in place_b]
     if len(common) < 2:
         raise UserError("the two rankings have fewer than two layers in common: nothing to compare")
-    pairs = [(x, y) for i, x in enumerate(common) for y in common[i + 1 :]]
-    agreeing = sum(place_b[x] < place_b[y] for x, y in pairs)
     return RankingComparison(
         name,
         a,
         b,
-        (2 * agreeing - len(pairs)) / len(pairs),
+        kendall_tau(common, [layer for layer in b if layer in place_a]),
         tuple(len(set(a[:k]) & set(b[:k])) / k for k in range(1, min(len(a), len(b)) + 1)),
         tuple(place_b.get(layer) for layer in a),
         tuple(place_a.get(layer) for layer in b),

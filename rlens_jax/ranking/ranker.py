@@ -57,12 +57,13 @@ class Ranker:
         """Rank the layers of one operator; arguments as of `rank_layers`."""
         length = self.num_layers
         prior = length // 4 if position_layers is None else position_layers
-        evaluations = num_evaluations(length, prior) + 1  # the dense plan counts twice
+        search = self.config.search.by(self.config.search.method)
+        evaluations = num_evaluations(length, prior, search.method) + 1  # the dense plan counts twice
         label = f"ranking {operator}" if position_layers != 0 else f"ranking {operator}, L_p = 0"
         with Progress(label, evaluations * len(self.samples[VALIDATION]), "evaluations") as progress:
             dense = self.metrics(VALIDATION, Plan(), progress)
-            score_round = round_scorer(self.evaluator, VALIDATION, dense, self.config.search, progress)
-            return rank_layers(length, position_layers, operator, score_round, self.config.search.base())
+            score_round = round_scorer(self.evaluator, VALIDATION, dense, search, progress)
+            return rank_layers(length, position_layers, operator, score_round, search.base(), search.method)
 
     def compare(
         self, rankings: Mapping[Operator, Ranking], complete: Mapping[Operator, Ranking], flops_saved: FlopsSaved

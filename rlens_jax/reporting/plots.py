@@ -18,6 +18,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 from rlens_jax.plan import Operator
 from rlens_jax.search.results import ALLOWED_LOSS, OperatorResult, RandomCurves, Results, Strategy
+from rlens_jax.search.search import Ranking
 
 Format = Literal["png", "svg"]
 
@@ -63,8 +64,8 @@ def _curves(results: Results) -> Figure:
     panels = len(results.operators)
     figure = Figure(figsize=(1 + 5.4 * panels, 4.9), layout="constrained")
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
-    for axis, (operator, result) in zip(axes, results.operators.items(), strict=True):
-        _curve_panel(axis, operator, result, results)
+    for axis, result in zip(axes, results.operators.values(), strict=True):
+        _curve_panel(axis, result, results)
     axes[0].set_ylabel("held-out score, mean over the datasets (%)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
@@ -75,7 +76,7 @@ def _curves(results: Results) -> Figure:
     return figure
 
 
-def _curve_panel(axis: Axes, operator: Operator, result: OperatorResult, results: Results) -> None:
+def _curve_panel(axis: Axes, result: OperatorResult, results: Results) -> None:
     num_layers = results.num_layers
     dense = float(np.mean(list(results.dense_test.values())))
     axis.axhline(dense, color="black", linestyle=":", linewidth=1.2, label="dense model")
@@ -109,7 +110,7 @@ def _curve_panel(axis: Axes, operator: Operator, result: OperatorResult, results
         label=f"most layers at less than {100 * ALLOWED_LOSS:g} % loss",
     )
     axis.axvline(number, color="black", linewidth=0.6, alpha=0.5)
-    axis.set_title(f"{OPERATOR_NAMES[operator]}: {number} of {num_layers} layers at < {100 * ALLOWED_LOSS:g} % loss")
+    axis.set_title(f"{_title(result.ranking)}: {number} of {num_layers} layers at < {100 * ALLOWED_LOSS:g} % loss")
     axis.set_xlabel("reduced layers")
     axis.set_xlim(-0.02 * num_layers, 1.02 * num_layers)
     axis.set_ylim(bottom=0)
@@ -117,6 +118,10 @@ def _curve_panel(axis: Axes, operator: Operator, result: OperatorResult, results
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _title(ranking: Ranking) -> str:
+    return OPERATOR_NAMES[ranking.operator] + (", one-shot" if ranking.method == "one_shot" else "")
 
 
 def _random_marks(axis: Axes, random: RandomCurves) -> None:
@@ -144,9 +149,9 @@ def _candidates(results: Results) -> Figure:
     figure = Figure(figsize=(1.2 + (side + 0.6) * panels, height), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     norm = _candidate_norm([_score_table(result, num_layers) for result in results.operators.values()])
-    for axis, (operator, result) in zip(axes, results.operators.items(), strict=True):
+    for axis, result in zip(axes, results.operators.values(), strict=True):
         image = _candidate_panel(axis, result, num_layers, norm, cell=72 * side / num_layers)
-        axis.set_title(OPERATOR_NAMES[operator])
+        axis.set_title(_title(result.ranking))
     axes[0].set_ylabel("round of the search")
     bar = figure.colorbar(image, ax=list(axes), pad=0.02)
     bar.set_label("candidate's score on validation (0 = dense model)")

@@ -16,7 +16,7 @@ from rlens_jax.files import json_leaves
 from rlens_jax.plan import OPERATORS, Plan
 from rlens_jax.reporting import chart
 from rlens_jax.reporting.chart import MINUS, Chart, HeatMap, Mark, Series, curve_chart, heat_map, worst_score
-from rlens_jax.reporting.report_text import TITLES
+from rlens_jax.reporting.report_text import METHODS, ONE_SHOT, TITLES
 from rlens_jax.reporting.run_files import RunFiles
 from rlens_jax.search.results import ALLOWED_LOSS
 
@@ -67,6 +67,7 @@ class OperatorView:
     name: str
     title: str
     order: tuple[LayerCell, ...]
+    how: str
     by_position: int
     layers: tuple[LayerCell, ...]
     heat: HeatMap
@@ -212,11 +213,13 @@ def _operator_view(run: RunFiles, operator: str, worst: float) -> OperatorView:
     ranking = run.ranking
     order, search, evaluated = ranking["rankings"][operator], ranking["search"][operator], "held_out" in ranking
     lost = ranking["savings"][operator]["plan"][operator] if evaluated else ()
+    method = search.get("method", "greedy")
     ranks = {layer: rank for rank, layer in enumerate(order, 1)}
     layers = tuple(LayerCell(layer, ranks[layer], layer in lost) for layer in sorted(order))
     return OperatorView(
         name=operator,
-        title=_OPERATORS[operator],
+        title=_OPERATORS[operator] + (ONE_SHOT if method == "one_shot" else ""),
+        how=METHODS[method],
         order=tuple(layers[layer] for layer in order),
         by_position=search["position_layers"],
         layers=layers,

@@ -13,6 +13,8 @@ from rlens_jax.search.results import ALLOWED_LOSS, OperatorResult, Results, Sear
 from rlens_jax.search.search import Ranking
 
 TITLES = {"attention": "Hollow Attention", "ffn": "Probe-Activated Dynamic FFN", "both": "both at once"}
+METHODS = {"greedy": "searched", "one_shot": "sorted by their scores in one round (one-shot, no greedy search)"}
+ONE_SHOT = ", one-shot"
 WIDTH = 100
 """Most columns of the summary, which has at most 25 lines."""
 _MOST_RANKING_LINES = 3
@@ -61,16 +63,22 @@ def report_markdown(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def ranking_title(ranking: Ranking) -> str:
+    """The operator's title; it says if the ranking is only a one-shot one."""
+    return TITLES[ranking.operator] + (ONE_SHOT if ranking.method == "one_shot" else "")
+
+
 def found(ranking: Ranking) -> str:
     """A ranking in two lines, for the terminal, as soon as it is found."""
     scores = " ".join(f"{point.score:.3f}" for point in ranking.curve())
     order = " ".join(map(str, ranking.order))
-    return f"{TITLES[ranking.operator]}, best to reduce first: {order}\n  scores with 0, 1, 2, ... of them reduced: {scores}"
+    return f"{ranking_title(ranking)}, best to reduce first: {order}\n  scores with 0, 1, 2, ... of them reduced: {scores}"
 
 
 def summary(results: Searched, folder: Path) -> str:
     """The two rankings, their savings, the verdict on the search, and the path of the report, for the terminal."""
-    lines = ["Layers in the order in which to reduce them, best first:"]
+    one_shot = ", one-shot (no greedy search)" if results.config.search.method == "one_shot" else ""
+    lines = [f"Layers in the order in which to reduce them, best first{one_shot}:"]
     for name, ranking in results.rankings.items():
         lines += _wrapped_order(TITLES[name], ranking.order)
     if not isinstance(results, Results):
@@ -83,7 +91,7 @@ def summary(results: Searched, folder: Path) -> str:
         cells = "".join(f"{share:>13}" for share in shares)
         lines.append(f"  {TITLES[plan]:<28}{_layer_count(results, plan):>9}{loss:>9}{cells}")
     lines += ["  (time: measured with the work skipped, prefill against dense, medians)", ""]
-    for name, result in results.operators.items():
+    for result in results.operators.values():
         others = ", ".join(
             f"{'L_p = 0' if other == 'search_all' else other} {_percent(float(area.value))}"
             for other, area in result.areas.items()
@@ -91,7 +99,7 @@ def summary(results: Searched, folder: Path) -> str:
         )
         losers = _unbeaten(result)
         verdict = f"beats {' and '.join(_rivals(result))}" if losers is None else f"NOT better than {losers}"
-        text = f"{TITLES[name]}: area {_percent(float(result.areas['searched'].value))} ({others}): {verdict}"
+        text = f"{ranking_title(result.ranking)}: area {_percent(float(result.areas['searched'].value))} ({others}): {verdict}"
         lines += textwrap.wrap(text, WIDTH, subsequent_indent="  ")
     lines += ["", f"Report: {folder / 'report.html'} (as text: report.md)"]
     return "\n".join(lines)
@@ -158,7 +166,8 @@ def _rankings(results: Results) -> str:
     lines = []
     for name, result in results.operators.items():
         by_position = len(result.ranking.prefix_scores)
-        note = f"the first {by_position} by position, the others searched" if by_position else "all searched"
+        how = METHODS[result.ranking.method]
+        note = f"the first {by_position} by position, the others {how}" if by_position else f"all {how}"
         lines.append(f"- **{TITLES[name]}** ({note}): {', '.join(map(str, result.ranking.order))}")
     return "\n".join(lines)
 
@@ -202,7 +211,7 @@ def _quality(name: Operator, result: OperatorResult, results: Results) -> str:
         f"Area under the held-out curve over {points} reduced layers, with 95 % bootstrap intervals. Differences are "
         "taken on the same draws."
     )
-    return "\n\n".join([f"### {TITLES[name]}", markdown_table(titles, rows), note, _verdict(result, results)])
+    return "\n\n".join([f"### {ranking_title(result.ranking)}", markdown_table(titles, rows), note, _verdict(result, results)])
 
 
 def _rivals(result: OperatorResult) -> list[Strategy]:

@@ -202,6 +202,7 @@ def _evaluation(score: PlanScore) -> dict[str, Any]:
 def _search(ranking: Ranking) -> dict[str, Any]:
     return {
         "base": _plan(ranking.base),
+        "method": ranking.method,
         "position_layers": len(ranking.prefix_scores),
         "scores": [point.score for point in ranking.curve()],
         "dense_and_position": [_evaluation(score) for score in (ranking.base_score, *ranking.prefix_scores)],

@@ -1,4 +1,4 @@
-"""The Layer Ranking Algorithm: in which order the layers of one operator are best reduced.
+"""The Layer Ranking Algorithm: in which order the layers of one operator are best reduced, and its one-shot approximation.
 
 The search hands out the plans of a whole round at once: they share their base, which an evaluator can use.
 """
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from rlens_jax.config import SearchMethod
 from rlens_jax.errors import UserError
 from rlens_jax.plan import Operator, Plan
 from rlens_jax.search.objective import PlanScore, comparable
@@ -53,7 +54,8 @@ class Ranking:
         order: all L layers, the best to reduce first.
         base_score: the score of `base`.
         prefix_scores: the scores of the first 1, 2, ... L_p layers, which are ranked by position.
-        rounds: the greedy rounds of the other layers.
+        rounds: the rounds of the other layers; one if they were ranked in one shot.
+        method: how the other layers were ranked.
     """
 
     operator: Operator
@@ -62,6 +64,7 @@ class Ranking:
     base_score: PlanScore
     prefix_scores: tuple[PlanScore, ...]
     rounds: tuple[Round, ...]
+    method: SearchMethod = "greedy"
 
     @property
     def stopped_early(self) -> int:
@@ -74,17 +77,23 @@ class Ranking:
         return sum(len(round_.scores) for round_ in self.rounds)
 
     def curve(self) -> list[PlanScore]:
-        """The scores with the first 0, 1, ... L layers of the order reduced."""
+        """The scores with the first 0, 1, ... layers of the order reduced: all L, or up to the first one ranked in one shot."""
         return [self.base_score, *self.prefix_scores, *(round_.chosen_score for round_ in self.rounds)]
 
 
 def rank_layers(
-    num_layers: int, position_layers: int | None, operator: Operator, score_round: ScoreRound, base: Plan | None = None
+    num_layers: int,
+    position_layers: int | None,
+    operator: Operator,
+    score_round: ScoreRound,
+    base: Plan | None = None,
+    method: SearchMethod = "greedy",
 ) -> Ranking:
-    """Rank all layers of `operator`: the last ones by position, the others by greedy search.
+    """Rank all layers of `operator`: the last ones by position, the others by greedy search or in one shot.
 
     Each round tries every unranked layer on top of the ranked ones and appends the layer whose plan scores best; among equal
-    scores (to 12 digits) the later layer (our decision). The last round has one candidate, which is scored for the curve.
+    scores (to 12 digits) the later layer (our decision). The last round has one candidate, which is scored for the curve. In one
+    shot, there is one round, and its scores sort all layers; its candidates must be evaluated in full.
 
     Args:
         num_layers: decoder layers, L.
@@ -113,9 +122,14 @@ def rank_layers(
     while len(order) < num_layers:
         layers = [layer for layer in range(num_layers) if layer not in order]
         rounds.append(_round(score_round, operator, ranked, layers, rounds[-1] if rounds else None))
-        order.append(rounds[-1].chosen)
-        ranked = ranked.with_layer(operator, order[-1])
-    return Ranking(operator, base, tuple(order), base_score, prefix_scores, tuple(rounds))
+        if method == "one_shot":
+            if any(score.bound for score in rounds[-1].scores):
+                raise ValueError("layers cannot be sorted by bounds of their scores")
+            order += evaluation_order(layers, rounds[-1])
+        else:
+            order.append(rounds[-1].chosen)
+            ranked = ranked.with_layer(operator, order[-1])
+    return Ranking(operator, base, tuple(order), base_score, prefix_scores, tuple(rounds), method)
 
 
 def _round(score_round: ScoreRound, operator: Operator, base: Plan, layers: Sequence[int], before: Round | None) -> Round:
@@ -144,10 +158,11 @@ def _scores(score_round: ScoreRound, base: Plan, candidates: list[Plan]) -> tupl
     return scores
 
 
-def num_evaluations(num_layers: int, position_layers: int) -> int:
-    """Plans that one search evaluates: the base, L_p prefixes, and n (n + 1) / 2 candidates for n = L - L_p."""
+def num_evaluations(num_layers: int, position_layers: int, method: SearchMethod) -> int:
+    """Plans that one search evaluates: the base, L_p prefixes, and n (n + 1) / 2 candidates for n = L - L_p; n in one shot."""
     searched = num_layers - position_layers
-    return searched * (searched + 1) // 2 + position_layers + 1
+    candidates = searched if method == "one_shot" else searched * (searched + 1) // 2
+    return candidates + position_layers + 1
 
 
 def prefix_plans(operator: Operator, order: Sequence[int], base: Plan | None = None) -> list[Plan]:

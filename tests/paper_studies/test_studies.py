@@ -252,6 +252,22 @@ def test_strategies(finished: Finished) -> None:
                 assert found[f"{operator}_margin {name}"] == pytest.approx(searched - own)
 
 
+def test_search_methods(finished: Finished) -> None:
+    study = finished.studies["search_methods"]
+    found = {finding.name: finding.value for finding in study.findings}
+    for operator, panel in zip(OPERATORS, study.panels, strict=True):
+        orders = {series.name: series.orders for series in panel.series}
+        assert list(orders) == ["greedy search", "one-shot, by the scores of one round", "by position"]
+        (greedy,), (one_shot,), (position,) = orders.values()
+        assert greedy[:3] == one_shot[:3] == position[:3] == (4, 3, 2)
+        assert found[f"{operator}_tau"] == (1.0 if greedy == one_shot else -1.0)  # two layers are searched
+        areas = [found[f"{operator}_area {name}"] for name in orders]
+        assert found[f"{operator}_margin"] == pytest.approx(areas[0] - areas[1])
+        # Five layers for the base, 1 + 2 + 3 for the prefixes, 5 + 4 for both candidates, and the last one again.
+        assert found[f"{operator}_work one_shot"] == 20
+        assert found[f"{operator}_work greedy"] == 20 + (5 - greedy[-1])
+
+
 def test_pruning_alone_and_on_top_of_a_plan(finished: Finished) -> None:
     study, toy = finished.studies["pruning"], finished.toy
     lines = {series.name: series.points for series in study.panels[0].series}

@@ -43,11 +43,11 @@ class World:
 
 
 @functools.cache
-def synthetic_results(num_layers=12, samples=60, with_search_all=False, operators=OPERATORS, num_random=10):
+def synthetic_results(num_layers=12, samples=60, with_search_all=False, operators=OPERATORS, num_random=10, method="greedy"):
     config = RunConfig(
         output="runs/synthetic",
         data=DataConfig("pages", validation_samples=samples, test_samples=samples),
-        search=SearchConfig(operators=operators),
+        search=SearchConfig(operators=operators, method=method),
         reduction=Reduction(attention_range=16),
         compute=ComputeConfig(dtype="float32"),
         report=ReportConfig(bootstrap_samples=100, random_rankings=num_random),
@@ -62,8 +62,8 @@ def synthetic_results(num_layers=12, samples=60, with_search_all=False, operator
 
     results = {}
     for operator in operators:
-        ranking = rank_layers(num_layers, None, operator, score_round)
-        search_all = rank_layers(num_layers, 0, operator, score_round) if with_search_all else None
+        ranking = rank_layers(num_layers, None, operator, score_round, method=method)
+        search_all = rank_layers(num_layers, 0, operator, score_round, method=method) if with_search_all else None
         plans = held_out_plans(ranking, num_random, 0, search_all)
         results[operator] = operator_result(
             ranking,

@@ -44,6 +44,13 @@ def test_the_heat_map_names_axes_and_numbers_rounds_and_layers(results):
     assert [found.count(str(number)) for number in (9, 10, 11)] == [4, 2, 2]
 
 
+def test_a_one_shot_ranking_is_called_one(results):
+    one_shot = synthetic_results(samples=20, num_random=0, method="one_shot")
+    for plot in PLOTS:
+        assert sum(", one-shot" in text for text in texts(plot(one_shot, "svg"))) == 2
+        assert not any("one-shot" in text for text in texts(plot(results, "svg")))
+
+
 def test_without_random_rankings_the_legend_has_none():
     found = texts(plot_curves(synthetic_results(samples=20, num_random=0), "svg"))
     assert "by position, last layer first" in found

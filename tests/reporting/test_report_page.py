@@ -104,6 +104,14 @@ def test_every_candidate_of_every_round_is_a_cell(folder, page):
     assert [int(re.search(r"layer (\d+), chosen", tip)[1]) for tip in chosen] == [r["chosen"] for r in rounds]
 
 
+def test_a_one_shot_ranking_is_called_one(tmp_path, page):
+    results = synthetic_results(samples=20, num_random=0, method="one_shot")
+    words = Page(report_html([read_run(write_run(tmp_path / "run", results))])).words
+    assert words.count("Hollow Attention, one-shot") >= 3  # the rankings, the curves and the scores
+    assert "the others sorted by their scores in one round (one-shot, no greedy search)" in words
+    assert "one-shot" not in Page(page).words
+
+
 def test_without_random_rankings_nobody_speaks_of_chance(tmp_path):
     page = report_html([read_run(write_run(tmp_path / "run", synthetic_results(samples=20, num_random=0)))])
     words = Page(page).words

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
-from rlens_jax.reporting.report_text import report_markdown, summary
+from rlens_jax.reporting.report_text import TITLES, found, report_markdown, summary
 from rlens_jax.search.bootstrap import Interval
 from tests.reporting.runs import HOSTILE, hostile_results
 from tests.reporting.synthetic import synthetic_results, with_bounds, with_margin
@@ -45,6 +45,18 @@ def test_it_says_whether_the_search_was_worth_it_and_why_not(results):
     assert "**The searched order does not beat position and random**" in lost
     assert "on 180 validation samples" in lost
     assert "searching every layer (L_p = 0) gives a larger area" in lost
+
+
+def test_a_one_shot_ranking_is_called_one_everywhere(results):
+    one_shot = synthetic_results(samples=20, num_random=0, method="one_shot")
+    text, lines = report_markdown(one_shot), summary(one_shot, Path("x")).splitlines()
+    assert text.count("the others sorted by their scores in one round (one-shot, no greedy search)") == 2
+    assert text.count(", one-shot\n") == 2  # the headings of both operators
+    assert lines[0].endswith("best first, one-shot (no greedy search):")
+    assert max(map(len, lines)) <= 100
+    for result in one_shot.operators.values():
+        assert found(result.ranking).splitlines()[0].startswith(f"{TITLES[result.ranking.operator]}, one-shot, best to reduce")
+    assert "one-shot" not in report_markdown(results) + summary(results, Path("x"))
 
 
 def test_without_random_rankings_nobody_speaks_of_chance():

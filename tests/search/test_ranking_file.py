@@ -58,6 +58,20 @@ def test_it_holds_the_rankings_and_every_evaluation_of_the_search(results):
         assert [point["num_reduced"] for point in found["held_out"][operator]["curves"]["searched"]["points"]] == [*range(13)]
 
 
+def test_it_says_how_the_layers_were_ranked(tmp_path):
+    one_shot = json.loads(json_text(ranking_fields(synthetic_results(samples=20, num_random=0, method="one_shot"))))
+    jsonschema.validate(one_shot, SCHEMA)
+    assert {search["method"] for search in one_shot["search"].values()} == {"one_shot"}
+    assert one_shot["configuration"]["search"]["method"] == "one_shot"
+    assert len(one_shot["search"]["ffn"]["rounds"]) == 1
+    assert len(one_shot["search"]["ffn"]["scores"]) == 3 + 2  # the base, the layers by position, and the first one of the others
+    assert ranking_fields(synthetic_results())["search"]["ffn"]["method"] == "greedy"
+    for search in one_shot["search"].values():
+        del search["method"]  # as in files of earlier versions
+    (tmp_path / "ranking.json").write_text(json.dumps(one_shot))
+    read_ranking(tmp_path / "ranking.json")
+
+
 def test_random_rankings_are_compared_everywhere_or_nowhere(tmp_path):
     path = tmp_path / "ranking.json"
     found = json.loads(json_text(ranking_fields(synthetic_results(samples=20, num_random=0))))

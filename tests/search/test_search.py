@@ -6,7 +6,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.plan import Plan
 from rlens_jax.search.curves import random_rankings
 from rlens_jax.search.objective import PlanScore
-from rlens_jax.search.search import evaluation_order, position_ranking, prefix_plans, rank_layers
+from rlens_jax.search.search import evaluation_order, num_evaluations, position_ranking, prefix_plans, rank_layers
 from tests.toy_search import one_at_a_time
 
 
@@ -105,6 +105,11 @@ def test_scores_are_compared_after_rounding():
 def test_number_of_evaluations(num_layers, position_layers, rounds_plans, prefixes):
     recorder = Recorder(additive([0.01 * (layer % 5) for layer in range(num_layers)]))
     ranking = rank_layers(num_layers, position_layers, "ffn", recorder)
+    prior = num_layers // 4 if position_layers is None else position_layers
+    assert num_evaluations(num_layers, prior, "greedy") == recorder.num_plans
+    one_shot = Recorder(recorder.value)
+    rank_layers(num_layers, position_layers, "ffn", one_shot, method="one_shot")
+    assert num_evaluations(num_layers, prior, "one_shot") == one_shot.num_plans == num_layers + 1
     assert sum(len(round_.scores) for round_ in ranking.rounds) == rounds_plans
     assert len(ranking.prefix_scores) == prefixes
     assert recorder.num_plans == rounds_plans + prefixes + 1
@@ -129,6 +134,24 @@ def test_every_candidate_is_its_base_with_one_layer_more():
         for plan in candidates:
             assert set(plan.ffn) > set(base.ffn)
             assert len(plan.ffn) == len(base.ffn) + 1
+
+
+def test_one_shot_sorts_by_the_scores_of_one_round():
+    recorder = Recorder(table_value)
+    ranking = rank_layers(4, 0, "ffn", recorder, method="one_shot")
+    assert ranking.order == (0, 3, 2, 1)  # -0.1, -0.2, -0.3, -0.4; greedy is 0, 2, 1, 3
+    assert ranking.method == "one_shot" and rank_layers(4, 0, "ffn", recorder).method == "greedy"
+    assert [point.score for point in ranking.curve()] == [0.0, -0.1]
+    (round_,) = ranking.rounds
+    assert (round_.chosen, round_.layers) == (0, (0, 1, 2, 3))
+    # With layer 3 by position, the others are tried on top of it: 1 (-0.7), 2 (-0.8), 0 (-0.9).
+    assert rank_layers(4, 1, "ffn", Recorder(table_value), method="one_shot").order == (3, 1, 2, 0)
+    ties = rank_layers(5, 0, "ffn", Recorder(additive([0.0, -1.0, 0.0, -1.0, 0.0])), method="one_shot")
+    assert ties.order == (4, 2, 0, 3, 1)
+    assert ties.rounds[0].ties == (0, 2)
+    assert rank_layers(4, 4, "ffn", Recorder(table_value), method="one_shot").rounds == ()
+    with pytest.raises(ValueError, match="sorted by bounds"):
+        rank_layers(3, 0, "ffn", bounded([-0.5, -0.1, -0.2], {(0,): -0.15}), method="one_shot")
 
 
 def test_candidates_come_in_the_order_of_the_round_before():
