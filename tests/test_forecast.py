@@ -60,8 +60,16 @@ def test_the_work_of_a_run_counts_the_layers_of_each_candidate(monkeypatch: pyte
     forecast.advance("ranking ffn", 1, resumed=False)
     rounds = (2 + 3 + 4) + (3 + 4) + 4
     assert forecast.seconds("ranking ffn") == pytest.approx((10 + 10 * RACED_SHARE * rounds,) * 2)
-    forecast.advance("ranking ffn", num_evaluations(4, 1), resumed=True)  # the dense plan is also the base
+    forecast.advance("ranking ffn", num_evaluations(4, 1, "greedy"), resumed=True)  # the dense plan is also the base
     assert forecast.seconds("ranking ffn") == (0, 0)
+
+    one_shot = expected_work(RunConfig(search=replace(search, method="one_shot"), report=ReportConfig(extent="none")), 4, samples)
+    one_shot.begin()
+    clock.now += 40
+    one_shot.advance("ranking ffn", 1, resumed=False)
+    assert one_shot.seconds("ranking ffn") == pytest.approx((10 + 10 * (2 + 3 + 4),) * 2)  # all in full
+    one_shot.advance("ranking ffn", num_evaluations(4, 1, "one_shot"), resumed=True)
+    assert one_shot.seconds("ranking ffn") == (0, 0)
 
     full = expected_work(RunConfig(search=replace(search, stopping="none")), 4, samples)
     full.begin()

@@ -208,8 +208,8 @@ def _quality(name: Operator, result: OperatorResult, results: Results) -> str:
         rows.append((_STRATEGY_TEXTS[strategy], _interval(area), margin))
     points = ", ".join(map(str, result.area_points))
     note = (
-        f"Area under the held-out curve over {points} reduced layers, with 95 % bootstrap intervals. Differences are "
-        "taken on the same draws."
+        f"Area under the held-out curve over {points} reduced layers, with 95 % bootstrap intervals: a draw takes images, each "
+        "with all its questions. Differences are taken on the same draws."
     )
     return "\n\n".join([f"### {ranking_title(result.ranking)}", markdown_table(titles, rows), note, _verdict(result, results)])
 

@@ -39,7 +39,8 @@ def _search(search: SearchConfig, num_layers: int, position_layers: int | None, 
     """The dense plan, the base, which may be dense, the prefixes that are ranked by position, and the rounds."""
     by_position = num_layers // 4 if position_layers is None else position_layers
     first = [num_layers, num_layers if search.base() != Plan() else 0, *range(1, by_position + 1)]
-    rounds = range(num_layers - by_position, 0, -1)
+    searched = num_layers - by_position
+    rounds = range(searched, 0, -1) if search.method == "greedy" else [searched]
     candidates = [num_layers - layer for size in rounds for layer in reversed(range(size))]
     full, raced = ([samples * layers for layers in items] for items in (first, candidates))
-    return Work(full, raced) if search.stopping == "exact" else Work(full + raced)
+    return Work(full, raced) if search.by(search.method).stopping == "exact" else Work(full + raced)
