@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from layer_program import LAYERS, TEXT, VISUAL, layer_program, model_kind
 
-from rlens_jax.dry_run.costs import program_cost, reduced
+from rlens_jax.dry_run.costs import program_cost
 from rlens_jax.dry_run.hlo import Loops, parse_module
 from rlens_jax.dry_run.program import CompiledProgram, compile_program
 from rlens_jax.errors import UserError
@@ -74,13 +74,14 @@ def whole_layer(topology: str, model: int) -> dict[str, float]:
     layers, mesh_shape = layer_program(topology, model, batch=1)
     made = compile_program(layers, mesh_shape, resident_bytes=0, memory_limit=sys.maxsize)
     assert isinstance(made, CompiledProgram), made
-    assert made.dense.layer is not None and made.reduced.layer is not None
+    dense, reduced = made.costs["dense"].layer, made.costs["both"].layer
+    assert dense is not None and reduced is not None
     decoder = model_kind().config.decoder
     sizes = decoder.layer_sizes
     formula = partial(layer_cost, sizes, TEXT, VISUAL, REDUCTION, with_probes=True)
     return {
-        "dense": made.dense.layer.flops * model / (2 * formula(hollow=False, dynamic=False)),
-        "reduced": made.reduced.layer.flops * model / (2 * formula(hollow=True, dynamic=True)),
+        "dense": dense.flops * model / (2 * formula(hollow=False, dynamic=False)),
+        "reduced": reduced.flops * model / (2 * formula(hollow=True, dynamic=True)),
     }
 
 
@@ -104,7 +105,7 @@ def compiled_flops(mesh: Mesh) -> float:
     sharded = partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=Spec("work"), check_vma=False)(local)
     module = parse_module(jax.jit(sharded).lower(*arguments).compile().as_text())
     # There is no loop over layers. The one loop of unknown count, for units over the capacity, counts as no iteration.
-    return program_cost(module, Loops(module, layers=0), reduced).total.flops
+    return program_cost(module, Loops(module, layers=0), "both").total.flops
 
 
 def tiles_of_the_busiest(model: int) -> list[int]:

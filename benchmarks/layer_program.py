@@ -7,6 +7,7 @@ from rlens_jax.config import ComputeConfig, RunConfig
 from rlens_jax.dry_run.program import ProgramSpec, program_specs
 from rlens_jax.dry_run.topology import find_slice, slice_devices
 from rlens_jax.families.registry import ModelKind, read_kind
+from rlens_jax.layout import Bucket
 from rlens_jax.sharding.mesh import FfnForm, make_mesh
 
 CONFIG = Path(__file__).with_name("models") / "qwen2_vl_7b" / "config.json"
@@ -26,8 +27,9 @@ def layer_program(
 ) -> tuple[ProgramSpec, tuple[int, int]]:
     """The program in bfloat16 with `batch` samples per work group, and the sizes of the mesh's two axes."""
     devices = slice_devices(find_slice(topology))
-    compute = ComputeConfig(dtype="bfloat16", batch_size=batch, model_shards=model, text_slots=(TEXT,), visual_slots=(VISUAL,))
+    compute = ComputeConfig(dtype="bfloat16", model_shards=model)
     mesh = make_mesh(devices, model)
-    specs = program_specs(RunConfig(compute=compute), model_kind(layers), mesh, all_buckets=False, ffn_form=ffn_form)
+    rows = {Bucket(TEXT, VISUAL): batch}
+    specs = program_specs(RunConfig(compute=compute), model_kind(layers), mesh, rows, {}, ffn_form)
     (program,) = (spec for spec in specs if spec.name == "layers")
     return program, (len(devices) // model, model)

@@ -130,6 +130,8 @@ class ComputeConfig:
     slice; null chooses them from the data."""
     max_buckets: int = 8
     """Most pairs of text and visual slots, and most image sizes, that are chosen from the data: each is compiled."""
+    sharing: bool = True
+    """Whether prompts about the same images share a row, in which what they begin with is computed once."""
     state_memory_gb: float = 2.0
     """Memory in GB for the states that a round's candidates continue from."""
     compilation_cache: str | None = None

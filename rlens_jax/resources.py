@@ -27,6 +27,11 @@ def preset_path(name: str) -> Path:
     return folder / f"{name}.yaml"
 
 
+def benchmark_sizes() -> Path:
+    """The table of the sizes of benchmarks, for a dry run without data."""
+    return _folder("configs") / "benchmark_sizes.json"
+
+
 def embedded_model() -> Path:
     """The folder of the model that comes with the package. UserError if it is missing."""
     folder = _folder("checkpoints") / "embedded"

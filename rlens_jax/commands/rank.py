@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 bad input; 130 after Ctrl-C and 143 after SIGTERM (resumab
 (resumable); 1 an error in this program.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,17 +33,19 @@ def main(arguments: Sequence[str]) -> None:
         "long the run would take; needs only config.json in the model's folder",
     )
     group.add_argument("--json", metavar="FILE", type=new_file, help="also write the results of the dry run to this file")
-    group.add_argument("--all-buckets", action="store_true", help="compile for all bucket sizes, not only the largest")
+    group.add_argument("--all-buckets", action="store_true", help="compile for all bucket sizes, not only for two")
+    group.add_argument("--within", metavar="MINUTES", type=_minutes, help="also say what to change for the run to take less time")
     options, config = parser.parse_run(arguments)
     if options.dry_run is not None:
         target = find_slice(options.dry_run)
-        text, document = run_job(Job(config, target, options.all_buckets))
+        text, document = run_job(Job(config, target, options.all_buckets, options.within))
         if options.json is not None:
             replace_file(options.json, document.encode())
         show(text)
         return
-    if options.json is not None or options.all_buckets:
-        parser.error(f"{'--json' if options.json else '--all-buckets'} needs --dry-run TOPOLOGY")
+    only_dry = {"--json": options.json, "--all-buckets": options.all_buckets or None, "--within": options.within}
+    if lonely := [name for name, value in only_dry.items() if value is not None]:
+        parser.error(f"{lonely[0]} needs --dry-run TOPOLOGY")
     if is_distributed(config.hosts):
         supervised(Path(config.output))
     from rlens_jax.hosts.processes import joined
@@ -53,6 +56,13 @@ def main(arguments: Sequence[str]) -> None:
         results = rank(config, processes, restart=options.restart, profile=options.profile)
         if processes.leads:
             show(summary(results, Path(config.output)))
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes < math.inf:
+        raise ValueError(text)
+    return minutes
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """By EXIF orientation."""
+_SIDEWAYS = (5, 6, 7, 8)
+"""Orientations that exchange width and height."""
 _OTHER_FORMATS = ((b"%PDF", "PDF"), (b"<svg", "SVG"), (b"<?xml", "XML"), (b"\xff\x0a", "JPEG XL"), (b"ftyphei", "HEIC"))
 """Beginnings of files that Pillow has no reader for."""
 _TIFF_ERROR = re.compile(r"[\w.]+: .+")
@@ -103,6 +105,14 @@ def load_image(source: bytes | Path, what: str, transparency: Transparency, *, u
         except Exception as error:
             raise UserError(f"{what} cannot be decoded: {_first_line(error)}") from error
         return pixels.transpose(_TURNS[orientation]) if orientation in _TURNS else pixels
+
+
+def image_dimensions(source: bytes | Path, what: str, *, upright: bool) -> tuple[int, int]:
+    """Width and height in pixels, from an image file's header; arguments and errors as of `load_image`."""
+    with _opened(source, what) as image:
+        width, height = image.size
+        turned = upright and _orientation(image) in _SIDEWAYS
+        return (height, width) if turned else (width, height)
 
 
 def check_image(content: bytes, what: str) -> None:

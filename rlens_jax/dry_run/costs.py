@@ -11,17 +11,19 @@ Collectives: each with its size, the mesh axis whose devices exchange, and its n
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from rlens_jax.dry_run.hlo import Computation, Instruction, Loops, Module, Shape, device_groups
+from rlens_jax.plan import OPERATORS
 
 _DECLARED = re.compile(r'\\?"cost_estimate\\?":\s*\{([^}]*)\}')
+_SCOPE = re.compile(r'op_name="([^"]*)"')
 _FREE = frozenset((
     "parameter", "get-tuple-element", "tuple", "bitcast", "constant",
     "iota", "after-all", "partition-id", "replica-id", "opt-barrier", "slice-done",
@@ -46,18 +48,33 @@ class Cost:
         return Cost(self.flops * count, self.bytes * count)
 
 
-Choose = Callable[[Sequence[Cost]], Cost]
-"""Selects the branch of every conditional that counts."""
+LayerKind = Literal["dense", "attention", "ffn", "both"]
+LAYER_KINDS: tuple[LayerKind, ...] = get_args(LayerKind)
+"""Which operators of a layer are reduced."""
 
 
-def unreduced(branches: Sequence[Cost]) -> Cost:
-    """The branch for a false flag: every layer is dense."""
-    return branches[0]
+@dataclass(frozen=True)
+class Branch:
+    """One branch of a conditional."""
+
+    operator: str
+    """The operator that the conditional reduces: `attention`, `ffn`, or none of them."""
+    number: int
+    """0 for a false flag."""
+
+    def taken(self, kind: LayerKind) -> bool:
+        """Whether a layer of this kind takes it. A conditional of another operator is true for every reduced layer."""
+        return (self.number > 0) == (kind == "both" or kind == self.operator or (not self.operator and kind != "dense"))
+
+    def __str__(self) -> str:
+        return f"{self.operator} {self.number}".strip()
 
 
-def reduced(branches: Sequence[Cost]) -> Cost:
-    """The branch for a true flag: every layer has both reductions."""
-    return branches[-1]
+def branches_of(item: Instruction) -> list[tuple[Branch, str]]:
+    """The branches of a conditional, and the names of their computations."""
+    scope = _SCOPE.search(item.attributes)
+    operator = next((name for name in OPERATORS if scope and f"/{name}/" in scope[1]), "")
+    return [(Branch(operator, number), name) for number, name in enumerate(item.branches)]
 
 
 @dataclass(frozen=True)
@@ -69,18 +86,18 @@ class ProgramCost:
     """Cost of one iteration of the loop over layers; None without such a loop."""
 
 
-def program_cost(module: Module, loops: Loops, choose: Choose) -> ProgramCost:
-    """Cost of one run of a program; `choose` selects the branches of its conditionals."""
-    walk = _Walk(module, loops, choose)
+def program_cost(module: Module, loops: Loops, kind: LayerKind) -> ProgramCost:
+    """Cost of one run of a program with all layers of one kind."""
+    walk = _Walk(module, loops, kind)
     total = walk.scheduled(module.entry, inside_layer=False)
     return ProgramCost(total, walk.layer)
 
 
 class _Walk:
-    def __init__(self, module: Module, loops: Loops, choose: Choose):
+    def __init__(self, module: Module, loops: Loops, kind: LayerKind):
         self._computations = module.computations
         self._loops = loops
-        self._choose = choose
+        self._kind = kind
         self.layer: Cost | None = None
 
     def scheduled(self, computation: Computation, inside_layer: bool) -> Cost:
@@ -98,7 +115,7 @@ class _Walk:
                 self.layer = once
             return once.times(self._loops.trips(item, inside_layer))
         if item.opcode == "conditional":
-            return self._choose([below(name) for name in item.branches])
+            return next(below(name) for branch, name in branches_of(item) if branch.taken(self._kind))
         if item.opcode == "call":
             return below(item.called["to_apply"])
         if item.opcode == "fusion":
@@ -293,8 +310,8 @@ class Collective:
     group_size: int
     """Number of devices that exchange with each other."""
     in_layer_loop: bool
-    branch: str
-    """Branches of the conditionals around it, such as "0" or "1"; empty if it always runs."""
+    branches: tuple[Branch, ...]
+    """Branches of the conditionals around it; none if it always runs."""
     times: int
     """Runs per run of the program, with the iterations of loops; every branch counts as taken."""
 
@@ -310,9 +327,9 @@ class Collective:
         rounds = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0, "collective-broadcast": 1.0}
         return self.bytes * rounds.get(self.kind, (n - 1) / n)
 
-    def runs(self, *, dense: bool) -> bool:
-        """Whether it runs when all layers are dense, or else when all are reduced."""
-        return not self.branch or self.branch.startswith("0") == dense
+    def runs(self, kind: LayerKind) -> bool:
+        """Whether it runs when all layers are of this kind."""
+        return all(branch.taken(kind) for branch in self.branches)
 
 
 def find_collectives(module: Module, loops: Loops, mesh_shape: tuple[int, int]) -> list[Collective]:
@@ -324,7 +341,7 @@ def find_collectives(module: Module, loops: Loops, mesh_shape: tuple[int, int]) 
         mesh_shape: devices along `work` and `model`; devices are numbered row by row.
     """
     return [
-        replace(collective, in_layer_loop=where.in_layer, branch=where.branch, times=where.times)
+        replace(collective, in_layer_loop=where.in_layer, branches=where.branches, times=where.times)
         for item, holder, where in _placed_collectives(module, module.entry, loops, _Where())
         if (collective := read_collective(item, holder, mesh_shape)) is not None
     ]
@@ -335,7 +352,7 @@ class _Where:
     """Where an instruction stands; the fields are those of `Collective`."""
 
     in_layer: bool = False
-    branch: str = ""
+    branches: tuple[Branch, ...] = ()
     times: int = 1
 
 
@@ -354,8 +371,8 @@ def _placed_collectives(
             yield from below(item.called["condition"], repeated)
             yield from below(item.called["body"], replace(repeated, in_layer=where.in_layer or is_layer))
         elif item.opcode == "conditional":
-            for number, name in enumerate(item.branches):
-                yield from below(name, replace(where, branch=f"{where.branch}.{number}".lstrip(".")))
+            for branch, name in branches_of(item):
+                yield from below(name, replace(where, branches=(*where.branches, branch)))
         elif item.opcode in ("call", "async-start"):
             yield from below(item.called.get("to_apply") or item.called["calls"], where)
 
@@ -392,7 +409,7 @@ def read_collective(item: Instruction, computation: Computation, mesh_shape: tup
     operands = tuple(computation.operand_shapes(item))
     results = item.shapes[len(operands) : 2 * len(operands)] if item.opcode.endswith("-start") else item.shapes
     kind = item.opcode.removesuffix("-start")
-    return Collective(kind, operands, results or item.shapes, axis, max(map(len, groups)), False, "", 1)
+    return Collective(kind, operands, results or item.shapes, axis, max(map(len, groups)), False, (), 1)
 
 
 def mesh_axis(groups: list[tuple[int, ...]], mesh_shape: tuple[int, int]) -> Axis | None:
@@ -406,6 +423,6 @@ def mesh_axis(groups: list[tuple[int, ...]], mesh_shape: tuple[int, int]) -> Axi
     return "work" if over == {"work"} else "model" if over == {"model"} else None
 
 
-def bytes_sent(collectives: Iterable[Collective], *, dense: bool) -> float:
-    """Bytes that each device sends per run of a program whose layers are all dense, or all reduced."""
-    return sum(item.link_bytes * item.times for item in collectives if item.runs(dense=dense))
+def bytes_sent(collectives: Iterable[Collective], kind: LayerKind) -> float:
+    """Bytes that each device sends per run of a program whose layers are all of one kind."""
+    return sum(item.link_bytes * item.times for item in collectives if item.runs(kind))

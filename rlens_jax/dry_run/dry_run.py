@@ -1,12 +1,11 @@
-"""The dry run of a configuration: compile its programs for a TPU slice, estimate the run, suggest changes.
+"""The dry run of a configuration: count its work, compile the programs that do most of it, and estimate its time."""
 
-The estimate is a roofline from the vendor's peak rates; nothing is measured. The time of a program is its arithmetic or its HBM
-traffic at peak rates, whichever takes longer, plus the time to send its collectives.
-"""
-
-from collections import defaultdict
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,50 +14,20 @@ from rlens_jax.checkpoints.checkpoint import kind_in
 from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.checkpoints.published import CONFIG
 from rlens_jax.config import RunConfig
-from rlens_jax.dry_run.costs import Cost, bytes_sent
-from rlens_jax.dry_run.program import CompiledProgram, Program, assumed_slots, compile_program, program_specs
-from rlens_jax.dry_run.topology import Slice, slice_devices
-from rlens_jax.dry_run.workload import Phase, Sizes, Workload, workload
+from rlens_jax.data.samples import Sample
+from rlens_jax.dry_run.data_sizes import DataSizes, Row, data_sizes
+from rlens_jax.dry_run.estimate import Estimate, Links, Times, estimate, program_times
+from rlens_jax.dry_run.program import Program, ProgramSpec, compile_program, program_specs
+from rlens_jax.dry_run.topology import Slice, ring_rate, slice_devices
+from rlens_jax.dry_run.workload import Sizes, Workload, workload
 from rlens_jax.engine.choices import with_dtype
-from rlens_jax.engine.sizes import fitting_batch_size
+from rlens_jax.engine.preparing import Images, PreparedSplit, SampleSizes
+from rlens_jax.engine.shapes import Shapes, choose_shapes
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
+from rlens_jax.layout import Bucket
+from rlens_jax.models.prompt import ImageSize
 from rlens_jax.sharding.mesh import check_fits, make_mesh
-
-LIKELY_SHARE = 0.5
-"""Share of the roofline's speed that a run may reach (our assumption; not measured on hardware)."""
-
-ASSUMPTIONS = (
-    "Every sample is padded to the bucket shown. A real run also uses smaller buckets and takes less time.",
-    "Sizes of buckets that are open are those of the preset of the model's family; a real run chooses them from its samples.",
-    "The later layer wins every round of the search: no order costs more. Every layer counts as dense.",
-    "Chips reach their published peak rates in bfloat16; the extra passes of float32 products are not counted. A collective "
-    "uses the links of one axis of the torus.",
-    f"At {LIKELY_SHARE:.0%} of these rates the run takes {1 / LIKELY_SHARE:g} times as long. This share is a guess; it has not "
-    "been measured.",
-    "Only matrix products count as arithmetic. A Pallas kernel counts as its CostEstimate declares; splash attention counts "
-    "the blocks that its mask visits, its inputs and its outputs.",
-    "Collectives do not overlap with other work. Compilation, reading data, preparing images on the hosts, moving blocks "
-    "between work groups and timing are not counted.",
-)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Seconds of a run at the roofline, if all samples are in one bucket of the decoder."""
-
-    bucket: str
-    seconds: Mapping[str, float]
-    """Seconds by phase."""
-    chips: int
-
-    @property
-    def total(self) -> float:
-        return sum(self.seconds.values())
-
-    @property
-    def chip_hours(self) -> float:
-        return self.total / 3600 * self.chips
 
 
 @dataclass(frozen=True)
@@ -66,19 +35,44 @@ class DryRun:
     """The result of a dry run."""
 
     config: RunConfig
-    """The configuration, with its batch size filled in."""
+    """The configuration, with its dtype filled in."""
     kind: ModelKind
     target: Slice
     mesh_shape: tuple[int, int]
     """Devices along `work` and `model`."""
+    links: Links
+    data: DataSizes
+    shapes: Shapes
     programs: tuple[Program, ...]
     workload: Workload
-    estimates: tuple[Estimate, ...]
-    """One estimate per bucket of the decoder; empty if a program did not compile."""
+    times: Times | None
+    """Times of the programs; None if one did not compile."""
 
     @property
     def fits(self) -> bool:
         return all(program.fits for program in self.programs)
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """The time of the run; None if a program did not compile."""
+        return None if self.times is None else estimate(self.workload, self.times, self.target.chips)
+
+    def changed(self, config: RunConfig, *, slices: int = 1, share: float = 1.0) -> float:
+        """Likely seconds of the run after a change.
+
+        Args:
+            config: its configuration.
+            slices: how many times larger the slice is.
+            share: the share of the samples that is left.
+        """
+        assert self.times is not None
+        groups = self.workload.groups * slices
+        rows = {
+            name: [members[int(place / share)] for place in range(max(1, int(share * len(members))))]
+            for name, members in self.data.rows.items()
+        }
+        work = workload(config, _sizes(config, self.kind, groups), self.shapes, rows)
+        return estimate(work, self.times, self.target.chips * slices).likely
 
 
 def dry_run(config: RunConfig, target: Slice, *, all_buckets: bool, progress: Callable[[str], None]) -> DryRun:
@@ -87,11 +81,12 @@ def dry_run(config: RunConfig, target: Slice, *, all_buckets: bool, progress: Ca
     Args:
         config: the run.
         target: the slice.
-        all_buckets: compile the programs of every bucket, not only of the largest.
+        all_buckets: compile the programs of every bucket, not only of that with most work and the largest.
         progress: called with a line at each step.
 
     Raises:
-        UserError: the model's config.json is missing or not supported, or devices or model do not divide over the mesh.
+        UserError: the model's config.json is missing or not supported, devices or model do not divide over the mesh, or the data
+            are not usable.
     """
     folder = find_model(config.model, weights=False)
     if not (folder / CONFIG).is_file():
@@ -102,118 +97,59 @@ def dry_run(config: RunConfig, target: Slice, *, all_buckets: bool, progress: Ca
     devices, shards = slice_devices(target), config.compute.model_shards
     check_fits(kind.config.decoder.sizes, shards)
     mesh = make_mesh(devices, shards)
-    bucket = assumed_slots(config.compute, kind).largest
-    if not config.compute.batch_size:
-        progress("searching for the largest batch size that fits")
-        rows = fitting_batch_size(config, kind, mesh, target.memory_limit, bucket)
-        config = replace(config, compute=replace(config.compute, batch_size=rows))
+    data = data_sizes(config, kind, folder)
+    progress(f"sizes of rows and images: {data.source}")
+    shapes = choose_shapes(config.compute, kind, [_as_prepared(name, rows) for name, rows in data.rows.items()])
     mesh_shape = (len(devices) // shards, shards)
-    compute, decoder = config.compute, kind.config.decoder
-    block_bytes = bucket.slots * compute.batch_size * decoder.width * jnp.dtype(compute.dtype).itemsize
-    counts = workload(config, Sizes(decoder.num_layers, mesh_shape[0], block_bytes))
-    programs: list[Program] = []
-    for spec in program_specs(config, kind, mesh, all_buckets=all_buckets):
+    counts = workload(config, _sizes(config, kind, mesh_shape[0]), shapes, data.rows)
+    rows, images = to_compile(counts, shapes, everything=all_buckets)
+    specs = list(program_specs(config, kind, mesh, rows, images))
+
+    def compiled(spec: ProgramSpec) -> Program:
         progress(f"compiling {spec.name} ({spec.bucket})")
-        programs.append(compile_program(spec, mesh_shape, counts.resident_bytes, target.memory_limit))
-    return DryRun(config, kind, target, mesh_shape, tuple(programs), counts, estimates(programs, counts.phases, target))
+        return compile_program(spec, mesh_shape, counts.resident_bytes, target.memory_limit)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        programs = tuple(pool.map(compiled, specs))
+    links = Links(ring_rate(target, mesh.devices[0].tolist()), target.link_rate)
+    times = program_times(programs, target, links)
+    return DryRun(config, kind, target, mesh_shape, links, data, shapes, programs, counts, times)
 
 
-@dataclass(frozen=True)
-class ProgramTime:
-    """Seconds of one program on one device at the roofline, with dense layers."""
-
-    fixed: float
-    """Seconds per run outside of the layers."""
-    layer: float
-    """Seconds per layer; 0 for a program without a loop over layers."""
-    layers: int
-
-    @property
-    def run(self) -> float:
-        """Seconds per run with all layers."""
-        return self.fixed + self.layers * self.layer
+def _sizes(config: RunConfig, kind: ModelKind, groups: int) -> Sizes:
+    decoder, compute = kind.config.decoder, config.compute
+    slot_bytes = decoder.width * jnp.dtype(compute.dtype).itemsize / compute.model_shards
+    return Sizes(decoder.num_layers, groups, slot_bytes)
 
 
-def roofline_seconds(cost: Cost, link_bytes: float, target: Slice) -> float:
-    """Time of one device's work at its peak rates."""
-    return max(cost.flops / target.flops, cost.bytes / target.memory_rate) + link_bytes / target.link_rate
-
-
-def program_time(program: CompiledProgram, target: Slice) -> ProgramTime:
-    """Time of a program with dense layers."""
-    run = roofline_seconds(program.dense.total, bytes_sent(program.collectives, dense=True), target)
-    layers = program.spec.layers
-    if program.dense.layer is None:
-        return ProgramTime(run, 0.0, 0)
-    sent = bytes_sent(program.layer_collectives(dense=True), dense=True) / layers
-    layer = roofline_seconds(program.dense.layer, sent, target)
-    return ProgramTime(max(0.0, run - layers * layer), layer, layers)
-
-
-def estimates(programs: Sequence[Program], phases: Sequence[Phase], target: Slice) -> tuple[Estimate, ...]:
-    """Time of the run per bucket of the decoder, with all images in the slowest bucket of patches.
-
-    Empty if a program did not compile.
-    """
-    by_bucket: dict[str, dict[str, ProgramTime]] = defaultdict(dict)
-    image_seconds = 0.0
-    for program in programs:
-        if not isinstance(program, CompiledProgram):
-            return ()
-        time = program_time(program, target)
-        if program.spec.name == "encode":
-            image_seconds = max(image_seconds, time.run / program.spec.rows)
-        else:
-            by_bucket[program.spec.bucket][program.spec.name] = time
-    return tuple(
-        Estimate(bucket, {phase.name: _phase_seconds(phase, image_seconds, times) for phase in phases}, target.chips)
-        for bucket, times in by_bucket.items()
+def _as_prepared(split: str, rows: Sequence[Row]) -> PreparedSplit:
+    """The rows as `choose_shapes` takes them, one to a sample."""
+    nothing: Any = None
+    samples = tuple(
+        Sample(f"row {number} of {split} ({row.dataset})", row.dataset, (), "", ()) for number, row in enumerate(rows)
     )
+    sizes = tuple(SampleSizes((row.size,), row.images, 0) for row in rows)
+    return PreparedSplit(samples, range(0), (), Images((), nothing), sizes)
 
 
-def _phase_seconds(phase: Phase, image_seconds: float, times: Mapping[str, ProgramTime]) -> float:
-    total = phase.images * image_seconds
-    if "generate" in times:
-        return total + phase.steps * times["generate"].run
-    layers = times["layers"]
+def to_compile(work: Workload, shapes: Shapes, *, everything: bool) -> tuple[dict[Bucket, int], dict[ImageSize, int]]:
+    """The buckets to compile, each with the rows, or images, of a work group's block."""
+    rows, slots, patches = {}, dict.fromkeys(shapes.rows, 0), dict.fromkeys(work.image_sizes, 0)
+    for split in work.splits.values():
+        for load in split.buckets:
+            rows[load.bucket] = load.block_rows
+            slots[load.bucket] += load.slots
+        for size, count in split.images.items():
+            patches[size] += count * math.prod(size)
+    used = sorted(rows, key=lambda bucket: bucket.slots)
+    by_patches = sorted(work.image_sizes, key=math.prod)
     return (
-        total
-        + phase.embeddings * times["embed"].run
-        + (phase.steps + phase.states_made) * layers.fixed
-        + phase.layer_steps * layers.layer
-        + phase.steps * times["outcome"].run
+        {bucket: rows[bucket] for bucket in _most(slots, used, everything)},
+        {size: work.together(size) for size in _most(patches, by_patches, everything)},
     )
 
 
-def advice(result: DryRun) -> list[str]:
-    """Changes to the configuration that would help, each with the field's name; empty if everything fits."""
-    devices, sizes = result.target.num_devices, result.kind.config.decoder.sizes
-    # Larger sizes of the mesh's `model` axis that divide both the devices and the model.
-    shards = [
-        n
-        for n in range(result.mesh_shape[1] + 1, devices + 1)
-        if not (devices % n or sizes["N"] % n or sizes["F"] % n) and (sizes["K"] % n == 0 or n % sizes["K"] == 0)
-    ]
-    lines = (line for program in result.programs if not program.fits for line in _advice(program, result.config, shards))
-    return list(dict.fromkeys(lines))
-
-
-def _advice(program: Program, config: RunConfig, shards: list[int]) -> list[str]:
-    name, lines = program.spec.name, []
-    if isinstance(program, CompiledProgram):
-        excess = program.memory.total - program.memory.limit
-        if excess <= program.memory.resident and config.compute.state_memory_gb:
-            lines.append(f"compute.state_memory_gb: lower it by {excess / 1e9:.1f} or more")
-    elif not program.out_of_memory:
-        return [f"{name}: the compiler failed for another reason than memory, see above"]
-    if config.compute.dtype == "float32":
-        lines.append("compute.dtype: bfloat16 needs half of the memory")
-    if shards:
-        lines.append(f"compute.model_shards: {' or '.join(map(str, shards))}, to place less of the model on each device")
-    if config.compute.batch_size > 1:
-        lines.append(f"compute.batch_size: below {config.compute.batch_size}")
-    if name == "encode":
-        lines.append("compute.patch_slots: lower the largest size, and limit image sizes in preprocessor_config.json to it")
-    else:
-        lines.append("compute.visual_slots and compute.text_slots: lower the largest size")
-    return lines
+def _most(work: Mapping[Any, int], used: Sequence[Any], everything: bool) -> list[Any]:
+    """All of `used`, or the bucket with most work, for its time, and the largest, which is the last one, for its memory."""
+    most = max(used, key=lambda bucket: work[bucket], default=None)
+    return [bucket for bucket in used if everything or bucket in (most, used[-1])]

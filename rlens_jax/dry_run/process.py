@@ -35,6 +35,8 @@ class Job:
     config: RunConfig
     target: Slice
     all_buckets: bool
+    within: float | None = None
+    """Minutes that the run may take."""
 
 
 def run_job(job: Job) -> tuple[str, str]:
@@ -105,7 +107,7 @@ def do_job() -> None:
             from rlens_jax.dry_run.dry_run_report import document, terminal
 
             result = dry_run(job.config, job.target, all_buckets=job.all_buckets, progress=lambda line: send(progress=line))
-            send(text=terminal(result), json=document(result))
+            send(text=terminal(result, job.within), json=document(result, job.within))
         except UserError as error:
             send(error=str(error))
         except Exception:

@@ -5,7 +5,7 @@ The inputs come from a configuration and a config.json alone: no array is alloca
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,10 +14,9 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from rlens_jax.config import ComputeConfig, RunConfig
-from rlens_jax.dry_run.costs import Collective, Cost, ProgramCost, find_collectives, program_cost, reduced, unreduced
+from rlens_jax.config import RunConfig
+from rlens_jax.dry_run.costs import LAYER_KINDS, Collective, Cost, LayerKind, ProgramCost, find_collectives, program_cost
 from rlens_jax.dry_run.hlo import Loops, parse_module
-from rlens_jax.engine.batches import images_together
 from rlens_jax.engine.choices import dtype_on
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.sizes import Placed, abstract_model, bytes_on_device, bytes_refused, decoder_arguments, is_out_of_memory
@@ -25,9 +24,7 @@ from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import Bucket
 from rlens_jax.models.prompt import ImageSize
 from rlens_jax.ops.attention_tpu import kernel_flops
-from rlens_jax.resources import preset_path
 from rlens_jax.sharding.mesh import FfnForm
-from rlens_jax.yaml_file import read_yaml
 
 
 @dataclass(frozen=True)
@@ -41,14 +38,16 @@ class ProgramSpec:
     layers: int
     """Iterations of its loop over layers; 0 if it has none."""
     rows: int
-    """Samples, or images, per run."""
+    """Rows, or images, per run."""
+    slots: int
+    """Text and visual slots, or patches, of a work group per run."""
     held_bytes: int
     """Bytes on a device of the whole model and of this program's inputs. The compiled program's arguments leave out weights that
     it does not read, but those stay in memory."""
     steps: int = 1
     """Iterations of a loop around its loop over layers: decoding steps."""
     kernel_flops: tuple[int, int] = (0, 0)
-    """FLOPs per layer and device, dense and reduced, of Pallas kernels that declare none (splash attention)."""
+    """FLOPs per layer and device, without and with Hollow Attention, of kernels that declare none (splash attention)."""
     keeps_states: bool = False
     """Whether the run keeps its batches and base states in memory while the program runs."""
 
@@ -77,10 +76,8 @@ class CompiledProgram:
 
     spec: ProgramSpec
     memory: Memory
-    dense: ProgramCost
-    """Cost with every layer dense."""
-    reduced: ProgramCost
-    """Cost with both reductions in every layer."""
+    costs: Mapping[LayerKind, ProgramCost]
+    """Cost with every layer of one kind."""
     collectives: tuple[Collective, ...]
     xla_flops: float
     """FLOPs of XLA's own cost analysis, which counts the bodies of loops once and elementwise work too."""
@@ -94,9 +91,9 @@ class CompiledProgram:
     def fits(self) -> bool:
         return self.memory.total <= self.memory.limit
 
-    def layer_collectives(self, *, dense: bool) -> list[Collective]:
-        """The collectives of one layer, dense or reduced."""
-        return [item for item in self.collectives if item.in_layer_loop and item.runs(dense=dense)]
+    def layer_collectives(self, kind: LayerKind) -> list[Collective]:
+        """The collectives of one layer of this kind."""
+        return [item for item in self.collectives if item.in_layer_loop and item.runs(kind)]
 
 
 @dataclass(frozen=True)
@@ -119,73 +116,70 @@ class RefusedProgram:
 Program = CompiledProgram | RefusedProgram
 
 
-@dataclass(frozen=True)
-class Slots:
-    """Bucket sizes, ascending."""
-
-    text: tuple[int, ...]
-    visual: tuple[int, ...]
-    patches: tuple[int, ...]
-
-    @property
-    def largest(self) -> Bucket:
-        return Bucket(self.text[-1], self.visual[-1])
-
-
-def assumed_slots(compute: ComputeConfig, kind: ModelKind) -> Slots:
-    """The configured bucket sizes. Open ones are those of the family's preset: a dry run reads no samples."""
-    preset = read_yaml(preset_path(kind.family.preset))["compute"]
-    names = ("text_slots", "visual_slots", "patch_slots")
-    return Slots(*(getattr(compute, name) or tuple(preset[name]) for name in names))
-
-
 def program_specs(
-    config: RunConfig, kind: ModelKind, mesh: Mesh, *, all_buckets: bool, ffn_form: FfnForm | None = None
+    config: RunConfig,
+    kind: ModelKind,
+    mesh: Mesh,
+    rows: Mapping[Bucket, int],
+    images: Mapping[ImageSize, int],
+    ffn_form: FfnForm | None = None,
 ) -> Iterator[ProgramSpec]:
-    """The programs of a run on the slice's mesh: of every bucket, or only of the largest.
+    """The programs of a run on the slice's mesh.
 
-    `ffn_form` says how FFN units are stored; None is the form that suits the devices.
+    Args:
+        config: the run.
+        kind: its model.
+        mesh: devices of the slice.
+        rows: buckets of the decoder, with the rows of a work group's block.
+        images: buckets of the vision tower, with the images that a work group encodes together.
+        ffn_form: how FFN units are stored; None is the form that suits the devices.
     """
-    compute = config.compute
-    model = abstract_model(kind, dtype_on(mesh, compute), mesh, ffn_form)
+    model = abstract_model(kind, dtype_on(mesh, config.compute), mesh, ffn_form)
     weights = bytes_on_device(nnx.state(model))
     programs = Programs(
         model, mesh, config.reduction, seed=config.seed, new_tokens=config.search.max_new_tokens, stop_tokens=(0,)
     )
-    rows = compute.batch_size * programs.groups
-    chosen, slots = slice(None) if all_buckets else slice(-1, None), assumed_slots(compute, kind)
-    for patches in slots.patches[chosen]:
-        size = kind.image_sizes((patches,))[-1]
-        num_images = images_together(compute.batch_size, math.prod(size)) * programs.groups
-        images = abstract_images(kind, size, num_images, mesh)
+    for size, count in images.items():
+        abstract = abstract_images(kind, size, count * programs.groups, mesh)
         yield ProgramSpec(
             "encode",
-            f"patches {patches}",
-            partial(programs.encode_program.lower, images),
+            image_bucket(size),
+            partial(programs.encode_program.lower, abstract),
             kind.config.vision.depth,
-            num_images,
-            weights + bytes_on_device(images),
+            count * programs.groups,
+            count * math.prod(size),
+            weights + bytes_on_device(abstract),
         )
-    for visual in slots.visual[chosen]:
-        for text in slots.text[chosen]:
-            yield from _decoder_specs(config, programs, Bucket(text, visual), rows, weights)
+    for bucket, count in rows.items():
+        yield from _decoder_specs(config, programs, bucket, count, weights)
+
+
+def row_bucket(bucket: Bucket) -> str:
+    """A bucket of the decoder in words."""
+    return f"text {bucket.text}, visual {bucket.visual}"
+
+
+def image_bucket(size: ImageSize) -> str:
+    """A bucket of the vision tower in words."""
+    return f"patches {' x '.join(map(str, size))}"
 
 
 def _decoder_specs(config: RunConfig, programs: Programs, bucket: Bucket, rows: int, weights: int) -> Iterator[ProgramSpec]:
-    layers = programs.config.num_layers
-    arguments = decoder_arguments(programs, bucket, rows)
+    layers, in_all = programs.config.num_layers, rows * programs.groups
+    arguments = decoder_arguments(programs, bucket, in_all)
     generates = config.search.objective != "teacher_forced"
-    kernels = _kernel_flops(config, programs, bucket)
+    kernels = _kernel_flops(config, programs, bucket, rows)
     for program, inputs in arguments.items():
         name = program.name
         if (name == "generate") != generates:
             continue
         yield ProgramSpec(
             name,
-            f"text {bucket.text}, visual {bucket.visual}",
+            row_bucket(bucket),
             partial(program.lower, *inputs),
             layers if name in ("layers", "generate") else 0,
-            rows,
+            in_all,
+            rows * bucket.slots,
             weights + bytes_on_device(inputs),
             steps=programs.new_tokens if name == "generate" else 1,
             kernel_flops=kernels if name in ("layers", "generate") else (0, 0),
@@ -193,11 +187,11 @@ def _decoder_specs(config: RunConfig, programs: Programs, bucket: Bucket, rows: 
         )
 
 
-def _kernel_flops(config: RunConfig, programs: Programs, bucket: Bucket) -> tuple[int, int]:
-    """FLOPs per layer and device of the attention kernels, dense and hollow."""
+def _kernel_flops(config: RunConfig, programs: Programs, bucket: Bucket, rows: int) -> tuple[int, int]:
+    """FLOPs per layer and device of the attention kernels, dense and hollow, for a block of `rows` rows."""
     if programs.kernel != "splash":
         return 0, 0
-    heads = programs.config.num_heads // config.compute.model_shards * config.compute.batch_size
+    heads = programs.config.num_heads // config.compute.model_shards * rows
     dense, hollow = (
         kernel_flops(bucket, reach, heads, programs.config.head_dim) for reach in (None, config.reduction.attention_range)
     )
@@ -236,8 +230,10 @@ def compile_program(spec: ProgramSpec, mesh_shape: tuple[int, int], resident_byt
             idle + (resident_bytes if spec.keeps_states else 0),
             memory_limit,
         ),
-        dense=with_kernels(program_cost(module, loops, unreduced), spec.layers, spec.kernel_flops[0]),
-        reduced=with_kernels(program_cost(module, loops, reduced), spec.layers, spec.kernel_flops[1]),
+        costs={
+            kind: with_kernels(program_cost(module, loops, kind), spec.layers, spec.kernel_flops[kind in ("attention", "both")])
+            for kind in LAYER_KINDS
+        },
         collectives=tuple(find_collectives(module, loops, mesh_shape)),
         xla_flops=xla["flops"],
         xla_bytes=xla["bytes accessed"],

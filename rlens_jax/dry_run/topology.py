@@ -7,6 +7,7 @@ usable memory is the limit in the error messages of libtpu 0.0.42.1. Only `slice
 
 import difflib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -103,6 +104,20 @@ class Slice:
         All axes have equal shares of the links (our assumption).
         """
         return self.kind.link_bytes / len(self.shape) / self.kind.devices_per_chip
+
+
+def ring_rate(target: Slice, group: Sequence[Any]) -> float:
+    """Bytes per second that each device of a group sends in an all-reduce around it, without links that wrap around the torus.
+
+    Chips in a rectangle form a ring and send both ways, over the links of one axis' share. A line of n chips has no way back: in
+    an all-reduce every link carries all bytes in each direction, 2 (n - 1) / n times what a ring sends over it.
+    """
+    sides = [len(set(places)) for places in zip(*(tuple(device.coords) for device in group), strict=True)]
+    long = [side for side in sides if side > 1]
+    if len(long) != 1:
+        return target.link_rate
+    (chips,) = long
+    return target.link_rate / 2 * 2 * (chips - 1) / chips
 
 
 def find_slice(name: str) -> Slice:

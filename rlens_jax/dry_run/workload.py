@@ -1,59 +1,98 @@
-"""Counts how much a ranking run computes: the runs of its programs, and the layers in them.
+"""Counts what a ranking run computes: rows in buckets and blocks, plans, and layers per block by what is reduced in them.
 
-The run's code for the search, the held-out curves, the schedule of blocks and the bookkeeping of base states does the counting.
-All plans get equal scores, so the later layer wins every round. No order costs more, because the next round's candidates share
-the fewest layers with their base.
+The search and the plans of the held-out curves are the run's own code. All plans get equal scores, so the later layer wins every
+round. No order costs more, because the next round's candidates share the fewest layers with their base.
 """
 
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 from rlens_jax.config import RunConfig
-from rlens_jax.data.jsonl import read_jsonl
-from rlens_jax.data.pages import DATASETS
-from rlens_jax.data.splits import PAGES, split_samples
-from rlens_jax.engine.schedule import StoredStates, filled_blocks, first_layer, memory_parts, schedule
+from rlens_jax.dry_run.costs import LAYER_KINDS, LayerKind
+from rlens_jax.dry_run.data_sizes import Row
+from rlens_jax.engine.batches import images_together
+from rlens_jax.engine.dealing import fill_buckets, rows_per_block
+from rlens_jax.engine.shapes import MAX_ROWS, Shapes, row_slots
+from rlens_jax.layout import Bucket
+from rlens_jax.models.prompt import ImageSize
 from rlens_jax.plan import Operator, Plan
-from rlens_jax.search.curves import held_out_plans
+from rlens_jax.search.curves import chain_order, held_out_plans
 from rlens_jax.search.objective import PlanScore
 from rlens_jax.search.search import Ranking, rank_layers
 
-PAPER_SAMPLES = 2350
-"""Validation samples of the paper (second-hand), and as many samples for the curves (our assumption)."""
+REMAINING = 0.42
+"""Share of the layers of a search that exact early stopping leaves: measured by replaying finished searches of the embedded model
+in blocks of 16 samples. A search with `search.stopping` none runs all of them."""
 
+Layers = dict[LayerKind, float]
+_KINDS: dict[tuple[bool, bool], LayerKind] = {
+    (False, False): "dense",
+    (True, False): "attention",
+    (False, True): "ffn",
+    (True, True): "both",
+}
 _TIE = PlanScore(0.0, 0.0, {})
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Size of a split."""
-
-    samples: int
-    rows: int
-    """Pairs of a sample and a reference answer."""
-    images: int
-    source: str
-    """Where the numbers come from."""
 
 
 @dataclass
 class Phase:
-    """Runs of the programs in one part of the run. All work groups take part in every run at the same time."""
+    """What one part of the run computes on every block of a split."""
 
     name: str
+    split: str
     evaluations: int = 0
-    """Plans evaluated on a whole split."""
-    steps: int = 0
-    """Evaluations of a batch: runs of `outcome`, or of `generate`."""
-    layer_steps: int = 0
-    """Layers run, including those for base states. A step counts as its longest item."""
-    states_made: int = 0
-    """Runs of `layers` for base states, one layer each."""
+    """Plans."""
+    steps: float = 0
+    """Runs of `outcome`, or of `generate`, per block."""
+    layers: Layers = field(default_factory=lambda: dict.fromkeys(LAYER_KINDS, 0.0))
+    """Layers run per block, by kind, without those for base states."""
+    from_first: int = 0
+    """Layers per block if every plan ran from the first layer on every sample."""
+    state_runs: int = 0
+    """Runs of `layers` that make base states, per block."""
+    state_layers: Layers = field(default_factory=lambda: dict.fromkeys(LAYER_KINDS, 0.0))
     embeddings: int = 0
-    """Runs of `embed`."""
-    images: int = 0
-    """Images through `encode`, each once."""
+    """Runs of `embed` per block."""
+
+
+@dataclass(frozen=True)
+class BucketLoad:
+    """The rows of a split in one bucket."""
+
+    bucket: Bucket
+    rows: int
+    tokens: int
+    block_rows: int
+    """Rows of a work group's block."""
+    blocks: int
+    """Blocks of each work group."""
+
+    @property
+    def block_slots(self) -> int:
+        """Slots of a work group's block."""
+        return self.bucket.slots * self.block_rows
+
+    @property
+    def slots(self) -> int:
+        """Slots of all blocks of a work group."""
+        return self.block_slots * self.blocks
+
+
+@dataclass(frozen=True)
+class SplitLoad:
+    """The rows and images of a split on the mesh."""
+
+    samples: int
+    branches: int
+    buckets: tuple[BucketLoad, ...]
+    images: Mapping[ImageSize, int]
+    """Images that the busiest work group encodes, by bucket."""
+
+    @property
+    def rows(self) -> int:
+        return sum(load.rows for load in self.buckets)
 
 
 @dataclass(frozen=True)
@@ -61,134 +100,190 @@ class Workload:
     """The work of a run, and the data that it keeps in memory."""
 
     phases: tuple[Phase, ...]
-    samples: Mapping[str, Samples]
-    """Sizes by split."""
+    splits: Mapping[str, SplitLoad]
+    groups: int
     resident_bytes: int
     """Base states on a device, which stay in memory while the search's programs run."""
+
+    @property
+    def fill(self) -> float:
+        """The share of the slots of all blocks that holds tokens."""
+        loads = [load for split in self.splits.values() for load in split.buckets]
+        return sum(load.tokens for load in loads) / (self.groups * sum(load.slots for load in loads))
+
+    @property
+    def image_sizes(self) -> list[ImageSize]:
+        """The buckets of images that are used."""
+        return sorted({size for split in self.splits.values() for size in split.images})
+
+    def together(self, size: ImageSize) -> int:
+        """Images of a bucket that a work group encodes together."""
+        most = max(split.images.get(size, 0) for split in self.splits.values())
+        return images_together(min(MAX_ROWS, most), math.prod(size))
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes that determine the work, in addition to the configuration."""
+    """Sizes that determine the work, in addition to the configuration and the data."""
 
     num_layers: int
     groups: int
     """Work groups of the mesh."""
-    block_bytes: int
-    """States of one work group's block of a batch."""
-
-    @property
-    def state_bytes(self) -> int:
-        """Base states of a batch on a device."""
-        return self.block_bytes * self.num_layers
+    slot_bytes: float
+    """The state of one token in one layer on a device."""
 
 
-class Counter:
-    """Counts the work of an `Evaluator` on a split of `rows` rows, into `phase`.
-
-    Args:
-        batch_size: rows per block of a work group.
-        forced: whether answers are teacher-forced from base states; else they are generated from the prompt.
-        state_bytes: memory for base states per device.
-    """
-
-    def __init__(self, phase: Phase, sizes: Sizes, *, rows: int, batch_size: int, forced: bool, state_bytes: float):
-        self.phase = phase
-        self._num_layers = sizes.num_layers
-        self._forced = forced
-        self._filled = filled_blocks(rows, batch_size, sizes.groups)
-        self._parts = memory_parts([sizes.state_bytes] * len(self._filled), state_bytes)
-        self._stored = [StoredStates() for _ in self._filled]
-        self._evaluated: set[Plan] = set()
-
-    def evaluate(self, base: Plan, plans: Sequence[Plan]) -> None:
-        """Count as `Evaluator.outcomes`; plans that were evaluated before cost nothing."""
-        new = [plan for plan in dict.fromkeys(plans) if plan not in self._evaluated]
-        self._evaluated.update(new)
-        self.phase.evaluations += len(new)
-        if not new:
-            return
-        starts = [first_layer(base, plan, self._num_layers) if self._forced else 0 for plan in new]
-        if len(self._parts) > 1:
-            self._stored = [StoredStates() for _ in self._filled]
-        for part in self._parts:
-            filled = [self._filled[number] for number in part]
-            for step in schedule(filled, [self._num_layers - start for start in starts]):
-                self.phase.steps += 1
-                if self._forced:
-                    used = {starts[item.plan] for item in step.items if item is not None}
-                    self._count_layers(self._stored[part[step.batch]], base, sorted(used))
-
-    def _count_layers(self, stored: StoredStates, base: Plan, starts: Sequence[int]) -> None:
-        """Count the layers of one step, whose items start at these layers from the states of `base`."""
-        for start in starts:
-            upkeep = stored.require(base, start)
-            self.phase.embeddings += upkeep.kept == 0
-            self.phase.states_made += len(upkeep.layers)
-            self.phase.layer_steps += len(upkeep.layers)
-        self.phase.layer_steps += self._num_layers - starts[0]
-
-
-def workload(config: RunConfig, sizes: Sizes) -> Workload:
-    """The phases of a run, on the samples of its data source or as many samples as in the paper."""
-    samples = sample_counts(config)
+def workload(config: RunConfig, sizes: Sizes, shapes: Shapes, rows: Mapping[str, Sequence[Row]]) -> Workload:
+    """The phases of a run on the rows of each split."""
+    splits = split_loads(rows, shapes, sizes.groups, max(1, config.compute.batch_size))
     forced = config.search.objective == "teacher_forced"
-    budget, batch_size = config.compute.state_memory_gb * 1e9, config.compute.batch_size
-    rows = {name: split.rows if forced else split.samples for name, split in samples.items()}
+    states = {
+        name: sizes.num_layers * sizes.slot_bytes * sum(load.slots for load in split.buckets) for name, split in splits.items()
+    }
+    budget = config.compute.state_memory_gb * 1e9
 
-    def counter(name: str, split: str) -> Counter:
-        return Counter(Phase(name), sizes, rows=rows[split], batch_size=batch_size, forced=forced, state_bytes=budget)
+    def counter(name: str, split: str) -> BlockCounter:
+        return BlockCounter(Phase(name, split), sizes.num_layers, forced=forced, keeps_states=states[split] <= budget)
 
-    phases = [Phase("vision", images=sum(split.images for split in samples.values()))]
-    rankings: list[tuple[Ranking, Ranking | None]] = []
+    phases, rankings = [], []
     for operator in config.search.operators:
         counts = counter(f"ranking {operator}", "validation")
         rankings.append(count_search(config, operator, sizes.num_layers, counts.evaluate))
         phases.append(counts.phase)
-    curves = counter("held-out curves", "test")
-    curves.evaluate(Plan(), [Plan()])
-    for ranking, complete in rankings:
-        curves.evaluate(Plan(), held_out_plans(ranking, config.report.random_rankings, config.seed, complete))
-    most = max(len(filled_blocks(number, batch_size, sizes.groups)) for number in rows.values())
-    resident = round(min(budget, most * sizes.state_bytes)) if forced else 0
-    return Workload((*phases, curves.phase), samples, resident)
+    if config.report.extent == "full":
+        curves = counter("held-out curves", "test")
+        plans = [Plan()]
+        for ranking, complete in rankings:
+            plans += held_out_plans(ranking, config.report.random_rankings, config.seed, complete)
+        curves.chain(chain_order(plans, sizes.num_layers))
+        phases.append(curves.phase)
+    resident = round(min(budget, max(states.values()))) if forced else 0
+    return Workload(tuple(phases), splits, sizes.groups, resident)
+
+
+def split_loads(rows: Mapping[str, Sequence[Row]], shapes: Shapes, groups: int, largest_rows: int) -> dict[str, SplitLoad]:
+    """The rows of each split in buckets and blocks.
+
+    A block has as many slots as `largest_rows` rows of the largest bucket, at most. Its rows are the same in all splits.
+    """
+    members: dict[str, dict[Bucket, list[Row]]] = {}
+    buckets = [bucket.size for bucket in shapes.rows]
+    for name, own in rows.items():
+        members[name] = defaultdict(list)
+        for row, number in zip(own, fill_buckets([row.size for row in own], buckets, row_slots, groups), strict=True):
+            members[name][shapes.rows[number]].append(row)
+    block_rows = {
+        bucket: rows_per_block(bucket.slots, -(-most // groups), largest_rows * shapes.largest.slots)
+        for bucket in shapes.rows
+        if (most := max(len(own[bucket]) for own in members.values()))
+    }
+    return {name: _split_load(rows[name], own, shapes, groups, block_rows) for name, own in members.items()}
+
+
+def _split_load(
+    rows: Sequence[Row], members: Mapping[Bucket, Sequence[Row]], shapes: Shapes, groups: int, block_rows: Mapping[Bucket, int]
+) -> SplitLoad:
+    loads = [
+        BucketLoad(bucket, len(own), sum(sum(row.size) for row in own), size, -(-len(own) // (groups * size)))
+        for bucket, size in block_rows.items()
+        if (own := members[bucket])
+    ]
+    images = Counter(shapes.image(size) for row in rows for size in row.images)
+    return SplitLoad(
+        samples=sum(row.samples for row in rows),
+        branches=sum(row.branches for row in rows),
+        buckets=tuple(loads),
+        images={size: -(-count // groups) for size, count in images.items()},
+    )
+
+
+class BlockCounter:
+    """Counts the work of an evaluator on one block, into `phase`.
+
+    Args:
+        forced: whether answers are teacher-forced from base states; else they are generated from the prompt.
+        keeps_states: whether the base states of a whole split fit into memory; else each question makes them anew.
+    """
+
+    def __init__(self, phase: Phase, num_layers: int, *, forced: bool, keeps_states: bool):
+        self.phase = phase
+        self._num_layers = num_layers
+        self._forced = forced
+        self._keeps_states = keeps_states
+        self._stored, self._held = Plan(), 0
+        """Stored are the states that enter layers 0 .. `held` - 1 under this plan."""
+        self._evaluated: set[Plan] = set()
+
+    def evaluate(self, base: Plan, plans: Sequence[Plan], remaining: float) -> None:
+        """Count plans that start from the states of `base`; of several, stopping leaves the share `remaining`.
+
+        Plans that were evaluated before cost nothing.
+        """
+        new = [plan for plan in dict.fromkeys(plans) if plan not in self._evaluated]
+        if not new:
+            return
+        starts = [self._start(base, plan) for plan in new]
+        if self._forced:
+            self._make_states(base, max(starts))
+        share = remaining if len(new) > 1 else 1.0
+        for plan, start in zip(new, starts, strict=True):
+            self._count(plan, start, share)
+
+    def chain(self, plans: Sequence[Plan]) -> None:
+        """Count plans that each start from the states of the one before."""
+        before: Plan | None = None
+        for plan in plans:
+            self.phase.embeddings += self._forced and before is None
+            self._count(plan, 0 if before is None else self._start(before, plan), 1.0)
+            before = plan
+
+    def _start(self, base: Plan, plan: Plan) -> int:
+        """The first layer to run: where the plans differ, else the last layer, whose run gives the outcome."""
+        difference = base.lowest_difference(plan) if self._forced else 0
+        return self._num_layers - 1 if difference is None else difference
+
+    def _count(self, plan: Plan, start: int, share: float) -> None:
+        self._evaluated.add(plan)
+        self.phase.evaluations += 1
+        self.phase.steps += share
+        self.phase.from_first += self._num_layers
+        if self._forced:
+            for kind in self._kinds(plan)[start:]:
+                self.phase.layers[kind] += share
+
+    def _make_states(self, base: Plan, last: int) -> None:
+        """Count what makes the states that enter the layers up to `last` under `base`."""
+        difference = self._stored.lowest_difference(base)
+        kept = self._held if difference is None else min(self._held, difference + 1)
+        if not self._keeps_states:
+            kept = 0
+        self._stored, self._held = base, max(kept, last + 1)
+        self.phase.embeddings += kept == 0
+        for kind in self._kinds(base)[max(kept, 1) - 1 : last]:
+            self.phase.state_layers[kind] += 1
+            self.phase.state_runs += 1
+
+    def _kinds(self, plan: Plan) -> list[LayerKind]:
+        """What is reduced in each layer."""
+        return [_KINDS[bool(hollow), bool(dynamic)] for hollow, dynamic in zip(*plan.flags(self._num_layers), strict=True)]
 
 
 def count_search(
-    config: RunConfig, operator: Operator, num_layers: int, evaluate: Callable[[Plan, Sequence[Plan]], None]
+    config: RunConfig, operator: Operator, num_layers: int, evaluate: Callable[[Plan, Sequence[Plan], float], None]
 ) -> tuple[Ranking, Ranking | None]:
     """Run the searches for one operator; returns their rankings, the second one of a search without position prior.
 
-    `evaluate` counts the evaluation of plans from the states of a base.
+    `evaluate` counts the evaluation of plans from the states of a base, and the share that early stopping leaves of it.
     """
+    remaining = 1.0 if config.search.stopping == "none" else REMAINING
 
     def score_round(base: Plan, candidates: list[Plan]) -> list[PlanScore]:
-        evaluate(base, candidates)
+        evaluate(base, candidates, remaining)
         return [_TIE] * len(candidates)
 
     base = config.search.base()
-    evaluate(Plan(), [Plan()])
+    evaluate(Plan(), [Plan()], 1.0)
     ranking = rank_layers(num_layers, config.search.position_layers, operator, score_round, base)
     if not config.report.full_search:
         return ranking, None
     return ranking, rank_layers(num_layers, 0, operator, score_round, base)
-
-
-def sample_counts(config: RunConfig) -> dict[str, Samples]:
-    """Sizes of the splits: of the data source if it exists, else as many samples as in the paper."""
-    data = config.data
-    if data.source == PAGES:
-        limits = {"validation": data.validation_samples, "test": data.test_samples}
-        text = f"{len(DATASETS)} datasets of pages"
-        counts = {split: limit * len(DATASETS) for split, limit in limits.items()}
-        return {split: Samples(count, count, count, text) for split, count in counts.items()}
-    if data.source is None or not Path(data.source).exists():
-        reason = "no data is named" if data.source is None else f"{data.source} does not exist"
-        text = f"as many as in the paper, because {reason}"
-        paper = Samples(PAPER_SAMPLES, PAPER_SAMPLES, PAPER_SAMPLES, text)
-        return {"validation": paper, "test": paper}
-    splits = split_samples(read_jsonl(Path(data.source)), data, config.seed)
-    return {
-        name: Samples(len(split), sum(len(s.answers) for s in split), sum(len(s.images) for s in split), f"of {data.source}")
-        for name, split in splits.items()
-    }

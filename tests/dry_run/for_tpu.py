@@ -16,6 +16,7 @@ from rlens_jax.dry_run.hlo import parse_module
 from rlens_jax.dry_run.program import CompiledProgram, compile_program, program_specs
 from rlens_jax.dry_run.topology import find_slice, slice_devices
 from rlens_jax.families.registry import read_kind
+from rlens_jax.layout import Bucket
 from rlens_jax.sharding.mesh import make_mesh
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
@@ -52,8 +53,8 @@ def main() -> None:
     devices = slice_devices(where)
     for name, shards in CASES:
         kind = read_kind(short(json.loads((MODELS / name / "config.json").read_text())), name)
-        compute = ComputeConfig(dtype="bfloat16", batch_size=2, model_shards=shards, text_slots=(128,), visual_slots=(512,))
-        specs = program_specs(RunConfig(compute=compute), kind, make_mesh(devices, shards), all_buckets=False)
+        config = RunConfig(compute=ComputeConfig(dtype="bfloat16", model_shards=shards))
+        specs = program_specs(config, kind, make_mesh(devices, shards), {Bucket(128, 512): 2}, {})
         (layers,) = (spec for spec in specs if spec.name == "layers")
         lowered = layers.lower()
         compiled = lowered.compile()
@@ -80,7 +81,7 @@ def main() -> None:
                             "kind": item.kind,
                             "axis": item.axis,
                             "bytes": item.bytes,
-                            "branch": item.branch,
+                            "branches": list(map(str, item.branches)),
                             "in_layer_loop": item.in_layer_loop,
                         }
                         for item in found.collectives

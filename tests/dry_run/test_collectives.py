@@ -1,6 +1,6 @@
 import pytest
 
-from rlens_jax.dry_run.costs import Collective, bytes_sent, find_collectives, mesh_axis
+from rlens_jax.dry_run.costs import LAYER_KINDS, Collective, bytes_sent, find_collectives, mesh_axis, program_cost
 from rlens_jax.dry_run.hlo import Loops, Shape, device_groups, parse_instruction, parse_module
 from tests.dry_run.snippets import LOOP
 
@@ -20,9 +20,9 @@ def test_kinds_sizes_axes_and_places() -> None:
     reduce, gather = collectives()
     states, scores = Shape("bf16", (2, 16, 64)), Shape("f32", (2, 8), in_hbm=False)
     assert (reduce.kind, reduce.shapes, reduce.axis, reduce.group_size) == ("all-reduce", (states,), "model", 4)
-    assert (reduce.in_layer_loop, reduce.branch, reduce.times) == (True, "0", 5)
+    assert (reduce.in_layer_loop, str(*reduce.branches), reduce.times) == (True, "0", 5)
     assert (gather.kind, gather.shapes, gather.axis) == ("all-gather", (scores,), "model")
-    assert (gather.in_layer_loop, gather.branch, gather.times) == (True, "1", 5)
+    assert (gather.in_layer_loop, str(*gather.branches), gather.times) == (True, "1", 5)
     assert (reduce.bytes, gather.bytes) == (4096, 256)
 
 
@@ -30,8 +30,23 @@ def test_bytes_around_a_ring() -> None:
     reduce, gather = collectives()
     assert reduce.link_bytes == 2 * 3 / 4 * 4096
     assert gather.link_bytes == 3 / 4 * 256
-    assert bytes_sent([reduce, gather], dense=True) == 5 * 6144.0
-    assert bytes_sent([reduce, gather], dense=False) == 5 * 192.0
+    assert bytes_sent([reduce, gather], "dense") == 5 * 6144.0
+    assert bytes_sent([reduce, gather], "both") == 5 * 192.0
+
+
+def test_a_conditional_reduces_the_operator_that_its_scope_names() -> None:
+    text = LOOP.replace(
+        "branch_computations={%dense, %reduced}",
+        'branch_computations={%dense, %reduced}, metadata={op_name="jit(f)/while/body/ffn/cond"}',
+    )
+    module = parse_module(text)
+    found = find_collectives(module, Loops(module, 5), MESH)
+    assert [[item.runs(kind) for kind in LAYER_KINDS] for item in found] == [
+        [True, True, False, False],
+        [False, False, True, True],
+    ]
+    flops = {kind: cost.flops for kind in LAYER_KINDS if (cost := program_cost(module, Loops(module, 5), kind).layer)}
+    assert flops["dense"] == flops["attention"] < flops["ffn"] == flops["both"]
 
 
 @pytest.mark.parametrize(

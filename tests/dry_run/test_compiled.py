@@ -63,22 +63,20 @@ def spec(mesh, function, layers, *bounds):
         abstract((layers,), jnp.bool_, whole),
         *(abstract((), jnp.int32, whole) for _ in bounds),
     )
-    return ProgramSpec(function.__name__, "tiny", lambda: jax.jit(split).lower(*arguments), layers, B, 0)
+    return ProgramSpec(function.__name__, "tiny", lambda: jax.jit(split).lower(*arguments), layers, B, ROWS * T, 0)
 
 
 def facts(program):
     assert isinstance(program, CompiledProgram), program
     return {
-        "dense": [program.dense.layer.flops, program.dense.total.flops],
-        "reduced": [program.reduced.layer.flops, program.reduced.total.flops],
-        "bytes": [program.dense.total.bytes, program.dense.layer.bytes],
+        "dense": [program.costs["dense"].layer.flops, program.costs["dense"].total.flops],
+        "reduced": [program.costs["both"].layer.flops, program.costs["both"].total.flops],
+        "bytes": [program.costs["dense"].total.bytes, program.costs["dense"].layer.bytes],
         "xla": [program.xla_flops, program.xla_bytes],
         "arguments": program.memory.arguments,
         "layer": {
-            label: [
-                [item.kind, item.axis, item.group_size, item.bytes, item.times] for item in program.layer_collectives(dense=dense)
-            ]
-            for label, dense in (("dense", True), ("reduced", False))
+            label: [[item.kind, item.axis, item.group_size, item.bytes, item.times] for item in program.layer_collectives(kind)]
+            for label, kind in (("dense", "dense"), ("reduced", "both"))
         },
         "outside": sum(not item.in_layer_loop for item in program.collectives),
         "code_bytes": program.code_bytes,

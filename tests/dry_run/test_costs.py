@@ -1,8 +1,6 @@
-from collections.abc import Callable
-
 import pytest
 
-from rlens_jax.dry_run.costs import Cost, flops, fusion_bytes, instruction_bytes, program_cost, reduced, unreduced
+from rlens_jax.dry_run.costs import Cost, LayerKind, flops, fusion_bytes, instruction_bytes, program_cost
 from rlens_jax.dry_run.hlo import Loops, Module, parse_module
 from tests.dry_run.snippets import LOOP, NESTED
 
@@ -13,8 +11,8 @@ LAYER = 64 * 32 * 2
 """Bytes of one layer's weights."""
 
 
-def costs(module: Module, choose: Callable, layers: int = 1, steps: int = 1):
-    return program_cost(module, Loops(module, layers, steps), choose)
+def costs(module: Module, kind: LayerKind, layers: int = 1, steps: int = 1):
+    return program_cost(module, Loops(module, layers, steps), kind)
 
 
 def one(lines: str, name: str):
@@ -25,23 +23,23 @@ def one(lines: str, name: str):
 
 def test_a_dense_layer() -> None:
     # The product's result and the flag are on chip; the sum reads and writes the states.
-    cost = costs(parse_module(LOOP), unreduced).layer
+    cost = costs(parse_module(LOOP), "dense").layer
     assert cost == Cost(PRODUCT, STATES + LAYER + 4 + 2 * STATES)
 
 
 def test_a_reduced_layer_counts_what_its_kernel_declares() -> None:
-    cost = costs(parse_module(LOOP), reduced).layer
+    cost = costs(parse_module(LOOP), "both").layer
     assert cost == Cost(PRODUCT + 1000, STATES + LAYER + 4 + 500 + 2 * STATES)
 
 
 def test_trip_counts_are_multiplied_in_and_a_copy_to_the_chip_is_read_once() -> None:
-    once, thrice = (costs(parse_module(LOOP), unreduced, layers=layers) for layers in (1, 3))
+    once, thrice = (costs(parse_module(LOOP), "dense", layers=layers) for layers in (1, 3))
     assert once.layer == thrice.layer is not None
     assert thrice.total == once.layer.times(3) + Cost(0, STATES)
 
 
 def test_nested_loops() -> None:
-    cost = costs(parse_module(NESTED), unreduced, layers=5, steps=7)
+    cost = costs(parse_module(NESTED), "dense", layers=5, steps=7)
     dot = 2 * 4**3
     assert cost.layer is not None
     assert cost.layer.flops == 2 * dot  # the loop of unknown length inside a layer runs once
@@ -49,7 +47,7 @@ def test_nested_loops() -> None:
 
 
 def test_a_loop_of_known_length_that_is_not_the_layers() -> None:
-    cost = costs(parse_module(NESTED), unreduced, layers=3, steps=7)
+    cost = costs(parse_module(NESTED), "dense", layers=3, steps=7)
     # Without a loop of 3, the outermost one of unknown length is the loop over layers.
     assert cost.total.flops == 3 * 5 * 2 * 2 * 4**3
 
@@ -118,12 +116,12 @@ def test_gathered_rows_and_slices() -> None:
         "  ROOT %s = f32[2,8]{1,0} slice(%t), slice={[0:2], [0:8]}"
     )
     module = parse_module(f"ENTRY %main (a: f32[]) -> f32[] {{\n{lines}\n}}\n")
-    assert costs(module, unreduced).total.bytes == (96 + 96 + 12) + (64 + 64)
+    assert costs(module, "dense").total.bytes == (96 + 96 + 12) + (64 + 64)
 
 
 def test_a_loop_in_a_layer_may_have_as_many_trips_as_there_are_layers() -> None:
     # One step: nothing is around the layers, so the outermost loop of unknown length is over them.
-    cost = costs(parse_module(NESTED), unreduced, layers=5)
+    cost = costs(parse_module(NESTED), "dense", layers=5)
     assert cost.layer is not None
     assert cost.total.flops == 5 * cost.layer.flops == 5 * 5 * 2 * 2 * 4**3
 

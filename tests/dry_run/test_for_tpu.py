@@ -44,7 +44,7 @@ def test_layers_exchange_activations_and_scores_only(
     assert len(sums) + len(scores) == len(inside)
     assert [item["bytes"] for item in sums] == [found["states"]] * 2
     assert [item["bytes"] for item in scores] == [found["scores"]]
-    assert all(item["branch"] for item in scores)  # of reduced layers only
+    assert all(item["branches"] == ["ffn 1"] for item in scores)  # of layers with the Dynamic FFN only
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")

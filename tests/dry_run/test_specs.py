@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlens_jax.checkpoints.checkpoint import read_model_kind
-from rlens_jax.config import ComputeConfig, RunConfig, SearchConfig
+from rlens_jax.config import RunConfig, SearchConfig
 from rlens_jax.dry_run.program import abstract_images, program_specs
 from rlens_jax.engine.sizes import Placed, abstract_batch, abstract_model, bytes_on_device
 from rlens_jax.errors import UserError
@@ -58,20 +58,18 @@ def test_a_batch_is_shaped_as_collate_makes_it() -> None:
     assert jax.tree.map(lambda x: (x.shape, jnp.dtype(x.dtype)), abstract) == jax.tree.map(lambda x: (x.shape, x.dtype), real)
 
 
-def embedded_specs(all_buckets: bool = False, **changes: Any) -> list[Any]:
-    compute = ComputeConfig(batch_size=2, text_slots=(16, 32), visual_slots=(64, 128), patch_slots=(256, 512))
-    config = RunConfig(compute=compute, **changes)
-    return list(program_specs(config, read_model_kind("embedded"), mesh(), all_buckets=all_buckets))
+def embedded_specs(**changes: Any) -> list[Any]:
+    rows, images = {Bucket(32, 128): 2}, {(512,): 3}
+    return list(program_specs(RunConfig(**changes), read_model_kind("embedded"), mesh(), rows, images))
 
 
-def test_the_largest_buckets_or_all() -> None:
-    assert [(spec.name, spec.bucket) for spec in embedded_specs()] == [
-        ("encode", "patches 512"),
-        ("embed", "text 32, visual 128"),
-        ("layers", "text 32, visual 128"),
-        ("outcome", "text 32, visual 128"),
+def test_the_programs_of_buckets() -> None:
+    assert [(spec.name, spec.bucket, spec.rows, spec.slots) for spec in embedded_specs()] == [
+        ("encode", "patches 512", 3, 3 * 512),
+        ("embed", "text 32, visual 128", 2, 2 * 160),
+        ("layers", "text 32, visual 128", 2, 2 * 160),
+        ("outcome", "text 32, visual 128", 2, 2 * 160),
     ]
-    assert len(embedded_specs(all_buckets=True)) == 2 + 4 * 3
 
 
 def test_generation_has_one_program() -> None:
