@@ -109,6 +109,28 @@ def prefill_cost(
     )
 
 
+def shared_prefill_cost(
+    sizes: LayerSizes,
+    num_text: int,
+    visual_in_layer: Sequence[int],
+    plan: Plan,
+    reduction: Reduction,
+    *,
+    trunk_text: int,
+    sharers: int,
+    with_probes: bool,
+) -> float:
+    """As `prefill_cost`, for one of several prompts that share a row: its part of the trunk's cost, and that of its branch.
+
+    Args:
+        trunk_text: text tokens of the trunk, which holds all visual tokens.
+        sharers: prompts in the row.
+    """
+    trunk = prefill_cost(sizes, trunk_text, visual_in_layer, plan, reduction, with_probes=with_probes)
+    branch = sum(branch_cost(sizes, trunk_text + visual, num_text - trunk_text) for visual in visual_in_layer)
+    return trunk / sharers + branch
+
+
 def saving(
     sizes: LayerSizes,
     num_text: int,

@@ -34,7 +34,7 @@ from rlens_jax.evaluation.evaluation import (
     timing_json,
 )
 from rlens_jax.files import replace_file
-from rlens_jax.flops import branch_cost, prefill_cost, visual_in_layer
+from rlens_jax.flops import prefill_cost, shared_prefill_cost, visual_in_layer
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.resources import cache_folder, versions
@@ -149,17 +149,13 @@ def _cost(config: EvaluationConfig, decoder: DecoderConfig, answers: Sequence[Lo
     sizes, num_layers = decoder.layer_sizes, decoder.num_layers
 
     def cost(reduced: PlanFile, with_probes: bool) -> tuple[np.ndarray, float]:
-        """Of each prompt alone; and the mean of a row's trunk, divided among its prompts, and of each one's branch."""
+        """Of each prompt alone; and the mean as computed."""
         alone, shared = [], []
         for answer in answers:
             (text, visual), (trunk_text, sharers) = answer.prompt, answer.row
-            in_layer = visual_in_layer(reduced.pruning, visual, num_layers)
-            whole, trunk = (
-                prefill_cost(sizes, count, in_layer, reduced.plan, reduced.reduction, with_probes=with_probes)
-                for count in (text, trunk_text)
-            )
-            alone.append(whole)
-            shared.append(trunk / sharers + num_layers * branch_cost(sizes, trunk_text + visual, text - trunk_text))
+            given = sizes, text, visual_in_layer(reduced.pruning, visual, num_layers), reduced.plan, reduced.reduction
+            alone.append(prefill_cost(*given, with_probes=with_probes))
+            shared.append(shared_prefill_cost(*given, trunk_text=trunk_text, sharers=sharers, with_probes=with_probes))
         return np.array(alone, float), float(np.mean(shared))
 
     (dense, shared_dense), (reduced, shared_reduced) = cost(PlanFile(), False), cost(config.plan, False)
