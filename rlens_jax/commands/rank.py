@@ -15,7 +15,8 @@ from rlens_jax.commands.options import RunParser, add_restart_option, new_file
 from rlens_jax.console import run_command, show
 from rlens_jax.dry_run.process import Job, run_job
 from rlens_jax.dry_run.topology import find_slice
-from rlens_jax.files import replace_file
+from rlens_jax.errors import UserError
+from rlens_jax.files import quoted, replace_file
 from rlens_jax.hosts.cluster import is_distributed
 from rlens_jax.hosts.supervisor import supervised
 
@@ -59,9 +60,13 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _minutes(text: str) -> float:
-    minutes = float(text)
+    """A number of minutes. UserError if it is none above 0."""
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
     if not 0 < minutes < math.inf:
-        raise ValueError(text)
+        raise UserError(f"--within must be a number of minutes above 0, not {quoted(text)}")
     return minutes
 
 

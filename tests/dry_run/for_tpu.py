@@ -54,7 +54,8 @@ def main() -> None:
     for name, shards in CASES:
         kind = read_kind(short(json.loads((MODELS / name / "config.json").read_text())), name)
         config = RunConfig(compute=ComputeConfig(dtype="bfloat16", model_shards=shards))
-        specs = program_specs(config, kind, make_mesh(devices, shards), {Bucket(128, 512): 2}, {})
+        mesh = make_mesh(devices, shards)
+        specs = program_specs(config, kind, mesh, {Bucket(128, 512): 2}, {})
         (layers,) = (spec for spec in specs if spec.name == "layers")
         lowered = layers.lower()
         compiled = lowered.compile()
@@ -72,6 +73,7 @@ def main() -> None:
                 {
                     "model": name,
                     "shards": shards,
+                    "hosts": max(len({device.process_index for device in group}) for group in mesh.devices),
                     "states": 2 * (128 + 512) * decoder.width * 2,
                     "scores": 2 * decoder.ffn_width * 4,
                     "fetches_units": "fetched_ffn" in lowered.as_text(),

@@ -48,6 +48,13 @@ def test_layers_exchange_activations_and_scores_only(
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_a_copy_of_the_model_is_on_as_few_hosts_as_it_can(
+    compiled: dict[tuple[str, int], dict[str, Any]], case: tuple[str, int]
+) -> None:
+    assert compiled[case]["hosts"] == case[1] // 4
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_reduced_layers_fetch_their_units_with_the_kernel(
     compiled: dict[tuple[str, int], dict[str, Any]], case: tuple[str, int]
 ) -> None:
