@@ -95,7 +95,7 @@ def score_outcomes(
     Errors as of `relative_changes`.
     """
     bound = any(np.isnan(values).any() for values in outcomes.values())
-    best = {name: np.nan_to_num(values, nan=1.0) for name, values in outcomes.items()}
+    best = {name: np.nan_to_num(values, nan=1.0).tolist() for name, values in outcomes.items()}
     return replace(score_plan(dataset_metrics(best), dense_metrics, alpha=alpha, relative=relative), bound=bound)
 
 
