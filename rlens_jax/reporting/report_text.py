@@ -142,7 +142,7 @@ def _run_facts(results: Results) -> str:
         (
             "objective",
             f"{config.search.objective.replace('_', ' ')}, {config.search.change} change, drops weigh "
-            f"{config.search.penalty:g} times; {_STOPPING_TEXTS[config.search.stopping]}",
+            f"{config.search.penalty:g} times; {_STOPPING_TEXTS[config.search.by(config.search.method).stopping]}",
         ),
         ("precision", f"{compute.dtype}, matmul precision {compute.matmul_precision}"),
         ("device", f"{timing.num_devices} x {markdown_text(timing.device)}, {timing.num_cores} CPU cores"),

@@ -52,6 +52,8 @@ def test_a_one_shot_ranking_is_called_one_everywhere(results):
     text, lines = report_markdown(one_shot), summary(one_shot, Path("x")).splitlines()
     assert text.count("the others sorted by their scores in one round (one-shot, no greedy search)") == 2
     assert text.count(", one-shot\n") == 2  # the headings of both operators
+    assert "times; all candidates are evaluated on all samples |" in text
+    assert "times; candidates are dropped when they cannot win" in report_markdown(results)
     assert lines[0].endswith("best first, one-shot (no greedy search):")
     assert max(map(len, lines)) <= 100
     for result in one_shot.operators.values():
