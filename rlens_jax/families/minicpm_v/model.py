@@ -42,7 +42,7 @@ class ResamplerConfig:
     @property
     def sizes(self) -> dict[str, int]:
         return {
-            "Q": self.num_queries,
+            "q": self.num_queries,
             "E": self.in_width,
             "D": self.width,
             "m": self.width,
@@ -87,16 +87,16 @@ class Resampler(nnx.Module):
         self.kv_proj = Linear("IJE,Em->IJm", sizes, dtype=dtype, rngs=rngs)
         self.query_norm = LayerNorm(width, eps=RESAMPLER_NORM_EPS, dtype=dtype)
         self.kv_norm = LayerNorm(width, eps=RESAMPLER_NORM_EPS, dtype=dtype)
-        self.q_proj = Linear("Qm,mNH->QNH", sizes, bias="NH", dtype=dtype, rngs=rngs)
+        self.q_proj = Linear("qm,mNH->qNH", sizes, bias="NH", dtype=dtype, rngs=rngs)
         self.k_proj = Linear("IJm,mNH->IJNH", sizes, bias="NH", dtype=dtype, rngs=rngs)
         self.v_proj = Linear("IJm,mNH->IJNH", sizes, bias="NH", dtype=dtype, rngs=rngs)
-        self.o_proj = Linear("INQH,NHm->IQm", sizes, bias="m", dtype=dtype, rngs=rngs)
+        self.o_proj = Linear("INqH,NHm->Iqm", sizes, bias="m", dtype=dtype, rngs=rngs)
         self.post_norm = LayerNorm(width, eps=RESAMPLER_NORM_EPS, dtype=dtype)
-        self.proj = Linear("IQm,mD->IQD", sizes, dtype=dtype, rngs=rngs)
+        self.proj = Linear("Iqm,mD->IqD", sizes, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "I J E"], places: Int[Array | np.ndarray, "I J 2"], num_patches: Int[Array | np.ndarray, " I"]
-    ) -> Float[Array, "I Q D"]:
+    ) -> Float[Array, "I q D"]:
         """Visual tokens of each view.
 
         Args:
@@ -147,7 +147,7 @@ class VisionTower(nnx.Module):
         position_ids: Int[Array | np.ndarray, "I v J"],
         places: Int[Array | np.ndarray, "I v J 2"],
         num_patches: Int[Array | np.ndarray, "I v"],
-    ) -> Float[Array, "I vQ D"]:
+    ) -> Float[Array, "I vq D"]:
         """Visual tokens of each image, view after view; those of padding views are meaningless."""
 
         def encode(view: tuple[Array, ...]) -> Array:
