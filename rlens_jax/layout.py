@@ -89,10 +89,18 @@ class TokenLayout:
     """Seeds random probes: the number of the first sample with the row's trunk."""
     max_branches: int = field(default=1, metadata={"static": True})
     """Max branches of a row. With one, each row is a plain causal sequence, and nothing is spent on branches."""
+    leading_text: int | None = field(default=None, metadata={"static": True})
+    """Number of text slots behind which no row has text that precedes a visual token; None if unknown. Visual tokens then meet
+    these slots only, instead of all questions about them."""
 
     @property
     def bucket(self) -> Bucket:
         return Bucket(text=self.text_position.shape[1], visual=self.visual_position.shape[1])
+
+    @property
+    def slots_before_visual(self) -> int:
+        """Number of text slots that visual tokens meet."""
+        return self.bucket.text if self.leading_text is None else min(self.leading_text, self.bucket.text)
 
     @property
     def text(self) -> Slots:
@@ -175,6 +183,12 @@ class Tokens:
     branch: np.ndarray
     """int32 [T_i]: 0 for the trunk, then 1, 2, ..."""
 
+    @property
+    def leading_text(self) -> int:
+        """Number of text tokens that precede a visual token."""
+        visual = np.flatnonzero(self.is_visual)
+        return int(visual[-1]) + 1 - len(visual) if len(visual) else 0
+
     @classmethod
     def sequence(cls, is_visual: np.ndarray) -> "Tokens":
         """Tokens without branches."""
@@ -182,11 +196,13 @@ class Tokens:
         return cls(is_visual, position, np.zeros_like(position))
 
 
-def pack_layout(rows: Sequence[Tokens], bucket: Bucket, seeds: Sequence[int], max_branches: int = 1) -> TokenLayout:
+def pack_layout(
+    rows: Sequence[Tokens], bucket: Bucket, seeds: Sequence[int], max_branches: int = 1, leading_text: int | None = None
+) -> TokenLayout:
     """The layout of a batch, as NumPy arrays; `seeds` are those of the rows.
 
     Raises:
-        ValueError: a row has more tokens than its bucket has slots, or too many branches.
+        ValueError: a row has more tokens than its bucket has slots, or too many branches, or too much text before an image.
     """
     text, visual = (np.full((len(rows), n), PADDING_POSITION, np.int32) for n in (bucket.text, bucket.visual))
     branch = np.zeros_like(text)
@@ -198,10 +214,12 @@ def pack_layout(rows: Sequence[Tokens], bucket: Bucket, seeds: Sequence[int], ma
         branches = tokens.branch[~tokens.is_visual]
         if branches.max(initial=0) > max_branches:
             raise ValueError(f"row {number} has {branches.max()} branches for {max_branches} places")
+        if leading_text is not None and tokens.leading_text > leading_text:
+            raise ValueError(f"row {number} has {tokens.leading_text} text tokens before visual ones for {leading_text} slots")
         branch[number, : len(branches)] = branches
     num_visual = np.array([tokens.is_visual.sum() for tokens in rows], np.int32)
     num_text = np.array([len(tokens.is_visual) for tokens in rows], np.int32) - num_visual
-    return TokenLayout(text, visual, branch, num_text, num_visual, np.array(seeds, np.int32), max_branches)
+    return TokenLayout(text, visual, branch, num_text, num_visual, np.array(seeds, np.int32), max_branches, leading_text)
 
 
 def pack_rows(rows: Sequence[np.ndarray], layout: TokenLayout) -> np.ndarray:

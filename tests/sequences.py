@@ -46,13 +46,14 @@ def fork(trunk: np.ndarray, lengths: Sequence[int]) -> Tokens:
 def forked_layout(rows: Sequence[Tokens], spare: tuple[int, int] = (0, 0)) -> TokenLayout:
     """The layout of rows with branches, on the device."""
     most = max(int(row.branch.max(initial=1)) for row in rows)
-    layout = pack_layout(rows, bucket_for([row.is_visual for row in rows], spare), range(len(rows)), most)
+    bucket, leading = bucket_for([row.is_visual for row in rows], spare), max(row.leading_text for row in rows)
+    layout = pack_layout(rows, bucket, range(len(rows)), most, leading)
     return jax.tree.map(jnp.asarray, layout)
 
 
-def branch_tokens(row: Tokens) -> list[np.ndarray]:
-    """The places in the row of the tokens of each branch alone, the trunk's first."""
-    return [np.flatnonzero((row.branch == 0) | (row.branch == number)) for number in range(1, int(row.branch.max()) + 1)]
+def branch_tokens(row: Tokens, count: int) -> list[np.ndarray]:
+    """The places in the row of the tokens of each of its `count` prompts, the trunk's first."""
+    return [np.flatnonzero((row.branch == 0) | (row.branch == number)) for number in range(1, count + 1)]
 
 
 def random_rows(rng: np.random.Generator, masks: Sequence[np.ndarray], *shape: int) -> list[np.ndarray]:

@@ -122,7 +122,9 @@ def test_a_sample_that_does_not_fit_is_an_error():
         pack_layout([Tokens.sequence(spell("tvvv"))], Bucket(text=4, visual=2), [5])
 
 
-def test_more_branches_than_places_are_an_error():
+def test_more_branches_or_text_than_places_are_an_error():
+    with pytest.raises(ValueError, match="row 0 has 2 text tokens before visual ones for 1 slots"):
+        pack_layout([Tokens.sequence(spell("tvtvt"))], Bucket(text=6, visual=2), [5], leading_text=1)
     with pytest.raises(ValueError, match="row 1 has 3 branches for 2 places"):
         pack_layout([fork(spell("tv"), lengths) for lengths in ([1, 1], [1, 1, 1])], Bucket(text=6, visual=2), [5, 6], 2)
 

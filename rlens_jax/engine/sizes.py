@@ -86,6 +86,7 @@ def abstract_batch(bucket: Bucket, places: Places, rows: int, rope_axes: int, pl
         num_visual=numbers(),
         seed=numbers(),
         max_branches=places.branches,
+        leading_text=places.leading_text,
     )
     return unchecked(
         PromptBatch,

@@ -166,6 +166,8 @@ class Places:
     """Q."""
     answers: int
     """Tokens of all answers of a row, A."""
+    leading_text: int | None = None
+    """As `TokenLayout.leading_text`."""
 
 
 @pytree
@@ -201,7 +203,7 @@ def collate(
         samples: the numbers of the samples of each row's branches in the run.
         seeds: as `TokenLayout.seed`.
     """
-    layout = pack_layout([row.tokens for row in rows], bucket, seeds, places.branches)
+    layout = pack_layout([row.tokens for row in rows], bucket, seeds, places.branches, places.leading_text)
     shape = len(rows), places.branches
     numbers = np.full(shape, FILLER, np.int32)
     prompt_end, next_position, next_rope = (np.zeros(shape, np.int32) for _ in range(3))

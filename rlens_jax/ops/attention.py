@@ -90,7 +90,7 @@ def packed_attention(
     are never smaller than those of ordinals.
     """
     num_text, num_visual = layout.bucket.text, layout.bucket.visual
-    slots = layout.slots
+    slots, leading = layout.slots, layout.slots_before_visual
     reach = num_visual if attention_range is None else attention_range - 1
     block = block or max(DENSE_BLOCK if attention_range is None else HOLLOW_BLOCK, num_visual // MAX_BLOCKS)
 
@@ -108,7 +108,7 @@ def packed_attention(
     outputs = [attend_block(0, num_text, [(0, total)])]
     for start in range(num_text, total, block):
         stop = min(start + block, total)
-        outputs.append(attend_block(start, stop, [(0, num_text), (max(num_text, start - reach), stop)]))
+        outputs.append(attend_block(start, stop, [(0, leading), (max(num_text, start - reach), stop)]))
     return jnp.concatenate(outputs, axis=2)
 
 
@@ -122,22 +122,22 @@ def chunked_attention(
     queries, and its steps meet the keys up to the end of the span: with `DENSE_SPANS` spans, 1/16 more scores than needed.
     """
     num_text, num_visual = layout.bucket.text, layout.bucket.visual
-    slots, total = layout.slots, num_text + num_visual
+    slots, leading, total = layout.slots, layout.slots_before_visual, num_text + num_visual
     if attention_range is None:
         edges = [num_text + num_visual * i // DENSE_SPANS for i in range(DENSE_SPANS + 1)]
-        loops = [(start, stop, stop - num_text) for start, stop in pairwise(edges)]
+        loops = [(start, stop, leading, stop - num_text) for start, stop in pairwise(edges)]
         reach = num_visual
     else:
         reach = attention_range - 1
-        loops = [(num_text, total, min(num_visual, block + reach))]
+        loops = [(num_text, total, leading, min(num_visual, block + reach))]
     output = jnp.zeros_like(q)
-    for start, stop, width in ((0, num_text, num_visual), *loops):
+    for start, stop, num_keys, width in ((0, num_text, num_text, num_visual), *loops):
         if start == stop:
             continue
         starts, size = equal_parts(stop - start, block)
 
         def attend_block(
-            output: Array, start: Array, size: int = size, stop: int = stop, width: int = width
+            output: Array, start: Array, size: int = size, stop: int = stop, num_keys: int = num_keys, width: int = width
         ) -> tuple[Array, None]:
             first = jnp.clip(start - reach, num_text, max(stop, num_text + width) - width)
 
@@ -145,7 +145,7 @@ def chunked_attention(
                 return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
             def keys(x: Array, axis: int) -> Array:
-                text = jax.lax.slice_in_dim(x, 0, num_text, axis=axis)
+                text = jax.lax.slice_in_dim(x, 0, num_keys, axis=axis)
                 return jnp.concatenate([text, jax.lax.dynamic_slice_in_dim(x, first, width, axis)], axis=axis)
 
             query, key = (slots.cut(partial(cut, axis=1)) for cut in (queries, keys))

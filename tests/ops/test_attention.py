@@ -252,8 +252,8 @@ class TestAttentionContract:
         rng = np.random.default_rng(9)
         options = path.options(attention_range, window or "ordinal")
         together = run(path.attention, rows, layout, *options, padding=lambda shape: 1e3 * rng.standard_normal(shape))
-        for sample, (ours, row) in enumerate(zip(together, forked, strict=True)):
-            for tokens in branch_tokens(row):
+        for sample, (ours, row, lengths) in enumerate(zip(together, forked, BRANCHES, strict=True)):
+            for tokens in branch_tokens(row, len(lengths)):
                 alone = [[part[sample][tokens]] for part in rows]
                 (expected,) = torch_attention(alone, [row.is_visual[tokens]], attention_range, window or "ordinal")
                 assert_close(ours[tokens], expected, 1e-5)
