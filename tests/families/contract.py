@@ -22,6 +22,7 @@ from rlens_jax.checkpoints.leaves import shapes_of
 from rlens_jax.families.registry import read_kind
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.plan import Plan, Reduction
+from tests.families.branches import BranchContract
 from tests.families.placement import Placement
 from tests.families.published import FACTS
 from tests.numerics import assert_close, error
@@ -46,7 +47,7 @@ def swap(first: Any, second: Any) -> None:
     first[...], second[...] = second[...], first[...]
 
 
-class ForwardContract(ABC):
+class ForwardContract(BranchContract):
     """Logits equal those of PyTorch, dense and reduced, and a wrong model misses them. The fixture `pair` is the family's."""
 
     batches: ClassVar[Collection[str]]

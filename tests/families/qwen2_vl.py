@@ -120,11 +120,14 @@ def our_images(examples: Sequence[Example], config: Qwen2VLConfig, spare: int = 
     return Images(*(jnp.asarray(x) for x in (patches, places, counts, source)))
 
 
+def prompt_of(example: Example, config: Qwen2VLConfig) -> Prompt:
+    """The prompt as the decoder reads it."""
+    positions, following = rope_positions(example.is_visual, example.grids, config.vision.merge_size)
+    return Prompt(example.token_ids, example.is_visual, positions, following, 0)
+
+
 def our_batch(examples: Sequence[Example], config: Qwen2VLConfig, spare: tuple[int, int] = (0, 0)) -> PromptBatch:
-    """The prompts as the decoder reads them."""
-    prompts = []
-    for example in examples:
-        positions, following = rope_positions(example.is_visual, example.grids, config.vision.merge_size)
-        prompts.append(Prompt(example.token_ids, example.is_visual, positions, following, 0))
+    """The prompts as one batch."""
+    prompts = [prompt_of(example, config) for example in examples]
     bucket = bucket_for([example.is_visual for example in examples], spare)
     return jax.tree.map(jnp.asarray, collate_alone(prompts, bucket, 1))

@@ -18,6 +18,7 @@ from rlens_jax.families.internvl.model import InternVLConfig
 from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import decode, prefill
+from rlens_jax.models.prompt import Prompt
 from rlens_jax.plan import Plan, Reduction
 from tests.families.contract import BOTH, SIMPLE, WHOLE, ForwardContract, Logits, set_to, swap
 from tests.families.internvl import SIX_B, Example, hf_inputs, make_example, our_batch, our_images, save_native, tiny_internvl
@@ -268,3 +269,10 @@ class TestInternVL(ForwardContract):
 
     def theirs(self, pair: Pair, examples: list[Example]) -> Logits:
         return their_logits(pair, examples)
+
+    def prompt(self, pair: Pair, example: Example) -> Prompt:
+        return Prompt.plain(example.token_ids, example.is_visual)
+
+    def visual(self, pair: Pair, examples: list[Example]) -> list[np.ndarray]:
+        tokens = np.asarray(visual_tokens(nnx.split(pair.ours), *our_images(examples, pair.config)))
+        return [row[: example.is_visual.sum()] for row, example in zip(tokens, examples, strict=True)]

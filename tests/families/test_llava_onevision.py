@@ -14,6 +14,7 @@ from flax import nnx
 from rlens_jax.families.llava_onevision import preparer as llava_onevision
 from rlens_jax.families.llava_onevision.preparer import grid_sources
 from rlens_jax.models.forward import VisionLanguageModel
+from rlens_jax.models.prompt import Prompt
 from rlens_jax.plan import Plan, Reduction
 from tests.families.contract import BOTH, SIMPLE, WHOLE, ForwardContract, Logits, set_to, swap
 from tests.families.llava_onevision import (
@@ -242,3 +243,12 @@ class TestLlavaOnevision(ForwardContract):
 
     def theirs(self, pair: Pair, examples: list[Example]) -> Logits:
         return their_logits(pair, examples)
+
+    def prompt(self, pair: Pair, example: Example) -> Prompt:
+        return Prompt.plain(example.token_ids, example.is_visual)
+
+    def visual(self, pair: Pair, examples: list[Example]) -> list[np.ndarray]:
+        images = our_images(examples)
+        tokens = np.asarray(jax.jit(pair.ours.vision)(*images.arrays))
+        tokens = tokens.reshape(-1, tokens.shape[-1])[images.source]
+        return [row[: example.is_visual.sum()] for row, example in zip(tokens, examples, strict=True)]

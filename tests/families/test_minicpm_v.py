@@ -527,6 +527,18 @@ class TestMiniCPMV(ForwardContract):
     def theirs(self, pair: Pair, examples: list[Example]) -> Logits:
         return their_logits(pair, examples)
 
+    def prompt(self, pair: Pair, example: Example) -> Prompt:
+        return example.prompt
+
+    def visual(self, pair: Pair, examples: list[Example]) -> list[np.ndarray]:
+        none = np.zeros((0, pair.config.decoder.width), np.float32)
+        return [np.concatenate([none, *our_visual(pair.ours, example)]) for example in examples]
+
+    def asked(self, example: Example, token_ids: np.ndarray) -> Example:
+        whole = np.concatenate([example.prompt.token_ids, token_ids])
+        is_visual = np.concatenate([example.prompt.is_visual, np.zeros(len(token_ids), bool)])
+        return replace(example, prompt=Prompt.plain(whole, is_visual))
+
     def masks(self, examples: list[Example]) -> list[np.ndarray]:
         return [example.prompt.is_visual for example in examples]
 

@@ -15,10 +15,11 @@ from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig
 from rlens_jax.families.qwen2_vl.preparer import patch_places, rope_positions
 from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.forward import VisionLanguageModel
+from rlens_jax.models.prompt import Prompt
 from rlens_jax.plan import Plan, Reduction
 from tests.families.contract import SIMPLE, WHOLE, ForwardContract, Logits, set_to, swap
 from tests.families.pair import Pair, cut, make_pair
-from tests.families.qwen2_vl import Example, hf_inputs, make_example, our_batch, our_images
+from tests.families.qwen2_vl import Example, hf_inputs, make_example, our_batch, our_images, prompt_of
 from tests.numerics import assert_close, error
 from tests.sequences import pack, unpack
 from tests.torch_reductions import reduced
@@ -278,6 +279,15 @@ class TestQwen2VL(ForwardContract):
 
     def theirs(self, pair: Pair, examples: list[Example]) -> Logits:
         return their_logits(pair, examples)
+
+    def prompt(self, pair: Pair, example: Example) -> Prompt:
+        return prompt_of(example, pair.config)
+
+    def visual(self, pair: Pair, examples: list[Example]) -> list[np.ndarray]:
+        images = our_images(examples, pair.config)
+        tokens = np.asarray(jax.jit(pair.ours.vision)(*images.tower_inputs))
+        tokens = tokens.reshape(-1, tokens.shape[-1])[images.source]
+        return [row[: example.is_visual.sum()] for row, example in zip(tokens, examples, strict=True)]
 
     def test_logits_reduced_by_a_traced_plan(self, pair: Pair, batch: str, plan: Plan) -> None:
         examples = self.examples(pair, batch)

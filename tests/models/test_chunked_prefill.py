@@ -13,14 +13,20 @@ from rlens_jax.layout import TokenLayout
 from rlens_jax.models.decoder import Decoder
 from rlens_jax.plan import Plan, Reduction
 from tests.numerics import assert_close, error
-from tests.sequences import make_layout, pack, random_rows, run_length, unpack
+from tests.sequences import fork, forked_layout, make_layout, pack, random_rows, run_length, unpack
 from tests.toy_decoder import TOY, random_decoder
 
 pytestmark = pytest.mark.slow
 
 CONFIG = replace(TOY, num_layers=3)
 REDUCTION = Reduction(attention_range=3, active_fraction=0.3, probe_fraction=0.4)
-RAGGED = [run_length(3, 31, 5), run_length(2, 7, 140, 11, 6), run_length(7), run_length(1, 1, 1)]
+RAGGED = [
+    fork(run_length(3, 31, 5), [9, 1, 70]),
+    fork(run_length(2, 7, 140, 11, 6), [4]),
+    fork(run_length(7), []),
+    fork(run_length(1, 1, 1), [3, 5]),
+]
+"""Rows with three branches, one, none and two."""
 PLANS = [Plan(), Plan(attention=(1, 2), ffn=(0, 1, 2))]
 CHUNKS = (7, 64)
 """Text slots, visual slots and probes all in parts, and the text alone."""
@@ -41,8 +47,8 @@ def run(graph, state, x, layout: TokenLayout, plan: Plan, chunk: int | None):
 
 @pytest.mark.parametrize("plan", PLANS, ids=Plan.label)
 def test_same_numbers(decoder: Decoder, plan: Plan) -> None:
-    layout = make_layout(RAGGED, spare=(2, 3))
-    x = jnp.asarray(pack(random_rows(np.random.default_rng(2), RAGGED, CONFIG.width), layout))
+    layout = forked_layout(RAGGED, spare=(2, 3))
+    x = jnp.asarray(pack(random_rows(np.random.default_rng(2), [row.is_visual for row in RAGGED], CONFIG.width), layout))
     logits, record = run(*nnx.split(decoder), x, layout, plan, None)
     assert float(logits.std()) > 0.5
     for chunk in CHUNKS:
