@@ -75,12 +75,25 @@ class Questions:
         return [answers.get(self.key(variant, place)) for place in range(len(self.hashes))]
 
 
-def answer_questions(config: EvaluationConfig, model: DeployedModel, questions: Questions, answers: Answers) -> None:
-    """Answer the questions whose answers are not in the log, and note in `questions` which cannot be asked.
+def answer_questions(config: EvaluationConfig, model: DeployedModel, datasets: Sequence[Questions], answers: Answers) -> None:
+    """Answer the questions whose answers are not in the log, and note in `datasets` which cannot be asked.
 
     Raises:
-        UserError: a question cannot be asked, and the configuration does not allow to skip it, or none can.
+        UserError: a question cannot be asked, and the configuration does not allow to skip it, or none of a dataset can.
     """
+    if config.sharing and not config.shares and any(questions.per_image > 1 for questions in datasets):
+        say("questions about the same images share nothing: the plan prunes visual tokens, other ones for each question")
+    for questions in datasets:
+        _answer_dataset(config, model, questions, answers)
+        alone = all(answer is None or answer.row[1] == 1 for answer in questions.answers("plan", answers))
+        if config.shares and questions.per_image > 1 and alone:
+            say(
+                f"{questions.dataset.name}: questions about the same images share nothing: "
+                "they differ before their images, or are longer than these"
+            )
+
+
+def _answer_dataset(config: EvaluationConfig, model: DeployedModel, questions: Questions, answers: Answers) -> None:
     variants, name = config.variants, questions.dataset.name
 
     def known(place: int, variant: str) -> bool:
@@ -120,9 +133,6 @@ def answer_questions(config: EvaluationConfig, model: DeployedModel, questions: 
                     shown.advance(len(members))
     if len(questions.unusable) == len(places):
         raise UserError(f"{name}: no question can be asked")
-    alone = all(answer is None or answer.row[1] == 1 for answer in questions.answers("plan", answers))
-    if config.shares and questions.per_image > 1 and alone:
-        say(f"{name}: questions about the same images share nothing: they differ before their images, or are longer than these")
 
 
 def batch_members(batch: Batch) -> list[int]:

@@ -74,10 +74,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
             seed=config.seed,
         )
         say(f"settings for {config.model}: {dtype_line(given, config.dtype)}")
-        if config.sharing and not config.shares and any(each.per_image > 1 for each in questions):
-            say("questions about the same images share nothing: the plan prunes visual tokens, other ones for each question")
-        for each in questions:
-            answer_questions(config, model, each, answers)
+        answer_questions(config, model, questions, answers)
         for each in questions:
             for variant in config.variants:
                 path = config.output / variant / f"{each.dataset.name}.tsv"

@@ -46,20 +46,20 @@ class FakeModel(DeployedModel):
 
 
 def answered(folder: Path, model: FakeModel, **options: Any) -> list[str]:
-    """The answers to questions about `IMAGES`, in their order."""
+    """The answers to questions about `IMAGES`, in their order, in two equal datasets of which the second is returned."""
     samples = [Sample(str(n), "d", (image.encode(),), f"question {n}", ("x",)) for n, image in enumerate(IMAGES)]
-    questions = Questions.of(ExactMatch("d", samples))
+    first, second = (Questions.of(ExactMatch(name, samples)) for name in "de")
     config = EvaluationConfig("m", options.pop("plan", PlanFile()), ("d",), folder, batch_size=2, **options)
     with Answers.open(folder, {}) as answers:
-        answer_questions(config, model, questions, answers)
-        return [answer.text for answer in questions.answers("plan", answers) if answer]
+        answer_questions(config, model, [first, second], answers)
+        return [answer.text for answer in second.answers("plan", answers) if answer]
 
 
 def test_questions_about_one_image_are_in_one_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answering, "WINDOW_BATCHES", 2)
     model = FakeModel(sharers=3)
     assert answered(tmp_path, model) == [f"question {n}" for n in range(len(IMAGES))]
-    assert model.windows == ["AAABBB", "CCC"]
+    assert model.windows == ["AAABBB", "CCC"] * 2
     assert model.sharing == {True}
 
 
@@ -69,8 +69,9 @@ def test_that_nothing_is_shared_is_said_once(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().err.count("d: questions about the same images share nothing") == (sharers == 1)
 
 
-def test_plans_that_prune_share_nothing(tmp_path: Path) -> None:
-    for number, options in enumerate(({"plan": PlanFile(pruning=FastV(2, 0.5))}, {"sharing": False})):
+def test_plans_that_prune_share_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, (options, said) in enumerate((({"plan": PlanFile(pruning=FastV(2, 0.5))}, 1), ({"sharing": False}, 0))):
         model = FakeModel(sharers=1)
         answered(tmp_path / str(number), model, **options)
         assert model.sharing == {False}
+        assert capsys.readouterr().err.count("share nothing: the plan prunes visual tokens") == said
