@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -109,10 +110,11 @@ def dry_run(config: RunConfig, target: Slice, *, all_buckets: bool, progress: Ca
         progress(f"compiling {spec.name} ({spec.bucket})")
         return compile_program(spec, mesh_shape, counts.resident_bytes, target.memory_limit)
 
+    began = time.process_time()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         programs = tuple(pool.map(compiled, specs))
     links = Links(ring_rate(target, mesh.devices[0].tolist()), target.link_rate)
-    times = program_times(programs, target, links)
+    times = program_times(programs, target, links, time.process_time() - began)
     return DryRun(config, kind, target, mesh_shape, links, data, shapes, programs, counts, times)
 
 

@@ -38,8 +38,8 @@ ASSUMPTIONS = (
     "measurement.",
     "Only matrix products count as arithmetic. A Pallas kernel counts as its CostEstimate declares; splash attention counts "
     "the blocks that its mask visits, its inputs and its outputs.",
-    f"Collectives do not overlap with other work. A host compiles {COMPILED_TOGETHER} programs at a time, each as fast as this "
-    "machine. Reading data, preparing images on the hosts and timing are not counted.",
+    f"Collectives do not overlap with other work. A host traces one program after another and compiles {COMPILED_TOGETHER} at a "
+    "time, with this machine's CPU time for each. Reading data, preparing images on the hosts and timing are not counted.",
 )
 
 

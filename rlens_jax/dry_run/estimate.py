@@ -16,7 +16,7 @@ from rlens_jax.dry_run.workload import Layers, Phase, SplitLoad, Workload
 LIKELY_SHARE = 0.5
 """Share of the roofline's speed that a run may reach (our assumption; not measured on hardware)."""
 COMPILED_TOGETHER = 16
-"""Programs that a host of a slice compiles side by side, each as fast as this machine does (our assumption)."""
+"""Programs that a host of a slice compiles side by side, each in the CPU time that it takes here (our assumption)."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,10 @@ class Times:
     """The times of all programs that compiled, by name, bucket and slots of a work group."""
 
     programs: Mapping[str, Mapping[str, ProgramTime]]
-    compile_seconds: Mapping[str, float]
-    """Mean time to compile a program of each name."""
+    trace: float
+    """CPU seconds to trace a program, on average."""
+    compile: float
+    """CPU seconds to compile it."""
 
     def of(self, name: str, bucket: str, slots: int) -> ProgramTime:
         """The time of a program. That of a bucket that was not compiled is scaled from the one with the nearest slots."""
@@ -97,16 +99,17 @@ class Times:
         return min(known.values(), key=lambda time: abs(math.log(time.slots / slots))).scaled(slots)
 
 
-def program_times(programs: Sequence[Program], target: Slice, links: Links) -> Times | None:
-    """Times of the programs; None if one did not compile."""
+def program_times(programs: Sequence[Program], target: Slice, links: Links, cpu_seconds: float) -> Times | None:
+    """Times of the programs, which took `cpu_seconds` to trace and to compile; None if one did not compile."""
     found: dict[str, dict[str, ProgramTime]] = {}
-    seconds: dict[str, list[float]] = {}
+    traced = 0.0
     for program in programs:
         if not isinstance(program, CompiledProgram):
             return None
         found.setdefault(program.spec.name, {})[program.spec.bucket] = program_time(program, target, links)
-        seconds.setdefault(program.spec.name, []).append(program.seconds)
-    return Times(found, {name: sum(each) / len(each) for name, each in seconds.items()})
+        traced += program.trace_seconds
+    count = max(1, len(programs))
+    return Times(found, traced / count, (cpu_seconds - traced) / count)
 
 
 @dataclass(frozen=True)
@@ -143,10 +146,9 @@ def estimate(work: Workload, times: Times, chips: int) -> Estimate:
             for load in work.splits[phase.split].buckets
         }
     buckets = len({load.bucket for split in work.splits.values() for load in split.buckets})
-    numbers = {name: len(work.image_sizes) if name == "encode" else buckets for name in times.compile_seconds}
-    serial = sum(numbers[name] * seconds for name, seconds in times.compile_seconds.items())
-    longest = max(times.compile_seconds.values(), default=0.0)
-    return Estimate(phases, max(longest, serial / COMPILED_TOGETHER), chips)
+    count = sum(len(work.image_sizes) if name == "encode" else buckets for name in times.programs)
+    compilation = count * times.trace + -(-count // COMPILED_TOGETHER) * times.compile
+    return Estimate(phases, compilation, chips)
 
 
 def _vision_seconds(work: Workload, times: Times, split: SplitLoad, size: tuple[int, ...]) -> float:

@@ -86,6 +86,8 @@ class CompiledProgram:
     """Size of the compiled program."""
     seconds: float
     """Time to compile on this machine."""
+    trace_seconds: float
+    """Time of a CPU to trace it, which Python does for one program after another."""
 
     @property
     def fits(self) -> bool:
@@ -208,7 +210,9 @@ def compile_program(spec: ProgramSpec, mesh_shape: tuple[int, int], resident_byt
 
     A device has `memory_limit` bytes of HBM, of which batches and base states take `resident_bytes`.
     """
+    began = time.thread_time()
     lowered = spec.lower()
+    trace_seconds = time.thread_time() - began
     began = time.monotonic()
     try:
         compiled = lowered.compile()
@@ -239,6 +243,7 @@ def compile_program(spec: ProgramSpec, mesh_shape: tuple[int, int], resident_byt
         xla_bytes=xla["bytes accessed"],
         code_bytes=sizes.generated_code_size_in_bytes,
         seconds=seconds,
+        trace_seconds=trace_seconds,
     )
 
 

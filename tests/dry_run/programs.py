@@ -37,4 +37,5 @@ def compiled(
         xla_bytes=2e8,
         code_bytes=1 << 20,
         seconds=12.5,
+        trace_seconds=1.5,
     )

@@ -44,7 +44,7 @@ LINKS = Links(50e9, 100e9)
 def result_of(kind: ModelKind, *programs: Program) -> DryRun:
     target, data = find_slice("v5e:4x4"), DataSizes(ROWS, "of own.jsonl", ("Nothing is assumed of the rows.",))
     counts = workload(CONFIG, Sizes(LAYERS, 4, 10), SHAPES, ROWS)
-    times = program_times(programs, target, LINKS)
+    times = program_times(programs, target, LINKS, 10.0)
     return DryRun(CONFIG, kind, target, (4, 4), LINKS, data, SHAPES, programs, counts, times)
 
 
