@@ -32,10 +32,11 @@ from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.commands.options import read_config
 from rlens_jax.config import SearchConfig
 from rlens_jax.data.splits import load_splits
-from rlens_jax.engine.evaluator import Evaluator, round_scorer
-from rlens_jax.engine.inputs import Split, answer_places, encode_split, own_samples
+from rlens_jax.engine.evaluator import Evaluator
+from rlens_jax.engine.inputs import Split, build_split
 from rlens_jax.engine.preparing import prepare
 from rlens_jax.engine.programs import Programs
+from rlens_jax.engine.racing import RoundScorer
 from rlens_jax.engine.scoring import TeacherForcing
 from rlens_jax.engine.shapes import choose_shapes
 from rlens_jax.hosts.processes import Processes
@@ -95,9 +96,9 @@ def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
     stop_tokens = preparer.chat.stop_tokens
     programs = Programs(model, mesh, config.reduction, seed=0, new_tokens=1, stop_tokens=stop_tokens)
     members = load_splits(config.data, kind.benchmark_prompt, seed=config.seed)["validation"]
-    prepared = prepare(members, preparer, own_samples(len(members), mesh), True, Processes().gather)
+    prepared = prepare(members, preparer, True, Processes())
     shapes = replace(choose_shapes(config.compute, kind, [prepared]), batch_size=8)
-    split = encode_split(prepared, programs, shapes, answer_places([prepared]), Processes())
+    split = build_split(members, preparer, programs, shapes, True)
     num_layers = kind.config.decoder.num_layers
     plans: dict[Plan, None] = {}
     rankings = {}
@@ -105,7 +106,7 @@ def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
         evaluator = Evaluator(TeacherForcing(programs), {"validation": split}, journal, state_bytes=1e9)
 
         (dense,) = map(dataset_metrics, evaluator.outcomes("validation", Plan(), [Plan()]))
-        scorer = round_scorer(evaluator, "validation", dense, SearchConfig())
+        scorer = RoundScorer(evaluator, "validation", dense, SearchConfig())
         plans[Plan()] = None
 
         def score_round(base: Plan, candidates: list[Plan]) -> list[PlanScore]:
@@ -131,8 +132,7 @@ def log_probabilities(programs: Programs, split: Split, plan: Plan) -> np.ndarra
     values = np.full(len(split.samples), np.nan)
     for batch in split.batches:
         states = programs.embed(batch.inputs.text_ids, batch.visual)
-        plans, starts = [plan] * programs.groups, [0] * programs.groups
-        states = programs.layers(states, batch.inputs, plans, starts, programs.config.num_layers)
+        states = programs.layers(states, batch.inputs, plan, 0, programs.config.num_layers)
         numbers, _, value, _ = map(np.asarray, programs.outcome(states, batch.inputs))
         values[numbers[numbers != FILLER]] = value[numbers != FILLER]
     return values

@@ -86,7 +86,7 @@ def test_images_of_30_sizes_are_padded_little(family: str, tmp_path: Path) -> No
     folder = {**SAVE, "qwen2_vl": save_qwen}[family](tmp_path / "model")
     kind = read_model_kind(folder)
     samples = read_jsonl(write_data(tmp_path, MANY))
-    prepared = prepare(samples, kind.preparer(folder), range(30), True, Processes().gather)
+    prepared = prepare(samples, kind.preparer(folder), True, Processes())
     assert len(prepared.row_sizes) > 8
     shapes = choose_shapes(ComputeConfig(), kind, [prepared])
     print(shapes.identity, row_padding(shapes, [prepared]), image_padding(shapes, [prepared]))

@@ -53,8 +53,8 @@ def measure(model: str, samples: int) -> dict[str, Any]:
             for batch in split.batches:
                 states = [programs.embed(batch.inputs.text_ids, batch.visual)]
                 for layer in range(num_layers):
-                    states.append(programs.layers(states[-1], batch.inputs, [Plan()], [layer], layer + 1))
-                without = (programs.layers(states[k], batch.inputs, [Plan()], [k + 1], num_layers) for k in skipped)
+                    states.append(programs.layers(states[-1], batch.inputs, Plan(), layer, layer + 1))
+                without = (programs.layers(states[k], batch.inputs, Plan(), k + 1, num_layers) for k in skipped)
                 for right_of, last in zip(outcomes, (states[-1], *without), strict=True):
                     numbers, right, *_ = (np.asarray(part) for part in programs.outcome(last, batch.inputs))
                     right_of[numbers[numbers != FILLER]] = right[numbers != FILLER]

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlens_jax.checkpoints.checkpoint import kind_in
 from rlens_jax.checkpoints.model_folder import find_model
@@ -22,7 +23,7 @@ from rlens_jax.dry_run.program import Program, ProgramSpec, compile_program, pro
 from rlens_jax.dry_run.topology import Slice, ring_rate, slice_devices
 from rlens_jax.dry_run.workload import Sizes, Workload, workload
 from rlens_jax.engine.choices import with_dtype
-from rlens_jax.engine.preparing import Images, PreparedSplit, SampleSizes
+from rlens_jax.engine.preparing import Images, PreparedSplit, RowSizes, SampleSizes
 from rlens_jax.engine.shapes import Shapes, choose_shapes
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
@@ -130,8 +131,11 @@ def _as_prepared(split: str, rows: Sequence[Row]) -> PreparedSplit:
     samples = tuple(
         Sample(f"row {number} of {split} ({row.dataset})", row.dataset, (), "", ()) for number, row in enumerate(rows)
     )
-    sizes = tuple(SampleSizes((row.size,), row.images, 0) for row in rows)
-    return PreparedSplit(samples, range(0), (), Images((), nothing), sizes)
+    numbers = range(len(rows))
+    row_sizes = tuple(RowSizes((number,), row.size[0], row.size[1], answers=0) for number, row in zip(numbers, rows, strict=True))
+    sizes = tuple(SampleSizes(row.size, row.size[0]) for row in rows)
+    images = {number: tuple(row.images) for number, row in zip(numbers, rows, strict=True)}
+    return PreparedSplit(samples, np.arange(len(rows)), row_sizes, sizes, images, Images((), nothing), nothing)
 
 
 def to_compile(work: Workload, shapes: Shapes, *, everything: bool) -> tuple[dict[Bucket, int], dict[ImageSize, int]]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from rlens_jax.config import RunConfig
 from rlens_jax.dry_run.costs import LAYER_KINDS, LayerKind
 from rlens_jax.dry_run.data_sizes import Row
-from rlens_jax.engine.batches import images_together
 from rlens_jax.engine.dealing import fill_buckets, rows_per_block
-from rlens_jax.engine.shapes import MAX_ROWS, Shapes, row_slots
+from rlens_jax.engine.encoding import MAX_IMAGES, images_together
+from rlens_jax.engine.shapes import Shapes, row_slots
 from rlens_jax.layout import Bucket
 from rlens_jax.models.prompt import ImageSize
 from rlens_jax.plan import Operator, Plan
@@ -119,7 +119,7 @@ class Workload:
     def together(self, size: ImageSize) -> int:
         """Images of a bucket that a work group encodes together."""
         most = max(split.images.get(size, 0) for split in self.splits.values())
-        return images_together(min(MAX_ROWS, most), math.prod(size))
+        return images_together(min(MAX_IMAGES, most), math.prod(size))
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from rlens_jax.data.samples import Sample, normalised
-from rlens_jax.engine.inputs import Batch, Split
+from rlens_jax.engine.inputs import Split
 from rlens_jax.engine.overflow import not_finite
+from rlens_jax.engine.pools import Batch, Pool
 from rlens_jax.engine.programs import Programs
-from rlens_jax.engine.scoring import RowOutcomes
+from rlens_jax.engine.scoring import BranchOutcomes
 from rlens_jax.models.prompt import FILLER
 from rlens_jax.plan import Plan
 
@@ -21,22 +22,21 @@ class Generating:
         self.programs = programs
         self._decode_text = decode_text
 
-    def cost(self, base: Plan, plan: Plan) -> int:
-        return self.programs.config.num_layers  # every plan is generated from its prompt
+    def hold(self, batches: Sequence[Batch]) -> None:
+        pass
 
-    def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
-        inputs, visual = self.programs.route((batch.inputs, self.programs.put(batch.visual)), blocks)
-        return self.programs.generate(visual, inputs, plans)
+    def start(self, batch: Batch, base: Plan, plan: Plan) -> Any:
+        return self.programs.generate(self.programs.put(batch.visual), batch.inputs, plan)
 
-    def finish(self, run: Any, samples: Sequence[Sample]) -> RowOutcomes:
+    def finish(self, run: Any, samples: Sequence[Sample]) -> BranchOutcomes:
         numbers, tokens, finite = (np.asarray(part) for part in run)
         right = np.zeros(numbers.shape, bool)
         for place in zip(*np.nonzero(numbers != FILLER), strict=True):
             text = normalised(self._decode_text(tokens[place].tolist()))
             right[place] = text in samples[numbers[place]].answers
-        return RowOutcomes(numbers, right, finite)
+        return BranchOutcomes(numbers, right, finite)
 
-    def state_bytes(self, batch: Batch) -> int:
+    def state_bytes(self, pool: Pool) -> int:
         return 0
 
     def release(self) -> None:
@@ -51,8 +51,7 @@ def generated_texts(programs: Programs, split: Split, plan: Plan, decode_text: C
     """
     texts = [""] * len(split.samples)
     for batch in split.batches:
-        plans = [plan] * programs.groups
-        numbers, tokens, finite = map(np.asarray, programs.generate(programs.put(batch.visual), batch.inputs, plans))
+        numbers, tokens, finite = map(np.asarray, programs.generate(programs.put(batch.visual), batch.inputs, plan))
         for place in zip(*np.nonzero(numbers != FILLER), strict=True):
             number = int(numbers[place])
             if not finite[place]:

@@ -1,25 +1,38 @@
-"""Samples before anything is compiled: prompts as token ids, and the sizes of all rows and images, from which buckets are chosen.
+"""Samples before anything is compiled: prompts as token ids in rows, and the sizes of all rows and images, for which buckets are
+chosen.
 
-Each process prepares its own samples. All learn the sizes of all samples.
+Each process prepares a share of the images with all prompts about them. All learn the sizes of all.
 """
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rlens_jax.data.images import load_images
+from rlens_jax.data.images import images_key, load_images
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.buckets import Size
-from rlens_jax.models.prompt import ImageSize, PreparedImage, Preparer, Prompt
-
-Gather = Callable[[Any], list[Any]]
-"""Every process's value, in the order of the processes."""
+from rlens_jax.engine.trunks import Row, SamplePrompts, rows_of
+from rlens_jax.hosts.processes import Processes
+from rlens_jax.models.prompt import ImageSize, ImageTokens, PreparedImage, Preparer, Prompt
 
 KEPT_BYTES = 1_000_000_000
 """Memory for the prepared images of a split that are kept between measuring and encoding (our decision)."""
+
+
+def image_groups(samples: Sequence[Sample]) -> list[int]:
+    """For each sample, the number of the first one with the same images: equal contents, read in the same way.
+
+    A sample without images has its own number. UserError, naming the sample, if an image cannot be read.
+    """
+    first: dict[Hashable, int] = {}
+    groups = []
+    for number, sample in enumerate(samples):
+        key = images_key(sample) if sample.images else number
+        groups.append(first.setdefault(key, number))
+    return groups
 
 
 class Images:
@@ -53,89 +66,140 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A prompt, and the number of its sample in the split."""
+class RowSizes:
+    """A row as all processes know it."""
 
-    sample: int
-    prompt: Prompt
+    samples: tuple[int, ...]
+    """The number of each branch's sample in the split."""
+    text: int
+    visual: int
+    answers: int
+    """Answer tokens of all branches."""
+
+    @property
+    def size(self) -> Size:
+        """Text and visual tokens."""
+        return self.text, self.visual
 
 
 @dataclass(frozen=True)
 class SampleSizes:
-    """What buckets must hold of one sample."""
+    """What must hold a sample that has a row of its own."""
 
-    rows: tuple[Size, ...]
-    """Text and visual tokens of each row."""
-    images: tuple[ImageSize, ...]
-    answer: int
-    """Tokens of the longest answer, with the end of the turn."""
+    prompt: Size
+    """Text and visual tokens of its longest prompt."""
+    row_text: int
+    """Text tokens of the shortest row that can hold it."""
 
 
 @dataclass(frozen=True)
 class PreparedSplit:
-    """The samples of a split, prepared: this process's rows and images, and the sizes of all samples."""
+    """The samples of a split, prepared: the sizes of all, and the rows and images on demand."""
 
     samples: tuple[Sample, ...]
-    own: range
-    """The samples of this process."""
-    rows: tuple[Row, ...]
-    images: Images
+    image_groups: np.ndarray
+    """int [samples], as `image_groups`."""
+    rows: tuple[RowSizes, ...]
     sizes: tuple[SampleSizes, ...]
+    image_sizes_of: dict[int, tuple[ImageSize, ...]]
+    """The sizes of the images of each group."""
+    images: Images
+    """By the number of a group."""
+    row: Callable[[int], Row]
+    """The row with this number in `rows`."""
 
     @property
     def num_tokens(self) -> np.ndarray:
-        """int [samples, 2]: text and visual tokens of each sample's longest row."""
-        return np.array([np.max(sizes.rows, axis=0) for sizes in self.sizes]).reshape(-1, 2)
+        """int [samples, 2]: text and visual tokens of each sample's longest prompt."""
+        return np.array([sizes.prompt for sizes in self.sizes]).reshape(-1, 2)
 
     @property
     def row_sizes(self) -> Counter[Size]:
         """How often a row has each size."""
-        return Counter(size for sizes in self.sizes for size in sizes.rows)
+        return Counter(row.size for row in self.rows)
 
     @property
     def image_sizes(self) -> Counter[ImageSize]:
         """How often an image has each size."""
-        return Counter(size for sizes in self.sizes for size in sizes.images)
+        return Counter(size for sizes in self.image_sizes_of.values() for size in sizes)
 
-    @property
-    def longest_answer(self) -> int:
-        """Tokens of the longest answer, 0 without answers."""
-        return max((sizes.answer for sizes in self.sizes), default=0)
+    def described(self) -> str:
+        """How many questions an image has, in one line."""
+        asked = [group for group, sample in zip(self.image_groups.tolist(), self.samples, strict=True) if sample.images]
+        images = len(set(asked))
+        text = f"{len(self.samples)} questions about {images} images in {len(self.rows)} rows"
+        alone = len(self.rows) >= len(self.samples) > 1 and images < len(asked)
+        return f"{text}; nothing is shared, because no prompts about an image are equal up to its end" if alone else text
 
 
 def prepare(
     samples: Sequence[Sample],
     preparer: Preparer,
-    own: range,
     with_answers: bool,
-    gather: Gather,
-    advance: Callable[[], None] = lambda: None,
+    processes: Processes,
+    advance: Callable[[int], None] = lambda number: None,
+    *,
+    sharing: bool = True,
+    most_text: int | None = None,
+    most_branches: int | None = None,
 ) -> PreparedSplit:
-    """Prepare this process's samples and measure all; every process calls it with the same samples.
+    """Prepare this process's share of the samples and measure all; every process calls it with the same samples.
 
     Args:
-        own: this process's samples, by number. Together the processes have all.
-        with_answers: one row per reference answer, for teacher forcing; else one bare prompt per sample.
-        advance: called after each sample.
+        with_answers: one prompt per reference answer, for teacher forcing; else one bare prompt per sample.
+        advance: called with the number of samples that were prepared.
+        sharing, most_text, most_branches: as of `rows_of`.
 
     Raises:
         UserError: an image or a prompt that cannot be used, naming the sample.
     """
-    images, rows, measured = Images(samples, preparer), [], []
-    for number in own:
-        sample, prepared = samples[number], images.measure(number)
-        tokens = [image.tokens for image in prepared]
-        prompts = [preparer.prompt(sample, tokens, answer) for answer in (sample.answers if with_answers else (None,))]
-        rows += [Row(number, prompt) for prompt in prompts]
-        sizes = [[prompt.num_text, prompt.num_visual] for prompt in prompts]
-        measured.append([number, sizes, [image.size for image in prepared], max(prompt.answer_length for prompt in prompts)])
-        advance()
-    known = {number: (sizes, leading, answer) for process in gather(measured) for number, sizes, leading, answer in process}
-    all_sizes = (known[number] for number in range(len(samples)))
+    groups, images = image_groups(samples), Images(samples, preparer)
+    members: dict[int, list[int]] = defaultdict(list)
+    for number, group in enumerate(groups):
+        members[group].append(number)
+
+    def rows_about(group: int, tokens: Sequence[ImageTokens]) -> tuple[list[SamplePrompts], list[Row]]:
+        asked = []
+        for number in members[group]:
+            answers = samples[number].answers if with_answers else (None,)
+            prompts = tuple(preparer.prompt(samples[number], tokens, answer) for answer in answers)
+            asked.append(SamplePrompts(number, (group,) if tokens else (), prompts))
+        return asked, rows_of(asked, sharing=sharing, most_text=most_text, most_branches=most_branches)
+
+    known: dict[int, list[Row]] = {}
+    measured = []
+    for group in [*members][processes.index :: processes.count]:
+        prepared = images.measure(group)
+        asked, known[group] = rows_about(group, [image.tokens for image in prepared])
+        sizes = [[each.sample, _longest(each.prompts), _row_text(each, sharing)] for each in asked]
+        rows = [[row.samples, row.branches.num_text, row.branches.num_visual, row.branches.num_answers] for row in known[group]]
+        tokens = [[image.tokens.count, image.tokens.grid] for image in prepared]
+        measured.append([group, sizes, rows, [image.size for image in prepared], tokens])
+        advance(len(asked))
+    everything = sorted((each for process in processes.gather(measured) for each in process), key=lambda each: each[0])
+    places = [(group, place) for group, _, rows, *_ in everything for place in range(len(rows))]
+    tokens_of = {group: [ImageTokens(n, tuple(grid)) for n, grid in tokens] for group, *_, tokens in everything}
+
+    def row(number: int) -> Row:
+        group, place = places[number]
+        return (known[group] if group in known else rows_about(group, tokens_of[group])[1])[place]
+
+    by_sample = {number: SampleSizes(tuple(size), text) for _, sizes, *_ in everything for number, size, text in sizes}
     return PreparedSplit(
         tuple(samples),
-        own,
-        tuple(rows),
+        np.array(groups, int),
+        tuple(RowSizes(tuple(numbers), *counts) for _, _, rows, *_ in everything for numbers, *counts in rows),
+        tuple(by_sample[number] for number in range(len(samples))),
+        {group: tuple(map(tuple, sizes)) for group, _, _, sizes, _ in everything},
         images,
-        tuple(SampleSizes(tuple(map(tuple, sizes)), tuple(map(tuple, leading)), answer) for sizes, leading, answer in all_sizes),
+        row,
     )
+
+
+def _longest(prompts: Sequence[Prompt]) -> Any:
+    return max(prompt.num_text for prompt in prompts), prompts[0].num_visual
+
+
+def _row_text(asked: SamplePrompts, sharing: bool) -> int:
+    """Text tokens of the shortest row that holds a sample; without `sharing`, of the longest of its rows."""
+    return max(row.branches.num_text for row in rows_of([asked], sharing=sharing))

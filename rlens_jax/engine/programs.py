@@ -1,18 +1,17 @@
 """The compiled programs of a search: one per (program, bucket). The plan is data, so another plan compiles nothing.
 
-Each work group has its own block of rows and its own plan.
+Each work group has its own rows; the plan is the same for all.
 
 `layers` runs any consecutive layers under any plan. Base states and candidates go through this one program, so a result from
 stored states is bit-equal to a result from the first layer.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.engine.model_programs import EVERYWHERE, ROWS, ModelPrograms
@@ -22,7 +21,7 @@ from rlens_jax.models.generation import Tokens, decode, is_any, prefill
 from rlens_jax.models.layers import best_token, log_probability
 from rlens_jax.models.prompt import IGNORE, PromptBatch
 from rlens_jax.plan import Plan, Reduction
-from rlens_jax.sharding.mesh import fetch_blocks
+from rlens_jax.sharding.mesh import everywhere
 from rlens_jax.sharding.model_axis import WORK
 
 States = tuple[Float[Array, "B T D"], Bool[Array, " B"]]
@@ -48,20 +47,18 @@ class Programs(ModelPrograms):
         self.new_tokens = new_tokens
         self.stop_tokens = stop_tokens
         self.embed_program = self.program("embed", _embed, (ROWS,) * 2, ROWS)
-        self.layers_program = self.program("layers", self._layers, (ROWS,) * 5, ROWS)
+        self.layers_program = self.program("layers", self._layers, (ROWS, ROWS, *(EVERYWHERE,) * 3), ROWS)
         self.outcome_program = self.program("outcome", self._outcome, (ROWS,) * 2, EVERYWHERE)
-        self.generate_program = self.program("generate", self._generate, (ROWS,) * 3, EVERYWHERE)
-        self.route_program = self.program("route", _route, (ROWS,) * 2, ROWS)
-        self.choose_program = self.program("choose", _choose, (ROWS,) * 3, ROWS)
+        self.generate_program = self.program("generate", self._generate, (ROWS, ROWS, EVERYWHERE), EVERYWHERE)
 
     def embed(self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[np.ndarray, "rows P D"]) -> States:
         """The states before the first layer; the visual tokens come from the host."""
         return self.embed_program(text_ids, self.put(visual))
 
-    def layers(self, states: States, batch: PromptBatch, plans: Sequence[Plan], starts: Sequence[int], stop: int) -> States:
-        """The states after layers `starts[g]` .. `stop` - 1 of each group g under its plan."""
-        bounds = (np.array(starts, np.int32), np.full(self.groups, stop, np.int32))
-        return self.layers_program(states, batch, self.traced(plans), *map(self._per_group, bounds))
+    def layers(self, states: States, batch: PromptBatch, plan: Plan, start: int, stop: int) -> States:
+        """The states after layers `start` .. `stop` - 1 under a plan."""
+        bounds = (everywhere(np.array(bound, np.int32), self.mesh) for bound in (start, stop))
+        return self.layers_program(states, batch, self.traced(plan), *bounds)
 
     def outcome(
         self, states: States, batch: PromptBatch
@@ -72,25 +69,14 @@ class Programs(ModelPrograms):
         return self.outcome_program(states, batch)
 
     def generate(
-        self, visual: Float[Array, "B P D"], batch: PromptBatch, plans: Sequence[Plan]
+        self, visual: Float[Array, "B P D"], batch: PromptBatch, plan: Plan
     ) -> tuple[Int[Array, "B Q"], Int[Array, "B Q Y"], Bool[Array, "B Q"]]:
         """For each branch, on every device: its sample; the greedy new tokens; whether all scores and logits are finite."""
-        return self.generate_program(visual, batch, self.traced(plans))
+        return self.generate_program(visual, batch, self.traced(plan))
 
-    def route(self, arrays: Any, sources: Sequence[int]) -> Any:
-        """Arrays with leading axis B, with the rows of group `sources[g]` in group g."""
-        if list(sources) == list(range(self.groups)):
-            return arrays
-        return self.route_program(arrays, self._per_group(np.array(sources, np.int32)))
-
-    def choose(self, first: Sequence[bool], states: States, others: States) -> States:
-        """Each group g's rows of `states` where `first[g]`, else of `others`."""
-        return self.choose_program(states, others, self._per_group(np.array(first)))
-
-    def traced(self, plans: Sequence[Plan]) -> TracedPlan:
-        """One plan per group, as data on the devices."""
-        flags = zip(*(plan.flags(self.config.num_layers) for plan in plans), strict=True)
-        return TracedPlan(*(self._per_group(np.stack(rows)) for rows in flags))
+    def traced(self, plan: Plan) -> TracedPlan:
+        """A plan as data on the devices."""
+        return TracedPlan(*(everywhere(np.array(flags), self.mesh) for flags in plan.flags(self.config.num_layers)))
 
     def random_key(self) -> Array:
         """The key that random probes are drawn with."""
@@ -102,22 +88,18 @@ class Programs(ModelPrograms):
         """Inside `layers`: the states after layers `start` .. `stop` - 1. A subclass may reduce other tokens of the batch."""
         return decoder.run_layers(x, context, plan, self.reduction, start, stop)
 
-    def _per_group(self, values: np.ndarray) -> Array:
-        sharding = NamedSharding(self.mesh, ROWS)
-        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
-
     def _layers(
-        self, model: VisionLanguageModel, states: States, batch: PromptBatch, plans: TracedPlan, start: Array, stop: Array
+        self, model: VisionLanguageModel, states: States, batch: PromptBatch, plan: TracedPlan, start: Array, stop: Array
     ) -> States:
         x, scored = states
         context = model.decoder.context(batch.layout, batch.rope_positions, self.random_key(), self.kernel)
-        x, now = self.run_layers(model.decoder, x, context, batch, own_plan(plans), start[0], stop[0])
+        x, now = self.run_layers(model.decoder, x, context, batch, plan, start, stop)
         return x, scored & now
 
     def _generate(
-        self, model: VisionLanguageModel, visual: Array, batch: PromptBatch, plans: TracedPlan
+        self, model: VisionLanguageModel, visual: Array, batch: PromptBatch, plan: TracedPlan
     ) -> tuple[Array, Array, Array]:
-        plan, key = own_plan(plans), self.random_key()
+        key = self.random_key()
         first, cache, good = prefill(model.decoder, visual, batch, plan, self.reduction, self.new_tokens, key, self.kernel)
         tokens, finite = decode(model.decoder, first, cache, batch, self.new_tokens, self.stop_tokens)
         return _all_rows((batch.samples, tokens, good & finite))
@@ -136,21 +118,8 @@ class Programs(ModelPrograms):
         return _all_rows((batch.samples, all_right, total / count, scored[:, None] & jnp.isfinite(total)))
 
 
-def own_plan(plans: TracedPlan) -> TracedPlan:
-    """Inside a `shard_map`: the plan of this group."""
-    return TracedPlan(plans.hollow[0], plans.dynamic[0])
-
-
 def _embed(model: VisionLanguageModel, text_ids: Array, visual: Array) -> States:
     return model.decoder.embed(text_ids, visual), jnp.ones(text_ids.shape[0], bool)
-
-
-def _route(model: VisionLanguageModel, arrays: Any, source: Array) -> Any:
-    return jax.tree.map(lambda x: fetch_blocks(x, source[0]), arrays)
-
-
-def _choose(model: VisionLanguageModel, states: States, others: States, first: Array) -> States:
-    return jax.tree.map(lambda x, other: jnp.where(first[0], x, other), states, others)
 
 
 def _all_rows(arrays: Any) -> Any:

@@ -1,21 +1,22 @@
 """Batches of a few static shapes for a deployed model. Questions about the same images share a row (`engine.trunks`)."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
+from jaxtyping import Float
 
-from rlens_jax.data.images import images_key
 from rlens_jax.data.samples import Sample
-from rlens_jax.engine.batches import Encoder
-from rlens_jax.engine.inputs import Batch
+from rlens_jax.engine.encoding import Encoder
 from rlens_jax.engine.model_programs import ModelPrograms
 from rlens_jax.engine.preparing import prepare
-from rlens_jax.engine.shapes import Shapes, check_context
-from rlens_jax.engine.trunks import Row, SamplePrompts, rows_of
+from rlens_jax.engine.shapes import Shapes, check_context, power_of_two
+from rlens_jax.engine.trunks import Row
+from rlens_jax.hosts.processes import Processes
 from rlens_jax.layout import Bucket
-from rlens_jax.models.prompt import FILLER, Branches, Places, Preparer, Prompt, collate
+from rlens_jax.models.prompt import FILLER, Branches, Places, Preparer, Prompt, PromptBatch, collate
 from rlens_jax.sharding.mesh import put_rows
 
 
@@ -31,13 +32,23 @@ class PromptSize:
     """Prompts in its row, itself included."""
 
 
+@dataclass(frozen=True, eq=False)
+class PromptRows:
+    """Rows of one bucket that are answered together."""
+
+    inputs: PromptBatch
+    """On the devices, split over the work groups."""
+    visual: Float[np.ndarray, "rows P D"]
+    """On the host."""
+
+
 @dataclass(frozen=True)
 class AskedPrompts:
     """Samples to answer, the size of each prompt, and their batches."""
 
     samples: tuple[Sample, ...]
     sizes: tuple[PromptSize, ...]
-    batches: tuple[Batch, ...]
+    batches: tuple[PromptRows, ...]
 
 
 def prompt_batches(
@@ -54,47 +65,37 @@ def prompt_batches(
     Raises:
         UserError: an image or a prompt that cannot be used, or a prompt that is too long for the model, naming the sample.
     """
-    prepared = prepare(samples, preparer, range(len(samples)), False, lambda value: [value])
+    most_text, processes = max(bucket.text for bucket in shapes.rows), Processes()
+    share = partial(prepare, sharing=sharing, most_text=most_text, most_branches=shapes.batch_size)
+    prepared = share(samples, preparer, False, processes)
     check_context([prepared], programs.config.context, new_tokens, "lower max_new_tokens, or leave them out")
-    keys = [images_key(sample) for sample in samples]
-    first: dict[Hashable, int] = {}
-    for number, key in enumerate(keys):
-        first.setdefault(key, number)
-    rows = rows_of(
-        [SamplePrompts(row.sample, keys[row.sample], (row.prompt,)) for row in prepared.rows],
-        sharing=sharing,
-        most_text=max(bucket.text for bucket in shapes.rows),
-        most_branches=shapes.batch_size,
-    )
-    together = min(shapes.batch_size, _power_of_two(len(first)))
-    encoder = Encoder(programs, replace(shapes, batch_size=together), lambda value: [value])
-    for turn, number in enumerate(first.values(), 1):
-        encoder.add(number, prepared.images.take(number))
+    rows = [prepared.row(number) for number in range(len(prepared.rows))]
+    groups = dict.fromkeys(prepared.image_groups.tolist())
+    together = min(shapes.batch_size, power_of_two(len(groups)))
+    encoder = Encoder(programs, replace(shapes, batch_size=together), processes.gather)
+    for turn, group in enumerate(groups, 1):
+        encoder.add(group, prepared.images.take(group))
         if turn % together == 0:
             encoder.encode_full()
     visual = encoder.finish()
-    most = min(shapes.batch_size, _power_of_two(len(samples)))
+    most = min(shapes.batch_size, power_of_two(len(samples)))
     by_shape: dict[tuple[Bucket, int], list[Row]] = defaultdict(list)
     for row in rows:
         bucket = shapes.row((row.branches.num_text, row.branches.num_visual))
-        by_shape[bucket, min(most, _power_of_two(len(row.samples)))].append(row)
+        by_shape[bucket, min(most, power_of_two(len(row.samples)))].append(row)
     batches = []
     for bucket, branches in sorted(by_shape, key=lambda shape: (shape[0].visual, shape[0].text, shape[1])):
         alike, size = by_shape[bucket, branches], most // branches * programs.groups
         for start in range(0, len(alike), size):
             part = alike[start : start + size]
-            batches.append(_batch(part, [visual[first[keys[row.samples[0]]]] for row in part], size, bucket, branches, programs))
+            tokens = [visual[prepared.image_groups[row.samples[0]]] for row in part]
+            batches.append(_batch(part, tokens, size, bucket, branches, programs))
     return AskedPrompts(tuple(samples), _sizes(rows), tuple(batches))
-
-
-def _power_of_two(count: int) -> int:
-    """The smallest one that is not less."""
-    return 1 << (count - 1).bit_length()
 
 
 def _batch(
     rows: Sequence[Row], visual: Sequence[np.ndarray], size: int, bucket: Bucket, branches: int, programs: ModelPrograms
-) -> Batch:
+) -> PromptRows:
     """Rows with their visual tokens [P_i, D], filled up to `size` rows."""
     axes = len(programs.config.rope_sections)
     filler = Branches.alone(Prompt(np.zeros(1, np.int32), np.zeros(1, bool), np.zeros((axes, 1), np.int32), 1, 0))
@@ -109,7 +110,7 @@ def _batch(
         bucket,
         Places(branches, 0),
     )
-    return Batch(put_rows(inputs, programs.mesh), packed, (True,) * programs.groups)
+    return PromptRows(put_rows(inputs, programs.mesh), packed)
 
 
 def _sizes(rows: Sequence[Row]) -> tuple[PromptSize, ...]:

@@ -1,27 +1,33 @@
-"""How a batch is evaluated under plans by teacher forcing (or by generating, `rlens_jax.engine.generating`).
+"""How a batch is evaluated under a plan by teacher forcing (or by generating, `rlens_jax.engine.generating`).
 
 Teacher forcing starts a candidate from its base's stored states at the first layer in which they differ. Every layer goes
 through one compiled program, so the result is bit-equal to a run from the first layer.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from rlens_jax.data.samples import Sample
-from rlens_jax.engine.inputs import Batch
-from rlens_jax.engine.programs import Programs, States
-from rlens_jax.engine.schedule import StoredStates, first_layer
+from rlens_jax.engine.pools import Batch, Pool
+from rlens_jax.engine.profile import part
+from rlens_jax.engine.programs import Programs
+from rlens_jax.engine.schedule import first_layer
+from rlens_jax.engine.stored_states import StoredStates, state_bytes
 from rlens_jax.plan import Plan
 
 
-class RowOutcomes(NamedTuple):
-    """For each branch [rows, Q] of all groups: its sample or `FILLER`, is the answer right, were all numbers finite."""
+class BranchOutcomes(NamedTuple):
+    """For each branch of each row of all groups, all [rows, Q]."""
 
     sample: np.ndarray
+    """Its sample's number, or `FILLER`."""
     right: np.ndarray
+    """Whether its answer is right."""
     finite: np.ndarray
+    """Whether all scores and logits were finite."""
 
 
 @runtime_checkable
@@ -30,17 +36,17 @@ class Scoring(Protocol):
 
     programs: Programs
 
-    def cost(self, base: Plan, plan: Plan) -> int:
-        """The number of layers to run for `plan`."""
+    def hold(self, batches: Sequence[Batch]) -> None:
+        """Keep base states for the rows of these batches, and for no others."""
 
-    def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
-        """Start work on the devices: group g evaluates `plans[g]` on block `blocks[g]`; returns the input of `finish`."""
+    def start(self, batch: Batch, base: Plan, plan: Plan) -> Any:
+        """Start the evaluation of a plan on a held batch on the devices, from the states of `base`; the input of `finish`."""
 
-    def finish(self, run: Any, samples: Sequence[Sample]) -> RowOutcomes:
+    def finish(self, run: Any, samples: Sequence[Sample]) -> BranchOutcomes:
         """Wait for started work and read its outcomes."""
 
-    def state_bytes(self, batch: Batch) -> int:
-        """Memory of the batch's base states on a device."""
+    def state_bytes(self, pool: Pool) -> int:
+        """Memory of a row's base states on a device."""
 
     def release(self) -> None:
         """Drop all base states."""
@@ -51,61 +57,38 @@ class TeacherForcing:
 
     def __init__(self, programs: Programs):
         self.programs = programs
-        self._states: dict[Batch, _BaseStates] = {}
+        self._states: dict[Pool, StoredStates] = {}
 
-    def cost(self, base: Plan, plan: Plan) -> int:
-        num_layers = self.programs.config.num_layers
-        return num_layers - first_layer(base, plan, num_layers)
+    def hold(self, batches: Sequence[Batch]) -> None:
+        rows: dict[Pool, list[np.ndarray]] = defaultdict(list)
+        for batch in batches:
+            rows[batch.pool].append(batch.rows)
+        wanted = {pool: np.sort(np.concatenate(parts, axis=1)) for pool, parts in rows.items()}
+        self._states = {pool: states for pool, states in self._states.items() if pool in wanted}
+        for pool, numbers in wanted.items():
+            if pool not in self._states or not np.array_equal(self._states[pool].rows, numbers):
+                self._states.pop(pool, None)  # first, to make room
+                self._states[pool] = StoredStates(self.programs, pool, numbers)
 
-    def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
+    def start(self, batch: Batch, base: Plan, plan: Plan) -> Any:
         programs, num_layers = self.programs, self.programs.config.num_layers
-        firsts = [first_layer(base, plan, num_layers) for plan in plans]
-        base_states = self._states.setdefault(batch, _BaseStates(programs, batch))
-        inputs = programs.route(batch.inputs, blocks)
-        entering: States | None = None
-        for first in sorted(set(firsts)):
-            states = programs.route(base_states.entering(first, base), blocks)
-            mine = [first == layer for layer in firsts]
-            entering = states if entering is None else programs.choose(mine, states, entering)
-        assert entering is not None
-        return programs.outcome(programs.layers(entering, inputs, plans, firsts, num_layers), inputs)
+        first = first_layer(base, plan, num_layers)
+        with part("base states"):
+            states = self._states[batch.pool].entering(batch, first, base)
+        with part("candidates"):
+            return programs.outcome(programs.layers(states, batch.inputs, plan, first, num_layers), batch.inputs)
 
-    def finish(self, run: Any, samples: Sequence[Sample]) -> RowOutcomes:
+    def finish(self, run: Any, samples: Sequence[Sample]) -> BranchOutcomes:
         return read_outcome(run)
 
-    def state_bytes(self, batch: Batch) -> int:
-        slots = batch.inputs.layout.bucket.slots * len(batch.inputs.samples) // self.programs.groups
-        config = self.programs.config
-        return slots * config.width * self.programs.dtype.itemsize * config.num_layers
+    def state_bytes(self, pool: Pool) -> int:
+        return state_bytes(self.programs, pool)
 
     def release(self) -> None:
         self._states.clear()
 
 
-def read_outcome(run: Any) -> RowOutcomes:
+def read_outcome(run: Any) -> BranchOutcomes:
     """The result of `Programs.outcome`, on the host."""
     sample, right, _, finite = (np.asarray(part) for part in run)
-    return RowOutcomes(sample, right, finite)
-
-
-class _BaseStates:
-    """The states that enter the layers of one batch under one plan, made when they are first needed."""
-
-    def __init__(self, programs: Programs, batch: Batch):
-        self._programs = programs
-        self._batch = batch
-        self._stored = StoredStates()
-        self._states: list[States] = []
-
-    def entering(self, layer: int, plan: Plan) -> States:
-        """The states that enter `layer` under `plan`."""
-        programs, inputs = self._programs, self._batch.inputs
-        upkeep = self._stored.require(plan, layer)
-        del self._states[upkeep.kept :]
-        if not upkeep.kept:
-            self._states.append(programs.embed(inputs.text_ids, self._batch.visual))
-        plans = [plan] * programs.groups
-        for first in upkeep.layers:
-            starts = [first] * programs.groups
-            self._states.append(programs.layers(self._states[first], inputs, plans, starts, first + 1))
-        return self._states[layer]
+    return BranchOutcomes(sample, right, finite)

@@ -18,18 +18,20 @@ from rlens_jax.config import RunConfig
 from rlens_jax.console import Progress, say
 from rlens_jax.data.splits import load_splits, samples_hash
 from rlens_jax.engine.choices import described, dtype_on, with_dtype
-from rlens_jax.engine.inputs import Split, answer_places, encode_split, own_samples
+from rlens_jax.engine.inputs import Split, encode_split
 from rlens_jax.engine.preparing import PreparedSplit, prepare
 from rlens_jax.engine.programs import Programs
-from rlens_jax.engine.shapes import Shapes, choose_shapes, row_padding, useful_rows
+from rlens_jax.engine.shapes import Block, Dealt, Shapes, blocks_of, choose_shapes, dealt_rows, row_padding, useful_rows
 from rlens_jax.engine.sizes import device_bytes, fitting_batch_size
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.hosts.processes import Processes
+from rlens_jax.layout import Bucket
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import Preparer
 from rlens_jax.search.journal import Journal
 from rlens_jax.search.results import Buckets
 from rlens_jax.sharding.mesh import check_fits, make_mesh
+from rlens_jax.sharding.model_axis import WORK
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,11 @@ class Session:
         samples = processes.in_order(read, read)
         data_hash, splits = samples_hash(samples), {}
         for name, members in samples.items():
-            own = own_samples(len(members), mesh)
-            with Progress(f"preparing {name}", len(own), "samples") as bar:
-                splits[name] = prepare(members, preparer, own, not generates, processes.gather, bar.advance)
+            with Progress(f"preparing {name}", -(-len(members) // processes.count), "samples") as bar:
+                longest = None if compute.text_slots is None else compute.text_slots[-1]
+                share = partial(prepare, sharing=compute.sharing, most_text=longest)
+                splits[name] = share(members, preparer, not generates, processes, bar.advance)
+            say(f"{name}: {splits[name].described()}")
         shapes = processes.agreed(lambda: choose_shapes(compute, kind, list(splits.values())))
         given, config = config, with_dtype(config, jax.default_backend())
         say(described(given, config, shapes, list(splits.values())))
@@ -125,12 +129,15 @@ class Session:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its mesh, and the preparer of its inputs."""
+    """A model on its mesh, the preparer of its inputs, and the place of every row."""
 
     mesh: Mesh
     module: VisionLanguageModel
     preparer: Preparer
     shapes: Shapes
+    dealt: Mapping[str, Dealt]
+    """By the name of the split."""
+    blocks: Mapping[Bucket, Block]
 
     def programs(self, config: RunConfig) -> Programs:
         """The programs of a search over this model."""
@@ -147,17 +154,23 @@ def load(session: Session) -> LoadedModel:
     folder, config, mesh, shapes = session.folder, session.config, session.mesh, session.shapes
     rows = config.compute.batch_size
     if not rows:
-        useful = useful_rows(shapes, list(session.splits.values()), session.processes.count)
+        useful = useful_rows(shapes)
         rows = fitting_batch_size(config, folder.kind, mesh, device_bytes(mesh), shapes.largest, useful)
-        say(f"batch size: {rows}, {'more would leave rows empty' if rows == useful else 'as many as fit into memory'}")
+        say(f"batch size: {rows}, {'more would not be faster' if rows == useful else 'as many as fit into memory'}")
     _, module = load_model(folder.path, jnp.dtype(dtype_on(mesh, config.compute)), mesh=mesh)
-    return LoadedModel(mesh, module, session.preparer, replace(shapes, batch_size=rows))
+    shapes = replace(shapes, batch_size=rows)
+    dealt = {name: dealt_rows(prepared, shapes, mesh.shape[WORK]) for name, prepared in session.splits.items()}
+    blocks = blocks_of([(session.splits[name], each) for name, each in dealt.items()], shapes, even=True)
+    return LoadedModel(mesh, module, session.preparer, shapes, dealt, blocks)
+
+
+def encode_split_of(session: Session, loaded: LoadedModel, programs: Programs, name: str) -> Split:
+    """Encode the samples of a split, with progress; every process calls it."""
+    prepared, dealt, processes = session.splits[name], loaded.dealt[name], session.processes
+    with Progress(f"encoding {name}", len(prepared.image_sizes_of) // processes.count, "images") as bar:
+        return encode_split(prepared, programs, loaded.shapes, dealt, loaded.blocks, processes, bar.advance)
 
 
 def encode_splits(session: Session, loaded: LoadedModel, programs: Programs) -> dict[str, Split]:
-    """Encode and batch the samples of all splits, with progress."""
-    places, splits = answer_places(session.splits.values()), {}
-    for name, prepared in session.splits.items():
-        with Progress(f"encoding {name}", len(prepared.own), "samples") as bar:
-            splits[name] = encode_split(prepared, programs, loaded.shapes, places, session.processes, bar.advance)
-    return splits
+    """Encode the samples of all splits."""
+    return {name: encode_split_of(session, loaded, programs, name) for name in session.splits}

@@ -3,22 +3,21 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from rlens_jax.config import ComputeConfig
-from rlens_jax.engine.buckets import ENOUGH, Size, choose_buckets, padding, smallest
-from rlens_jax.engine.preparing import PreparedSplit, SampleSizes
+from rlens_jax.engine.buckets import Size, choose_buckets, padding, smallest
+from rlens_jax.engine.dealing import TOKENS_PER_BLOCK, deal, fill_buckets, rows_per_block
+from rlens_jax.engine.preparing import PreparedSplit
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import Bucket, smallest_bucket
-from rlens_jax.models.prompt import ImageArrays, ImageSize
+from rlens_jax.models.prompt import ImageArrays, ImageSize, Places
 
-MAX_ROWS = 16
-"""Max rows of a work group in a batch (our decision): more rows of long prompts are not faster and leave more padding."""
 NAMED = 10
 """Samples that an error message names."""
 
@@ -49,7 +48,7 @@ def row_buckets(text_slots: Sequence[int], visual_slots: Sequence[int]) -> tuple
 
 @dataclass(frozen=True)
 class Shapes:
-    """Buckets, and rows per batch of one work group."""
+    """Buckets, and rows of the largest one that a work group computes together."""
 
     rows: tuple[Bucket, ...]
     images: tuple[ImageSize, ...]
@@ -97,27 +96,70 @@ def check_context(splits: Iterable[PreparedSplit], context: int, new_tokens: int
     """UserError, naming them, if samples with their new tokens are longer than the model's context; `remedy` says what to do."""
     new = f" with {new_tokens} new ones" if new_tokens else ""
     what = f"tokens: the model's context{new} is {context}"
-    _check(splits, lambda sizes: max(map(sum, sizes.rows)), context - new_tokens, what, remedy)
+    _check(splits, lambda split, number: sum(split.sizes[number].prompt), context - new_tokens, what, remedy)
 
 
-def useful_rows(shapes: Shapes, splits: Sequence[PreparedSplit], processes: int) -> int:
-    """The most rows per batch of a work group that leave few of its rows without a sample: a share below `ENOUGH`, or one row.
+def useful_rows(shapes: Shapes) -> int:
+    """The most rows of the largest bucket that a work group computes together with profit."""
+    return max(1, TOKENS_PER_BLOCK // shapes.largest.slots)
 
-    Each of the `processes` fills batches with an equal share of the rows.
+
+Dealt = Mapping[Bucket, Sequence[Sequence[int]]]
+"""The rows of each work group in each bucket, by number."""
+
+
+def dealt_rows(split: PreparedSplit, shapes: Shapes, groups: int) -> Dealt:
+    """The buckets of all rows of a split, and the work groups that compute them; in order in each group.
+
+    Groups get about equally many patches of images, which each of them encodes for itself.
     """
-    counts = [
-        (bucket.slots, -(-number // processes))
-        for split in splits
-        for bucket, number in Counter(map(shapes.row, split.row_sizes.elements())).items()
-    ]
-    filled = sum(slots * number for slots, number in counts)
+    buckets = [bucket.size for bucket in shapes.rows]
+    numbers = fill_buckets([row.size for row in split.rows], buckets, row_slots, groups)
+    images = [split.image_sizes_of[split.image_groups[row.samples[0]]] for row in split.rows]
+    costs = [float(sum(map(math.prod, sizes))) for sizes in images]
+    dealt = deal(costs, numbers, groups)
+    return {
+        shapes.rows[number]: [sorted(row for row in mine if numbers[row] == number) for mine in dealt]
+        for number in sorted(set(numbers))
+    }
 
-    def empty(rows: int) -> float:
-        return 1 - filled / sum(slots * -(-number // rows) * rows for slots, number in counts)
 
-    return next(
-        rows for rows in (1 << power for power in range(MAX_ROWS.bit_length() - 1, -1, -1)) if rows == 1 or empty(rows) < ENOUGH
-    )
+@dataclass(frozen=True)
+class Block:
+    """What of a bucket a work group computes together: static shapes, in addition to the bucket."""
+
+    rows: int
+    places: Places
+
+
+def blocks_of(splits: Iterable[tuple[PreparedSplit, Dealt]], shapes: Shapes, *, even: bool) -> dict[Bucket, Block]:
+    """The block of each bucket, the same in all splits, because each is compiled. Places are powers of two.
+
+    Args:
+        even: rows by a budget of slots, in blocks that are filled evenly; else at most the batch size of `shapes`.
+    """
+    fullest: Counter[Bucket] = Counter()
+    branches: Counter[Bucket] = Counter()
+    answers: Counter[Bucket] = Counter()
+    for split, dealt in splits:
+        for bucket, groups in dealt.items():
+            members = [split.rows[number] for group in groups for number in group]
+            fullest[bucket] = max(fullest[bucket], *map(len, groups))
+            branches[bucket] = max(branches[bucket], *(len(row.samples) for row in members))
+            answers[bucket] = max(answers[bucket], *(row.answers for row in members))
+    budget = shapes.batch_size * shapes.largest.slots
+    return {
+        bucket: Block(
+            rows_per_block(bucket.slots, most, budget) if even else min(shapes.batch_size, power_of_two(most)),
+            Places(power_of_two(branches[bucket]), power_of_two(answers[bucket])),
+        )
+        for bucket, most in fullest.items()
+    }
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below a number."""
+    return 1 << max(0, number - 1).bit_length()
 
 
 def row_padding(shapes: Shapes, splits: Iterable[PreparedSplit]) -> float:
@@ -137,7 +179,7 @@ def _row_buckets(compute: ComputeConfig, splits: Sequence[PreparedSplit]) -> Seq
         if slots is not None:
             what = f"{kind} tokens; the largest bucket has {slots[-1]}"
             remedy = f"add a larger one to compute.{kind}_slots, or set it to null"
-            _check(splits, partial(_longest, axis), slots[-1], what, remedy)
+            _check(splits, partial(_needed, axis), slots[-1], what, remedy)
     sizes: Counter[Size] = Counter()
     for size, count in _total(split.row_sizes for split in splits).items():
         sizes[tuple(_padded(number, slots) for number, slots in zip(size, configured, strict=True))] += count
@@ -157,16 +199,19 @@ def _image_buckets(compute: ComputeConfig, kind: ModelKind, splits: Sequence[Pre
     buckets = kind.image_sizes(compute.patch_slots)
     fitting = {size: smallest(buckets, size, image_slots) for size in sizes}
 
-    def most(sample: SampleSizes) -> int:
-        return max((math.prod(size) for size in sample.images if fitting[size] is None), default=0)
+    def most(split: PreparedSplit, number: int) -> int:
+        own = split.image_sizes_of[split.image_groups[number]]
+        return max((math.prod(size) for size in own if fitting[size] is None), default=0)
 
     what = f"patches of an image; the largest bucket has {compute.patch_slots[-1]}"
     _check(splits, most, 0, what, "add a larger one to compute.patch_slots, or set it to null")
     return tuple(sorted({bucket for bucket in fitting.values() if bucket is not None}))
 
 
-def _longest(axis: int, sizes: SampleSizes) -> int:
-    return max(size[axis] for size in sizes.rows)
+def _needed(axis: int, split: PreparedSplit, number: int) -> int:
+    """Text or visual slots of a row that holds a sample."""
+    sizes = split.sizes[number]
+    return (sizes.row_text, sizes.prompt[1])[axis]
 
 
 def _total(counters: Iterable[Counter[Size]]) -> Counter[Size]:
@@ -178,9 +223,11 @@ def _padded(number: int, slots: Sequence[int] | None) -> int:
     return number if bucket is None else bucket
 
 
-def _check(splits: Iterable[PreparedSplit], count: Callable[[SampleSizes], int], limit: int, what: str, remedy: str) -> None:
+def _check(
+    splits: Iterable[PreparedSplit], count: Callable[[PreparedSplit, int], int], limit: int, what: str, remedy: str
+) -> None:
     """UserError that names the samples with a count above the limit: the first `NAMED`, and how many there are."""
-    found = [(sample.id, count(sizes)) for split in splits for sample, sizes in zip(split.samples, split.sizes, strict=True)]
+    found = [(sample.id, count(split, number)) for split in splits for number, sample in enumerate(split.samples)]
     wrong = [f"{name}: {number}" for name, number in found if number > limit]
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from rlens_jax.checkpoints.leaves import layout_of, set_ffn_form
@@ -22,7 +22,6 @@ from rlens_jax.config import ComputeConfig, RunConfig
 from rlens_jax.engine.choices import dtype_on
 from rlens_jax.engine.model_programs import Program
 from rlens_jax.engine.programs import Programs
-from rlens_jax.engine.shapes import MAX_ROWS
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import Bucket, TokenLayout
@@ -104,20 +103,19 @@ def decoder_arguments(programs: Programs, bucket: Bucket, rows: int) -> dict[Pro
     batch = abstract_batch(bucket, Places(1, ANSWER_SLOTS), rows, len(config.rope_sections), place)
     visual = place((rows, bucket.visual, config.width), programs.dtype)
     states = (place((rows, bucket.slots, config.width), programs.dtype), place((rows,), jnp.bool_))
-    flags = place((programs.groups, config.num_layers), jnp.bool_)
-    bound = place((programs.groups,), jnp.int32)
-    plans = unchecked(TracedPlan, hollow=flags, dynamic=flags)
+    same = NamedSharding(programs.mesh, PartitionSpec())
+    flags = jax.ShapeDtypeStruct((config.num_layers,), jnp.bool_, sharding=same)
+    bound = jax.ShapeDtypeStruct((), jnp.int32, sharding=same)
+    plan = unchecked(TracedPlan, hollow=flags, dynamic=flags)
     return {
         programs.embed_program: (batch.text_ids, visual),
-        programs.layers_program: (states, batch, plans, bound, bound),
+        programs.layers_program: (states, batch, plan, bound, bound),
         programs.outcome_program: (states, batch),
-        programs.generate_program: (visual, batch, plans),
+        programs.generate_program: (visual, batch, plan),
     }
 
 
-def fitting_batch_size(
-    config: RunConfig, kind: ModelKind, mesh: Mesh, available: int, bucket: Bucket, most: int = MAX_ROWS
-) -> int:
+def fitting_batch_size(config: RunConfig, kind: ModelKind, mesh: Mesh, available: int, bucket: Bucket, most: int) -> int:
     """The largest number of rows per work group of a run that fits into a device's memory.
 
     The program with the largest temporaries, `layers` (or `generate`), is compiled for the largest bucket. Its memory, as XLA
@@ -129,7 +127,7 @@ def fitting_batch_size(
         mesh: the devices, real or of a slice to compile for.
         available: bytes of a device.
         bucket: the largest one.
-        most: rows that are useful, a power of two.
+        most: rows that are useful.
 
     Raises:
         UserError: not even one row fits.
@@ -157,9 +155,9 @@ def fitting_batch_size(
 
 
 def max_rows(needed: Callable[[int], int], available: int, most: int) -> int:
-    """The largest power of two of rows that fit, up to `most`.
+    """`most` rows, or half of them, a quarter, ...: the first number that fits.
 
-    `most` is tried first: it usually fits, and the TPU compiler refuses at once what does not.
+    `most` usually fits, and the TPU compiler refuses at once what does not.
 
     Args:
         needed: bytes that the program for so many rows takes on a device; each call compiles one.

@@ -20,8 +20,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from rlens_jax.console import say
-from rlens_jax.engine.inputs import Batch
 from rlens_jax.engine.model_programs import ROWS, Program
+from rlens_jax.engine.pools import Batch
 from rlens_jax.engine.programs import Programs
 from rlens_jax.flops import DecoderSizes, layer_cost
 from rlens_jax.layout import Bucket, Tokens, pack_layout, pack_rows

@@ -14,8 +14,7 @@ import numpy as np
 from rlens_jax.console import Progress, say
 from rlens_jax.data.images import images_key
 from rlens_jax.engine.deployed_model import DeployedModel
-from rlens_jax.engine.inputs import Batch
-from rlens_jax.engine.prompt_batches import AskedPrompts
+from rlens_jax.engine.prompt_batches import AskedPrompts, PromptRows
 from rlens_jax.errors import UserError
 from rlens_jax.evaluation.answers import Answers, Key, LoggedAnswer, question_hash
 from rlens_jax.evaluation.datasets import Dataset
@@ -135,7 +134,7 @@ def _answer_dataset(config: EvaluationConfig, model: DeployedModel, questions: Q
         raise UserError(f"{name}: no question can be asked")
 
 
-def batch_members(batch: Batch) -> list[int]:
+def batch_members(batch: PromptRows) -> list[int]:
     """Numbers of the samples in a batch, in order."""
     numbers = np.asarray(batch.inputs.samples)
     return numbers[numbers != FILLER].tolist()

@@ -12,7 +12,7 @@ from rlens_jax.console import say
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.choices import chosen_dtype, dtype_line
 from rlens_jax.engine.deployed_model import DeployedModel, load
-from rlens_jax.engine.inputs import Batch
+from rlens_jax.engine.prompt_batches import PromptRows
 from rlens_jax.engine.session import ModelFolder
 from rlens_jax.engine.startup import start_jax
 from rlens_jax.engine.timing import time_side_by_side
@@ -193,7 +193,7 @@ def _times(config: EvaluationConfig, model: DeployedModel, questions: Questions)
 
 
 def _timed_calls(
-    model: DeployedModel, samples: Sequence[Sample], batch: Batch, plans: tuple[PlanFile, PlanFile], sharing: bool
+    model: DeployedModel, samples: Sequence[Sample], batch: PromptRows, plans: tuple[PlanFile, PlanFile], sharing: bool
 ) -> list[Callable[[], Any]]:
     """Prefill, time to the first token, and decoding of a batch of samples; each under the dense plan and then the other."""
     visual = model.programs.put(batch.visual)

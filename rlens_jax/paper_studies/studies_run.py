@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -65,6 +66,8 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
         UserError: bad input of any kind.
     """
     output, processes = Path(config.output), Processes()
+    # The text control and token pruning need prompts in rows of their own.
+    config = replace(config, compute=replace(config.compute, sharing=False))
     start(config.compute, output, processes)
     folder = ModelFolder.find(config.model)
     # A ranking that cannot be used leaves no run folder behind.

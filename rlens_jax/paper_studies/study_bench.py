@@ -11,8 +11,9 @@ import numpy as np
 
 from rlens_jax.config import RunConfig, SearchMethod
 from rlens_jax.console import Progress
-from rlens_jax.engine.evaluator import Evaluator, Outcomes, round_scorer
+from rlens_jax.engine.evaluator import Evaluator, Outcomes
 from rlens_jax.engine.inputs import Split
+from rlens_jax.engine.racing import RoundScorer
 from rlens_jax.engine.scoring import Scoring
 from rlens_jax.flops import layer_cost, prefill_cost, visual_in_layer
 from rlens_jax.models.decoder import DecoderConfig
@@ -84,9 +85,9 @@ class Bench:
         total = num_evaluations(self.num_layers, prior, method) + 1  # the dense plan is evaluated before the search, too
         label = f"ranking {operator}, L_p = {prior}"
         evaluator, scoring = self._evaluator(VALIDATION, self.plain)
-        with Progress(label, total * len(self._splits[VALIDATION].datasets), "evaluations") as progress:
+        with Progress(label, total, "candidates") as progress:
             (outcomes,) = evaluator.outcomes(VALIDATION, Plan(), [Plan()], progress)
-            score_round = round_scorer(evaluator, VALIDATION, dataset_metrics(outcomes), search, progress)
+            score_round = RoundScorer(evaluator, VALIDATION, dataset_metrics(outcomes), search, progress)
             ranking = rank_layers(self.num_layers, prior, operator, score_round, method=method)
         scoring.release()
         return ranking
@@ -95,8 +96,7 @@ class Bench:
         """The outcomes of all cases, and of the dense model, on the held-out samples."""
         distinct = list(dict.fromkeys([Case(Plan(), self.plain), *map(self._canonical, cases)]))
         measured: dict[Case, Outcomes] = {}
-        total = len(distinct) * len(self._splits[TEST].datasets)
-        with Progress(label, total, "evaluations") as progress:
+        with Progress(label, len(distinct), "plans") as progress:
             for variant in dict.fromkeys(case.variant for case in distinct):
                 evaluator, scoring = self._evaluator(TEST, variant)
                 plans = chain_order([case.plan for case in distinct if case.variant == variant], self.num_layers)

@@ -21,10 +21,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.data.samples import Sample
-from rlens_jax.engine.inputs import Batch
-from rlens_jax.engine.model_programs import ROWS
-from rlens_jax.engine.programs import Programs, States, own_plan
-from rlens_jax.engine.scoring import RowOutcomes, Scoring, TeacherForcing, read_outcome
+from rlens_jax.engine.model_programs import EVERYWHERE, ROWS
+from rlens_jax.engine.pools import Batch, Pool
+from rlens_jax.engine.programs import Programs, States
+from rlens_jax.engine.scoring import BranchOutcomes, Scoring, TeacherForcing, read_outcome
 from rlens_jax.layout import Slots, TokenLayout, visible
 from rlens_jax.models.decoder import Context, Decoder, DecoderLayer, TracedPlan, layer_at
 from rlens_jax.models.forward import VisionLanguageModel
@@ -58,27 +58,27 @@ class PrunedForcing:
     """
 
     def __init__(self, programs: Programs, pruning: Pruning):
-        def prefill(model: VisionLanguageModel, visual: Array, batch: PromptBatch, plans: TracedPlan) -> States:
-            plan, key = own_plan(plans), programs.random_key()
+        def prefill(model: VisionLanguageModel, visual: Array, batch: PromptBatch, plan: TracedPlan) -> States:
+            key = programs.random_key()
             states = run_prompt(model.decoder, visual, batch, plan, programs.reduction, key, programs.kernel, pruning)
             return states.x, states.scored
 
         self.programs = programs
-        self._prefill = programs.program("pruned", prefill, (ROWS,) * 3, ROWS)
+        self._prefill = programs.program("pruned", prefill, (ROWS, ROWS, EVERYWHERE), ROWS)
 
-    def cost(self, base: Plan, plan: Plan) -> int:
-        return self.programs.config.num_layers
+    def hold(self, batches: Sequence[Batch]) -> None:
+        pass  # no states are stored
 
-    def start(self, batch: Batch, base: Plan, plans: Sequence[Plan], blocks: Sequence[int]) -> Any:
+    def start(self, batch: Batch, base: Plan, plan: Plan) -> Any:
         programs = self.programs
-        inputs, visual = programs.route((batch.inputs, programs.put(batch.visual)), blocks)
-        return programs.outcome(self._prefill(visual, inputs, programs.traced(plans)), inputs)
+        states = self._prefill(programs.put(batch.visual), batch.inputs, programs.traced(plan))
+        return programs.outcome(states, batch.inputs)
 
-    def finish(self, run: Any, samples: Sequence[Sample]) -> RowOutcomes:
+    def finish(self, run: Any, samples: Sequence[Sample]) -> BranchOutcomes:
         return read_outcome(run)
 
-    def state_bytes(self, batch: Batch) -> int:
-        return 0  # no states are stored
+    def state_bytes(self, pool: Pool) -> int:
+        return 0
 
     def release(self) -> None:
         pass

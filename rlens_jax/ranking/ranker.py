@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from rlens_jax.config import RunConfig
 from rlens_jax.console import Progress
-from rlens_jax.engine.evaluator import Evaluator, round_scorer
+from rlens_jax.engine.evaluator import Evaluator
+from rlens_jax.engine.racing import RoundScorer
 from rlens_jax.plan import OPERATORS, Operator, Plan
 from rlens_jax.search.curves import FlopsSaved, chain_order, held_out_plans, operator_result, plan_saving
 from rlens_jax.search.objective import dataset_metrics
@@ -60,9 +61,9 @@ class Ranker:
         search = self.config.search.by(self.config.search.method)
         evaluations = num_evaluations(length, prior, search.method) + 1  # the dense plan counts twice
         label = f"ranking {operator}" if position_layers != 0 else f"ranking {operator}, L_p = 0"
-        with Progress(label, evaluations * len(self.samples[VALIDATION]), "evaluations") as progress:
+        with Progress(label, evaluations, "candidates") as progress:
             dense = self.metrics(VALIDATION, Plan(), progress)
-            score_round = round_scorer(self.evaluator, VALIDATION, dense, search, progress)
+            score_round = RoundScorer(self.evaluator, VALIDATION, dense, search, progress)
             return rank_layers(length, position_layers, operator, score_round, search.base(), search.method)
 
     def compare(
@@ -77,7 +78,7 @@ class Ranker:
         both = len(rankings) == len(OPERATORS)
         results: dict[Operator, OperatorResult] = {}
         combined = None
-        with Progress("held-out curves", (len(plans) + both) * len(self.samples[TEST]), "evaluations") as progress:
+        with Progress("held-out curves", len(plans) + both, "plans") as progress:
             outcomes = dict(zip(plans, self.evaluator.chain(TEST, plans, progress), strict=True))
             dense = dataset_metrics(outcomes[Plan()])
             for operator, ranking in rankings.items():

@@ -8,10 +8,10 @@ Towers use the letters of decoders for heads (N) and FFN units (F).
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
@@ -157,26 +157,20 @@ def split_over(
     return jax.shard_map(function, mesh=mesh, axis_names=set(axes), in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def fetch_blocks(x: Array, source: Int[Array, ""]) -> Array:
-    """In a `shard_map`: the block of work group `source`, bit for bit.
+@cache
+def _taker(mesh: Mesh) -> Any:
+    def take(arrays: Any, rows: Array) -> Any:
+        mine = rows[jax.lax.axis_index(WORK)]
+        return jax.tree.map(lambda x: x[mine], arrays)
 
-    The groups send their blocks to all others one after another, so a device holds at most two blocks. An all-gather would hold
-    one per group.
-    """
-    groups = jax.lax.axis_size(WORK)
-    if groups == 1:
-        return x
-    this = jax.lax.axis_index(WORK)
-    # The sum of a number and zeros is exact for integers only, so the bits are sent as integers.
-    bits = x.astype(jnp.int8) if x.dtype == jnp.bool_ else _as_integers(x)
-
-    def receive(group: Array, fetched: Array) -> Array:
-        sent = jax.lax.psum(jnp.where(this == group, bits, jnp.zeros_like(bits)), WORK)
-        return jnp.where(source == group, sent, fetched)
-
-    fetched = jax.lax.fori_loop(0, groups, receive, jnp.zeros_like(bits))
-    return fetched.astype(bool) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(fetched, x.dtype)
+    return jax.jit(split_over(take, mesh, (WORK,), (PartitionSpec(WORK), PartitionSpec()), PartitionSpec(WORK)))
 
 
-def _as_integers(x: Array) -> Array:
-    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
+def take_rows(arrays: Any, rows: Int[np.ndarray, "W n"], mesh: Mesh) -> Any:
+    """The rows `rows[g]` of each group g, counted within the group, of arrays that are split over `work`; split like them."""
+    return _taker(mesh)(arrays, everywhere(rows, mesh))
+
+
+def everywhere(values: np.ndarray, mesh: Mesh) -> jax.Array:
+    """An array that every process has, on all devices."""
+    return jax.make_array_from_callback(values.shape, NamedSharding(mesh, PartitionSpec()), lambda index: values[index])

@@ -65,7 +65,7 @@ def test_teacher_forcing(programs: Programs, trunk: int) -> None:
 
     def outcomes(batch: PromptBatch, visual: np.ndarray) -> dict[int, tuple[bool, float]]:
         states = programs.embed(batch.text_ids, visual)
-        states = programs.layers(states, batch, [PLAN], [0], LAYERS)
+        states = programs.layers(states, batch, PLAN, 0, LAYERS)
         samples, right, value, finite = map(np.asarray, programs.outcome(states, batch))
         real = samples != FILLER
         assert finite[real].all()
@@ -84,7 +84,7 @@ def test_generation(programs: Programs, trunk: int) -> None:
     width = programs.config.width
 
     def generated(batch: PromptBatch, visual: np.ndarray) -> dict[int, list[int]]:
-        samples, tokens, finite = map(np.asarray, programs.generate(programs.put(visual), batch, [PLAN]))
+        samples, tokens, finite = map(np.asarray, programs.generate(programs.put(visual), batch, PLAN))
         real = samples != FILLER
         assert finite[real].all()
         return dict(zip(samples[real].tolist(), tokens[real].tolist(), strict=True))

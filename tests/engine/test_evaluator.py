@@ -11,7 +11,8 @@ import pytest
 from rlens_jax.console import StopRequested
 from rlens_jax.engine.evaluator import Evaluator, Outcomes
 from rlens_jax.engine.generating import Generating
-from rlens_jax.engine.inputs import Batch, Split, build_split
+from rlens_jax.engine.inputs import Split, build_split
+from rlens_jax.engine.pools import Batch
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import Scoring, TeacherForcing
 from rlens_jax.errors import UserError
@@ -56,7 +57,7 @@ def evaluator(
 def plain_batch(programs: Programs, batch: Batch, plan: Plan) -> tuple[np.ndarray, ...]:
     """All layers from the start, no base, nothing reused: samples, outcomes and log-probabilities."""
     states = programs.embed(batch.inputs.text_ids, batch.visual)
-    states = programs.layers(states, batch.inputs, [plan], [0], LAYERS)
+    states = programs.layers(states, batch.inputs, plan, 0, LAYERS)
     return tuple(np.asarray(part) for part in programs.outcome(states, batch.inputs)[:3])
 
 
@@ -96,8 +97,8 @@ def test_a_suffix_from_stored_states_is_bit_equal(programs: Programs, split: Spl
             states = programs.embed(batch.inputs.text_ids, batch.visual)
             start = base.lowest_difference(plan) or 0
             for layer in range(start):
-                states = programs.layers(states, batch.inputs, [base], [layer], layer + 1)
-            states = programs.layers(states, batch.inputs, [plan], [start], LAYERS)
+                states = programs.layers(states, batch.inputs, base, layer, layer + 1)
+            states = programs.layers(states, batch.inputs, plan, start, LAYERS)
             for part, expected in zip(programs.outcome(states, batch.inputs), plain_batch(programs, batch, plan), strict=False):
                 np.testing.assert_array_equal(part, expected)
 
@@ -165,10 +166,10 @@ def test_any_end_token_ends_an_answer(programs: Programs) -> None:
     """In generation, and where teacher forcing expects the tokenizer's."""
     samples = toy_samples()
     (batch, *_) = build_split(samples, ToyPreparer(), programs, SHAPES, False).batches
-    numbers, endless, _ = map(np.asarray, programs.generate(programs.put(batch.visual), batch.inputs, [Plan()]))
+    numbers, endless, _ = map(np.asarray, programs.generate(programs.put(batch.visual), batch.inputs, Plan()))
     other = int(next(token for token in endless[:, 0, 1] if token != STOP))
     several = toy_programs(stop_tokens=(STOP, other))
-    _, tokens, finite = map(np.asarray, several.generate(several.put(batch.visual), batch.inputs, [Plan()]))
+    _, tokens, finite = map(np.asarray, several.generate(several.put(batch.visual), batch.inputs, Plan()))
     assert finite.all()
     answers = {}
     for number, row, long in zip(numbers.flat, tokens[:, 0].tolist(), endless[:, 0].tolist(), strict=True):
@@ -208,23 +209,34 @@ def test_numbers_that_are_not_finite_are_an_error(
 
 
 def test_visual_tokens_that_are_not_finite_are_an_error(programs: Programs, split: Split, tmp_path: Path) -> None:
-    broken = replace(split, batches=tuple(replace(b, visual=np.full_like(b.visual, np.nan)) for b in split.batches))
+    broken = replace(split, pools=tuple(replace(p, visual=np.full_like(p.visual, np.nan)) for p in split.pools))
     made, journal = evaluator(programs, broken, tmp_path)
     with journal, pytest.raises(UserError, match="first in the vision tower or the connector"):
         made.outcomes("validation", Plan(), [Plan()])
 
 
-def test_a_checkpoint_may_end_the_run_after_any_evaluation(programs: Programs, split: Split, tmp_path: Path) -> None:
+def test_a_checkpoint_may_end_the_run_after_any_step(programs: Programs, split: Split, tmp_path: Path) -> None:
+    """And the run goes on inside the plan."""
+    plans = [Plan(), Plan((4,)), Plan((), (2,))]
+    whole, journal = evaluator(programs, split, tmp_path / "whole")
+    with journal:
+        expected = whole.outcomes("validation", Plan(), plans)
     recorded: list[int] = []
-
-    with Journal.open(tmp_path, {"test": "1"}) as journal:
-
-        def checkpoint() -> None:
+    for allowed in (1, 3, 100):
+        with Journal.open(tmp_path / "parts", {"test": "1"}) as journal:
             recorded.append(journal.num_outcomes)
-            if len(recorded) == 2:
-                raise StopRequested
 
-        made = Evaluator(TeacherForcing(programs), {"validation": split}, journal, state_bytes=1e9, checkpoint=checkpoint)
-        with pytest.raises(StopRequested):
-            made.outcomes("validation", Plan(), [Plan(), Plan((4,)), Plan((), (2,))])
-        assert recorded == [11, 22]  # all samples of one plan, then of two
+            def checkpoint(begun: int = journal.num_outcomes, allowed: int = allowed) -> None:
+                if journal.num_outcomes - begun >= allowed:
+                    raise StopRequested
+
+            made = Evaluator(TeacherForcing(programs), {"validation": split}, journal, state_bytes=1e9, checkpoint=checkpoint)
+            if allowed < 100:
+                with pytest.raises(StopRequested):
+                    made.outcomes("validation", Plan(), plans)
+            else:
+                for one, other in zip(made.outcomes("validation", Plan(), plans), expected, strict=True):
+                    for name, values in other.items():
+                        np.testing.assert_array_equal(one[name], values)
+    assert 0 < recorded[1] < recorded[2]
+    assert recorded[1] % len(split.samples)

@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from rlens_jax.checkpoints.checkpoint import read_model_kind
@@ -10,11 +12,12 @@ from rlens_jax.config import ComputeConfig, RunConfig
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.buckets import Size
 from rlens_jax.engine.choices import described, with_dtype
-from rlens_jax.engine.preparing import Images, PreparedSplit, SampleSizes
-from rlens_jax.engine.shapes import check_context, choose_shapes, row_buckets, row_padding, useful_rows
+from rlens_jax.engine.preparing import Images, PreparedSplit, RowSizes, SampleSizes
+from rlens_jax.engine.shapes import Block, blocks_of, check_context, choose_shapes, dealt_rows, row_buckets, row_padding
+from rlens_jax.engine.trunks import Row
 from rlens_jax.errors import UserError
 from rlens_jax.layout import Bucket
-from rlens_jax.models.prompt import ImageSize
+from rlens_jax.models.prompt import ImageSize, Places
 from tests.engine.toy import ToyPreparer
 
 KIND = read_model_kind("embedded")
@@ -23,9 +26,16 @@ CONTEXT = KIND.config.decoder.context
 
 def split(rows: Sequence[Size], images: Sequence[ImageSize] = ((512,),)) -> PreparedSplit:
     """Samples s0, s1, ... with one row each, all with the same images."""
-    samples = tuple(Sample(f"s{number}", "d", (), "?", ("!",)) for number in range(len(rows)))
-    sizes = tuple(SampleSizes((row,), tuple(images), 2) for row in rows)
-    return PreparedSplit(samples, range(len(rows)), (), Images(samples, ToyPreparer()), sizes)
+    numbers = range(len(rows))
+    samples = tuple(Sample(f"s{number}", "d", (), "?", ("!",)) for number in numbers)
+    row_sizes = tuple(RowSizes((number,), *row, answers=2) for number, row in zip(numbers, rows, strict=True))
+    sizes = tuple(SampleSizes(row, row[0]) for row in rows)
+    image_sizes = dict.fromkeys(numbers, tuple(images))
+    return PreparedSplit(samples, np.arange(len(rows)), row_sizes, sizes, image_sizes, Images(samples, ToyPreparer()), no_row)
+
+
+def no_row(number: int) -> Row:
+    raise NotImplementedError
 
 
 def test_configured_slots_win_and_only_used_ones_are_kept() -> None:
@@ -86,11 +96,20 @@ def test_samples_that_fit_no_configured_bucket_are_named_at_once(compute: Comput
     assert re.search(expected, message), message
 
 
-@pytest.mark.parametrize(("counts", "rows"), [((300, 290), 16), ((17,), 2), ((3, 3), 1), ((1,), 1)])
-def test_batches_are_not_mostly_empty(counts: Sequence[int], rows: int) -> None:
-    sizes = [(10, 100 * (place + 1)) for place, count in enumerate(counts) for _ in range(count)]
-    shapes = choose_shapes(ComputeConfig(), KIND, [split(sizes)])
-    assert useful_rows(shapes, [split(sizes)], processes=1) == rows
+def test_rows_are_dealt_to_groups_and_cut_into_full_blocks() -> None:
+    small, large = split([(10, 100)] * 37 + [(10, 200)] * 4), split([(10, 100)] * 12)
+    shapes = replace(choose_shapes(ComputeConfig(), KIND, [small, large]), batch_size=4)
+    assert shapes.rows == (Bucket(10, 100), Bucket(10, 200))
+    dealt = [dealt_rows(each, shapes, groups=2) for each in (small, large)]
+    for one, prepared in zip(dealt, (small, large), strict=True):
+        numbers = [number for groups in one.values() for group in groups for number in group]
+        assert sorted(numbers) == list(range(len(prepared.rows)))
+        assert all(max(map(len, groups)) - min(map(len, groups)) <= 1 for groups in one.values())
+    # 4 x 210 slots are at most 7 rows of 110; 19 rows of the fuller group are three blocks of them.
+    even = blocks_of(zip((small, large), dealt, strict=True), shapes, even=True)
+    assert even == {Bucket(10, 100): Block(7, Places(1, 2)), Bucket(10, 200): Block(2, Places(1, 2))}
+    alike = blocks_of(zip((small, large), dealt, strict=True), shapes, even=False)
+    assert [block.rows for block in alike.values()] == [4, 2]
 
 
 @pytest.mark.parametrize(("platform", "dtype"), [("cpu", "float32"), ("tpu", "bfloat16"), ("gpu", "bfloat16")])

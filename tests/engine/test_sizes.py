@@ -16,7 +16,7 @@ KIND = read_model_kind("embedded")
 def found(available: int) -> int:
     compute = ComputeConfig(state_memory_gb=0)
     mesh = make_mesh(jax.devices()[:1], 1)
-    return fitting_batch_size(RunConfig(compute=compute), KIND, mesh, available, Bucket(16, 64))
+    return fitting_batch_size(RunConfig(compute=compute), KIND, mesh, available, Bucket(16, 64), most=16)
 
 
 def test_as_many_as_fit() -> None:

@@ -144,9 +144,8 @@ def answered(samples: list[Sample], programs: Programs, shapes: Shapes = SHAPES)
     split = build_split(samples, ToyPreparer(), programs, shapes, False)
     texts: dict[str, str] = {}
     for batch in split.batches:
-        plans = [Plan()] * programs.groups
-        numbers, tokens, _ = programs.generate(programs.put(batch.visual), batch.inputs, plans)
-        for number, row in zip(np.asarray(numbers)[:, 0], np.asarray(tokens)[:, 0].tolist(), strict=True):
+        numbers, tokens, _ = map(np.asarray, programs.generate(programs.put(batch.visual), batch.inputs, Plan()))
+        for number, row in zip(numbers.ravel(), tokens.reshape(-1, tokens.shape[-1]).tolist(), strict=True):
             if number != FILLER:
                 texts[split.samples[number].id] = words(row)
     return [Sample(s.id, s.dataset, s.images, s.question, (texts[s.id],)) for s in samples]

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from rlens_jax.engine.batches import stacked
 from rlens_jax.engine.buckets import smallest
+from rlens_jax.engine.encoding import stacked
 from rlens_jax.engine.shapes import image_slots
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.models.prompt import PreparedImage

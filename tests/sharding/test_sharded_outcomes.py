@@ -49,10 +49,9 @@ def many(request: pytest.FixtureRequest) -> Programs:
 def log_probabilities(programs: Programs, split: Split, plan: Plan) -> dict[str, np.ndarray]:
     """Per sample: whether it is right, and the mean log-probability of its answer."""
     right, values = np.zeros(len(split.samples), bool), np.full(len(split.samples), np.nan)
-    plans, starts = [plan] * programs.groups, [0] * programs.groups
     for batch in split.batches:
         states = programs.embed(batch.inputs.text_ids, batch.visual)
-        states = programs.layers(states, batch.inputs, plans, starts, LAYERS)
+        states = programs.layers(states, batch.inputs, plan, 0, LAYERS)
         numbers, is_right, value, scored = map(np.asarray, programs.outcome(states, batch.inputs))
         real = numbers != FILLER
         right[numbers[real]], values[numbers[real]] = is_right[real], value[real]
@@ -94,8 +93,7 @@ def test_generation(one: Programs, many: Programs) -> None:
         scoring, split = Generating(programs, words), toy_split(programs, with_answers=False)
         generated = {}
         for batch in split.batches:
-            plans, blocks = [PLAN] * programs.groups, range(programs.groups)
-            numbers, tokens, _ = scoring.start(batch, Plan(), plans, blocks)
+            numbers, tokens, _ = scoring.start(batch, Plan(), PLAN)
             numbers, tokens = np.asarray(numbers), np.asarray(tokens)
             real = numbers != FILLER
             generated |= dict(zip(numbers[real].tolist(), tokens[real].tolist(), strict=True))
