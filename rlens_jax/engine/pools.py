@@ -6,7 +6,7 @@ All work groups compute the same bucket at the same time, each on rows of its ow
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jax.sharding import Mesh
@@ -20,6 +20,7 @@ from rlens_jax.models.prompt import FILLER, Branches, Prompt, PromptBatch, colla
 from rlens_jax.sharding.mesh import put_rows, take_rows
 
 
+@runtime_checkable
 class HasInputs(Protocol):
     """Rows of one bucket that are computed together."""
 

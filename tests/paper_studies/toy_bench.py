@@ -41,7 +41,7 @@ class ToyRun:
         # An answer as long as the limit has no end that teacher forcing could confirm.
         right = [sample for sample in known if len(sample.answers[0].split()) < programs.new_tokens]
         right = [replace(sample, dataset=f"half {i % 2}") for i, sample in enumerate(right)]
-        split = build_split(right, ToyPreparer(), programs, ONE_BUCKET, True)
+        split = build_split(right, ToyPreparer(), programs, ONE_BUCKET, True, sharing=False)
         self.splits: dict[str, Split] = {"validation": split, "test": split}
         self._scorings: dict[Variant, Scoring] = {}
 

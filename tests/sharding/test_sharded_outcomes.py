@@ -1,28 +1,23 @@
 """Every mesh of eight simulated devices computes the same as one device."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlens_jax.engine.evaluator import Evaluator
 from rlens_jax.engine.generating import Generating
 from rlens_jax.engine.inputs import Split
 from rlens_jax.engine.model_programs import ROWS
 from rlens_jax.engine.programs import Programs
-from rlens_jax.engine.scoring import TeacherForcing
 from rlens_jax.models.layers import log_probability
 from rlens_jax.models.prompt import FILLER, IGNORE
 from rlens_jax.models.pruned import run_prompt
-from rlens_jax.plan import OPERATORS, Plan
+from rlens_jax.plan import OPERATORS, Operator, Plan
 from rlens_jax.pruning import FastV, Pruning
-from rlens_jax.search.journal import JOURNAL_NAME, Journal
-from rlens_jax.search.search import Ranking, rank_layers
-from tests.engine.toy import LAYERS, score, toy_programs, toy_split, words
+from tests.engine.test_sharing import decided, ranked
+from tests.engine.toy import LAYERS, toy_programs, toy_split, words
 
 pytestmark = pytest.mark.slow
 
@@ -60,18 +55,6 @@ def log_probabilities(programs: Programs, split: Split, plan: Plan) -> dict[str,
     return {"right": right, "log_probability": values}
 
 
-def ranking(programs: Programs, split: Split, folder: Path, operator: str) -> tuple[Ranking, list[dict[str, Any]]]:
-    """The ranking, and the outcomes of every evaluation."""
-    with Journal.open(folder, {}) as journal:
-        evaluator = Evaluator(TeacherForcing(programs), {"validation": split}, journal, state_bytes=1e9)
-
-        order = rank_layers(
-            LAYERS, 1, operator, lambda base, plans: [score(o) for o in evaluator.outcomes("validation", base, plans)]
-        )
-    lines = map(json.loads, (folder / JOURNAL_NAME).read_text().splitlines()[1:])
-    return order, [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
-
-
 def test_outcomes(many: Programs, expected: dict[str, np.ndarray]) -> None:
     sharded = log_probabilities(many, toy_split(many), PLAN)
     np.testing.assert_allclose(sharded["log_probability"], expected["log_probability"], atol=1e-4, rtol=0)
@@ -79,11 +62,13 @@ def test_outcomes(many: Programs, expected: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_ranking(one: Programs, many: Programs, operator: str, tmp_path: Path) -> None:
-    expected, records = ranking(one, toy_split(one), tmp_path / "one", operator)
-    sharded, sharded_records = ranking(many, toy_split(many), tmp_path / "many", operator)
-    assert sharded == expected
-    assert sharded_records == records
+def test_ranking(one: Programs, many: Programs, operator: Operator, tmp_path: Path) -> None:
+    """With shared rows, and with early stopping, which evaluates other batches on each mesh."""
+    expected, everything = ranked(one, toy_split(one), tmp_path / "one", operator, "none")
+    sharded, all_of_them = ranked(many, toy_split(many), tmp_path / "many", operator, "none")
+    assert (sharded, all_of_them) == (expected, everything)
+    stopped, _ = ranked(many, toy_split(many), tmp_path / "stopped", operator)
+    assert decided(stopped) == decided(expected)
     assert len({round_score.score for round_ in expected.rounds for round_score in round_.scores}) > 2
 
 
