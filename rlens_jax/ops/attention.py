@@ -84,10 +84,10 @@ def reference_attention(
 def packed_attention(
     q: Queries, k: KV, v: KV, layout: TokenLayout, attention_range: Range, window: Window = "ordinal", block: int | None = None
 ) -> Queries:
-    """Dense or Hollow Attention, each block of visual queries compiled separately.
+    """Dense or Hollow Attention, each block of queries compiled separately; `block` is the number of visual ones in each.
 
-    A visual query of slot i sees no visual slots outside (i - R, i]. This holds for the position window too, whose distances
-    are never smaller than those of ordinals.
+    A text query sees no text in later slots. A visual query of slot i sees no visual slots outside (i - R, i]. This holds for the
+    position window too, whose distances are never smaller than those of ordinals.
     """
     num_text, num_visual = layout.bucket.text, layout.bucket.visual
     slots, leading = layout.slots, layout.slots_before_visual
@@ -104,8 +104,12 @@ def packed_attention(
         mask = visible(query, key, attention_range, window)
         return masked_attention(q[:, :, start:stop], keys(k, 2), keys(v, 2), mask)
 
-    total = num_text + num_visual
-    outputs = [attend_block(0, num_text, [(0, total)])]
+    # The questions of a row may be as long as its image, so text is computed in blocks, too.
+    total, outputs = num_text + num_visual, []
+    text_block = max(DENSE_BLOCK, num_text // MAX_BLOCKS)
+    for start in range(0, num_text, text_block):
+        stop = min(start + text_block, num_text)
+        outputs.append(attend_block(start, stop, [(0, stop), (num_text, total)]))
     for start in range(num_text, total, block):
         stop = min(start + block, total)
         outputs.append(attend_block(start, stop, [(0, leading), (max(num_text, start - reach), stop)]))
