@@ -286,6 +286,19 @@ def test_bad_input_is_one_clear_line(case: str, cache: Path, tmp_path: Path, cap
     assert not (output / "ranking.json").exists()
 
 
+def test_a_run_can_end_with_its_rankings(finished: Path, cache: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert rank([*options(cache, output), "--report=none", "--profile"]) == 0
+    names = {"ranking.json", "timing.json", "config.yaml", "profile.json", "journal.jsonl"}
+    assert {path.name for path in output.iterdir() if not path.name.startswith(".")} == names
+    whole, early = (json.loads((folder / "ranking.json").read_text()) for folder in (finished, output))
+    assert early["rankings"] == whole["rankings"]
+    assert early["search"] == whole["search"]
+    assert "held_out" not in early
+    programs = [item["program"] for item in json.loads((output / "profile.json").read_text())["programs"]]
+    assert {"encode", "layers", "outcome"} <= set(programs)
+
+
 def test_progress_counts_to_its_end(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rank(options(cache, tmp_path / "out")) == 0
     lines = capsys.readouterr().err.splitlines()

@@ -51,11 +51,15 @@ def write_rankings(run: Searched, folder: Path) -> list[Path]:
 
 
 def write_provisional(run: Searched, folder: Path) -> None:
-    """Write the rankings found so far, and a report.html that shows them. UserError if a file cannot be written."""
+    """Write the rankings found so far, and a report.html that shows them, if the run ends with one.
+
+    UserError if a file cannot be written.
+    """
     files = RunFiles(folder.resolve().name, ranking_fields(run), timing_fields(run.timing), examples=None)
     page = report_html([files])
     write_rankings(run, folder)
-    replace_file(folder / "report.html", page.encode())
+    if run.config.report.extent == "full":
+        replace_file(folder / "report.html", page.encode())
 
 
 def is_finished(folder: Path) -> bool:

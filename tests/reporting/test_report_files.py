@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -49,6 +50,9 @@ def test_what_is_found_is_written_before_the_curves(tmp_path):
 
 def test_a_run_can_end_with_its_rankings(tmp_path):
     found = only_searched(synthetic_results(samples=20), provisional=False)
+    config = dataclasses.replace(found.config, report=dataclasses.replace(found.config.report, extent="none"))
+    write_provisional(dataclasses.replace(found, config=config, provisional=True), tmp_path)
+    assert not (tmp_path / "report.html").exists()
     names = [path.name for path in write_rankings(found, tmp_path)]
     assert names == ["config.yaml", "timing.json", "ranking.json"]
     assert is_finished(tmp_path)
