@@ -289,8 +289,8 @@ def test_bad_input_is_one_clear_line(case: str, cache: Path, tmp_path: Path, cap
 def test_a_run_can_end_with_its_rankings(finished: Path, cache: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert rank([*options(cache, output), "--report=none", "--profile"]) == 0
-    names = {"ranking.json", "timing.json", "config.yaml", "profile.json", "journal.jsonl"}
-    assert {path.name for path in output.iterdir() if not path.name.startswith(".")} == names
+    names = {"ranking.json", "timing.json", "config.yaml", "profile.json", "journal.jsonl", "journal.lock"}
+    assert {path.name for path in output.iterdir()} == names
     whole, early = (json.loads((folder / "ranking.json").read_text()) for folder in (finished, output))
     assert early["rankings"] == whole["rankings"]
     assert early["search"] == whole["search"]

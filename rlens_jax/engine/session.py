@@ -1,5 +1,6 @@
 """The start of a run: the model's folder, samples, the journal of the run's work, and the model on its mesh."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -80,6 +81,15 @@ class Session:
         """The buckets, as they are recorded."""
         rows = tuple(bucket.size for bucket in self.shapes.rows)
         return Buckets(rows, self.shapes.images, row_padding(self.shapes, self.splits.values()))
+
+    @property
+    def num_samples(self) -> dict[str, int]:
+        """Samples of each split."""
+        return {name: len(split.samples) for name, split in self.splits.items()}
+
+    def sizes(self, split: str) -> dict[str, int]:
+        """Samples per dataset of a split."""
+        return dict(Counter(sample.dataset for sample in self.splits[split].samples))
 
     @classmethod
     @contextmanager

@@ -7,8 +7,10 @@ from rlens_jax.config import RunConfig
 from rlens_jax.console import Progress
 from rlens_jax.engine.evaluator import Evaluator
 from rlens_jax.engine.racing import RoundScorer
+from rlens_jax.forecast import Forecast
 from rlens_jax.plan import OPERATORS, Operator, Plan
 from rlens_jax.search.curves import FlopsSaved, chain_order, held_out_plans, operator_result, plan_saving
+from rlens_jax.search.expected_work import CURVES, search_label
 from rlens_jax.search.objective import dataset_metrics
 from rlens_jax.search.results import OperatorResult, Saving
 from rlens_jax.search.search import Ranking, num_evaluations, rank_layers
@@ -43,16 +45,17 @@ class Ranker:
     evaluator: Evaluator
     num_layers: int
     config: RunConfig
-
-    @property
-    def samples(self) -> dict[str, dict[str, int]]:
-        """Samples per dataset of each split."""
-        return {name: split.sizes for name, split in self.evaluator.splits.items()}
+    forecast: Forecast
 
     def metrics(self, split: str, plan: Plan, progress: Progress | None = None) -> dict[str, float]:
         """Each dataset's metric under a plan."""
         (outcomes,) = self.evaluator.chain(split, [plan], progress)
         return dataset_metrics(outcomes)
+
+    @property
+    def dense(self) -> dict[str, float]:
+        """The dense model's metrics on the validation samples."""
+        return self.metrics(VALIDATION, Plan())
 
     def rank(self, operator: Operator, position_layers: int | None) -> Ranking:
         """Rank the layers of one operator; arguments as of `rank_layers`."""
@@ -60,8 +63,8 @@ class Ranker:
         prior = length // 4 if position_layers is None else position_layers
         search = self.config.search.by(self.config.search.method)
         evaluations = num_evaluations(length, prior, search.method) + 1  # the dense plan counts twice
-        label = f"ranking {operator}" if position_layers != 0 else f"ranking {operator}, L_p = 0"
-        with Progress(label, evaluations, "candidates") as progress:
+        label = search_label(operator, position_layers)
+        with Progress(label, evaluations, "candidates", self.forecast) as progress:
             dense = self.metrics(VALIDATION, Plan(), progress)
             score_round = RoundScorer(self.evaluator, VALIDATION, dense, search, progress)
             return rank_layers(length, position_layers, operator, score_round, search.base(), search.method)
@@ -78,7 +81,7 @@ class Ranker:
         both = len(rankings) == len(OPERATORS)
         results: dict[Operator, OperatorResult] = {}
         combined = None
-        with Progress("held-out curves", len(plans) + both, "plans") as progress:
+        with Progress(CURVES, len(plans) + both, "plans", self.forecast) as progress:
             outcomes = dict(zip(plans, self.evaluator.chain(TEST, plans, progress), strict=True))
             dense = dataset_metrics(outcomes[Plan()])
             for operator, ranking in rankings.items():
