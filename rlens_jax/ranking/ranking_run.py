@@ -54,9 +54,8 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
     compilations = start(config.compute, output, processes)
     processes.check_same(config.portable() | {"output": config.output})
     folder = processes.agreed(lambda: ModelFolder.find(config.model))
-    with ExitStack() as opened:
-        opened.enter_context(profiled(output if profile and processes.leads else None))
-        opened.enter_context(memory_explained(config.compute))
+    profiling = profiled(output if profile and processes.leads else None)
+    with profiling, memory_explained(config.compute), ExitStack() as opened:
         with part("data"):
             session = opened.enter_context(Session.open(folder, config, processes, restart=restart))
         config = session.config
@@ -77,8 +76,9 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
         for operator in config.search.operators:
             rankings[operator] = ranker.rank(operator, config.search.position_layers)
             say(found(rankings[operator]))
+            found_so_far = conclusion.searched(rankings, ranker.dense, provisional=True)
             if processes.leads and not finished:
-                write_provisional(conclusion.searched(rankings, ranker.dense, provisional=True), output)
+                write_provisional(found_so_far, output)
         if report.extent == "none":
             clock.enter("report")
             only_searched = conclusion.searched(rankings, ranker.dense, provisional=False)
