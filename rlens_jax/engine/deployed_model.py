@@ -26,7 +26,8 @@ from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.engine.choices import chosen_dtype
 from rlens_jax.engine.model_programs import ROWS, ModelPrograms, Program
 from rlens_jax.engine.overflow import not_finite
-from rlens_jax.engine.prompt_batches import AskedPrompts, PromptRows, prompt_batches
+from rlens_jax.engine.pools import Batch
+from rlens_jax.engine.prompt_batches import AskedPrompts, prompt_batches
 from rlens_jax.engine.shapes import Shapes, row_buckets, slot_sizes
 from rlens_jax.errors import UserError
 from rlens_jax.files import check_text
@@ -260,7 +261,7 @@ class DeployedModel:
         """Prompts of samples in batches; see `prompt_batches`. Only for plans without pruning can they be `sharing` rows."""
         return prompt_batches(samples, self.preparer, self.programs, self.shapes, max_new_tokens, sharing=sharing)
 
-    def answer_batch(self, asked: AskedPrompts, batch: PromptRows, plan: PlanFile, max_new_tokens: int) -> dict[int, Answer]:
+    def answer_batch(self, asked: AskedPrompts, batch: Batch, plan: PlanFile, max_new_tokens: int) -> dict[int, Answer]:
         """The answers to a batch of `prepare`, by the number of the sample."""
         prefilled = self.programs.prefill(self.programs.put(batch.visual), batch.inputs, plan, max_new_tokens)
         tokens, finite = map(np.asarray, self.programs.decode(prefilled, batch.inputs, max_new_tokens))

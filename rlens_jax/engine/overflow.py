@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from rlens_jax.engine.model_programs import ModelPrograms
-from rlens_jax.engine.pools import HasInputs
+from rlens_jax.engine.pools import Batch
 from rlens_jax.errors import UserError
 from rlens_jax.layout import PADDING_POSITION
 from rlens_jax.models.forward import attend, feed
@@ -15,9 +15,7 @@ from rlens_jax.models.layers import all_finite
 from rlens_jax.plan import Plan, Reduction
 
 
-def not_finite(
-    programs: ModelPrograms, batch: HasInputs, number: int, sample_id: str, plan: Plan, reduction: Reduction
-) -> UserError:
+def not_finite(programs: ModelPrograms, batch: Batch, number: int, sample_id: str, plan: Plan, reduction: Reduction) -> UserError:
     """The error for a sample, `number` in its split, whose scores or logits are not finite under a plan.
 
     Of several processes none can see all weights, so the place is only named where there is one.
@@ -27,7 +25,7 @@ def not_finite(
     return UserError(f"{sample_id}: numbers are infinite or undefined under the plan {plan.label()}{place}; {advice}")
 
 
-def _origin(programs: ModelPrograms, batch: HasInputs, number: int, plan: Plan, reduction: Reduction) -> str:
+def _origin(programs: ModelPrograms, batch: Batch, number: int, plan: Plan, reduction: Reduction) -> str:
     """The first part of the model whose results are not finite for the rows of a sample."""
     decoder, inputs = programs.model().decoder, batch.inputs
     layout, text = inputs.layout, inputs.layout.bucket.text

@@ -6,7 +6,6 @@ All work groups compute the same bucket at the same time, each on rows of its ow
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jax.sharding import Mesh
@@ -18,19 +17,6 @@ from rlens_jax.engine.shapes import Block, Dealt
 from rlens_jax.layout import Bucket
 from rlens_jax.models.prompt import FILLER, Branches, Prompt, PromptBatch, collate
 from rlens_jax.sharding.mesh import put_rows, take_rows
-
-
-@runtime_checkable
-class HasInputs(Protocol):
-    """Rows of one bucket that are computed together."""
-
-    @property
-    def inputs(self) -> PromptBatch:
-        """On the devices."""
-
-    @property
-    def visual(self) -> Float[np.ndarray, "own_rows P D"]:
-        """The visual tokens of the rows of this process, on the host."""
 
 
 @dataclass(frozen=True, eq=False)

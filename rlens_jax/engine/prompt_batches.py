@@ -1,23 +1,17 @@
 """Batches of a few static shapes for a deployed model. Questions about the same images share a row (`engine.trunks`)."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-
-import numpy as np
-from jaxtyping import Float
 
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.encoding import Encoder
 from rlens_jax.engine.model_programs import ModelPrograms
+from rlens_jax.engine.pools import Batch, make_pools
 from rlens_jax.engine.preparing import prepare
-from rlens_jax.engine.shapes import Shapes, check_context, power_of_two
+from rlens_jax.engine.shapes import Block, Shapes, check_context, dealt_rows, power_of_two
 from rlens_jax.engine.trunks import Row
 from rlens_jax.hosts.processes import Processes
-from rlens_jax.layout import Bucket
-from rlens_jax.models.prompt import FILLER, Branches, Places, Preparer, Prompt, PromptBatch, collate
-from rlens_jax.sharding.mesh import put_rows
+from rlens_jax.models.prompt import Places, Preparer
 
 
 @dataclass(frozen=True)
@@ -32,23 +26,13 @@ class PromptSize:
     """Prompts in its row, itself included."""
 
 
-@dataclass(frozen=True, eq=False)
-class PromptRows:
-    """Rows of one bucket that are answered together."""
-
-    inputs: PromptBatch
-    """On the devices, split over the work groups."""
-    visual: Float[np.ndarray, "rows P D"]
-    """On the host."""
-
-
 @dataclass(frozen=True)
 class AskedPrompts:
     """Samples to answer, the size of each prompt, and their batches."""
 
     samples: tuple[Sample, ...]
     sizes: tuple[PromptSize, ...]
-    batches: tuple[PromptRows, ...]
+    batches: tuple[Batch, ...]
 
 
 def prompt_batches(
@@ -65,11 +49,9 @@ def prompt_batches(
     Raises:
         UserError: an image or a prompt that cannot be used, or a prompt that is too long for the model, naming the sample.
     """
-    most_text, processes = max(bucket.text for bucket in shapes.rows), Processes()
-    share = partial(prepare, sharing=sharing, most_text=most_text, most_branches=shapes.batch_size)
-    prepared = share(samples, preparer, False, processes)
+    processes, most_text = Processes(), max(bucket.text for bucket in shapes.rows)
+    prepared = prepare(samples, preparer, False, processes, sharing=sharing, most_text=most_text, most_branches=shapes.batch_size)
     check_context([prepared], programs.config.context, new_tokens, "lower max_new_tokens, or leave them out")
-    rows = [prepared.row(number) for number in range(len(prepared.rows))]
     groups = dict.fromkeys(prepared.image_groups.tolist())
     together = min(shapes.batch_size, power_of_two(len(groups)))
     encoder = Encoder(programs, replace(shapes, batch_size=together), processes.gather)
@@ -77,43 +59,22 @@ def prompt_batches(
         encoder.add(group, prepared.images.take(group))
         if turn % together == 0:
             encoder.encode_full()
-    visual = encoder.finish()
-    most = min(shapes.batch_size, power_of_two(len(samples)))
-    by_shape: dict[tuple[Bucket, int], list[Row]] = defaultdict(list)
-    for row in rows:
-        bucket = shapes.row((row.branches.num_text, row.branches.num_visual))
-        by_shape[bucket, min(most, power_of_two(len(row.samples)))].append(row)
-    batches = []
-    for bucket, branches in sorted(by_shape, key=lambda shape: (shape[0].visual, shape[0].text, shape[1])):
-        alike, size = by_shape[bucket, branches], most // branches * programs.groups
-        for start in range(0, len(alike), size):
-            part = alike[start : start + size]
-            tokens = [visual[prepared.image_groups[row.samples[0]]] for row in part]
-            batches.append(_batch(part, tokens, size, bucket, branches, programs))
-    return AskedPrompts(tuple(samples), _sizes(rows), tuple(batches))
+    visual, most = encoder.finish(), min(shapes.batch_size, power_of_two(len(samples)))
+    places = [min(most, power_of_two(len(row.samples))) for row in prepared.rows]
+    dealt = dealt_rows(prepared, shapes, programs.groups)
+    batches: list[Batch] = []
+    for branches in sorted(set(places)):
+        part = {
+            bucket: [[row for row in mine if places[row] == branches] for mine in by_group] for bucket, by_group in dealt.items()
+        }
+        part = {bucket: by_group for bucket, by_group in part.items() if any(by_group)}
+        block = Block(most // branches, Places(branches, 0))
+        pools = make_pools(prepared, part, dict.fromkeys(part, block), visual, programs)
+        batches += [batch for pool in pools for batch in pool.batches()]
+    return AskedPrompts(tuple(samples), _sizes(map(prepared.row, range(len(prepared.rows)))), tuple(batches))
 
 
-def _batch(
-    rows: Sequence[Row], visual: Sequence[np.ndarray], size: int, bucket: Bucket, branches: int, programs: ModelPrograms
-) -> PromptRows:
-    """Rows with their visual tokens [P_i, D], filled up to `size` rows."""
-    axes = len(programs.config.rope_sections)
-    filler = Branches.alone(Prompt(np.zeros(1, np.int32), np.zeros(1, bool), np.zeros((axes, 1), np.int32), 1, 0))
-    room = size - len(rows)
-    packed = np.zeros((size, bucket.visual, programs.config.width), programs.dtype)
-    for place, tokens in enumerate(visual):
-        packed[place, : len(tokens)] = tokens
-    inputs = collate(
-        [*(row.branches for row in rows), *[filler] * room],
-        [*(row.samples for row in rows), *[(FILLER,)] * room],
-        [*(row.seed for row in rows), *[0] * room],
-        bucket,
-        Places(branches, 0),
-    )
-    return PromptRows(put_rows(inputs, programs.mesh), packed)
-
-
-def _sizes(rows: Sequence[Row]) -> tuple[PromptSize, ...]:
+def _sizes(rows: Iterable[Row]) -> tuple[PromptSize, ...]:
     """The sizes of all samples, in order."""
     sizes = {
         number: PromptSize(prompt.num_text, prompt.num_visual, row.branches.trunk - prompt.num_visual, len(row.samples))

@@ -9,17 +9,14 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from rlens_jax.console import Progress, say
 from rlens_jax.data.images import images_key
 from rlens_jax.engine.deployed_model import DeployedModel
-from rlens_jax.engine.prompt_batches import AskedPrompts, PromptRows
+from rlens_jax.engine.prompt_batches import AskedPrompts
 from rlens_jax.errors import UserError
 from rlens_jax.evaluation.answers import Answers, Key, LoggedAnswer, question_hash
 from rlens_jax.evaluation.datasets import Dataset
 from rlens_jax.evaluation.evaluation import EvaluationConfig
-from rlens_jax.models.prompt import FILLER
 
 WINDOW_BATCHES = 8
 """Batches per window, at least: enough questions that batches of several shapes fill up."""
@@ -109,7 +106,7 @@ def _answer_dataset(config: EvaluationConfig, model: DeployedModel, questions: Q
             if prompts is None:
                 continue
             for batch in prompts.batches:
-                members = [asked[number] for number in batch_members(batch)]
+                members = [asked[number] for number in batch.members]
                 for variant in missing:
                     if all(known(place, variant) for place in members):
                         continue
@@ -132,12 +129,6 @@ def _answer_dataset(config: EvaluationConfig, model: DeployedModel, questions: Q
                     shown.advance(len(members))
     if len(questions.unusable) == len(places):
         raise UserError(f"{name}: no question can be asked")
-
-
-def batch_members(batch: PromptRows) -> list[int]:
-    """Numbers of the samples in a batch, in order."""
-    numbers = np.asarray(batch.inputs.samples)
-    return numbers[numbers != FILLER].tolist()
 
 
 def _prepared(

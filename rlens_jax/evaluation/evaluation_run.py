@@ -12,12 +12,12 @@ from rlens_jax.console import say
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.choices import chosen_dtype, dtype_line
 from rlens_jax.engine.deployed_model import DeployedModel, load
-from rlens_jax.engine.prompt_batches import PromptRows
+from rlens_jax.engine.pools import Batch
 from rlens_jax.engine.session import ModelFolder
 from rlens_jax.engine.startup import start_jax
 from rlens_jax.engine.timing import time_side_by_side
 from rlens_jax.errors import UserError
-from rlens_jax.evaluation.answering import Questions, answer_questions, batch_members
+from rlens_jax.evaluation.answering import Questions, answer_questions
 from rlens_jax.evaluation.answers import Answers, LoggedAnswer, write_predictions
 from rlens_jax.evaluation.datasets import Dataset, load_datasets
 from rlens_jax.evaluation.evaluation import (
@@ -175,15 +175,15 @@ def _times(config: EvaluationConfig, model: DeployedModel, questions: Questions)
     say(f"timing {len(places)} prompts of {questions.dataset.name}")
     samples = [questions.dataset.sample(place) for place in places]
     prompts = model.prepare(samples, TIMED_TOKENS, sharing=config.shares)
-    batch = max(prompts.batches, key=lambda batch: len(batch_members(batch)))
-    members = [samples[number] for number in batch_members(batch)]
+    batch = max(prompts.batches, key=lambda batch: len(batch.members))
+    members = [samples[number] for number in batch.members]
     calls = _timed_calls(model, members, batch, (PlanFile(), config.plan), config.shares)
     measured = time_side_by_side(calls, config.timing_repeats)
     bucket, (rows, branches) = batch.inputs.layout.bucket, batch.inputs.samples.shape
     return Times(
         rows=rows,
         branches=branches,
-        prompts=len(batch_members(batch)),
+        prompts=len(batch.members),
         text_slots=bucket.text,
         visual_slots=bucket.visual,
         dense=VariantTime(*measured[0::2]),
@@ -193,7 +193,7 @@ def _times(config: EvaluationConfig, model: DeployedModel, questions: Questions)
 
 
 def _timed_calls(
-    model: DeployedModel, samples: Sequence[Sample], batch: PromptRows, plans: tuple[PlanFile, PlanFile], sharing: bool
+    model: DeployedModel, samples: Sequence[Sample], batch: Batch, plans: tuple[PlanFile, PlanFile], sharing: bool
 ) -> list[Callable[[], Any]]:
     """Prefill, time to the first token, and decoding of a batch of samples; each under the dense plan and then the other."""
     visual = model.programs.put(batch.visual)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -95,6 +96,16 @@ def test_prompts_about_the_same_images_share_a_row(model: DeployedModel, page: P
         shared = model.generate([[image] for image in images], asked, plan, max_new_tokens=TOKENS)
         assert shared == [answers[number].text for number in range(len(samples))]
         assert len(set(shared)) > 1
+
+
+def test_two_devices_share_the_images(model: DeployedModel, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = model.programs.mesh.devices.flat[0].client.local_devices()[:2]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    asked = [[page], [png(1)], [page], [png(1)]], [*QUESTIONS[:2], *QUESTIONS[1:]]
+    both = rlens_jax.load("embedded", batch_size=2)
+    assert both.programs.groups == 2
+    assert both.generate(*asked, max_new_tokens=TOKENS) == model.generate(*asked, max_new_tokens=TOKENS)
+    assert both.programs.traces == {"encode": 1, "prefill": 1, "decode": 1}
 
 
 def test_what_cannot_share_a_row(model: DeployedModel, page: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.deployed_model import Answer, DeployedModel
-from rlens_jax.engine.prompt_batches import AskedPrompts, PromptRows, PromptSize
+from rlens_jax.engine.pools import Batch
+from rlens_jax.engine.prompt_batches import AskedPrompts, PromptSize
 from rlens_jax.evaluation import answering
 from rlens_jax.evaluation.answering import Questions, answer_questions
 from rlens_jax.evaluation.answers import Answers
@@ -37,10 +38,10 @@ class FakeModel(DeployedModel):
     def prepare(self, samples: Sequence[Sample], max_new_tokens: int, *, sharing: bool) -> AskedPrompts:
         self.windows.append("".join(sample.images[0].decode() for sample in samples if isinstance(sample.images[0], bytes)))
         self.sharing.add(sharing)
-        batch = Mock(spec=PromptRows, inputs=Mock(samples=np.arange(len(samples))[None]))
+        batch = Mock(spec=Batch, members=np.arange(len(samples)))
         return AskedPrompts(tuple(samples), (PromptSize(9, 20, 7, self.sharers),) * len(samples), (batch,))
 
-    def answer_batch(self, asked: AskedPrompts, batch: PromptRows, plan: PlanFile, max_new_tokens: int) -> dict[int, Answer]:
+    def answer_batch(self, asked: AskedPrompts, batch: Batch, plan: PlanFile, max_new_tokens: int) -> dict[int, Answer]:
         return {number: Answer(sample.question, 1, True) for number, sample in enumerate(asked.samples)}
 
 
