@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -132,7 +133,8 @@ def _as_prepared(split: str, rows: Sequence[Row]) -> PreparedSplit:
         Sample(f"row {number} of {split} ({row.dataset})", row.dataset, (), "", ()) for number, row in enumerate(rows)
     )
     numbers = range(len(rows))
-    row_sizes = tuple(RowSizes((number,), row.size[0], row.size[1], answers=0) for number, row in zip(numbers, rows, strict=True))
+    sizes_only = partial(RowSizes, answers=0, leading_text=0)
+    row_sizes = tuple(sizes_only((number,), row.size[0], row.size[1]) for number, row in zip(numbers, rows, strict=True))
     sizes = tuple(SampleSizes(row.size, row.size[0]) for row in rows)
     images = {number: tuple(row.images) for number, row in zip(numbers, rows, strict=True)}
     return PreparedSplit(samples, np.arange(len(rows)), row_sizes, sizes, images, Images((), nothing), nothing)

@@ -16,7 +16,7 @@ from rlens_jax.data.samples import Sample
 from rlens_jax.engine.buckets import Size
 from rlens_jax.engine.trunks import Row, SamplePrompts, rows_of
 from rlens_jax.hosts.processes import Processes
-from rlens_jax.models.prompt import ImageSize, ImageTokens, PreparedImage, Preparer, Prompt
+from rlens_jax.models.prompt import Branches, ImageSize, ImageTokens, PreparedImage, Preparer, Prompt
 
 KEPT_BYTES = 1_000_000_000
 """Memory for the prepared images of a split that are kept between measuring and encoding (our decision)."""
@@ -75,6 +75,8 @@ class RowSizes:
     visual: int
     answers: int
     """Answer tokens of all branches."""
+    leading_text: int
+    """Text tokens before the last visual one."""
 
     @property
     def size(self) -> Size:
@@ -172,7 +174,7 @@ def prepare(
         prepared = images.measure(group)
         asked, known[group] = rows_about(group, [image.tokens for image in prepared])
         sizes = [[each.sample, _longest(each.prompts), _row_text(each, sharing)] for each in asked]
-        rows = [[row.samples, row.branches.num_text, row.branches.num_visual, row.branches.num_answers] for row in known[group]]
+        rows = [[row.samples, *_counts(row.branches)] for row in known[group]]
         tokens = [[image.tokens.count, image.tokens.grid] for image in prepared]
         measured.append([group, sizes, rows, [image.size for image in prepared], tokens])
         advance(len(asked))
@@ -194,6 +196,11 @@ def prepare(
         images,
         row,
     )
+
+
+def _counts(row: Branches) -> Any:
+    """The fields of `RowSizes` after the first."""
+    return row.num_text, row.num_visual, row.num_answers, row.tokens.leading_text
 
 
 def _longest(prompts: Sequence[Prompt]) -> Any:

@@ -8,7 +8,7 @@ from rlens_jax.engine.encoding import Encoder
 from rlens_jax.engine.model_programs import ModelPrograms
 from rlens_jax.engine.pools import Batch, make_pools
 from rlens_jax.engine.preparing import prepare
-from rlens_jax.engine.shapes import Block, Shapes, check_context, dealt_rows, power_of_two
+from rlens_jax.engine.shapes import Block, Shapes, check_context, dealt_rows, power_of_two, slots_before_visual
 from rlens_jax.engine.trunks import Row
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.models.prompt import Places, Preparer
@@ -62,13 +62,14 @@ def prompt_batches(
     visual, most = encoder.finish(), min(shapes.batch_size, power_of_two(len(samples)))
     places = [min(most, power_of_two(len(row.samples))) for row in prepared.rows]
     dealt = dealt_rows(prepared, shapes, programs.groups)
+    leading = slots_before_visual(max(row.leading_text for row in prepared.rows))
     batches: list[Batch] = []
     for branches in sorted(set(places)):
         part = {
             bucket: [[row for row in mine if places[row] == branches] for mine in by_group] for bucket, by_group in dealt.items()
         }
         part = {bucket: by_group for bucket, by_group in part.items() if any(by_group)}
-        block = Block(most // branches, Places(branches, 0))
+        block = Block(most // branches, Places(branches, 0, leading))
         pools = make_pools(prepared, part, dict.fromkeys(part, block), visual, programs)
         batches += [batch for pool in pools for batch in pool.batches()]
     return AskedPrompts(tuple(samples), _sizes(map(prepared.row, range(len(prepared.rows)))), tuple(batches))

@@ -133,7 +133,7 @@ class Block:
 
 
 def blocks_of(splits: Iterable[tuple[PreparedSplit, Dealt]], shapes: Shapes, *, even: bool) -> dict[Bucket, Block]:
-    """The block of each bucket, the same in all splits, because each is compiled. Places are powers of two.
+    """The block of each bucket, the same in all splits, because each is compiled. Branches and answers are powers of two.
 
     Args:
         even: rows by a budget of slots, in blocks that are filled evenly; else at most the batch size of `shapes`.
@@ -141,20 +141,27 @@ def blocks_of(splits: Iterable[tuple[PreparedSplit, Dealt]], shapes: Shapes, *, 
     fullest: Counter[Bucket] = Counter()
     branches: Counter[Bucket] = Counter()
     answers: Counter[Bucket] = Counter()
+    leading: Counter[Bucket] = Counter()
     for split, dealt in splits:
         for bucket, groups in dealt.items():
             members = [split.rows[number] for group in groups for number in group]
             fullest[bucket] = max(fullest[bucket], *map(len, groups))
             branches[bucket] = max(branches[bucket], *(len(row.samples) for row in members))
             answers[bucket] = max(answers[bucket], *(row.answers for row in members))
+            leading[bucket] = max(leading[bucket], *(row.leading_text for row in members))
     budget = shapes.batch_size * shapes.largest.slots
     return {
         bucket: Block(
             rows_per_block(bucket.slots, most, budget) if even else min(shapes.batch_size, power_of_two(most)),
-            Places(power_of_two(branches[bucket]), power_of_two(answers[bucket])),
+            Places(power_of_two(branches[bucket]), power_of_two(answers[bucket]), slots_before_visual(leading[bucket])),
         )
         for bucket, most in fullest.items()
     }
+
+
+def slots_before_visual(tokens: int) -> int:
+    """`Places.leading_text` of rows with at most so many text tokens before a visual one: few numbers, so few programs."""
+    return -(-tokens // 8) * 8
 
 
 def power_of_two(number: int) -> int:

@@ -19,12 +19,14 @@ QUESTIONS = (("ab", "7 3"), ("abcdefg", "5"), ("abx", "11"), ("abc", "4 4 9"))
 GRIDS = ((4, 6), (2, 4))
 """Rows and columns of patches of two images, four patches a token."""
 NUM_VISUAL = 8
-BUCKET, PLACES = Bucket(40, 11), Places(5, 16)
+BUCKET, PLACES, ROWS = Bucket(40, 11), Places(5, 16, 8), 6
 
 
-@pytest.fixture(scope="module")
-def programs() -> Programs:
-    return toy_programs(new_tokens=6)
+@pytest.fixture(scope="module", params=[(1, 1), pytest.param((8, 4), marks=pytest.mark.slow)], ids=["1", "2x4"])
+def programs(request: pytest.FixtureRequest) -> Programs:
+    """On one device, and on two work groups of four."""
+    devices, model_shards = request.param
+    return toy_programs(devices=devices, model_shards=model_shards, new_tokens=6)
 
 
 def prompts(with_answers: bool) -> list[Prompt]:
@@ -34,11 +36,11 @@ def prompts(with_answers: bool) -> list[Prompt]:
 
 
 def batch_of(rows: Sequence[Branches], samples: Sequence[Sequence[int]], width: int) -> tuple[PromptBatch, np.ndarray]:
-    """The rows and one of filler, and the visual tokens, with nonsense in all empty places."""
-    filler = Branches.alone(Prompt.plain(np.zeros(1), np.zeros(1, bool)))
-    batch = collate([*rows, filler], [*samples, [FILLER]], [0] * (len(rows) + 1), BUCKET, PLACES)
+    """The rows and filler, and the visual tokens, with nonsense in all empty places."""
+    filler, room = Branches.alone(Prompt.plain(np.zeros(1), np.zeros(1, bool))), ROWS - len(rows)
+    batch = collate([*rows, *[filler] * room], [*samples, *[[FILLER]] * room], [0] * ROWS, BUCKET, PLACES)
     batch.text_ids[:, :][batch.layout.text_position > 10**6] = 12
-    visual = np.full((len(rows) + 1, BUCKET.visual, width), 1e3, np.float32)
+    visual = np.full((ROWS, BUCKET.visual, width), 1e3, np.float32)
     visual[: len(rows), :NUM_VISUAL] = np.random.default_rng(5).standard_normal((NUM_VISUAL, width))
     return batch, visual
 

@@ -28,7 +28,7 @@ def split(rows: Sequence[Size], images: Sequence[ImageSize] = ((512,),)) -> Prep
     """Samples s0, s1, ... with one row each, all with the same images."""
     numbers = range(len(rows))
     samples = tuple(Sample(f"s{number}", "d", (), "?", ("!",)) for number in numbers)
-    row_sizes = tuple(RowSizes((number,), *row, answers=2) for number, row in zip(numbers, rows, strict=True))
+    row_sizes = tuple(RowSizes((number,), *row, answers=2, leading_text=3) for number, row in zip(numbers, rows, strict=True))
     sizes = tuple(SampleSizes(row, row[0]) for row in rows)
     image_sizes = dict.fromkeys(numbers, tuple(images))
     return PreparedSplit(samples, np.arange(len(rows)), row_sizes, sizes, image_sizes, Images(samples, ToyPreparer()), no_row)
@@ -107,7 +107,7 @@ def test_rows_are_dealt_to_groups_and_cut_into_full_blocks() -> None:
         assert all(max(map(len, groups)) - min(map(len, groups)) <= 1 for groups in one.values())
     # 4 x 210 slots are at most 7 rows of 110; 19 rows of the fuller group are three blocks of them.
     even = blocks_of(zip((small, large), dealt, strict=True), shapes, even=True)
-    assert even == {Bucket(10, 100): Block(7, Places(1, 2)), Bucket(10, 200): Block(2, Places(1, 2))}
+    assert even == {Bucket(10, 100): Block(7, Places(1, 2, 8)), Bucket(10, 200): Block(2, Places(1, 2, 8))}
     alike = blocks_of(zip((small, large), dealt, strict=True), shapes, even=False)
     assert [block.rows for block in alike.values()] == [4, 2]
 
