@@ -54,6 +54,11 @@ class Split:
         return {name: np.array(members) for name, members in numbers.items()}
 
     @property
+    def images(self) -> dict[str, np.ndarray]:
+        """The image groups of each dataset's samples, which a bootstrap draws."""
+        return {name: self.image_groups[members] for name, members in self.datasets.items()}
+
+    @property
     def num_tokens(self) -> list[tuple[int, int]]:
         """Text and visual tokens of each sample."""
         return list(zip(self.num_text.tolist(), self.num_visual.tolist(), strict=True))

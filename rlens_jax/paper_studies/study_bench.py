@@ -152,7 +152,7 @@ class Bench:
     def interval(self, table: Mapping[str, np.ndarray], statistic: Statistic) -> Interval:
         """The 95 % bootstrap interval of a statistic."""
         draws = self.config.report.bootstrap_samples
-        return bootstrap_interval(table, statistic, samples=draws, seed=self.config.seed)
+        return bootstrap_interval(table, statistic, images=self._splits[TEST].images, samples=draws, seed=self.config.seed)
 
     def losses(self, metrics: np.ndarray, dense: np.ndarray) -> np.ndarray:
         """Losses [draws, points] of metrics [draws, points, datasets] against the dense ones [draws, 1, datasets]."""

@@ -95,6 +95,7 @@ class Ranker:
                     search_all=complete.get(operator),
                     bootstrap_samples=report.bootstrap_samples,
                     relative=relative,
+                    images=self.evaluator.splits[TEST].images,
                 )
             if both:
                 plan = Plan(results["attention"].saving.plan.attention, results["ffn"].saving.plan.ffn)

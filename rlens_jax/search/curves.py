@@ -74,7 +74,7 @@ def operator_result(
     search_all: Ranking | None,
     bootstrap_samples: int,
     relative: bool,
-    images: Mapping[str, np.ndarray] | None = None,
+    images: Mapping[str, np.ndarray],
 ) -> OperatorResult:
     """Curves, areas and saving of one operator, from the outcomes of `held_out_plans` with the same arguments.
 
@@ -137,7 +137,7 @@ class _HeldOut:
     relative: bool
     bootstrap_samples: int
     seed: int
-    images: Mapping[str, np.ndarray] | None
+    images: Mapping[str, np.ndarray]
 
     def table(self, plans: Sequence[Plan]) -> dict[str, np.ndarray]:
         """Outcomes per dataset: float64[plans, samples]."""

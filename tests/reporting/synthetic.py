@@ -75,6 +75,7 @@ def synthetic_results(num_layers=12, samples=60, with_search_all=False, operator
             search_all=search_all,
             bootstrap_samples=config.report.bootstrap_samples,
             relative=True,
+            images={name: np.arange(samples) + samples * place for place, name in enumerate(DATASETS)},
         )
     combined = None
     if len(operators) == 2:

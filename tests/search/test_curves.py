@@ -37,7 +37,7 @@ def toy_result(search_all=None, num_random=3, images=None):
         search_all=search_all,
         bootstrap_samples=50,
         relative=True,
-        images=images,
+        images=images or {"toy": np.arange(20)},
     )
 
 
@@ -147,6 +147,7 @@ def test_outcomes_may_be_arrays():
     ranking = toy_result().ranking
     plans = held_out_plans(ranking, 1, 0, None)
     options = {"num_random": 1, "seed": 0, "search_all": None, "bootstrap_samples": 9, "relative": True}
+    options["images"] = {"toy": np.arange(20)}
     arrays = {plan: {"toy": np.array(outcomes(plan)["toy"])} for plan in plans}
     lists = {plan: outcomes(plan) for plan in plans}
     from_arrays, from_lists = (
