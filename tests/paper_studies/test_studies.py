@@ -23,7 +23,7 @@ from rlens_jax.pruning import VTW, FastV
 from rlens_jax.search.bootstrap import mean_over_datasets
 from rlens_jax.search.journal import Journal
 from rlens_jax.search.objective import dataset_metric
-from tests.engine.toy import LAYERS, REDUCTION
+from tests.engine.toy import CONFIG, LAYERS, REDUCTION
 from tests.paper_studies.toy_bench import TOY_CONFIG, ToyRun
 
 pytestmark = pytest.mark.slow
@@ -142,7 +142,7 @@ def test_points_are_what_the_model_does(finished: Finished) -> None:
             programs = toy.programs(point.case.variant)
             for batch in split.batches:
                 states = programs.embed(batch.inputs.text_ids, batch.visual)
-                states = programs.layers(states, batch.inputs, [point.case.plan], [0], LAYERS)
+                states = programs.layers(states, batch.inputs, point.case.plan, 0, LAYERS)
                 numbers, right, *_ = map(np.asarray, programs.outcome(states, batch.inputs))
                 outcomes[numbers[numbers >= 0]] = right[numbers >= 0]
             for dataset, members in split.datasets.items():
@@ -365,8 +365,8 @@ class NoScoring:
 
     programs = None
 
-    def cost(self, base: Plan, plan: Plan) -> int:
-        raise AssertionError("evaluated again")
+    def hold(self, *_: object) -> None:
+        """No states are made."""
 
     def start(self, *_: object) -> None:
         raise AssertionError("evaluated again")
@@ -375,7 +375,7 @@ class NoScoring:
         raise AssertionError("evaluated again")
 
     def state_bytes(self, *_: object) -> int:
-        raise AssertionError("evaluated again")
+        return 1
 
     def release(self) -> None:
         """Nothing is kept."""
