@@ -19,7 +19,14 @@ from rlens_jax.dry_run.costs import LAYER_KINDS, Collective, Cost, LayerKind, Pr
 from rlens_jax.dry_run.hlo import Loops, parse_module
 from rlens_jax.engine.choices import dtype_on
 from rlens_jax.engine.programs import Programs
-from rlens_jax.engine.sizes import Placed, abstract_model, bytes_on_device, bytes_refused, decoder_arguments, is_out_of_memory
+from rlens_jax.engine.sizes import (
+    abstract_images,
+    abstract_model,
+    bytes_on_device,
+    bytes_refused,
+    decoder_arguments,
+    is_out_of_memory,
+)
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import Bucket
 from rlens_jax.models.prompt import ImageSize
@@ -142,7 +149,7 @@ def program_specs(
         model, mesh, config.reduction, seed=config.seed, new_tokens=config.search.max_new_tokens, stop_tokens=(0,)
     )
     for size, count in images.items():
-        abstract = abstract_images(kind, size, count * programs.groups, mesh)
+        abstract = abstract_images(kind.image_arrays(size), count * programs.groups, mesh)
         yield ProgramSpec(
             "encode",
             image_bucket(size),
@@ -198,11 +205,6 @@ def _kernel_flops(config: RunConfig, programs: Programs, bucket: Bucket, rows: i
         kernel_flops(bucket, reach, heads, programs.config.head_dim) for reach in (None, config.reduction.attention_range)
     )
     return dense, hollow
-
-
-def abstract_images(kind: ModelKind, size: ImageSize, rows: int, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The arrays of prepared images in a bucket of this size, padded and stacked."""
-    return tuple(Placed(mesh)((rows, *shape), dtype) for shape, dtype in kind.image_arrays(size))
 
 
 def compile_program(spec: ProgramSpec, mesh_shape: tuple[int, int], resident_bytes: int, memory_limit: int) -> Program:

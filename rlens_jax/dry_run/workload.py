@@ -13,8 +13,9 @@ from rlens_jax.config import RunConfig
 from rlens_jax.dry_run.costs import LAYER_KINDS, LayerKind
 from rlens_jax.dry_run.data_sizes import Row
 from rlens_jax.engine.dealing import fill_buckets, rows_per_block
-from rlens_jax.engine.encoding import MAX_IMAGES, images_together
-from rlens_jax.engine.shapes import Shapes, row_slots
+from rlens_jax.engine.encoding import images_together
+from rlens_jax.engine.schedule import first_layer
+from rlens_jax.engine.shapes import Shapes, row_slots, useful_rows
 from rlens_jax.layout import Bucket
 from rlens_jax.models.prompt import ImageSize
 from rlens_jax.plan import Operator, Plan
@@ -102,6 +103,8 @@ class Workload:
     phases: tuple[Phase, ...]
     splits: Mapping[str, SplitLoad]
     groups: int
+    batch_size: int
+    """Rows of the largest bucket in a block, and most images that are encoded together."""
     resident_bytes: int
     """Base states on a device, which stay in memory while the search's programs run."""
 
@@ -118,8 +121,7 @@ class Workload:
 
     def together(self, size: ImageSize) -> int:
         """Images of a bucket that a work group encodes together."""
-        most = max(split.images.get(size, 0) for split in self.splits.values())
-        return images_together(min(MAX_IMAGES, most), math.prod(size))
+        return images_together(self.batch_size, math.prod(size))
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ class Sizes:
 
 def workload(config: RunConfig, sizes: Sizes, shapes: Shapes, rows: Mapping[str, Sequence[Row]]) -> Workload:
     """The phases of a run on the rows of each split."""
-    splits = split_loads(rows, shapes, sizes.groups, max(1, config.compute.batch_size))
+    batch_size = config.compute.batch_size or useful_rows(shapes)
+    splits = split_loads(rows, shapes, sizes.groups, batch_size)
     forced = config.search.objective == "teacher_forced"
     states = {
         name: sizes.num_layers * sizes.slot_bytes * sum(load.slots for load in split.buckets) for name, split in splits.items()
@@ -158,7 +161,7 @@ def workload(config: RunConfig, sizes: Sizes, shapes: Shapes, rows: Mapping[str,
         curves.chain(chain_order(plans, sizes.num_layers))
         phases.append(curves.phase)
     resident = round(min(budget, max(states.values()))) if forced else 0
-    return Workload(tuple(phases), splits, sizes.groups, resident)
+    return Workload(tuple(phases), splits, sizes.groups, batch_size, resident)
 
 
 def split_loads(rows: Mapping[str, Sequence[Row]], shapes: Shapes, groups: int, largest_rows: int) -> dict[str, SplitLoad]:
@@ -238,9 +241,7 @@ class BlockCounter:
             before = plan
 
     def _start(self, base: Plan, plan: Plan) -> int:
-        """The first layer to run: where the plans differ, else the last layer, whose run gives the outcome."""
-        difference = base.lowest_difference(plan) if self._forced else 0
-        return self._num_layers - 1 if difference is None else difference
+        return first_layer(base, plan, self._num_layers) if self._forced else 0
 
     def _count(self, plan: Plan, start: int, share: float) -> None:
         self._evaluated.add(plan)

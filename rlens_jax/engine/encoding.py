@@ -17,8 +17,6 @@ Gather = Callable[[Any], list[Any]]
 
 ENCODED_PATCHES = 16384
 """Max patches that a work group encodes together (our decision): more are not faster, and attention among them takes memory."""
-MAX_IMAGES = 16
-"""Max images that a work group encodes together (our decision)."""
 
 
 def images_together(batch_size: int, patches: int) -> int:

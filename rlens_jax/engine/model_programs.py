@@ -5,7 +5,7 @@ vision tower is partitioned by XLA; the decoder runs inside one `shard_map` (`rl
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -31,13 +31,33 @@ class Program:
         self.name = name
         self._jitted = jitted
         self._leaves = leaves
+        self._ahead: dict[Hashable, Any] = {}
+        """Executables that were compiled ahead, by the shapes of their arguments."""
 
     def __call__(self, *arguments: Any) -> Any:
-        return profile.run(self.name, arguments, lambda: self._jitted(self._leaves, *arguments))
+        run = self._ahead.get(_shapes(arguments), self._jitted) if self._ahead else self._jitted
+        return profile.run(self.name, arguments, lambda: run(self._leaves, *arguments))
+
+    def ahead(self, *arguments: Any) -> Callable[[], None]:
+        """Trace for abstract arguments as of `lower`; calling what is returned compiles, and later runs use the result.
+
+        Arguments of later runs must lie on the devices as the abstract ones do.
+        """
+        lowered = self.lower(*arguments)
+
+        def compile_it() -> None:
+            self._ahead[_shapes(arguments)] = lowered.compile()
+
+        return compile_it
 
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
         """The program, traced for abstract arguments (shape, dtype, sharding); nothing runs."""
         return self._jitted.lower(self._leaves, *arguments)
+
+
+def _shapes(arguments: tuple[Any, ...]) -> Hashable:
+    leaves, structure = jax.tree.flatten(arguments)
+    return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 class ModelPrograms:

@@ -27,12 +27,12 @@ from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import Bucket, TokenLayout
 from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.forward import VisionLanguageModel
-from rlens_jax.models.prompt import Places, PromptBatch
+from rlens_jax.models.prompt import ImageArrays, Places, PromptBatch
 from rlens_jax.pytrees import unchecked
 from rlens_jax.sharding.mesh import FfnForm, rows_sharding
 
-ANSWER_SLOTS = 16
-"""Answer tokens of a row (our assumption; a run takes the next power of two of its longest reference answer)."""
+ASSUMED_PLACES = Places(1, 16)
+"""Branches and answer tokens of a row whose data are not known (our assumption)."""
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _NEEDED = re.compile(r"(?:[Uu]sed |required for HLO temporaries \()([\d.]+)([KMGT])")
@@ -97,10 +97,17 @@ def abstract_batch(bucket: Bucket, places: Places, rows: int, rope_axes: int, pl
     )
 
 
-def decoder_arguments(programs: Programs, bucket: Bucket, rows: int) -> dict[Program, tuple[Any, ...]]:
+def abstract_images(arrays: ImageArrays, rows: int, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The arrays of prepared images of one bucket, padded and stacked."""
+    return tuple(Placed(mesh)((rows, *shape), dtype) for shape, dtype in arrays)
+
+
+def decoder_arguments(
+    programs: Programs, bucket: Bucket, rows: int, places: Places = ASSUMED_PLACES
+) -> dict[Program, tuple[Any, ...]]:
     """The abstract arguments of each decoder program for batches of `rows` rows in all."""
     place, config = Placed(programs.mesh), programs.config
-    batch = abstract_batch(bucket, Places(1, ANSWER_SLOTS), rows, len(config.rope_sections), place)
+    batch = abstract_batch(bucket, places, rows, len(config.rope_sections), place)
     visual = place((rows, bucket.visual, config.width), programs.dtype)
     states = (place((rows, bucket.slots, config.width), programs.dtype), place((rows,), jnp.bool_))
     same = NamedSharding(programs.mesh, PartitionSpec())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rlens_jax.config import RunConfig
 from rlens_jax.console import say
+from rlens_jax.engine.compile_ahead import compile_ahead
 from rlens_jax.engine.evaluator import Evaluator
 from rlens_jax.engine.generating import Generating
 from rlens_jax.engine.profile import part, profiled
@@ -64,6 +65,8 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
             loaded = load(session)
         programs = loaded.programs(config)
         scoring = scoring_of(programs, loaded, config)
+        if loaded.mesh.devices.flat[0].platform != "cpu":
+            compile_ahead(programs, loaded.shapes, loaded.blocks, forced=config.search.objective == "teacher_forced")
         clock.enter("encode")
         splits = {VALIDATION: encode_split_of(session, loaded, programs, VALIDATION)}
         clock.enter("search")

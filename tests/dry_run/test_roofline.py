@@ -90,20 +90,20 @@ def test_a_run() -> None:
     # Three blocks of the compiled bucket, and one of a bucket with twice the slots
     loads = (BucketLoad(Bucket(32, 64), 6, 400, 1, 3), BucketLoad(Bucket(64, 128), 2, 300, 1, 1))
     split = SplitLoad(8, 8, loads, {(10,): 4, (40,): 1})
-    found = estimate(Workload((search,), {"validation": split}, 2, 0), known, chips=16)
+    found = estimate(Workload((search,), {"validation": split}, 2, 2, 0), known, chips=16)
     block = 2 * 5 + (3 + 4) * 7 + (6 + 4) * 10 + 3 * 1 + 3 * 11
     assert found.phases["search"] == pytest.approx({"text 32, visual 64": 3 * block, "text 64, visual 128": 2 * block})
-    # Four images of ten patches a run, and one of forty
-    assert found.phases["vision"] == pytest.approx({"patches 10": 4.0, "patches 40": 4.0})
+    # Two runs with two images of ten patches, and one with places for two of forty
+    assert found.phases["vision"] == pytest.approx({"patches 10": 4.0, "patches 40": 8.0})
     # Three programs in two buckets and one in two others; four took 40 seconds, 1.5 of each for its trace.
     compilation = 8 * 1.5 + (10 - 1.5)
     assert found.compilation == pytest.approx(compilation)
-    assert found.roofline == pytest.approx(5 * block + 8)
+    assert found.roofline == pytest.approx(5 * block + 12)
     assert found.likely == pytest.approx(found.roofline / LIKELY_SHARE + compilation)
 
 
 def test_generation_runs_one_program_a_step() -> None:
     known = times(compiled("generate", layers=4, dense=ProgramCost(Cost(SECOND), None)))
     split = SplitLoad(2, 2, (BucketLoad(Bucket(32, 64), 2, 100, 1, 1),), {})
-    found = estimate(Workload((Phase("search", "validation", steps=3),), {"validation": split}, 2, 0), known, chips=16)
+    found = estimate(Workload((Phase("search", "validation", steps=3),), {"validation": split}, 2, 2, 0), known, chips=16)
     assert found.phases == {"vision": {}, "search": pytest.approx({"text 32, visual 64": 3.0})}

@@ -11,8 +11,8 @@ import pytest
 
 from rlens_jax.checkpoints.checkpoint import read_model_kind
 from rlens_jax.config import RunConfig, SearchConfig
-from rlens_jax.dry_run.program import abstract_images, program_specs
-from rlens_jax.engine.sizes import Placed, abstract_batch, abstract_model, bytes_on_device
+from rlens_jax.dry_run.program import program_specs
+from rlens_jax.engine.sizes import Placed, abstract_batch, abstract_images, abstract_model, bytes_on_device
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import Bucket
@@ -39,7 +39,7 @@ def test_a_config_json_is_enough_and_weighs_what_the_model_does(kind: ModelKind)
 
 
 def test_images_run_through_the_vision_tower_as_they_are(kind: ModelKind) -> None:
-    images = abstract_images(kind, kind.image_sizes((LARGEST[kind_name(kind)],))[-1], 2, mesh())
+    images = abstract_images(kind.image_arrays(kind.image_sizes((LARGEST[kind_name(kind)],))[-1]), 2, mesh())
     model: Any = abstract_model(kind, "bfloat16", mesh())
     tokens = jax.eval_shape(lambda model, *arrays: model.vision(*arrays), model, *images)
     visual = {"internvl2_8b": 3328, "minicpm_v_2_6": 640, "qwen2_vl_7b": 16384}.get(kind_name(kind), tokens.shape[1])

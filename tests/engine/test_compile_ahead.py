@@ -1,0 +1,30 @@
+"""Programs that are compiled before their first use, on a mesh of both axes."""
+
+import numpy as np
+import pytest
+
+from rlens_jax.engine.compile_ahead import compile_ahead
+from rlens_jax.engine.shapes import Block
+from rlens_jax.models.prompt import Places
+from rlens_jax.plan import Plan
+from tests.engine.toy import LAYERS, SHAPES, toy_programs, toy_split
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_run_uses_what_was_compiled_ahead() -> None:
+    programs = toy_programs(devices=4, model_shards=2)
+    split = toy_split(programs)
+    blocks = {}
+    for pool in split.pools:
+        places = Places(pool.samples.shape[2], pool.inputs.answer_slots.shape[1])
+        blocks[pool.bucket] = Block(pool.block_rows, places)
+    compile_ahead(programs, SHAPES, blocks, forced=True)
+    traces = dict(programs.traces)
+    assert {traces[name] for name in ("embed", "layers", "outcome")} == {len(blocks)}
+    for batch in split.batches:
+        states = programs.embed(batch.inputs.text_ids, batch.visual)
+        states = programs.layers(states, batch.inputs, Plan(ffn=(1, 3)), 0, LAYERS)
+        _, _, values, finite = map(np.asarray, programs.outcome(states, batch.inputs))
+        assert np.isfinite(values).all() and finite.all()
+    assert dict(programs.traces) == traces
