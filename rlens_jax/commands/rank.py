@@ -38,6 +38,8 @@ def main(arguments: Sequence[str]) -> None:
     group.add_argument("--within", metavar="MINUTES", type=_minutes, help="also say what to change for the run to take less time")
     options, config = parser.parse_run(arguments)
     if options.dry_run is not None:
+        if options.profile:
+            parser.error("--profile needs a run, not a dry run")
         target = find_slice(options.dry_run)
         text, document = run_job(Job(config, target, options.all_buckets, options.within))
         if options.json is not None:

@@ -90,6 +90,7 @@ def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--json", "a.json"], "--json needs --dry-run"),
         (["--all-buckets"], "--all-buckets needs --dry-run"),
         (["--within", "15"], "--within needs --dry-run"),
+        (["--profile", "--dry-run", "v5e:4x4"], "--profile needs a run, not a dry run"),
         (["--dry-run", "v5e:4x4", "--within", "0"], "--within must be a number of minutes above 0, not '0'"),
         (["--dry-run", "v5e:4x4", "--within", "soon"], "--within must be a number of minutes above 0, not 'soon'"),
         (["--all-buckets=yes", "--dry-run", "v5e:4x4"], "--all-buckets: ignored explicit argument 'yes'"),
