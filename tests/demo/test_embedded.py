@@ -68,7 +68,7 @@ def test_logits_and_answers_equal_those_of_hugging_face(questions: list[tuple[Im
         first, cache, _ = prefill(ours.decoder, visual, batch, Plan(), Reduction(), 8, jax.random.key(0))
         tokens, _ = decode(ours.decoder, first, cache, batch, 8, preparer.chat.stop_tokens)
         new = generated[0, inputs["input_ids"].shape[1] :].tolist()
-        assert np.asarray(tokens)[0, : len(new)].tolist() == new
+        assert np.asarray(tokens)[0, 0, : len(new)].tolist() == new
 
 
 def test_it_reads_its_images_and_needs_its_layers() -> None:
