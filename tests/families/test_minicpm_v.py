@@ -352,7 +352,7 @@ def test_greedy_tokens(pair, plan, tmp_path):
     images = [ImageTokens(0, pair.preparer.slicing.grid(size)) for size in sizes]
     for row, (asked, used) in enumerate([(sample, slice(0, 2)), (other, slice(1, 2))]):
         (batch,) = [b for b in split.batches if row in np.asarray(b.inputs.samples)]
-        numbers, tokens, scored = programs.generate(programs.put(batch.visual), batch.inputs, [plan])
+        numbers, tokens, scored = programs.generate(programs.put(batch.visual), batch.inputs, plan)
         assert scored.all()
         prompt = pair.preparer.prompt(asked, images[used], None)
         views = [cut_views(picture(20 + i, size))[0] for i, size in enumerate(sizes)][used]
