@@ -7,6 +7,7 @@ from typing import Any
 
 from rlens_jax.engine.encoding import images_together
 from rlens_jax.engine.model_programs import Program
+from rlens_jax.engine.profile import part
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.shapes import Block, Shapes
 from rlens_jax.engine.sizes import abstract_images, decoder_arguments
@@ -21,7 +22,7 @@ def compile_ahead(programs: Programs, shapes: Shapes, blocks: Mapping[Bucket, Bl
 
     Python traces one program after another, while XLA compiles those before.
     """
-    with ThreadPoolExecutor(TOGETHER) as pool:
+    with part("compile"), ThreadPoolExecutor(TOGETHER) as pool:
         started = [pool.submit(program.ahead(*arguments)) for program, arguments in _all(programs, shapes, blocks, forced)]
         for each in started:
             each.result()

@@ -122,6 +122,7 @@ class ModelPrograms:
             self.traces[name] += 1
             return function(self._model(leaves), *arguments)
 
+        counted.__name__ = name  # its compilations are reported under this name
         model_specs = self._specs if cut else EVERYWHERE
         axes = (WORK, MODEL) if cut else (WORK,)
         jitted = jax.jit(split_over(counted, self.mesh, axes, (model_specs, *in_specs), out_specs))

@@ -4,6 +4,7 @@ The parts of a run exclude each other, so they add up to its time. While a profi
 so that its time is its own: the run is then slower, as host and device do not work at the same time.
 """
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,7 @@ class Profile:
     compiled: dict[tuple[str, tuple[int, ...]], _Compiled] = field(default_factory=lambda: defaultdict(_Compiled))
     _within: list[str] = field(default_factory=lambda: ["host"])
     _since: float = field(default_factory=time.perf_counter)
+    _thread: int = field(default_factory=threading.get_ident)
     _program: tuple[str, tuple[int, ...]] | None = None
     _events: list[tuple[float, float]] = field(default_factory=list)
     """Begin and seconds of the compilations so far, without those inside others."""
@@ -72,13 +74,19 @@ class Profile:
         """Take note of a compilation; a listener of `jax.monitoring`."""
         if not event.startswith(_COMPILING):
             return
+        name = str(facts.get("fun_name", "unknown"))
+        if threading.get_ident() != self._thread:  # side by side with others: their time is that of the part that waits for them
+            entry = self.compiled[name, ()]
+            entry.seconds += duration_secs
+            entry.count += event.endswith("backend_compile_duration")
+            return
         began, own = time.perf_counter() - duration_secs, duration_secs
         while self._events and self._events[-1][0] >= began:  # it happened inside this one
             own -= self._events.pop()[1]
         self._events.append((began, duration_secs))
         self.seconds["compile"] += own
         self.seconds[self._within[-1]] -= own
-        entry = self.compiled[self._program or (str(facts.get("fun_name", "unknown")), ())]
+        entry = self.compiled[self._program or (name, ())]
         entry.seconds += own
         entry.count += event.endswith("backend_compile_duration")
 

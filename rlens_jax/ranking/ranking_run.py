@@ -49,8 +49,7 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
     Raises:
         UserError: bad input of any kind.
     """
-    processes = processes or Processes()
-    clock = Clock("data")
+    processes, clock = processes or Processes(), Clock("data")
     output, report = Path(config.output), config.report
     compilations = start(config.compute, output, processes)
     processes.check_same(config.portable() | {"output": config.output})
@@ -104,8 +103,7 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
         clock.enter("report")
         results = conclude(conclusion.searched(rankings, ranker.dense, provisional=False), ranker, comparison, prefill)
         if processes.leads:
-            hashes = {"model_hash": results.model_hash, "data_hash": results.data_hash}
-            write_examples(output, examples, plan=comparison.recommended, **hashes)
+            write_examples(output, examples, comparison.recommended, model_hash=results.model_hash, data_hash=results.data_hash)
             write_report(results, output)
     return results
 

@@ -147,7 +147,7 @@ def choose_samples(samples: Sequence[Sample]) -> list[Sample]:
     return in_turn[:NUM_EXAMPLES]
 
 
-def write_examples(folder: Path, examples: Sequence[Example], *, plan: Plan, model_hash: str, data_hash: str) -> Path:
+def write_examples(folder: Path, examples: Sequence[Example], plan: Plan, *, model_hash: str, data_hash: str) -> Path:
     """Write examples.json, which `write_report` in the same folder then shows. UserError if it cannot be written.
 
     Args:

@@ -1,6 +1,7 @@
 """Where the time of a run goes."""
 
 import json
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,6 +63,18 @@ def test_a_compilation_within_another_counts_once(monkeypatch: pytest.MonkeyPatc
     taken.on_event("/jax/core/compile/jaxpr_trace_duration", 3.0, fun_name="outer")
     taken.on_event("/jax/other", 3.0)
     assert taken.seconds["compile"] == 3.0
+
+
+def test_compilations_side_by_side_are_not_added_up() -> None:
+    taken = Profile()
+    event = "/jax/core/compile/backend_compile_duration"
+    threads = [threading.Thread(target=taken.on_event, args=(event, 50.0), kwargs={"fun_name": "jit(layers)"}) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert taken.seconds["compile"] == 0
+    (program,) = taken.fields()["programs"]
+    assert (program["program"], program["compilations"], program["seconds"]) == ("jit(layers)", 2, 100.0)
 
 
 def test_the_shape_of_a_program_over_prompts_is_its_rows_and_slots() -> None:
