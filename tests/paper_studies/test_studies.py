@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,11 +19,9 @@ from rlens_jax.paper_studies.study import STUDY_NAMES, Facts, study_json, summar
 from rlens_jax.paper_studies.study_bench import Bench
 from rlens_jax.plan import OPERATORS, Plan
 from rlens_jax.pruning import VTW, FastV
-from rlens_jax.search.bootstrap import mean_over_datasets
-from rlens_jax.search.journal import Journal
 from rlens_jax.search.objective import dataset_metric
-from tests.engine.toy import CONFIG, LAYERS, REDUCTION
-from tests.paper_studies.toy_bench import TOY_CONFIG, ToyRun
+from tests.engine.toy import LAYERS, REDUCTION
+from tests.paper_studies.toy_bench import ToyRun
 
 pytestmark = pytest.mark.slow
 
@@ -331,19 +328,6 @@ def test_resuming_does_nothing_twice(finished: Finished) -> None:
         for name, study in finished.studies.items():
             assert STUDIES[name](bench) == study
     assert (finished.folder / "journal.jsonl").read_bytes() == before
-
-
-def test_intervals_draw_images(finished: Finished) -> None:
-    splits = finished.toy.splits
-    one_image = {name: replace(split, image_groups=np.zeros_like(split.image_groups)) for name, split in splits.items()}
-    widths = []
-    with Journal.open(finished.folder, {"test": "1"}) as journal:
-        for each in (splits, one_image):
-            bench = Bench(TOY_CONFIG, CONFIG.decoder, each, journal, finished.toy.scoring, {})
-            table = {name: np.arange(count, dtype=float)[np.newaxis] for name, count in bench.samples.items()}
-            interval = bench.interval(table, mean_over_datasets)
-            widths.append(float(interval.high[0] - interval.low[0]))
-    assert widths[0] > 0 == widths[1]
 
 
 def test_the_journal_keeps_variants_apart(finished: Finished) -> None:
