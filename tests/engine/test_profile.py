@@ -17,26 +17,33 @@ from rlens_jax.files import check_schema
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
-def test_parts_exclude_each_other_and_add_up(tmp_path: Path) -> None:
-    began = time.perf_counter()
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = time.perf_counter()  # the clock of the profile begins with it
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_parts_exclude_each_other_and_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, x = Clock(monkeypatch), jnp.zeros(3)
     with profiled(tmp_path):
         with part("data"):
-            time.sleep(0.05)
+            clock.wait(5)
             with part("load"):
-                time.sleep(0.02)
-        for _ in range(2):
-            with part("base states"):
-                profile.run("layers", (jnp.zeros(3),), lambda: time.sleep(0.03))
-        profile.run("outcome", (), lambda: time.sleep(0.01))
-    whole = time.perf_counter() - began
+                clock.wait(2)
+        for name in ("base states", "candidates"):
+            with part(name):
+                profile.run("layers", (x,), lambda: clock.wait(3))
+        profile.run("layers", (x,), lambda: clock.wait(1))
+        profile.run("outcome", (), lambda: clock.wait(0.5))
+        clock.wait(7)
     fields = json.loads((tmp_path / "profile.json").read_text())
     check_schema(fields, Path(profile.__file__).with_name("profile.schema.json"), tmp_path / "profile.json")
-    seconds = fields["seconds"]
-    assert list(seconds) == list(PARTS)
-    for name, least in (("data", 0.05), ("load", 0.02), ("base states", 0.06), ("outcomes", 0.01)):
-        assert least <= seconds[name] < least + 0.04, name
-    assert seconds["candidates"] == 0
-    assert sum(seconds.values()) == pytest.approx(whole, abs=0.05)
+    found = {name: round(seconds, 1) for name, seconds in fields["seconds"].items() if seconds}
+    assert found == {"data": 5, "load": 2, "base states": 3, "candidates": 4, "outcomes": 0.5, "host": 7}
+    assert list(fields["seconds"]) == list(PARTS)
 
 
 def test_compilations_are_counted_by_program_and_shape(tmp_path: Path) -> None:
@@ -50,16 +57,13 @@ def test_compilations_are_counted_by_program_and_shape(tmp_path: Path) -> None:
     found = {(item["program"], *item["shape"]): item["compilations"] for item in fields["programs"]}
     assert found["layers", 5] == found["layers", 6] == 1
     assert fields["seconds"]["compile"] > 0.99 * sum(item["seconds"] for item in fields["programs"])
-    assert fields["seconds"]["compile"] > fields["seconds"]["candidates"]
 
 
 def test_a_compilation_within_another_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    taken = Profile()
-    now = 103.0
+    clock, taken = Clock(monkeypatch), Profile()
+    clock.wait(3)
     taken.on_event("/jax/core/compile/jaxpr_trace_duration", 1.0, fun_name="inner")
-    now = 104.0
+    clock.wait(1)
     taken.on_event("/jax/core/compile/jaxpr_trace_duration", 3.0, fun_name="outer")
     taken.on_event("/jax/other", 3.0)
     assert taken.seconds["compile"] == 3.0
