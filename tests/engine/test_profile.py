@@ -27,7 +27,7 @@ class Clock:
 
 
 def test_parts_exclude_each_other_and_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, x = Clock(monkeypatch), jnp.zeros(3)
+    x, clock = jnp.zeros(3), Clock(monkeypatch)
     with profiled(tmp_path):
         with part("data"):
             clock.wait(5)
