@@ -81,7 +81,9 @@ def _changes(result: DryRun) -> Iterator[tuple[str, float]]:
             f"search.position_layers: {layers // 2}, as many layers are not searched",
             result.changed(replace(config, search=fewer)),
         )
-    if search.stopping == "none":
+    if search.method == "greedy":
+        yield "search.method: one_shot, an approximation", result.changed(replace(config, search=search.by("one_shot")))
+    if search.stopping == "none" and search.method == "greedy":
         yield "search.stopping: exact", result.changed(replace(config, search=replace(search, stopping="exact")))
     if len(search.operators) > 1:
         one = replace(search, operators=search.operators[:1])

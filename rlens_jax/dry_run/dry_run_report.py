@@ -13,6 +13,7 @@ from rlens_jax.dry_run.estimate import COMPILED_TOGETHER, LIKELY_SHARE, Estimate
 from rlens_jax.dry_run.program import CompiledProgram, Program, image_bucket, row_bucket
 from rlens_jax.dry_run.topology import GIB
 from rlens_jax.dry_run.workload import REMAINING, Phase
+from rlens_jax.engine.sizes import ASSUMED_PLACES
 from rlens_jax.files import json_text
 
 SCHEMA = "rlens-dry-run/2"
@@ -28,6 +29,8 @@ _BUCKET = "  {:<26} {:>6} {:>6} {:>7} {:>6}  {}"
 ASSUMPTIONS = (
     "Compiled are the bucket with most work and the largest one; others are scaled by their slots from the nearer of them. "
     "--all-buckets compiles all.",
+    f"Programs are compiled for rows with {ASSUMED_PLACES.branches} branch and {ASSUMED_PLACES.answers} answer tokens: more of "
+    "them add little to a row's work.",
     "The later layer wins every round of the search: no order costs more. Held-out plans form chains, each starting where it "
     "differs from the plan before; none is stopped early.",
     f"Early stopping leaves {REMAINING:.0%} of the layers of a round, as replayed on finished searches of the embedded model; "

@@ -276,15 +276,16 @@ def count_search(
 
     `evaluate` counts the evaluation of plans from the states of a base, and the share that early stopping leaves of it.
     """
-    remaining = 1.0 if config.search.stopping == "none" else REMAINING
+    search = config.search.by(config.search.method)
+    remaining = 1.0 if search.stopping == "none" else REMAINING
 
     def score_round(base: Plan, candidates: list[Plan]) -> list[PlanScore]:
         evaluate(base, candidates, remaining)
         return [_TIE] * len(candidates)
 
-    base = config.search.base()
+    base = search.base()
     evaluate(Plan(), [Plan()], 1.0)
-    ranking = rank_layers(num_layers, config.search.position_layers, operator, score_round, base)
+    ranking = rank_layers(num_layers, search.position_layers, operator, score_round, base, search.method)
     if not config.report.full_search:
         return ranking, None
-    return ranking, rank_layers(num_layers, 0, operator, score_round, base)
+    return ranking, rank_layers(num_layers, 0, operator, score_round, base, search.method)

@@ -164,7 +164,9 @@ def test_what_to_change_for_less_time(kind: ModelKind) -> None:
     # Twice the chips, or half of the samples, take about half of the time.
     for name in ("--dry-run v5e:4x8, 2 times as many chips", "half of the samples (data.validation_samples, data.test_samples)"):
         assert found[name] < 0.6 * minutes
-    assert {"report.random_rankings: 0", "search.operators: attention alone"} < set(found)
+    assert {"report.random_rankings: 0", "search.operators: attention alone", "search.method: one_shot, an approximation"} < set(
+        found
+    )
     assert sorted(found.values()) == list(found.values())
     assert "not enough alone" in lines[-1]
     assert all(line in terminal(run, 0.7 * minutes) for line in lines)

@@ -67,6 +67,12 @@ def test_early_stopping_leaves_a_share_of_the_rounds_with_several_candidates() -
     assert found.steps == pytest.approx(3 + 2 * REMAINING)
 
 
+def test_one_shot_has_one_round_in_full() -> None:
+    found = search(3, method="one_shot")
+    # Dense, the last layer, the candidates of layers 0 and 1.
+    assert (found.evaluations, found.layers["ffn"]) == (4, 1 + 2 + 2)
+
+
 def test_states_that_do_not_fit_are_made_anew_for_every_round() -> None:
     kept, anew = search(LAYERS), search(LAYERS, keeps_states=False)
     assert anew.state_runs > 3 * kept.state_runs
