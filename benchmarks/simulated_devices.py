@@ -106,7 +106,7 @@ def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
         evaluator = Evaluator(TeacherForcing(programs), {"validation": split}, journal, state_bytes=1e9)
 
         (dense,) = map(dataset_metrics, evaluator.outcomes("validation", Plan(), [Plan()]))
-        scorer = RoundScorer(evaluator, "validation", dense, SearchConfig())
+        scorer = RoundScorer(evaluator, "validation", dense, SearchConfig(stopping="none"))
         plans[Plan()] = None
 
         def score_round(base: Plan, candidates: list[Plan]) -> list[PlanScore]:
@@ -115,11 +115,12 @@ def search(samples: int, devices: int, model_shards: int) -> dict[str, Any]:
 
         for operator in OPERATORS:
             rankings[operator] = rank_layers(num_layers, num_layers - SEARCHED, operator, score_round).order
-        outcomes = {record.key: record.outcomes for record in journal.records()}
+        outcomes = {plan: journal.outcomes("validation", plan, len(members)).tolist() for plan in plans}
     log_probability = {plan: log_probabilities(programs, split, plan) for plan in list(plans)[::5]}
     measured = {"outcomes": outcomes, "rankings": rankings, "log_probability": log_probability}
     if devices == 1:
-        ties = [nearest_to_a_tie(model.decoder, split, plan, config.reduction) for plan in plans]
+        alone = build_split(members, preparer, programs, shapes, True, sharing=False)
+        ties = [nearest_to_a_tie(model.decoder, alone, plan, config.reduction) for plan in plans]
         measured |= {name: min(float(tie[name].min()) for tie in ties) for name in ("logit_margin", "unit_gap")}
         for plan, tie in zip(plans, ties, strict=True):
             for number in np.flatnonzero((tie["logit_margin"] < LOGIT_MARGIN) | (tie["unit_gap"] < UNIT_GAP)):

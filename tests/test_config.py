@@ -21,7 +21,7 @@ def test_without_options_it_is_the_embedded_preset():
     config = load_config([])
     assert config.model == "embedded"
     assert config.reduction == Reduction(attention_range=16, active_fraction=0.02)
-    assert config.compute.text_slots == (32,)
+    assert config.compute.text_slots == (80,)
     assert config.compute.visual_slots == (128,)
     assert config.compute.patch_slots == (512,)
 

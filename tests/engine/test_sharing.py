@@ -108,6 +108,7 @@ def decided(ranking: Ranking) -> list[object]:
     return [ranking.order, ranking.curve(), [(round_.chosen, round_.ties) for round_ in ranking.rounds]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_rankings(programs: Programs, samples: list[Sample], operator: Operator, tmp_path: Path) -> None:
     shared, alone = (split_of(samples, programs, sharing) for sharing in (True, False))
@@ -127,6 +128,7 @@ def test_rankings(programs: Programs, samples: list[Sample], operator: Operator,
         assert decided(in_parts) == decided(full)
 
 
+@pytest.mark.slow
 def test_a_killed_race_goes_on_where_it_was(programs: Programs, samples: list[Sample], tmp_path: Path) -> None:
     split = split_of(samples, programs, True)
     expected, outcomes = ranked(programs, split, tmp_path / "whole", "ffn")
