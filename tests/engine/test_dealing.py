@@ -46,6 +46,8 @@ def test_groups_have_equal_numbers_of_rows_and_equal_costs() -> None:
 def test_dealing_is_the_same_each_time_and_needs_no_row_for_each_group() -> None:
     assert deal([3, 3, 3], [0, 0, 0], 5) == deal([3, 3, 3], [0, 0, 0], 5) == [[0], [1], [2], [], []]
     assert deal([], [], 2) == [[], []]
+    # No group has more rows than places, however little they cost.
+    assert deal([100, 1, 1, 1], [0, 0, 0, 0], 2) == [[0, 3], [1, 2]]
 
 
 @pytest.mark.parametrize(
