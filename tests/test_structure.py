@@ -21,13 +21,15 @@ RANKING_RUN = (
     "engine/inputs.py",
     "engine/scoring.py",
     "engine/evaluator.py",
+    "engine/racing.py",
     "engine/schedule.py",
     "search/search.py",
+    "search/race.py",
     "search/objective.py",
     "search/journal.py",
 )
 """The modules that a reader of a ranking run opens, in order. All others are libraries of these."""
-MAX_FILES, MAX_LINES, MAX_FUNCTION_LINES, MAX_RANKING_LINES = 187, 26_200, 70, 1500
+MAX_FILES, MAX_LINES, MAX_FUNCTION_LINES, MAX_RANKING_LINES = 202, 29_000, 70, 1800
 """The first two are what the package has, with little to spare: raise them on purpose, with the feature that needs it."""
 
 
