@@ -17,7 +17,8 @@ def test_a_run_uses_what_was_compiled_ahead() -> None:
     split = toy_split(programs)
     blocks = {}
     for pool in split.pools:
-        places = Places(pool.samples.shape[2], pool.inputs.answer_slots.shape[1])
+        layout = pool.inputs.layout
+        places = Places(layout.max_branches, pool.inputs.answer_slots.shape[1], layout.leading_text)
         blocks[pool.bucket] = Block(pool.block_rows, places)
     compile_ahead(programs, SHAPES, blocks, forced=True)
     traces = dict(programs.traces)
