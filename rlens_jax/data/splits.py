@@ -115,11 +115,14 @@ def _contents(samples: Sequence[Sample]) -> dict[bytes | Path, int | bytes]:
 def samples_hash(splits: Splits) -> str:
     """SHA-256, in hex, of all that is in the samples of all splits."""
     digest = hashlib.sha256()
+    hashes: dict[bytes | Path, bytes] = {}  # an image that many questions name is read once
     for split, samples in splits.items():
         for sample in samples:
             how = f"marked={sample.marked}, as_stored={sample.as_stored}"
             for text in (split, sample.id, sample.dataset, sample.question, *sample.answers, how):
                 digest.update(f"{len(text)}:{text}".encode())
             for image in sample.images:
-                digest.update(image_hash(image, sample.id))
+                if image not in hashes:
+                    hashes[image] = image_hash(image, sample.id)
+                digest.update(hashes[image])
     return digest.hexdigest()

@@ -105,12 +105,11 @@ def encode_split(
         advance: called after the images of each sample or group of samples that this process encodes.
     """
     rows = [number for groups in dealt.values() for group in programs.own_groups for number in groups[group]]
-    wanted = dict.fromkeys(int(prepared.image_groups[prepared.rows[number].samples[0]]) for number in rows)
+    wanted = list(dict.fromkeys(int(prepared.image_groups[prepared.rows[number].samples[0]]) for number in rows))
     encoder = Encoder(programs, shapes, processes.gather)
     for turn in range(max(processes.gather(len(wanted)))):
         if turn < len(wanted):
-            group = [*wanted][turn]
-            encoder.add(group, prepared.images.take(group))
+            encoder.add(wanted[turn], prepared.images.take(wanted[turn]))
             advance()
         if turn % shapes.batch_size == shapes.batch_size - 1:
             encoder.encode_full()

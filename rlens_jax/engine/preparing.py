@@ -28,10 +28,13 @@ def image_groups(samples: Sequence[Sample]) -> list[int]:
     A sample without images has its own number. UserError, naming the sample, if an image cannot be read.
     """
     first: dict[Hashable, int] = {}
+    known: dict[Hashable, Hashable] = {}  # a file that many questions name is read once
     groups = []
     for number, sample in enumerate(samples):
-        key = images_key(sample) if sample.images else number
-        groups.append(first.setdefault(key, number))
+        named = sample.images, sample.as_stored
+        if named not in known:
+            known[named] = images_key(sample)
+        groups.append(first.setdefault(known[named] if sample.images else number, number))
     return groups
 
 
