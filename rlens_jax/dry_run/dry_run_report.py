@@ -12,9 +12,10 @@ from rlens_jax.dry_run.dry_run import DryRun
 from rlens_jax.dry_run.estimate import COMPILED_TOGETHER, LIKELY_SHARE, Estimate, program_time
 from rlens_jax.dry_run.program import CompiledProgram, Program, image_bucket, row_bucket
 from rlens_jax.dry_run.topology import GIB
-from rlens_jax.dry_run.workload import REMAINING, Phase
+from rlens_jax.dry_run.workload import Phase
 from rlens_jax.engine.sizes import ASSUMED_PLACES
 from rlens_jax.files import json_text
+from rlens_jax.forecast import RACED_SHARE
 
 SCHEMA = "rlens-dry-run/2"
 WIDTH = 110
@@ -33,7 +34,7 @@ ASSUMPTIONS = (
     "them add little to a row's work.",
     "The later layer wins every round of the search: no order costs more. Held-out plans form chains, each starting where it "
     "differs from the plan before; none is stopped early.",
-    f"Early stopping leaves {REMAINING:.0%} of the layers of a round, as replayed on finished searches of the embedded model; "
+    f"Early stopping leaves {RACED_SHARE:.0%} of the layers of a round, as replayed on finished searches of the embedded model; "
     "another model and other data have another share.",
     "Chips reach their published peak rates in bfloat16; the extra passes of float32 products are not counted. An all-reduce in "
     "a copy of the model uses the links between its chips, without those that wrap around the torus.",

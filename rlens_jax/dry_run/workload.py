@@ -16,16 +16,13 @@ from rlens_jax.engine.dealing import fill_buckets, rows_per_block
 from rlens_jax.engine.encoding import images_together
 from rlens_jax.engine.schedule import first_layer
 from rlens_jax.engine.shapes import Shapes, row_slots, useful_rows
+from rlens_jax.forecast import RACED_SHARE
 from rlens_jax.layout import Bucket
 from rlens_jax.models.prompt import ImageSize
 from rlens_jax.plan import Operator, Plan
 from rlens_jax.search.curves import chain_order, held_out_plans
 from rlens_jax.search.objective import PlanScore
 from rlens_jax.search.search import Ranking, rank_layers
-
-REMAINING = 0.42
-"""Share of the layers of a search that exact early stopping leaves: measured by replaying finished searches of the embedded model
-in blocks of 16 samples. A search with `search.stopping` none runs all of them."""
 
 Layers = dict[LayerKind, float]
 _KINDS: dict[tuple[bool, bool], LayerKind] = {
@@ -277,7 +274,7 @@ def count_search(
     `evaluate` counts the evaluation of plans from the states of a base, and the share that early stopping leaves of it.
     """
     search = config.search.by(config.search.method)
-    remaining = 1.0 if search.stopping == "none" else REMAINING
+    remaining = 1.0 if search.stopping == "none" else RACED_SHARE
 
     def score_round(base: Plan, candidates: list[Plan]) -> list[PlanScore]:
         evaluate(base, candidates, remaining)

@@ -7,8 +7,9 @@ import pytest
 
 from rlens_jax.config import ComputeConfig, ReportConfig, RunConfig, SearchConfig
 from rlens_jax.dry_run.data_sizes import Row
-from rlens_jax.dry_run.workload import REMAINING, BlockCounter, Phase, Sizes, Workload, count_search, workload
+from rlens_jax.dry_run.workload import BlockCounter, Phase, Sizes, Workload, count_search, workload
 from rlens_jax.engine.shapes import Shapes
+from rlens_jax.forecast import RACED_SHARE
 from rlens_jax.layout import Bucket
 from rlens_jax.plan import Plan
 
@@ -63,8 +64,8 @@ def test_layers_of_a_search_by_hand() -> None:
 
 def test_early_stopping_leaves_a_share_of_the_rounds_with_several_candidates() -> None:
     found = search(3)
-    assert found.layers["ffn"] == pytest.approx(1 + REMAINING * (2 + 2) + 3)
-    assert found.steps == pytest.approx(3 + 2 * REMAINING)
+    assert found.layers["ffn"] == pytest.approx(1 + RACED_SHARE * (2 + 2) + 3)
+    assert found.steps == pytest.approx(3 + 2 * RACED_SHARE)
 
 
 def test_one_shot_has_one_round_in_full() -> None:
