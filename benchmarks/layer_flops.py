@@ -31,7 +31,7 @@ from rlens_jax.flops import layer_cost
 from rlens_jax.layout import TokenLayout
 from rlens_jax.ops.ffn import dynamic_ffn, shard_capacity
 from rlens_jax.ops.ffn_tpu import HEADROOM, TILE, HalvedStack, HalvedUnits
-from rlens_jax.plan import Reduction
+from rlens_jax.plans import Reduction
 from rlens_jax.sharding.mesh import check_fits
 
 D, F = 3584, 18944

@@ -27,7 +27,7 @@ from rlens_jax.engine import timing
 from rlens_jax.flops import PUBLISHED_DECODERS, saving
 from rlens_jax.models.decoder import Context
 from rlens_jax.ops.ffn import dense_ffn
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 
 DECODER = PUBLISHED_DECODERS["llava-onevision-0.5b"]
 OURS, REDUCED, TORCH = "ours (packed, causal blocks)", "last half reduced", "PyTorch SDPA"

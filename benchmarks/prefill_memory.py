@@ -18,7 +18,7 @@ from rlens_jax.layout import TokenLayout
 from rlens_jax.models.decoder import Decoder, DecoderConfig
 from rlens_jax.models.generation import prefill
 from rlens_jax.models.prompt import PromptBatch
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 
 TEXT, VISUAL = 256, 7936
 CONFIG = DecoderConfig(

@@ -29,8 +29,8 @@ from rlens_jax.engine.deployed_model import DeployedModel, load
 from rlens_jax.engine.prompt_batches import AskedPrompts
 from rlens_jax.engine.timing import time_side_by_side
 from rlens_jax.flops import shared_prefill_cost
-from rlens_jax.plan import Plan, Reduction
 from rlens_jax.plan_file import PlanFile
+from rlens_jax.plans import Plan, Reduction
 
 NEW_TOKENS = 8
 SHARED, ALONE = "a row for each image", "a row for each question"

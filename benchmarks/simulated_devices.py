@@ -42,7 +42,7 @@ from rlens_jax.engine.shapes import choose_shapes
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.models.prompt import FILLER, IGNORE
 from rlens_jax.ops.ffn import hidden_units, probe_slots
-from rlens_jax.plan import OPERATORS, Plan, Reduction
+from rlens_jax.plans import OPERATORS, Plan, Reduction
 from rlens_jax.search.journal import Journal
 from rlens_jax.search.objective import PlanScore, dataset_metrics
 from rlens_jax.search.search import rank_layers

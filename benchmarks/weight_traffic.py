@@ -23,7 +23,7 @@ from layer_program import LAYERS, layer_program, model_kind
 from rlens_jax.dry_run.costs import bytes_read
 from rlens_jax.dry_run.hlo import Computation, Instruction, Loops, Module, Shape, parse_module
 from rlens_jax.ops.ffn_tpu import TILE
-from rlens_jax.plan import Reduction
+from rlens_jax.plans import Reduction
 from rlens_jax.sharding.mesh import FfnForm
 
 DECODER = model_kind().config.decoder

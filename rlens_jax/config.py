@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, no_type_check
 
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import quoted
-from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
+from rlens_jax.plans import OPERATORS, Operator, Plan, Reduction
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)

@@ -30,7 +30,7 @@ from typing import Any
 
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import quoted, read_json
-from rlens_jax.plan import MOST_LAYERS, OPERATORS, Operator, Plan, Reduction
+from rlens_jax.plans import MOST_LAYERS, OPERATORS, Operator, Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Folder, Pruning
 from rlens_jax.search.ranking_file import LARGEST_RANKING, SCHEMA, RankingFile, check_ranking
 

@@ -9,7 +9,7 @@ from typing import no_type_check
 
 from rlens_jax.errors import UserError
 from rlens_jax.files import quoted
-from rlens_jax.plan import checked_decimal, exact
+from rlens_jax.plans import checked_decimal, exact
 
 
 @no_type_check  # user input: __post_init__ checks it and raises UserError

@@ -1,6 +1,6 @@
 """Both reductions for PyTorch users: run a Hugging Face model under a plan (extra `torch`).
 
-    from rlens_jax.plan import Plan, Reduction
+    from rlens_jax.plans import Plan, Reduction
     from rlens_jax.torch_twin import reduced
 
     with reduced(model, Plan(attention=(20, 21), ffn=(22, 23)), Reduction()):
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rlens_jax.errors import UserError
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 
 ATTENTION_KINDS = ("eager", "sdpa")
 

@@ -9,7 +9,7 @@ import rlens_jax
 from rlens_jax.commands.options import RunParser
 from rlens_jax.config import GROUPS, ComputeConfig, DataConfig, RunConfig, SearchConfig
 from rlens_jax.errors import UserError
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 
 
 def load_config(arguments):

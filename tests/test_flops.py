@@ -4,7 +4,7 @@ import pytest
 
 from rlens_jax.errors import UserError
 from rlens_jax.flops import LayerSizes, branch_cost, layer_cost, prefill_cost, saving, visual_in_layer
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Folder
 
 INTERNVL2_8B = LayerSizes(width=4096, kv_width=1024, ffn_width=14336)  # 32 layers

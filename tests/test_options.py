@@ -14,8 +14,8 @@ from rlens_jax.config import RunConfig
 from rlens_jax.console import run_command
 from rlens_jax.errors import UserError
 from rlens_jax.parity import dump
-from rlens_jax.plan import Plan
 from rlens_jax.plan_file import FORMAT
+from rlens_jax.plans import Plan
 from rlens_jax.resources import embedded_model
 
 SPELLINGS = {

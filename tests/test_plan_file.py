@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
 from rlens_jax.plan_file import FORMAT, PlanFile, parse_first, read_plan
+from rlens_jax.plans import OPERATORS, Operator, Plan, Reduction
 from rlens_jax.pruning import FastV
 from rlens_jax.search.ranking_file import ranking_fields
 from tests.reporting.synthetic import synthetic_results

@@ -6,7 +6,7 @@ import torch
 from rlens_jax.errors import UserError
 from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.qwen2_vl.model import read_config
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from rlens_jax.torch_twin import decoder_layers, reduced
 from tests import torch_reductions
 from tests.families.qwen2_vl import Example, hf_inputs, make_example

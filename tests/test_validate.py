@@ -20,7 +20,7 @@ from rlens_jax.families.qwen2_vl.model import read_config
 from rlens_jax.files import json_text
 from rlens_jax.parity.bundle import new_bundle
 from rlens_jax.parity.dump import run_case
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from rlens_jax.resources import embedded_model
 from rlens_jax.search.ranking_file import ranking_fields
 from rlens_jax.torch_twin import reduced

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from rlens_jax.config import SearchConfig
-from rlens_jax.plan import Operator, Plan
+from rlens_jax.plans import Operator, Plan
 from rlens_jax.search.objective import PlanScore, dataset_metrics, score_outcomes
 from rlens_jax.search.race import Difficulty, Race, Turn, most_gain_first, sample_weights
 from rlens_jax.search.search import ScoreRound

@@ -25,7 +25,7 @@ from rlens_jax.commands.options import (
 from rlens_jax.console import ArgumentParser, Progress, run_command, show
 from rlens_jax.errors import UserError
 from rlens_jax.files import replace_file
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 
 USES = {
     "reference": {"json", "markdown", "tolerance", "dtype"},

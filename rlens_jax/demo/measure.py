@@ -36,7 +36,7 @@ def measure(model: str, samples: int) -> dict[str, Any]:
     from rlens_jax.engine.programs import Programs
     from rlens_jax.engine.shapes import Shapes, row_buckets
     from rlens_jax.models.prompt import FILLER
-    from rlens_jax.plan import Plan, Reduction
+    from rlens_jax.plans import Plan, Reduction
     from rlens_jax.sharding.mesh import make_mesh
 
     folder = find_model(model)

@@ -20,7 +20,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from rlens_jax.dry_run.hlo import Computation, Instruction, Loops, Module, Shape, device_groups
-from rlens_jax.plan import OPERATORS
+from rlens_jax.plans import OPERATORS
 
 _DECLARED = re.compile(r'\\?"cost_estimate\\?":\s*\{([^}]*)\}')
 _SCOPE = re.compile(r'op_name="([^"]*)"')

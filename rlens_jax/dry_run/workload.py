@@ -19,7 +19,7 @@ from rlens_jax.engine.shapes import Shapes, row_slots, useful_rows
 from rlens_jax.forecast import RACED_SHARE
 from rlens_jax.layout import Bucket
 from rlens_jax.models.prompt import ImageSize
-from rlens_jax.plan import Operator, Plan
+from rlens_jax.plans import Operator, Plan
 from rlens_jax.search.curves import chain_order, held_out_plans
 from rlens_jax.search.objective import PlanScore
 from rlens_jax.search.search import Ranking, rank_layers

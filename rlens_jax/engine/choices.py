@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from rlens_jax.config import ComputeConfig, Dtype, RunConfig
 from rlens_jax.engine.preparing import PreparedSplit
 from rlens_jax.engine.shapes import Shapes, image_padding, row_padding
-from rlens_jax.plan import Reduction
+from rlens_jax.plans import Reduction
 
 
 def chosen_dtype(configured: Dtype | None, platform: str) -> Dtype:

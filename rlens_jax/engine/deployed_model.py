@@ -35,8 +35,8 @@ from rlens_jax.models.decoder import KVCache
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import Tokens, decode, prefill
 from rlens_jax.models.prompt import FILLER, Preparer, PromptBatch
-from rlens_jax.plan import Plan, Reduction
 from rlens_jax.plan_file import PlanFile
+from rlens_jax.plans import Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Pruning
 from rlens_jax.pytrees import pytree, unchecked
 from rlens_jax.sharding.mesh import check_fits, make_mesh

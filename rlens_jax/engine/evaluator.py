@@ -19,7 +19,7 @@ from rlens_jax.engine.pools import Batch
 from rlens_jax.engine.schedule import memory_parts
 from rlens_jax.engine.scoring import Scoring
 from rlens_jax.models.prompt import FILLER
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 from rlens_jax.search.journal import Journal, Record
 from rlens_jax.search.race import IN_PROGRESS, Difficulty
 

@@ -12,7 +12,7 @@ from rlens_jax.engine.pools import Batch, Pool
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import BranchOutcomes
 from rlens_jax.models.prompt import FILLER
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 
 
 class Generating:

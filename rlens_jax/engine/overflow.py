@@ -12,7 +12,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.layout import PADDING_POSITION
 from rlens_jax.models.forward import attend, feed
 from rlens_jax.models.layers import all_finite
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 
 
 def not_finite(programs: ModelPrograms, batch: Batch, number: int, sample_id: str, plan: Plan, reduction: Reduction) -> UserError:

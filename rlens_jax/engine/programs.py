@@ -20,7 +20,7 @@ from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import Tokens, decode, is_any, prefill
 from rlens_jax.models.layers import best_token, log_probability
 from rlens_jax.models.prompt import IGNORE, PromptBatch
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from rlens_jax.sharding.mesh import everywhere
 from rlens_jax.sharding.model_axis import WORK
 

@@ -13,7 +13,7 @@ from rlens_jax.console import Progress
 from rlens_jax.engine.evaluator import Evaluator, Step, Tally
 from rlens_jax.engine.pools import Batch, Pool
 from rlens_jax.models.prompt import FILLER
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 from rlens_jax.search.objective import PlanScore, score_outcomes
 from rlens_jax.search.race import Difficulty, Race, Turn, most_gain_first, sample_weights
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 
 
 def first_layer(base: Plan, plan: Plan, num_layers: int) -> int:

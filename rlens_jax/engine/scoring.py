@@ -16,7 +16,7 @@ from rlens_jax.engine.profile import part
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.schedule import first_layer
 from rlens_jax.engine.stored_states import StoredStates, state_bytes
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 
 
 class BranchOutcomes(NamedTuple):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.engine.pools import Batch, Pool
 from rlens_jax.engine.programs import Programs, States
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 from rlens_jax.sharding.mesh import everywhere, split_over
 from rlens_jax.sharding.model_axis import MODEL, WORK
 

@@ -30,7 +30,7 @@ from rlens_jax.models.generation import prefill
 from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.ops.attention import masked_attention
 from rlens_jax.ops.ffn import dense_ffn
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from rlens_jax.search.results import PrefillTime
 
 TEXT_BEFORE, VISUAL, TEXT_AFTER = 64, 1792, 64

@@ -21,7 +21,7 @@ from rlens_jax.layout import Bucket, unpack_rows
 from rlens_jax.models.decoder import Context, Decoder, DecoderConfig, Imposed, Layer, States, layer_at
 from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate_alone
 from rlens_jax.ops.ffn import Kept
-from rlens_jax.plan import Operator, Plan, Reduction
+from rlens_jax.plans import Operator, Plan, Reduction
 
 Stack: TypeAlias = PyTree
 """All decoder layers as `nnx.split` returns them: their module graph, and their parameters with a leading axis L."""

@@ -14,7 +14,7 @@ from rlens_jax.models.layers import all_finite, best_token
 from rlens_jax.models.prompt import FILLER, PromptBatch
 from rlens_jax.models.pruned import run_prompt
 from rlens_jax.ops.attention import Kernel
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from rlens_jax.pruning import Pruning
 from rlens_jax.sharding.model_axis import on_any_shard
 

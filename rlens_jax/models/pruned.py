@@ -18,7 +18,7 @@ from rlens_jax.models.decoder import Context, Decoder, LayerRecord, States, Trac
 from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.ops.attention import Kernel
 from rlens_jax.ops.token_pruning import attention_received, merge_similar, most_attended, num_survivors
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Folder, Pruning
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.layout import TokenLayout
 from rlens_jax.ops.attention import equal_parts
-from rlens_jax.plan import Reduction
+from rlens_jax.plans import Reduction
 from rlens_jax.pytrees import pytree
 from rlens_jax.sharding.model_axis import join_shards, num_shards, shard_index
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from rlens_jax.paper_studies.study import Bound, Case, Finding, Panel, Series, Study, Variant
 from rlens_jax.paper_studies.study_bench import Bench, Measured
-from rlens_jax.plan import OPERATORS, Operator, Plan
+from rlens_jax.plans import OPERATORS, Operator, Plan
 from rlens_jax.search.bootstrap import area_under_curve
 from rlens_jax.search.curves import random_points, random_rankings
 from rlens_jax.search.results import ALLOWED_LOSS

@@ -11,7 +11,7 @@ from typing import Literal
 from rlens_jax.paper_studies.layer_studies import TITLES, curve_cases, first_layers
 from rlens_jax.paper_studies.study import Case, Panel, Series, Study, Variant
 from rlens_jax.paper_studies.study_bench import Bench
-from rlens_jax.plan import Operator, Plan, Reduction
+from rlens_jax.plans import Operator, Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Pruning
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)

@@ -13,7 +13,7 @@ from rlens_jax.paper_studies.layer_studies import TITLES
 from rlens_jax.paper_studies.study import Case, Finding, Panel, Study
 from rlens_jax.paper_studies.study_bench import Bench, Measured
 from rlens_jax.parity.rankings import kendall_tau
-from rlens_jax.plan import OPERATORS, Operator
+from rlens_jax.plans import OPERATORS, Operator
 from rlens_jax.search.bootstrap import area_under_curve
 from rlens_jax.search.curves import random_points
 from rlens_jax.search.search import Ranking, position_ranking, prefix_plans

@@ -23,7 +23,7 @@ from rlens_jax.paper_studies.search_studies import search_methods_study
 from rlens_jax.paper_studies.study import Facts, Panel, Study, StudyName, Variant, study_json
 from rlens_jax.paper_studies.study_bench import Bench
 from rlens_jax.paper_studies.study_programs import make_scoring
-from rlens_jax.plan import Operator
+from rlens_jax.plans import Operator
 from rlens_jax.reporting.plots import Format, drawn
 from rlens_jax.resources import versions
 from rlens_jax.search.ranking_file import read_ranking

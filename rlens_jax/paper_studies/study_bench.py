@@ -18,7 +18,7 @@ from rlens_jax.engine.scoring import Scoring
 from rlens_jax.flops import layer_cost, prefill_cost, visual_in_layer
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.paper_studies.study import Case, Flops, Point, Series, Variant
-from rlens_jax.plan import Operator, Plan
+from rlens_jax.plans import Operator, Plan
 from rlens_jax.search.bootstrap import Interval, Statistic, bootstrap_interval, mean_over_datasets
 from rlens_jax.search.curves import chain_order
 from rlens_jax.search.journal import Journal

@@ -34,7 +34,7 @@ from rlens_jax.models.pruned import run_prompt
 from rlens_jax.ops.attention import masked_attention
 from rlens_jax.ops.ffn import dense_ffn, simulated_dynamic_ffn
 from rlens_jax.paper_studies.study import Variant
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from rlens_jax.pruning import Pruning
 from rlens_jax.sharding.model_axis import sum_over_shards
 

@@ -39,7 +39,7 @@ from safetensors.numpy import save_file
 from rlens_jax.checkpoints.safetensors_file import open_safetensors
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import json_text, new_folder, quoted, read_json_object
-from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
+from rlens_jax.plans import OPERATORS, Operator, Plan, Reduction
 
 FORMAT = "rlens-reference/1"
 MANIFEST = "manifest.json"

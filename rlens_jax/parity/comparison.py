@@ -29,7 +29,7 @@ from rlens_jax.parity.operators import BFLOAT16, FLOAT32, Halves, OperatorCheck,
 from rlens_jax.parity.parting import Locator, Parting
 from rlens_jax.parity.reference_case import ReferenceCase
 from rlens_jax.parity.selection import Selection
-from rlens_jax.plan import OPERATORS, Operator
+from rlens_jax.plans import OPERATORS, Operator
 from rlens_jax.resources import versions
 
 

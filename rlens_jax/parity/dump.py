@@ -20,7 +20,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.families.registry import read_kind
 from rlens_jax.parity.bundle import EMBEDDINGS, KEPT, LOGITS, new_bundle, states_name
 from rlens_jax.parity.constants import constants_of
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 
 QUESTIONS = (
     ("what do you see ?", ((96, 160),)),

@@ -21,7 +21,7 @@ from rlens_jax.ops.ffn import probe_slots
 from rlens_jax.parity.measures import relative, relative_to_change
 from rlens_jax.parity.reference_case import ReferenceCase
 from rlens_jax.parity.selection import Selection, compare_selections
-from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
+from rlens_jax.plans import OPERATORS, Operator, Plan, Reduction
 
 NOISE = 4
 """Rounding inside an operator may change its result by this multiple of what rounding of its input changes."""

@@ -8,7 +8,7 @@ from typing import Any
 from rlens_jax.files import json_text
 from rlens_jax.parity.comparison import CaseResult, Validation
 from rlens_jax.parity.rankings import RankingComparison
-from rlens_jax.plan import OPERATORS
+from rlens_jax.plans import OPERATORS
 from rlens_jax.reporting.report_text import markdown_table, markdown_text
 
 SCHEMA = "rlens-validation/1"

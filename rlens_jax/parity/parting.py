@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rlens_jax.parity.measures import relative_to_change
 from rlens_jax.parity.operators import Halves, OperatorCheck, OperatorDifference, Precision, Rows, half, toggled
 from rlens_jax.parity.reference_case import ReferenceCase
-from rlens_jax.plan import OPERATORS, Operator
+from rlens_jax.plans import OPERATORS, Operator
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlens_jax.errors import UserError
 from rlens_jax.files import parse_json, quoted, read_text, shortened
-from rlens_jax.plan import MOST_LAYERS
+from rlens_jax.plans import MOST_LAYERS
 from rlens_jax.search.ranking_file import check_ranking
 
 

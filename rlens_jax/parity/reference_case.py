@@ -8,7 +8,7 @@ import numpy as np
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.parity.bundle import EMBEDDINGS, KEPT, LOGITS, POSITIONS, STATES, Case, CaseFile, states_name
-from rlens_jax.plan import Operator
+from rlens_jax.plans import Operator
 
 
 class ReferenceCase:

@@ -8,7 +8,7 @@ from rlens_jax.console import Progress
 from rlens_jax.engine.evaluator import Evaluator
 from rlens_jax.engine.racing import RoundScorer
 from rlens_jax.forecast import Forecast
-from rlens_jax.plan import OPERATORS, Operator, Plan
+from rlens_jax.plans import OPERATORS, Operator, Plan
 from rlens_jax.search.curves import FlopsSaved, chain_order, held_out_plans, operator_result, plan_saving
 from rlens_jax.search.expected_work import CURVES, search_label
 from rlens_jax.search.objective import dataset_metrics

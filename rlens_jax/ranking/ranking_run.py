@@ -25,7 +25,7 @@ from rlens_jax.engine.startup import start
 from rlens_jax.engine.timing import time_plans
 from rlens_jax.flops import mean_saving
 from rlens_jax.hosts.processes import Processes, Stopper
-from rlens_jax.plan import Operator, Plan
+from rlens_jax.plans import Operator, Plan
 from rlens_jax.ranking.ranker import TEST, VALIDATION, Comparison, Ranker
 from rlens_jax.reporting.conclusion import Clock, Conclusion, answer_examples
 from rlens_jax.reporting.report_files import is_finished, write_provisional, write_rankings, write_report

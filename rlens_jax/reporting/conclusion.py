@@ -13,7 +13,7 @@ from rlens_jax.engine.inputs import build_split
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.session import LoadedModel, Session
 from rlens_jax.engine.startup import CompilationCounter
-from rlens_jax.plan import Operator, Plan
+from rlens_jax.plans import Operator, Plan
 from rlens_jax.reporting.run_files import Answer, Example, choose_samples
 from rlens_jax.resources import versions
 from rlens_jax.search.objective import Metrics

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
-from rlens_jax.plan import Operator
+from rlens_jax.plans import Operator
 from rlens_jax.search.results import ALLOWED_LOSS, OperatorResult, RandomCurves, Results, Strategy
 from rlens_jax.search.search import Ranking
 

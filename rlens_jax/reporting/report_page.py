@@ -13,7 +13,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from rlens_jax.errors import UserError
 from rlens_jax.files import json_leaves
-from rlens_jax.plan import OPERATORS, Plan
+from rlens_jax.plans import OPERATORS, Plan
 from rlens_jax.reporting import chart
 from rlens_jax.reporting.chart import MINUS, Chart, HeatMap, Mark, Series, curve_chart, heat_map, worst_score
 from rlens_jax.reporting.report_text import METHODS, ONE_SHOT, TITLES

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from rlens_jax.errors import printable
-from rlens_jax.plan import Operator
+from rlens_jax.plans import Operator
 from rlens_jax.search.bootstrap import Interval
 from rlens_jax.search.results import ALLOWED_LOSS, OperatorResult, Results, Searched, Strategy
 from rlens_jax.search.search import Ranking

@@ -17,7 +17,7 @@ from rlens_jax.data.images import Transparency, load_images
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
 from rlens_jax.files import check_schema, field_error, json_text, read_json, replace_file
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 from rlens_jax.search.ranking_file import RANKING, check_layers, read_ranking
 
 TIMING, EXAMPLES = "timing.json", "examples.json"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 from rlens_jax.search.bootstrap import Interval, Statistic, area_under_curve, bootstrap_interval, mean_over_datasets
 from rlens_jax.search.objective import Metrics, dataset_metric, plan_loss
 from rlens_jax.search.results import Curve, OperatorResult, RandomCurves, Saving, Strategy

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from rlens_jax.config import RunConfig, SearchConfig
 from rlens_jax.forecast import Forecast, Work
-from rlens_jax.plan import OPERATORS, Operator, Plan
+from rlens_jax.plans import OPERATORS, Operator, Plan
 from rlens_jax.search.curves import random_points
 
 CURVES = "held-out curves"

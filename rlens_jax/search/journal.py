@@ -23,7 +23,7 @@ import numpy as np
 
 from rlens_jax.durable_log import LogKind, LogWriter, check_free, open_log, read_log
 from rlens_jax.errors import UserError
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 
 MOST_SAMPLES = 10**7
 """Samples of a split; a larger number in a journal is damage."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from rlens_jax.errors import UserError
 from rlens_jax.files import check_schema, field_error, quoted, read_json, shortened
-from rlens_jax.plan import OPERATORS, Operator, Plan, Reduction
+from rlens_jax.plans import OPERATORS, Operator, Plan, Reduction
 from rlens_jax.search.objective import PlanScore
 from rlens_jax.search.results import Curve, OperatorResult, RandomCurves, Results, Saving, Searched
 from rlens_jax.search.search import Ranking, Round

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Literal
 
 from rlens_jax.config import RunConfig
-from rlens_jax.plan import Operator, Plan
+from rlens_jax.plans import Operator, Plan
 from rlens_jax.search.bootstrap import Interval
 from rlens_jax.search.objective import Metrics, comparable
 from rlens_jax.search.search import Ranking

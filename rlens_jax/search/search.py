@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from rlens_jax.config import SearchMethod
 from rlens_jax.errors import UserError
-from rlens_jax.plan import Operator, Plan
+from rlens_jax.plans import Operator, Plan
 from rlens_jax.search.objective import PlanScore, comparable
 
 ScoreRound = Callable[[Plan, list[Plan]], Sequence[PlanScore]]

@@ -14,7 +14,7 @@ from rlens_jax.demo.measure import measure
 from rlens_jax.layout import Bucket, unpack_rows
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import collate_alone
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from rlens_jax.resources import embedded_model
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]

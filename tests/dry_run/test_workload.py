@@ -11,7 +11,7 @@ from rlens_jax.dry_run.workload import BlockCounter, Phase, Sizes, Workload, cou
 from rlens_jax.engine.shapes import Shapes
 from rlens_jax.forecast import RACED_SHARE
 from rlens_jax.layout import Bucket
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 
 LAYERS = 8
 SIZES = Sizes(num_layers=LAYERS, groups=4, slot_bytes=10)

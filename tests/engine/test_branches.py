@@ -9,7 +9,7 @@ from rlens_jax.data.samples import Sample
 from rlens_jax.engine.programs import Programs
 from rlens_jax.layout import Bucket
 from rlens_jax.models.prompt import FILLER, Branches, ImageTokens, Places, Prompt, PromptBatch, collate
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 from tests.engine.toy import LAYERS, ToyPreparer, toy_programs
 from tests.numerics import assert_close
 

@@ -6,7 +6,7 @@ import pytest
 from rlens_jax.engine.compile_ahead import compile_ahead
 from rlens_jax.engine.shapes import Block
 from rlens_jax.models.prompt import Places
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 from tests.engine.toy import LAYERS, SHAPES, toy_programs, toy_split
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import Scoring, TeacherForcing
 from rlens_jax.errors import UserError
 from rlens_jax.models.prompt import FILLER
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 from rlens_jax.search.journal import Journal
 from rlens_jax.search.search import Ranking, rank_layers
 from tests.engine.toy import (

@@ -1,7 +1,7 @@
 """Where a plan starts, and which base states are in memory together."""
 
 from rlens_jax.engine.schedule import first_layer, memory_parts
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 
 
 def test_the_first_layer_to_run() -> None:

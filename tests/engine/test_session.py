@@ -10,7 +10,7 @@ from rlens_jax.config import ComputeConfig, DataConfig, RunConfig, SearchConfig
 from rlens_jax.engine.session import ModelFolder, Session, load
 from rlens_jax.errors import UserError
 from rlens_jax.hosts.processes import Processes
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 from rlens_jax.search.journal import Record
 
 ALONE = Processes()

@@ -19,7 +19,7 @@ from rlens_jax.engine.scoring import TeacherForcing
 from rlens_jax.engine.shapes import Shapes
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.models.prompt import FILLER, ImageTokens, Prompt
-from rlens_jax.plan import OPERATORS, Operator, Plan
+from rlens_jax.plans import OPERATORS, Operator, Plan
 from rlens_jax.search.journal import Journal
 from rlens_jax.search.search import Ranking, rank_layers
 from tests.engine.toy import LAYERS, STOP, ToyPreparer, answered, png, shapes_of, toy_programs

@@ -26,7 +26,7 @@ from rlens_jax.families.qwen2_vl.preparer import patch_places, rope_positions
 from rlens_jax.models.chat import Chat
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import FILLER, ImageTokens, PreparedImage, Prompt
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from rlens_jax.search.objective import PlanScore, dataset_metric
 from rlens_jax.sharding.mesh import make_mesh
 from tests.toy_decoder import TOY

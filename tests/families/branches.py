@@ -17,7 +17,7 @@ from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import FILLER, Branches, Places, Prompt, PromptBatch, collate
 from rlens_jax.models.pruned import run_prompt
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from tests.numerics import assert_close, error
 from tests.sequences import branch_tokens, bucket_for, pack, unpack
 

@@ -21,7 +21,7 @@ from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.checkpoints.leaves import shapes_of
 from rlens_jax.families.registry import read_kind
 from rlens_jax.models.forward import VisionLanguageModel
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from tests.families.branches import BranchContract
 from tests.families.placement import Placement
 from tests.families.published import FACTS

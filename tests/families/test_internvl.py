@@ -19,7 +19,7 @@ from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import Prompt
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from tests.families.contract import BOTH, SIMPLE, WHOLE, ForwardContract, Logits, set_to, swap
 from tests.families.internvl import SIX_B, Example, hf_inputs, make_example, our_batch, our_images, save_native, tiny_internvl
 from tests.families.pair import Pair, cut, make_pair

@@ -287,7 +287,7 @@ def test_from_picture_to_logits(native):
 
     from rlens_jax.layout import Bucket, unpack_rows
     from rlens_jax.models.prompt import collate_alone
-    from rlens_jax.plan import Plan, Reduction
+    from rlens_jax.plans import Plan, Reduction
     from tests.families.internvl import Example
 
     theirs, (kind, ours) = tiny_internvl(0, num_hidden_layers=1), load_model(native, jnp.float32)

@@ -15,7 +15,7 @@ from rlens_jax.families.llava_onevision import preparer as llava_onevision
 from rlens_jax.families.llava_onevision.preparer import grid_sources
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import Prompt
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from tests.families.contract import BOTH, SIMPLE, WHOLE, ForwardContract, Logits, set_to, swap
 from tests.families.llava_onevision import (
     MOST_TILES,

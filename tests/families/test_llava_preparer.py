@@ -25,7 +25,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.families.llava_onevision.preparer import LlavaOnevisionPreparer, cut_patches
 from rlens_jax.models.prompt import FILLER, ImageTokens
 from rlens_jax.models.prompt import Grid as Size
-from rlens_jax.plan import Reduction
+from rlens_jax.plans import Reduction
 from rlens_jax.sharding.mesh import make_mesh
 from tests.families.llava_onevision import (
     IMAGE_TOKEN,

@@ -30,7 +30,7 @@ from rlens_jax.families.registry import ModelKind, read_kind
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt, collate_alone
 from rlens_jax.ops.attention import masked_attention
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from rlens_jax.sharding.mesh import make_mesh
 from tests.families import minicpm_v as reference
 from tests.families.contract import BOTH, SIMPLE, WHOLE, ForwardContract, Logits, set_to, swap

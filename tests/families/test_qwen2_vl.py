@@ -16,7 +16,7 @@ from rlens_jax.families.qwen2_vl.preparer import patch_places, rope_positions
 from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import Prompt
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from tests.families.contract import SIMPLE, WHOLE, ForwardContract, Logits, set_to, swap
 from tests.families.pair import Pair, cut, make_pair
 from tests.families.qwen2_vl import Example, hf_inputs, make_example, our_batch, our_images, prompt_of

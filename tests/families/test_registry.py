@@ -23,7 +23,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.families import registry
 from rlens_jax.models.forward import VisionLanguageModel, forward
 from rlens_jax.models.prompt import Preparer
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from rlens_jax.resources import preset_path
 from rlens_jax.sharding.mesh import make_mesh
 from tests.checkpoints.tiny import assert_same

@@ -15,7 +15,7 @@ from rlens_jax.families.registry import read_kind
 from rlens_jax.files import json_text
 from rlens_jax.parity.bundle import new_bundle
 from rlens_jax.parity.constants import constants_of
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from rlens_jax.reporting.report_files import timing_fields
 from rlens_jax.resources import embedded_model
 from rlens_jax.search.journal import Journal, Record

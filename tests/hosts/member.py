@@ -10,7 +10,7 @@ from rlens_jax.console import Progress, run_command, say
 from rlens_jax.errors import UserError
 from rlens_jax.hosts.cluster import is_distributed
 from rlens_jax.hosts.supervisor import supervised
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 from rlens_jax.search.journal import Journal, Record
 
 STEPS = 2000

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from rlens_jax.hosts.supervisor import LOST
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 from rlens_jax.search.journal import JOURNAL_NAME, Journal
 from tests.hosts.member import IDENTITY
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from rlens_jax.layout import TokenLayout
 from rlens_jax.models.decoder import Decoder
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from tests.numerics import assert_close, error
 from tests.sequences import fork, forked_layout, make_layout, pack, random_rows, run_length, unpack
 from tests.toy_decoder import TOY, random_decoder

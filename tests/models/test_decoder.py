@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from rlens_jax.checkpoints.leaves import place
 from rlens_jax.layout import visible
 from rlens_jax.models.decoder import Context, Decoder, TracedPlan
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from rlens_jax.sharding.mesh import make_mesh
 from tests.numerics import assert_close, error
 from tests.sequences import make_layout, pack, random_rows, run_length, unpack

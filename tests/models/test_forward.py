@@ -14,7 +14,7 @@ from rlens_jax.models.decoder import Decoder
 from rlens_jax.models.forward import VisionLanguageModel, attend, encode, feed, forward
 from rlens_jax.models.prompt import ImageTokens, PreparedImage, Prompt, collate_alone
 from rlens_jax.models.pruned import run_prompt
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from tests.numerics import assert_close, error
 from tests.sequences import run_length
 from tests.toy_decoder import TOY, random_decoder

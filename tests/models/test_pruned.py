@@ -15,7 +15,7 @@ from rlens_jax.models.decoder import Decoder
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import Prompt, PromptBatch, collate_alone
 from rlens_jax.models.pruned import run_prompt
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Folder
 from tests.numerics import assert_close, error
 from tests.ops.test_token_pruning import merged_slowly

@@ -14,7 +14,7 @@ from rlens_jax.ops.ffn import (
     simulated_dynamic_ffn,
     unit_scores,
 )
-from rlens_jax.plan import Reduction
+from rlens_jax.plans import Reduction
 from tests import torch_reductions
 from tests.numerics import assert_close
 from tests.sequences import make_layout, pack, random_rows, run_length, unpack

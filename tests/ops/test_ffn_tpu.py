@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from rlens_jax.ops import ffn, ffn_tpu
 from rlens_jax.ops.ffn import FfnWeights, dense_ffn, dynamic_ffn, reduced_ffn
 from rlens_jax.ops.ffn_tpu import HalvedStack, HalvedUnits, part_size
-from rlens_jax.plan import Reduction
+from rlens_jax.plans import Reduction
 from tests.numerics import assert_close
 from tests.sequences import make_layout, pack, random_rows, run_length
 

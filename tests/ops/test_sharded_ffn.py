@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from rlens_jax.layout import TokenLayout
 from rlens_jax.ops.ffn import HEADROOM, FfnWeights, Kept, dense_ffn, dynamic_ffn, shard_capacity
-from rlens_jax.plan import Reduction
+from rlens_jax.plans import Reduction
 from rlens_jax.sharding.model_axis import sum_over_shards
 from tests.numerics import assert_close
 from tests.sequences import make_layout, pack, random_rows, run_length

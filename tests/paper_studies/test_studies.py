@@ -17,7 +17,7 @@ from rlens_jax.paper_studies import reduction_studies
 from rlens_jax.paper_studies.studies_run import STUDIES, plot_study, write_study
 from rlens_jax.paper_studies.study import STUDY_NAMES, Facts, study_json, summary
 from rlens_jax.paper_studies.study_bench import Bench
-from rlens_jax.plan import OPERATORS, Plan
+from rlens_jax.plans import OPERATORS, Plan
 from rlens_jax.pruning import VTW, FastV
 from rlens_jax.search.objective import dataset_metric
 from tests.engine.toy import LAYERS, REDUCTION

@@ -12,7 +12,7 @@ from rlens_jax.layout import Bucket, pack_rows, unpack_rows
 from rlens_jax.models.decoder import Context, Decoder, DecoderLayer, TracedPlan
 from rlens_jax.models.prompt import Prompt, PromptBatch, collate_alone
 from rlens_jax.paper_studies.study_programs import attend_text, feed_text, num_prompt_text, run_text_layers, text_visible
-from rlens_jax.plan import Reduction
+from rlens_jax.plans import Reduction
 from tests.numerics import assert_close
 from tests.toy_decoder import TOY
 

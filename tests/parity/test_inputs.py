@@ -19,7 +19,7 @@ from rlens_jax.data.samples import Sample
 from rlens_jax.families.minicpm_v.preparer import MiniCPMVPreparer
 from rlens_jax.parity.bundle import new_bundle
 from rlens_jax.parity.dump import run_case
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from tests import torch_reductions
 from tests.families import internvl
 from tests.families import llava_onevision as llava

@@ -12,7 +12,7 @@ from rlens_jax.parity.constants import ConstantDifference
 from rlens_jax.parity.measures import LogitsDifference
 from rlens_jax.parity.parity_report import validation_markdown
 from rlens_jax.parity.parting import Parting
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 from tests.reporting.runs import HOSTILE
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from rlens_jax.files import json_text, replace_file
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 from rlens_jax.reporting.report_files import timing_fields
 from rlens_jax.reporting.run_files import Answer, Example, write_examples
 from rlens_jax.search.ranking_file import ranking_fields

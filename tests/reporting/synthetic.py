@@ -7,7 +7,7 @@ import numpy as np
 
 from rlens_jax.config import ComputeConfig, DataConfig, ReportConfig, RunConfig, SearchConfig
 from rlens_jax.flops import LayerSizes, saving
-from rlens_jax.plan import OPERATORS, Plan, Reduction
+from rlens_jax.plans import OPERATORS, Plan, Reduction
 from rlens_jax.search.curves import held_out_plans, operator_result, plan_saving
 from rlens_jax.search.objective import comparable, dataset_metric, score_plan
 from rlens_jax.search.results import Buckets, PrefillTime, Results, Searched, Timing

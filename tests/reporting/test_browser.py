@@ -13,7 +13,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 from rlens_jax.reporting.plots import plot_candidates, plot_curves
 from rlens_jax.reporting.report_page import report_html
 from rlens_jax.reporting.run_files import Answer, read_run, write_examples

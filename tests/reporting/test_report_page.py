@@ -15,7 +15,7 @@ from PIL import Image
 from rlens_jax.commands.report import main
 from rlens_jax.console import BAD_INPUT
 from rlens_jax.errors import UserError
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 from rlens_jax.reporting.chart import BOTTOM, LEFT, RIGHT, SHADES, TOP, Series, curve_chart, nice_ticks, shade, shade_legend
 from rlens_jax.reporting.report_files import write_report
 from rlens_jax.reporting.report_page import MAX_BYTES, MAX_RUNS, report_html

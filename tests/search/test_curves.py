@@ -4,7 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 from rlens_jax.search.curves import chain_order, held_out_plans, operator_result, random_points
 from rlens_jax.search.objective import PlanScore
 from rlens_jax.search.search import rank_layers

@@ -9,7 +9,7 @@ import pytest
 
 from rlens_jax import durable_log
 from rlens_jax.errors import UserError
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 from rlens_jax.search.journal import JOURNAL_NAME, Journal, Record
 
 CONFIG = {"model": "toy", "seed": 0, "reduction": {"attention_range": 256, "active_fraction": 0.2}}
@@ -301,7 +301,7 @@ def test_a_restart_keeps_another_runs_journal_under_another_name(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 from rlens_jax.search.journal import Journal, Record
 journal = Journal.open(Path(sys.argv[1]), {"seed": 0})
 print("open", flush=True)

@@ -7,8 +7,8 @@ import pytest
 
 from rlens_jax.errors import UserError
 from rlens_jax.files import json_text, replace_file
-from rlens_jax.plan import Plan
 from rlens_jax.plan_file import read_plan
+from rlens_jax.plans import Plan
 from rlens_jax.search.ranking_file import ranking_fields, read_ranking
 from tests.reporting.synthetic import only_searched, synthetic_results, with_bounds
 

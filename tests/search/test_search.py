@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.plan import Plan
+from rlens_jax.plans import Plan
 from rlens_jax.search.curves import random_rankings
 from rlens_jax.search.objective import PlanScore
 from rlens_jax.search.search import evaluation_order, num_evaluations, position_ranking, prefix_plans, rank_layers

@@ -14,7 +14,7 @@ from rlens_jax.engine.programs import Programs
 from rlens_jax.models.layers import log_probability
 from rlens_jax.models.prompt import FILLER, IGNORE
 from rlens_jax.models.pruned import run_prompt
-from rlens_jax.plan import OPERATORS, Operator, Plan
+from rlens_jax.plans import OPERATORS, Operator, Plan
 from rlens_jax.pruning import FastV, Pruning
 from tests.engine.test_sharing import decided, ranked
 from tests.engine.toy import LAYERS, toy_programs, toy_split, words

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.plan import Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 
 
 def test_a_fraction_is_the_decimal_that_was_written():
