@@ -5,7 +5,7 @@ counts (no causal halving). Norms, rotary embedding, softmax, embeddings and vis
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,8 @@ class DecoderSizes:
     head_dim: int
     ffn_width: int
     qkv_bias: bool
+    qk_norm: bool = field(default=False, kw_only=True)
+    """Whether each head of q and k goes through an RMSNorm over H (Qwen3)."""
 
     @property
     def layer_sizes(self) -> LayerSizes:

@@ -71,10 +71,11 @@ class TorchDecoder:
         """States after the layer, and its attention weights [N, T, T]."""
         w = {name.removeprefix("layers."): value[layer] for name, value in self.weights.items() if name.startswith("layers.")}
         y = self.rms_norm(x, w["input_norm.scale"])
-        q, k, v = (
-            torch.einsum("td,dnh->nth", y, w[f"attention.{name}.kernel"]) + w[f"attention.{name}.bias"][:, None]
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
+        q, k, v = (torch.einsum("td,dnh->nth", y, w[f"attention.{name}.kernel"]) for name in ("q_proj", "k_proj", "v_proj"))
+        if self.config.qkv_bias:
+            q, k, v = (x + w[f"attention.{name}.bias"][:, None] for x, name in ((q, "q_proj"), (k, "k_proj"), (v, "v_proj")))
+        if self.config.qk_norm:
+            q, k = self.rms_norm(q, w["attention.q_norm.scale"]), self.rms_norm(k, w["attention.k_norm.scale"])
         q, k = self.turn(q, rope), self.turn(k, rope)
         k, v = (heads.repeat_interleave(len(q) // len(k), dim=0) for heads in (k, v))
         reach = settings.attention_range if layer in settings.attention_layers else None

@@ -166,6 +166,7 @@ def decoder_inputs(published: DecoderSizes, num_layers: int) -> tuple[Decoder, F
         rope_theta=1e6,
         rope_sections=(published.head_dim // 2,),
         qkv_bias=published.qkv_bias,
+        qk_norm=published.qk_norm,
         tied_head=True,
     )
     is_visual = np.zeros(length, bool)
@@ -214,10 +215,10 @@ def torch_layer(published: DecoderSizes) -> Callable[[], Any] | None:
     q, k, v, o, gate, up, down = (
         torch.randn(rows, columns) * columns**-0.5
         for rows, columns in (
-            (width, width),
+            (heads * head_dim, width),
             (kv_heads * head_dim, width),
             (kv_heads * head_dim, width),
-            (width, width),
+            (width, heads * head_dim),
             (ffn_width, width),
             (ffn_width, width),
             (width, ffn_width),
@@ -232,8 +233,10 @@ def torch_layer(published: DecoderSizes) -> Callable[[], Any] | None:
                 functional.linear(y, w).view(1, length, n, head_dim).transpose(1, 2)
                 for w, n in ((q, heads), (k, kv_heads), (v, kv_heads))
             ]
+            if published.qk_norm:
+                split[:2] = (functional.rms_norm(part, (head_dim,)) for part in split[:2])
             attended = functional.scaled_dot_product_attention(*split, is_causal=True, enable_gqa=True)
-            z = x + functional.linear(attended.transpose(1, 2).reshape(1, length, width), o)
+            z = x + functional.linear(attended.transpose(1, 2).flatten(2), o)
             y = functional.rms_norm(z, (width,))
             hidden = functional.silu(functional.linear(y, gate)) * functional.linear(y, up)
             return (z + functional.linear(hidden, down)).numpy()

@@ -24,6 +24,8 @@ QWEN2 = {
     "rope_theta": 10000.0,
 }
 """Defaults of Qwen2Config in transformers, the same from 4.45 to 5.24."""
+QWEN3 = {**QWEN2, "head_dim": 128, "attention_bias": False}
+"""Defaults of Qwen3Config in transformers, the same from 4.51 to 5.24."""
 LLAMA = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -45,11 +47,20 @@ def read_qwen2_decoder(text: ConfigReader) -> DecoderConfig:
     return read_decoder(text, ("default",), qkv_bias=True, tied_head=text.flag("tie_word_embeddings"))
 
 
+def read_qwen3_decoder(
+    text: ConfigReader, rope_types: tuple[str, ...], *, tied_head: bool, rope_sections: tuple[int, ...] | None = None
+) -> DecoderConfig:
+    """Read the sizes of a Qwen3 decoder: no biases, q and k normed per head, N * H not D; else as `read_decoder`."""
+    text.require("attention_bias", False)
+    return read_decoder(text, rope_types, qkv_bias=False, qk_norm=True, tied_head=tied_head, rope_sections=rope_sections)
+
+
 def read_decoder(
     text: ConfigReader,
     rope_types: tuple[str, ...],
     *,
     qkv_bias: bool,
+    qk_norm: bool = False,
     tied_head: bool,
     rope_sections: tuple[int, ...] | None = None,
 ) -> DecoderConfig:
@@ -59,6 +70,7 @@ def read_decoder(
         text: the fields of the decoder, with the defaults of its class.
         rope_types: kinds of RoPE scaling that change nothing, as the family uses the decoder.
         qkv_bias: whether q, k and v have biases; no other linear map has one.
+        qk_norm: whether each head of q and k goes through an RMSNorm.
         tied_head: read by the caller, because families store it in different places.
         rope_sections: default of mRoPE's sections; None for plain RoPE, which has no sections.
 
@@ -71,7 +83,7 @@ def read_decoder(
     kv_heads = text.size("num_key_value_heads", default=text.defaults.get("num_key_value_heads", heads), null=heads)
     if width < heads:
         raise UserError(f"{text.where}: hidden_size {width} is smaller than num_attention_heads {heads}")
-    head_dim = text.size("head_dim", default=width // heads, null=width // heads)
+    head_dim = text.size("head_dim", default=text.defaults.get("head_dim", width // heads), null=width // heads)
     if heads % kv_heads:
         raise UserError(f"{text.where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     if head_dim % 2:
@@ -97,6 +109,7 @@ def read_decoder(
         rope_theta=rope.number("rope_theta", most=MOST_THETA),
         rope_sections=(head_dim // 2,) if rope_sections is None else _sections(rope, rope_sections, head_dim // 2),
         qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
         tied_head=tied_head,
     )
 

@@ -241,7 +241,7 @@ def norm(source: str, target: str, axis: str, *, bias: bool = True) -> tuple[Row
 def decoder_parts(config: DecoderConfig) -> tuple[Part, ...]:
     """Rows of embedding, layers, norm and, if untied, head; families bring their prefixes to these names by renames."""
     sizes = pattern_sizes(config.sizes)
-    bias = config.qkv_bias
+    bias, head_norms = config.qkv_bias, ("q_norm", "k_norm") if config.qk_norm else ()
     return (
         Part(
             "",
@@ -263,6 +263,7 @@ def decoder_parts(config: DecoderConfig) -> tuple[Part, ...]:
                 *linear("self_attn.k_proj", "attention.k_proj", "(k h) d -> d k h", bias=bias),
                 *linear("self_attn.v_proj", "attention.v_proj", "(k h) d -> d k h", bias=bias),
                 *linear("self_attn.o_proj", "attention.o_proj", "d (n h) -> n h d", bias=False),
+                *(row for name in head_norms for row in norm(f"self_attn.{name}", f"attention.{name}", "h", bias=False)),
                 *norm("post_attention_layernorm", "ffn_norm", "d", bias=False),
                 # [F, D] for all three: one row per unit.
                 *linear("mlp.gate_proj", "ffn.gate_proj", "f d -> f d", bias=False),

@@ -118,15 +118,22 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         sizes, bias = config.sizes, config.qkv_bias
+        head_norm = (lambda: RMSNorm(config.head_dim, eps=config.norm_eps, dtype=dtype)) if config.qk_norm else lambda: None
         self.num_kv_heads = config.num_kv_heads
         self.q_proj = Linear("BTD,DNH->BTNH", sizes, bias="NH" if bias else "", dtype=dtype, rngs=rngs)
         self.k_proj = Linear("BTD,DKH->BTKH", sizes, bias="KH" if bias else "", dtype=dtype, rngs=rngs)
         self.v_proj = Linear("BTD,DKH->BTKH", sizes, bias="KH" if bias else "", dtype=dtype, rngs=rngs)
         self.o_proj = Linear("BNTH,NHD->BTD", sizes, dtype=dtype, rngs=rngs)
+        self.q_norm, self.k_norm = head_norm(), head_norm()
 
     def project(self, x: States, rotary: Rotary) -> tuple[Queries, KV, KV]:
-        """Rotated queries and keys, and values. Heads come before tokens; a CPU multiplies this order faster."""
+        """Rotated queries and keys, and values. Heads come before tokens; a CPU multiplies this order faster.
+
+        Queries and keys are normed before they are rotated, if the decoder has norms for them (Qwen3).
+        """
         q, k, v = self.q_proj(x), self._local_heads(self.k_proj(x)), self._local_heads(self.v_proj(x))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rotary), rotate(k, rotary)
         return q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)
 
