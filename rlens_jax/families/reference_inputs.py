@@ -11,7 +11,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.models.forward import FamilyConfig
 from rlens_jax.models.prompt import PreparedImage, Prompt
 
-ConfigT = TypeVar("ConfigT", bound=FamilyConfig)
+ConfigT_contra = TypeVar("ConfigT_contra", bound=FamilyConfig, contravariant=True)
 
 TEXT_NAMES = ("input_ids", "attention_mask")
 
@@ -25,15 +25,15 @@ class Row:
 
 
 @dataclass(frozen=True)
-class ReferenceInputs(Generic[ConfigT]):
+class ReferenceInputs(Generic[ConfigT_contra]):
     """Names and reader of a family's inputs."""
 
     image_names: tuple[str, ...]
     """Inputs besides `TEXT_NAMES`, by their names in Hugging Face's or the published code."""
-    read_images: Callable[[str, Sequence[np.ndarray], Mapping[str, np.ndarray], ConfigT], list[Row]]
+    read_images: Callable[[str, Sequence[np.ndarray], Mapping[str, np.ndarray], ConfigT_contra], list[Row]]
     """`read_images(where, token_ids, tensors, config)`: token ids of each sample without padding, all input tensors, and the
     config of the model. Raises UserError, beginning with `where`, if the inputs do not fit each other or the model."""
-    derived: Mapping[str, Callable[[Path, ConfigT], np.ndarray]] = field(default_factory=dict)
+    derived: Mapping[str, Callable[[Path, ConfigT_contra], np.ndarray]] = field(default_factory=dict)
     """Inputs that a bundle may leave out, and what they are for a model folder and its config."""
 
     @property
@@ -41,7 +41,7 @@ class ReferenceInputs(Generic[ConfigT]):
         """Names of all inputs."""
         return (*TEXT_NAMES, *self.image_names)
 
-    def read(self, where: str, tensors: Mapping[str, np.ndarray], config: ConfigT, folder: Path) -> list[Row]:
+    def read(self, where: str, tensors: Mapping[str, np.ndarray], config: ConfigT_contra, folder: Path) -> list[Row]:
         """Read all samples of a case for the model in `folder`.
 
         Raises:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from rlens_jax.errors import UserError
 from rlens_jax.families.config_reader import MOST_CHANNELS, MOST_LAYERS, MOST_PIXELS, ConfigReader
 from rlens_jax.families.table import QKV, Part, Row, linear, norm, pattern_sizes
+from rlens_jax.models.decoder import layer_at
 from rlens_jax.models.layers import LayerNorm, Linear, RMSNorm
 from rlens_jax.ops.attention import masked_attention
 
@@ -81,6 +82,12 @@ def run_layers(layers: nnx.Module, x: Float[Array, "I J E"], *inputs: PyTree) ->
         return nnx.merge(graph, layer)(x, *inputs), None
 
     return jax.lax.scan(body, x, stack)[0]
+
+
+def run_span(layers: nnx.Module, span: tuple[int, int], x: Float[Array, "I J E"], *inputs: PyTree) -> Float[Array, "I J E"]:
+    """As `run_layers`, from the first to before the second layer of `span`; they are read where they are in the stack."""
+    graph, stack = nnx.split(layers)
+    return jax.lax.fori_loop(*span, lambda layer, x: nnx.merge(graph, layer_at(stack, layer))(x, *inputs), x)
 
 
 @dataclass(frozen=True)

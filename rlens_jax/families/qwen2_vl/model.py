@@ -1,12 +1,14 @@
-"""Qwen2-VL's vision tower with 2-D RoPE and dynamic resolution, and its 2 x 2 merger.
+"""Qwen2-VL's vision tower with 2-D RoPE and dynamic resolution, and its 2 x 2 merger; the later families of Qwen-VL build on it.
 
 The sizes of an image are data, not shapes of a compiled program: its patches are padded to a bucket, and their number and their
 places in the image are arrays. Patches come in merge order, as Hugging Face's image processor makes them: each 4 consecutive
 ones become one visual token, so padding stays at the end.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from rlens_jax.families.config_reader import MOST_CHANNELS, MOST_LAYERS, MOST_PI
 from rlens_jax.families.decoder_fields import read_decoder, rope_fields
 from rlens_jax.families.siglip import TowerConfig, TowerLayer, run_layers
 from rlens_jax.models.decoder import DecoderConfig
-from rlens_jax.models.layers import LayerNorm, Linear, rotate, rotation
+from rlens_jax.models.layers import LayerNorm, Linear, RMSNorm, Rotary, rotate, rotation
 from rlens_jax.ops.attention import masked_attention
 
 VISION_ROPE_THETA = 10000.0
@@ -85,7 +87,7 @@ MROPE_SECTIONS = (16, 24, 24)
 def read_config(config: ConfigReader) -> Qwen2VLConfig:
     """Read the sizes from config.json; UserError if it asks for a computation that is not supported."""
     config = ConfigReader(config.fields, config.where, TOKENS)
-    decoder = _read_decoder(config)
+    decoder = read_qwen2_text(config, "qwen2_vl")
     return Qwen2VLConfig(
         decoder,
         _read_vision(config.section("vision_config", VISION), decoder.width),
@@ -94,14 +96,23 @@ def read_config(config: ConfigReader) -> Qwen2VLConfig:
     )
 
 
-def _read_decoder(config: ConfigReader) -> DecoderConfig:
-    """From `text_config` alone where there is one: transformers ignores the same fields beside it."""
+def text_fields(config: ConfigReader, model_type: str, defaults: Mapping[str, Any]) -> tuple[ConfigReader, bool]:
+    """The fields of the decoder, and whether its head is tied.
+
+    They are those of `text_config` alone where there is one: transformers ignores the same fields beside it.
+    """
     nested = config.fields.get("text_config") is not None
-    text = config.section("text_config", TEXT) if nested else ConfigReader(config.fields, config.where, TEXT)
-    text.require("model_type", "qwen2_vl_text", "qwen2_vl")
+    text = config.section("text_config", defaults) if nested else ConfigReader(config.fields, config.where, defaults)
+    text.require("model_type", f"{model_type}_text", model_type)
     # Before transformers 5 the flag was in text_config; either place ties.
     tied = [place.flag("tie_word_embeddings") for place in (config, text)]
-    decoder = read_decoder(text, ("default", "mrope"), qkv_bias=True, tied_head=any(tied), rope_sections=MROPE_SECTIONS)
+    return text, any(tied)
+
+
+def read_qwen2_text(config: ConfigReader, model_type: str) -> DecoderConfig:
+    """The decoder of Qwen2-VL and Qwen2.5-VL; UserError as `read_decoder`."""
+    text, tied = text_fields(config, model_type, TEXT)
+    decoder = read_decoder(text, ("default", "mrope"), qkv_bias=True, tied_head=tied, rope_sections=MROPE_SECTIONS)
     if decoder.head_dim * decoder.num_heads != decoder.width:
         raise UserError(f"{text.where}: hidden_size {decoder.width} is not num_attention_heads x {decoder.head_dim}")
     return decoder
@@ -111,52 +122,61 @@ def _read_vision(vision: ConfigReader, out_width: int) -> VisionConfig:
     vision.require("model_type", "qwen2_vl_vision", "qwen2_vl")
     vision.require("hidden_act", "quick_gelu")
     vision.require("hidden_size", out_width)
+    width, ratio = vision.size("embed_dim"), vision.number("mlp_ratio", most=64)
+    if width * ratio < 1:
+        raise vision.error("mlp_ratio", "must give the MLP a unit", ratio)
+    return VisionConfig(**patch_sizes(vision, "embed_dim"), ffn_width=int(width * ratio), out_width=out_width)
+
+
+def patch_sizes(vision: ConfigReader, width_name: str) -> dict[str, int]:
+    """Sizes of a `vision_config` that towers with 2-D RoPE have under the same names, and their width under this name."""
     rope = rope_fields(vision)
     rope.require("rope_type", "default", "axial")
     rope.require("rope_theta", VISION_ROPE_THETA)
-    width, heads = vision.size("embed_dim"), vision.size("num_attention_heads", "num_heads")
+    width, heads = vision.size(width_name), vision.size("num_attention_heads", "num_heads")
     if width % (4 * heads):
-        raise UserError(f"{vision.where}: embed_dim {width} is no multiple of 4 x num_heads, {heads}, as 2-D RoPE needs it")
-    ratio = vision.number("mlp_ratio", most=64)
-    if width * ratio < 1:
-        raise vision.error("mlp_ratio", "must give the MLP a unit", ratio)
-    return VisionConfig(
-        depth=vision.size("num_hidden_layers", "depth", most=MOST_LAYERS),
-        width=width,
-        num_heads=heads,
-        ffn_width=int(width * ratio),
-        channels=vision.size("in_channels", most=MOST_CHANNELS),
-        temporal_patch=vision.size("temporal_patch_size", most=MOST_CHANNELS),
-        patch_size=vision.size("patch_size", most=MOST_PIXELS),
-        merge_size=vision.size("spatial_merge_size", most=MOST_CHANNELS),
-        out_width=out_width,
-    )
+        raise UserError(f"{vision.where}: {width_name} {width} is no multiple of 4 x num_heads, {heads}, as 2-D RoPE needs it")
+    return {
+        "depth": vision.size("num_hidden_layers", "depth", most=MOST_LAYERS),
+        "width": width,
+        "num_heads": heads,
+        "channels": vision.size("in_channels", most=MOST_CHANNELS),
+        "temporal_patch": vision.size("temporal_patch_size", most=MOST_CHANNELS),
+        "patch_size": vision.size("patch_size", most=MOST_PIXELS),
+        "merge_size": vision.size("spatial_merge_size", most=MOST_CHANNELS),
+    }
 
 
-class VisionLayer(TowerLayer):
+States = Float[Array, "I J E"]
+Heads = Float[Array, "I N J H"]
+Attention = Callable[[Heads, Heads, Heads], Heads]
+"""Attention of queries to keys and values."""
+
+
+class RotaryLayer(TowerLayer):
+    """Parameters of a layer whose attention turns queries and keys by the places of their patches."""
+
+    def mix(self, x: States, rotary: Rotary, attention: Attention) -> States:
+        """Add attention."""
+        y = self.attention_norm(x)
+        q, k, v = rotate(self.q_proj(y), rotary), rotate(self.k_proj(y), rotary), self.v_proj(y)
+        return x + self.o_proj(attention(*(z.swapaxes(1, 2) for z in (q, k, v))))
+
+
+class VisionLayer(RotaryLayer):
     """Full attention with 2-D RoPE and a quick-GELU MLP."""
 
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         norm = partial(LayerNorm, config.width, eps=VISION_NORM_EPS, dtype=dtype)
         super().__init__(config, norm, qkv_bias=True, dtype=dtype, rngs=rngs)
 
-    def __call__(
-        self,
-        x: Float[Array, "I J E"],
-        turn: tuple[Float[Array, "I J half"], Float[Array, "I J half"]],
-        is_patch: Bool[Array, "I J"],
-    ) -> Float[Array, "I J E"]:
-        y = self.attention_norm(x)
-        q, k, v = rotate(self.q_proj(y), turn), rotate(self.k_proj(y), turn), self.v_proj(y)
-        q, k, v = (z.swapaxes(1, 2) for z in (q, k, v))
-        x = x + self.o_proj(_attend(q, k, v, is_patch))
+    def __call__(self, x: States, rotary: Rotary, is_patch: Bool[Array, "I J"]) -> States:
+        x = self.mix(x, rotary, partial(attend_image, is_patch=is_patch))
         hidden = self.fc1(self.mlp_norm(x))
         return x + self.fc2(hidden * jax.nn.sigmoid(1.702 * hidden))
 
 
-def _attend(
-    q: Float[Array, "I N J H"], k: Float[Array, "I N J H"], v: Float[Array, "I N J H"], is_patch: Bool[Array, "I J"]
-) -> Float[Array, "I N J H"]:
+def attend_image(q: Heads, k: Heads, v: Heads, is_patch: Bool[Array, "I J"]) -> Heads:
     """Attention of every patch to all patches of its image; the queries of a large image go block by block.
 
     The blocks are a loop, so 64 of them compile as fast as one.
@@ -177,16 +197,27 @@ def _attend(
     return attended.reshape(images, heads, count * size, head_dim)[:, :, :patches]
 
 
+def spatial_rotation(places: Int[Array | np.ndarray, "I J 2"], head_dim: int) -> Rotary:
+    """The rotation by row and column of each patch: half of the frequencies follow the row, half the column."""
+    quarter = head_dim // 4
+    frequency = 1.0 / VISION_ROPE_THETA ** (jnp.arange(quarter, dtype=jnp.float32) / quarter)
+    angles = jnp.asarray(places, jnp.float32)[..., None] * frequency[None, None, None]
+    return rotation(angles.reshape(*places.shape[:2], 2 * quarter))
+
+
 class VisionTower(nnx.Module):
     """Patches to visual tokens: patch embedding, stacked layers, and the merger (the connector)."""
+
+    layer: ClassVar[Callable[..., RotaryLayer]] = VisionLayer
+    norm: ClassVar[Callable[..., LayerNorm | RMSNorm]] = LayerNorm
 
     def __init__(self, config: Qwen2VLConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         vision, sizes = config.vision, config.vision.sizes
         self.config = vision
         self.patch_embed = Linear("IJc,cE->IJE", sizes, dtype=dtype, rngs=rngs)
-        make = nnx.vmap(lambda rngs: VisionLayer(vision, dtype=dtype, rngs=rngs))
+        make = nnx.vmap(lambda rngs: type(self).layer(vision, dtype=dtype, rngs=rngs))
         self.layers = make(rngs.split(vision.depth))
-        self.merger_norm = LayerNorm(vision.width, eps=VISION_NORM_EPS, dtype=dtype)
+        self.merger_norm = type(self).norm(vision.width, eps=VISION_NORM_EPS, dtype=dtype)
         self.merger_fc1 = Linear("IJg,gm->IJm", sizes, bias="m", dtype=dtype, rngs=rngs)
         self.merger_fc2 = Linear("IJm,mD->IJD", sizes, bias="D", dtype=dtype, rngs=rngs)
 
@@ -203,14 +234,10 @@ class VisionTower(nnx.Module):
             places: row and column of each patch in its image.
             num_patches: number of real patches of each image.
         """
-        head_dim = self.config.width // self.config.num_heads
-        quarter = head_dim // 4
-        frequency = 1.0 / VISION_ROPE_THETA ** (jnp.arange(quarter, dtype=jnp.float32) / quarter)
-        angles = jnp.asarray(places, jnp.float32)[..., None] * frequency[None, None, None]
-        turn = rotation(angles.reshape(*places.shape[:2], 2 * quarter))
+        rotary = spatial_rotation(places, self.config.width // self.config.num_heads)
         is_patch = jnp.arange(patches.shape[1])[None] < num_patches[:, None]
         x = self.patch_embed(jnp.asarray(patches, self.patch_embed.kernel.dtype))
-        return run_layers(self.layers, x, turn, is_patch)
+        return run_layers(self.layers, x, rotary, is_patch)
 
     def merge(self, x: Float[Array, "I J E"]) -> Float[Array, "I Z D"]:
         """Apply the connector: merge_size ** 2 consecutive patches become one visual token."""

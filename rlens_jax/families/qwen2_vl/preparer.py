@@ -77,13 +77,13 @@ def image_arrays(config: Qwen2VLConfig, size: ImageSize) -> ImageArrays:
     return [((patches, config.vision.sizes["c"]), jnp.float32), ((patches, 2), jnp.int32), ((), jnp.int32)]
 
 
-def measure(config: Qwen2VLConfig, fields: Mapping[str, Any]) -> Measure:
-    """See `Family.measure`."""
+def measure(config: Qwen2VLConfig, fields: Mapping[str, Any], published: Mapping[str, int] = PUBLISHED_PIXELS) -> Measure:
+    """See `Family.measure`; `published` are the limits of pixels in the published checkpoints' file."""
     # Imported here: where torchvision is installed this import loads it, and a model without images needs neither.
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     side, merge = config.vision.patch_size, config.vision.merge_size
-    limits = _with_limits(fields, PUBLISHED_PIXELS)["size"]
+    limits = _with_limits(fields, published)["size"]
 
     def measured(width: int, height: int) -> tuple[ImageSize, ImageTokens]:
         if fields.get("do_resize", True):
