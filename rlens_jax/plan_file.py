@@ -11,8 +11,17 @@
      "window": "ordinal",                  or "position"
      "pruning": null}                      token pruning, see below
 
-Only `format` is required. Without `attention` and `ffn` the plan is the dense model, and other fields have the defaults of
-`Reduction`. The ranking.json of a run of rlens_jax.rank is also a plan, together with the number of layers to reduce from each
+Only `format` is required. Without layers the plan is the dense model, and other fields have the defaults of `Reduction`. With
+"rlens-plan/2" single layers may have levels of their own (docs/method.md). A layer is named at most once per operator:
+
+     "attention_levels": [{"layers": [20, 21], "range": 64},      another range
+                          {"layers": [22], "range": 0},           visual tokens attend to text only
+                          {"layers": [23], "skip": true}],        no attention update of visual tokens
+     "ffn_levels": [{"layers": [20], "fraction": 0.5},            another share of units
+                    {"layers": [23, 24], "skip": true}],          no FFN update of visual tokens
+     "freeze": [25, 26, 27]                                       neither update
+
+The ranking.json of a run of rlens_jax.rank is also a plan, together with the number of layers to reduce from each
 ranking.
 
 Pruning is one of (shares are exact decimals; `layer` is the number of layers that see all visual tokens):
@@ -30,16 +39,17 @@ from typing import Any
 
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import quoted, read_json
-from rlens_jax.plans import MOST_LAYERS, OPERATORS, Operator, Plan, Reduction
+from rlens_jax.plans import LEVEL_FIELDS, MOST_LAYERS, OPERATORS, PLAN_FIELDS, Operator, Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Folder, Pruning
 from rlens_jax.search.ranking_file import LARGEST_RANKING, SCHEMA, RankingFile, check_ranking
 
-FORMAT = "rlens-plan/1"
+FORMAT, LEVELS_FORMAT = "rlens-plan/1", "rlens-plan/2"
+"""Without and with levels of single layers."""
 _MOST_DIGITS = 4
 """Of a number of layers."""
 
 _REDUCTION_FIELDS = tuple(item.name for item in dataclasses.fields(Reduction))
-_FIELDS = ("format", "num_layers", *OPERATORS, *_REDUCTION_FIELDS, "pruning")
+_FIELDS = ("format", "num_layers", *PLAN_FIELDS, *_REDUCTION_FIELDS, "pruning")
 _METHODS: Mapping[str, type[Any]] = {"fastv": FastV, "vtw": VTW, "folder": Folder}
 
 
@@ -73,8 +83,13 @@ class PlanFile:
         if self.pruning is not None:
             (method,) = (name for name, kind in _METHODS.items() if isinstance(self.pruning, kind))
             pruning = {"method": method, **dataclasses.asdict(self.pruning)}
-        layers: dict[str, Any] = {operator: list(self.plan.layers(operator)) for operator in OPERATORS}
-        return {**layers, **dataclasses.asdict(self.reduction), "pruning": pruning}
+        return {**self.plan.fields(), **dataclasses.asdict(self.reduction), "pruning": pruning}
+
+    def document(self) -> dict[str, Any]:
+        """The plan file, as JSON values: of format 1 if no layer has a level of its own."""
+        fields = self.fields()
+        start: dict[str, Any] = {"format": LEVELS_FORMAT if fields.keys() & set(LEVEL_FIELDS) else FORMAT}
+        return start | ({} if self.num_layers is None else {"num_layers": self.num_layers}) | fields
 
 
 def read_plan(path: str | Path, first: Mapping[Operator, int] | None = None) -> PlanFile:
@@ -116,17 +131,15 @@ def _from_plan(fields: Mapping[str, Any]) -> PlanFile:
     for name in fields:
         if name not in _FIELDS:
             raise UserError(f"unknown field {name!r}{suggest(name, _FIELDS)}; known: {', '.join(_FIELDS)}")
-    if fields.get("format") != FORMAT:
-        raise UserError(
-            f"field 'format' must be {FORMAT!r}, not {quoted(fields.get('format'))}; is this a plan, or a ranking.json?"
-        )
+    if fields.get("format") not in (FORMAT, LEVELS_FORMAT):
+        known = f"{FORMAT!r} or {LEVELS_FORMAT!r}"
+        raise UserError(f"field 'format' must be {known}, not {quoted(fields.get('format'))}; is this a plan, or a ranking.json?")
+    if fields["format"] == FORMAT and (newer := [name for name in LEVEL_FIELDS if name in fields]):
+        raise UserError(f"field {newer[0]!r} needs the format {LEVELS_FORMAT!r}, but the file has {FORMAT!r}")
     num_layers = fields.get("num_layers")
     if num_layers is not None and (type(num_layers) is not int or not 1 <= num_layers <= MOST_LAYERS):
         raise UserError(f"num_layers must be a whole number from 1 to {MOST_LAYERS}, not {quoted(num_layers)}")
-    for name in OPERATORS:
-        if not isinstance(fields.get(name, []), list):
-            raise UserError(f"{name} must be a list of layers, such as [20, 21], not {quoted(fields[name])}")
-    plan = Plan(fields.get("attention", ()), fields.get("ffn", ()))
+    plan = Plan.from_fields(fields)
     if num_layers is not None:
         plan.validate(num_layers)
     reduction = Reduction(**{name: fields[name] for name in _REDUCTION_FIELDS if name in fields})

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.plan_file import FORMAT, PlanFile, parse_first, read_plan
-from rlens_jax.plans import OPERATORS, Operator, Plan, Reduction
+from rlens_jax.plan_file import FORMAT, LEVELS_FORMAT, PlanFile, parse_first, read_plan
+from rlens_jax.plans import FULL, OPERATORS, SKIP, Operator, Plan, Reduction
 from rlens_jax.pruning import FastV
 from rlens_jax.search.ranking_file import ranking_fields
 from tests.reporting.synthetic import synthetic_results
@@ -19,6 +19,11 @@ def written(folder: Path, value: object) -> Path:
     path = folder / "plan.json"
     path.write_text(value if isinstance(value, str) else json.dumps(value))
     return path
+
+
+def levels(**fields: object) -> dict[str, Any]:
+    """A plan file with levels."""
+    return {"format": LEVELS_FORMAT, **fields}
 
 
 def ranking(operators: Sequence[Operator] = OPERATORS, **changed: object) -> dict[str, Any]:
@@ -56,6 +61,25 @@ def test_every_field_arrives(tmp_path: Path) -> None:
         assert plan.fields()["pruning"] == pruning
 
 
+def test_levels_arrive_and_are_written_again(tmp_path: Path) -> None:
+    fields = {
+        "format": LEVELS_FORMAT,
+        "num_layers": 28,
+        "attention": [3],
+        "attention_levels": [{"layers": [20, 21], "range": 64}, {"layers": [22], "range": 0}, {"layers": [23], "skip": True}],
+        "ffn_levels": [{"layers": [20], "fraction": 0.5}, {"layers": [23, 24], "skip": True}],
+        "freeze": [25, 26, 27],
+    }
+    read = read_plan(written(tmp_path, fields))
+    assert read.plan.settings(28)[20:] == [(64, 0.5), (64, FULL), (0, FULL), (SKIP, SKIP), (FULL, SKIP), *[(SKIP, SKIP)] * 3]
+    document = read.document()
+    assert document["format"] == LEVELS_FORMAT
+    assert document["freeze"] == [23, 25, 26, 27]
+    assert read_plan(written(tmp_path, document)) == read
+    assert PlanFile(Plan((3,)), num_layers=28).document()["format"] == FORMAT
+    assert read_plan(written(tmp_path, {"format": LEVELS_FORMAT, "ffn": [1]})).document()["format"] == FORMAT
+
+
 def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
     assert read_plan(written(tmp_path, {"format": FORMAT})) == PlanFile() == PlanFile(Plan(), Reduction(), None)
     assert read_plan(written(tmp_path, {"format": FORMAT, "ffn": [2]})).plan == Plan(ffn=(2,))
@@ -82,7 +106,29 @@ def test_what_was_reduced_during_the_search_is_part_of_the_plan(tmp_path: Path) 
     [
         ({"format": FORMAT, "atention": [1]}, "unknown field 'atention' \\(did you mean 'attention'\\?\\)"),
         ({"attention": [1]}, "field 'format' must be"),
-        ({"format": "rlens-plan/2"}, "not 'rlens-plan/2'"),
+        ({"format": "rlens-plan/3"}, "must be 'rlens-plan/1' or 'rlens-plan/2', not 'rlens-plan/3'"),
+        ({"format": FORMAT, "freeze": [1]}, "field 'freeze' needs the format 'rlens-plan/2'"),
+        (levels(freeze="1"), "freeze must be a list of layers"),
+        (levels(freeze=[1, 1]), "plan.freeze names layer 1 twice"),
+        (levels(freeze=[1], ffn=[1]), "plan.freeze names layer 1, which plan.ffn names already"),
+        (levels(attention_levels={"layers": [1]}), "attention_levels must be a list of levels, such as .{.layers.: .20., .skip"),
+        (levels(attention_levels=[3]), r"plan.attention_levels.0. must be an object such as"),
+        (levels(attention_levels=[{"skip": True}]), r"plan.attention_levels.0..layers is missing"),
+        (levels(attention_levels=[{"layers": [1]}]), 'plan.attention_levels.0. must have either "range" or "skip"'),
+        (levels(ffn_levels=[{"layers": [1], "fraction": 0.5, "skip": True}]), 'ffn_levels.0. must have either "fraction" or'),
+        (levels(ffn_levels=[{"layers": [1], "skip": False}]), r"ffn_levels.0..skip must be true, or left out, not False"),
+        (levels(ffn_levels=[{"layers": [1], "range": 3}]), r"unknown field plan.ffn_levels.0..range"),
+        (levels(attention_levels=[{"layers": [1], "rnage": 3}]), "attention_levels.0..rnage .did you mean 'range'"),
+        (levels(attention_levels=[{"layers": [1], "range": "0"}]), "range must be a whole number from 0"),
+        (levels(ffn_levels=[{"layers": [1], "fraction": 1}]), "fraction must be above 0 and below 1, not 1"),
+        (
+            levels(ffn_levels=[{"layers": [1, 2], "fraction": 0.5}, {"layers": [2], "skip": True}]),
+            r"plan.ffn_levels.1. names layer 2, which plan.ffn_levels.0. names already",
+        ),
+        (
+            levels(freeze=[7], attention_levels=[{"layers": [7], "range": 2}]),
+            r"plan.attention_levels.0. names layer 7, which plan.freeze names already",
+        ),
         ({"format": FORMAT, "attention": "1,2"}, "attention must be a list of layers"),
         ({"format": FORMAT, "ffn": [1, 1]}, "plan.ffn names layer 1 twice"),
         ({"format": FORMAT, "ffn": [0.5]}, "plan.ffn: a layer must be a whole number"),

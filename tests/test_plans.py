@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.plans import Plan, Reduction
+from rlens_jax.plans import FULL, SKIP, STANDARD, TEXT, Levels, Plan, Reduction, chain
+
+LEVELLED = Plan((1,), (), ((2, 64), (3, TEXT), (4, SKIP), (5, SKIP)), ((2, 0.5), (4, SKIP), (5, SKIP)))
 
 
 def test_a_fraction_is_the_decimal_that_was_written():
@@ -127,18 +129,110 @@ def test_lowest_difference():
 
 
 def test_runs_cover_the_layers():
-    assert Plan().runs(3) == [(0, 3, False, False)]
+    assert Plan().runs(3) == [(0, 3, FULL, FULL)]
     assert Plan(attention=(2, 3), ffn=(3, 4)).runs(6) == [
-        (0, 2, False, False),
-        (2, 3, True, False),
-        (3, 4, True, True),
-        (4, 5, False, True),
-        (5, 6, False, False),
+        (0, 2, FULL, FULL),
+        (2, 3, STANDARD, FULL),
+        (3, 4, STANDARD, STANDARD),
+        (4, 5, FULL, STANDARD),
+        (5, 6, FULL, FULL),
     ]
-    assert Plan(attention=(0, 1), ffn=(0, 1)).runs(2) == [(0, 2, True, True)]
+    assert Plan(attention=(0, 1), ffn=(0, 1)).runs(2) == [(0, 2, STANDARD, STANDARD)]
+    assert LEVELLED.runs(6) == [
+        (0, 1, FULL, FULL),
+        (1, 2, STANDARD, FULL),
+        (2, 3, 64, 0.5),
+        (3, 4, TEXT, FULL),
+        (4, 6, SKIP, SKIP),
+    ]
 
 
 def test_label():
     assert Plan().label() == "dense"
     assert Plan(ffn=(3,)).label() == "ffn 3"
     assert Plan(attention=(20, 21, 22), ffn=(1, 3, 4)).label() == "attention 20-22, ffn 1+3-4"
+    assert LEVELLED.label() == "attention 1, attention range 64 2, attention to text 3, ffn fraction 0.5 2, frozen 4-5"
+    assert Plan((), (), ((1, SKIP),), ((0, SKIP),)).label() == "attention skipped 1, ffn skipped 0"
+
+
+def test_levels_are_sorted_hashable_and_checked():
+    assert Plan((1,), (), [(5, SKIP), (4, SKIP), (3, 0), (np.int64(2), 64)], [(4, SKIP), (5, SKIP), (2, "0.50")]) == LEVELLED
+    assert hash(LEVELLED) == hash(Plan.of(LEVELLED.reduced("attention"), LEVELLED.reduced("ffn")))
+    assert [LEVELLED.level("attention", layer) for layer in range(6)] == [FULL, STANDARD, 64, TEXT, SKIP, SKIP]
+    assert [LEVELLED.level("ffn", layer) for layer in range(6)] == [FULL, FULL, 0.5, FULL, SKIP, SKIP]
+    assert LEVELLED.frozen == (4, 5)
+    with pytest.raises(UserError, match="attention in layer 5, but the model has 5 layers"):
+        LEVELLED.validate(5)
+
+
+@pytest.mark.parametrize(
+    ("levels", "complaint"),
+    [
+        ({"attention_levels": ((1, SKIP), (1, 5))}, r"plan\.attention_levels names layer 1 twice"),
+        ({"ffn": (1,), "ffn_levels": ((1, SKIP),)}, r"plan\.ffn_levels names layer 1, which plan\.ffn names already"),
+        ({"attention_levels": ((1, -1),)}, r"attention_levels: layer 1: the range must be a whole number from 0 .*, not -1"),
+        ({"attention_levels": ((1, 2.0),)}, "the range must be a whole number"),
+        ({"attention_levels": ((1, True),)}, "the range must be a whole number"),
+        ({"attention_levels": ((1, "text"),)}, "the range must be a whole number from 0 .attention to text only."),
+        ({"ffn_levels": ((2, 0),)}, 'plan.ffn_levels: layer 2: the fraction must be above 0 and below 1, not 0; .*"skip": true'),
+        ({"ffn_levels": ((2, 1.0),)}, "all units are the dense FFN, so leave the layer out"),
+        ({"ffn_levels": ((2, 1.5),)}, "layer 2: the fraction must be a decimal number"),
+        ({"ffn_levels": ((2, False),)}, "layer 2: the fraction must be a decimal number"),
+        ({"ffn_levels": ((-1, 0.5),)}, "a layer must be a whole number"),
+    ],
+)
+def test_a_bad_level_is_refused(levels, complaint):
+    with pytest.raises(UserError, match=complaint):
+        Plan(**levels)
+
+
+def test_the_standard_range_is_not_text_only():
+    with pytest.raises(
+        UserError, match="attention_range must be at least 1; attention to text only is the range 0 of attention_l"
+    ):
+        Reduction(attention_range=0)
+
+
+def test_with_level_replaces():
+    plan = Plan((4,)).with_level("attention", 4, SKIP).with_level("ffn", 4, 0.5).with_level("ffn", 3, STANDARD)
+    assert plan == Plan((), (3,), ((4, SKIP),), ((4, 0.5),))
+    assert plan.with_level("attention", 4, FULL).with_level("ffn", 4, STANDARD) == Plan((), (3, 4))
+    with pytest.raises(UserError, match=r"plan\.attention_levels names layer 4, which plan\.attention names already"):
+        plan.with_layer("attention", 4)
+
+
+def test_lowest_difference_of_levels():
+    assert LEVELLED.lowest_difference(LEVELLED) is None
+    assert LEVELLED.lowest_difference(LEVELLED.with_level("ffn", 3, SKIP)) == 3
+    assert LEVELLED.lowest_difference(LEVELLED.with_level("attention", 2, 63)) == 2
+    assert LEVELLED.lowest_difference(LEVELLED.with_level("attention", 5, TEXT)) == 5
+
+
+def test_indices_into_the_levels_of_a_run():
+    levels = Levels((FULL, STANDARD, 64, TEXT, SKIP), (FULL, 0.5, SKIP))
+    attention, ffn = LEVELLED.indices(6, levels)
+    assert attention.dtype == ffn.dtype == np.int32
+    assert attention.tolist() == [0, 1, 2, 3, 4, 4]
+    assert ffn.tolist() == [0, 0, 1, 0, 2, 2]
+    with pytest.raises(ValueError, match="64 is not among the attention levels full, standard"):
+        LEVELLED.indices(6, Levels())
+
+
+def test_a_chain_leaves_out_more_and_more():
+    reduction = Reduction(attention_range=32, active_fraction=0.25)
+    assert chain("attention", (SKIP, TEXT, 64, STANDARD, 256, 32), reduction) == (FULL, 256, 64, STANDARD, TEXT, SKIP)
+    assert chain("ffn", (SKIP, 0.1, STANDARD, 0.5), reduction) == (FULL, 0.5, STANDARD, 0.1, SKIP)
+    assert chain("ffn", (STANDARD, SKIP), Reduction(active_fraction=1)) == (FULL, SKIP)
+
+
+def test_fields_and_back():
+    assert Plan((1,), (0,)).fields() == {"attention": [1], "ffn": [0]}
+    fields = LEVELLED.with_level("attention", 0, SKIP).fields()
+    assert fields == {
+        "attention": [1],
+        "ffn": [],
+        "attention_levels": [{"layers": [2], "range": 64}, {"layers": [3], "range": 0}, {"layers": [0], "skip": True}],
+        "ffn_levels": [{"layers": [2], "fraction": 0.5}],
+        "freeze": [4, 5],
+    }
+    assert Plan.from_fields(fields) == LEVELLED.with_level("attention", 0, SKIP)

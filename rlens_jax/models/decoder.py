@@ -27,7 +27,7 @@ from rlens_jax.models.layers import Linear, RMSNorm, Rotary, UnitRows, embed_tok
 from rlens_jax.ops.attention import Kernel, attend, masked_attention
 from rlens_jax.ops.ffn import FfnWeights, Kept, Units, dense_ffn, dynamic_ffn
 from rlens_jax.ops.ffn_tpu import HalvedStack, HalvedUnits
-from rlens_jax.plans import Plan, Reduction
+from rlens_jax.plans import FULL, Plan, Reduction
 from rlens_jax.pytrees import pytree
 from rlens_jax.sharding.mesh import FfnForm
 from rlens_jax.sharding.model_axis import num_shards, shard_index, sum_over_shards
@@ -366,8 +366,8 @@ def _runs(plan: Plan | TracedPlan, layers: range, num_layers: int) -> list[tuple
         return lambda layer: (hollow, dynamic)
 
     clipped = [
-        (range(max(start, layers.start), min(stop, layers.stop)), static(hollow, dynamic))
-        for start, stop, hollow, dynamic in plan.runs(num_layers)
+        (range(max(start, layers.start), min(stop, layers.stop)), static(attention != FULL, ffn != FULL))
+        for start, stop, attention, ffn in plan.runs(num_layers)
     ]
     return [(run, flags) for run, flags in clipped if run] or [(layers, static(False, False))]
 

@@ -57,8 +57,10 @@ def chain_order(plans: Iterable[Plan], num_layers: int) -> list[Plan]:
     once for all of them.
     """
 
-    def treatment(plan: Plan) -> list[bool]:
-        return np.stack(plan.flags(num_layers), axis=1).ravel().tolist()
+    def treatment(plan: Plan) -> list[tuple[str, str]]:
+        return [
+            (str(attention), str(ffn)) for attention, ffn in plan.settings(num_layers)
+        ]  # any order that keeps equals together
 
     return sorted(dict.fromkeys(plans), key=treatment)
 

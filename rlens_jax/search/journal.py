@@ -23,7 +23,7 @@ import numpy as np
 
 from rlens_jax.durable_log import LogKind, LogWriter, check_free, open_log, read_log
 from rlens_jax.errors import UserError
-from rlens_jax.plans import Plan
+from rlens_jax.plans import LEVEL_FIELDS, Plan
 
 MOST_SAMPLES = 10**7
 """Samples of a split; a larger number in a journal is damage."""
@@ -146,13 +146,13 @@ def _encoded(record: Record) -> bytes:
     packed: str | list[float] = outcomes.tolist()
     if np.isin(outcomes, (0.0, 1.0)).all():
         packed = f"{len(outcomes)}:{np.packbits(outcomes == 1.0).tobytes().hex()}"
-    values = (record.split, record.plan.attention, record.plan.ffn, samples, packed, float(record.seconds))
-    return json.dumps(dict(zip(_FIELDS, values, strict=True)), allow_nan=False).encode() + b"\n"
+    values = {"samples": samples, "outcomes": packed, "seconds": float(record.seconds)}
+    return json.dumps({"split": record.split, **record.plan.fields(), **values}, allow_nan=False).encode() + b"\n"
 
 
 def _decoded(fields: Any) -> tuple[tuple[str, Plan, int], Record]:
     """The record of a line, and a key that two lines have only if they overlap."""
-    if not isinstance(fields, dict) or fields.keys() != set(_FIELDS):
+    if not isinstance(fields, dict) or fields.keys() - set(LEVEL_FIELDS) != set(_FIELDS):
         raise ValueError(f"not exactly the fields {', '.join(_FIELDS)}")
     if not isinstance(fields["split"], str):
         raise ValueError("split must be a text")
@@ -161,7 +161,7 @@ def _decoded(fields: Any) -> tuple[tuple[str, Plan, int], Record]:
     if not isinstance(fields["samples"], list):
         raise ValueError("samples must be a list")
     try:
-        plan = Plan(fields["attention"], fields["ffn"])
+        plan = Plan.from_fields(fields)
     except UserError as error:
         raise ValueError(str(error)) from error
     outcomes = _unpacked(fields["outcomes"])
