@@ -69,7 +69,7 @@ class Racing:
         blocks = [order[first : first + self.size] for first in range(0, len(order), self.size)]
         parts = [blocks[part :: self.parts] for part in range(min(self.parts, len(blocks)))]
 
-        def score(outcomes: np.ndarray) -> PlanScore:
+        def score(candidate: int, outcomes: np.ndarray) -> PlanScore:
             return score_outcomes(table.by_dataset(outcomes), table.dense, alpha=self.search.penalty, relative=relative)
 
         def start(turn: Turn) -> tuple[Plan, list[int]]:

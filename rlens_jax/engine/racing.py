@@ -73,7 +73,7 @@ class RoundScorer:
         difficulty.add(race.outcomes)
         return race.scores()
 
-    def _score(self, outcomes: np.ndarray) -> PlanScore:
+    def _score(self, candidate: int, outcomes: np.ndarray) -> PlanScore:
         by_dataset = {name: outcomes[members] for name, members in self.evaluator.splits[self.split].datasets.items()}
         return score_outcomes(by_dataset, self.dense, alpha=self.search.penalty, relative=self._relative)
 

@@ -46,8 +46,9 @@ class Race:
         candidates: their number.
         blocks: number of blocks of each part, each at least 1; all blocks together have every sample once.
         samples: number of samples.
-        score: the score for outcomes float64[samples]; NaN, an unknown outcome, counts as right.
+        score: the score of a candidate for outcomes float64[samples]; NaN, an unknown outcome, counts as right.
         stopping: whether candidates are dropped.
+        floor: a candidate is also dropped once it cannot reach this score.
 
     Attributes:
         outcomes: float64[candidates, samples], NaN where a candidate was not evaluated.
@@ -58,9 +59,10 @@ class Race:
         candidates: int,
         blocks: Sequence[int],
         samples: int,
-        score: Callable[[np.ndarray], PlanScore],
+        score: Callable[[int, np.ndarray], PlanScore],
         *,
         stopping: bool = True,
+        floor: float = -np.inf,
     ):
         self.outcomes = np.full((candidates, samples), np.nan)
         self._blocks = tuple(blocks)
@@ -74,9 +76,9 @@ class Race:
             self._stages = deque(_Stage(part, everyone) for part in parts)
         self._started = [0] * candidates  # blocks of the part
         self._entered = [0] * candidates  # blocks of all parts
-        self._scores: list[PlanScore | None] = [None] * candidates
+        self._scores = self.scores()
         self._dropped: set[int] = set()
-        self._best = -np.inf
+        self._best = floor
         self._in_progress: deque[Turn] = deque()
 
     def next(self) -> Turn | None:
@@ -116,17 +118,17 @@ class Race:
         self._in_progress.popleft()
         self.outcomes[candidate, numbers] = values
         self._entered[candidate] += 1
-        self._scores[candidate] = score = self._score(self.outcomes[candidate])
+        self._scores[candidate] = score = self._score(candidate, self.outcomes[candidate])
         if self._entered[candidate] == sum(self._blocks):
             if score.bound:
                 raise ValueError(f"candidate {candidate} has no outcome of some samples after the last block")
             self._best = max(self._best, comparable(score.score))
         if self._stopping:
-            self._dropped.update(c for c, one in enumerate(self._scores) if one and comparable(one.score) < self._best)
+            self._dropped.update(c for c, one in enumerate(self._scores) if comparable(one.score) < self._best)
 
     def scores(self) -> list[PlanScore]:
         """The candidates' scores, of the dropped ones as bounds; the race is over."""
-        return [self._score(outcomes) for outcomes in self.outcomes]
+        return [self._score(candidate, outcomes) for candidate, outcomes in enumerate(self.outcomes)]
 
     def run(
         self,

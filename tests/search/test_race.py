@@ -12,7 +12,7 @@ from tests.toy_search import Racing, Table, one_at_a_time
 NAN = float("nan")
 
 
-def share_right(outcomes):
+def share_right(candidate, outcomes):
     best = np.nan_to_num(outcomes, nan=1.0)
     return PlanScore(float(best.mean()), 0.0, {}, bound=bool(np.isnan(outcomes).any()))
 
