@@ -48,6 +48,8 @@ VISION = {
     "layer_norm_eps": 1e-4,
     "attention_bias": True,
 }
+QWEN3 = {"head_dim": 14}
+"""What a Qwen3 has besides `TEXT`: its heads are wider than the states, 6 x 14 > 60."""
 SIX_B = {"norm_type": "rms_norm", "use_qk_norm": True, "attention_bias": False, "layer_norm_eps": 1e-6}
 """What differs in the vision tower of 6 billion parameters."""
 
@@ -57,7 +59,7 @@ def tiny_internvl(seed: int, text_model: str = "qwen2", vision: dict | None = No
 
     Args:
         seed: of the parameters.
-        text_model: qwen2 or llama.
+        text_model: qwen2, qwen3 or llama.
         vision: fields of the vision config.
         overrides: fields of the text config, or the top-level `tie_word_embeddings`.
     """
@@ -66,7 +68,7 @@ def tiny_internvl(seed: int, text_model: str = "qwen2", vision: dict | None = No
     tied = overrides.pop("tie_word_embeddings", False)
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
     config = InternVLConfig(
-        text_config=TEXT | rope | overrides | {"model_type": text_model},
+        text_config=TEXT | rope | (QWEN3 if text_model == "qwen3" else {}) | overrides | {"model_type": text_model},
         vision_config=VISION | (vision or {}),
         image_token_id=IMAGE_TOKEN,
         tie_word_embeddings=tied,
@@ -165,8 +167,8 @@ def native_fields(model: torch.nn.Module) -> dict:
         "dynamic_image_size": True,
         "force_image_size": TILE,
         "llm_config": {
-            **{name: getattr(text, name) for name in TEXT},
-            "model_type": "internlm2" if internlm2 else "qwen2",
+            **{name: getattr(text, name) for name in (*TEXT, *(QWEN3 if text.model_type == "qwen3" else ()))},
+            "model_type": "internlm2" if internlm2 else text.model_type,
             "hidden_act": "silu",
             "rope_theta": 10000,
             "tie_word_embeddings": False,

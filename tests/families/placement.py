@@ -32,7 +32,7 @@ class Placement:
         self.check(f"{name}.bias", norm.bias, layer)
 
     def check_decoder(self, text: torch.nn.Module, head: torch.nn.Linear, num_heads: int) -> None:
-        """A Qwen2 decoder with two kv heads."""
+        """A Qwen2, Qwen3 or Llama decoder with two kv heads."""
         self.check("decoder.embedding", text.embed_tokens.weight)
         self.check("decoder.norm.scale", text.norm.weight)
         self.check("decoder.head", head.weight)
@@ -44,7 +44,11 @@ class Placement:
             for part, heads in (("q_proj", num_heads), ("k_proj", 2), ("v_proj", 2)):
                 linear = getattr(attention, part)
                 self.check(f"{at}attention.{part}.kernel", linear.weight.T.reshape(width, heads, -1), i)
-                self.check(f"{at}attention.{part}.bias", linear.bias.reshape(heads, -1), i)
+                if linear.bias is not None:
+                    self.check(f"{at}attention.{part}.bias", linear.bias.reshape(heads, -1), i)
+            for part in ("q_norm", "k_norm"):
+                if hasattr(attention, part):
+                    self.check(f"{at}attention.{part}.scale", getattr(attention, part).weight, i)
             output = attention.o_proj.weight.T.reshape(num_heads, -1, width)
             self.check(at + "attention.o_proj.kernel", output, i)
             self.check(at + "ffn.gate_proj.kernel", mlp.gate_proj.weight, i)

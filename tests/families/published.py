@@ -33,25 +33,31 @@ def qwen2_vl(sizes: dict) -> dict:
     }
 
 
+INTERNVL_VISION = {
+    "hidden_act": "gelu",
+    "hidden_size": 1024,
+    "image_size": 448,
+    "intermediate_size": 4096,
+    "layer_norm_eps": 1e-6,
+    "norm_type": "layer_norm",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+}
+QWEN3_SIZES = {
+    "1b": {"D": 1024, "F": 3072, "L": 28, "N": 16},
+    "4b": {"D": 2560, "F": 9728, "L": 36, "N": 32},
+    "8b": {"D": 4096, "F": 12288, "L": 36, "N": 32},
+}
+"""Sizes of InternVL3.5's text models; K = 8, H = 128 and V = 151936 in all."""
+
+
 def internvl(name: str) -> dict:
-    vision = {
-        "hidden_act": "gelu",
-        "hidden_size": 1024,
-        "image_size": 448,
-        "intermediate_size": 4096,
-        "layer_norm_eps": 1e-6,
-        "norm_type": "layer_norm",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24,
-        "patch_size": 14,
-    }
+    if name.startswith("internvl3_5"):
+        return internvl3_5(name)
     if name == "internvl2-8b":
-        return {
-            "model_type": "internvl_chat",
-            "downsample_ratio": 0.5,
-            "dynamic_image_size": True,
-            "force_image_size": 448,
-            "llm_config": {
+        return internvl_native(
+            {
                 "bias": False,
                 "hidden_act": "silu",
                 "hidden_size": 4096,
@@ -67,19 +73,10 @@ def internvl(name: str) -> dict:
                 "tie_word_embeddings": False,
                 "vocab_size": 92553,
             },
-            "max_dynamic_patch": 12,
-            "min_dynamic_patch": 1,
-            "ps_version": "v2",
-            "select_layer": -1,
-            "template": "internlm2-chat",
-            "use_thumbnail": True,
-            "vision_config": {**vision, "qk_normalization": False, "qkv_bias": True},
-        }
-    return {
-        "model_type": "internvl",
-        "downsample_ratio": 0.5,
-        "image_token_id": 151667,
-        "text_config": {
+            "internlm2-chat",
+        )
+    return internvl_hf(
+        {
             "hidden_act": "silu",
             "hidden_size": 896,
             "intermediate_size": 4864,
@@ -94,13 +91,60 @@ def internvl(name: str) -> dict:
             "tie_word_embeddings": False,
             "vocab_size": 151674,
         },
-        "vision_config": {
-            **vision,
-            "attention_bias": True,
-            "image_size": [448, 448],
-            "patch_size": [14, 14],
-            "use_qk_norm": False,
-        },
+        151667,
+    )
+
+
+def internvl3_5(name: str) -> dict:
+    """Neither layout says whether the head is tied: the files have one."""
+    sizes = QWEN3_SIZES[name.removeprefix("internvl3_5-").removesuffix("-hf")]
+    text = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": sizes["D"],
+        "intermediate_size": sizes["F"],
+        "max_position_embeddings": 40960,
+        "model_type": "qwen3",
+        "num_attention_heads": sizes["N"],
+        "num_hidden_layers": sizes["L"],
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    }
+    return internvl_hf(text, 151671) if name.endswith("-hf") else internvl_native(text, "internvl2_5")
+
+
+def internvl_native(text: dict, template: str) -> dict:
+    return {
+        "model_type": "internvl_chat",
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": 448,
+        "llm_config": text,
+        "max_dynamic_patch": 12,
+        "min_dynamic_patch": 1,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "template": template,
+        "use_thumbnail": True,
+        "vision_config": {**INTERNVL_VISION, "qk_normalization": False, "qkv_bias": True},
+    }
+
+
+def internvl_hf(text: dict, image_token: int) -> dict:
+    square = {"image_size": [448, 448], "patch_size": [14, 14]}
+    return {
+        "model_type": "internvl",
+        "downsample_ratio": 0.5,
+        "image_token_id": image_token,
+        "text_config": text,
+        "vision_config": {**INTERNVL_VISION, **square, "attention_bias": True, "use_qk_norm": False},
     }
 
 

@@ -242,7 +242,27 @@ def columns_before_rows_in_the_pixel_shuffle(model: VisionLanguageModel) -> None
         parameter[...] = by_place.swapaxes(0, 1).reshape(value.shape)
 
 
-class TestInternVL(ForwardContract):
+class InternVLContract(ForwardContract):
+    """Examples and passes of InternVL of any text model."""
+
+    def examples(self, pair: Pair, batch: str) -> list[Example]:
+        return examples_of(batch)
+
+    def ours(self, model: VisionLanguageModel, pair: Pair, examples: list[Example], plan: Plan, reduction: Reduction) -> Logits:
+        return our_logits(model, pair.config, examples, plan, reduction)
+
+    def theirs(self, pair: Pair, examples: list[Example]) -> Logits:
+        return their_logits(pair, examples)
+
+    def prompt(self, pair: Pair, example: Example) -> Prompt:
+        return Prompt.plain(example.token_ids, example.is_visual)
+
+    def visual(self, pair: Pair, examples: list[Example]) -> list[np.ndarray]:
+        tokens = np.asarray(visual_tokens(nnx.split(pair.ours), *our_images(examples, pair.config)))
+        return [row[: example.is_visual.sum()] for row, example in zip(tokens, examples, strict=True)]
+
+
+class TestInternVL(InternVLContract):
     batches: ClassVar = BATCHES
     reduced: ClassVar = [("two images with text between", BOTH), ("ragged", BOTH)]
     mutations: ClassVar = {
@@ -260,19 +280,3 @@ class TestInternVL(ForwardContract):
         "columns_before_rows_in_the_pixel_shuffle": columns_before_rows_in_the_pixel_shuffle,
     }
     mutated: ClassVar = "two images with text between"
-
-    def examples(self, pair: Pair, batch: str) -> list[Example]:
-        return examples_of(batch)
-
-    def ours(self, model: VisionLanguageModel, pair: Pair, examples: list[Example], plan: Plan, reduction: Reduction) -> Logits:
-        return our_logits(model, pair.config, examples, plan, reduction)
-
-    def theirs(self, pair: Pair, examples: list[Example]) -> Logits:
-        return their_logits(pair, examples)
-
-    def prompt(self, pair: Pair, example: Example) -> Prompt:
-        return Prompt.plain(example.token_ids, example.is_visual)
-
-    def visual(self, pair: Pair, examples: list[Example]) -> list[np.ndarray]:
-        tokens = np.asarray(visual_tokens(nnx.split(pair.ours), *our_images(examples, pair.config)))
-        return [row[: example.is_visual.sum()] for row, example in zip(tokens, examples, strict=True)]

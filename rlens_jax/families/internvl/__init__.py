@@ -1,4 +1,4 @@
-"""InternVL2, 2.5 and 3 (arXiv 2404.16821, 2412.05271, 2504.10479), in both layouts of a model folder."""
+"""InternVL2, 2.5, 3 and 3.5 (arXiv 2404.16821, 2412.05271, 2504.10479, 2508.18265), in both layouts of a model folder."""
 
 from rlens_jax.families.family import Family
 from rlens_jax.families.internvl.model import InternVLConfig, VisionTower, read_hf_config, read_native_config

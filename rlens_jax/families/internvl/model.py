@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from rlens_jax.errors import UserError
 from rlens_jax.families.config_reader import MOST_PIXELS, MOST_TOKENS, ConfigReader
-from rlens_jax.families.decoder_fields import LLAMA, QWEN2, read_decoder, rope_fields
+from rlens_jax.families.decoder_fields import LLAMA, QWEN2, QWEN3, read_decoder, rope_fields
 from rlens_jax.families.siglip import TowerConfig, TowerLayer, run_layers, tower_sizes
 from rlens_jax.files import quoted
 from rlens_jax.models.decoder import DecoderConfig
@@ -45,9 +45,14 @@ INTERNLM2 = {
     "bias": True,
 }
 """Defaults of InternLM2Config in the published code; that of its vocabulary differs between copies."""
-TEXT = {"qwen2": QWEN2, "llama": LLAMA, "internlm2": INTERNLM2}
+TEXT = {"qwen2": QWEN2, "qwen3": QWEN3, "llama": LLAMA, "internlm2": INTERNLM2}
 """Defaults of the text models by their `model_type`."""
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "internlm2": "InternLM2ForCausalLM"}
+ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "internlm2": "InternLM2ForCausalLM",
+}
 """Classes by which OpenGVLab's code chooses the text model."""
 HF_VISION = {
     "hidden_size": 1024,
@@ -135,7 +140,7 @@ class InternVLConfig:
     decoder: DecoderConfig
     vision: VisionConfig
     text_model: str
-    """`model_type` of the text model: qwen2, llama or internlm2."""
+    """`model_type` of the text model, one of those in `TEXT`."""
     image_token: int | None
     """Only in the layout of transformers; otherwise the tokenizer has it."""
     max_tokens: int | None
@@ -150,6 +155,8 @@ def read_native_config(config: ConfigReader) -> InternVLConfig:
     Raises:
         UserError: a field asks for a computation that is not supported, or one without default is missing.
     """
+    if config.fields.get("flash_mode"):
+        raise UserError(f"{config.where}: InternVL3.5-Flash is another model, with fewer visual tokens; use InternVL3.5")
     config.require("select_layer", -1)
     config.require("downsample_ratio", 0.5)
     vision, text = config.section("vision_config", NATIVE_VISION), _text_section(config, "llm_config", None)
@@ -229,7 +236,7 @@ def _text_section(config: ConfigReader, name: str, default: str | None) -> Confi
 
 
 def _read_text_decoder(config: ConfigReader, text: ConfigReader) -> DecoderConfig:
-    """Read the sizes of a text model: Qwen2, Llama or InternLM2 (a Llama with fused q, k, v).
+    """Read the sizes of a text model: Qwen2, Qwen3, Llama or InternLM2 (a Llama with fused q, k, v).
 
     Dynamic NTK scaling of RoPE is accepted, because its factor is 1 up to `max_position_embeddings`. Prompts beyond
     `_rope_limit` must be refused. The head is tied if either place says so.
@@ -241,7 +248,8 @@ def _read_text_decoder(config: ConfigReader, text: ConfigReader) -> DecoderConfi
         if name in text.defaults:
             text.require(name, False)
     tied = [place.flag("tie_word_embeddings") for place in (config, text)]
-    return read_decoder(text, ("default", "dynamic"), qkv_bias=text.defaults is QWEN2, tied_head=any(tied))
+    biased, normed = (text.defaults is known for known in (QWEN2, QWEN3))
+    return read_decoder(text, ("default", "dynamic"), qkv_bias=biased, qk_norm=normed, tied_head=any(tied))
 
 
 def _rope_limit(text: ConfigReader) -> int | None:
