@@ -18,6 +18,9 @@ from rlens_jax.plans import OPERATORS, Operator, Plan, Reduction
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 SearchMethod = Literal["greedy", "one_shot"]
+OneShotBy = Literal["outcome", "kl"]
+Measure = Literal["teacher_forced", "generation", "kl"]
+"""What a search scores plans by: whether answers are right, or how far they are from the dense model's."""
 
 
 @no_type_check  # user input: __post_init__ checks it and raises UserError
@@ -68,6 +71,9 @@ class SearchConfig:
     method: SearchMethod = "greedy"
     """`greedy` appends the best layer round by round, on top of those ranked before; `one_shot` sorts the layers by their scores
     in the first round, which is much faster and gives another ranking."""
+    one_shot_by: OneShotBy = "outcome"
+    """What `one_shot` sorts the layers by: `outcome`, the score of the objective; `kl`, how little the distributions of the
+    answer's tokens move away from the dense model's, which tells layers apart that get the same answers right."""
     stopping: Literal["exact", "none"] = "exact"
     """`exact` stops the evaluation of a candidate that cannot become the best of its round any more, which changes no ranking;
     `none` evaluates all candidates on all samples, as `one_shot` always does."""
@@ -89,6 +95,10 @@ class SearchConfig:
             raise UserError(f"search.operators names an operator twice: {', '.join(self.operators)}")
         _at_least(0, "search", self, "penalty", "position_layers")
         _at_least(1, "search", self, "max_new_tokens")
+        if self.one_shot_by == "kl" and self.method != "one_shot":
+            raise UserError("search.one_shot_by kl needs search.method one_shot; a greedy search scores by search.objective")
+        if self.one_shot_by == "kl" and self.objective == "generation":
+            raise UserError("search.one_shot_by kl compares tokens of known answers; it needs search.objective teacher_forced")
         for operator in OPERATORS:
             name = f"search.base_{operator}"
             layers = getattr(self, f"base_{operator}")
@@ -97,9 +107,30 @@ class SearchConfig:
             if layers and operator in self.operators:
                 raise UserError(f"{name} reduces {operator} in every plan; then search.operators must not rank {operator} too")
 
-    def by(self, method: SearchMethod) -> "SearchConfig":
+    def by(self, method: SearchMethod, one_shot_by: OneShotBy = "outcome") -> "SearchConfig":
         """The same search by another method; one that sorts all layers by one round needs all of their scores."""
-        return dataclasses.replace(self, method=method, stopping=self.stopping if method == "greedy" else "none")
+        stopping = self.stopping if method == "greedy" else "none"
+        return dataclasses.replace(self, method=method, one_shot_by=one_shot_by, stopping=stopping)
+
+    @property
+    def measure(self) -> Measure:
+        """What plans are scored by."""
+        return "kl" if self.one_shot_by == "kl" else self.objective
+
+    @property
+    def best_outcome(self) -> float:
+        """The largest outcome that a sample can have; by KL it is the divergence with its sign turned."""
+        return 0.0 if self.measure == "kl" else 1.0
+
+    @property
+    def relative(self) -> bool:
+        """Whether the changes of a score are relative to the dense model's metrics, which are 0 by KL."""
+        return self.change == "relative" and self.measure != "kl"
+
+    @property
+    def alpha(self) -> float:
+        """The weight of a drop in a score; by KL, where nothing can rise, 1."""
+        return 1.0 if self.measure == "kl" else self.penalty
 
     def base(self) -> Plan:
         """The reductions that every plan of the search has."""

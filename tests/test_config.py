@@ -88,6 +88,8 @@ BAD_OPTIONS = {
     "--search.operators []": "search.operators must name at least one",
     "--search.operators ffn,ffn": "search.operators names an operator twice",
     "--search.max_new_tokens 0": "search.max_new_tokens must be at least 1, not 0",
+    "--search.one_shot_by kl": "search.one_shot_by kl needs search.method one_shot",
+    "--search.method one_shot --search.one_shot_by kl --search.objective generation": "it needs search.objective teacher_forced",
     "--search.base_ffn 3": "search.base_ffn reduces ffn in every plan; then search.operators must not rank ffn too",
     "--search.operators ffn --search.base_attention 3,3": "search.base_attention must be different",
     "--search.operators ffn --search.base_attention [-1]": "search.base_attention must be different",
@@ -237,10 +239,12 @@ def test_every_field_is_read_by_some_code():
                 if isinstance(node, ast.FunctionDef) and node.name == "__post_init__":
                     node.body = []
             read |= {(owner.lstrip("_"), field) for owner, field in reads(tree)}
-    # Reduction's own methods read some of its fields, and SearchConfig.base both base plans.
+    # Reduction's own methods read some of its fields, SearchConfig.base both base plans, and SearchConfig.alpha the penalty.
     read |= {("reduction", field) for owner, field in read if owner == "self"}
     if ("search", "base") in read:
         read |= {("search", "base_attention"), ("search", "base_ffn")}
+    if ("search", "alpha") in read:
+        read.add(("search", "penalty"))
     unread = [
         f"{group}.{field.name}"
         for group, cls in {"config": RunConfig, **GROUPS}.items()

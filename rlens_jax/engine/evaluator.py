@@ -32,18 +32,18 @@ class Tally:
 
     def __init__(self, num_branches: np.ndarray):
         self._missing = num_branches.copy()
-        self._right = np.zeros(len(num_branches))
+        self._best = np.full(len(num_branches), -np.inf)
 
-    def enter(self, numbers: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Enter branches, by their samples; a sample is right if any reference answer is reproduced.
+    def enter(self, numbers: np.ndarray, outcomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Enter branches, by their samples; the reference answer with the best outcome counts.
 
         Returns the numbers of the samples that are finished now, ascending, and their outcomes.
         """
         np.subtract.at(self._missing, numbers, 1)
-        np.maximum.at(self._right, numbers, right)
+        np.maximum.at(self._best, numbers, outcomes)
         finished = np.unique(numbers)
         finished = finished[self._missing[finished] == 0]
-        return finished, self._right[finished]
+        return finished, self._best[finished]
 
 
 class Step(NamedTuple):
@@ -146,11 +146,11 @@ class Evaluator:
             finished, _ = step.tally.enter(numbers, np.zeros(len(numbers)))
         else:
             rows = self.scoring.finish(step.run, split.samples)
-            numbers, right, finite = (part[rows.sample != FILLER] for part in rows)
+            numbers, outcomes, finite = (part[rows.sample != FILLER] for part in rows)
             for number in numbers[~finite].tolist():
                 programs = self.scoring.programs
                 raise not_finite(programs, step.batch, number, split.samples[number].id, step.plan, programs.reduction)
-            finished, values = step.tally.enter(numbers, right)
+            finished, values = step.tally.enter(numbers, outcomes)
             new = ~self.known(step.split, step.plan)[finished]
             if new.any():
                 seconds = time.monotonic() - began

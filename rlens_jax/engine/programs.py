@@ -102,7 +102,7 @@ class Programs(ModelPrograms):
         key = self.random_key()
         first, cache, good = prefill(model.decoder, visual, batch, plan, self.reduction, self.new_tokens, key, self.kernel)
         tokens, finite = decode(model.decoder, first, cache, batch, self.new_tokens, self.stop_tokens)
-        return _all_rows((batch.samples, tokens, good & finite))
+        return all_rows((batch.samples, tokens, good & finite))
 
     def _outcome(self, model: VisionLanguageModel, states: States, batch: PromptBatch) -> tuple[Array, ...]:
         x, scored = states
@@ -115,13 +115,13 @@ class Programs(ModelPrograms):
         total = jnp.where(mine, log_probability(logits, targets)[:, :, None], 0.0).sum(axis=1)
         count = jnp.maximum(1, mine.sum(axis=1)).astype(jnp.float32)
         all_right = (right[:, :, None] | ~mine).all(axis=1)
-        return _all_rows((batch.samples, all_right, total / count, scored[:, None] & jnp.isfinite(total)))
+        return all_rows((batch.samples, all_right, total / count, scored[:, None] & jnp.isfinite(total)))
 
 
 def _embed(model: VisionLanguageModel, text_ids: Array, visual: Array) -> States:
     return model.decoder.embed(text_ids, visual), jnp.ones(text_ids.shape[0], bool)
 
 
-def _all_rows(arrays: Any) -> Any:
+def all_rows(arrays: Any) -> Any:
     """All groups' rows on every device: outcomes are small, and every process decides by all of them."""
     return jax.tree.map(lambda x: jax.lax.all_gather(x, WORK, tiled=True), arrays)

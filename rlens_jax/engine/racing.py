@@ -43,7 +43,7 @@ class RoundScorer:
             UserError: numbers are not finite, naming plan, sample and layer.
         """
         evaluator, data = self.evaluator, self.evaluator.splits[self.split]
-        difficulty = evaluator.difficulties.setdefault(self.split, Difficulty(len(data.samples)))
+        difficulty = evaluator.difficulties.setdefault(self.split, Difficulty(len(data.samples), self.search.best_outcome))
         parts = evaluator.parts(self._batches(difficulty))
         tallies = [Tally(data.num_branches) for _ in candidates]
         decided = sum(bool(evaluator.known(self.split, plan).all()) for plan in candidates)
@@ -67,7 +67,8 @@ class RoundScorer:
             return finished
 
         stopping = self.search.stopping == "exact"
-        race = Race(len(candidates), list(map(len, parts)), len(data.samples), self._score, stopping=stopping)
+        blocks, best = list(map(len, parts)), self.search.best_outcome
+        race = Race(len(candidates), blocks, len(data.samples), self._score, stopping=stopping, best=best)
         race.run(start, finish)
         self._advance(len(candidates) - decided)
         difficulty.add(race.outcomes)
@@ -75,12 +76,13 @@ class RoundScorer:
 
     def _score(self, candidate: int, outcomes: np.ndarray) -> PlanScore:
         by_dataset = {name: outcomes[members] for name, members in self.evaluator.splits[self.split].datasets.items()}
-        return score_outcomes(by_dataset, self.dense, alpha=self.search.penalty, relative=self._relative)
+        search = self.search
+        return score_outcomes(by_dataset, self.dense, alpha=search.alpha, relative=search.relative, best=search.best_outcome)
 
     def _batches(self, difficulty: Difficulty) -> list[Batch]:
         """Batches of all rows, first those that are expected to lower a bound most for their cost."""
         data = self.evaluator.splits[self.split]
-        gains = difficulty.gains(sample_weights(data.datasets, self.dense, relative=self._relative)) / data.num_branches
+        gains = difficulty.gains(sample_weights(data.datasets, self.dense, relative=self.search.relative)) / data.num_branches
         batches, gained = [], []
         for pool in data.pools:
             of_rows = _row_gains(pool, gains)
@@ -90,10 +92,6 @@ class RoundScorer:
                 gained.append(np.take_along_axis(of_rows, batch.rows, axis=1).sum())
         costs = [batch.pool.bucket.slots * batch.pool.block_rows for batch in batches]
         return [batches[place] for place in most_gain_first(gained, costs)]
-
-    @property
-    def _relative(self) -> bool:
-        return self.search.change == "relative"
 
     def _advance(self, plans: int, *, resumed: bool = False) -> None:
         if self.progress is not None and plans:

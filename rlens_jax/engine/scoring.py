@@ -13,7 +13,7 @@ import numpy as np
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.pools import Batch, Pool
 from rlens_jax.engine.profile import part
-from rlens_jax.engine.programs import Programs
+from rlens_jax.engine.programs import Programs, States
 from rlens_jax.engine.schedule import first_layer
 from rlens_jax.engine.stored_states import StoredStates, state_bytes
 from rlens_jax.plans import Plan
@@ -24,8 +24,8 @@ class BranchOutcomes(NamedTuple):
 
     sample: np.ndarray
     """Its sample's number, or `FILLER`."""
-    right: np.ndarray
-    """Whether its answer is right."""
+    outcome: np.ndarray
+    """Whether its answer is right, or another number that is larger for a better answer."""
     finite: np.ndarray
     """Whether all scores and logits were finite."""
 
@@ -76,7 +76,11 @@ class TeacherForcing:
         with part("base states"):
             states = self._states[batch.pool].entering(batch, first, base)
         with part("candidates"):
-            return programs.outcome(programs.layers(states, batch.inputs, plan, first, num_layers), batch.inputs)
+            return self.read(programs.layers(states, batch.inputs, plan, first, num_layers), batch)
+
+    def read(self, states: States, batch: Batch) -> Any:
+        """Start to read the outcomes of a batch from its last states."""
+        return self.programs.outcome(states, batch.inputs)
 
     def finish(self, run: Any, samples: Sequence[Sample]) -> BranchOutcomes:
         return read_outcome(run)

@@ -270,8 +270,12 @@ class Decoder(nnx.Module):
 
     def logits(self, x: States) -> Float[Array, "B T V"]:
         """Final norm and head, in float32; on a mesh, the logits of this shard's part of the vocabulary."""
+        return self.read_out(self.norm(x))
+
+    def read_out(self, normed: States) -> Float[Array, "B T V"]:
+        """The head: `logits` of states behind the final norm."""
         head = self.embedding if self.head is None else self.head
-        logits = jnp.einsum("BTD,VD->BTV", self.norm(x), head[...], preferred_element_type=jnp.float32)
+        logits = jnp.einsum("BTD,VD->BTV", normed, head[...], preferred_element_type=jnp.float32)
         return hide_padding(logits, self.config.vocabulary)
 
     def prefill(

@@ -157,6 +157,22 @@ def log_probability(logits: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Floa
     return sum_over_shards(jnp.where(held, chosen, jnp.float32(0))) - highest - jnp.log(total)
 
 
+def kl_divergence(reference: Float[Array, "*B V"], logits: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+    """KL(reference || logits) of two distributions over the vocabulary, in nats, in float32; both are given as float32 logits.
+
+    The sum over v of p (log p - log q) with p of the reference; where p is 0 the term is 0, as it is for padding.
+    """
+    p, q = _log_softmax(reference), _log_softmax(logits)
+    share = jnp.exp(p)
+    return sum_over_shards(jnp.where(share > 0, share * (p - q), jnp.float32(0)).sum(axis=-1))
+
+
+def _log_softmax(logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    """log softmax over the vocabulary of all shards, of this shard's part of it."""
+    shifted = logits - max_over_shards(logits.max(axis=-1))[..., None]
+    return shifted - jnp.log(sum_over_shards(jnp.exp(shifted).sum(axis=-1)))[..., None]
+
+
 def _local_rows(ids: Int[Array, "*B"], num_rows: int) -> tuple[Int[Array, "*B"], Bool[Array, "*B"]]:
     """Rows of `ids` among the `num_rows` of this shard, and whether it holds them; row 0 for those that it does not hold."""
     row = ids - shard_index() * num_rows

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from rlens_jax.config import RunConfig, SearchMethod
+from rlens_jax.config import Measure, OneShotBy, RunConfig, SearchMethod
 from rlens_jax.console import Progress
 from rlens_jax.engine.evaluator import Evaluator, Outcomes
+from rlens_jax.engine.fidelity import Fidelity
 from rlens_jax.engine.inputs import Split
 from rlens_jax.engine.racing import RoundScorer
 from rlens_jax.engine.scoring import Scoring
@@ -60,6 +61,7 @@ class Bench:
         self._scoring_of = scoring_of
         self._orders = dict(orders)
         self._scorings: dict[Variant, Scoring] = {}
+        self._fidelity: Fidelity | None = None
 
     @property
     def most_visual(self) -> int:
@@ -75,21 +77,23 @@ class Bench:
         """The searched order of layers: from `orders`, else with the configured L_p."""
         if operator not in self._orders:
             search = self.config.search
-            self._orders[operator] = self.search(operator, search.position_layers, search.method).order
+            self._orders[operator] = self.search(operator, search.position_layers, search.method, search.one_shot_by).order
         return self._orders[operator]
 
-    def search(self, operator: Operator, position_layers: int | None, method: SearchMethod = "greedy") -> Ranking:
+    def search(
+        self, operator: Operator, position_layers: int | None, method: SearchMethod = "greedy", one_shot_by: OneShotBy = "outcome"
+    ) -> Ranking:
         """The Layer Ranking Algorithm on the validation samples; None is L // 4."""
         prior = self.num_layers // 4 if position_layers is None else position_layers
-        search = self.config.search.by(method)
+        search = self.config.search.by(method, one_shot_by)
         total = num_evaluations(self.num_layers, prior, method) + 1  # the dense plan is evaluated before the search, too
         label = f"ranking {operator}, L_p = {prior}"
-        evaluator, scoring = self._evaluator(VALIDATION, self.plain)
+        split, evaluator = self._search_evaluator(search.measure)
         with Progress(label, total, "candidates") as progress:
-            (outcomes,) = evaluator.outcomes(VALIDATION, Plan(), [Plan()], progress)
-            score_round = RoundScorer(evaluator, VALIDATION, dataset_metrics(outcomes), search, progress)
+            (outcomes,) = evaluator.outcomes(split, Plan(), [Plan()], progress)
+            score_round = RoundScorer(evaluator, split, dataset_metrics(outcomes), search, progress)
             ranking = rank_layers(self.num_layers, prior, operator, score_round, method=method)
-        scoring.release()
+        evaluator.scoring.release()
         return ranking
 
     def measure(self, label: str, cases: Sequence[Case]) -> Measured:
@@ -196,6 +200,16 @@ class Bench:
     def _split_name(self, split: str, variant: Variant) -> str:
         """The journal's name for a split under a variant."""
         return split if variant == self.plain else f"{split} {variant.key()}"
+
+    def _search_evaluator(self, measure: Measure) -> tuple[str, Evaluator]:
+        """The validation split, by the journal's name for it under a measure, and its evaluator."""
+        evaluator, scoring = self._evaluator(VALIDATION, self.plain)
+        if measure != "kl":
+            return VALIDATION, evaluator
+        if self._fidelity is None:
+            self._fidelity = Fidelity(scoring.programs)
+        split = f"{VALIDATION} {measure}"
+        return split, replace(evaluator, scoring=self._fidelity, splits={split: self._splits[VALIDATION]})
 
     def _evaluator(self, split: str, variant: Variant) -> tuple[Evaluator, Scoring]:
         if variant not in self._scorings:

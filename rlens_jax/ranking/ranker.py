@@ -42,14 +42,15 @@ class Comparison:
 class Ranker:
     """The searches and comparisons of a run."""
 
-    evaluator: Evaluator
+    evaluators: Mapping[str, Evaluator]
+    """By the name of the split: the search may score plans by another measure than the held-out curves."""
     num_layers: int
     config: RunConfig
     forecast: Forecast
 
     def metrics(self, split: str, plan: Plan, progress: Progress | None = None) -> dict[str, float]:
         """Each dataset's metric under a plan."""
-        (outcomes,) = self.evaluator.chain(split, [plan], progress)
+        (outcomes,) = self.evaluators[split].chain(split, [plan], progress)
         return dataset_metrics(outcomes)
 
     @property
@@ -61,12 +62,12 @@ class Ranker:
         """Rank the layers of one operator; arguments as of `rank_layers`."""
         length = self.num_layers
         prior = length // 4 if position_layers is None else position_layers
-        search = self.config.search.by(self.config.search.method)
+        search = self.config.search.by(self.config.search.method, self.config.search.one_shot_by)
         evaluations = num_evaluations(length, prior, search.method) + 1  # the dense plan counts twice
         label = search_label(operator, position_layers)
         with Progress(label, evaluations, "candidates", self.forecast) as progress:
             dense = self.metrics(VALIDATION, Plan(), progress)
-            score_round = RoundScorer(self.evaluator, VALIDATION, dense, search, progress)
+            score_round = RoundScorer(self.evaluators[VALIDATION], VALIDATION, dense, search, progress)
             return rank_layers(length, position_layers, operator, score_round, search.base(), search.method)
 
     def compare(
@@ -74,7 +75,7 @@ class Ranker:
     ) -> Comparison:
         """Compare rankings with other orders, and with `complete`, rankings without position prior, on the held-out samples."""
         report, seed, relative = self.config.report, self.config.seed, self.config.search.change == "relative"
-        plans = [Plan()]
+        held_out, plans = self.evaluators[TEST], [Plan()]
         for operator, ranking in rankings.items():
             plans += held_out_plans(ranking, report.random_rankings, seed, complete.get(operator))
         plans = chain_order(plans, self.num_layers)
@@ -82,7 +83,7 @@ class Ranker:
         results: dict[Operator, OperatorResult] = {}
         combined = None
         with Progress(CURVES, len(plans) + both, "plans", self.forecast) as progress:
-            outcomes = dict(zip(plans, self.evaluator.chain(TEST, plans, progress), strict=True))
+            outcomes = dict(zip(plans, held_out.chain(TEST, plans, progress), strict=True))
             dense = dataset_metrics(outcomes[Plan()])
             for operator, ranking in rankings.items():
                 results[operator] = operator_result(
@@ -95,7 +96,7 @@ class Ranker:
                     search_all=complete.get(operator),
                     bootstrap_samples=report.bootstrap_samples,
                     relative=relative,
-                    images=self.evaluator.splits[TEST].images,
+                    images=held_out.splits[TEST].images,
                 )
             if both:
                 plan = Plan(results["attention"].saving.plan.attention, results["ffn"].saving.plan.ffn)

@@ -11,10 +11,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from rlens_jax.config import RunConfig
+from rlens_jax.config import Measure, RunConfig
 from rlens_jax.console import say
 from rlens_jax.engine.compile_ahead import compile_ahead
 from rlens_jax.engine.evaluator import Evaluator
+from rlens_jax.engine.fidelity import Fidelity
 from rlens_jax.engine.generating import Generating
 from rlens_jax.engine.profile import part, profiled
 from rlens_jax.engine.programs import Programs
@@ -63,15 +64,16 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
         with part("load"):
             loaded = load(session)
         programs = loaded.programs(config)
-        scoring = scoring_of(programs, loaded, config)
+        scoring = scoring_of(programs, loaded, config.search.measure)
         if loaded.mesh.devices.flat[0].platform != "cpu":
             compile_ahead(programs, loaded.shapes, loaded.blocks, forced=config.search.objective == "teacher_forced")
         clock.enter("encode")
-        splits = {VALIDATION: encode_split_of(session, loaded, programs, VALIDATION)}
+        validation = encode_split_of(session, loaded, programs, VALIDATION)
         clock.enter("search")
-        evaluator = Evaluator(scoring, splits, session.journal, 1e9 * config.compute.state_memory_gb, Stopper().check)
-        num_layers = programs.config.num_layers
-        ranker = Ranker(evaluator, num_layers, config, expected_work(config, num_layers, session.num_samples))
+        evaluate = partial(Evaluator, journal=session.journal, state_bytes=1e9 * config.compute.state_memory_gb)
+        evaluate = partial(evaluate, checkpoint=Stopper().check)
+        evaluators, num_layers = {VALIDATION: evaluate(scoring, {VALIDATION: validation})}, programs.config.num_layers
+        ranker = Ranker(evaluators, num_layers, config, expected_work(config, num_layers, session.num_samples))
         conclusion = Conclusion(session, clock, compilations, loaded.shapes.batch_size)
         rankings: dict[Operator, Ranking] = {}
         finished = bool(session.resumed) and processes.leads and is_finished(output)
@@ -91,13 +93,14 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
         complete = {operator: ranker.rank(operator, 0) for operator in rankings if report.full_search}
         scoring.release()
         clock.enter("encode held-out samples")
-        splits[TEST] = encode_split_of(session, loaded, programs, TEST)  # only now: the rankings do not wait for it
+        test = encode_split_of(session, loaded, programs, TEST)  # only now: the rankings do not wait for it
+        evaluators[TEST] = evaluate(scoring_of(programs, loaded, config.search.objective), {TEST: test})
         clock.enter("held-out curves")
-        decoder, tokens = programs.config, splits[TEST].num_tokens
+        decoder, tokens = programs.config, test.num_tokens
         flops_saved = partial(mean_saving, decoder.layer_sizes, tokens, decoder.num_layers, config.reduction)
         comparison = ranker.compare(rankings, complete, flops_saved)
         clock.enter("timing")
-        prefill = time_plans(programs, splits[TEST].batches[0], comparison.plans, report.timing_repeats)
+        prefill = time_plans(programs, test.batches[0], comparison.plans, report.timing_repeats)
         clock.enter("examples")
         examples = answer_examples(session, loaded, programs, comparison.recommended, TEST)
         clock.enter("report")
@@ -108,9 +111,11 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
     return results
 
 
-def scoring_of(programs: Programs, loaded: LoadedModel, config: RunConfig) -> Scoring:
-    """What decides whether an answer is right, by the objective of the search."""
-    if config.search.objective == "teacher_forced":
+def scoring_of(programs: Programs, loaded: LoadedModel, measure: Measure) -> Scoring:
+    """What gives a sample its outcome."""
+    if measure == "kl":
+        return Fidelity(programs)
+    if measure == "teacher_forced":
         return TeacherForcing(programs)
     return Generating(programs, loaded.preparer.chat.decode)
 

@@ -9,6 +9,8 @@ from itertools import pairwise
 from math import ceil, floor, log10, sqrt
 from typing import Any
 
+from rlens_jax.reporting.measure_text import loss_text, metric_text
+
 WIDTH, HEIGHT = 440, 300
 LEFT, RIGHT, TOP, BOTTOM = 40, 428, 28, 262
 """Edges of the plotting area, in SVG units, y downwards."""
@@ -287,20 +289,22 @@ class HeatMap:
         return sum(cell is not None and cell.bound for row in self.rows for cell in row)
 
 
-def heat_map(search: Mapping[str, Any], num_layers: int, worst: float) -> HeatMap:
-    """The heat map of an operator from its part of ranking.json's `search`; `worst` is the lowest score that the legend shows."""
+def heat_map(search: Mapping[str, Any], num_layers: int, worst: float, measure: str) -> HeatMap:
+    """The heat map of an operator from its part of ranking.json's `search`; `worst` is the lowest score that the legend shows,
+    `measure` what the search scores plans by.
+    """
     rows = []
     for number, round_ in enumerate(search["rounds"], 1):
         cells: list[Cell | None] = [None] * num_layers
         for candidate in round_["candidates"]:
-            cells[candidate["layer"]] = _cell(candidate, number, candidate["layer"] == round_["chosen"], worst)
+            cells[candidate["layer"]] = _cell(candidate, number, candidate["layer"] == round_["chosen"], worst, measure)
         rows.append(tuple(cells))
     return HeatMap(tuple(rows), shade_legend(worst))
 
 
-def _cell(candidate: Mapping[str, Any], number: int, chosen: bool, worst: float) -> Cell:
-    metrics = ", ".join(f"{name} {100 * value:.1f} %" for name, value in candidate["metrics"].items())
-    score, loss = f"{candidate['score']:+.4f}", f"{100 * candidate['loss']:.2f} %"
+def _cell(candidate: Mapping[str, Any], number: int, chosen: bool, worst: float, measure: str) -> Cell:
+    metrics = ", ".join(f"{name} {metric_text(measure, value)}" for name, value in candidate["metrics"].items())
+    score, loss = f"{candidate['score']:+.4f}", loss_text(measure, candidate["loss"])
     bound, at_most, at_least = (True, "at most ", "at least ") if candidate.get("bound") else (False, "", "")
     how = ", chosen" if chosen else ", stopped early" if bound else ""
     tip = f"round {number}, layer {candidate['layer']}{how}: score {at_most}{score}, loss {at_least}{loss}"

@@ -16,6 +16,7 @@ from rlens_jax.files import json_leaves
 from rlens_jax.plans import OPERATORS, Plan
 from rlens_jax.reporting import chart
 from rlens_jax.reporting.chart import MINUS, Chart, HeatMap, Mark, Series, curve_chart, heat_map, worst_score
+from rlens_jax.reporting.measure_text import measure_of, metric_text, objective_text
 from rlens_jax.reporting.report_text import METHODS, ONE_SHOT, TITLES
 from rlens_jax.reporting.run_files import RunFiles
 from rlens_jax.search.results import ALLOWED_LOSS
@@ -163,6 +164,8 @@ def _environment() -> Environment:
     environment.filters |= {
         "as_dict": asdict,
         "percent": _percent,
+        "objective": objective_text,
+        "metric": lambda value, search: metric_text(measure_of(search), value).replace(" ", "\N{NO-BREAK SPACE}"),
         "threshold": lambda share: f"{100 * share:g} %",
         "points": _points,
         "interval": lambda interval: f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f}",
@@ -223,7 +226,7 @@ def _operator_view(run: RunFiles, operator: str, worst: float) -> OperatorView:
         order=tuple(layers[layer] for layer in order),
         by_position=search["position_layers"],
         layers=layers,
-        heat=heat_map(search, run.num_layers, worst),
+        heat=heat_map(search, run.num_layers, worst, measure_of(ranking["configuration"]["search"])),
         held_out=_held_out_view(run, operator) if evaluated else None,
     )
 

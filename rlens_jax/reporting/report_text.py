@@ -8,6 +8,7 @@ from statistics import fmean
 
 from rlens_jax.errors import printable
 from rlens_jax.plans import Operator
+from rlens_jax.reporting.measure_text import loss_text, metric_text, objective_text
 from rlens_jax.search.bootstrap import Interval
 from rlens_jax.search.results import ALLOWED_LOSS, OperatorResult, Results, Searched, Strategy
 from rlens_jax.search.search import Ranking
@@ -141,8 +142,7 @@ def _run_facts(results: Results) -> str:
         ),
         (
             "objective",
-            f"{config.search.objective.replace('_', ' ')}, {config.search.change} change, drops weigh "
-            f"{config.search.penalty:g} times; {_STOPPING_TEXTS[config.search.by(config.search.method).stopping]}",
+            f"{objective_text(config.to_dict()['search'])}; {_STOPPING_TEXTS[config.search.by(config.search.method).stopping]}",
         ),
         ("precision", f"{compute.dtype}, matmul precision {compute.matmul_precision}"),
         ("device", f"{timing.num_devices} x {markdown_text(timing.device)}, {timing.num_cores} CPU cores"),
@@ -157,7 +157,8 @@ def _run_facts(results: Results) -> str:
     datasets = []
     for name, dense_test in results.dense_test.items():
         samples = (str(results.validation_samples[name]), str(results.test_samples[name]))
-        datasets.append((markdown_text(name), *samples, _percent(results.dense_validation[name]), _percent(dense_test)))
+        dense = metric_text(config.search.measure, results.dense_validation[name])
+        datasets.append((markdown_text(name), *samples, dense, _percent(dense_test)))
     titles = ("dataset", "validation samples", "held-out samples", "dense on validation", "dense held out")
     return markdown_table(("what", "value"), rows) + "\n\n" + markdown_table(titles, datasets)
 
@@ -263,7 +264,7 @@ def _differences(results: Results) -> str:
             (
                 TITLES[name],
                 f"{reduced / dense:.2f} x dense" if dense else "dense scores 0",
-                f"{least}{result.first_round_spread(results.validation_samples):.0f} samples",
+                f"{least}{_spread(result, results)}",
                 _percent(result.tied_share, 0),
                 f"{ties} of {len(ranking.rounds)}",
                 f"{ranking.stopped_early} of {ranking.num_candidates}",
@@ -281,6 +282,13 @@ def _differences(results: Results) -> str:
     if not any(result.ranking.stopped_early for result in results.operators.values()):
         return table
     return f"{table}\n\n{_STOPPED_EARLY}"
+
+
+def _spread(result: OperatorResult, results: Results) -> str:
+    """How far apart the best and the worst candidate of the first round are."""
+    samples, measure = results.validation_samples, results.config.search.measure
+    spread = result.first_round_spread(samples)
+    return f"{loss_text(measure, spread / sum(samples.values()))} a sample" if measure == "kl" else f"{spread:.0f} samples"
 
 
 def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -14,6 +14,9 @@ from rlens_jax.errors import UserError
 Metrics = Mapping[str, float]
 """Dataset -> metric."""
 
+RIGHT = 1.0
+"""The outcome of a sample whose answer is right."""
+
 
 @dataclass(frozen=True)
 class PlanScore:
@@ -87,16 +90,16 @@ def score_plan(metrics: Metrics, dense_metrics: Metrics, *, alpha: float = 2.0, 
 
 
 def score_outcomes(
-    outcomes: Mapping[str, np.ndarray], dense_metrics: Metrics, *, alpha: float = 2.0, relative: bool = True
+    outcomes: Mapping[str, np.ndarray], dense_metrics: Metrics, *, alpha: float = 2.0, relative: bool = True, best: float = RIGHT
 ) -> PlanScore:
-    """The score of a plan from the outcomes of each dataset: its bound if some are NaN, which count as right.
+    """The score of a plan from the outcomes of each dataset: its bound if some are NaN, which count as `best`.
 
-    No sample can be more than right, and neither a metric nor `phi` falls if a sample's outcome rises; so the bound is one.
+    No sample has an outcome above `best`, and neither a metric nor `phi` falls if a sample's outcome rises; so the bound is one.
     Errors as of `relative_changes`.
     """
     bound = any(np.isnan(values).any() for values in outcomes.values())
-    best = {name: np.nan_to_num(values, nan=1.0).tolist() for name, values in outcomes.items()}
-    return replace(score_plan(dataset_metrics(best), dense_metrics, alpha=alpha, relative=relative), bound=bound)
+    known = {name: np.nan_to_num(values, nan=best).tolist() for name, values in outcomes.items()}
+    return replace(score_plan(dataset_metrics(known), dense_metrics, alpha=alpha, relative=relative), bound=bound)
 
 
 def comparable(score: float) -> float:

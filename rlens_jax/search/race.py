@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from rlens_jax.search.objective import Metrics, PlanScore, comparable
+from rlens_jax.search.objective import RIGHT, Metrics, PlanScore, comparable
 
 IN_PROGRESS = 2
 """Blocks in progress at a time: the device has the next one when it finishes one."""
@@ -46,9 +46,10 @@ class Race:
         candidates: their number.
         blocks: number of blocks of each part, each at least 1; all blocks together have every sample once.
         samples: number of samples.
-        score: the score of a candidate for outcomes float64[samples]; NaN, an unknown outcome, counts as right.
+        score: the score of a candidate for outcomes float64[samples]; NaN, an unknown outcome, counts as `best`.
         stopping: whether candidates are dropped.
         floor: a candidate is also dropped once it cannot reach this score.
+        best: the largest outcome that a sample can have.
 
     Attributes:
         outcomes: float64[candidates, samples], NaN where a candidate was not evaluated.
@@ -63,6 +64,7 @@ class Race:
         *,
         stopping: bool = True,
         floor: float = -np.inf,
+        best: float = RIGHT,
     ):
         self.outcomes = np.full((candidates, samples), np.nan)
         self._blocks = tuple(blocks)
@@ -78,6 +80,7 @@ class Race:
         self._entered = [0] * candidates  # blocks of all parts
         self._scores = self.scores()
         self._dropped: set[int] = set()
+        self._most = best
         self._best = floor
         self._in_progress: deque[Turn] = deque()
 
@@ -105,16 +108,16 @@ class Race:
         Args:
             candidate: its candidate.
             samples: the samples that are known now.
-            outcomes: one per sample, from 0 (wrong) to 1 (right).
+            outcomes: one per sample, such as 0 (wrong) or 1 (right).
 
         Raises:
-            ValueError: another block is next, a sample is known already, or an outcome is above 1: then bounds would be none.
+            ValueError: another block is next, a sample is known already, or an outcome is above `best`, so that no bound holds.
         """
         if not self._in_progress or self._in_progress[0].candidate != candidate:
             raise ValueError(f"the next block to finish is not one of candidate {candidate}")
         values, numbers = np.asarray(outcomes, np.float64), np.asarray(samples, np.int64)
-        if np.isnan(values).any() or (values > 1).any() or not np.isnan(self.outcomes[candidate, numbers]).all():
-            raise ValueError("outcomes must be at most 1, of samples without one")
+        if np.isnan(values).any() or (values > self._most).any() or not np.isnan(self.outcomes[candidate, numbers]).all():
+            raise ValueError(f"outcomes must be at most {self._most:g}, of samples without one")
         self._in_progress.popleft()
         self.outcomes[candidate, numbers] = values
         self._entered[candidate] += 1
@@ -152,23 +155,28 @@ class Race:
 
 
 class Difficulty:
-    """How often plans got each sample of a split wrong, which decides the order in which candidates see the samples.
+    """How much plans lost on each sample of a split, which decides the order in which candidates see the samples.
 
     A round's order must come from evaluations that were finished before the round: else a resumed run has another one.
+
+    Args:
+        samples: their number.
+        best: the largest outcome that a sample can have.
     """
 
-    def __init__(self, samples: int):
-        self._wrong, self._seen = np.zeros(samples), np.zeros(samples)
+    def __init__(self, samples: int, best: float = RIGHT):
+        self._best = best
+        self._lost, self._seen = np.zeros(samples), np.zeros(samples)
 
     def add(self, outcomes: np.ndarray) -> None:
         """Add the outcomes of finished evaluations: float64[..., samples], NaN for unknown."""
         rows = np.reshape(outcomes, (-1, len(self._seen)))
-        self._wrong += np.nansum(1 - rows, axis=0)
+        self._lost += np.nansum(self._best - rows, axis=0)
         self._seen += np.isfinite(rows).sum(axis=0)
 
     def gains(self, weights: np.ndarray) -> np.ndarray:
         """By how much a candidate's bound is expected to fall if it is evaluated on a sample: float64[samples]."""
-        return weights * self._wrong / np.maximum(self._seen, 1)
+        return weights * self._lost / np.maximum(self._seen, 1)
 
 
 def sample_weights(datasets: Mapping[str, np.ndarray], dense: Metrics, *, relative: bool) -> np.ndarray:

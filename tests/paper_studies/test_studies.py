@@ -257,14 +257,17 @@ def test_search_methods(finished: Finished) -> None:
     found = {finding.name: finding.value for finding in study.findings}
     for operator, panel in zip(OPERATORS, study.panels, strict=True):
         orders = {series.name: series.orders for series in panel.series}
-        assert list(orders) == ["greedy search", "one-shot, by the scores of one round", "by position"]
-        (greedy,), (one_shot,), (position,) = orders.values()
-        assert greedy[:3] == one_shot[:3] == position[:3] == (4, 3, 2)
-        assert found[f"{operator}_tau"] == (1.0 if greedy == one_shot else -1.0)  # two layers are searched
+        names = ["one-shot, by the scores of one round", "one-shot, by KL to the dense model"]
+        assert list(orders) == ["greedy search", *names, "by position"]
+        (greedy,), (one_shot,), (by_kl,), (position,) = orders.values()
         areas = [found[f"{operator}_area {name}"] for name in orders]
-        assert found[f"{operator}_margin"] == pytest.approx(areas[0] - areas[1])
+        for key, order, area in (("one_shot", one_shot, areas[1]), ("one_shot_kl", by_kl, areas[2])):
+            assert greedy[:3] == order[:3] == position[:3] == (4, 3, 2)
+            assert found[f"{operator}_tau {key}"] == (1.0 if greedy == order else -1.0)  # two layers are searched
+            assert found[f"{operator}_margin {key}"] == pytest.approx(areas[0] - area)
         # Five layers for the base, 1 + 2 + 3 for the prefixes, 5 + 4 for both candidates, and the last one again.
         assert found[f"{operator}_work one_shot"] == 20
+        assert found[f"{operator}_work one_shot_kl"] == 25  # and five for the dense model's distributions
         assert found[f"{operator}_work greedy"] == 20 + (5 - greedy[-1])
 
 

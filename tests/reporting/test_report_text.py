@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
+from rlens_jax.config import SearchConfig
 from rlens_jax.reporting.report_text import TITLES, found, report_markdown, summary
 from rlens_jax.search.bootstrap import Interval
 from tests.reporting.runs import HOSTILE, hostile_results
@@ -59,6 +60,17 @@ def test_a_one_shot_ranking_is_called_one_everywhere(results):
     for result in one_shot.operators.values():
         assert found(result.ranking).splitlines()[0].startswith(f"{TITLES[result.ranking.operator]}, one-shot, best to reduce")
     assert "one-shot" not in report_markdown(results) + summary(results, Path("x"))
+
+
+def test_divergences_are_in_nats_and_are_not_called_correct(results):
+    search = SearchConfig(method="one_shot", one_shot_by="kl")
+    config, metrics = dataclasses.replace(results.config, search=search), dict.fromkeys(results.dense_validation, -0.25)
+    text = report_markdown(dataclasses.replace(results, config=config, dense_validation=metrics))
+    assert "fidelity: divergence of the answer's token distributions" in text
+    assert "held-out curves: exact match, teacher forced; all candidates are evaluated" in text
+    assert "times; all candidates" not in text
+    assert text.count("| 0.25 nats |") == len(metrics)
+    assert text.count(" nats a sample |") == 2
 
 
 def test_without_random_rankings_nobody_speaks_of_chance():

@@ -69,6 +69,12 @@ def test_unknown_outcomes_count_as_right_and_make_a_bound():
     assert whole.score < scored.score and whole.loss > scored.loss
 
 
+def test_unknown_divergences_count_as_none():
+    outcomes = {"a": np.array([-0.5, np.nan]), "b": np.array([-0.25, -0.75])}
+    scored = score_outcomes(outcomes, {"a": 0.0, "b": 0.0}, alpha=1.0, relative=False, best=0.0)
+    assert (scored.score, scored.loss, scored.bound) == (-0.75, 0.375, True)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0, 7.0])
 def test_no_score_falls_if_an_outcome_rises(alpha):
     """What the bound needs: metrics, changes, phi and their sum, all with their rounding, never fall."""

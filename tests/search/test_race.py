@@ -102,6 +102,25 @@ def test_what_cannot_be_entered():
         race.enter(0, [2], [1.0])
 
 
+def test_outcomes_of_which_none_is_the_best():
+    """Divergences with their sign turned, at most 0: the bound of what is unknown is 0, and large losses come first."""
+    table = np.array([[-1, -1, -2, -1], [0, -1, -5, -1], [-4, -2, 0, 0], [-4, 0, 0, 0]], float)
+
+    def score(candidate, outcomes):
+        return PlanScore(float(np.nan_to_num(outcomes, nan=0.0).sum()), 0.0, {}, bound=bool(np.isnan(outcomes).any()))
+
+    race = Race(4, [4], 4, score, best=0.0)
+    race.run(lambda turn: turn, lambda turn: ([turn.block], [table[turn.candidate, turn.block]]))
+    assert [(each.score, each.bound) for each in race.scores()] == [(-5, False), (-6, True), (-6, True), (-4, False)]
+    again = Race(1, [1], 1, score, best=0.0)
+    again.next()
+    with pytest.raises(ValueError, match="at most 0"):
+        again.enter(0, [0], [0.5])
+    difficulty = Difficulty(4, best=0.0)
+    difficulty.add(race.outcomes)
+    np.testing.assert_allclose(difficulty.gains(np.ones(4)), [9 / 4, 4 / 4, 7 / 3, 1 / 2])
+
+
 def cases():
     """Searches over 200 random tables, with all options."""
     for seed in range(200):
