@@ -17,10 +17,14 @@ from rlens_jax.plans import OPERATORS, Operator, Plan, Reduction
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+PAGES = "pages"
+"""The data source of the embedded model."""
 SearchMethod = Literal["greedy", "one_shot"]
 OneShotBy = Literal["outcome", "kl"]
-Measure = Literal["teacher_forced", "generation", "kl"]
-"""What a search scores plans by: whether answers are right, or how far they are from the dense model's."""
+Measure = Literal["teacher_forced", "generation", "kl", "agreement", "exact_agreement"]
+"""What plans are scored by: whether answers are right, or how close they are to the dense model's."""
+OWN_ANSWERS: tuple[Measure, ...] = ("kl", "agreement", "exact_agreement")
+"""Objectives that compare with the dense model's own answers, and need no others."""
 
 
 @no_type_check  # user input: __post_init__ checks it and raises UserError
@@ -30,7 +34,8 @@ class DataConfig:
 
     source: str | None = None
     """The path of your own FILE.jsonl, the path of a benchmark mixture FILE.json, made with
-    python -m rlens_jax.data.benchmarks.mixture, or `pages` (the embedded model's datasets). Only a dry run can do without."""
+    python -m rlens_jax.data.benchmarks.mixture, a folder of images, which has no answers, or `pages` (the embedded model's
+    datasets). Only a dry run can do without."""
     benchmarks: str | None = None
     """Folder with VLMEvalKit's TSV files. A mixture needs it."""
     validation_samples: int = 120
@@ -40,12 +45,17 @@ class DataConfig:
     cache: str | None = None
     """Folder for prepared datasets; null means the user's cache folder."""
     held_out_share: float = 0.5
-    """Share of the images of each dataset in your own JSONL file that is held out for the curves, between 0 and 1."""
+    """Share of the images of each dataset in your own JSONL file or folder that is held out for the curves, between 0 and 1."""
 
     @property
     def is_mixture(self) -> bool:
         """Whether the source is a mixture of benchmarks, whose images are read as VLMEvalKit reads them."""
         return self.source is not None and self.source.endswith(".json")
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether the samples have right answers; those of a folder of images have none."""
+        return self.source is None or self.source == PAGES or self.source.endswith((".json", ".jsonl"))
 
     def __post_init__(self) -> None:
         _check_types("data", self)
@@ -77,11 +87,13 @@ class SearchConfig:
     stopping: Literal["exact", "none"] = "exact"
     """`exact` stops the evaluation of a candidate that cannot become the best of its round any more, which changes no ranking;
     `none` evaluates all candidates on all samples, as `one_shot` always does."""
-    objective: Literal["teacher_forced", "generation"] = "teacher_forced"
+    objective: Measure = "teacher_forced"
     """`teacher_forced` checks in one pass whether greedy decoding would produce a reference answer exactly; `generation`
-    generates the answer and compares the text."""
+    generates the answer and compares the text. Three objectives need no answers: they compare with the dense model on the answer
+    that it generates itself, by the divergence of the distributions of its tokens (`kl`), the share of its tokens that stay the
+    best ones (`agreement`), or whether all do (`exact_agreement`)."""
     max_new_tokens: int = 32
-    """Max tokens per generated answer, with the objective `generation`."""
+    """Max tokens per generated answer, with every objective but `teacher_forced`."""
     base_attention: tuple[int, ...] = ()
     """Layers with Hollow Attention in every plan; only if attention is not ranked."""
     base_ffn: tuple[int, ...] = ()
@@ -118,6 +130,11 @@ class SearchConfig:
         return "kl" if self.one_shot_by == "kl" else self.objective
 
     @property
+    def own_answers(self) -> bool:
+        """Whether plans are compared with the dense model on the answers that it generates."""
+        return self.objective in OWN_ANSWERS
+
+    @property
     def best_outcome(self) -> float:
         """The largest outcome that a sample can have; by KL it is the divergence with its sign turned."""
         return 0.0 if self.measure == "kl" else 1.0
@@ -129,8 +146,8 @@ class SearchConfig:
 
     @property
     def alpha(self) -> float:
-        """The weight of a drop in a score; by KL, where nothing can rise, 1."""
-        return 1.0 if self.measure == "kl" else self.penalty
+        """The weight of a drop in a score; 1 against the dense model itself, where nothing can rise."""
+        return 1.0 if self.measure in OWN_ANSWERS else self.penalty
 
     def base(self) -> Plan:
         """The reductions that every plan of the search has."""
@@ -272,6 +289,13 @@ class RunConfig:
         for name in ("model", "output"):
             if not getattr(self, name):
                 raise UserError(f"{name} must not be empty")
+
+    @property
+    def held_out_measure(self) -> Measure:
+        """What held-out curves show: right answers where the samples have some, else agreement with the dense model."""
+        if not self.search.own_answers:
+            return self.search.objective
+        return "teacher_forced" if self.data.has_answers else "agreement"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":

@@ -17,10 +17,12 @@ class Sample:
         dataset: name of the dataset.
         images: encoded image files, as bytes or as paths.
         question: the user's text.
-        answers: right answers, each as `normalised` returns it, in teacher forcing and in the comparison with generated text.
+        answers: right answers, each as `normalised` returns it, in teacher forcing and comparisons with generated text; none
+            in data without answers.
         marked: whether the first `IMAGE_MARK`s in the question are the places of the images. Otherwise the images come first and
             all of the question is text.
         as_stored: whether the images are read as VLMEvalKit reads those of its TSV files; see `images.load_images`.
+        own: tokens of the dense model's own answer, which takes the place of `answers` in teacher forcing.
     """
 
     id: str
@@ -30,6 +32,7 @@ class Sample:
     answers: tuple[str, ...]
     marked: bool = False
     as_stored: bool = False
+    own: tuple[int, ...] | None = None
 
 
 def normalised(answer: str) -> str:

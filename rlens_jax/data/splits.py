@@ -8,19 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from rlens_jax.config import DataConfig
+from rlens_jax.config import PAGES, DataConfig
 from rlens_jax.data.benchmarks.catalogue import Instance, Turn
 from rlens_jax.data.benchmarks.mixture import mixture_samples
 from rlens_jax.data.components import components
+from rlens_jax.data.image_folder import read_image_folder
 from rlens_jax.data.images import image_hash, image_size
 from rlens_jax.data.jsonl import read_jsonl
 from rlens_jax.data.page_samples import read_pages
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
 from rlens_jax.resources import cache_folder
-
-PAGES = "pages"
-"""The data source of the embedded model."""
 
 Splits = Mapping[str, Sequence[Sample]]
 
@@ -38,7 +36,9 @@ def load_splits(data: DataConfig, prompt: Callable[[Instance], Turn], *, seed: i
     """
     source = data.source
     if source is None:
-        raise UserError(f"data.source is missing: name a .jsonl or .json file, or {PAGES!r}, the embedded model's data")
+        raise UserError(
+            f"data.source is missing: name a .jsonl or .json file, a folder of images, or {PAGES!r}, the embedded model's data"
+        )
     if source == PAGES:
         pages = {"validation": read_pages("validation", data.validation_samples), "test": read_pages("test", data.test_samples)}
         return {split: list(itertools.chain(*by_dataset.values())) for split, by_dataset in pages.items()}
@@ -47,9 +47,11 @@ def load_splits(data: DataConfig, prompt: Callable[[Instance], Turn], *, seed: i
             raise UserError(f"data.benchmarks must name the folder of the TSV files of {source}")
         cache = Path(data.cache or cache_folder() / "data")
         return mixture_samples(Path(source), Path(data.benchmarks), cache / "benchmarks", prompt)
-    if not source.endswith(".jsonl"):
-        raise UserError(f"data.source: {source!r} is neither {PAGES!r} nor a .jsonl or .json file")
-    return split_samples(read_jsonl(Path(source)), data, seed)
+    if source.endswith(".jsonl"):
+        return split_samples(read_jsonl(Path(source)), data, seed)
+    if not Path(source).is_dir():
+        raise UserError(f"data.source: {source!r} is neither {PAGES!r} nor a .jsonl or .json file nor a folder of images")
+    return split_samples(read_image_folder(Path(source)), data, seed)
 
 
 def split_samples(samples: Sequence[Sample], data: DataConfig, seed: int) -> Splits:

@@ -11,13 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlens_jax.config import RunConfig
+from rlens_jax.config import PAGES, RunConfig
 from rlens_jax.data.images import image_dimensions
 from rlens_jax.data.samples import Sample
-from rlens_jax.data.splits import PAGES, load_splits
+from rlens_jax.data.splits import load_splits
 from rlens_jax.engine import trunks
 from rlens_jax.engine.buckets import Size
 from rlens_jax.engine.dealing import share_trunk
+from rlens_jax.engine.preparing import prompts_of
+from rlens_jax.engine.session import asked_samples, with_own
 from rlens_jax.engine.trunks import SamplePrompts
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
@@ -131,7 +133,7 @@ def _of_benchmark(
     """Rows of a benchmark of the table: images first and then all their questions, until there are `most` questions."""
     measure = kind.measure(folder, entry["limits"].get(kind.model_type, {}))
     total, per_image, sizes = min(most, entry["questions"]), entry["questions_per_image"], entry["image_sizes"]
-    forced = config.search.objective == "teacher_forced"
+    forced = config.search.objective != "generation"
     answers = [_share(number, entry["answers_per_question"]) for number in range(total)]
     questions = [
         Question(TEMPLATE_TOKENS, entry["question_tokens"], (entry["answer_tokens"] + 1,) * count if forced else (0,))
@@ -156,6 +158,9 @@ def _of_samples(config: RunConfig, kind: ModelKind, folder: Path) -> DataSizes:
     """Rows of the run's own samples; tokens are counted if the folder has a tokenizer, else words."""
     generates = config.search.objective == "generation"
     splits = load_splits(config.data, partial(kind.benchmark_prompt, step_by_step=generates), seed=config.seed)
+    asked = asked_samples(splits, config) if config.search.own_answers else {}
+    longest = (0,) * config.search.max_new_tokens  # the answers are not known
+    splits = with_own(splits, config, {sample.id: longest for members in asked.values() for sample in members})
     measure, source = kind.measure(folder, {}), f"of {config.data.source}"
     try:
         preparer = kind.preparer(folder)
@@ -173,8 +178,7 @@ def _by_tokens(
     """The rows as the run makes them, but for images that are equal under two names."""
     measured, asked = [_measured(sample, measure) for sample in samples], []
     for number, sample in enumerate(samples):
-        tokens, answers = [each for _, each in measured[number]], (None,) if generates else sample.answers
-        prompts = tuple(preparer.prompt(sample, tokens, answer) for answer in answers)
+        prompts = prompts_of(sample, [each for _, each in measured[number]], preparer, not generates)
         asked.append(SamplePrompts(number, sample.images, prompts))
     encoded = set()
     for row in trunks.rows_of(asked, sharing=config.compute.sharing):
@@ -193,15 +197,15 @@ def _by_words(samples: Sequence[Sample], measure: Measure, generates: bool, conf
     for members in groups.values():
         measured = _measured(members[0], measure)
         questions = [
-            Question(
-                TEMPLATE_TOKENS,
-                _words(sample.question),
-                (0,) if generates else tuple(_words(answer) + 1 for answer in sample.answers),
-            )
+            Question(TEMPLATE_TOKENS, _words(sample.question), (0,) if generates else _answer_lengths(sample))
             for sample in members
         ]
         visual = sum(tokens.count for _, tokens in measured)
         yield from rows_of(members[0].dataset, visual, [size for size, _ in measured], questions, config.compute.sharing)
+
+
+def _answer_lengths(sample: Sample) -> tuple[int, ...]:
+    return tuple(_words(answer) + 1 for answer in sample.answers) if sample.own is None else (len(sample.own),)
 
 
 def _words(text: str) -> int:

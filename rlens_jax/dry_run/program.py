@@ -176,7 +176,7 @@ def image_bucket(size: ImageSize) -> str:
 def _decoder_specs(config: RunConfig, programs: Programs, bucket: Bucket, rows: int, weights: int) -> Iterator[ProgramSpec]:
     layers, in_all = programs.config.num_layers, rows * programs.groups
     arguments = decoder_arguments(programs, bucket, in_all)
-    generates = config.search.objective != "teacher_forced"
+    generates = config.search.objective == "generation"
     kernels = _kernel_flops(config, programs, bucket, rows)
     for program, inputs in arguments.items():
         name = program.name

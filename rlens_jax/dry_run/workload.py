@@ -136,7 +136,7 @@ def workload(config: RunConfig, sizes: Sizes, shapes: Shapes, rows: Mapping[str,
     """The phases of a run on the rows of each split."""
     batch_size = config.compute.batch_size or useful_rows(shapes)
     splits = split_loads(rows, shapes, sizes.groups, batch_size)
-    forced = config.search.objective == "teacher_forced"
+    forced = config.search.objective != "generation"
     states = {
         name: sizes.num_layers * sizes.slot_bytes * sum(load.slots for load in split.buckets) for name, split in splits.items()
     }

@@ -8,7 +8,7 @@ head: the states of a token are a small part of its logits.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from rlens_jax.engine.programs import Programs, States, all_rows
 from rlens_jax.engine.scoring import BranchOutcomes, TeacherForcing
 from rlens_jax.errors import UserError
 from rlens_jax.models.forward import VisionLanguageModel
-from rlens_jax.models.layers import all_finite, kl_divergence
+from rlens_jax.models.layers import all_finite, best_token, kl_divergence
 from rlens_jax.models.prompt import IGNORE, PromptBatch
 from rlens_jax.plans import Plan
 from rlens_jax.sharding.mesh import split_over, take_rows
@@ -37,10 +37,16 @@ References = Float[Array, "rows A D"]
 
 
 class Fidelity(TeacherForcing):
-    """Scores a plan by -KL(dense || plan): the mean over an answer's tokens, in nats. The dense model scores 0, the best."""
+    """Scores a plan by a mean over the tokens of an answer.
 
-    def __init__(self, programs: Programs):
+    Args:
+        measure: `kl` is -KL(dense || plan) in nats, at most 0; `agreement` is the share of tokens whose best next token is the
+            dense model's, with ties to the lower id.
+    """
+
+    def __init__(self, programs: Programs, measure: Literal["kl", "agreement"]):
         super().__init__(programs)
+        self._measure = measure
         self._references: dict[Pool, References] = {}
         self._kept_program = programs.program("answer states", _answer_states, (ROWS, ROWS), ROWS)
         self._compare_program = programs.program("fidelity", _compare, (ROWS,) * 3, EVERYWHERE)
@@ -57,7 +63,7 @@ class Fidelity(TeacherForcing):
         return self._compare_program(states, references, batch.inputs)
 
     def finish(self, run: Any, samples: Sequence[Sample]) -> BranchOutcomes:
-        numbers, branch, counts, divergences, finite = (np.asarray(part) for part in run)
+        numbers, branch, counts, divergences, agree, finite = (np.asarray(part) for part in run)
         mine = counts[:, :, None] & (branch[:, :, None] == np.arange(numbers.shape[1]))  # [rows, A, Q]
         all_finite = (finite[:, :, None] | ~mine).all(axis=1)
         if (low := (divergences < -ROUNDING) & counts & finite).any():
@@ -67,9 +73,10 @@ class Fidelity(TeacherForcing):
                 f"{name}: the divergence from the dense model is {divergences[row, place]:g}, which cannot be below 0: "
                 "this device's arithmetic is too coarse; set compute.matmul_precision to highest"
             )
-        known = np.where(finite, np.maximum(divergences.astype(np.float64), 0.0), 0.0)
-        total = np.where(mine, known[:, :, None], 0.0).sum(axis=1)
-        return BranchOutcomes(numbers, 0.0 - total / np.maximum(1, mine.sum(axis=1)), all_finite)
+        lost = np.maximum(divergences.astype(np.float64), 0.0) if self._measure == "kl" else (~agree).astype(np.float64)
+        total = np.where(mine & finite[:, :, None], lost[:, :, None], 0.0).sum(axis=1)
+        best = 0.0 if self._measure == "kl" else 1.0
+        return BranchOutcomes(numbers, best - total / np.maximum(1, mine.sum(axis=1)), all_finite)
 
     def release(self) -> None:
         super().release()
@@ -95,15 +102,16 @@ def _answer_states(model: VisionLanguageModel, states: States, batch: PromptBatc
 
 def _compare(
     model: VisionLanguageModel, states: States, references: Float[Array, "B A D"], batch: PromptBatch
-) -> tuple[Int[Array, "B Q"], Int[Array, "B A"], Bool[Array, "B A"], Float[Array, "B A"], Bool[Array, "B A"]]:
-    """On every device: the samples of the branches; for each answer place its branch, whether it counts, KL(dense || plan), and
-    whether all numbers are finite.
+) -> tuple[Int[Array, "B Q"], Int[Array, "B A"], Bool[Array, "B A"], Float[Array, "B A"], Bool[Array, "B A"], Bool[Array, "B A"]]:
+    """On every device: the samples of the branches; for each answer place its branch, whether it counts, KL(dense || plan),
+    whether both have the same best token, and whether all numbers are finite.
     """
     x, scored = states
     dense, logits = model.decoder.read_out(references), model.decoder.logits(_at_answers(x, batch))
     finite = scored[:, None] & all_finite(logits) & all_finite(dense)
     counts = jnp.asarray(batch.answer_targets) != IGNORE
-    return all_rows((batch.samples, batch.answer_branch, counts, kl_divergence(dense, logits), finite))
+    agree = best_token(dense) == best_token(logits)
+    return all_rows((batch.samples, batch.answer_branch, counts, kl_divergence(dense, logits), agree, finite))
 
 
 def _at_answers(x: Float[Array, "B T D"], batch: PromptBatch) -> Float[Array, "B A D"]:

@@ -43,18 +43,23 @@ class Generating:
         pass
 
 
-def generated_texts(programs: Programs, split: Split, plan: Plan, decode_text: Callable[[Sequence[int]], str]) -> list[str]:
-    """The greedy answer to each sample of a split of bare prompts, on every process.
+def generated_tokens(programs: Programs, split: Split, plan: Plan) -> list[list[int]]:
+    """The greedy tokens of each sample of a split of bare prompts, on every process; after its end, an answer repeats it.
 
     Raises:
         UserError: numbers are not finite, naming sample and layer.
     """
-    texts = [""] * len(split.samples)
+    found: list[list[int]] = [[] for _ in split.samples]
     for batch in split.batches:
         numbers, tokens, finite = map(np.asarray, programs.generate(programs.put(batch.visual), batch.inputs, plan))
         for place in zip(*np.nonzero(numbers != FILLER), strict=True):
             number = int(numbers[place])
             if not finite[place]:
                 raise not_finite(programs, batch, number, split.samples[number].id, plan, programs.reduction)
-            texts[number] = normalised(decode_text(tokens[place].tolist()))
-    return texts
+            found[number] = tokens[place].tolist()
+    return found
+
+
+def generated_texts(programs: Programs, split: Split, plan: Plan, decode_text: Callable[[Sequence[int]], str]) -> list[str]:
+    """The greedy answer to each sample of a split of bare prompts, on every process; errors as of `generated_tokens`."""
+    return [normalised(decode_text(tokens)) for tokens in generated_tokens(programs, split, plan)]

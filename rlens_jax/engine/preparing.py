@@ -166,8 +166,7 @@ def prepare(
     def rows_about(group: int, tokens: Sequence[ImageTokens]) -> tuple[list[SamplePrompts], list[Row]]:
         asked = []
         for number in members[group]:
-            answers = samples[number].answers if with_answers else (None,)
-            prompts = tuple(preparer.prompt(samples[number], tokens, answer) for answer in answers)
+            prompts = prompts_of(samples[number], tokens, preparer, with_answers)
             asked.append(SamplePrompts(number, (group,) if tokens else (), prompts))
         return asked, rows_of(asked, sharing=sharing, most_text=most_text, most_branches=most_branches)
 
@@ -199,6 +198,14 @@ def prepare(
         images,
         row,
     )
+
+
+def prompts_of(sample: Sample, tokens: Sequence[ImageTokens], preparer: Preparer, with_answers: bool) -> tuple[Prompt, ...]:
+    """One prompt per reference answer, or one with the dense model's own answer; or only the bare prompt."""
+    if with_answers and sample.own is None:
+        return tuple(preparer.prompt(sample, tokens, answer) for answer in sample.answers)
+    bare = preparer.prompt(sample, tokens, None)
+    return (bare.answered(sample.own) if with_answers and sample.own is not None else bare,)
 
 
 def _counts(row: Branches) -> Any:

@@ -15,15 +15,16 @@ from jax.sharding import Mesh
 
 from rlens_jax.checkpoints.checkpoint import kind_in, load_model, model_hash
 from rlens_jax.checkpoints.model_folder import find_model
-from rlens_jax.config import RunConfig
+from rlens_jax.config import OWN_ANSWERS, RunConfig
 from rlens_jax.console import Progress, say
-from rlens_jax.data.splits import load_splits, samples_hash
+from rlens_jax.data.splits import Splits, load_splits, samples_hash
 from rlens_jax.engine.choices import described, dtype_on, with_dtype
 from rlens_jax.engine.inputs import Split, encode_split
 from rlens_jax.engine.preparing import PreparedSplit, prepare
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.shapes import Block, Dealt, Shapes, blocks_of, choose_shapes, dealt_rows, row_padding, useful_rows
 from rlens_jax.engine.sizes import device_bytes, fitting_batch_size
+from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.layout import Bucket
@@ -93,11 +94,23 @@ class Session:
 
     @classmethod
     @contextmanager
-    def open(cls, folder: ModelFolder, config: RunConfig, processes: Processes, *, restart: bool = False) -> Iterator["Session"]:
+    def open(
+        cls,
+        folder: ModelFolder,
+        config: RunConfig,
+        processes: Processes,
+        *,
+        restart: bool = False,
+        own: Mapping[str, tuple[int, ...]] | None = None,
+        bare: bool = False,
+    ) -> Iterator["Session"]:
         """Read and prepare the samples, choose buckets, and open the journal of a run; all processes agree on each.
 
         Args:
             restart: as of `open_log`.
+            own: tokens of the dense model's answers to samples, by their ids.
+            bare: prompts have no answers, and samples that have right answers and serve the curves are left out: the session
+                asks for the dense model's own answers.
 
         Raises:
             UserError: a mesh that does not divide devices or model, unusable samples, or a journal that belongs to other inputs
@@ -111,10 +124,11 @@ class Session:
         preparer = processes.agreed(lambda: kind.preparer(folder.path))
         # A model that generates may reason before it answers; teacher forcing scores the bare answer.
         generates = config.search.objective == "generation"
-        prompt = partial(kind.benchmark_prompt, step_by_step=generates)
+        prompt = partial(kind.benchmark_prompt, step_by_step=generates and not bare)
         read = partial(load_splits, config.data, prompt, seed=config.seed)
         # The first process to need a dataset prepares it in the cache, which the processes may share.
         samples = processes.in_order(read, read)
+        samples = asked_samples(samples, config) if bare else with_own(samples, config, own or {})
         data_hash, splits = samples_hash(samples), {}
         for name, members in samples.items():
             with Progress(f"preparing {name}", -(-len(members) // processes.count), "samples") as bar:
@@ -135,6 +149,21 @@ class Session:
             resumed = journal.num_outcomes
             processes.check_same({"finished outcomes": resumed})
             yield cls(folder, config, mesh, preparer, splits, shapes, data_hash, journal, resumed, processes)
+
+
+def asked_samples(samples: Splits, config: RunConfig) -> Splits:
+    """The samples whose own answers a run needs: the curves show right answers if there are any."""
+    return {split: members for split, members in samples.items() if split == "validation" or not config.data.has_answers}
+
+
+def with_own(samples: Splits, config: RunConfig, own: Mapping[str, tuple[int, ...]]) -> Splits:
+    """The samples, those with one of the dense model's `own` answers with it. UserError if the objective needs other answers."""
+    if not (config.data.has_answers or config.search.own_answers):
+        raise UserError(
+            f"data.source: the images of {config.data.source} have no answers, which search.objective {config.search.objective} "
+            f"needs; set search.objective to one of {', '.join(OWN_ANSWERS)}, which compare with the dense model"
+        )
+    return {split: [replace(sample, own=own.get(sample.id)) for sample in members] for split, members in samples.items()}
 
 
 @dataclass(frozen=True)

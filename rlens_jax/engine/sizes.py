@@ -143,7 +143,7 @@ def fitting_batch_size(config: RunConfig, kind: ModelKind, mesh: Mesh, available
     model = abstract_model(kind, dtype_on(mesh, compute), mesh)
     weights = bytes_on_device(nnx.state(model))
     programs = Programs(model, mesh, config.reduction, seed=0, new_tokens=search.max_new_tokens, stop_tokens=(0,))
-    program = programs.layers_program if search.objective == "teacher_forced" else programs.generate_program
+    program = programs.generate_program if search.objective == "generation" else programs.layers_program
 
     def needed(rows: int) -> int:
         arguments: Any = decoder_arguments(programs, bucket, rows * programs.groups)[program]

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from rlens_jax.config import PAGES
 from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, L2_CATEGORIES, find_benchmark
 from rlens_jax.data.benchmarks.tfds_builder import BenchmarkSource, read_benchmark
 from rlens_jax.data.jsonl import read_jsonl
 from rlens_jax.data.page_samples import TEST_SAMPLES, read_pages
 from rlens_jax.data.samples import Sample, normalised
-from rlens_jax.data.splits import PAGES, samples_hash
+from rlens_jax.data.splits import samples_hash
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.files import quoted

@@ -81,6 +81,18 @@ class Prompt:
         positions = np.arange(len(token_ids), dtype=np.int32)[None]
         return cls(token_ids.astype(np.int32), is_visual, positions, len(token_ids), answer_length)
 
+    def answered(self, tokens: Sequence[int]) -> "Prompt":
+        """This bare prompt with the tokens of an answer, at the positions at which generation puts them."""
+        count = len(tokens)
+        rope = np.broadcast_to(self.next_rope + np.arange(count, dtype=np.int32), (len(self.rope_positions), count))
+        return Prompt(
+            token_ids=np.concatenate([self.token_ids, np.array(tokens, np.int32)]),
+            is_visual=np.concatenate([self.is_visual, np.zeros(count, bool)]),
+            rope_positions=np.concatenate([self.rope_positions, rope], axis=1),
+            next_rope=self.next_rope + count,
+            answer_length=count,
+        )
+
     @property
     def num_visual(self) -> int:
         return int(self.is_visual.sum())

@@ -207,7 +207,7 @@ class Bench:
         if measure != "kl":
             return VALIDATION, evaluator
         if self._fidelity is None:
-            self._fidelity = Fidelity(scoring.programs)
+            self._fidelity = Fidelity(scoring.programs, "kl")
         split = f"{VALIDATION} {measure}"
         return split, replace(evaluator, scoring=self._fidelity, splits={split: self._splits[VALIDATION]})
 

@@ -17,6 +17,7 @@ from rlens_jax.engine.compile_ahead import compile_ahead
 from rlens_jax.engine.evaluator import Evaluator
 from rlens_jax.engine.fidelity import Fidelity
 from rlens_jax.engine.generating import Generating
+from rlens_jax.engine.own_answers import own_answers
 from rlens_jax.engine.profile import part, profiled
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.scoring import Scoring, TeacherForcing
@@ -58,7 +59,8 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
     profiling = profiled(output if profile and processes.leads else None)
     with profiling, memory_explained(config.compute), ExitStack() as opened:
         with part("data"):
-            session = opened.enter_context(Session.open(folder, config, processes, restart=restart))
+            own = own_answers(folder, config, processes) if config.search.own_answers else {}
+            session = opened.enter_context(Session.open(folder, config, processes, restart=restart, own=own))
         config = session.config
         clock.enter("load")
         with part("load"):
@@ -66,7 +68,7 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
         programs = loaded.programs(config)
         scoring = scoring_of(programs, loaded, config.search.measure)
         if loaded.mesh.devices.flat[0].platform != "cpu":
-            compile_ahead(programs, loaded.shapes, loaded.blocks, forced=config.search.objective == "teacher_forced")
+            compile_ahead(programs, loaded.shapes, loaded.blocks, forced=config.search.objective != "generation")
         clock.enter("encode")
         validation = encode_split_of(session, loaded, programs, VALIDATION)
         clock.enter("search")
@@ -94,7 +96,7 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
         scoring.release()
         clock.enter("encode held-out samples")
         test = encode_split_of(session, loaded, programs, TEST)  # only now: the rankings do not wait for it
-        evaluators[TEST] = evaluate(scoring_of(programs, loaded, config.search.objective), {TEST: test})
+        evaluators[TEST] = evaluate(scoring_of(programs, loaded, config.held_out_measure), {TEST: test})
         clock.enter("held-out curves")
         decoder, tokens = programs.config, test.num_tokens
         flops_saved = partial(mean_saving, decoder.layer_sizes, tokens, decoder.num_layers, config.reduction)
@@ -113,11 +115,11 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
 
 def scoring_of(programs: Programs, loaded: LoadedModel, measure: Measure) -> Scoring:
     """What gives a sample its outcome."""
-    if measure == "kl":
-        return Fidelity(programs)
-    if measure == "teacher_forced":
-        return TeacherForcing(programs)
-    return Generating(programs, loaded.preparer.chat.decode)
+    if measure in ("kl", "agreement"):
+        return Fidelity(programs, measure)
+    if measure == "generation":
+        return Generating(programs, loaded.preparer.chat.decode)
+    return TeacherForcing(programs)
 
 
 def conclude(searched: Searched, ranker: Ranker, comparison: Comparison, prefill: Mapping[str, PrefillTime]) -> Results:

@@ -3,11 +3,12 @@
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import jax
 
+from rlens_jax.data.samples import Sample
 from rlens_jax.engine.generating import generated_texts
 from rlens_jax.engine.inputs import build_split
 from rlens_jax.engine.programs import Programs
@@ -87,12 +88,19 @@ class Conclusion:
 
 
 def answer_examples(session: Session, loaded: LoadedModel, programs: Programs, plan: Plan, name: str) -> list[Example]:
-    """A few samples of a split with the answers that the model generates, dense and under `plan`; on every process."""
+    """A few samples of a split with the answers that the model generates, dense and under `plan`; on every process.
+
+    The dense model's answer is the reference of a sample that has none.
+    """
     samples = choose_samples(session.splits[name].samples)
     split = build_split(samples, loaded.preparer, programs, loaded.shapes, False, processes=session.processes)
     decode = loaded.preparer.chat.decode
     texts = [generated_texts(programs, split, each, decode) for each in (Plan(), plan)]
     return [
         Example.of(sample, loaded.preparer.transparency, *(Answer(text, float(text in sample.answers)) for text in pair))
-        for sample, *pair in zip(samples, *texts, strict=True)
+        for sample, *pair in zip(map(_with_reference, samples, texts[0]), *texts, strict=True)
     ]
+
+
+def _with_reference(sample: Sample, dense: str) -> Sample:
+    return sample if sample.answers else replace(sample, answers=(dense,))

@@ -1,13 +1,22 @@
-"""What a search scores plans by, in words, and its numbers in their unit: the configuration as in ranking.json."""
+"""What a run scores plans by, in words, and its numbers in their unit: the configuration as in ranking.json."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from rlens_jax.config import OWN_ANSWERS, DataConfig
+
 NAMES = {
     "teacher_forced": "exact match, teacher forced",
     "generation": "exact match of the generated text",
-    "kl": "fidelity: divergence of the answer's token distributions from the dense model's, in nats",
+    "kl": "fidelity, not correctness: divergence of the answer's token distributions from the dense model's, in nats",
+    "agreement": "fidelity, not correctness: share of the answer's tokens that stay the dense model's best ones",
+    "exact_agreement": "fidelity, not correctness: whether all of the answer's tokens stay the dense model's",
 }
+OWN = "on the dense model's own answers"
+CAVEATS = (
+    "Fidelity counts the dense model's mistakes as right. On short answers, the divergence is mostly about the first token. "
+    "An answer in other words counts as a loss."
+)
 
 
 def measure_of(search: Mapping[str, Any]) -> str:
@@ -15,13 +24,22 @@ def measure_of(search: Mapping[str, Any]) -> str:
     return "kl" if search.get("one_shot_by") == "kl" else str(search["objective"])
 
 
-def objective_text(search: Mapping[str, Any]) -> str:
+def held_out_of(config: Mapping[str, Any]) -> str:
+    """What the held-out curves show."""
+    objective = str(config["search"]["objective"])
+    if objective not in OWN_ANSWERS:
+        return objective
+    return "teacher_forced" if DataConfig(config["data"]["source"]).has_answers else "agreement"
+
+
+def objective_text(config: Mapping[str, Any]) -> str:
     """What the search scores plans by, and what the held-out curves show, if that is something else."""
-    measure, objective = measure_of(search), str(search["objective"])
-    text = NAMES.get(measure, measure)
-    if measure != "kl":
+    search, held_out = config["search"], held_out_of(config)
+    measure = measure_of(search)
+    text = NAMES.get(measure, measure) + (f", {OWN}" if search["objective"] in OWN_ANSWERS else "")
+    if measure not in OWN_ANSWERS:
         return f"{text}; {search['change']} change, drops weigh {search['penalty']:g} times"
-    return f"{text}; held-out curves: {NAMES.get(objective, objective)}"
+    return f"{text}; held-out curves: {NAMES.get(held_out, held_out)}. {CAVEATS}"
 
 
 def metric_text(measure: str, value: float) -> str:

@@ -140,10 +140,7 @@ def _run_facts(results: Results) -> str:
             f"attention range {reduction.attention_range}, {_percent(float(reduction.active_fraction))} of the FFN "
             f"units, {reduction.probe} probes ({_percent(float(reduction.probe_fraction))})",
         ),
-        (
-            "objective",
-            f"{objective_text(config.to_dict()['search'])}; {_STOPPING_TEXTS[config.search.by(config.search.method).stopping]}",
-        ),
+        ("objective", f"{objective_text(config.to_dict())}; {_STOPPING_TEXTS[config.search.by(config.search.method).stopping]}"),
         ("precision", f"{compute.dtype}, matmul precision {compute.matmul_precision}"),
         ("device", f"{timing.num_devices} x {markdown_text(timing.device)}, {timing.num_cores} CPU cores"),
         ("time", ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in timing.seconds.items())),

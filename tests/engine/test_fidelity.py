@@ -74,10 +74,10 @@ def logits_of(programs: Programs, split: Split, plan: Plan) -> Logits:
     return found
 
 
-def outcomes_of(programs: Programs, split: Split, plan: Plan, folder: Path) -> np.ndarray:
+def outcomes_of(programs: Programs, split: Split, plan: Plan, folder: Path, measure: str = "kl") -> np.ndarray:
     """From the states of another base, by the evaluator: float64[samples]."""
     with Journal.open(folder, {}) as journal:
-        evaluator = Evaluator(Fidelity(programs), {"all": split}, journal, state_bytes=1e9)
+        evaluator = Evaluator(Fidelity(programs, measure), {"all": split}, journal, state_bytes=1e9)
         evaluator.outcomes("all", Plan((), (4,)), [plan])
         return journal.outcomes("all", plan, len(split.samples))
 
@@ -104,6 +104,10 @@ def test_outcomes(programs: Programs, split: Split, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert expected.max() < -1e-3
     np.testing.assert_allclose(outcomes_of(programs, split, Plan(), tmp_path / "dense"), 0.0, atol=1e-6)
+    agreed = outcomes_of(programs, split, PLAN, tmp_path / "agreed", "agreement")
+    shares = [(dense[n].argmax(axis=-1) == reduced[n].argmax(axis=-1)).mean() for n in range(len(agreed))]
+    np.testing.assert_allclose(agreed, shares, atol=1e-12)
+    assert set(np.round(agreed, 3)) - {0.0, 1.0} and agreed.min() < 1
 
 
 def test_a_one_shot_ranking_by_kl(programs: Programs, split: Split, tmp_path: Path) -> None:
@@ -116,7 +120,7 @@ def test_a_one_shot_ranking_by_kl(programs: Programs, split: Split, tmp_path: Pa
 
     search = SearchConfig().by("one_shot", "kl")
     with Journal.open(tmp_path, {}) as journal:
-        evaluator = Evaluator(Fidelity(programs), {"all": split}, journal, state_bytes=1e9)
+        evaluator = Evaluator(Fidelity(programs, "kl"), {"all": split}, journal, state_bytes=1e9)
         dense = dict.fromkeys(split.datasets, 0.0)
         ranking = rank_layers(LAYERS, 0, "ffn", RoundScorer(evaluator, "all", dense, search), method="one_shot")
         (round_,) = ranking.rounds
@@ -142,7 +146,7 @@ def test_any_mesh(programs: Programs, split: Split, devices: int, model_shards: 
 def test_numbers_that_no_divergence_has(
     programs: Programs, split: Split, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scoring = Fidelity(programs)
+    scoring = Fidelity(programs, "kl")
     with Journal.open(tmp_path, {}) as journal:
         evaluator = Evaluator(scoring, {"all": split}, journal, state_bytes=1e9)
         if np.isnan(value):
@@ -158,11 +162,11 @@ def test_numbers_that_no_divergence_has(
 
 def changed(finish: Callable[..., object], value: float) -> Callable[..., object]:
     """All divergences are `value`."""
-    return lambda run, samples: finish((*run[:3], np.full_like(np.asarray(run[3]), value), run[4]), samples)
+    return lambda run, samples: finish((*run[:3], np.full_like(np.asarray(run[3]), value), *run[4:]), samples)
 
 
 def test_rounding_below_zero_is_zero(programs: Programs, split: Split) -> None:
-    scoring, batch = Fidelity(programs), split.batches[0]
+    scoring, batch = Fidelity(programs, "kl"), split.batches[0]
     scoring.hold([batch])
     run = scoring.start(batch, Plan(), PLAN)
     outcomes = changed(scoring.finish, -9e-7)(run, split.samples).outcome

@@ -66,8 +66,8 @@ def test_divergences_are_in_nats_and_are_not_called_correct(results):
     search = SearchConfig(method="one_shot", one_shot_by="kl")
     config, metrics = dataclasses.replace(results.config, search=search), dict.fromkeys(results.dense_validation, -0.25)
     text = report_markdown(dataclasses.replace(results, config=config, dense_validation=metrics))
-    assert "fidelity: divergence of the answer's token distributions" in text
-    assert "held-out curves: exact match, teacher forced; all candidates are evaluated" in text
+    assert "fidelity, not correctness: divergence of the answer's token distributions" in text
+    assert "held-out curves: exact match, teacher forced. Fidelity counts the dense model's mistakes as right." in text
     assert "times; all candidates" not in text
     assert text.count("| 0.25 nats |") == len(metrics)
     assert text.count(" nats a sample |") == 2
