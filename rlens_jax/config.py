@@ -21,10 +21,12 @@ PAGES = "pages"
 """The data source of the embedded model."""
 SearchMethod = Literal["greedy", "one_shot"]
 OneShotBy = Literal["outcome", "kl"]
-Measure = Literal["teacher_forced", "generation", "kl", "agreement", "exact_agreement"]
+Measure = Literal["teacher_forced", "generation", "kl", "agreement", "exact_agreement", "first_token_kl"]
 """What plans are scored by: whether answers are right, or how close they are to the dense model's."""
-OWN_ANSWERS: tuple[Measure, ...] = ("kl", "agreement", "exact_agreement")
+OWN_ANSWERS: tuple[Measure, ...] = ("kl", "agreement", "exact_agreement", "first_token_kl")
 """Objectives that compare with the dense model's own answers, and need no others."""
+DIVERGENCES: tuple[Measure, ...] = ("kl", "first_token_kl")
+"""Measures whose outcomes are divergences with their sign turned."""
 
 
 @no_type_check  # user input: __post_init__ checks it and raises UserError
@@ -89,9 +91,9 @@ class SearchConfig:
     `none` evaluates all candidates on all samples, as `one_shot` always does."""
     objective: Measure = "teacher_forced"
     """`teacher_forced` checks in one pass whether greedy decoding would produce a reference answer exactly; `generation`
-    generates the answer and compares the text. Three objectives need no answers: they compare with the dense model on the answer
+    generates the answer and compares the text. The others need no answers: they compare with the dense model on the answer
     that it generates itself, by the divergence of the distributions of its tokens (`kl`), the share of its tokens that stay the
-    best ones (`agreement`), or whether all do (`exact_agreement`)."""
+    best ones (`agreement`), or whether all do (`exact_agreement`); `first_token_kl` reproduces ShortV's divergence."""
     max_new_tokens: int = 32
     """Max tokens per generated answer, with every objective but `teacher_forced`."""
     base_attention: tuple[int, ...] = ()
@@ -136,13 +138,13 @@ class SearchConfig:
 
     @property
     def best_outcome(self) -> float:
-        """The largest outcome that a sample can have; by KL it is the divergence with its sign turned."""
-        return 0.0 if self.measure == "kl" else 1.0
+        """The largest outcome that a sample can have."""
+        return 0.0 if self.measure in DIVERGENCES else 1.0
 
     @property
     def relative(self) -> bool:
-        """Whether the changes of a score are relative to the dense model's metrics, which are 0 by KL."""
-        return self.change == "relative" and self.measure != "kl"
+        """Whether the changes of a score are relative to the dense model's metrics, which are 0 where they are divergences."""
+        return self.change == "relative" and self.measure not in DIVERGENCES
 
     @property
     def alpha(self) -> float:

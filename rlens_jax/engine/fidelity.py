@@ -8,7 +8,8 @@ head: the states of a token are a small part of its logits.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.data.samples import Sample
+from rlens_jax.engine.evaluator import Evaluator
 from rlens_jax.engine.model_programs import EVERYWHERE, ROWS
 from rlens_jax.engine.pools import Batch, Pool
 from rlens_jax.engine.profile import part
@@ -24,13 +26,17 @@ from rlens_jax.engine.scoring import BranchOutcomes, TeacherForcing
 from rlens_jax.errors import UserError
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.layers import all_finite, best_token, kl_divergence
-from rlens_jax.models.prompt import IGNORE, PromptBatch
+from rlens_jax.models.prompt import FILLER, IGNORE, PromptBatch
 from rlens_jax.plans import Plan
+from rlens_jax.search.journal import Record
 from rlens_jax.sharding.mesh import split_over, take_rows
 from rlens_jax.sharding.model_axis import MODEL, WORK
 
 ROUNDING = 1e-6
 """A divergence of at least minus this is 0, up to rounding in float32; one below it is an error."""
+
+FidelityMeasure = Literal["kl", "agreement", "first_token_kl"]
+FIDELITY: tuple[FidelityMeasure, ...] = get_args(FidelityMeasure)
 
 References = Float[Array, "rows A D"]
 """The dense model's states behind the final norm at the places of a pool's answers."""
@@ -41,54 +47,59 @@ class Fidelity(TeacherForcing):
 
     Args:
         measure: `kl` is -KL(dense || plan) in nats, at most 0; `agreement` is the share of tokens whose best next token is the
-            dense model's, with ties to the lower id.
+            dense model's, with ties to the lower id; `first_token_kl` is -KL(plan || dense) at the first token alone, as ShortV
+            (arXiv 2504.00502) measures, here in float32.
     """
 
-    def __init__(self, programs: Programs, measure: Literal["kl", "agreement"]):
+    def __init__(self, programs: Programs, measure: FidelityMeasure):
         super().__init__(programs)
         self._measure = measure
+        self.best = 1.0 if measure == "agreement" else 0.0
         self._references: dict[Pool, References] = {}
         self._kept_program = programs.program("answer states", _answer_states, (ROWS, ROWS), ROWS)
-        self._compare_program = programs.program("fidelity", _compare, (ROWS,) * 3, EVERYWHERE)
+        self._compare_program = programs.program("fidelity", partial(_compare, measure), (ROWS,) * 3, EVERYWHERE)
 
     def hold(self, batches: Sequence[Batch]) -> None:
         super().hold(batches)
         for pool in dict.fromkeys(batch.pool for batch in batches):
             if pool not in self._references:
                 with part("base states"):
-                    self._references[pool] = self._dense(pool)
+                    self._references[pool] = self._made(pool)
 
     def read(self, states: States, batch: Batch) -> Any:
         references = take_rows(self._references[batch.pool], batch.rows, self.programs.mesh)
         return self._compare_program(states, references, batch.inputs)
 
     def finish(self, run: Any, samples: Sequence[Sample]) -> BranchOutcomes:
-        numbers, branch, counts, divergences, agree, finite = (np.asarray(part) for part in run)
-        mine = counts[:, :, None] & (branch[:, :, None] == np.arange(numbers.shape[1]))  # [rows, A, Q]
-        all_finite = (finite[:, :, None] | ~mine).all(axis=1)
-        if (low := (divergences < -ROUNDING) & counts & finite).any():
+        numbers, branch, counts, lost, finite = (np.asarray(part) for part in run)
+        if (low := (lost < -ROUNDING) & counts & finite).any():
             row, place = np.argwhere(low)[0]
             name = samples[numbers[row, branch[row, place]]].id
             raise UserError(
-                f"{name}: the divergence from the dense model is {divergences[row, place]:g}, which cannot be below 0: "
+                f"{name}: the divergence from the dense model is {lost[row, place]:g}, which cannot be below 0: "
                 "this device's arithmetic is too coarse; set compute.matmul_precision to highest"
             )
-        lost = np.maximum(divergences.astype(np.float64), 0.0) if self._measure == "kl" else (~agree).astype(np.float64)
-        total = np.where(mine & finite[:, :, None], lost[:, :, None], 0.0).sum(axis=1)
-        best = 0.0 if self._measure == "kl" else 1.0
-        return BranchOutcomes(numbers, best - total / np.maximum(1, mine.sum(axis=1)), all_finite)
+        if self._measure == "first_token_kl":
+            counts = counts & (np.diff(branch, axis=1, prepend=-1) != 0)
+        mine = counts[:, :, None] & (branch[:, :, None] == np.arange(numbers.shape[1]))  # [rows, A, Q]
+        all_finite = (finite[:, :, None] | ~mine).all(axis=1)
+        values = np.maximum(lost.astype(np.float64), 0.0)
+        total = np.where(mine & finite[:, :, None], values[:, :, None], 0.0).sum(axis=1)
+        return BranchOutcomes(numbers, self.best - total / np.maximum(1, mine.sum(axis=1)), all_finite)
+
+    def dense(self, batch: Batch) -> States:
+        """The dense model's last states, computed from the first layer on."""
+        programs = self.programs
+        states = programs.embed(batch.inputs.text_ids, batch.visual)
+        return programs.layers(states, batch.inputs, Plan(), 0, programs.config.num_layers)
 
     def release(self) -> None:
         super().release()
         self._references.clear()
 
-    def _dense(self, pool: Pool) -> References:
-        programs, parts = self.programs, []
-        for batch in pool.batches():
-            states = programs.embed(batch.inputs.text_ids, batch.visual)
-            states = programs.layers(states, batch.inputs, Plan(), 0, programs.config.num_layers)
-            parts.append(self._kept_program(states, batch.inputs))
-        joined = split_over(_joined, programs.mesh, (WORK, MODEL), (ROWS,) * len(parts), ROWS)
+    def _made(self, pool: Pool) -> References:
+        parts = [self._kept_program(self.dense(batch), batch.inputs) for batch in pool.batches()]
+        joined = split_over(_joined, self.programs.mesh, (WORK, MODEL), (ROWS,) * len(parts), ROWS)
         return jax.jit(joined)(*parts)
 
 
@@ -101,18 +112,55 @@ def _answer_states(model: VisionLanguageModel, states: States, batch: PromptBatc
 
 
 def _compare(
-    model: VisionLanguageModel, states: States, references: Float[Array, "B A D"], batch: PromptBatch
-) -> tuple[Int[Array, "B Q"], Int[Array, "B A"], Bool[Array, "B A"], Float[Array, "B A"], Bool[Array, "B A"], Bool[Array, "B A"]]:
-    """On every device: the samples of the branches; for each answer place its branch, whether it counts, KL(dense || plan),
-    whether both have the same best token, and whether all numbers are finite.
+    measure: FidelityMeasure, model: VisionLanguageModel, states: States, references: Float[Array, "B A D"], batch: PromptBatch
+) -> tuple[Int[Array, "B Q"], Int[Array, "B A"], Bool[Array, "B A"], Float[Array, "B A"], Bool[Array, "B A"]]:
+    """On every device: the samples of the branches; for each answer place its branch, whether it counts, what is lost there
+    (a divergence, or 1 for another best token), and whether all numbers are finite.
     """
     x, scored = states
     dense, logits = model.decoder.read_out(references), model.decoder.logits(_at_answers(x, batch))
+    if measure == "agreement":
+        lost = (best_token(dense) != best_token(logits)).astype(jnp.float32)
+    else:
+        lost = kl_divergence(dense, logits) if measure == "kl" else kl_divergence(logits, dense)
     finite = scored[:, None] & all_finite(logits) & all_finite(dense)
     counts = jnp.asarray(batch.answer_targets) != IGNORE
-    agree = best_token(dense) == best_token(logits)
-    return all_rows((batch.samples, batch.answer_branch, counts, kl_divergence(dense, logits), agree, finite))
+    return all_rows((batch.samples, batch.answer_branch, counts, lost, finite))
 
 
 def _at_answers(x: Float[Array, "B T D"], batch: PromptBatch) -> Float[Array, "B A D"]:
     return jnp.take_along_axis(x, jnp.asarray(batch.answer_slots)[:, :, None], axis=1)
+
+
+def noise_floor(evaluator: Evaluator, split: str) -> float:
+    """What a score loses by rounding alone: the dense model against itself in batches of another shape.
+
+    It is measured on the samples of the bucket that has most rows, since each shape is compiled; the journal keeps it. The score
+    of a plan is a sum over the datasets, and so is this.
+    """
+    scoring, samples = evaluator.scoring, evaluator.splits[split]
+    assert isinstance(scoring, Fidelity)
+    name = f"{split}, other batches"
+    known = evaluator.journal.outcomes(name, Plan(), len(samples.samples))
+    if np.isnan(known).all():
+        pool = max(samples.pools, key=lambda pool: pool.rows)
+        found = np.full(len(samples.samples), -np.inf)
+        scoring.hold(pool.batches())
+        for batch in _other_batches(pool):
+            numbers, outcomes, finite = scoring.finish(scoring.read(scoring.dense(batch), batch), samples.samples)
+            real = (numbers != FILLER) & finite
+            np.maximum.at(found, numbers[real], outcomes[real])
+        members = np.flatnonzero(np.isfinite(found))
+        evaluator.journal.append(Record(name, Plan(), members, found[members], 0.0))
+        evaluator.checkpoint()
+        known = evaluator.journal.outcomes(name, Plan(), len(found))
+    return len(samples.datasets) * (scoring.best - float(np.nanmean(known)))
+
+
+def _other_batches(pool: Pool) -> list[Batch]:
+    """All rows in batches of half as many; if a batch has one row, of that row twice."""
+    rows = np.broadcast_to(np.arange(pool.rows, dtype=np.int32), pool.samples.shape[:2])
+    if pool.block_rows == 1:
+        return [Batch(pool, rows[:, [number, number]]) for number in range(pool.rows)]
+    size = pool.block_rows // 2 if pool.block_rows % 2 == 0 else 1
+    return [Batch(pool, rows[:, first : first + size]) for first in range(0, pool.rows, size)]

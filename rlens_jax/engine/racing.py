@@ -28,6 +28,7 @@ class RoundScorer:
         dense: the dense model's metrics on it.
         search: how plans are scored, and whether candidates are dropped.
         progress: counts the candidates that are evaluated or dropped.
+        noise: scores that differ by at most this are ties.
     """
 
     evaluator: Evaluator
@@ -35,6 +36,7 @@ class RoundScorer:
     dense: Mapping[str, float]
     search: SearchConfig
     progress: Progress | None = None
+    noise: float = 0.0
 
     def __call__(self, base: Plan, candidates: Sequence[Plan]) -> list[PlanScore]:
         """The scores of the candidates of a round, in their order; bounds for those that were dropped.
@@ -68,7 +70,7 @@ class RoundScorer:
 
         stopping = self.search.stopping == "exact"
         blocks, best = list(map(len, parts)), self.search.best_outcome
-        race = Race(len(candidates), blocks, len(data.samples), self._score, stopping=stopping, best=best)
+        race = Race(len(candidates), blocks, len(data.samples), self._score, stopping=stopping, best=best, noise=self.noise)
         race.run(start, finish)
         self._advance(len(candidates) - decided)
         difficulty.add(race.outcomes)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rlens_jax.config import RunConfig
 from rlens_jax.console import Progress
 from rlens_jax.engine.evaluator import Evaluator
+from rlens_jax.engine.fidelity import FIDELITY, noise_floor
 from rlens_jax.engine.racing import RoundScorer
 from rlens_jax.forecast import Forecast
 from rlens_jax.plans import OPERATORS, Operator, Plan
@@ -66,9 +67,11 @@ class Ranker:
         evaluations = num_evaluations(length, prior, search.method) + 1  # the dense plan counts twice
         label = search_label(operator, position_layers)
         with Progress(label, evaluations, "candidates", self.forecast) as progress:
+            evaluator = self.evaluators[VALIDATION]
+            noise = noise_floor(evaluator, VALIDATION) if search.measure in FIDELITY else 0.0
             dense = self.metrics(VALIDATION, Plan(), progress)
-            score_round = RoundScorer(self.evaluators[VALIDATION], VALIDATION, dense, search, progress)
-            return rank_layers(length, position_layers, operator, score_round, search.base(), search.method)
+            score_round = RoundScorer(evaluator, VALIDATION, dense, search, progress, noise)
+            return rank_layers(length, position_layers, operator, score_round, search.base(), search.method, noise)
 
     def compare(
         self, rankings: Mapping[Operator, Ranking], complete: Mapping[Operator, Ranking], flops_saved: FlopsSaved

@@ -115,11 +115,11 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
 
 def scoring_of(programs: Programs, loaded: LoadedModel, measure: Measure) -> Scoring:
     """What gives a sample its outcome."""
-    if measure in ("kl", "agreement"):
-        return Fidelity(programs, measure)
     if measure == "generation":
         return Generating(programs, loaded.preparer.chat.decode)
-    return TeacherForcing(programs)
+    if measure == "teacher_forced" or measure == "exact_agreement":
+        return TeacherForcing(programs)
+    return Fidelity(programs, measure)
 
 
 def conclude(searched: Searched, ranker: Ranker, comparison: Comparison, prefill: Mapping[str, PrefillTime]) -> Results:

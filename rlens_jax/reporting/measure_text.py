@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rlens_jax.config import OWN_ANSWERS, DataConfig
+from rlens_jax.config import DIVERGENCES, OWN_ANSWERS, DataConfig
 
 NAMES = {
     "teacher_forced": "exact match, teacher forced",
     "generation": "exact match of the generated text",
     "kl": "fidelity, not correctness: divergence of the answer's token distributions from the dense model's, in nats",
     "agreement": "fidelity, not correctness: share of the answer's tokens that stay the dense model's best ones",
+    "first_token_kl": "fidelity, not correctness: divergence of the first token's distribution, plan to dense model, in nats",
     "exact_agreement": "fidelity, not correctness: whether all of the answer's tokens stay the dense model's",
 }
 OWN = "on the dense model's own answers"
@@ -44,9 +45,9 @@ def objective_text(config: Mapping[str, Any]) -> str:
 
 def metric_text(measure: str, value: float) -> str:
     """A metric: a share, or a divergence, which metrics have with its sign turned."""
-    return loss_text(measure, -value if measure == "kl" else value, 1)
+    return loss_text(measure, -value if measure in DIVERGENCES else value, 1)
 
 
 def loss_text(measure: str, loss: float, digits: int = 2) -> str:
     """A loss, in percent or in nats."""
-    return f"{loss + 0:.3g} nats" if measure == "kl" else f"{round(100 * loss, digits) + 0:.{digits}f} %"
+    return f"{loss + 0:.3g} nats" if measure in DIVERGENCES else f"{round(100 * loss, digits) + 0:.{digits}f} %"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from rlens_jax.config import DIVERGENCES
 from rlens_jax.errors import printable
 from rlens_jax.plans import Operator
 from rlens_jax.reporting.measure_text import loss_text, metric_text, objective_text
@@ -167,6 +168,8 @@ def _rankings(results: Results) -> str:
         how = METHODS[result.ranking.method]
         note = f"the first {by_position} by position, the others {how}" if by_position else f"all {how}"
         lines.append(f"- **{TITLES[name]}** ({note}): {', '.join(map(str, result.ranking.order))}")
+        if result.ranking.noise:
+            lines.append(f"  Scores that differ by at most {result.ranking.noise:.2g} are ties: so much rounding alone can make.")
     return "\n".join(lines)
 
 
@@ -285,7 +288,7 @@ def _spread(result: OperatorResult, results: Results) -> str:
     """How far apart the best and the worst candidate of the first round are."""
     samples, measure = results.validation_samples, results.config.search.measure
     spread = result.first_round_spread(samples)
-    return f"{loss_text(measure, spread / sum(samples.values()))} a sample" if measure == "kl" else f"{spread:.0f} samples"
+    return f"{loss_text(measure, spread / sum(samples.values()))} a sample" if measure in DIVERGENCES else f"{spread:.0f} samples"
 
 
 def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

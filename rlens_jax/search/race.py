@@ -50,6 +50,7 @@ class Race:
         stopping: whether candidates are dropped.
         floor: a candidate is also dropped once it cannot reach this score.
         best: the largest outcome that a sample can have.
+        noise: a candidate is kept while it may be at most so much below the best final score.
 
     Attributes:
         outcomes: float64[candidates, samples], NaN where a candidate was not evaluated.
@@ -65,6 +66,7 @@ class Race:
         stopping: bool = True,
         floor: float = -np.inf,
         best: float = RIGHT,
+        noise: float = 0.0,
     ):
         self.outcomes = np.full((candidates, samples), np.nan)
         self._blocks = tuple(blocks)
@@ -80,8 +82,8 @@ class Race:
         self._entered = [0] * candidates  # blocks of all parts
         self._scores = self.scores()
         self._dropped: set[int] = set()
-        self._most = best
-        self._best = floor
+        self._most, self._noise = best, noise
+        self._least = floor
         self._in_progress: deque[Turn] = deque()
 
     def next(self) -> Turn | None:
@@ -125,9 +127,9 @@ class Race:
         if self._entered[candidate] == sum(self._blocks):
             if score.bound:
                 raise ValueError(f"candidate {candidate} has no outcome of some samples after the last block")
-            self._best = max(self._best, comparable(score.score))
+            self._least = max(self._least, comparable(comparable(score.score) - self._noise))
         if self._stopping:
-            self._dropped.update(c for c, one in enumerate(self._scores) if comparable(one.score) < self._best)
+            self._dropped.update(c for c, one in enumerate(self._scores) if comparable(one.score) < self._least)
 
     def scores(self) -> list[PlanScore]:
         """The candidates' scores, of the dropped ones as bounds; the race is over."""

@@ -203,6 +203,7 @@ def _search(ranking: Ranking) -> dict[str, Any]:
     return {
         "base": _plan(ranking.base),
         "method": ranking.method,
+        **({"noise": ranking.noise} if ranking.noise else {}),
         "position_layers": len(ranking.prefix_scores),
         "scores": [point.score for point in ranking.curve()],
         "dense_and_position": [_evaluation(score) for score in (ranking.base_score, *ranking.prefix_scores)],

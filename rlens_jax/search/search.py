@@ -56,6 +56,7 @@ class Ranking:
         prefix_scores: the scores of the first 1, 2, ... L_p layers, which are ranked by position.
         rounds: the rounds of the other layers; one if they were ranked in one shot.
         method: how the other layers were ranked.
+        noise: scores that differ by at most this are ties.
     """
 
     operator: Operator
@@ -65,6 +66,7 @@ class Ranking:
     prefix_scores: tuple[PlanScore, ...]
     rounds: tuple[Round, ...]
     method: SearchMethod = "greedy"
+    noise: float = 0.0
 
     @property
     def stopped_early(self) -> int:
@@ -88,6 +90,7 @@ def rank_layers(
     score_round: ScoreRound,
     base: Plan | None = None,
     method: SearchMethod = "greedy",
+    noise: float = 0.0,
 ) -> Ranking:
     """Rank all layers of `operator`: the last ones by position, the others by greedy search or in one shot.
 
@@ -100,6 +103,7 @@ def rank_layers(
         position_layers: L_p, how many of the last layers are ranked by position, last layer first. 0 searches all layers, L
             none; None is L // 4 (our decision, the paper does not say).
         base: the plan to start from, dense by default; it may reduce the other operator only.
+        noise: scores that differ by at most this are equal: what rounding alone can make of a score.
 
     Raises:
         UserError: `position_layers` is outside 0..L, or the base does not fit.
@@ -121,34 +125,46 @@ def rank_layers(
     ranked = prefixes[-1]
     while len(order) < num_layers:
         layers = [layer for layer in range(num_layers) if layer not in order]
-        rounds.append(_round(score_round, operator, ranked, layers, rounds[-1] if rounds else None))
+        rounds.append(_round(score_round, operator, ranked, layers, rounds[-1] if rounds else None, noise))
         if method == "one_shot":
             if any(score.bound for score in rounds[-1].scores):
                 raise ValueError("layers cannot be sorted by bounds of their scores")
-            order += evaluation_order(layers, rounds[-1])
+            order += evaluation_order(layers, rounds[-1], noise)
         else:
             order.append(rounds[-1].chosen)
             ranked = ranked.with_layer(operator, order[-1])
-    return Ranking(operator, base, tuple(order), base_score, prefix_scores, tuple(rounds), method)
+    return Ranking(operator, base, tuple(order), base_score, prefix_scores, tuple(rounds), method, noise)
 
 
-def _round(score_round: ScoreRound, operator: Operator, base: Plan, layers: Sequence[int], before: Round | None) -> Round:
+def _round(
+    score_round: ScoreRound, operator: Operator, base: Plan, layers: Sequence[int], before: Round | None, noise: float
+) -> Round:
     """One round, whose candidates are evaluated in the order of the round before."""
     tried = evaluation_order(layers, before)
     by_layer = dict(zip(tried, _scores(score_round, base, [base.with_layer(operator, layer) for layer in tried]), strict=True))
     scores = tuple(by_layer[layer] for layer in layers)
     best = max(comparable(score.score) for score in scores if not score.bound)
     for layer, score in by_layer.items():
-        if score.bound and comparable(score.score) >= best:
+        if score.bound and comparable(score.score) >= comparable(best - noise):
             raise ValueError(f"layer {layer} was dropped at {score.score}, but the best score is {best}")
-    *ties, chosen = (layer for layer in layers if comparable(by_layer[layer].score) == best)
+    equal = comparable(best - noise)
+    *ties, chosen = (layer for layer in layers if comparable(by_layer[layer].score) >= equal)
     return Round(base, tuple(layers), scores, chosen, tuple(ties))
 
 
-def evaluation_order(layers: Sequence[int], before: Round | None) -> list[int]:
-    """The layers by their scores and bounds in the round before, best first; the later ones first among equals or without one."""
+def evaluation_order(layers: Sequence[int], before: Round | None, noise: float = 0.0) -> list[int]:
+    """The layers by their scores and bounds in the round before, best first; the later ones first among equals or without one.
+
+    The next layer is the latest of those whose scores are at most `noise` below the best score left.
+    """
     scores = {} if before is None else dict(zip(before.layers, before.scores, strict=True))
-    return sorted(layers, key=lambda layer: (-comparable(scores[layer].score) if scores else 0.0, -layer))
+    left = sorted(layers, key=lambda layer: (-comparable(scores[layer].score) if scores else 0.0, -layer))
+    order: list[int] = []
+    while left and scores:
+        equal = comparable(scores[left[0]].score - noise)
+        order.append(max(layer for layer in left if comparable(scores[layer].score) >= equal))
+        left.remove(order[-1])
+    return order + left
 
 
 def _scores(score_round: ScoreRound, base: Plan, candidates: list[Plan]) -> tuple[PlanScore, ...]:

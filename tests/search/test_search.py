@@ -154,6 +154,19 @@ def test_one_shot_sorts_by_the_scores_of_one_round():
         rank_layers(3, 0, "ffn", bounded([-0.5, -0.1, -0.2], {(0,): -0.15}), method="one_shot")
 
 
+def test_scores_within_the_noise_are_ties():
+    """0, 1 and 3 are equal, and so are 2 and 4: of each, the later layer goes first."""
+    values = [0.0, -0.05, -0.3, -0.02, -0.31]
+    for method in ("greedy", "one_shot"):
+        ranking = rank_layers(5, 0, "ffn", Recorder(additive(values)), method=method, noise=0.06)
+        assert (ranking.order, ranking.noise) == ((3, 1, 0, 4, 2), 0.06)
+        assert ranking.rounds[0].ties == (0, 1)
+    assert rank_layers(5, 0, "ffn", Recorder(additive(values)), noise=0.01).order == (0, 3, 1, 4, 2)
+    assert rank_layers(5, 0, "ffn", Recorder(additive(values))).order == (0, 3, 1, 2, 4)
+    with pytest.raises(ValueError, match=r"layer 0 was dropped at -0.15, but the best score is -0.1"):
+        rank_layers(3, 0, "ffn", bounded([-0.5, -0.1, -0.2], {(0,): -0.15}), noise=0.06)
+
+
 def test_candidates_come_in_the_order_of_the_round_before():
     recorder = Recorder(table_value)
     rank_layers(4, 0, "ffn", recorder)
