@@ -4,11 +4,12 @@ import hashlib
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from rlens_jax.config import PAGES, DataConfig
+from rlens_jax.config import OWN_ANSWERS, PAGES, DataConfig, RunConfig
 from rlens_jax.data.benchmarks.catalogue import Instance, Turn
 from rlens_jax.data.benchmarks.mixture import mixture_samples
 from rlens_jax.data.components import components
@@ -52,6 +53,21 @@ def load_splits(data: DataConfig, prompt: Callable[[Instance], Turn], *, seed: i
     if not Path(source).is_dir():
         raise UserError(f"data.source: {source!r} is neither {PAGES!r} nor a .jsonl or .json file nor a folder of images")
     return split_samples(read_image_folder(Path(source)), data, seed)
+
+
+def asked_samples(samples: Splits, config: RunConfig) -> Splits:
+    """The samples whose own answers a run needs: the curves show right answers if there are any."""
+    return {split: members for split, members in samples.items() if split == "validation" or not config.data.has_answers}
+
+
+def with_own(samples: Splits, config: RunConfig, own: Mapping[str, tuple[int, ...]]) -> Splits:
+    """The samples, those with one of the dense model's `own` answers with it. UserError if the objective needs other answers."""
+    if not (config.data.has_answers or config.search.own_answers):
+        raise UserError(
+            f"data.source: the images of {config.data.source} have no answers, which search.objective {config.search.objective} "
+            f"needs; set search.objective to one of {', '.join(OWN_ANSWERS)}, which compare with the dense model"
+        )
+    return {split: [replace(sample, own=own.get(sample.id)) for sample in members] for split, members in samples.items()}
 
 
 def split_samples(samples: Sequence[Sample], data: DataConfig, seed: int) -> Splits:

@@ -14,12 +14,11 @@ from typing import Any
 from rlens_jax.config import PAGES, RunConfig
 from rlens_jax.data.images import image_dimensions
 from rlens_jax.data.samples import Sample
-from rlens_jax.data.splits import load_splits
+from rlens_jax.data.splits import asked_samples, load_splits, with_own
 from rlens_jax.engine import trunks
 from rlens_jax.engine.buckets import Size
 from rlens_jax.engine.dealing import share_trunk
 from rlens_jax.engine.preparing import prompts_of
-from rlens_jax.engine.session import asked_samples, with_own
 from rlens_jax.engine.trunks import SamplePrompts
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind

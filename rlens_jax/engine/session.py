@@ -15,16 +15,15 @@ from jax.sharding import Mesh
 
 from rlens_jax.checkpoints.checkpoint import kind_in, load_model, model_hash
 from rlens_jax.checkpoints.model_folder import find_model
-from rlens_jax.config import OWN_ANSWERS, RunConfig
+from rlens_jax.config import RunConfig
 from rlens_jax.console import Progress, say
-from rlens_jax.data.splits import Splits, load_splits, samples_hash
+from rlens_jax.data.splits import asked_samples, load_splits, samples_hash, with_own
 from rlens_jax.engine.choices import described, dtype_on, with_dtype
 from rlens_jax.engine.inputs import Split, encode_split
 from rlens_jax.engine.preparing import PreparedSplit, prepare
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.shapes import Block, Dealt, Shapes, blocks_of, choose_shapes, dealt_rows, row_padding, useful_rows
 from rlens_jax.engine.sizes import device_bytes, fitting_batch_size
-from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.layout import Bucket
@@ -149,21 +148,6 @@ class Session:
             resumed = journal.num_outcomes
             processes.check_same({"finished outcomes": resumed})
             yield cls(folder, config, mesh, preparer, splits, shapes, data_hash, journal, resumed, processes)
-
-
-def asked_samples(samples: Splits, config: RunConfig) -> Splits:
-    """The samples whose own answers a run needs: the curves show right answers if there are any."""
-    return {split: members for split, members in samples.items() if split == "validation" or not config.data.has_answers}
-
-
-def with_own(samples: Splits, config: RunConfig, own: Mapping[str, tuple[int, ...]]) -> Splits:
-    """The samples, those with one of the dense model's `own` answers with it. UserError if the objective needs other answers."""
-    if not (config.data.has_answers or config.search.own_answers):
-        raise UserError(
-            f"data.source: the images of {config.data.source} have no answers, which search.objective {config.search.objective} "
-            f"needs; set search.objective to one of {', '.join(OWN_ANSWERS)}, which compare with the dense model"
-        )
-    return {split: [replace(sample, own=own.get(sample.id)) for sample in members] for split, members in samples.items()}
 
 
 @dataclass(frozen=True)

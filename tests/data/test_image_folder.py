@@ -7,8 +7,7 @@ from PIL import Image
 
 from rlens_jax.config import DataConfig, RunConfig, SearchConfig
 from rlens_jax.data.image_folder import QUESTIONS, read_image_folder
-from rlens_jax.data.splits import load_splits
-from rlens_jax.engine.session import asked_samples, with_own
+from rlens_jax.data.splits import asked_samples, load_splits, with_own
 from rlens_jax.errors import UserError
 
 
