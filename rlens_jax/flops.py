@@ -53,8 +53,10 @@ PUBLISHED_DECODERS: Mapping[str, DecoderSizes] = {
     "llava-onevision-7b": _QWEN2_7B,
     "qwen2-vl-2b": DecoderSizes(28, 1536, 12, 2, 128, 8960, qkv_bias=True),
     "llava-onevision-0.5b": DecoderSizes(24, 896, 14, 2, 64, 4864, qkv_bias=True),
+    "qwen2.5-vl-7b": _QWEN2_7B,
+    "qwen2.5-vl-3b": DecoderSizes(36, 2048, 16, 2, 128, 11008, qkv_bias=True),
 }
-"""The paper's models, and two small ones of the same families."""
+"""The paper's models, and others of the supported families."""
 
 
 def layer_cost(

@@ -22,6 +22,23 @@ def redraw(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(noise)
 
 
+TEXT = {
+    "hidden_size": 60,
+    "intermediate_size": 77,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 199,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 2, 2]},
+    "bos_token_id": 190,
+    "eos_token_id": 191,
+    "pad_token_id": 190,
+}
+VISION = {"depth": 3, "num_heads": 3, "in_channels": 3, "patch_size": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
+
+
 def tiny_qwen2_vl(seed: int, **overrides) -> torch.nn.Module:
     """A Qwen2VLForConditionalGeneration of distinct sizes: float32, eager attention, every parameter redrawn.
 
@@ -32,34 +49,16 @@ def tiny_qwen2_vl(seed: int, **overrides) -> torch.nn.Module:
     """
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    text = {
-        "hidden_size": 60,
-        "intermediate_size": 77,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "vocab_size": 199,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 512,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 2, 2]},
-        "bos_token_id": 190,
-        "eos_token_id": 191,
-        "pad_token_id": 190,
-    }
-    vision = {
-        "depth": 3,
-        "embed_dim": 24,
-        "hidden_size": overrides.get("hidden_size", text["hidden_size"]),
-        "num_heads": 3,
-        "mlp_ratio": 3,
-        "in_channels": 3,
-        "patch_size": 2,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-    }
+    width = overrides.get("hidden_size", TEXT["hidden_size"])
+    vision = VISION | {"embed_dim": 24, "hidden_size": width, "mlp_ratio": 3}
+    return tiny_qwen(Qwen2VLConfig, Qwen2VLForConditionalGeneration, TEXT, vision, seed, **overrides)
+
+
+def tiny_qwen(config_class: type, model_class: type, text: dict, vision: dict, seed: int, **overrides) -> torch.nn.Module:
+    """A model of this family of Qwen; `overrides` are those of `tiny_qwen2_vl`."""
     tied = overrides.pop("tie_word_embeddings", False)
-    vision |= overrides.pop("vision_config", {})
-    config = Qwen2VLConfig(
+    vision = vision | overrides.pop("vision_config", {})
+    config = config_class(
         text_config=text | overrides,
         vision_config=vision,
         tie_word_embeddings=tied,
@@ -70,7 +69,7 @@ def tiny_qwen2_vl(seed: int, **overrides) -> torch.nn.Module:
         attn_implementation="eager",
     )
     config.text_config.tie_word_embeddings = tied
-    model = Qwen2VLForConditionalGeneration(config)
+    model = model_class(config)
     redraw(model, seed)
     return model.eval()
 

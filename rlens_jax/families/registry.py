@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from rlens_jax.data.benchmarks.catalogue import Instance, Turn
 from rlens_jax.errors import UserError, foreign, suggest
-from rlens_jax.families import internvl, llava_onevision, minicpm_v, qwen2_vl
+from rlens_jax.families import internvl, llava_onevision, minicpm_v, qwen2_5_vl, qwen2_vl
 from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.family import Family
 from rlens_jax.families.image_files import NESTED_FILE, PROCESSOR_FILE, read_processor_fields
@@ -20,7 +20,13 @@ from rlens_jax.files import quoted
 from rlens_jax.models.forward import FamilyConfig, VisionLanguageModel
 from rlens_jax.models.prompt import ImageArrays, ImageSize, Measure, Preparer
 
-FAMILIES: tuple[Family[Any], ...] = (internvl.FAMILY, llava_onevision.FAMILY, minicpm_v.FAMILY, qwen2_vl.FAMILY)
+FAMILIES: tuple[Family[Any], ...] = (
+    internvl.FAMILY,
+    llava_onevision.FAMILY,
+    minicpm_v.FAMILY,
+    qwen2_5_vl.FAMILY,
+    qwen2_vl.FAMILY,
+)
 """`Any`, because each family has its own type of config."""
 
 

@@ -8,8 +8,8 @@ FACTS = Path(__file__).parents[2].parent / "shared" / "checkpoints"
 """Names and shapes of published tensors, where the work place has them."""
 
 QWEN2_VL_SIZES = {
-    "qwen2-vl-2b": {"D": 1536, "F": 8960, "N": 12, "K": 2, "V": 151936, "tied": True, "numbers": 2208985600},
-    "qwen2-vl-7b": {"D": 3584, "F": 18944, "N": 28, "K": 4, "V": 152064, "tied": False, "numbers": 16582751232 // 2},
+    "qwen2-vl-2b": {"L": 28, "D": 1536, "F": 8960, "N": 12, "K": 2, "V": 151936, "tied": True, "numbers": 2208985600},
+    "qwen2-vl-7b": {"L": 28, "D": 3584, "F": 18944, "N": 28, "K": 4, "V": 152064, "tied": False, "numbers": 16582751232 // 2},
 }
 """Sizes and number of parameters; the 7B file is published in bfloat16 with 16582751232 bytes."""
 
@@ -19,7 +19,7 @@ def qwen2_vl(sizes: dict) -> dict:
         "model_type": "qwen2_vl",
         "hidden_size": sizes["D"],
         "intermediate_size": sizes["F"],
-        "num_hidden_layers": 28,
+        "num_hidden_layers": sizes["L"],
         "num_attention_heads": sizes["N"],
         "num_key_value_heads": sizes["K"],
         "vocab_size": sizes["V"],
@@ -31,6 +31,58 @@ def qwen2_vl(sizes: dict) -> dict:
         "video_token_id": 151656,
         "vision_config": {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "patch_size": 14},
     }
+
+
+QWEN2_5_VL_SIZES = {
+    "qwen2.5-vl-3b": {"L": 36, "D": 2048, "F": 11008, "N": 16, "K": 2, "V": 151936, "tied": True, "numbers": 3754622976},
+    "qwen2.5-vl-7b": {"L": 28, "D": 3584, "F": 18944, "N": 28, "K": 4, "V": 152064, "tied": False, "numbers": 8292166656},
+}
+
+
+def qwen2_5_vl(sizes: dict) -> dict:
+    """The published config.json, without what says nothing of the model."""
+    fields = qwen2_vl(sizes) | {"model_type": "qwen2_5_vl", "max_position_embeddings": 128000}
+    vision = {
+        "depth": 32,
+        "hidden_act": "silu",
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "in_chans": 3,
+        "out_hidden_size": sizes["D"],
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "temporal_patch_size": 2,
+    }
+    return fields | {"use_sliding_window": False, "sliding_window": 32768, "hidden_act": "silu", "vision_config": vision}
+
+
+def qwen_decoder_shapes(sizes: dict) -> dict[str, list[int]]:
+    """Names and shapes of the decoder of Qwen2-VL and Qwen2.5-VL, by rule; heads have 128 numbers."""
+    width, kv, ffn = sizes["D"], sizes["K"] * 128, sizes["F"]
+    shapes = {"model.embed_tokens.weight": [sizes["V"], width], "model.norm.weight": [width]}
+    if not sizes["tied"]:
+        shapes["lm_head.weight"] = [sizes["V"], width]
+    for layer in range(sizes["L"]):
+        for name, shape in {
+            "input_layernorm.weight": [width],
+            "post_attention_layernorm.weight": [width],
+            "self_attn.q_proj.weight": [width, width],
+            "self_attn.q_proj.bias": [width],
+            "self_attn.k_proj.weight": [kv, width],
+            "self_attn.k_proj.bias": [kv],
+            "self_attn.v_proj.weight": [kv, width],
+            "self_attn.v_proj.bias": [kv],
+            "self_attn.o_proj.weight": [width, width],
+            "mlp.gate_proj.weight": [ffn, width],
+            "mlp.up_proj.weight": [ffn, width],
+            "mlp.down_proj.weight": [width, ffn],
+        }.items():
+            shapes[f"model.layers.{layer}.{name}"] = shape
+    return shapes
 
 
 INTERNVL_VISION = {
@@ -222,6 +274,7 @@ BY_MODEL_TYPE = {
     "llava_onevision": llava_onevision(),
     "minicpmv": MINICPM_V,
     "qwen2_vl": qwen2_vl(QWEN2_VL_SIZES["qwen2-vl-7b"]),
+    "qwen2_5_vl": qwen2_5_vl(QWEN2_5_VL_SIZES["qwen2.5-vl-7b"]),
 }
 """One published checkpoint per `model_type`."""
 

@@ -9,6 +9,7 @@ import pytest
 from rlens_jax.errors import UserError
 from rlens_jax.families.decoder_fields import LLAMA, QWEN2
 from rlens_jax.families.internvl.model import HF_VISION
+from rlens_jax.families.qwen2_5_vl import model as qwen2_5_vl
 from rlens_jax.families.qwen2_vl import model as qwen2_vl
 from rlens_jax.families.registry import read_kind
 from rlens_jax.families.siglip import SIGLIP
@@ -59,7 +60,15 @@ def refusal(fields: Mapping[str, Any]) -> str:
 
 
 def test_defaults_are_those_of_the_classes_of_transformers() -> None:
-    from transformers import InternVLVisionConfig, LlamaConfig, Qwen2Config, Qwen2VLTextConfig, SiglipVisionConfig
+    from transformers import (
+        InternVLVisionConfig,
+        LlamaConfig,
+        Qwen2_5_VLTextConfig,
+        Qwen2Config,
+        Qwen2VLTextConfig,
+        SiglipVisionConfig,
+    )
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 
     classes = {
@@ -67,6 +76,8 @@ def test_defaults_are_those_of_the_classes_of_transformers() -> None:
         LlamaConfig: LLAMA,
         Qwen2VLTextConfig: qwen2_vl.TEXT,
         Qwen2VLVisionConfig: qwen2_vl.VISION,
+        Qwen2_5_VLTextConfig: qwen2_vl.TEXT,
+        Qwen2_5_VLVisionConfig: qwen2_5_vl.VISION,
         SiglipVisionConfig: SIGLIP,
         InternVLVisionConfig: HF_VISION | {"image_size": (448, 448), "patch_size": (14, 14)},
     }
@@ -91,7 +102,7 @@ def test_defaults_are_those_of_the_classes_of_transformers() -> None:
 )
 def test_rope_scaling_counts_before_rope_parameters_and_both_before_a_theta_beside_them(model_type, fields, theta) -> None:
     """The order of transformers 5.24; without any theta, the class's."""
-    theta = theta or (1e6 if model_type == "qwen2_vl" else 1e4)
+    theta = theta or (1e6 if model_type.startswith("qwen2_") else 1e4)
     assert decoder(text_changed(model_type, **fields)).rope_theta == theta
 
 
@@ -151,6 +162,18 @@ RESAVED = {
         "vision_config": qwen2_vl.VISION
         | {"model_type": "qwen2_vl_vision", "hidden_size": 3584, "rope_parameters": {"rope_theta": 1e4, "rope_type": "axial"}},
     },
+    "qwen2_5_vl 4.57": BY_MODEL_TYPE["qwen2_5_vl"]
+    | {"text_config": NESTED | {"model_type": "qwen2_5_vl_text", "max_position_embeddings": 128000, "sliding_window": None}},
+    "qwen2_5_vl 5.24": {
+        "model_type": "qwen2_5_vl",
+        "text_config": {name: value for name, value in NESTED.items() if name not in ("rope_theta", "rope_scaling")}
+        | {"model_type": "qwen2_5_vl_text", "max_position_embeddings": 128000, "layer_types": ["full_attention"] * 28}
+        | {"rope_parameters": {"mrope_section": [16, 24, 24], "rope_theta": 1e6, "rope_type": "default", "type": "default"}},
+        "tie_word_embeddings": False,
+        "vision_config": {name: value for name, value in qwen2_5_vl.VISION.items() if name != "rope_theta"}
+        | {"model_type": "qwen2_5_vl_vision", "hidden_size": 1280, "tokens_per_second": 2}
+        | {"rope_parameters": {"rope_theta": 1e4, "rope_type": "axial"}},
+    },
     # nested sections without what equals a default
     "llava_onevision 4.45 and 4.49": text_changed("llava_onevision", max_position_embeddings=...),
     "llava_onevision 4.57": text_changed(
@@ -200,6 +223,12 @@ def test_a_config_saved_again_is_the_same_model(style: str) -> None:
         ("qwen2_vl", "vision_config.mlp_ratio", 1e-300, "mlp_ratio must give the MLP a unit, not 1e-300"),
         ("qwen2_vl", "vision_config.hidden_size", 1536, "hidden_size = 1536 is not supported (only 3584)"),
         ("qwen2_vl", "vision_config.rope_parameters", {"rope_theta": 5e3}, "rope_theta = 5000.0 is not supported (only 10000.0)"),
+        ("qwen2_5_vl", "vision_config.out_hidden_size", 2048, "out_hidden_size = 2048 is not supported (only 3584)"),
+        ("qwen2_5_vl", "vision_config.window_size", 27, "window_size must hold 2 x 2 patches, not 27"),
+        ("qwen2_5_vl", "vision_config.fullatt_block_indexes", [7, -1], "must be a list of numbers of layers, not [7, -1]"),
+        ("qwen2_5_vl", "vision_config.fullatt_block_indexes", 7, "must be a list of numbers of layers, not 7"),
+        ("qwen2_5_vl", "vision_config.hidden_act", "quick_gelu", "hidden_act = 'quick_gelu' is not supported (only 'silu')"),
+        ("qwen2_5_vl", "use_sliding_window", True, "use_sliding_window = True is not supported"),
         ("llava_onevision", "text_config.model_type", ["qwen2"], "model_type = ['qwen2'] is not supported"),
         ("llava_onevision", "text_config.rope_scaling", {"type": "mrope"}, "rope_type = 'mrope' is not supported"),
         ("llava_onevision", "vision_config.image_size", 7, "image_size 7 is smaller than patch_size 14"),

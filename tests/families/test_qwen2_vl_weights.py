@@ -24,36 +24,15 @@ SPELLINGS = {"published": {}, "in memory": {"save_original_format": False}, "sha
 
 def published_shapes(sizes: dict) -> dict[str, list[int]]:
     """Names and shapes of the published files, by rule."""
-    width, kv, ffn = sizes["D"], sizes["K"] * 128, sizes["F"]
-    shapes = {
-        "model.embed_tokens.weight": [sizes["V"], width],
-        "model.norm.weight": [width],
+    shapes = published_files.qwen_decoder_shapes(sizes) | {
         "visual.patch_embed.proj.weight": [1280, 3, 2, 14, 14],
         "visual.merger.ln_q.weight": [1280],
         "visual.merger.ln_q.bias": [1280],
         "visual.merger.mlp.0.weight": [5120, 5120],
         "visual.merger.mlp.0.bias": [5120],
-        "visual.merger.mlp.2.weight": [width, 5120],
-        "visual.merger.mlp.2.bias": [width],
+        "visual.merger.mlp.2.weight": [sizes["D"], 5120],
+        "visual.merger.mlp.2.bias": [sizes["D"]],
     }
-    if not sizes["tied"]:
-        shapes["lm_head.weight"] = [sizes["V"], width]
-    for layer in range(28):
-        for name, shape in {
-            "input_layernorm.weight": [width],
-            "post_attention_layernorm.weight": [width],
-            "self_attn.q_proj.weight": [width, width],
-            "self_attn.q_proj.bias": [width],
-            "self_attn.k_proj.weight": [kv, width],
-            "self_attn.k_proj.bias": [kv],
-            "self_attn.v_proj.weight": [kv, width],
-            "self_attn.v_proj.bias": [kv],
-            "self_attn.o_proj.weight": [width, width],
-            "mlp.gate_proj.weight": [ffn, width],
-            "mlp.up_proj.weight": [ffn, width],
-            "mlp.down_proj.weight": [width, ffn],
-        }.items():
-            shapes[f"model.layers.{layer}.{name}"] = shape
     for layer in range(32):
         for module, rows, columns in (
             ("attn.qkv", 3840, 1280),

@@ -48,6 +48,7 @@ EXPECTED = {
     },
 }
 EXPECTED["internvl"] = EXPECTED["internvl_chat"]
+EXPECTED["qwen2_5_vl"] = EXPECTED["llava_onevision"]  # those of a model that has none of its own
 
 
 def example(dataset: str, **changes: object) -> Instance:

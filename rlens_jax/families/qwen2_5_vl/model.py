@@ -1,0 +1,187 @@
+"""Qwen2.5-VL's vision tower: most layers attend within windows of an image, the others to the whole image.
+
+The layers see the patches window by window, so that the keys of a window stand together: a block of queries meets the keys around
+it and no others. Like the sizes of an image, its windows are data. The patches are in their own order again before the merger.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from rlens_jax.families.config_reader import MOST_PIXELS, ConfigReader
+from rlens_jax.families.qwen2_vl.model import (
+    TOKENS,
+    VISION_NORM_EPS,
+    VISION_ROPE_THETA,
+    Attention,
+    Heads,
+    Qwen2VLConfig,
+    RotaryLayer,
+    States,
+    VisionConfig,
+    attend_image,
+    patch_sizes,
+    read_qwen2_text,
+    spatial_rotation,
+)
+from rlens_jax.families.qwen2_vl.model import VisionTower as FullTower
+from rlens_jax.families.siglip import run_span
+from rlens_jax.models.layers import Linear, RMSNorm, Rotary
+from rlens_jax.ops.attention import masked_attention
+
+
+@dataclass(frozen=True)
+class WindowedConfig(VisionConfig):
+    """Sizes of the tower; a window is `window` x `window` visual tokens, cut from the top left of an image."""
+
+    window: int
+    full_layers: tuple[int, ...]
+    """Layers that attend to the whole image."""
+
+
+@dataclass(frozen=True)
+class Qwen25VLConfig(Qwen2VLConfig):
+    """Everything that shapes a Qwen2.5-VL model."""
+
+    vision: WindowedConfig
+
+
+VISION = {
+    "depth": 32,
+    "hidden_size": 3584,
+    "hidden_act": "silu",
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "in_channels": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "window_size": 112,
+    "out_hidden_size": 3584,
+    "fullatt_block_indexes": (7, 15, 23, 31),
+    "rope_theta": VISION_ROPE_THETA,
+}
+"""Defaults of Qwen2_5_VLVisionConfig in transformers 5.24. The decoder's are those of Qwen2-VL."""
+
+
+def read_config(config: ConfigReader) -> Qwen25VLConfig:
+    """Read the sizes from config.json; UserError if it asks for a computation that is not supported."""
+    config = ConfigReader(config.fields, config.where, TOKENS)
+    decoder = read_qwen2_text(config, "qwen2_5_vl")
+    return Qwen25VLConfig(
+        decoder,
+        _read_vision(config.section("vision_config", VISION), decoder.width),
+        image_token=config.token("image_token_id", vocabulary=decoder.vocabulary),
+        video_token=config.token("video_token_id", vocabulary=decoder.vocabulary),
+    )
+
+
+def _read_vision(vision: ConfigReader, out_width: int) -> WindowedConfig:
+    vision.require("model_type", "qwen2_5_vl_vision", "qwen2_5_vl")
+    vision.require("hidden_act", "silu")
+    vision.require("out_hidden_size", out_width)
+    sizes, pixels = patch_sizes(vision, "hidden_size"), vision.size("window_size", most=MOST_PIXELS)
+    window = pixels // sizes["merge_size"] // sizes["patch_size"]
+    if window == 0:
+        raise vision.error("window_size", f"must hold {sizes['merge_size']} x {sizes['merge_size']} patches", pixels)
+    full = vision.fields.get("fullatt_block_indexes", vision.defaults["fullatt_block_indexes"])
+    if not isinstance(full, list | tuple) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in full):
+        raise vision.error("fullatt_block_indexes", "must be a list of numbers of layers", full)
+    return WindowedConfig(
+        **sizes,
+        ffn_width=vision.size("intermediate_size"),
+        out_width=out_width,
+        window=window,
+        full_layers=tuple(layer for layer in range(sizes["depth"]) if layer in full),
+    )
+
+
+class VisionLayer(RotaryLayer):
+    """Attention with 2-D RoPE to the window or the image, and a gated SiLU MLP: `gate` and `fc1` in, `fc2` out."""
+
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        norm = partial(RMSNorm, config.width, eps=VISION_NORM_EPS, dtype=dtype)
+        super().__init__(config, norm, qkv_bias=True, dtype=dtype, rngs=rngs)
+        self.gate = Linear("IJE,EF->IJF", config.sizes, bias="F", dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: States, rotary: Rotary, attention: Attention) -> States:
+        x = self.mix(x, rotary, attention)
+        y = self.mlp_norm(x)
+        return x + self.fc2(jax.nn.silu(self.gate(y)) * self.fc1(y))
+
+
+class VisionTower(FullTower):
+    """Patches to visual tokens: patch embedding, layers of two kinds, and the merger (the connector)."""
+
+    config: WindowedConfig
+    layer = VisionLayer
+    norm = RMSNorm
+
+    def features(
+        self,
+        patches: Float[Array | np.ndarray, "I J c"],
+        places: Int[Array | np.ndarray, "I J 2"],
+        num_patches: Int[Array | np.ndarray, " I"],
+    ) -> Float[Array, "I J E"]:
+        """See `rlens_jax.families.qwen2_vl.model.VisionTower.features`."""
+        config, places = self.config, jnp.asarray(places)
+        side = config.window * config.merge_size
+        is_patch = jnp.arange(patches.shape[1])[None] < num_patches[:, None]
+        window = windows(places, is_patch, side)
+        # Padding has the last window, so it stays behind the patches of each image.
+        order = jnp.argsort(window, axis=1, stable=True)
+        window = jnp.take_along_axis(window, order, axis=1)
+        x = self.patch_embed(_ordered(jnp.asarray(patches, self.patch_embed.kernel.dtype), order))
+        rotary = spatial_rotation(_ordered(places, order), config.width // config.num_heads)
+        inside = partial(attend_windows, window=window, most=side**2)
+        whole = partial(attend_image, is_patch=is_patch)
+        for full, layers in groupby(range(config.depth), lambda layer: layer in config.full_layers):
+            span = list(layers)
+            x = run_span(self.layers, (span[0], span[-1] + 1), x, rotary, whole if full else inside)
+        return _ordered(x, jnp.argsort(order, axis=1))
+
+
+def _ordered(x: Array, order: Int[Array, "I J"]) -> Array:
+    return jnp.take_along_axis(x, order[..., None], axis=1)
+
+
+def windows(places: Int[Array, "I J 2"], is_patch: Bool[Array, "I J"], side: int) -> Int[Array, "I J"]:
+    """A number for the window of each patch of an image, which has `side` x `side` patches; the largest for padding."""
+    window = places // side
+    number = window[..., 0] * (places.shape[1] // side + 1) + window[..., 1]
+    return jnp.where(is_patch, number, jnp.iinfo(jnp.int32).max)
+
+
+def attend_windows(q: Heads, k: Heads, v: Heads, window: Int[Array, "I J"], most: int) -> Heads:
+    """Attention of every patch to those of its window, measured.
+
+    The patches stand window by window, with at most `most` patches in each. So a block of 2 x `most` queries meets the keys from
+    `most` before it to `most` behind it: each half of that is a block of keys, `most` places off the queries'.
+    """
+    images, heads, patches, head_dim = q.shape
+    block, count = 2 * most, -(-patches // (2 * most))
+
+    def cut(x: Float[Array, "I n J h"] | Int[Array, "I n J h"], before: int, count: int, fill: int) -> Array:
+        """Blocks [I, count, n, block, h] of `x` between padding."""
+        padded = jnp.pad(x, ((0, 0), (0, 0), (before, count * block - before - patches), (0, 0)), constant_values=fill)
+        return jnp.moveaxis(padded.reshape(*x.shape[:2], count, block, x.shape[3]), 2, 1)
+
+    def queries(x: Array, fill: int = 0) -> Array:
+        return cut(x, 0, count, fill).reshape(images * count, x.shape[1], block, x.shape[3])
+
+    def keys(x: Array, fill: int = 0) -> Array:
+        halves = cut(x, most, count + 1, fill)
+        around = jnp.concatenate([halves[:, :-1], halves[:, 1:]], axis=3)
+        return around.reshape(images * count, x.shape[1], 2 * block, x.shape[3])
+
+    number = window[:, None, :, None]
+    mask = queries(number, -1)[:, 0] == keys(number, -2)[:, 0].swapaxes(1, 2)
+    attended = masked_attention(queries(q), keys(k), keys(v), mask).reshape(images, count, heads, block, head_dim)
+    return jnp.moveaxis(attended, 1, 2).reshape(images, heads, count * block, head_dim)[:, :, :patches]
