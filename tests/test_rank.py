@@ -17,6 +17,7 @@ from PIL import Image
 
 from rlens_jax.commands.rank import main
 from rlens_jax.console import run_command
+from rlens_jax.data.page_samples import read_pages
 from rlens_jax.reporting.run_files import read_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
@@ -92,6 +93,35 @@ def test_generated_answers_score_as_forced_ones(finished: Path, cache: Path, tmp
     assert generated["dense"] == forced["dense"]
     assert generated["rankings"]["ffn"] == forced["rankings"]["ffn"]
     assert generated["held_out"]["ffn"]["curves"] == forced["held_out"]["ffn"]["curves"]
+
+
+def test_a_folder_of_images_is_ranked_by_fidelity(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without labels: on the dense model's own answers, which a second run reads, and by agreement on held-out images."""
+    (tmp_path / "images").mkdir()
+    pages = dict.fromkeys(sample.images[0] for sample in read_pages("validation", 6)["pages_read"])
+    for number, page in enumerate(pages):
+        (tmp_path / "images" / f"page{number}.png").write_bytes(page)
+    run = tmp_path / "run"
+    arguments = [*options(cache, run), f"--data={tmp_path / 'images'}", "--search.operators=ffn", "--compute.text_slots=null"]
+    assert rank([*arguments, "--search.objective=teacher_forced"]) == 2
+    assert (
+        "page" not in (told := capsys.readouterr().err) and "have no answers, which search.objective teacher_forced needs" in told
+    )
+    arguments += ["--search.objective=kl", "--search.max_new_tokens=4"]
+    assert rank(arguments) == 0
+    written = {name: (run / name).read_bytes() for name in ("ranking.json", "own_answers.json")}
+    result, own = (json.loads(content) for content in written.values())
+    assert {name.split("/")[0] for name in own["answers"]} == {f"page{number}.png" for number in range(len(pages))}
+    assert all(len(answer["tokens"]) <= 4 for answer in own["answers"].values())
+    assert result["dense"]["validation"]["images"] == pytest.approx(0.0, abs=1e-6)
+    assert result["dense"]["test"]["images"] == 1.0
+    scores = [candidate["score"] for candidate in result["search"]["ffn"]["rounds"][0]["candidates"]]
+    assert max(scores) <= 0 and min(scores) < -1e-4
+    assert 0 <= result["search"]["ffn"].get("noise", 0.0) < 1e-5
+    assert "fidelity, not correctness" in (run / "report.md").read_text()
+    (run / "ranking.json").unlink()
+    assert rank(arguments) == 0
+    assert written == {name: (run / name).read_bytes() for name in written}
 
 
 def test_examples_are_answered_twice(finished: Path) -> None:
