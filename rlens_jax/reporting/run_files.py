@@ -162,7 +162,7 @@ def write_examples(folder: Path, examples: Sequence[Example], plan: Plan, *, mod
         "schema": EXAMPLES_SCHEMA,
         "model_hash": model_hash,
         "data_hash": data_hash,
-        "plan": asdict(plan),
+        "plan": plan.fields(),
         "examples": [
             {
                 "id": example.id,
