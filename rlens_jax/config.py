@@ -184,13 +184,16 @@ class ComputeConfig:
     """Whether prompts about the same images share a row, in which what they begin with is computed once."""
     state_memory_gb: float = 2.0
     """Memory in GB for the states that a round's candidates continue from."""
+    cpu_devices: int = 0
+    """Devices that a CPU is divided into, each with a copy of the model; 0 means one per core, as far as a quarter of the memory
+    holds the copies."""
     compilation_cache: str | None = None
     """Folder of the persistent compilation cache; null means the user's cache folder."""
 
     def __post_init__(self) -> None:
         _check_types("compute", self)
         _at_least(1, "compute", self, "model_shards", "max_buckets")
-        _at_least(0, "compute", self, "batch_size", "state_memory_gb")
+        _at_least(0, "compute", self, "batch_size", "state_memory_gb", "cpu_devices")
         for name in ("text_slots", "visual_slots", "patch_slots"):
             slots = getattr(self, name)
             if slots is not None and (not slots or slots[0] < 1 or list(slots) != sorted(set(slots))):
@@ -325,7 +328,15 @@ class RunConfig:
         """
         values = self.portable()
         del values["model"], values["report"], values["data"]["source"], values["search"]["stopping"]
-        for name in ("state_memory_gb", "model_shards", "text_slots", "visual_slots", "patch_slots", "max_buckets"):
+        for name in (
+            "state_memory_gb",
+            "model_shards",
+            "cpu_devices",
+            "text_slots",
+            "visual_slots",
+            "patch_slots",
+            "max_buckets",
+        ):
             del values["compute"][name]
         return values
 

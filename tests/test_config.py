@@ -195,6 +195,7 @@ def test_a_journal_depends_on_what_decides_results_and_on_nothing_else():
         ["--data.cache", "c"],
         ["--compute.compilation_cache", "c"],
         ["--compute.state_memory_gb", "9"],
+        ["--compute.cpu_devices", "3"],
         ["--report.random_rankings", "3"],
         ["--report.bootstrap_samples", "9"],
         ["--hosts.coordinator", "h:80", "--hosts.num_processes", "2", "--hosts.process_id", "0"],
@@ -208,7 +209,7 @@ def test_a_journal_depends_on_what_decides_results_and_on_nothing_else():
         ["--search.objective", "generation"],
         ["--data.validation_samples", "10"],
         ["--compute.dtype", "bfloat16"],
-        ["--compute.batch_size", "4"],
+        ["--compute.batch_size", "5"],
     ):
         assert print_of(*options) != same, options
 

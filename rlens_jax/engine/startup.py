@@ -3,6 +3,7 @@
 import os
 import stat
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -11,6 +12,10 @@ from rlens_jax.config import ComputeConfig
 from rlens_jax.errors import UserError
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.resources import cache_folder
+
+_UNSET = -1
+"""Of JAX's number of CPU devices."""
+_XLA_DEVICES = "xla_force_host_platform_device_count"
 
 
 class CompilationCounter:
@@ -45,6 +50,30 @@ def start_jax(matmul_precision: str = "highest", compilation_cache: Path | None 
     return CompilationCounter()
 
 
+def _divide_cpu(devices: int) -> None:
+    """Let JAX see the CPU as several devices, unless it was started, or their number was set, before."""
+    if jax.config.jax_num_cpu_devices == _UNSET and _XLA_DEVICES not in os.environ.get("XLA_FLAGS", ""):
+        with suppress(RuntimeError):  # JAX has started
+            jax.config.update("jax_num_cpu_devices", devices)
+
+
+def chosen_cpu_devices(compute: ComputeConfig, model_bytes: int, cores: int, memory: int) -> int:
+    """The configured number of devices, or one per core, as far as a quarter of the memory holds their copies of the model.
+
+    In a program for all cores at once, the cores wait for each other after every small part; devices of their own compute rows of
+    their own. The devices of a model that is cut (`model_shards`) must be configured.
+
+    Args:
+        compute: the configuration.
+        model_bytes: of the published files; in float32 it takes twice as much.
+        cores: of this process.
+        memory: of the machine, in bytes.
+    """
+    if compute.cpu_devices or compute.model_shards > 1:
+        return max(1, compute.cpu_devices)
+    return max(1, min(cores, memory // (4 * 2 * max(1, model_bytes))))
+
+
 def _own_folder(cache: Path) -> Path:
     """The folder of the compilation cache, made for its user alone: compiled programs are code that is run when it is read."""
     other = "choose another folder with --compute.compilation_cache"
@@ -61,10 +90,16 @@ def _own_folder(cache: Path) -> Path:
     return cache
 
 
-def start(compute: ComputeConfig, output: Path, processes: Processes) -> CompilationCounter:
-    """Start JAX as `start_jax`; the compilation cache is the configured one, or one that all processes see.
+def start(compute: ComputeConfig, output: Path, processes: Processes, model: Path) -> CompilationCounter:
+    """Start JAX as `start_jax` for a search with the model of a folder, on a CPU with one device per core.
+
+    The compilation cache is the configured one, or one that all processes see.
 
     JAX lets only process 0 write compiled programs. The other processes read them from the shared output folder.
     """
+    if processes.count == 1:
+        published = sum(file.stat().st_size for file in model.rglob("*") if file.is_file())
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        _divide_cpu(chosen_cpu_devices(compute, published, len(os.sched_getaffinity(0)), memory))
     shared = cache_folder() if processes.count == 1 else output
     return start_jax(compute.matmul_precision, Path(compute.compilation_cache or shared / "compiled"))

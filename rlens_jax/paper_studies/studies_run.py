@@ -68,8 +68,8 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
     output, processes = Path(config.output), Processes()
     # The text control and token pruning need prompts in rows of their own.
     config = replace(config, compute=replace(config.compute, sharing=False))
-    start(config.compute, output, processes)
     folder = ModelFolder.find(config.model)
+    start(config.compute, output, processes, folder.path)
     # A ranking that cannot be used leaves no run folder behind.
     orders = {} if ranking is None else read_orders(ranking, folder.weights_hash)
     with Session.open(folder, config, processes, restart=restart) as session, memory_explained(config.compute):

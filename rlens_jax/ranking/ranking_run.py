@@ -53,9 +53,9 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
     """
     processes, clock = processes or Processes(), Clock("data")
     output, report = Path(config.output), config.report
-    compilations = start(config.compute, output, processes)
     processes.check_same(config.portable() | {"output": config.output})
     folder = processes.agreed(lambda: ModelFolder.find(config.model))
+    compilations = start(config.compute, output, processes, folder.path)
     profiling = profiled(output if profile and processes.leads else None)
     with profiling, memory_explained(config.compute), ExitStack() as opened:
         with part("data"):
