@@ -52,7 +52,7 @@ def start_jax(matmul_precision: str = "highest", compilation_cache: Path | None 
 
 def _divide_cpu(devices: int) -> None:
     """Let JAX see the CPU as several devices, unless it was started, or their number was set, before."""
-    if jax.config.jax_num_cpu_devices == _UNSET and _XLA_DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    if jax.config.values["jax_num_cpu_devices"] == _UNSET and _XLA_DEVICES not in os.environ.get("XLA_FLAGS", ""):
         with suppress(RuntimeError):  # JAX has started
             jax.config.update("jax_num_cpu_devices", devices)
 
