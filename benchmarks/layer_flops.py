@@ -31,7 +31,7 @@ from rlens_jax.flops import layer_cost
 from rlens_jax.layout import TokenLayout
 from rlens_jax.ops.ffn import dynamic_ffn, shard_capacity
 from rlens_jax.ops.ffn_tpu import HEADROOM, TILE, HalvedStack, HalvedUnits
-from rlens_jax.plans import Reduction
+from rlens_jax.plans import FULL, STANDARD, Reduction
 from rlens_jax.sharding.mesh import check_fits
 
 D, F = 3584, 18944
@@ -80,8 +80,8 @@ def whole_layer(topology: str, model: int) -> dict[str, float]:
     sizes = decoder.layer_sizes
     formula = partial(layer_cost, sizes, TEXT, VISUAL, REDUCTION, with_probes=True)
     return {
-        "dense": dense.flops * model / (2 * formula(hollow=False, dynamic=False)),
-        "reduced": reduced.flops * model / (2 * formula(hollow=True, dynamic=True)),
+        "dense": dense.flops * model / (2 * formula(attention=FULL, ffn=FULL)),
+        "reduced": reduced.flops * model / (2 * formula(attention=STANDARD, ffn=STANDARD)),
     }
 
 

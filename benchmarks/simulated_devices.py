@@ -143,7 +143,6 @@ def nearest_to_a_tie(decoder: Any, split: Split, plan: Plan, reduction: Reductio
     """Per sample, the smallest margin of an answer token's best logit, and the smallest gap of kept over dropped units."""
     margins, gaps = np.full(len(split.samples), np.inf), np.full(len(split.samples), np.inf)
     graph, stack = nnx.split(decoder.layers)
-    hollow, dynamic = plan.flags(decoder.config.num_layers)
     units = reduction.kept_units(decoder.config.ffn_width)
 
     @jax.jit
@@ -162,11 +161,11 @@ def nearest_to_a_tie(decoder: Any, split: Split, plan: Plan, reduction: Reductio
         real = numbers != FILLER
         for layer in range(decoder.config.num_layers):
             module = nnx.merge(graph, jax.tree.map(lambda p, layer=layer: p[layer], stack))
-            x, _, _ = module.attend(x, context, reduction, bool(hollow[layer]))
-            if dynamic[layer]:
+            x, _, _ = module.attend(x, context, reduction, plan.level("attention", layer))
+            if layer in plan.ffn:
                 measured = np.asarray(gap(module.ffn_norm(x), module.ffn.weights, inputs.layout))
                 gaps[numbers[real]] = np.minimum(gaps[numbers[real]], measured[real])
-            x, _ = module.feed(x, context, reduction, bool(dynamic[layer]), jnp.int32(layer))
+            x, _ = module.feed(x, context, reduction, plan.level("ffn", layer), jnp.int32(layer))
         answers = jnp.take_along_axis(x, inputs.answer_slots[:, :, None], axis=1)
         best, _ = jax.lax.top_k(decoder.logits(answers), 2)
         lead = np.where(np.asarray(inputs.answer_targets) != IGNORE, best[:, :, 0] - best[:, :, 1], np.inf)

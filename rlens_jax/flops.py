@@ -5,22 +5,20 @@ counts (no causal halving). Norms, rotary embedding, softmax, embeddings and vis
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from rlens_jax.plans import Plan, Reduction
+from rlens_jax.plans import FULL, SKIP, Level, Plan, Reduction, value_of
 from rlens_jax.pruning import Folder, Pruning
 
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Widths of a decoder layer: D, K * H of all kv heads, and F.
-
-    The width of all query heads, N * H, is assumed to equal D, as in all supported families.
-    """
+    """Widths of a decoder layer: D, N * H of all query heads, K * H of all kv heads, and F."""
 
     width: int
+    query_width: int
     kv_width: int
     ffn_width: int
 
@@ -42,7 +40,7 @@ class DecoderSizes:
     @property
     def layer_sizes(self) -> LayerSizes:
         """The widths that determine a layer's cost."""
-        return LayerSizes(self.width, self.num_kv_heads * self.head_dim, self.ffn_width)
+        return LayerSizes(self.width, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.ffn_width)
 
 
 _QWEN2_7B = DecoderSizes(28, 3584, 28, 4, 128, 18944, qkv_bias=True)
@@ -60,23 +58,26 @@ PUBLISHED_DECODERS: Mapping[str, DecoderSizes] = {
 
 
 def layer_cost(
-    sizes: LayerSizes, num_text: int, num_visual: int, reduction: Reduction, *, hollow: bool, dynamic: bool, with_probes: bool
+    sizes: LayerSizes, num_text: int, num_visual: int, reduction: Reduction, *, attention: Level, ffn: Level, with_probes: bool
 ) -> int:
-    """Multiply-adds of one layer in the prefill of one sample, an exact integer.
+    """Multiply-adds of one layer in the prefill of one sample, an exact integer; `attention` and `ffn` are its levels.
 
     The range is counted in visual tokens, so with `window="position"` and text between images the result is an upper bound.
     `with_probes` includes the gate and up projections of the probes, which the field usually omits.
     """
     num_tokens = num_text + num_visual
-    projections = num_tokens * 2 * sizes.width * (sizes.width + sizes.kv_width)
-    pairs = num_tokens**2
-    if hollow:
-        pairs -= num_visual * (num_visual - min(num_visual, reduction.attention_range))
-    attention = 2 * pairs * sizes.width
-    units = reduction.kept_units(sizes.ffn_width) if dynamic else sizes.ffn_width
-    ffn = 3 * sizes.width * (sizes.ffn_width * num_text + units * num_visual)
-    probes = reduction.probe_count(num_visual) if dynamic and with_probes else 0
-    return projections + attention + ffn + 2 * sizes.width * sizes.ffn_width * probes
+    reach, fraction = value_of("attention", attention, reduction), value_of("ffn", ffn, reduction)
+    queries = num_text if reach == SKIP else num_tokens
+    projections = 2 * sizes.width * (num_tokens * sizes.kv_width + queries * sizes.query_width)
+    pairs = num_tokens * queries
+    if not isinstance(reach, str):
+        pairs -= num_visual * (num_visual - min(num_visual, int(reach)))
+    units, probes = sizes.ffn_width if fraction == FULL else 0, 0
+    if not isinstance(fraction, str):
+        units = replace(reduction, active_fraction=fraction).kept_units(sizes.ffn_width)
+        probes = reduction.probe_count(num_visual) if with_probes else 0
+    products = 3 * (sizes.ffn_width * num_text + units * num_visual) + 2 * sizes.ffn_width * probes
+    return projections + 2 * pairs * sizes.query_width + sizes.width * products
 
 
 def branch_cost(sizes: LayerSizes, trunk: int, branch: int) -> int:
@@ -84,8 +85,8 @@ def branch_cost(sizes: LayerSizes, trunk: int, branch: int) -> int:
 
     The shared tokens cost `layer_cost`, once. The branch attends to them and to itself. No plan reduces it.
     """
-    projections = branch * 2 * sizes.width * (sizes.width + sizes.kv_width)
-    return projections + 2 * branch * (trunk + branch) * sizes.width + 3 * sizes.width * sizes.ffn_width * branch
+    projections = branch * 2 * sizes.width * (sizes.query_width + sizes.kv_width)
+    return projections + 2 * branch * (trunk + branch) * sizes.query_width + 3 * sizes.width * sizes.ffn_width * branch
 
 
 def visual_in_layer(pruning: Pruning | None, num_visual: int, num_layers: int) -> list[int]:
@@ -106,10 +107,10 @@ def prefill_cost(
     `visual_in_layer`). Other arguments as in `layer_cost`.
     """
     cost = partial(layer_cost, sizes, num_text, reduction=reduction, with_probes=with_probes)
-    hollow, dynamic = plan.flags(len(visual_in_layer))
+    settings = plan.settings(len(visual_in_layer))
     return sum(
-        cost(num_visual, hollow=bool(hollow[layer]), dynamic=bool(dynamic[layer]))
-        for layer, num_visual in enumerate(visual_in_layer)
+        cost(num_visual, attention=attention, ffn=ffn)
+        for num_visual, (attention, ffn) in zip(visual_in_layer, settings, strict=True)
     )
 
 

@@ -184,11 +184,6 @@ class Plan:
         attention, ffn = zip(*self.settings(num_layers), strict=True)
         return _places("attention", attention, levels.attention), _places("ffn", ffn, levels.ffn)
 
-    def flags(self, num_layers: int) -> tuple[np.ndarray, np.ndarray]:
-        """The plan as data: `(hollow, dynamic)`, two bool[L] arrays. Raises UserError as `validate` does."""
-        hollow, dynamic = self.indices(num_layers, STANDARD_LEVELS)
-        return hollow == 1, dynamic == 1
-
     @classmethod
     def of(cls, attention: Mapping[int, Level], ffn: Mapping[int, Level]) -> "Plan":
         """The plan with these levels, by layer; other layers are dense."""
@@ -290,10 +285,15 @@ _NUMBER_NAMES: dict[Operator, str] = {"attention": "range", "ffn": "fraction"}
 
 @dataclass(frozen=True)
 class Levels:
-    """The levels of a run, the dense ones first. A program whose plan is data compiles these, and no others."""
+    """The levels of a run: FULL first, SKIP last if it is one of them. A program whose plan is data compiles these."""
 
     attention: tuple[Level, ...] = (FULL, STANDARD)
     ffn: tuple[Level, ...] = (FULL, STANDARD)
+
+    def __post_init__(self) -> None:
+        for levels in (self.attention, self.ffn):
+            if levels[:1] != (FULL,) or SKIP in levels[:-1] or len(set(levels)) < len(levels):
+                raise ValueError(f"the levels of a run must be distinct, full first and skip last, not {levels}")
 
 
 STANDARD_LEVELS = Levels()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.plans import FULL, SKIP, STANDARD, TEXT, Levels, Plan, Reduction, chain
+from rlens_jax.plans import FULL, SKIP, STANDARD, STANDARD_LEVELS, TEXT, Levels, Plan, Reduction, chain
 
 LEVELLED = Plan((1,), (), ((2, 64), (3, TEXT), (4, SKIP), (5, SKIP)), ((2, 0.5), (4, SKIP), (5, SKIP)))
 
@@ -101,16 +101,8 @@ def test_a_layer_the_model_does_not_have():
     with pytest.raises(UserError, match=r"attention in layer 99, but the model has 12 layers \(0-11\)"):
         Plan(attention=(99,)).validate(12)
     with pytest.raises(UserError, match="ffn in layer 12"):
-        Plan(ffn=(12,)).flags(12)
+        Plan(ffn=(12,)).settings(12)
     Plan(attention=(11,), ffn=(0,)).validate(12)
-
-
-def test_flags():
-    hollow, dynamic = Plan(attention=(1, 3), ffn=(0,)).flags(4)
-    assert hollow.dtype == dynamic.dtype == np.bool_
-    assert hollow.tolist() == [False, True, False, True]
-    assert dynamic.tolist() == [True, False, False, False]
-    assert not any(flag.any() for flag in Plan().flags(4))
 
 
 def test_with_layer():
@@ -214,8 +206,15 @@ def test_indices_into_the_levels_of_a_run():
     assert attention.dtype == ffn.dtype == np.int32
     assert attention.tolist() == [0, 1, 2, 3, 4, 4]
     assert ffn.tolist() == [0, 0, 1, 0, 2, 2]
+    assert [places.tolist() for places in Plan((1, 3), (0,)).indices(4, STANDARD_LEVELS)] == [[0, 1, 0, 1], [1, 0, 0, 0]]
     with pytest.raises(ValueError, match="64 is not among the attention levels full, standard"):
-        LEVELLED.indices(6, Levels())
+        LEVELLED.indices(6, STANDARD_LEVELS)
+
+
+@pytest.mark.parametrize("levels", [(STANDARD, FULL), (FULL, SKIP, TEXT), (FULL, 3, 3), ()])
+def test_a_run_has_distinct_levels_from_full_to_skip(levels):
+    with pytest.raises(ValueError, match="full first and skip last"):
+        Levels(attention=levels)
 
 
 def test_a_chain_leaves_out_more_and_more():

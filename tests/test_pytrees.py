@@ -25,7 +25,7 @@ ROTARY = (jnp.zeros((2, LAYOUT.bucket.slots, 4)),) * 2
         lambda: Kept(jnp.zeros((2, 5), int), jnp.ones(3, bool)),
         lambda: FfnWeights(jnp.zeros((7, 4)), jnp.zeros((7, 4)), jnp.zeros((4, 7))),
         lambda: HalvedStack(*(jnp.zeros((3, 7, 4, 2)),) * 3),
-        lambda: TracedPlan(jnp.zeros(5, bool), jnp.zeros(6, bool)),
+        lambda: TracedPlan(jnp.zeros(5, int), jnp.zeros(6, int)),
         lambda: TracedPlan(jnp.zeros(5), jnp.zeros(5)),
         lambda: KVCache(jnp.zeros((3, 2, 1, 9, 4)), jnp.zeros((3, 2, 1, 9, 4)), *[jnp.zeros((2, 8), int)] * 2),
         lambda: LayerRecord(jnp.zeros((2, 1, 9, 4)), jnp.zeros((2, 1, 9, 4)), jnp.zeros((2, 5), int)),

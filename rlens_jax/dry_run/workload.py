@@ -19,7 +19,7 @@ from rlens_jax.engine.shapes import Shapes, row_slots, useful_rows
 from rlens_jax.forecast import RACED_SHARE
 from rlens_jax.layout import Bucket
 from rlens_jax.models.prompt import ImageSize
-from rlens_jax.plans import Operator, Plan
+from rlens_jax.plans import FULL, Operator, Plan
 from rlens_jax.search.curves import chain_order, held_out_plans
 from rlens_jax.search.objective import PlanScore
 from rlens_jax.search.search import Ranking, rank_layers
@@ -263,7 +263,7 @@ class BlockCounter:
 
     def _kinds(self, plan: Plan) -> list[LayerKind]:
         """What is reduced in each layer."""
-        return [_KINDS[bool(hollow), bool(dynamic)] for hollow, dynamic in zip(*plan.flags(self._num_layers), strict=True)]
+        return [_KINDS[attention != FULL, ffn != FULL] for attention, ffn in plan.settings(self._num_layers)]
 
 
 def count_search(

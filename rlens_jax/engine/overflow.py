@@ -39,10 +39,10 @@ def _origin(programs: ModelPrograms, batch: Batch, number: int, plan: Plan, redu
         return "the embedding"
     context, stack = decoder.context(layout, inputs.rope_positions, jax.random.key(0)), nnx.split(decoder.layers)
     for layer in range(decoder.config.num_layers):
-        x = attend(stack, jnp.int32(layer), x, context, reduction, layer in plan.attention)
+        x = attend(stack, jnp.int32(layer), x, context, reduction, plan.level("attention", layer))
         if not _finite(x, tokens):
             return f"the attention of layer {layer}"
-        x, kept = feed(stack, jnp.int32(layer), x, context, reduction, layer in plan.ffn, None)
+        x, kept = feed(stack, jnp.int32(layer), x, context, reduction, plan.level("ffn", layer), None)
         if not _finite(x, tokens) or not bool((kept.scored | ~rows).all()):
             return f"the FFN of layer {layer}"
     last = jnp.take_along_axis(x, jnp.asarray(inputs.prompt_end)[:, :, None], axis=1)

@@ -20,7 +20,7 @@ from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import Tokens, decode, is_any, prefill
 from rlens_jax.models.layers import best_token, log_probability
 from rlens_jax.models.prompt import IGNORE, PromptBatch
-from rlens_jax.plans import Plan, Reduction
+from rlens_jax.plans import STANDARD_LEVELS, Levels, Plan, Reduction
 from rlens_jax.sharding.mesh import everywhere
 from rlens_jax.sharding.model_axis import WORK
 
@@ -36,16 +36,26 @@ class Programs(ModelPrograms):
         seed: draws random probes.
         new_tokens: most tokens that `generate` makes.
         stop_tokens: the tokens that end a turn.
+        levels: what the layers of its plans may do; all of this is compiled.
     """
 
     def __init__(
-        self, model: VisionLanguageModel, mesh: Mesh, reduction: Reduction, *, seed: int, new_tokens: int, stop_tokens: Tokens
+        self,
+        model: VisionLanguageModel,
+        mesh: Mesh,
+        reduction: Reduction,
+        *,
+        seed: int,
+        new_tokens: int,
+        stop_tokens: Tokens,
+        levels: Levels = STANDARD_LEVELS,
     ):
         super().__init__(model, mesh)
         self.reduction = reduction
         self.seed = seed
         self.new_tokens = new_tokens
         self.stop_tokens = stop_tokens
+        self.levels = levels
         self.embed_program = self.program("embed", _embed, (ROWS,) * 2, ROWS)
         self.layers_program = self.program("layers", self._layers, (ROWS, ROWS, *(EVERYWHERE,) * 3), ROWS)
         self.outcome_program = self.program("outcome", self._outcome, (ROWS,) * 2, EVERYWHERE)
@@ -76,7 +86,8 @@ class Programs(ModelPrograms):
 
     def traced(self, plan: Plan) -> TracedPlan:
         """A plan as data on the devices."""
-        return TracedPlan(*(everywhere(np.array(flags), self.mesh) for flags in plan.flags(self.config.num_layers)))
+        attention, ffn = (everywhere(places, self.mesh) for places in plan.indices(self.config.num_layers, self.levels))
+        return TracedPlan(attention, ffn, self.levels)
 
     def random_key(self) -> Array:
         """The key that random probes are drawn with."""

@@ -111,9 +111,9 @@ def decoder_arguments(
     visual = place((rows, bucket.visual, config.width), programs.dtype)
     states = (place((rows, bucket.slots, config.width), programs.dtype), place((rows,), jnp.bool_))
     same = NamedSharding(programs.mesh, PartitionSpec())
-    flags = jax.ShapeDtypeStruct((config.num_layers,), jnp.bool_, sharding=same)
+    indices = jax.ShapeDtypeStruct((config.num_layers,), jnp.int32, sharding=same)
     bound = jax.ShapeDtypeStruct((), jnp.int32, sharding=same)
-    plan = unchecked(TracedPlan, hollow=flags, dynamic=flags)
+    plan = unchecked(TracedPlan, attention=indices, ffn=indices, levels=programs.levels)
     return {
         programs.embed_program: (batch.text_ids, visual),
         programs.layers_program: (states, batch, plan, bound, bound),

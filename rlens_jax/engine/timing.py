@@ -30,15 +30,15 @@ from rlens_jax.models.generation import prefill
 from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.ops.attention import masked_attention
 from rlens_jax.ops.ffn import dense_ffn
-from rlens_jax.plans import Plan, Reduction
+from rlens_jax.plans import FULL, STANDARD, Level, Plan, Reduction
 from rlens_jax.search.results import PrefillTime
 
 TEXT_BEFORE, VISUAL, TEXT_AFTER = 64, 1792, 64
 OURS = "ours (packed, causal blocks)"
 NO_ATTENTION = "no attention"
 TORCH = "PyTorch SDPA"
-CASES = {"attention": (True, False), "ffn": (False, True), "both": (True, True)}
-"""Name -> (hollow, dynamic)."""
+CASES: dict[str, tuple[Level, Level]] = {"attention": (STANDARD, FULL), "ffn": (FULL, STANDARD), "both": (STANDARD, STANDARD)}
+"""Name -> levels of attention and FFN."""
 
 Attend = Callable[[Array, Array, Array], Array]
 """Queries [1, N, T, H], keys and values [1, K, T, H] -> attended [1, N, T, H]."""
@@ -95,8 +95,8 @@ def time_layer(model: str, decoder: DecoderSizes, repeats: int) -> dict[str, Any
     baseline = min(value for name, value in dense.items() if name != TORCH)
     cost = partial(layer_cost, decoder.layer_sizes, TEXT_BEFORE + TEXT_AFTER, VISUAL, Reduction(), with_probes=True)
     cases = {}
-    for name, (hollow, dynamic) in CASES.items():
-        flops_saved = 1 - cost(hollow=hollow, dynamic=dynamic) / cost(hollow=False, dynamic=False)
+    for name, (attention, ffn) in CASES.items():
+        flops_saved = 1 - cost(attention=attention, ffn=ffn) / cost(attention=FULL, ffn=FULL)
         time_saved = 1 - seconds[name] / baseline
         cases[name] = {
             "seconds": seconds[name],
@@ -125,8 +125,8 @@ def _layer_programs(published: DecoderSizes) -> dict[str, Callable[[], Any]]:
     graph, state = nnx.split(decoder.layer(0))
     causal = jnp.tril(jnp.ones((1, x.shape[1], x.shape[1]), bool))
 
-    def ours(hollow: bool, dynamic: bool, state: Any, context: Context) -> Array:
-        return nnx.merge(graph, state)(x, context, Reduction(), hollow, dynamic, jnp.int32(0))[0]
+    def ours(attention: Level, ffn: Level, state: Any, context: Context) -> Array:
+        return nnx.merge(graph, state)(x, context, Reduction(), attention, ffn, jnp.int32(0))[0]
 
     def other(attend: Attend, state: Any, context: Context) -> Array:
         layer = nnx.merge(graph, state)
@@ -143,10 +143,10 @@ def _layer_programs(published: DecoderSizes) -> dict[str, Callable[[], Any]]:
         return lambda: program(state, context)
 
     return {
-        OURS: call(partial(ours, False, False), packed),
+        OURS: call(partial(ours, FULL, FULL), packed),
         **{name: call(partial(other, attend), in_order) for name, attend in dense_kinds(causal).items()},
         NO_ATTENTION: call(partial(other, nothing), in_order),
-        **{name: call(partial(ours, *flags), packed) for name, flags in CASES.items()},
+        **{name: call(partial(ours, *levels), packed) for name, levels in CASES.items()},
     }
 
 

@@ -6,11 +6,12 @@ this axis, and the probes' scores.
 
 A plan is *static* or *traced*. With a static plan (`Plan`, for deployment) each run of equal layers is a separate loop, which
 contains only the work that the plan leaves. A traced plan (`TracedPlan`, for the search) is data: one program serves all plans
-and start layers, with a real `lax.cond` per layer.
+and start layers, with a real `lax.switch` per layer over the levels of the run. A layer that skips an operator for visual tokens
+computes the rows of text only; keys and values are made of all tokens at every level.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -24,10 +25,10 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from rlens_jax.flops import DecoderSizes
 from rlens_jax.layout import KV, PADDING_POSITION, Queries, Slots, TokenLayout, visible
 from rlens_jax.models.layers import Linear, RMSNorm, Rotary, UnitRows, embed_tokens, hide_padding, rope_angles, rotate, rotation
-from rlens_jax.ops.attention import Kernel, attend, masked_attention
+from rlens_jax.ops.attention import Kernel, attend, attend_text, masked_attention
 from rlens_jax.ops.ffn import FfnWeights, Kept, Units, dense_ffn, dynamic_ffn
 from rlens_jax.ops.ffn_tpu import HalvedStack, HalvedUnits
-from rlens_jax.plans import FULL, Plan, Reduction
+from rlens_jax.plans import FULL, SKIP, STANDARD_LEVELS, Level, Levels, Plan, Reduction, value_of
 from rlens_jax.pytrees import pytree
 from rlens_jax.sharding.mesh import FfnForm
 from rlens_jax.sharding.model_axis import num_shards, shard_index, sum_over_shards
@@ -40,10 +41,8 @@ LayerCache = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
 """Keys and values of one layer of a `KVCache`."""
 Imposed = Int[Array, "B U"] | None
 """Units that replace those that the probes choose."""
-Flag = bool | Bool[Array, ""]
-"""Whether a layer uses a reduction: static, or data."""
-Flags = Callable[[Layer], tuple[Flag, Flag]]
-"""Whether the layer of a number is hollow and whether it is dynamic."""
+Rows = Float[Array, "B rows D"]
+"""Updates of all slots, or of the text slots alone."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,38 @@ class DecoderConfig(DecoderSizes):
         return layer | {"V": self.vocabulary}
 
 
+@dataclass(frozen=True)
+class TracedLevel:
+    """A level that is data: one of several."""
+
+    index: Int[Array, ""]
+    levels: tuple[Level, ...]
+
+
+Setting = Level | TracedLevel
+"""What a layer does for visual tokens: static, or data."""
+Settings = Callable[[Layer], tuple[Setting, Setting]]
+"""What the layer of a number does in its attention and its FFN."""
+
+
 @pytree
 class TracedPlan:
-    """A plan as data: which layers use Hollow Attention and which a Dynamic FFN."""
+    """A plan as data (`as_data`): the index of each layer's attention and FFN in the levels of the run."""
 
-    hollow: Bool[Array, "*W L"]
-    dynamic: Bool[Array, "*W L"]
+    attention: Int[Array, "*W L"]
+    ffn: Int[Array, "*W L"]
+    levels: Levels = field(default=STANDARD_LEVELS, metadata={"static": True})
+
+    def settings(self, layer: Layer) -> tuple[TracedLevel, TracedLevel]:
+        """What a layer does in its attention and its FFN."""
+        levels = self.levels
+        return TracedLevel(self.attention[layer], levels.attention), TracedLevel(self.ffn[layer], levels.ffn)
+
+
+def as_data(plan: Plan, num_layers: int, levels: Levels = STANDARD_LEVELS) -> TracedPlan:
+    """A plan as data. ValueError if a level of it is not among `levels`."""
+    attention, ffn = plan.indices(num_layers, levels)
+    return TracedPlan(jnp.asarray(attention), jnp.asarray(ffn), levels)
 
 
 @pytree
@@ -110,7 +135,7 @@ class LayerRecord:
     k: Float[Array, "*L B K T H"]
     v: Float[Array, "*L B K T H"]
     kept: Kept
-    """Units that the Dynamic FFN kept; zeros in layers without it."""
+    """Units that the Dynamic FFN kept; zeros in layers without it, and behind those of layers that keep fewer."""
 
 
 class Attention(nnx.Module):
@@ -131,11 +156,17 @@ class Attention(nnx.Module):
 
         Queries and keys are normed before they are rotated, if the decoder has norms for them (Qwen3).
         """
-        q, k, v = self.q_proj(x), self._local_heads(self.k_proj(x)), self._local_heads(self.v_proj(x))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rotary), rotate(k, rotary)
-        return q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)
+        return self.queries(x, rotary), *self.keys_values(x, rotary)
+
+    def queries(self, x: States, rotary: Rotary) -> Queries:
+        """The queries of `project`."""
+        q = self.q_proj(x)
+        return rotate(q if self.q_norm is None else self.q_norm(q), rotary).swapaxes(1, 2)
+
+    def keys_values(self, x: States, rotary: Rotary) -> tuple[KV, KV]:
+        """The keys and values of `project`."""
+        k, v = self._local_heads(self.k_proj(x)), self._local_heads(self.v_proj(x))
+        return rotate(k if self.k_norm is None else self.k_norm(k), rotary).swapaxes(1, 2), v.swapaxes(1, 2)
 
     def _local_heads(self, x: Float[Array, "B T K H"]) -> Float[Array, "B T local H"]:
         """The kv heads of this shard's query heads. With fewer kv heads than shards, each shard computes all and uses one."""
@@ -181,39 +212,69 @@ class DecoderLayer(nnx.Module):
         self.ffn = FFN(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: States, context: Context, reduction: Reduction, hollow: Flag, dynamic: Flag, layer: Layer
+        self, x: States, context: Context, reduction: Reduction, attention: Setting, ffn: Setting, layer: Layer
     ) -> tuple[States, LayerRecord]:
-        """Layer number `layer` of a prefill; `hollow` and `dynamic` say which reductions it uses."""
-        x, k, v = self.attend(x, context, reduction, hollow)
-        x, kept = self.feed(x, context, reduction, dynamic, layer)
+        """Layer number `layer` of a prefill; `attention` and `ffn` say what it does for visual tokens."""
+        x, k, v = self.attend(x, context, reduction, attention)
+        x, kept = self.feed(x, context, reduction, ffn, layer)
         return x, LayerRecord(k, v, kept)
 
     @jax.named_scope("attention")
-    def attend(self, x: States, context: Context, reduction: Reduction, hollow: Flag) -> tuple[States, KV, KV]:
+    def attend(self, x: States, context: Context, reduction: Reduction, setting: Setting) -> tuple[States, KV, KV]:
         """The first half: states with attention added, keys and values."""
-        q, k, v = self.attention.project(self.input_norm(x), context.rotary)
-        compute = partial(attend, q, k, v, context.layout, kernel=context.kernel, chunked=context.chunk is not None)
-        attended = branch(
-            hollow, jax.named_scope("hollow")(lambda: compute(reduction.attention_range, reduction.window)), lambda: compute(None)
-        )
-        return x + sum_over_shards(self.attention.o_proj(attended)), k, v
+        layout, rotary, y = context.layout, context.rotary, self.input_norm(x)
+        kernel, chunked = context.kernel, context.chunk is not None
+        k, v = self.attention.keys_values(y, rotary)
+
+        def attended(q: Queries, level: Level) -> Queries:
+            with jax.named_scope(str(level)):
+                reach = value_of("attention", level, reduction)
+                return attend(
+                    q, k, v, layout, reach if isinstance(reach, int) else None, reduction.window, kernel=kernel, chunked=chunked
+                )
+
+        def rows(setting: Setting) -> Rows:
+            q = self.attention.queries(y, rotary)
+            return self.attention.o_proj(select(setting, partial(attended, q)))
+
+        def text_rows() -> Rows:
+            text, (cos, sin) = slice(layout.bucket.text), rotary
+            q = self.attention.queries(y[:, text], (cos[:, text], sin[:, text]))
+            return rows_of(
+                setting, self.attention.o_proj(attend_text(q, k, v, layout, kernel=kernel, chunked=chunked)), x.shape[1]
+            )
+
+        return add_rows(x, sum_over_shards(unless_skipped(setting, rows, text_rows))), k, v
 
     @jax.named_scope("ffn")
     def feed(
-        self, x: States, context: Context, reduction: Reduction, dynamic: Flag, layer: Layer, imposed: Imposed = None
+        self, x: States, context: Context, reduction: Reduction, setting: Setting, layer: Layer, imposed: Imposed = None
     ) -> tuple[States, Kept]:
         """The second half: states with the FFN added, and what the probes chose, also if other units are `imposed`."""
-        chunk, batch = context.chunk, x.shape[0]
-        y, units = self.ffn_norm(x), self.ffn.units(context.halved, layer)
-        key = jax.random.fold_in(context.random_key, layer)
-        num_kept = reduction.kept_units(units.number * num_shards())
-        none_kept = Kept(jnp.zeros((batch, num_kept), jnp.int32), jnp.ones(batch, bool))
-        y, kept = branch(
-            dynamic,
-            jax.named_scope("dynamic")(lambda: dynamic_ffn(y, units, context.layout, reduction, key, imposed, chunk)),
-            lambda: (dense_ffn(y, units, chunk), none_kept),
-        )
-        return x + sum_over_shards(y), kept
+        layout, chunk, units = context.layout, context.chunk, self.ffn.units(context.halved, layer)
+        num_units, key = units.number * num_shards(), jax.random.fold_in(context.random_key, layer)
+        levels = setting.levels if isinstance(setting, TracedLevel) else (setting,)
+        reductions = [with_fraction(reduction, level) for level in levels]
+        width, batch = max(one.kept_units(num_units) for one in reductions), x.shape[0]
+        none_kept = Kept(jnp.zeros((batch, width), jnp.int32), jnp.ones(batch, bool))
+
+        def fed(y: States, level: Level) -> tuple[Rows, Kept]:
+            one = with_fraction(reduction, level)
+            if level == FULL or one.kept_units(num_units) == num_units:
+                return dense_ffn(y, units, chunk), none_kept
+            with jax.named_scope(str(level)):
+                rows, kept = dynamic_ffn(y, units, layout, one, key, imposed, chunk)
+                return rows, kept.padded(width)
+
+        def rows(setting: Setting) -> tuple[Rows, Kept]:
+            return select(setting, partial(fed, self.ffn_norm(x)))
+
+        def text_rows() -> tuple[Rows, Kept]:
+            update = dense_ffn(self.ffn_norm(x[:, : layout.bucket.text]), units, chunk)
+            return rows_of(setting, update, x.shape[1]), none_kept
+
+        update, kept = unless_skipped(setting, rows, text_rows)
+        return add_rows(x, sum_over_shards(update)), kept
 
     def decode(
         self, x: States, rotary: Rotary, cache: LayerCache, mask: Bool[Array, "B Q S"], slot: Int[Array, ""], units: Units
@@ -228,11 +289,44 @@ class DecoderLayer(nnx.Module):
         return x, (k, v)
 
 
-def branch(flag: Flag, on_true: Callable[[], Out], on_false: Callable[[], Out]) -> Out:
-    """`lax.cond` for a traced flag; for a static one, only the chosen branch is compiled."""
-    if isinstance(flag, bool):
-        return on_true() if flag else on_false()
-    return jax.lax.cond(flag, on_true, on_false)
+def select(setting: Setting, compute: Callable[[Level], Out]) -> Out:
+    """`compute` of a level; of a traced one, by a `lax.switch` over the levels of the run."""
+    if isinstance(setting, TracedLevel):
+        return jax.lax.switch(setting.index, [partial(compute, level) for level in setting.levels])
+    return compute(setting)
+
+
+def unless_skipped(setting: Setting, update: Callable[[Setting], Out], text_update: Callable[[], Out]) -> Out:
+    """`text_update` of a level that skips the operator, `update` of all others.
+
+    Of a traced level, `update` has a branch of its own only if a layer of the run may skip the operator. Otherwise the weights
+    that all levels share would be copied for the branch.
+    """
+    if not isinstance(setting, TracedLevel):
+        return text_update() if setting == SKIP else update(setting)
+    if SKIP not in setting.levels:
+        return update(setting)
+    others = TracedLevel(setting.index, setting.levels[:-1])  # SKIP is the last of them
+    return jax.lax.cond(setting.index == len(others.levels), text_update, lambda: update(others))
+
+
+def rows_of(setting: Setting, text_rows: Rows, num_slots: int) -> Float[Array, "B slots D"]:
+    """An update of text slots alone; of a traced level, whose branches have equal shapes, with zeros for the other slots."""
+    if not isinstance(setting, TracedLevel):
+        return text_rows
+    return jnp.pad(text_rows, ((0, 0), (0, num_slots - text_rows.shape[1]), (0, 0)))
+
+
+def add_rows(x: States, update: Rows) -> States:
+    """The states with an update added to the first slots, of which there may be fewer."""
+    rows = update.shape[1]
+    return x + update if rows == x.shape[1] else jnp.concatenate([x[:, :rows] + update, x[:, rows:]], axis=1)
+
+
+def with_fraction(reduction: Reduction, level: Level) -> Reduction:
+    """The reduction with the share of units that a level of the FFN keeps, unchanged if the level chooses none."""
+    fraction = value_of("ffn", level, reduction)
+    return reduction if isinstance(fraction, str) else replace(reduction, active_fraction=fraction)
 
 
 class Decoder(nnx.Module):
@@ -283,14 +377,14 @@ class Decoder(nnx.Module):
     ) -> tuple[States, LayerRecord]:
         """All layers, or the consecutive `layers`: the last states, and the stacked records of these layers."""
         num_layers, records = self.config.num_layers, []
-        for run, flags in _runs(plan, range(num_layers) if layers is None else layers, num_layers):
+        for run, settings in _runs(plan, range(num_layers) if layers is None else layers, num_layers):
 
-            def body(x: Array, layer: Array, flags: Flags = flags) -> tuple[Array, LayerRecord]:
-                return self.layer(layer)(x, context, reduction, *flags(layer), layer)
+            def body(x: Array, layer: Array, settings: Settings = settings) -> tuple[Array, LayerRecord]:
+                return self.layer(layer)(x, context, reduction, *settings(layer), layer)
 
             x, record = jax.lax.scan(body, x, jnp.arange(run.start, run.stop, dtype=jnp.int32))
             records.append(record)
-        return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *records)
+        return x, join_records(records)
 
     def run_layers(
         self, x: States, context: Context, plan: TracedPlan, reduction: Reduction, start: Layer, stop: Layer
@@ -299,7 +393,7 @@ class Decoder(nnx.Module):
 
         def body(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             x, scored = carry
-            x, record = self.layer(layer)(x, context, reduction, plan.hollow[layer], plan.dynamic[layer], layer)
+            x, record = self.layer(layer)(x, context, reduction, *plan.settings(layer), layer)
             return x, scored & record.kept.scored
 
         return jax.lax.fori_loop(start, stop, body, (x, jnp.ones(x.shape[0], bool)))
@@ -361,19 +455,26 @@ class Decoder(nnx.Module):
         return HalvedStack(*ffn.kernels) if ffn.form == "halves" else None
 
 
-def _runs(plan: Plan | TracedPlan, layers: range, num_layers: int) -> list[tuple[range, Flags]]:
-    """Consecutive layers that share a loop, and the loop's flags. Without layers, there is one loop without steps."""
+def _runs(plan: Plan | TracedPlan, layers: range, num_layers: int) -> list[tuple[range, Settings]]:
+    """Consecutive layers that share a loop, and the loop's settings. Without layers, there is one loop without steps."""
     if isinstance(plan, TracedPlan):
-        return [(layers, lambda layer: (plan.hollow[layer], plan.dynamic[layer]))]
+        return [(layers, plan.settings)]
 
-    def static(hollow: bool, dynamic: bool) -> Flags:
-        return lambda layer: (hollow, dynamic)
+    def static(attention: Level, ffn: Level) -> Settings:
+        return lambda layer: (attention, ffn)
 
     clipped = [
-        (range(max(start, layers.start), min(stop, layers.stop)), static(attention != FULL, ffn != FULL))
+        (range(max(start, layers.start), min(stop, layers.stop)), static(attention, ffn))
         for start, stop, attention, ffn in plan.runs(num_layers)
     ]
-    return [(run, flags) for run, flags in clipped if run] or [(layers, static(False, False))]
+    return [(run, settings) for run, settings in clipped if run] or [(layers, static(FULL, FULL))]
+
+
+def join_records(records: Sequence[LayerRecord]) -> LayerRecord:
+    """The records of consecutive layers in one."""
+    width = max(record.kept.units.shape[-1] for record in records)
+    padded = [replace(record, kept=record.kept.padded(width)) for record in records]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *padded)
 
 
 def layer_at(stack: PyTree, layer: int | Layer) -> PyTree:

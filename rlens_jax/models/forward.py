@@ -21,7 +21,7 @@ from rlens_jax.layout import Bucket, unpack_rows
 from rlens_jax.models.decoder import Context, Decoder, DecoderConfig, Imposed, Layer, States, layer_at
 from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate_alone
 from rlens_jax.ops.ffn import Kept
-from rlens_jax.plans import Operator, Plan, Reduction
+from rlens_jax.plans import Level, Operator, Plan, Reduction
 
 Stack: TypeAlias = PyTree
 """All decoder layers as `nnx.split` returns them: their module graph, and their parameters with a leading axis L."""
@@ -72,7 +72,7 @@ def forward(
     imposed: Mapping[int, Int[np.ndarray, "B U"]] = MappingProxyType({}),
     observe: Observer = lambda layer, operator, states, kept: None,
 ) -> list[Float[np.ndarray, "T_i V"]]:
-    """Logits of all tokens of each sample, with the layers of `plan` reduced for visual tokens.
+    """Logits of all tokens of each sample, where each layer does for visual tokens what `plan` says.
 
     `imposed` replaces the units that the probes choose, by layer; `observe` sees the states after each half of a layer.
     """
@@ -82,25 +82,27 @@ def forward(
     context = decoder.context(batch.layout, batch.rope_positions, jax.random.key(0))
     stack = nnx.split(decoder.layers)
     for layer in range(decoder.config.num_layers):
-        x = attend(stack, layer, x, context, reduction, layer in plan.attention)
+        x = attend(stack, layer, x, context, reduction, plan.level("attention", layer))
         observe(layer, "attention", x, None)
-        x, kept = feed(stack, layer, x, context, reduction, layer in plan.ffn, imposed.get(layer))
+        x, kept = feed(stack, layer, x, context, reduction, plan.level("ffn", layer), imposed.get(layer))
         observe(layer, "ffn", x, kept)
     return unpack_rows(np.asarray(decoder.logits(x)), batch.layout)
 
 
-@partial(jax.jit, static_argnames=("reduction", "hollow"))
-def attend(stack: Stack, layer: Layer, x: States, context: Context, reduction: Reduction, hollow: bool) -> States:
-    """Add attention. If hollow, a visual token attends to the text before it and to the last R visual tokens only."""
-    return nnx.merge(*layer_at(stack, layer)).attend(x, context, reduction, hollow)[0]
+@partial(jax.jit, static_argnames=("reduction", "level"))
+def attend(stack: Stack, layer: Layer, x: States, context: Context, reduction: Reduction, level: Level) -> States:
+    """Add attention. By its level, a visual token attends to all tokens before it; to the text before it and to the last R visual
+    tokens; to the text before it only; or it gets no update. Its keys and values are there for later text at every level.
+    """
+    return nnx.merge(*layer_at(stack, layer)).attend(x, context, reduction, level)[0]
 
 
-@partial(jax.jit, static_argnames=("reduction", "dynamic"))
+@partial(jax.jit, static_argnames=("reduction", "level"))
 def feed(
-    stack: Stack, layer: Layer, x: States, context: Context, reduction: Reduction, dynamic: bool, imposed: Imposed
+    stack: Stack, layer: Layer, x: States, context: Context, reduction: Reduction, level: Level, imposed: Imposed
 ) -> tuple[States, Kept]:
-    """Add the FFN. If dynamic, the visual tokens of a sample use only the units that its probes activate most."""
-    return nnx.merge(*layer_at(stack, layer)).feed(x, context, reduction, dynamic, layer, imposed)
+    """Add the FFN. By its level, the visual tokens of a sample use all units, those that its probes activate most, or none."""
+    return nnx.merge(*layer_at(stack, layer)).feed(x, context, reduction, level, layer, imposed)
 
 
 def encode(model: VisionLanguageModel, images: Sequence[Sequence[PreparedImage]], num_slots: int) -> Float[Array, "B P D"]:

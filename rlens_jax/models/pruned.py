@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.layout import TokenLayout, keep_visual, visible
-from rlens_jax.models.decoder import Context, Decoder, LayerRecord, States, TracedPlan
+from rlens_jax.models.decoder import Context, Decoder, LayerRecord, States, TracedPlan, join_records
 from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.ops.attention import Kernel
 from rlens_jax.ops.token_pruning import attention_received, merge_similar, most_attended, num_survivors
@@ -128,7 +128,7 @@ def _scored_layers(
     key = context.layout.slots
     query = key.cut(lambda x: jnp.take_along_axis(x, row, axis=1))
     received = attention_received(q[:, :, 0], record.k[-1], visible(query, key, None)[:, 0])
-    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *records), received
+    return x, join_records(records), received
 
 
 def _slots(layout: TokenLayout, ordinals: Int[Array, "B survivors"]) -> Int[Array, "B slots"]:

@@ -1,5 +1,8 @@
 """Attention over packed slots, dense and Hollow (paper; docs/method.md).
 
+The range R of Hollow Attention counts visual tokens. With R = 0 (`TEXT`) visual tokens attend to text only; the result of a
+token without text before it is 0. Attention that visual tokens skip is that of the text slots alone (`attend_text`).
+
 `masked_attention` is the plain reference. It forms the whole score matrix, so its Hollow form is *simulated*. The other paths
 have the same result and are *measured*. They compute queries block by block, and each block of visual queries meets one static
 slice of visual keys and the text keys. No T x S matrix is formed. In dense attention the slice begins at the first visual key.
@@ -15,8 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from rlens_jax.layout import KV, Queries, Range, TokenLayout, Window, visible
-from rlens_jax.ops.attention_tpu import splash_attention
+from rlens_jax.layout import KV, Queries, Range, Slots, TokenLayout, Window, visible
+from rlens_jax.ops.attention_tpu import splash_attention, splash_text_attention
+from rlens_jax.plans import TEXT
+
+TextQueries = Float[Array, "B N X H"]
+"""Queries, or outputs of attention, of the text slots or of any others."""
 
 Kernel = Literal["packed", "splash"]
 """What computes the attention of a prefill: plain XLA, or the TPU's Pallas kernel."""
@@ -49,12 +56,22 @@ def attend(
     """Dense (`attention_range` None) or Hollow Attention of a packed batch.
 
     The result is the same for each kernel. `splash` runs on a TPU (in tests under `pltpu.force_tpu_interpret_mode`) and has no
-    gradient. `chunked` saves memory in plain XLA for long prompts; the splash kernel holds no scores in memory anyway.
+    gradient. `chunked` saves memory in plain XLA for long prompts; the splash kernel holds no scores in memory anyway. A range
+    that all visual slots lie in takes the program of dense attention.
     """
+    if attention_range is not None and attention_range >= layout.bucket.visual and window == "ordinal":
+        attention_range = None
     if kernel == "splash":
         return splash_attention(q, k, v, layout, attention_range, window)
     attention = chunked_attention if chunked else packed_attention
     return attention(q, k, v, layout, attention_range, window)
+
+
+def attend_text(q: TextQueries, k: KV, v: KV, layout: TokenLayout, *, kernel: Kernel, chunked: bool = False) -> TextQueries:
+    """The rows of dense attention in text slots alone, from the queries of these slots; otherwise as `attend`."""
+    if kernel == "splash":
+        return splash_text_attention(q, k, v, layout)
+    return (chunked_text_attention if chunked else packed_text_attention)(q, k, v, layout)
 
 
 def masked_attention(
@@ -78,7 +95,7 @@ def reference_attention(
     q: Queries, k: KV, v: KV, layout: TokenLayout, attention_range: Range, window: Window = "ordinal"
 ) -> Queries:
     """Dense or simulated Hollow Attention of a packed batch."""
-    return masked_attention(q, k, v, visible(layout.slots, layout.slots, attention_range, window))
+    return _masked_block(q, k, v, visible(layout.slots, layout.slots, attention_range, window), attention_range)
 
 
 def packed_attention(
@@ -86,34 +103,61 @@ def packed_attention(
 ) -> Queries:
     """Dense or Hollow Attention, each block of queries compiled separately; `block` is the number of visual ones in each.
 
-    A text query sees no text in later slots. A visual query of slot i sees no visual slots outside (i - R, i]. This holds for the
-    position window too, whose distances are never smaller than those of ordinals.
+    A visual query of slot i sees no visual slots outside (i - R, i]. This holds for the position window too, whose distances are
+    never smaller than those of ordinals.
     """
-    num_text, num_visual = layout.bucket.text, layout.bucket.visual
-    slots, leading = layout.slots, layout.slots_before_visual
+    num_text, num_visual, leading = layout.bucket.text, layout.bucket.visual, layout.slots_before_visual
     reach = num_visual if attention_range is None else attention_range - 1
     block = block or max(DENSE_BLOCK if attention_range is None else HOLLOW_BLOCK, num_visual // MAX_BLOCKS)
+    total, outputs = num_text + num_visual, [packed_text_attention(q, k, v, layout)]
+    for start in range(num_text, total, block):
+        stop = min(start + block, total)
+        band = [] if attention_range == TEXT else [(max(num_text, start - reach), stop)]
+        outputs.append(_attend_block(q, k, v, layout.slots, (start, stop), [(0, leading), *band], attention_range, window))
+    return jnp.concatenate(outputs, axis=2)
 
-    def attend_block(start: int, stop: int, key_spans: list[tuple[int, int]]) -> Float[Array, "B N block H"]:
-        query = slots.cut(lambda x: x[:, start:stop])
 
-        def keys(x: Array, axis: int) -> Array:
-            return jnp.concatenate([jax.lax.slice_in_dim(x, *span, axis=axis) for span in key_spans], axis=axis)
+def packed_text_attention(q: TextQueries, k: KV, v: KV, layout: TokenLayout) -> Float[Array, "B N text H"]:
+    """The rows of `packed_attention` in text slots, from the queries of these slots, which come first in `q`.
 
-        key = slots.cut(partial(keys, axis=1))
-        mask = visible(query, key, attention_range, window)
-        return masked_attention(q[:, :, start:stop], keys(k, 2), keys(v, 2), mask)
-
+    A text query sees no text in later slots.
+    """
+    num_text, total, outputs = layout.bucket.text, layout.bucket.slots, []
     # The questions of a row may be as long as its image, so text is computed in blocks, too.
-    total, outputs = num_text + num_visual, []
     text_block = max(DENSE_BLOCK, num_text // MAX_BLOCKS)
     for start in range(0, num_text, text_block):
         stop = min(start + text_block, num_text)
-        outputs.append(attend_block(start, stop, [(0, stop), (num_text, total)]))
-    for start in range(num_text, total, block):
-        stop = min(start + block, total)
-        outputs.append(attend_block(start, stop, [(0, leading), (max(num_text, start - reach), stop)]))
+        outputs.append(_attend_block(q, k, v, layout.slots, (start, stop), [(0, stop), (num_text, total)], None, "ordinal"))
     return jnp.concatenate(outputs, axis=2)
+
+
+def _attend_block(
+    q: TextQueries,
+    k: KV,
+    v: KV,
+    slots: Slots,
+    queries: tuple[int, int],
+    key_spans: list[tuple[int, int]],
+    attention_range: Range,
+    window: Window,
+) -> Float[Array, "B N block H"]:
+    """The queries of one span of slots, which see keys in `key_spans` only."""
+
+    def keys(x: Array, axis: int) -> Array:
+        return jnp.concatenate([jax.lax.slice_in_dim(x, *span, axis=axis) for span in key_spans], axis=axis)
+
+    query, key = slots.cut(lambda x: x[:, slice(*queries)]), slots.cut(partial(keys, axis=1))
+    mask = visible(query, key, attention_range, window)
+    return _masked_block(q[:, :, slice(*queries)], keys(k, 2), keys(v, 2), mask, attention_range)
+
+
+def _masked_block(q: Array, k: Array, v: Array, mask: Bool[Array, "B T S"], attention_range: Range) -> Array:
+    """`masked_attention`, and zeros for queries without keys, which exist in attention to text only."""
+    if attention_range != TEXT:
+        return masked_attention(q, k, v, mask)
+    if not mask.shape[2]:
+        return jnp.zeros_like(q)
+    return jnp.where(mask.any(axis=2)[:, None, :, None], masked_attention(q, k, v, mask), jnp.zeros((), q.dtype))
 
 
 def chunked_attention(
@@ -125,40 +169,60 @@ def chunked_attention(
     Here blocks are the steps of loops. All steps of a loop have equal shapes. In dense attention there is one loop per span of
     queries, and its steps meet the keys up to the end of the span: with `DENSE_SPANS` spans, 1/16 more scores than needed.
     """
-    num_text, num_visual = layout.bucket.text, layout.bucket.visual
-    slots, leading, total = layout.slots, layout.slots_before_visual, num_text + num_visual
+    num_text, num_visual, leading = layout.bucket.text, layout.bucket.visual, layout.slots_before_visual
     if attention_range is None:
         edges = [num_text + num_visual * i // DENSE_SPANS for i in range(DENSE_SPANS + 1)]
         loops = [(start, stop, leading, stop - num_text) for start, stop in pairwise(edges)]
-        reach = num_visual
     else:
-        reach = attention_range - 1
-        loops = [(num_text, total, leading, min(num_visual, block + reach))]
-    output = jnp.zeros_like(q)
-    for start, stop, num_keys, width in ((0, num_text, num_text, num_visual), *loops):
-        if start == stop:
-            continue
-        starts, size = equal_parts(stop - start, block)
-
-        def attend_block(
-            output: Array, start: Array, size: int = size, stop: int = stop, num_keys: int = num_keys, width: int = width
-        ) -> tuple[Array, None]:
-            first = jnp.clip(start - reach, num_text, max(stop, num_text + width) - width)
-
-            def queries(x: Array, axis: int) -> Array:
-                return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
-
-            def keys(x: Array, axis: int) -> Array:
-                text = jax.lax.slice_in_dim(x, 0, num_keys, axis=axis)
-                return jnp.concatenate([text, jax.lax.dynamic_slice_in_dim(x, first, width, axis)], axis=axis)
-
-            query, key = (slots.cut(partial(cut, axis=1)) for cut in (queries, keys))
-            mask = visible(query, key, attention_range, window)
-            part = masked_attention(queries(q, 2), keys(k, 2), keys(v, 2), mask)
-            return jax.lax.dynamic_update_slice_in_dim(output, part, start, axis=2), None
-
-        output, _ = jax.lax.scan(attend_block, output, jnp.asarray(starts + np.int32(start)))
+        width = 0 if attention_range == TEXT else min(num_visual, block + attention_range - 1)
+        loops = [(num_text, layout.bucket.slots, leading, width)]
+    output = chunked_text_attention(q, k, v, layout, block)
+    for loop in loops:
+        output = _attend_loop(output, q, k, v, layout, loop, block, attention_range, window)
     return output
+
+
+def chunked_text_attention(q: TextQueries, k: KV, v: KV, layout: TokenLayout, block: int = DENSE_BLOCK) -> TextQueries:
+    """The rows of `chunked_attention` in text slots, from the queries of these slots, which come first in `q`; others are 0."""
+    num_text, num_visual = layout.bucket.size
+    return _attend_loop(jnp.zeros_like(q), q, k, v, layout, (0, num_text, num_text, num_visual), block, None, "ordinal")
+
+
+def _attend_loop(
+    output: TextQueries,
+    q: TextQueries,
+    k: KV,
+    v: KV,
+    layout: TokenLayout,
+    loop: tuple[int, int, int, int],
+    block: int,
+    attention_range: Range,
+    window: Window,
+) -> TextQueries:
+    """`output` with the rows of the slots `start` to `stop`. They meet the first `num_keys` keys and `width` visual ones."""
+    start, stop, num_keys, width = loop
+    if start == stop:
+        return output
+    num_text, slots = layout.bucket.text, layout.slots
+    reach = layout.bucket.visual if attention_range is None else attention_range - 1
+    starts, size = equal_parts(stop - start, block)
+
+    def attend_block(output: Array, start: Array) -> tuple[Array, None]:
+        first = jnp.clip(start - reach, num_text, max(stop, num_text + width) - width)
+
+        def queries(x: Array, axis: int) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+        def keys(x: Array, axis: int) -> Array:
+            text = jax.lax.slice_in_dim(x, 0, num_keys, axis=axis)
+            return jnp.concatenate([text, jax.lax.dynamic_slice_in_dim(x, first, width, axis)], axis=axis)
+
+        query, key = (slots.cut(partial(cut, axis=1)) for cut in (queries, keys))
+        mask = visible(query, key, attention_range, window)
+        part = _masked_block(queries(q, 2), keys(k, 2), keys(v, 2), mask, attention_range)
+        return jax.lax.dynamic_update_slice_in_dim(output, part, start, axis=2), None
+
+    return jax.lax.scan(attend_block, output, jnp.asarray(starts + np.int32(start)))[0]
 
 
 def equal_parts(length: int, most: int) -> tuple[np.ndarray, int]:

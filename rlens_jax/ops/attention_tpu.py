@@ -25,7 +25,7 @@ Additional axis word: `run`, the slots of one run.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from jaxtyping import Array, Float, Int
 
 from rlens_jax.layout import KV, PADDING_POSITION, Bucket, Queries, Range, TokenLayout, Window
+from rlens_jax.plans import TEXT
 
 LANES = 128
 """Vector lanes of a TPU. The number of slots in a block is a multiple of it."""
@@ -71,30 +72,67 @@ def splash_attention(
         Outputs in the dtype of `q`; rows of empty slots are finite and have no meaning.
     """
     bucket = layout.bucket
-    scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     if attention_range is not None and attention_range >= bucket.visual and window == "ordinal":
         attention_range = None
-    text_order, visual_order = _orders(layout, attention_range if window == "position" else None)
 
-    def attend_sample(sample: tuple[Array, Array, Array, _Order, _Order]) -> Float[Array, "K G T H"]:
-        q, k, v, text_order, visual_order = sample
+    def attend_group(heads: Heads, orders: tuple[_Order, _Order]) -> Float[Array, "G T H"]:
+        text = _make_run(heads, slice(bucket.text), orders[0], block_size(bucket.text, None, block))
+        prefixes = [] if text.trunk is None else [(text, text.trunk)]
+        if not bucket.visual:
+            return _attend_run(text, prefixes, None, interpret)[:, : bucket.text]
+        size = block_size(bucket.visual, attention_range, block)
+        visual = _make_run(heads, slice(bucket.text, None), orders[1], size)
+        of_text = _attend_run(text, [(visual, text.before), *prefixes], None, interpret)[:, : bucket.text]
+        if attention_range == TEXT:
+            of_visual, _ = _attend_prefix(visual, text, visual.before, interpret)
+            of_visual = of_visual.astype(q.dtype)
+        else:
+            of_visual = _attend_run(visual, [(text, visual.before)], attention_range, interpret)
+        return jnp.concatenate([of_text, of_visual[:, : bucket.visual]], axis=1)
 
-        def attend_group(heads: tuple[Array, Array, Array]) -> Float[Array, "G T H"]:
-            text = _make_run(heads, slice(bucket.text), text_order, block_size(bucket.text, None, block))
-            prefixes = [] if text.trunk is None else [(text, text.trunk)]
-            if not bucket.visual:
-                return _attend_run(text, prefixes, None, interpret)[:, : bucket.text]
-            visual = _make_run(heads, slice(bucket.text, None), visual_order, block_size(bucket.visual, attention_range, block))
-            of_text = _attend_run(text, [(visual, text.before), *prefixes], None, interpret)[:, : bucket.text]
-            of_visual = _attend_run(visual, [(text, visual.before)], attention_range, interpret)[:, : bucket.visual]
-            return jnp.concatenate([of_text, of_visual], axis=1)
+    orders = _orders(layout, attention_range if window == "position" and attention_range != TEXT else None)
+    return _map_groups(attend_group, q, k, v, orders)
 
-        return jax.lax.map(attend_group, (q.reshape(k.shape[0], -1, *q.shape[1:]), k[:, None], v[:, None]))
+
+def splash_text_attention(
+    q: Float[Array, "B N X H"], k: KV, v: KV, layout: TokenLayout, block: int | None = None, interpret: bool = False
+) -> Float[Array, "B N X H"]:
+    """The rows of dense `splash_attention` in text slots alone, from the queries of these slots."""
+    bucket = layout.bucket
+
+    def attend_group(heads: Heads, orders: tuple[_Order, _Order]) -> Float[Array, "G X H"]:
+        q, k, v = heads
+        size = block_size(bucket.text, None, block)
+        text = _make_run((q, k[:, : bucket.text], v[:, : bucket.text]), slice(None), orders[0], size)
+        prefixes = [] if text.trunk is None else [(text, text.trunk)]
+        if bucket.visual:
+            keys, values = k[:, bucket.text :], v[:, bucket.text :]
+            # A run needs queries; nothing reads these.
+            visual = _make_run((keys, keys, values), slice(None), orders[1], block_size(bucket.visual, None, block))
+            prefixes.insert(0, (visual, text.before))
+        return _attend_run(text, prefixes, None, interpret)[:, : bucket.text]
+
+    return _map_groups(attend_group, q, k, v, _orders(layout, None))
+
+
+def _map_groups(
+    attend_group: Callable[["Heads", tuple["_Order", "_Order"]], Array], q: Array, k: Array, v: Array, orders: Any
+) -> Array:
+    """`attend_group` over all samples and kv heads, with the scaled queries that share a head; the shape is that of `q`."""
+    scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+
+    def attend_sample(sample: tuple[Array, Array, Array, Any]) -> Float[Array, "K G T H"]:
+        q, k, v, orders = sample
+        groups = (q.reshape(k.shape[0], -1, *q.shape[1:]), k[:, None], v[:, None])
+        return jax.lax.map(lambda heads: attend_group(heads, orders), groups)
 
     # The kernel's products follow this setting: a TPU rounds float32 factors to bfloat16 by default.
     with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
-        attended = jax.lax.map(attend_sample, (scaled, k, v, text_order, visual_order))
-    return attended.reshape(q.shape)
+        return jax.lax.map(attend_sample, (scaled, k, v, orders)).reshape(q.shape)
+
+
+Heads = tuple[Float[Array, "G slots H"], Float[Array, "1 T H"], Float[Array, "1 T H"]]
+"""Queries of one group of heads, with its keys and values."""
 
 
 class _Order(NamedTuple):
@@ -176,15 +214,24 @@ def _attend_run(
     attended, (total,) = kernel(run.q, run.k, run.v, segments)
     attended = attended.astype(jnp.float32)
     for other, seen in prefixes:
-        kernel = _prefix_kernel(seen, other.k.shape[1], run.block, other.block, interpret)
-        across, (across_total,) = kernel(run.q, other.k, other.v)
+        across, across_total = _attend_prefix(run, other, seen, interpret)
         # The softmax over both parts: each part's outputs, weighted by its share of the summed exponentials.
         share = jax.nn.sigmoid(across_total - total)[:, :, None]
-        # A query that sees none of these keys has a share of 0 in a mean over arbitrary slots.
-        across = jnp.where((seen > 0)[None, :, None], across.astype(jnp.float32), jnp.float32(0))
         attended = attended * (1 - share) + across * share
         total = jnp.logaddexp(total, across_total)
     return attended.astype(run.q.dtype)
+
+
+def _attend_prefix(
+    run: _Run, other: _Run, seen: Int[Array, " run"], interpret: bool
+) -> tuple[Float[Array, "G run H"], Float[Array, "G run"]]:
+    """Attention of one run's queries to the first `seen` keys of another run, in float32, and its log-sum-exp.
+
+    A query that sees none of these keys gets 0; the kernel gives it a mean over arbitrary slots.
+    """
+    kernel = _prefix_kernel(seen, other.k.shape[1], run.block, other.block, interpret)
+    across, (total,) = kernel(run.q, other.k, other.v)
+    return jnp.where((seen > 0)[None, :, None], across.astype(jnp.float32), jnp.float32(0)), total
 
 
 @functools.lru_cache

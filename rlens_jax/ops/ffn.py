@@ -99,10 +99,15 @@ class FfnWeights:
 class Kept:
     """The units that the probes chose."""
 
-    units: Int[Array, "B U"]
+    units: Int[Array, "*L B U"]
     """Unit numbers, best first."""
-    scored: Bool[Array, " B"]
+    scored: Bool[Array, "*L B"]
     """Whether all scores of the sample were finite."""
+
+    def padded(self, width: int) -> "Kept":
+        """With zeros behind the units, `width` numbers in all."""
+        room = [(0, 0)] * (self.units.ndim - 1) + [(0, width - self.units.shape[-1])]
+        return Kept(jnp.pad(self.units, room), self.scored)
 
 
 def hidden_units(x: Float[Array, "*T D"], weights: FfnWeights) -> Float[Array, "*T F"]:

@@ -19,7 +19,7 @@ from rlens_jax.engine.scoring import Scoring
 from rlens_jax.flops import layer_cost, prefill_cost, visual_in_layer
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.paper_studies.study import Case, Flops, Point, Series, Variant
-from rlens_jax.plans import Operator, Plan
+from rlens_jax.plans import FULL, Level, Operator, Plan
 from rlens_jax.search.bootstrap import Interval, Statistic, bootstrap_interval, mean_over_datasets
 from rlens_jax.search.curves import chain_order
 from rlens_jax.search.journal import Journal
@@ -168,7 +168,7 @@ class Bench:
         decoder, split, length = self._decoder, self._splits[TEST], self.num_layers
         sizes = decoder.layer_sizes
         plan, reduction = case.plan, case.variant.reduction
-        hollow, dynamic = (bool(flags[-1]) for flags in plan.flags(length))
+        attention, ffn = plan.settings(length)[-1]
         shares = []
         for text, visual in zip(split.num_text.tolist(), split.num_visual.tolist(), strict=True):
             reaching = visual_in_layer(case.variant.pruning, visual, length)
@@ -176,14 +176,14 @@ class Bench:
             def whole(plan: Plan, reaching: Sequence[int], probes: bool, text: int = text) -> int:
                 return prefill_cost(sizes, text, reaching, plan, reduction, with_probes=probes)
 
-            def last(visual: int, hollow: bool, dynamic: bool, text: int = text) -> int:
-                return layer_cost(sizes, text, visual, reduction, hollow=hollow, dynamic=dynamic, with_probes=False)
+            def last(visual: int, attention: Level, ffn: Level, text: int = text) -> int:
+                return layer_cost(sizes, text, visual, reduction, attention=attention, ffn=ffn, with_probes=False)
 
             dense = whole(Plan(), [visual] * length, False)
             left = (
                 whole(plan, reaching, False),
                 whole(plan, reaching, True),
-                dense - last(visual, False, False) + last(reaching[-1], hollow, dynamic),
+                dense - last(visual, FULL, FULL) + last(reaching[-1], attention, ffn),
             )
             shares.append([1 - cost / dense for cost in left])
         return Flops(*(sum(column) / len(shares) for column in zip(*shares, strict=True)))

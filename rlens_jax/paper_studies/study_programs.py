@@ -34,7 +34,7 @@ from rlens_jax.models.pruned import run_prompt
 from rlens_jax.ops.attention import masked_attention
 from rlens_jax.ops.ffn import dense_ffn, simulated_dynamic_ffn
 from rlens_jax.paper_studies.study import Variant
-from rlens_jax.plans import Plan, Reduction
+from rlens_jax.plans import FULL, Plan, Reduction
 from rlens_jax.pruning import Pruning
 from rlens_jax.sharding.model_axis import sum_over_shards
 
@@ -115,14 +115,14 @@ def run_text_layers(
         x, scored = carry
         module = nnx.merge(graph, layer_at(stack, layer))
         x = jax.lax.cond(
-            plan.hollow[layer],
+            plan.attention[layer] > 0,
             lambda: attend_text(module, x, context, num_prompt),
-            lambda: module.attend(x, context, reduction, False)[0],
+            lambda: module.attend(x, context, reduction, FULL)[0],
         )
         x, now = jax.lax.cond(
-            plan.dynamic[layer],
+            plan.ffn[layer] > 0,
             lambda: feed_text(module, x, context, reduction, layer, num_prompt),
-            lambda: (module.feed(x, context, reduction, False, layer)[0], jnp.ones_like(scored)),
+            lambda: (module.feed(x, context, reduction, FULL, layer)[0], jnp.ones_like(scored)),
         )
         return x, scored & now
 

@@ -75,10 +75,10 @@ class Halves:
         x, reduction = self._packed(rows), self._reference.case.reduction
         for layer, operator in map(half, halves):
             if operator == "attention":
-                x = attend(self._stack, layer, x, self._context, reduction, layer in plan.attention)
+                x = attend(self._stack, layer, x, self._context, reduction, plan.level("attention", layer))
             else:
                 imposed = self._reference.imposed.get(layer) if layer in plan.ffn else None
-                x, _ = feed(self._stack, layer, x, self._context, reduction, layer in plan.ffn, imposed)
+                x, _ = feed(self._stack, layer, x, self._context, reduction, plan.level("ffn", layer), imposed)
         return self._rows(x)
 
     def selection(self, layer: int, rows: Rows) -> Selection:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rlens_jax.models.decoder import TracedPlan
+from rlens_jax.models.decoder import TracedPlan, as_data
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import FILLER, Branches, Places, Prompt, PromptBatch, collate
@@ -75,7 +75,7 @@ def run(graph: Any, state: Any, batch: PromptBatch, visual: Any, plan: TracedPla
 
 def outputs(model: VisionLanguageModel, given: Rows, plan: Plan, reduction: Reduction) -> Outputs:
     """The results of each prompt of the rows."""
-    traced = TracedPlan(*map(jnp.asarray, plan.flags(model.decoder.config.num_layers)))
+    traced = as_data(plan, model.decoder.config.num_layers)
     logits, tokens, finite = run(*nnx.split(model.decoder), given.batch, given.visual, traced, reduction)
     rows = [
         values[places]

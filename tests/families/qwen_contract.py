@@ -68,7 +68,7 @@ def run_prefill(graph, state, batch, visual, plan: Plan, reduction: Reduction, n
 def run_traced(graph, state, batch, visual, plan: TracedPlan, reduction: Reduction):
     """Logits of all slots, and were the probe scores numbers."""
     decoder = nnx.merge(graph, state)
-    context, stop = decoder.context(batch.layout, batch.rope_positions, KEY), plan.hollow.shape[0]
+    context, stop = decoder.context(batch.layout, batch.rope_positions, KEY), plan.attention.shape[0]
     x = decoder.embed(batch.text_ids, visual)
     x, scored = decoder.run_layers(x, context, plan, reduction, jnp.int32(0), jnp.int32(stop))
     return decoder.logits(x), scored.all()

@@ -15,7 +15,7 @@ from flax import nnx
 
 from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.families.internvl.model import InternVLConfig
-from rlens_jax.models.decoder import TracedPlan
+from rlens_jax.models.decoder import as_data
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import Prompt
@@ -171,7 +171,7 @@ def test_transposed_tokens_of_the_first_pixel_shuffle(pairs, tmp_path, monkeypat
 def test_a_traced_plan_is_the_same_plan(pair):
     plan, examples = BOTH, examples_of("ragged")
     batch, (patches, source) = our_batch(examples), our_images(examples, pair.config)
-    traced = TracedPlan(*map(jnp.asarray, plan.flags(pair.config.decoder.num_layers)))
+    traced = as_data(plan, pair.config.decoder.num_layers)
 
     @jax.jit
     def run(traced):

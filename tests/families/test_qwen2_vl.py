@@ -11,7 +11,7 @@ import torch
 
 from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig
 from rlens_jax.families.qwen2_vl.preparer import patch_places
-from rlens_jax.models.decoder import TracedPlan
+from rlens_jax.models.decoder import as_data
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.plans import Plan, Reduction
 from tests.families.contract import SIMPLE, WHOLE, set_to, swap
@@ -71,8 +71,8 @@ def test_embeddings_and_each_layer(pair, name):
     @jax.jit
     def one_layer(x, layer):
         context = decoder.context(batch.layout, batch.rope_positions, KEY)
-        flags = jnp.zeros(decoder.config.num_layers, bool)
-        return decoder.run_layers(x, context, TracedPlan(flags, flags), Reduction(), layer, layer + 1)[0]
+        dense = as_data(Plan(), decoder.config.num_layers)
+        return decoder.run_layers(x, context, dense, Reduction(), layer, layer + 1)[0]
 
     # Hugging Face's last states are normed: they belong to the logits.
     for layer in range(decoder.config.num_layers - 1):
@@ -169,6 +169,6 @@ class TestQwen2VL(QwenContract):
 
     def test_logits_reduced_by_a_traced_plan(self, pair: Pair, batch: str, plan: Plan) -> None:
         examples = self.examples(pair, batch)
-        traced = TracedPlan(*map(jnp.asarray, plan.flags(pair.config.decoder.num_layers)))
+        traced = as_data(plan, pair.config.decoder.num_layers)
         ours = our_logits(pair.ours, pair.config, examples, traced, self.reduction)
         assert_all_close(ours, self.theirs_reduced(pair, examples, plan), WHOLE)

@@ -12,8 +12,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rlens_jax.checkpoints.leaves import place
 from rlens_jax.layout import visible
-from rlens_jax.models.decoder import Context, Decoder, TracedPlan
-from rlens_jax.plans import Plan, Reduction
+from rlens_jax.models.decoder import Context, Decoder, TracedPlan, as_data
+from rlens_jax.plans import FULL, STANDARD, Plan, Reduction
 from rlens_jax.sharding.mesh import make_mesh
 from tests.numerics import assert_close, error
 from tests.sequences import make_layout, pack, random_rows, run_length, unpack
@@ -61,13 +61,9 @@ def prefill(decoder, rows, layout, plan, reduction=REDUCTION, padding=np.zeros, 
     return run(*nnx.split(decoder), jnp.asarray(pack(rows, layout, padding)), layout, plan, reduction, layers)
 
 
-def as_data(plan: Plan) -> TracedPlan:
-    return TracedPlan(*map(jnp.asarray, plan.flags(CONFIG.num_layers)))
-
-
 def traced_prefill(decoder, rows, layout, plan, reduction=REDUCTION):
     x, whole = jnp.asarray(pack(rows, layout)), (jnp.int32(0), jnp.int32(CONFIG.num_layers))
-    return run_layers(*nnx.split(decoder), x, layout, as_data(plan), reduction, *whole)
+    return run_layers(*nnx.split(decoder), x, layout, as_data(plan, CONFIG.num_layers), reduction, *whole)
 
 
 def assert_rows_close(packed, expected, layout, tolerance=1e-5):
@@ -88,7 +84,7 @@ def test_static_and_traced_plans_agree(decoder, rows, plan):
     assert_rows_close(traced, static, layout)
     assert scored.all()
     assert record.kept.scored.all()
-    recorded, same_record = prefill(decoder, rows, layout, as_data(plan))
+    recorded, same_record = prefill(decoder, rows, layout, as_data(plan, CONFIG.num_layers))
     assert_rows_close(recorded, static, layout)
     with_images = np.asarray(layout.num_visual) > 0
     np.testing.assert_array_equal(same_record.kept.units[:, with_images], record.kept.units[:, with_images])
@@ -132,7 +128,7 @@ def test_one_program_serves_every_traced_plan_and_every_start(decoder, rows):
 
         def run(x, start, stop, plan=plan):
             bounds = jnp.int32(start), jnp.int32(stop)
-            return run_layers(*nnx.split(decoder), x, layout, as_data(plan), REDUCTION, *bounds)[0]
+            return run_layers(*nnx.split(decoder), x, layout, as_data(plan, CONFIG.num_layers), REDUCTION, *bounds)[0]
 
         np.testing.assert_array_equal(run(run(x, 0, 2), 2, 5), run(x, 0, 5))
     assert run_layers._cache_size() == 1
@@ -148,7 +144,7 @@ def test_a_static_prefill_can_stop_and_go_on(decoder, rows):
     np.testing.assert_array_equal(joined, record.kept.units)
 
 
-@pytest.mark.parametrize("plan", [Plan(), PLANS[2], as_data(PLANS[2])], ids=["dense", "static", "traced"])
+@pytest.mark.parametrize("plan", [Plan(), PLANS[2], as_data(PLANS[2], CONFIG.num_layers)], ids=["dense", "static", "traced"])
 def test_a_prefill_of_no_layers_changes_nothing(decoder, rows, plan):
     layout = make_layout(RAGGED)
     states, record = prefill(decoder, rows, layout, plan, layers=range(2, 2))
@@ -188,7 +184,7 @@ def test_random_probes_follow_the_key(decoder, rows):
     layout, plan = make_layout(RAGGED), Plan(ffn=range(5))
     reduction = Reduction(probe="random", active_fraction=0.3)
     x = jnp.asarray(pack(rows, layout))
-    traced = as_data(plan)
+    traced = as_data(plan, CONFIG.num_layers)
 
     @jax.jit
     def states(key):
@@ -212,7 +208,7 @@ def test_random_probes_differ_between_layers(decoder, rows):
 
     @jax.jit
     def kept(layer):
-        return module(x, make_context(decoder, layout), reduction, False, True, layer)[1].kept.units
+        return module(x, make_context(decoder, layout), reduction, FULL, STANDARD, layer)[1].kept.units
 
     first, same, other = (set(kept(jnp.int32(layer))[0].tolist()) for layer in (0, 0, 1))
     assert first == same != other
@@ -287,9 +283,9 @@ def test_units_stored_as_half_rows_are_fetched_by_the_kernel(rows):
             return run_layers(*nnx.split(decoder), x, layout, plan, REDUCTION, jnp.int32(0), jnp.int32(5))[0]
 
     for plan in (Plan(), Plan(ffn=(3,))):
-        expected = np.asarray(last_states(plain, as_data(plan)), np.float32)
-        assert_rows_close(np.asarray(last_states(halved, as_data(plan)), np.float32), expected, layout, 2e-2)
-    dense = np.asarray(last_states(plain, as_data(Plan())), np.float32)
+        expected = np.asarray(last_states(plain, as_data(plan, CONFIG.num_layers)), np.float32)
+        assert_rows_close(np.asarray(last_states(halved, as_data(plan, CONFIG.num_layers)), np.float32), expected, layout, 2e-2)
+    dense = np.asarray(last_states(plain, as_data(Plan(), CONFIG.num_layers)), np.float32)
     assert max(map(error, unpack(expected, layout), unpack(dense, layout))) > 0.1
-    program = jax.make_jaxpr(lambda plan: last_states(halved, plan))(as_data(Plan()))
+    program = jax.make_jaxpr(lambda plan: last_states(halved, plan))(as_data(Plan(), CONFIG.num_layers))
     assert "fetched_ffn" in str(program)

@@ -13,8 +13,15 @@ import torch
 from jax.extend.core import jaxprs_in_params
 
 from rlens_jax.layout import PADDING_POSITION, visible
-from rlens_jax.ops.attention import chunked_attention, packed_attention, reference_attention
-from rlens_jax.ops.attention_tpu import splash_attention
+from rlens_jax.ops.attention import (
+    chunked_attention,
+    chunked_text_attention,
+    packed_attention,
+    packed_text_attention,
+    reference_attention,
+)
+from rlens_jax.ops.attention_tpu import splash_attention, splash_text_attention
+from rlens_jax.plans import TEXT
 from tests import torch_reductions
 from tests.numerics import assert_close
 from tests.sequences import branch_tokens, fork, forked_layout, make_layout, pack, random_rows, run_length, unpack
@@ -136,6 +143,49 @@ def torch_attention(rows, masks, attention_range, window="ordinal"):
     return outputs
 
 
+def attended_text(query, keys, values):
+    """[N, H] of one query [N, H] and the tokens [S, K, H] that it sees, in float64; zeros without any."""
+    output = np.zeros(query.shape)
+    for head in range(len(query) if len(keys) else 0):
+        kv = head * KV_HEADS // HEADS
+        weights = np.exp(keys[:, kv].astype(np.float64) @ query[head] / np.sqrt(HEAD_DIM))
+        output[head] = weights @ values[:, kv] / weights.sum()
+    return output
+
+
+TEXT_ROWS = {
+    "packed": packed_text_attention,
+    "chunked": chunked_text_attention,
+    "splash": partial(splash_text_attention, interpret=True),
+}
+"""The paths that compute the rows of text slots alone."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, [])) for name in TEXT_ROWS])
+@pytest.mark.parametrize("branched", [False, True])
+def test_text_rows_alone_are_those_of_dense_attention(name, branched):
+    masks = [run_length(2, 17, 4, 131, 6), run_length(7), run_length(0, 5, 1)]
+    trunks = [fork(mask, lengths) for mask, lengths in zip(masks, [(4, 130), (3,), (2, 5)], strict=True)]
+    layout = forked_layout(trunks, (2, 3)) if branched else make_layout(masks, spare=(2, 3))
+    rows = qkv_rows(8, [token.is_visual for token in trunks] if branched else masks)
+    q, k, v = packed_qkv(rows, layout)
+    text = slice(layout.bucket.text)
+    alone = jax.jit(TEXT_ROWS[name])(q[:, :, text], k, v, layout)
+    whole = compiled(reference_attention, None, "ordinal")(q, k, v, layout)
+    used = np.arange(layout.bucket.text) < np.asarray(layout.num_text)[:, None]
+    assert_close(alone.swapaxes(1, 2)[used], whole[:, :, text].swapaxes(1, 2)[used], 1e-5)
+
+
+@pytest.mark.parametrize("attention", [packed_attention, chunked_attention], ids=["packed", "chunked"])
+def test_attention_to_text_where_no_row_has_text_before_images(attention):
+    layout = forked_layout([fork(run_length(0, 9), (3, 2))])
+    assert layout.leading_text == 0
+    q, k, v = packed_qkv(qkv_rows(9, [fork(run_length(0, 9), (3, 2)).is_visual]), layout)
+    attended = jax.jit(attention, static_argnums=4)(q, k, v, layout, TEXT)
+    assert not attended[:, :, layout.bucket.text :].any()
+    assert attended[:, :, : layout.bucket.text].all()
+
+
 @pytest.fixture(params=[pytest.param(path, id=name, marks=MARKS.get(name, [])) for name, path in PATHS.items()])
 def path(request: pytest.FixtureRequest) -> Path:
     return request.param
@@ -195,6 +245,18 @@ class TestAttentionContract:
         for count, ours, expected in zip(counts, outputs(max(counts) - 1), dense, strict=True):
             changed = np.abs(ours - expected).max(axis=(1, 2)) > 10 * path.rounding
             assert changed.sum() == (count == max(counts))
+
+    def test_attention_to_text_only(self, path: Path):
+        """Visual tokens see the text before them, and get zeros if there is none; text sees all tokens before it."""
+        masks = [*path.masks, run_length(0, 9, 4, 7, 2)]
+        rows, layout = qkv_rows(6, masks), make_layout(masks, spare=(2, 3))
+        ours = run(path.attention, rows, layout, *path.options(TEXT))
+        dense = torch_attention(rows, masks, None)
+        for (q, k, v), mine, plain, is_visual in zip(zip(*rows, strict=True), ours, dense, masks, strict=True):
+            assert_close(mine[~is_visual], plain[~is_visual], 1e-5)
+            for i in np.flatnonzero(is_visual):
+                assert_close(mine[i], attended_text(q[i], k[:i][~is_visual[:i]], v[:i][~is_visual[:i]]), 1e-5)
+        assert not ours[-1][:9].any()
 
     def test_weights_are_positive_exactly_where_the_mask_says(self, path: Path):
         """With the identity for values, the output is the matrix of attention weights."""

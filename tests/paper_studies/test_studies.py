@@ -287,7 +287,7 @@ def test_pruning_alone_and_on_top_of_a_plan(finished: Finished) -> None:
         assert point.x == pytest.approx(1 - point.flops.saved)
         shares = [
             saving(
-                LayerSizes(24, 24, 40),
+                LayerSizes(24, 24, 24, 40),
                 text,
                 visual_in_layer(dropped, visual, LAYERS),
                 point.case.plan,

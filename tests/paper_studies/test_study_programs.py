@@ -153,7 +153,7 @@ def test_the_ffn_is_that_of_the_loops(decoder: Decoder, batch: PromptBatch, stat
 
 def test_a_traced_plan_chooses_the_layers(decoder: Decoder, batch: PromptBatch, states: jax.Array) -> None:
     shared, prompt = context(decoder, batch), num_prompt_text(batch)
-    plan = TracedPlan(jnp.array([False, True]), jnp.array([True, False]))
+    plan = TracedPlan(jnp.array([0, 1]), jnp.array([1, 0]))
     got, scored = run_text_layers(decoder, states, shared, prompt, plan, REDUCTION, jnp.int32(0), jnp.int32(2))
     assert scored.all()
     first, second = layer_of(decoder, 0), layer_of(decoder, 1)

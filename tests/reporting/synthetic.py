@@ -15,7 +15,7 @@ from rlens_jax.search.search import rank_layers
 from tests.toy_search import one_at_a_time
 
 DATASETS = {"pages_read": 0.95, "pages_compare": 0.85, "pages_yesno": 0.92}
-SIZES = LayerSizes(width=128, kv_width=64, ffn_width=512)
+SIZES = LayerSizes(width=128, query_width=128, kv_width=64, ffn_width=512)
 
 
 def layer_costs(num_layers, operator):
