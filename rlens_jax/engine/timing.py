@@ -84,7 +84,7 @@ def _static_prefill(programs: Programs, plan: Plan) -> Program:
 def time_layer(model: str, decoder: DecoderSizes, repeats: int) -> dict[str, Any]:
     """All timings of a layer of `model`, as the JSON file of `rlens_jax.bench` has them. Seconds are medians."""
     say("compiling ...")
-    programs = _layer_programs(decoder)
+    programs = layer_programs(decoder, CASES)
     torch_program = torch_layer(decoder)
     if torch_program is not None:
         programs[TORCH] = torch_program
@@ -119,9 +119,11 @@ def time_layer(model: str, decoder: DecoderSizes, repeats: int) -> dict[str, Any
     }
 
 
-def _layer_programs(published: DecoderSizes) -> dict[str, Callable[[], Any]]:
-    """The layer with each kind of dense attention and under each reduction, as calls without arguments."""
-    decoder, x, packed, in_order = decoder_inputs(published, num_layers=1)
+def layer_programs(
+    published: DecoderSizes, cases: Mapping[str, tuple[Level, Level]], num_visual: int = VISUAL
+) -> dict[str, Callable[[], Any]]:
+    """The layer with each kind of dense attention, without attention, and with the levels of each case, as calls."""
+    decoder, x, packed, in_order = decoder_inputs(published, 1, num_visual)
     graph, state = nnx.split(decoder.layer(0))
     causal = jnp.tril(jnp.ones((1, x.shape[1], x.shape[1]), bool))
 
@@ -146,13 +148,15 @@ def _layer_programs(published: DecoderSizes) -> dict[str, Callable[[], Any]]:
         OURS: call(partial(ours, FULL, FULL), packed),
         **{name: call(partial(other, attend), in_order) for name, attend in dense_kinds(causal).items()},
         NO_ATTENTION: call(partial(other, nothing), in_order),
-        **{name: call(partial(ours, *levels), packed) for name, levels in CASES.items()},
+        **{name: call(partial(ours, *levels), packed) for name, levels in cases.items()},
     }
 
 
-def decoder_inputs(published: DecoderSizes, num_layers: int) -> tuple[Decoder, Float[Array, "1 T D"], Context, Context]:
+def decoder_inputs(
+    published: DecoderSizes, num_layers: int, num_visual: int = VISUAL
+) -> tuple[Decoder, Float[Array, "1 T D"], Context, Context]:
     """A random decoder with such layers, states, and the contexts of packed tokens and of tokens in sequence order."""
-    length = TEXT_BEFORE + VISUAL + TEXT_AFTER
+    length = TEXT_BEFORE + num_visual + TEXT_AFTER
     config = DecoderConfig(
         num_layers=num_layers,
         width=published.width,
@@ -170,8 +174,8 @@ def decoder_inputs(published: DecoderSizes, num_layers: int) -> tuple[Decoder, F
         tied_head=True,
     )
     is_visual = np.zeros(length, bool)
-    is_visual[TEXT_BEFORE : TEXT_BEFORE + VISUAL] = True
-    layout = pack_layout([Tokens.sequence(is_visual)], Bucket(TEXT_BEFORE + TEXT_AFTER, VISUAL), [0])
+    is_visual[TEXT_BEFORE : TEXT_BEFORE + num_visual] = True
+    layout = pack_layout([Tokens.sequence(is_visual)], Bucket(TEXT_BEFORE + TEXT_AFTER, num_visual), [0])
     in_order = np.arange(length, dtype=np.int32)[:, None]
     decoder = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, length, config.width))
