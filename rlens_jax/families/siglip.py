@@ -73,6 +73,19 @@ class TowerLayer(nnx.Module):
         self.fc1 = Linear("IJE,EF->IJF", sizes, bias="F", dtype=dtype, rngs=rngs)
         self.fc2 = Linear("IJF,FE->IJE", sizes, bias="E", dtype=dtype, rngs=rngs)
 
+    def attend(self, x: Float[Array, "I J E"], is_patch: Bool[Array, "I J"]) -> Float[Array, "I J E"]:
+        """Add attention to the real patches of the same image, with the queries of a large image in blocks."""
+        y = self.attention_norm(x)
+        q, k, v = (project(y).swapaxes(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
+        images, heads, patches, _ = q.shape
+        block = max(MIN_QUERIES, MAX_SCORES // (images * heads * patches))
+        attended = []
+        for start in range(0, patches, block):
+            queries = q[:, :, start : start + block]
+            mask = jnp.broadcast_to(is_patch[:, None], (images, queries.shape[2], patches))
+            attended.append(masked_attention(queries, k, v, mask))
+        return x + self.o_proj(jnp.concatenate(attended, axis=2))
+
 
 def run_layers(layers: nnx.Module, x: Float[Array, "I J E"], *inputs: PyTree) -> Float[Array, "I J E"]:
     """Apply stacked layers one after another, each to the states and `inputs`."""
@@ -128,23 +141,14 @@ def read_siglip(vision: ConfigReader) -> SiglipConfig:
 
 
 class SiglipLayer(TowerLayer):
-    """Attention with the queries of a large image in blocks, and a GELU MLP."""
+    """Attention and a GELU MLP."""
 
     def __init__(self, config: SiglipConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         norm = partial(LayerNorm, config.width, eps=config.norm_eps, dtype=dtype)
         super().__init__(config, norm, qkv_bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "I J E"], is_patch: Bool[Array, "I J"]) -> Float[Array, "I J E"]:
-        y = self.attention_norm(x)
-        q, k, v = (project(y).swapaxes(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
-        images, heads, patches, _ = q.shape
-        block = max(MIN_QUERIES, MAX_SCORES // (images * heads * patches))
-        attended = []
-        for start in range(0, patches, block):
-            queries = q[:, :, start : start + block]
-            mask = jnp.broadcast_to(is_patch[:, None], (images, queries.shape[2], patches))
-            attended.append(masked_attention(queries, k, v, mask))
-        x = x + self.o_proj(jnp.concatenate(attended, axis=2))
+        x = self.attend(x, is_patch)
         return x + self.fc2(jax.nn.gelu(self.fc1(self.mlp_norm(x)), approximate=True))
 
 
@@ -192,18 +196,23 @@ def siglip_parts(config: SiglipConfig, source: str, target: str) -> tuple[Part, 
                 Row("position_embedding.weight", "position_embedding", "position e -> position e"),
             ),
         ),
-        Part(
-            f"{source}encoder.layers.{{layer}}.",
-            f"{target}layers.",
-            sizes,
-            (
-                *norm("layer_norm1", "attention_norm", "e"),
-                *(row for name in QKV for row in linear(f"self_attn.{name}", name, "(n h) e -> e n h")),
-                *linear("self_attn.out_proj", "o_proj", "e (n h) -> n h e"),
-                *norm("layer_norm2", "mlp_norm", "e"),
-                *linear("mlp.fc1", "fc1", "f e -> e f"),
-                *linear("mlp.fc2", "fc2", "e f -> f e"),
-            ),
-            config.depth,
+        tower_layer_part(config, source, target),
+    )
+
+
+def tower_layer_part(config: TowerConfig, source: str, target: str) -> Part:
+    """Rows of the layers of a tower under the names that SigLIP and CLIP have in transformers."""
+    return Part(
+        f"{source}encoder.layers.{{layer}}.",
+        f"{target}layers.",
+        pattern_sizes(config.sizes),
+        (
+            *norm("layer_norm1", "attention_norm", "e"),
+            *(row for name in QKV for row in linear(f"self_attn.{name}", name, "(n h) e -> e n h")),
+            *linear("self_attn.out_proj", "o_proj", "e (n h) -> n h e"),
+            *norm("layer_norm2", "mlp_norm", "e"),
+            *linear("mlp.fc1", "fc1", "f e -> e f"),
+            *linear("mlp.fc2", "fc2", "e f -> f e"),
         ),
+        config.depth,
     )

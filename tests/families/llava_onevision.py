@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rlens_jax.families.llava_onevision.preparer import base_sources, cut_patches, grid_sources
+from rlens_jax.families.anyres import cut_patches
+from rlens_jax.families.llava_onevision.preparer import base_sources, grid_sources
 from rlens_jax.models.prompt import Grid as Size
 from rlens_jax.models.prompt import Prompt, PromptBatch, collate_alone
 from tests.families.pair import text_inputs

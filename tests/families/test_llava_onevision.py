@@ -11,6 +11,7 @@ import pytest
 import torch
 from flax import nnx
 
+from rlens_jax.families import anyres
 from rlens_jax.families.llava_onevision import preparer as llava_onevision
 from rlens_jax.families.llava_onevision.preparer import grid_sources
 from rlens_jax.models.forward import VisionLanguageModel
@@ -143,8 +144,8 @@ def _without_scaling(size: int, new_size: int):
 
 
 WRONG_GRIDS = {
-    "unpadding of the other axis": ("_unpadded", lambda grid, size: grid[1:-1]),
-    "nearest instead of bilinear": ("_interpolation", _without_scaling),
+    "unpadding of the other axis": (anyres, "unpadded", lambda grid, size: grid[1:-1]),
+    "nearest instead of bilinear": (llava_onevision, "_interpolation", _without_scaling),
 }
 
 
@@ -152,8 +153,7 @@ WRONG_GRIDS = {
 def test_a_wrong_grid_misses_by_a_hundred_tolerances(pair, name, monkeypatch):
     """With as many visual tokens as there should be, so that only their values tell."""
     (example,) = examples_of("scaled down")
-    attribute, wrong_function = WRONG_GRIDS[name]
-    monkeypatch.setattr(llava_onevision, attribute, wrong_function)
+    monkeypatch.setattr(*WRONG_GRIDS[name])
     (wrong,) = examples_of("scaled down")
     count = len(example.placed[0][0])
     placed = [tuple(np.resize(array, (count, 4)) for array in wrong.placed[0])]

@@ -22,7 +22,8 @@ from rlens_jax.engine.inputs import build_split
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.shapes import Shapes, row_buckets
 from rlens_jax.errors import UserError
-from rlens_jax.families.llava_onevision.preparer import LlavaOnevisionPreparer, cut_patches
+from rlens_jax.families.anyres import cut_patches
+from rlens_jax.families.llava_onevision.preparer import LlavaOnevisionPreparer
 from rlens_jax.models.prompt import FILLER, ImageTokens
 from rlens_jax.models.prompt import Grid as Size
 from rlens_jax.plans import Reduction

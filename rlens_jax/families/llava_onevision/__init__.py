@@ -23,4 +23,5 @@ FAMILY = Family[LlavaOnevisionConfig](
     reference=REFERENCE,
     benchmark_prompt=benchmark_prompt,
     preset="llava_onevision_7b",
+    refused={"llava_qwen": "is LLaVA's original layout; use the -hf model, such as llava-hf/llava-onevision-qwen2-7b-ov-hf"},
 )

@@ -19,20 +19,17 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from rlens_jax.errors import UserError
-from rlens_jax.families.config_reader import MOST_PIXELS, ConfigReader
+from rlens_jax.families.anyres import read_pinpoints
+from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.decoder_fields import read_qwen2_decoder
+from rlens_jax.families.projector import Projector, require_projector
 from rlens_jax.families.siglip import SIGLIP, SiglipConfig, SiglipTower, read_siglip
-from rlens_jax.files import quoted
 from rlens_jax.models.decoder import DecoderConfig
-from rlens_jax.models.layers import Linear
 from rlens_jax.models.prompt import Grid
 
-NEWLINE = 0
-"""Row of the newline in the table from which visual tokens are taken; patch p of view v is row 1 + v J + p."""
-
 TOKENS = {"image_token_index": 151646, "video_token_index": 151647}
-MOST_PINPOINTS = 1 << 8
+PINPOINTS = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
+"""Default of the class of transformers: up to 6 x 6 views of 384 pixels."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +52,6 @@ class LlavaOnevisionConfig:
         """Patches per side of a view."""
         return self.image_size // self.vision.patch_size
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {"E": self.vision.width, "D": self.decoder.width, "m": self.decoder.width}
-
 
 def read_config(config: ConfigReader) -> LlavaOnevisionConfig:
     """Read the sizes from config.json; UserError if it asks for a computation that is not supported."""
@@ -66,8 +59,7 @@ def read_config(config: ConfigReader) -> LlavaOnevisionConfig:
     text, vision = config.section("text_config"), config.section("vision_config", SIGLIP)
     text.require("model_type", "qwen2")
     vision.require("model_type", "siglip_vision_model")
-    config.require("projector_hidden_act", "gelu")
-    config.require("multimodal_projector_bias", True)
+    require_projector(config)
     config.require("vision_feature_layer", -1)
     config.require("vision_feature_select_strategy", "full")
     config.require("use_image_newline_parameter", True)
@@ -82,51 +74,27 @@ def read_config(config: ConfigReader) -> LlavaOnevisionConfig:
         replace(decoder, tied_head=config.flag("tie_word_embeddings") or decoder.tied_head),
         tower,
         image_size,
-        _read_pinpoints(config, image_size),
+        read_pinpoints(config, image_size, PINPOINTS),
         int(max_tiles[1]),
         image_token=config.token("image_token_id", "image_token_index", vocabulary=decoder.vocabulary),
         video_token=config.token("video_token_id", "video_token_index", vocabulary=decoder.vocabulary),
     )
 
 
-def _read_pinpoints(config: ConfigReader, image_size: int) -> tuple[Grid, ...]:
-    """The pinpoints; by default those of the class of transformers, up to 6 x 6 views of 384 pixels."""
-    pinpoints = config.fields.get("image_grid_pinpoints")
-    if pinpoints is None:
-        pinpoints = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
-    if not isinstance(pinpoints, list) or not 0 < len(pinpoints) <= MOST_PINPOINTS:
-        raise config.error("image_grid_pinpoints", f"must be a list of 1 to {MOST_PINPOINTS} pairs [height, width]", pinpoints)
-    sides = range(image_size, MOST_PIXELS + 1, image_size)
-    for size in pinpoints:
-        if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side in sides for side in size)):
-            raise UserError(
-                f"{config.where}: image_grid_pinpoints contains {quoted(size)}; only [height, width] in multiples of "
-                f"the vision tower's image_size, {image_size}, up to {MOST_PIXELS} are supported"
-            )
-    return tuple((height, width) for height, width in pinpoints)
-
-
-class VisionTower(nnx.Module):
+class VisionTower(Projector):
     """Views to visual tokens: SigLIP, the connector and the newline."""
 
     def __init__(self, config: LlavaOnevisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        sizes = config.sizes
+        width = config.decoder.width
+        super().__init__(config.vision.width, width, dtype=dtype, rngs=rngs)
         self.tower = SiglipTower(config.vision, dtype=dtype, rngs=rngs)
-        self.projector_fc1 = Linear("IJE,Em->IJm", sizes, bias="m", dtype=dtype, rngs=rngs)
-        self.projector_fc2 = Linear("IJm,mD->IJD", sizes, bias="D", dtype=dtype, rngs=rngs)
-        self.image_newline = nnx.Param(
-            jax.random.normal(rngs.params(), (sizes["D"],), dtype) * jnp.asarray(sizes["D"] ** -0.5, dtype)
-        )
+        self.image_newline = nnx.Param(jax.random.normal(rngs.params(), (width,), dtype) * jnp.asarray(width**-0.5, dtype))
 
     def features(self, views: Float[Array | np.ndarray, "v J c"]) -> Float[Array, "v J E"]:
         """States of the tower for v views, none of which has padding patches."""
         count, patches, _ = views.shape
         positions = jnp.broadcast_to(jnp.arange(patches, dtype=jnp.int32), (count, patches))
         return self.tower(views, positions, jnp.full(count, patches, jnp.int32))
-
-    def project(self, x: Float[Array, "v J E"]) -> Float[Array, "v J D"]:
-        """Apply the connector, a two-layer MLP."""
-        return self.projector_fc2(jax.nn.gelu(self.projector_fc1(x), approximate=False))
 
     def __call__(
         self,
@@ -138,7 +106,7 @@ class VisionTower(nnx.Module):
 
         Args:
             views: pixel values of each patch, base view first; padding views may hold any finite numbers.
-            sources: rows of the table (see `NEWLINE`) that each visual token is interpolated from.
+            sources: rows of the table (see `anyres.NEWLINE`) that each visual token is interpolated from.
             weights: weight of each of these rows, float32.
         """
         images, count, patches, numbers = views.shape

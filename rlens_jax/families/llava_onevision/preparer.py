@@ -13,22 +13,14 @@ from rlens_jax.data.benchmarks.catalogue import Instance, Turn, default_prompt
 from rlens_jax.data.images import MAX_IMAGE_PIXELS, Transparency
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError, foreign
+from rlens_jax.families.anyres import NEWLINE, base_rows, best_tiles, check_processor, cut_patches, tile_rows
 from rlens_jax.families.chat_files import read_chat
 from rlens_jax.families.image_files import make_processor, read_processor_fields
-from rlens_jax.families.llava_onevision.model import NEWLINE, LlavaOnevisionConfig
+from rlens_jax.families.llava_onevision.model import LlavaOnevisionConfig
 from rlens_jax.models.prompt import Grid, ImageArrays, ImageSize, ImageTokens, Measure, PreparedImage, Prompt
 
 MAX_EXCESS = 1.1
 """A grid is scaled down when its side exceeds the allowed side by more than this factor (from transformers)."""
-
-
-def cut_patches(views: np.ndarray, patch_size: int) -> np.ndarray:
-    """Views [v, 3, h, w] as patches [v, J, c], each in (channel, row, column) order, without incomplete patches."""
-    count, channels, *shape = views.shape
-    rows, columns = (side // patch_size for side in shape)
-    whole = views[:, :, : rows * patch_size, : columns * patch_size]
-    whole = whole.reshape(count, channels, rows, patch_size, columns, patch_size)
-    return whole.transpose(0, 2, 4, 1, 3, 5).reshape(count, rows * columns, -1)
 
 
 def _interpolation(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -43,22 +35,10 @@ def _interpolation(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray, np
     return low, np.minimum(low + 1, size - 1), np.clip(exact - low.astype(np.float32), 0, 1)
 
 
-def _unpadded(grid: np.ndarray, image_size: Grid) -> np.ndarray:
-    """The middle of a grid [rows, columns] that an image of this size (in pixels) fills, without its padding."""
-    height, width = image_size
-    rows, columns = grid.shape
-    # The same floating-point expressions as in transformers, because rounding decides.
-    if width / height > columns / rows:
-        padding = (rows - int(round(height * (columns / width), 7))) // 2
-        return grid[padding : rows - padding]
-    padding = (columns - int(round(width * (rows / height), 7))) // 2
-    return grid[:, padding : columns - padding]
-
-
 def base_sources(side: int) -> tuple[np.ndarray, np.ndarray]:
     """Visual tokens of the base view: rows of the table and their weights, [Z, corners] each; see `VisionTower`."""
     sources = np.zeros((side**2, 4), np.int32)
-    sources[:, 0] = 1 + np.arange(side**2)
+    sources[:, 0] = base_rows(side)
     return sources, np.tile(np.array([1, 0, 0, 0], np.float32), (side**2, 1))
 
 
@@ -68,9 +48,7 @@ def grid_sources(image_size: Grid, tiles: Grid, side: int, max_tiles: int) -> tu
     `image_size` is (height, width) in pixels before any scaling, `tiles` (rows, columns), `side` in patches per tile. The grid
     keeps about as many visual tokens as `max_tiles` tiles have.
     """
-    row, column = np.ogrid[: tiles[0] * side, : tiles[1] * side]
-    view = 1 + (row // side) * tiles[1] + column // side
-    grid = _unpadded(1 + view * side**2 + (row % side) * side + column % side, image_size)
+    grid = tile_rows(image_size, tiles, side)
     rows, columns = grid.shape
     excess = math.sqrt(rows * columns / (max_tiles * side**2))
     new_rows, new_columns = rows, columns
@@ -98,15 +76,11 @@ def image_sources(config: LlavaOnevisionConfig, image_size: Grid, alone: bool) -
 
     `image_size` is (height, width) in pixels before any scaling. An image alone in its prompt also has a grid of tiles.
     """
-    # Imported here: where torchvision is installed this import loads it, and a model without images needs neither.
-    from transformers.image_processing_utils import select_best_resolution
-
     sources, weights = base_sources(config.side)
     if alone:
-        height, width = select_best_resolution(image_size, config.pinpoints)
-        rows, columns = height // config.image_size, width // config.image_size
-        more = grid_sources(image_size, (rows, columns), config.side, config.max_tiles)
-        views = 1 + rows * columns
+        tiles = best_tiles(image_size, config.pinpoints, config.image_size)
+        more = grid_sources(image_size, tiles, config.side, config.max_tiles)
+        views = 1 + math.prod(tiles)
     else:
         more = np.full((1, 4), NEWLINE, np.int32), np.array([[1, 0, 0, 0]], np.float32)
         views = 1
@@ -155,12 +129,7 @@ class LlavaOnevisionPreparer:
         self.chat = read_chat(folder, config.image_token, config.decoder.vocabulary)
         fields, where = read_processor_fields(folder)
         self.image_processor = make_processor(LlavaOnevisionImageProcessorPil, fields, where)
-        pinpoints = tuple((height, width) for height, width in self.image_processor.image_grid_pinpoints)
-        size = self.image_processor.size
-        if pinpoints != config.pinpoints or {size.height, size.width} != {config.image_size}:
-            raise UserError(
-                f"{where} and config.json differ in image_grid_pinpoints or in the size of a view; take both from one checkpoint"
-            )
+        check_processor(self.image_processor, config.pinpoints, config.image_size, where)
 
     def images(self, pixels: Sequence[Image], sample_id: str) -> list[PreparedImage]:
         """Each image as views [v, J, c], sources [Z, corners] and weights [Z, corners]; see `VisionTower`."""

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from rlens_jax.errors import UserError
+from rlens_jax.families.anyres import cut_patches, read_views, real_views
 from rlens_jax.families.llava_onevision.model import LlavaOnevisionConfig
-from rlens_jax.families.llava_onevision.preparer import cut_patches, image_sources
+from rlens_jax.families.llava_onevision.preparer import image_sources
 from rlens_jax.families.reference_inputs import ReferenceInputs, Row, checked, plain_rows, zero_padded
-from rlens_jax.models.prompt import ImageTokens, PreparedImage
+from rlens_jax.models.prompt import Grid, ImageTokens, PreparedImage
 
 
 def read_images(
@@ -17,13 +18,7 @@ def read_images(
     """See `ReferenceInputs.read_images`."""
     if any((row == config.video_token).any() for row in token_ids):
         raise UserError(f"{where}: input_ids has video tokens; only images are supported")
-    sizes = checked(where, tensors, "image_sizes", ("I", 2)).astype(np.int64)
-    shape = ("I", "views", config.vision.channels, config.image_size, config.image_size)
-    pixels = checked(where, tensors, "pixel_values", shape)
-    if len(sizes) != len(pixels):
-        raise UserError(f"{where}: pixel_values has {len(pixels)} images where image_sizes has {len(sizes)}")
-    if (sizes < 1).any():
-        raise UserError(f"{where}: image_sizes must be heights and widths in pixels, not {sizes.min()}")
+    pixels, sizes = read_views(where, tensors, config.vision.channels, config.image_size)
     images = _images(where, pixels, sizes, _alone(where, tensors, len(sizes)), config)
     masks = [ids == config.image_token for ids in token_ids]
     return plain_rows(where, token_ids, masks, images, "image_sizes", "images")
@@ -40,19 +35,13 @@ def _alone(where: str, tensors: Mapping[str, np.ndarray], num_images: int) -> np
 
 
 def _images(
-    where: str, pixels: np.ndarray, sizes: np.ndarray, alone: np.ndarray, config: LlavaOnevisionConfig
+    where: str, pixels: np.ndarray, sizes: Sequence[Grid], alone: np.ndarray, config: LlavaOnevisionConfig
 ) -> list[PreparedImage]:
     sampled = []
     for number, (views, size) in enumerate(zip(pixels, sizes, strict=True)):
-        image_size = int(size[0]), int(size[1])
-        sources, weights, count = image_sources(config, image_size, bool(alone[number]))
-        if count > len(views) or views[count:].any():
-            filled = np.flatnonzero(views.any(axis=(1, 2, 3)))
-            raise UserError(
-                f"{where}: image {number} has {int(filled.max(initial=-1)) + 1} views in pixel_values, "
-                f"{count} by its image_sizes {list(image_size)} (height, width)"
-            )
-        sampled.append((cut_patches(views[:count], config.vision.patch_size), sources, weights))
+        sources, weights, count = image_sources(config, size, bool(alone[number]))
+        views = real_views(where, number, views, count, size)
+        sampled.append((cut_patches(views, config.vision.patch_size), sources, weights))
     # All of one shape, so that they go through the tower together.
     views, slots = (max((len(image[part]) for image in sampled), default=0) for part in (0, 1))
     return [
