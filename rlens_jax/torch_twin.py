@@ -6,7 +6,7 @@
     with reduced(model, Plan(attention=(20, 21), ffn=(22, 23)), Reduction()):
         logits = model(**inputs).logits        # or model.generate(**inputs)
 
-Supported are models with a `language_model` built like Llama or Qwen2: Qwen2-VL, LLaVA-OneVision, InternVL (-hf) and others,
+Supported are models with a `language_model` built like Llama or Qwen2: Qwen2-VL, -hf models of LLaVA and InternVL, and others,
 with eager or SDPA attention, padded on either side. The Dynamic FFN computes gate, up and down of visual tokens on the kept units
 only. Hollow Attention is a mask, so its saving is *simulated*. A prefill must contain all visual tokens of its samples; decoding
 steps run the plain layers.

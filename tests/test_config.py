@@ -255,8 +255,10 @@ def test_every_field_is_read_by_some_code():
     assert unread == []
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl_7b", "llava_onevision_7b", "internvl2_8b", "minicpm_v_2_6"])
-def test_there_is_a_preset_for_each_model_of_the_paper(name):
+@pytest.mark.parametrize(
+    "name", ["qwen2_vl_7b", "llava_onevision_7b", "internvl2_8b", "minicpm_v_2_6", "llava_1_5_7b", "llava_next_7b"]
+)
+def test_there_is_a_preset_for_each_model_of_the_paper_and_for_later_ones(name):
     config = load_config([f"--config={name}"])
     assert config.model == f"checkpoints/{name}"
     assert config.reduction.attention_range == 256

@@ -32,7 +32,42 @@ def read_chat(folder: Path, image_token: int, vocabulary: int) -> PlaceholderCha
     """
     tokenizer = load_tokenizer(AutoTokenizer, folder)
     tokenizer.chat_template = read_template(folder, tokenizer)
-    return PlaceholderChat(tokenizer, vocabulary, read_stop_tokens(folder, tokenizer, vocabulary), image_token)
+    chat = PlaceholderChat(tokenizer, vocabulary, read_stop_tokens(folder, tokenizer, vocabulary), image_token)
+    chat.opening, chat.lead = find_opening(tokenizer), find_lead(tokenizer)
+    return chat
+
+
+def find_opening(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """The token that the tokenizer puts before every text, unless the chat template writes it: as transformers' processors do."""
+    begin = tokenizer.bos_token
+    if not begin or tokenizer("")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        return ()
+    return () if _written(tokenizer, [_QUESTION]).startswith(begin) else (tokenizer.bos_token_id,)
+
+
+def find_lead(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The white space that the chat template writes between the end of a prompt and an answer, which is part of the answer.
+
+    Vicuna's prompts end with "ASSISTANT:", and its answers begin with a space. Other templates end a prompt with a newline or a
+    token, and write nothing more.
+    """
+    prompt, answered = _written(tokenizer, [_QUESTION]), _written(tokenizer, [_QUESTION, _ANSWER])
+    lead = answered.removeprefix(prompt).partition(_MARK)[0] if prompt and answered.startswith(prompt) else ""
+    return lead if lead.isspace() else ""
+
+
+_MARK = "RLENS"
+_QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}
+_ANSWER = {"role": "assistant", "content": [{"type": "text", "text": _MARK}]}
+
+
+def _written(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, Any]]) -> str:
+    """What the chat template writes, up to where the next answer begins; nothing if it refuses the turns."""
+    asks = turns[-1]["role"] == "user"
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks))
+    except Exception:  # of a template for other turns; where it is used, it raises its error
+        return ""
 
 
 def load_tokenizer(loader: Loader[Any], folder: Path) -> PreTrainedTokenizerFast:

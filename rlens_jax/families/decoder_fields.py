@@ -5,6 +5,7 @@ once, or `rope_parameters` in place of `rope_scaling` and `rope_theta`.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from rlens_jax.errors import UserError
 from rlens_jax.families.config_reader import MOST_LAYERS, MOST_TOKENS, ConfigReader
@@ -39,6 +40,19 @@ LLAMA = {
     "mlp_bias": False,
 }
 """Defaults of LlamaConfig in transformers, the same from 4.45 to 5.24."""
+MISTRAL = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+}
+"""Defaults of MistralConfig in transformers, the same from 4.45 to 5.24. Published files switch the window off with null."""
 
 
 def read_qwen2_decoder(text: ConfigReader) -> DecoderConfig:
@@ -53,6 +67,22 @@ def read_qwen3_decoder(
     """Read the sizes of a Qwen3 decoder: no biases, q and k normed per head, N * H not D; else as `read_decoder`."""
     text.require("attention_bias", False)
     return read_decoder(text, rope_types, qkv_bias=False, qk_norm=True, tied_head=tied_head, rope_sections=rope_sections)
+
+
+def read_llama_decoder(text: ConfigReader) -> DecoderConfig:
+    """Read the sizes of a Llama or a Mistral, by `model_type`: no biases, SwiGLU, RMSNorm, plain RoPE.
+
+    UserError as `read_decoder`. A sliding window changes no sequence that fits into it, so it only limits the context.
+    """
+    mistral = text.require("model_type", "llama", "mistral") == "mistral"
+    text = ConfigReader(text.fields, text.where, MISTRAL if mistral else LLAMA)
+    for name in () if mistral else ("attention_bias", "mlp_bias"):
+        text.require(name, False)
+    decoder = read_decoder(text, ("default",), qkv_bias=False, tied_head=text.flag("tie_word_embeddings"))
+    if not mistral:
+        return decoder
+    window = text.size("sliding_window", null=decoder.context, most=MOST_TOKENS)
+    return replace(decoder, context=min(decoder.context, window))
 
 
 def read_decoder(

@@ -1,7 +1,7 @@
 """The record of a model family: what the rest of the package needs to know of it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -52,7 +52,9 @@ class Family(Generic[ConfigT]):
     benchmark_prompt: Callable[[Instance, ConfigT, bool], Turn]
     """`benchmark_prompt(instance, config, step_by_step)`: the user's turn for a benchmark question."""
     preset: str
-    """File in configs/, without its ending, with the settings of the paper's model of this family."""
+    """File in configs/, without its ending, with the settings of a published model of this family."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Values of `model_type` that are known and not supported, and what to use instead, as the end of an error."""
 
     def model(self, config: ConfigT, *, dtype: DTypeLike, rngs: nnx.Rngs) -> VisionLanguageModel:
         """A model with random parameters."""

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from rlens_jax.data.benchmarks.catalogue import Instance, Turn
 from rlens_jax.errors import UserError, foreign, suggest
-from rlens_jax.families import internvl, llava_onevision, minicpm_v, qwen2_5_vl, qwen2_vl
+from rlens_jax.families import internvl, llava, llava_next, llava_onevision, minicpm_v, qwen2_5_vl, qwen2_vl
 from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.family import Family
 from rlens_jax.families.image_files import NESTED_FILE, PROCESSOR_FILE, read_processor_fields
@@ -22,6 +22,8 @@ from rlens_jax.models.prompt import ImageArrays, ImageSize, Measure, Preparer
 
 FAMILIES: tuple[Family[Any], ...] = (
     internvl.FAMILY,
+    llava.FAMILY,
+    llava_next.FAMILY,
     llava_onevision.FAMILY,
     minicpm_v.FAMILY,
     qwen2_5_vl.FAMILY,
@@ -103,6 +105,9 @@ def read_kind(fields: Mapping[str, Any], where: str) -> ModelKind:
 
 def family_of(model_type: str, where: str) -> Family[Any]:
     """The family with this `model_type`, of which it may have several; UserError, beginning with `where`, if there is none."""
+    for family in FAMILIES:
+        if model_type in family.refused:
+            raise UserError(f"{where}: model_type {quoted(model_type)} {family.refused[model_type]}")
     families = {name: family for family in FAMILIES for name in family.model_types}
     if model_type not in families:
         raise UserError(

@@ -48,6 +48,10 @@ class Chat:
         self.vocabulary = vocabulary
         self.unembedded: frozenset[int] = frozenset()
         """Placeholders, which need no embedding."""
+        self.opening: tuple[int, ...] = ()
+        """Tokens before all others, which the tokenizer adds and not the template."""
+        self.lead = ""
+        """White space that the template writes between the end of a prompt and its answer."""
         self.stop_tokens = stop_tokens
         self._literal = LiteralText(tokenizer, reserved)
 
@@ -80,11 +84,11 @@ class Chat:
             if len(text) > _LONGEST_TEMPLATE + sum(map(len, texts)):
                 raise UserError(f"{sample.id}: the chat template makes a prompt of {len(text)} characters")
             prompt = self.ids(text, hidden)
-            ids = prompt if answer is None else self.ids(text + texts[0] + self.tokenizer.eos_token, hidden)
+            ids = prompt if answer is None else self.ids(text + self.lead + texts[0] + self.tokenizer.eos_token, hidden)
         if ids[: len(prompt)] != prompt:
             raise UserError(f"{sample.id}: the answer {answer!r} merges with the prompt's last token; change its first letters")
         self._check_embedded(sample, ids)
-        return ids, len(ids) - len(prompt)
+        return [*self.opening, *ids], len(ids) - len(prompt)
 
     def ids(self, text: str, hidden: Hidden = NOTHING_HIDDEN) -> list[int]:
         """Token ids of `text`, unchanged; what its characters in `hidden` stand for is tokenised as letters."""

@@ -32,7 +32,7 @@ class Placement:
         self.check(f"{name}.bias", norm.bias, layer)
 
     def check_decoder(self, text: torch.nn.Module, head: torch.nn.Linear, num_heads: int) -> None:
-        """A Qwen2, Qwen3 or Llama decoder with two kv heads."""
+        """A Qwen2, Qwen3, Llama or Mistral decoder; `num_heads` of queries."""
         self.check("decoder.embedding", text.embed_tokens.weight)
         self.check("decoder.norm.scale", text.norm.weight)
         self.check("decoder.head", head.weight)
@@ -41,7 +41,8 @@ class Placement:
             at, attention, mlp = "decoder.layers.", layer.self_attn, layer.mlp
             self.check(at + "input_norm.scale", layer.input_layernorm.weight, i)
             self.check(at + "ffn_norm.scale", layer.post_attention_layernorm.weight, i)
-            for part, heads in (("q_proj", num_heads), ("k_proj", 2), ("v_proj", 2)):
+            kv_heads = attention.k_proj.out_features // attention.head_dim
+            for part, heads in (("q_proj", num_heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
                 linear = getattr(attention, part)
                 self.check(f"{at}attention.{part}.kernel", linear.weight.T.reshape(width, heads, -1), i)
                 if linear.bias is not None:
@@ -65,13 +66,14 @@ class Placement:
         self.check(f"{name}.kernel", linear.weight.T.reshape(3, 8, 24), layer)
         self.check(f"{name}.bias", linear.bias, layer)
 
-    def check_siglip(self, at: str, tower: torch.nn.Module) -> None:
-        """A tiny SigLIP tower."""
-        embeddings = tower.embeddings
+    def check_siglip(self, at: str, tower: torch.nn.Module, unused: int = 0) -> None:
+        """A tiny SigLIP tower, or CLIP's, without its last `unused` layers."""
+        embeddings, layers = tower.embeddings, tower.encoder.layers
         self.check(f"{at}patch_embed.kernel", embeddings.patch_embedding.weight.reshape(24, -1).T)
-        self.check(f"{at}patch_embed.bias", embeddings.patch_embedding.bias)
+        if embeddings.patch_embedding.bias is not None:
+            self.check(f"{at}patch_embed.bias", embeddings.patch_embedding.bias)
         self.check(f"{at}position_embedding", embeddings.position_embedding.weight)
-        for i, layer in enumerate(tower.encoder.layers):
+        for i, layer in enumerate(layers[: len(layers) - unused]):
             for part in ("q_proj", "k_proj", "v_proj"):
                 self.check_heads(f"{at}layers.{part}", getattr(layer.self_attn, part), i)
             self.check_mixed(f"{at}layers.o_proj", layer.self_attn.out_proj, i)

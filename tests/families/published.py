@@ -238,6 +238,60 @@ def llava_onevision(**overrides) -> dict:
     }
 
 
+CLIP_336 = {
+    "hidden_size": 1024,
+    "image_size": 336,
+    "intermediate_size": 4096,
+    "model_type": "clip_vision_model",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+    "projection_dim": 768,
+    "vocab_size": 32000,
+}
+VICUNA = {"max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05, "vocab_size": 32064}
+VICUNA_13B = VICUNA | {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_hidden_layers": 40}
+MISTRAL = {
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "vocab_size": 32064,
+}
+
+
+def llava(text: dict, **overrides) -> dict:
+    """LLaVA-1.5; the sections are sparse, as published."""
+    return {
+        "model_type": "llava",
+        "image_token_index": 32000,
+        "pad_token_id": 32001,
+        "projector_hidden_act": "gelu",
+        "text_config": text,
+        "tie_word_embeddings": False,
+        "vision_config": CLIP_336,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "vocab_size": 32064,
+        **overrides,
+    }
+
+
+def llava_next(text: dict, **overrides) -> dict:
+    """LLaVA-NeXT."""
+    fields = {name: value for name, value in llava(text).items() if name not in ("pad_token_id", "tie_word_embeddings")}
+    return {
+        **fields,
+        "model_type": "llava_next",
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        "use_image_newline_parameter": True,
+        **overrides,
+    }
+
+
 MINICPM_V = {
     "model_type": "minicpmv",
     "version": 2.6,
@@ -271,6 +325,8 @@ MINICPM_V = {
 BY_MODEL_TYPE = {
     "internvl": internvl("internvl3-1b-hf"),
     "internvl_chat": internvl("internvl2-8b"),
+    "llava": llava(VICUNA),
+    "llava_next": llava_next(MISTRAL),
     "llava_onevision": llava_onevision(),
     "minicpmv": MINICPM_V,
     "qwen2_vl": qwen2_vl(QWEN2_VL_SIZES["qwen2-vl-7b"]),

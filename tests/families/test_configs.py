@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.families.decoder_fields import LLAMA, QWEN2
+from rlens_jax.families.clip import CLIP
+from rlens_jax.families.decoder_fields import LLAMA, MISTRAL, QWEN2
 from rlens_jax.families.internvl.model import HF_VISION
 from rlens_jax.families.qwen2_5_vl import model as qwen2_5_vl
 from rlens_jax.families.qwen2_vl import model as qwen2_vl
@@ -15,7 +16,7 @@ from rlens_jax.families.registry import read_kind
 from rlens_jax.families.siglip import SIGLIP
 from tests.families.published import BY_MODEL_TYPE
 
-TEXT = {"internvl": "text_config", "internvl_chat": "llm_config", "llava_onevision": "text_config"}
+TEXT = {"internvl_chat": "llm_config", **dict.fromkeys(("internvl", "llava", "llava_next", "llava_onevision"), "text_config")}
 """Where the decoder's fields are; elsewhere they are not nested."""
 THETA, PARAMETERS = {"rope_theta": 7.0, "rope_type": "default"}, {"rope_theta": 5.0, "rope_type": "default"}
 NESTED = {
@@ -61,8 +62,10 @@ def refusal(fields: Mapping[str, Any]) -> str:
 
 def test_defaults_are_those_of_the_classes_of_transformers() -> None:
     from transformers import (
+        CLIPVisionConfig,
         InternVLVisionConfig,
         LlamaConfig,
+        MistralConfig,
         Qwen2_5_VLTextConfig,
         Qwen2Config,
         Qwen2VLTextConfig,
@@ -74,6 +77,8 @@ def test_defaults_are_those_of_the_classes_of_transformers() -> None:
     classes = {
         Qwen2Config: QWEN2,
         LlamaConfig: LLAMA,
+        MistralConfig: MISTRAL,
+        CLIPVisionConfig: CLIP,
         Qwen2VLTextConfig: qwen2_vl.TEXT,
         Qwen2VLVisionConfig: qwen2_vl.VISION,
         Qwen2_5_VLTextConfig: qwen2_vl.TEXT,
@@ -87,6 +92,25 @@ def test_defaults_are_those_of_the_classes_of_transformers() -> None:
         if "rope_theta" in ours:
             theirs["rope_theta"] = made.rope_parameters["rope_theta"]
         assert theirs == ours, config_class
+
+
+@pytest.mark.parametrize("model_type", ["llava", "llava_next"])
+def test_sparse_sections_of_llava_are_what_transformers_fills_in(model_type: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    published = BY_MODEL_TYPE[model_type]
+    filled = CONFIG_MAPPING[model_type](**deepcopy(published))
+    for fields in (filled.to_dict(), filled.to_diff_dict()):
+        assert read_kind(fields, "config.json").config == read_kind(published, "config.json").config
+    assert "num_hidden_layers" not in published["text_config"]
+
+
+def test_a_sliding_window_limits_the_context_and_null_is_none() -> None:
+    """MistralConfig has a window of 4096 unless the file says null."""
+    assert decoder(BY_MODEL_TYPE["llava_next"]).context == 32768
+    assert decoder(text_changed("llava_next", sliding_window=...)).context == 4096
+    assert decoder(text_changed("llava_next", sliding_window=99999)).context == 32768
+    assert "sliding_window must be a positive number, not 0" in refusal(text_changed("llava_next", sliding_window=0))
 
 
 @pytest.mark.parametrize("model_type", BY_MODEL_TYPE)
@@ -135,6 +159,8 @@ def test_other_spellings_count_first_as_in_transformers() -> None:
         ("qwen2_vl", ""),
         ("llava_onevision", ""),
         ("llava_onevision", "text_config."),
+        ("llava", ""),
+        ("llava_next", "text_config."),
         ("internvl", ""),
         ("internvl", "text_config."),
     ],
@@ -236,6 +262,18 @@ def test_a_config_saved_again_is_the_same_model(style: str) -> None:
         ("llava_onevision", "vision_aspect_ratio", "anyres_max_99999", "is supported only as 'anyres_max_N', N below 10000"),
         ("llava_onevision", "image_grid_pinpoints", [[True, 384]], "image_grid_pinpoints contains [True, 384]"),
         ("llava_onevision", "image_grid_pinpoints", [[384, 384 * 10**9]], "image_grid_pinpoints contains [384, 384000000000]"),
+        ("llava", "vision_feature_layer", -1, "vision_feature_layer = -1 is not supported (only -2)"),
+        ("llava", "vision_feature_select_strategy", "full", "vision_feature_select_strategy = 'full' is not supported"),
+        ("llava", "projector_hidden_act", "relu", "projector_hidden_act = 'relu' is not supported (only 'gelu')"),
+        ("llava", "text_config.model_type", "qwen2", "model_type = 'qwen2' is not supported (only 'llama' or 'mistral')"),
+        ("llava", "text_config.attention_bias", True, "attention_bias = True is not supported"),
+        ("llava", "vision_config.model_type", "siglip_vision_model", "'siglip_vision_model' is not supported"),
+        ("llava", "vision_config.hidden_act", "gelu", "hidden_act = 'gelu' is not supported (only 'quick_gelu')"),
+        ("llava", "vision_config.num_hidden_layers", 1, "num_hidden_layers 1 leaves no block before the last"),
+        ("llava", "vision_config.image_size", 7, "image_size 7 is smaller than patch_size 14"),
+        ("llava", "image_token_index", 32064, "image_token_index must be a token id, from 0 to 32063, not 32064"),
+        ("llava_next", "image_grid_pinpoints", [[336, 600]], "image_grid_pinpoints contains [336, 600]; only [height, width]"),
+        ("llava_next", "use_image_newline_parameter", False, "use_image_newline_parameter = False is not supported"),
         ("minicpmv", "version", [2.6], "version = [2.6] is not supported"),
         ("minicpmv", "query_num", {}, "query_num must be a positive number, not {}"),
         ("internvl", "text_config.model_type", ["qwen2"], "model_type ['qwen2'] is not supported"),
@@ -255,3 +293,23 @@ def test_fields_that_the_classes_of_the_published_code_would_fill_otherwise() ->
     message = refusal({name: value for name, value in BY_MODEL_TYPE["minicpmv"].items() if name != "drop_vision_last_layer"})
     assert "drop_vision_last_layer = True is not supported" in message
     assert "bias = True is not supported" in refusal(text_changed("internvl_chat", bias=...))
+
+
+LLAVA_ORIGINAL = {
+    "llava_llama": "llava-hf/llava-1.5-7b-hf or llava-hf/llava-v1.6-vicuna-7b-hf",
+    "llava_mistral": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "llava_qwen": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+}
+
+
+@pytest.mark.parametrize("model_type", LLAVA_ORIGINAL)
+def test_the_original_layout_of_llava_is_refused_with_the_name_of_the_other(model_type: str) -> None:
+    what = f"config.json: model_type '{model_type}' is LLaVA's original layout; use the -hf model, such as "
+    assert refusal({"model_type": model_type, "mm_vision_tower": "openai/clip-vit"}) == what + LLAVA_ORIGINAL[model_type]
+
+
+def test_an_original_llava_that_calls_itself_llava_is_refused_too() -> None:
+    original = {"model_type": "llava", "mm_vision_tower": "openai/clip-vit-large-patch14-336", "hidden_size": 4096}
+    what = "config.json: is LLaVA's original layout; use the -hf model, such as llava-hf/llava-"
+    assert refusal(original) == f"{what}1.5-7b-hf"
+    assert refusal(original | {"mm_patch_merge_type": "spatial_unpad"}) == f"{what}v1.6-vicuna-7b-hf"

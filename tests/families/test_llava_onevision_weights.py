@@ -165,7 +165,7 @@ def test_transformers_loads_what_we_write(reference, published, tmp_path):
         ({"image_token_index": None}, "image_token_index must be a token id"),
         ({"text_config": {"model_type": "llama"}}, "text_config: model_type = 'llama' is not supported"),
         ({"vision_config": {"model_type": "clip_vision_model"}}, "'clip_vision_model' is not supported"),
-        ({"model_type": "llava"}, "model_type 'llava' is not supported"),
+        ({"model_type": "llava"}, "vision_config: model_type = 'siglip_vision_model' is not supported"),
     ],
 )
 def test_what_is_not_supported_is_refused(fields, complaint):

@@ -224,6 +224,12 @@ def question_and_options(instance: Instance) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
+def choice_by_letter(instance: Instance) -> str:
+    """The multiple-choice prompt of InternVL and of LLaVA-1.5 and LLaVA-NeXT in VLMEvalKit."""
+    text = "\n".join((*hint(instance, ""), instance.question, *options(instance)))
+    return f"{text}\n{CHINESE_LETTER if is_chinese(text) else ANSWER_LETTER}"
+
+
 def is_chinese(text: str) -> bool:
     """Whether the text contains a Chinese character."""
     return re.search("[\u4e00-\u9fff]", text) is not None

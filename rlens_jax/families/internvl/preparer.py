@@ -18,17 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 from transformers.utils import sentencepiece_model_pb2_new
 
-from rlens_jax.data.benchmarks.catalogue import (
-    ANSWER_LETTER,
-    CHINESE_LETTER,
-    SHORT_ANSWER,
-    Instance,
-    Turn,
-    hint,
-    is_chinese,
-    is_choice,
-    options,
-)
+from rlens_jax.data.benchmarks.catalogue import SHORT_ANSWER, Instance, Turn, choice_by_letter, is_choice
 from rlens_jax.data.images import Transparency
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.errors import UserError, foreign
@@ -305,8 +295,7 @@ def benchmark_prompt(instance: Instance, config: InternVLConfig, step_by_step: b
     """The prompts of VLMEvalKit's vlm/internvl/internvl_chat.py and utils.py."""
     question = instance.question
     if is_choice(instance):
-        text = "\n".join((*hint(instance, ""), question, *options(instance)))
-        text = f"{text}\n{CHINESE_LETTER if is_chinese(text) else ANSWER_LETTER}"
+        text = choice_by_letter(instance)
     elif instance.dataset == "HallusionBench":
         text = f"{question} Please answer yes or no. {SHORT_ANSWER}"
     elif instance.dataset == "MME":

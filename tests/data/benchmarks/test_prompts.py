@@ -49,6 +49,8 @@ EXPECTED = {
 }
 EXPECTED["internvl"] = EXPECTED["internvl_chat"]
 EXPECTED["qwen2_5_vl"] = EXPECTED["llava_onevision"]  # those of a model that has none of its own
+for _name in ("llava", "llava_next"):
+    EXPECTED[_name] = EXPECTED["llava_onevision"] | {"MMStar": EXPECTED["internvl_chat"]["MMStar"]}
 
 
 def example(dataset: str, **changes: object) -> Instance:
@@ -87,7 +89,8 @@ def test_options_that_are_there_and_a_hint() -> None:
     assert prompt("llava_onevision", three) == f"{block}{SELECT} \n"
     assert prompt("qwen2_vl", three) == f"{block}{SELECT}"
     assert prompt("minicpmv", three) == f"{block}\n{LETTERS}"
-    assert prompt("internvl", three) == f"Look.\nQ?\nA. 1\nC. 3\nE. 5\n{LETTERS}"
+    for family in ("internvl", "llava", "llava_next"):
+        assert prompt(family, three) == f"Look.\nQ?\nA. 1\nC. 3\nE. 5\n{LETTERS}"
 
 
 def test_a_chinese_character_asks_for_the_letter_in_chinese() -> None:
