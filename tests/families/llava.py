@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
 from rlens_jax.families.anyres import cut_patches
@@ -24,7 +24,7 @@ from tests.torch_support import redraw, save_tiny
 VIEW, PATCH, SIDE = 14, 4, 3
 """Pixels a side of a view, of a patch, and patches a side: two pixels of a view are cut off."""
 PINPOINTS = [[VIEW * rows, VIEW * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
-IMAGE_TOKEN, VOCABULARY = 300, 320
+IMAGE_TOKEN, VOCABULARY = 310, 330
 """The last rows of the vocabulary are padding, as in the published models."""
 TEXT = {
     "hidden_size": 60,
@@ -202,6 +202,11 @@ def write_tokenizer(folder: Path, template: str) -> None:
     vocabulary |= {f"filler{number}": number for number in range(len(words), IMAGE_TOKEN)}
     assert len(vocabulary) == IMAGE_TOKEN
     tokenizer = Tokenizer(BPE(vocabulary, [("▁", "a"), ("▁", "p")], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
