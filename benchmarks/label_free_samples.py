@@ -1,13 +1,14 @@
 """Measure how many samples a ranking without labels needs: Kendall's tau to the labelled ranking, against the number of samples.
 
-    python benchmarks/label_free_samples.py [--samples 40] [--labelled RANKING.json] [--draws 1000] [--output FOLDER]
+    python benchmarks/label_free_samples.py [--samples 40] [--orders ATTENTION FFN] [--draws 1000] [--output FOLDER]
 
-The labelled ranking is the greedy one of the embedded model on all its validation samples, by exact match: that of RANKING.json,
-or one that is searched first. It is compared with one-shot rankings by KL, by agreement and by exact match, on few samples: so
-many of each dataset, and fewer. Layers that are ranked by position are left out. Intervals are 95 % percentiles over draws of
-images, each with all its questions, as many as give the number of samples; a draw must have samples of every dataset.
+The labelled rankings are the greedy ones of the embedded model on all its validation samples, by exact match: those given as
+11,10,9,... 11,10,9,..., or else searched first. They are compared with one-shot rankings by KL, by agreement and by exact match,
+on few samples: so many of each dataset, and fewer. Layers that are ranked by position are left out. Intervals are 95 %
+percentiles over draws of images, each with all its questions, as many as give the number of samples; a draw must have samples of
+every dataset.
 
-Expect about four minutes on two idle cores, and a minute with --labelled.
+Expect about four minutes on two idle cores, and two with --orders.
 """
 
 import argparse
@@ -37,21 +38,24 @@ SIZES = (12, 24, 48, 120)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=40, help="samples of each of the three datasets")
-    parser.add_argument("--labelled", type=Path, help="ranking.json of the labelled ranking")
+    parser.add_argument("--orders", nargs=2, metavar=("ATTENTION", "FFN"), help="the labelled rankings")
     parser.add_argument("--draws", type=int, default=1000, help="draws of an interval")
     parser.add_argument("--output", type=Path, default=Path("runs/label_free"), help="folder of the runs")
     options = parser.parse_args()
-    if options.labelled is None:
+    if options.orders is None:
         rank(config_of(options.output / "labelled"))
-    labelled = read_ranking(options.labelled or options.output / "labelled" / RANKING)
+        orders = read_ranking(options.output / "labelled" / RANKING).orders
+    else:
+        orders = {name: tuple(map(int, text.split(","))) for name, text in zip(OPERATORS, options.orders, strict=True)}
     few = ("data.validation_samples", str(options.samples)), ("search.method", "one_shot")
     for measure in MEASURES:
         config = config_of(options.output / measure, *few, ("search.objective", measure))
         rank(config)
         samples = list(load_splits(config.data, no_prompt, seed=config.seed)["validation"])
         for operator in OPERATORS:
-            searched = labelled.orders[operator][labelled.fields["search"][operator]["position_layers"] :]
-            outcomes = outcomes_of(options.output / measure, operator, labelled.num_layers, searched, len(samples))
+            num_layers = len(orders[operator])
+            searched = orders[operator][num_layers // 4 :]
+            outcomes = outcomes_of(options.output / measure, operator, num_layers, searched, len(samples))
             taus = partial(taus_of, config, outcomes, searched, samples)
             whole = taus(np.ones((1, len(samples))))[0]
             print(f"{operator}, {measure}, all {len(samples)} samples: tau {whole:.2f}")
