@@ -56,8 +56,7 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
     processes.check_same(config.portable() | {"output": config.output})
     folder = processes.agreed(lambda: ModelFolder.find(config.model))
     compilations = start(config.compute, output, processes, folder.path)
-    profiling = profiled(output if profile and processes.leads else None)
-    with profiling, memory_explained(config.compute), ExitStack() as opened:
+    with profiled(output if profile and processes.leads else None), memory_explained(config.compute), ExitStack() as opened:
         with part("data"):
             own = own_answers(folder, config, processes) if config.search.own_answers else {}
             session = opened.enter_context(Session.open(folder, config, processes, restart=restart, own=own))
@@ -66,15 +65,14 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
         with part("load"):
             loaded = load(session)
         programs = loaded.programs(config)
-        scoring = scoring_of(programs, loaded, config.search.measure)
         if loaded.mesh.devices.flat[0].platform != "cpu":
             compile_ahead(programs, loaded.shapes, loaded.blocks, forced=config.search.objective != "generation")
         clock.enter("encode")
-        validation = encode_split_of(session, loaded, programs, VALIDATION)
+        splits = {VALIDATION: encode_split_of(session, loaded, programs, VALIDATION)}
         clock.enter("search")
-        evaluate = partial(Evaluator, journal=session.journal, state_bytes=1e9 * config.compute.state_memory_gb)
-        evaluate = partial(evaluate, checkpoint=Stopper().check)
-        evaluators, num_layers = {VALIDATION: evaluate(scoring, {VALIDATION: validation})}, programs.config.num_layers
+        scoring = scoring_of(programs, loaded, config.search.measure)
+        evaluator = Evaluator(scoring, splits, session.journal, 1e9 * config.compute.state_memory_gb, Stopper().check)
+        evaluators, num_layers = {VALIDATION: evaluator}, programs.config.num_layers
         ranker = Ranker(evaluators, num_layers, config, expected_work(config, num_layers, session.num_samples))
         conclusion = Conclusion(session, clock, compilations, loaded.shapes.batch_size)
         rankings: dict[Operator, Ranking] = {}
@@ -96,10 +94,9 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
         scoring.release()
         clock.enter("encode held-out samples")
         test = encode_split_of(session, loaded, programs, TEST)  # only now: the rankings do not wait for it
-        evaluators[TEST] = evaluate(scoring_of(programs, loaded, config.held_out_measure), {TEST: test})
+        evaluators[TEST] = replace(evaluator, scoring=scoring_of(programs, loaded, config.held_out_measure), splits={TEST: test})
         clock.enter("held-out curves")
-        decoder, tokens = programs.config, test.num_tokens
-        flops_saved = partial(mean_saving, decoder.layer_sizes, tokens, decoder.num_layers, config.reduction)
+        flops_saved = partial(mean_saving, programs.config.layer_sizes, test.num_tokens, num_layers, config.reduction)
         comparison = ranker.compare(rankings, complete, flops_saved)
         clock.enter("timing")
         prefill = time_plans(programs, test.batches[0], comparison.plans, report.timing_repeats)
