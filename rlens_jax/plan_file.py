@@ -21,6 +21,10 @@ Only `format` is required. Without layers the plan is the dense model, and other
                     {"layers": [23, 24], "skip": true}],          no FFN update of visual tokens
      "freeze": [25, 26, 27]                                       neither update
 
+In the frozen layers, `"freeze_text_before": true` also holds the text before the last visual token. It is there to repeat what
+Op-Skip's own runs compute; it is done by a mask and saves nothing.
+
+A plan may also be a policy of Op-Skip or ShortV, by name or in its own format (rlens_jax/published_policies.py).
 The ranking.json of a run of rlens_jax.rank is also a plan, together with the number of layers to reduce from each
 ranking.
 
@@ -39,8 +43,10 @@ from typing import Any
 
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import quoted, read_json
+from rlens_jax.flops import DecoderSizes
 from rlens_jax.plans import LEVEL_FIELDS, MOST_LAYERS, OPERATORS, PLAN_FIELDS, Operator, Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Folder, Pruning
+from rlens_jax.published_policies import MadeFor, Policy, is_policy, is_policy_name, named_policy, policy_of
 from rlens_jax.search.ranking_file import LARGEST_RANKING, SCHEMA, RankingFile, check_ranking
 
 FORMAT, LEVELS_FORMAT = "rlens-plan/1", "rlens-plan/2"
@@ -63,9 +69,14 @@ class PlanFile:
     """Number of layers of the plan's model, None if the file does not say."""
     pruning: Pruning | None = None
     """How visual tokens are dropped or merged, None for no pruning."""
+    made_for: MadeFor | None = None
+    """The model of somebody else's policy."""
 
-    def validate(self, num_layers: int) -> None:
-        """Raise UserError unless the plan fits a model with `num_layers` layers."""
+    def validate(self, sizes: DecoderSizes, model_type: str | None = None) -> None:
+        """Raise UserError unless the plan fits a model of these sizes and, if it is known, of this `model_type`."""
+        num_layers = sizes.num_layers
+        if self.made_for is not None:
+            self.made_for.validate(sizes, model_type)
         if self.num_layers not in (None, num_layers):
             raise UserError(f"the plan is for a model with {self.num_layers} layers, but this model has {num_layers}")
         self.plan.validate(num_layers)
@@ -95,20 +106,26 @@ class PlanFile:
 def read_plan(path: str | Path, first: Mapping[Operator, int] | None = None) -> PlanFile:
     """Read a plan file, or a ranking.json with `first`: how many layers to reduce per operator, from the start of its ranking.
 
+    `path` may also be the name of a published policy, such as opskip:llava-1.5-7b/12.
+
     Raises:
         UserError: the file cannot be read, a field is unknown or wrong, or `first` does not suit the file.
     """
+    if is_policy_name(str(path)):
+        if first is not None:
+            raise UserError(f"{path}: first layers can be chosen from a ranking.json only, and this is a published policy")
+        return _from_policy(named_policy(str(path)))
     path = Path(path)
     fields = read_json(path, LARGEST_RANKING)
-    if not isinstance(fields, dict):
+    if not isinstance(fields, dict) and not is_policy(fields):
         raise UserError(f"{path}: a plan file must hold one JSON object")
-    ranking = check_ranking(fields, path) if fields.get("schema") == SCHEMA else None
+    ranking = check_ranking(fields, path) if isinstance(fields, dict) and fields.get("schema") == SCHEMA else None
     try:
         if ranking is not None:
             return _from_ranking(ranking, first)
         if first is not None:
             raise UserError("first layers can be chosen from a ranking.json only, and this file is not one")
-        return _from_plan(fields)
+        return _from_policy(policy_of(fields)) if is_policy(fields) else _from_plan(fields)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -144,6 +161,11 @@ def _from_plan(fields: Mapping[str, Any]) -> PlanFile:
         plan.validate(num_layers)
     reduction = Reduction(**{name: fields[name] for name in _REDUCTION_FIELDS if name in fields})
     return PlanFile(plan, reduction, num_layers, _pruning(fields.get("pruning")))
+
+
+def _from_policy(policy: Policy) -> PlanFile:
+    plan, made_for = policy
+    return PlanFile(plan, num_layers=None if made_for is None else made_for.num_layers, made_for=made_for)
 
 
 def _pruning(fields: Any) -> Pruning | None:

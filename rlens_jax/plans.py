@@ -127,6 +127,8 @@ class Plan:
     """Layers whose attention has another level: (layer, range), (layer, TEXT) or (layer, SKIP)."""
     ffn_levels: tuple[tuple[int, Level], ...] = ()
     """Layers whose FFN has another level: (layer, fraction) or (layer, SKIP)."""
+    freeze_text_before: bool = False
+    """Whether frozen layers also hold the text before the last visual token, as Op-Skip's own runs do; for comparison only."""
 
     def __post_init__(self) -> None:
         for operator in OPERATORS:
@@ -136,6 +138,10 @@ class Plan:
                 raise UserError(f"plan.{operator}_levels names layer {twice[0]}, which plan.{operator} names already")
             object.__setattr__(self, operator, layers)
             object.__setattr__(self, f"{operator}_levels", levels)
+        if not isinstance(self.freeze_text_before, bool):
+            raise UserError(f"plan.freeze_text_before must be true or false, not {quoted(self.freeze_text_before)}")
+        if self.freeze_text_before and not self.frozen:
+            raise UserError("plan.freeze_text_before is about frozen layers, and the plan freezes none")
 
     def layers(self, operator: Operator) -> tuple[int, ...]:
         """The layers in which `operator` has the standard level, sorted."""
@@ -178,9 +184,11 @@ class Plan:
         """The plan as data: two arrays int32[L], the places of the layers' levels in those of `levels`.
 
         Raises:
-            UserError: as `validate`.
+            UserError: as `validate`, or for `freeze_text_before`, which is no level.
             ValueError: a level of the plan is not among `levels`.
         """
+        if self.freeze_text_before:
+            raise UserError("a plan with freeze_text_before can be run, but no search can start from it")
         attention, ffn = zip(*self.settings(num_layers), strict=True)
         return _places("attention", attention, levels.attention), _places("ffn", ffn, levels.ffn)
 
@@ -199,13 +207,15 @@ class Plan:
     def with_level(self, operator: Operator, layer: int, level: Level) -> "Plan":
         """This plan with another level in one layer, in place of the one that it has."""
         attention, ffn = (self.reduced(known) | ({layer: level} if known == operator else {}) for known in OPERATORS)
-        return Plan.of(attention, ffn)
+        return replace(Plan.of(attention, ffn), freeze_text_before=self.freeze_text_before)
 
     def lowest_difference(self, other: "Plan") -> int | None:
         """The lowest layer that the two plans treat differently (all layers below compute the same), None if they are equal."""
         differing = {
             layer for operator in OPERATORS for layer, _ in self.reduced(operator).items() ^ other.reduced(operator).items()
         }
+        if self.freeze_text_before != other.freeze_text_before:
+            differing |= {*self.frozen, *other.frozen}
         return min(differing, default=None)
 
     def runs(self, num_layers: int) -> list[tuple[int, int, Level, Level]]:
@@ -227,7 +237,7 @@ class Plan:
                 f"{_level_label(operator, level)} {_spans(layers)}" for level, layers in sorted(by_level.items(), key=_depth)
             ]
         if self.frozen:
-            parts.append(f"frozen {_spans(self.frozen)}")
+            parts.append(f"frozen {_spans(self.frozen)}" + (" with the text before" if self.freeze_text_before else ""))
         return ", ".join(parts) or "dense"
 
     def fields(self) -> dict[str, Any]:
@@ -243,7 +253,9 @@ class Plan:
                     {"layers": layers, **({"skip": True} if level == SKIP else {name: level})}
                     for level, layers in sorted(by_level.items(), key=_depth)
                 ]
-        return fields | ({"freeze": list(self.frozen)} if self.frozen else {})
+        if self.frozen:
+            fields["freeze"] = list(self.frozen)
+        return fields | ({"freeze_text_before": True} if self.freeze_text_before else {})
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "Plan":
@@ -252,7 +264,7 @@ class Plan:
         Raises:
             UserError: naming field and layer, if a value is wrong or a layer is named twice for one operator.
         """
-        for name in PLAN_FIELDS:
+        for name in (*OPERATORS, *_LAYER_FIELDS):
             if not isinstance(fields.get(name, []), list | tuple):
                 form = '[{"layers": [20], "skip": true}]' if name.endswith("_levels") else "[20, 21]"
                 kind = "levels" if name.endswith("_levels") else "layers"
@@ -272,11 +284,12 @@ class Plan:
                 named |= dict.fromkeys(layers, where)
                 levels |= dict.fromkeys(layers, level)
             by_operator.append(levels)
-        return cls.of(*by_operator)
+        return replace(cls.of(*by_operator), freeze_text_before=fields.get("freeze_text_before", False))
 
 
-LEVEL_FIELDS = ("attention_levels", "ffn_levels", "freeze")
-"""Fields of a plan file that have levels."""
+_LAYER_FIELDS = ("attention_levels", "ffn_levels", "freeze")
+LEVEL_FIELDS = (*_LAYER_FIELDS, "freeze_text_before")
+"""Fields of a plan file about levels of single layers."""
 PLAN_FIELDS = (*OPERATORS, *LEVEL_FIELDS)
 _Entry = tuple[str, tuple[int, ...], Level]
 """A place in a plan file, the layers that it names, and their level."""

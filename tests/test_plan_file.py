@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlens_jax.errors import UserError
+from rlens_jax.flops import PUBLISHED_DECODERS, DecoderSizes
 from rlens_jax.plan_file import FORMAT, LEVELS_FORMAT, PlanFile, parse_first, read_plan
 from rlens_jax.plans import FULL, OPERATORS, SKIP, Operator, Plan, Reduction
 from rlens_jax.pruning import FastV
@@ -143,7 +145,7 @@ def test_what_was_reduced_during_the_search_is_part_of_the_plan(tmp_path: Path) 
         ({"format": FORMAT, "pruning": {"method": "fastv", "share": 1.0}}, "share must be a decimal number"),
         ('{"format": "rlens-plan/1", "ffn": [1], "ffn": [2]}', "field 'ffn' is given twice"),
         ('{"format": "rlens-plan/1",', "not valid JSON"),
-        ([1, 2], "must hold one JSON object"),
+        (7, "must hold one JSON object"),
         (ranking(), "choose how many of its first layers to reduce, as in --first attention=K,ffn=K"),
         ({"schema": "rlens-ranking/1"}, "'rankings' is a required property"),
     ],
@@ -165,15 +167,19 @@ def test_bad_choices(tmp_path: Path) -> None:
         read_plan(written(tmp_path, {"format": FORMAT}), {"ffn": 1})
 
 
+def sizes(num_layers: int) -> DecoderSizes:
+    return replace(PUBLISHED_DECODERS["qwen2-vl-2b"], num_layers=num_layers)
+
+
 def test_a_plan_for_another_number_of_layers() -> None:
-    PlanFile(Plan((3,)), num_layers=4).validate(4)
-    PlanFile(Plan((3,))).validate(28)
+    PlanFile(Plan((3,)), num_layers=4).validate(sizes(4))
+    PlanFile(Plan((3,))).validate(sizes(28))
     with pytest.raises(UserError, match="for a model with 4 layers, but this model has 28"):
-        PlanFile(Plan((3,)), num_layers=4).validate(28)
+        PlanFile(Plan((3,)), num_layers=4).validate(sizes(28))
     with pytest.raises(UserError, match="attention in layer 3, but the model has 3 layers"):
-        PlanFile(Plan((3,))).validate(3)
+        PlanFile(Plan((3,))).validate(sizes(3))
     with pytest.raises(UserError, match="prunes after layer 4, but the model has 4 layers"):
-        PlanFile(pruning=FastV(4)).validate(4)
+        PlanFile(pruning=FastV(4)).validate(sizes(4))
 
 
 def test_first_layers_as_text() -> None:

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
         plan = replace(plan, pruning=pruning)
     decoder = find_decoder(model)
     num_layers, sizes = decoder.num_layers, decoder.layer_sizes
-    plan.validate(num_layers)
+    plan.validate(decoder)  # by sizes: nothing else changes a cost
     summary = prefill_summary(sizes, num_layers, options.text, options.visual, plan.plan, plan.reduction, plan.pruning)
     if options.json:
         replace_file(options.json, json_text(summary).encode())

@@ -42,7 +42,8 @@ def main(arguments: Sequence[str]) -> None:
 
     # Checks that need no weights come first.
     make_sample("the prompt", options.image, options.prompt, options.marks)
-    plan.validate(read_model_kind(model).config.decoder.num_layers)
+    kind = read_model_kind(model)
+    plan.validate(kind.config.decoder, kind.model_type)
     start_jax()
     loaded = load(model, dtype=options.dtype, chunk=options.chunk, model_shards=options.model_shards, seed=options.seed)
     say(f"settings for {model}: {dtype_line(options.dtype, chosen_dtype(options.dtype, jax.default_backend()))}")

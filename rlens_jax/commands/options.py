@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from rlens_jax.config import DTYPES, GROUPS, Dtype, RunConfig, alternatives, dotted_name, field_types, fits, shown, wrong_type
-from rlens_jax.console import ArgumentParser
+from rlens_jax.console import ArgumentParser, say
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.flops import PUBLISHED_DECODERS, DecoderSizes
 from rlens_jax.plan_file import PlanFile, parse_first, read_plan
@@ -77,18 +77,28 @@ def read_argument_or_option(parser: ArgumentParser, options: argparse.Namespace,
 
 
 def add_plan_options(parser: ArgumentParser) -> None:
-    """The options of `read_plan_options`: --plan and --first."""
-    parser.add_argument("--plan", metavar="PLAN", type=Path, help="plan file or ranking.json (default: the dense model)")
+    """The options of `read_plan_options`."""
+    plan_help = "plan file, ranking.json, or a published policy such as opskip:llava-1.5-7b/12 (default: the dense model)"
+    parser.add_argument("--plan", metavar="PLAN", help=plan_help)
     parser.add_argument("--first", metavar="LIST", help="with a ranking.json: number of layers to reduce, as attention=11,ffn=5")
+    freeze_help = "in frozen layers also hold the text before the last visual token, by a mask: to repeat runs of Op-Skip"
+    parser.add_argument("--freeze-text-before", action="store_true", help=freeze_help)
 
 
 def read_plan_options(parser: ArgumentParser, options: argparse.Namespace) -> PlanFile:
-    """The plan that --plan and --first name. UserError as `read_plan` and `parse_first`."""
+    """The plan of the options of `add_plan_options`. UserError as `read_plan`, `parse_first` and `Plan`."""
     if options.plan is None:
         if options.first is not None:
             parser.error("--first needs a --plan that is a ranking.json")
+        if options.freeze_text_before:
+            parser.error("--freeze-text-before needs a --plan that freezes layers")
         return PlanFile()
-    return read_plan(options.plan, None if options.first is None else parse_first(options.first))
+    read = read_plan(options.plan, None if options.first is None else parse_first(options.first))
+    if options.freeze_text_before:
+        return replace(read, plan=replace(read.plan, freeze_text_before=True))
+    if read.made_for is not None and read.made_for.holds_text:
+        say("note: the authors' frozen layers also hold the text before the last visual token; --freeze-text-before repeats that")
+    return read
 
 
 def add_dtype_option(parser: ArgumentParser, default: Dtype | None, described: str) -> None:

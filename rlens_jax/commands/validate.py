@@ -25,7 +25,7 @@ from rlens_jax.commands.options import (
 from rlens_jax.console import ArgumentParser, Progress, run_command, show
 from rlens_jax.errors import UserError
 from rlens_jax.files import replace_file
-from rlens_jax.plans import Plan, Reduction
+from rlens_jax.plans import OPERATORS, Plan, Reduction
 
 USES = {
     "reference": {"json", "markdown", "tolerance", "dtype"},
@@ -85,15 +85,19 @@ def _plans(parser: ArgumentParser, options: Namespace) -> tuple[list[Plan], Redu
     """The plans to dump, and how they reduce: of --plan, or of the options."""
     from rlens_jax.checkpoints.checkpoint import read_model_kind
 
-    num_layers = read_model_kind(options.model).config.decoder.num_layers
+    kind = read_model_kind(options.model)
+    decoder = kind.config.decoder
+    num_layers = decoder.num_layers
     if options.plan is not None:
         for name in sorted(USES["dump"] - {"plan", "first", "no_states"}):
             if getattr(options, name) != parser.get_default(name):
                 parser.error(f"--plan and --{name.replace('_', '-')} contradict each other; the plan file has all settings")
         plan = read_plan_options(parser, options)
-        plan.validate(num_layers)
+        plan.validate(decoder, kind.model_type)
         if plan.pruning is not None:
             parser.error(f"{options.plan} prunes tokens, which bundles do not have")
+        if any(map(plan.plan.levels, OPERATORS)):
+            parser.error(f"{options.plan} gives single layers levels of their own, which bundles do not have")
         return list(dict.fromkeys([Plan(), plan.plan])), plan.reduction
     later = tuple(range(num_layers // 2, num_layers))
     attention = later if options.attention is None else options.attention

@@ -6,6 +6,8 @@ from pathlib import Path
 
 IMAGE_MARK = "<image>"
 """Marks the place of an image in the question of a marked sample."""
+VIDEO_MARK = "<video>"
+"""What other formats mark the place of a video with, which is not supported."""
 
 
 @dataclass(frozen=True)

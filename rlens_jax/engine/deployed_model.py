@@ -21,8 +21,9 @@ from jaxtyping import Array, Bool, Float, Int
 from rlens_jax.checkpoints.checkpoint import kind_in, load_model
 from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.config import Dtype
+from rlens_jax.console import say
 from rlens_jax.data.images import image_file
-from rlens_jax.data.samples import IMAGE_MARK, Sample
+from rlens_jax.data.samples import IMAGE_MARK, VIDEO_MARK, Sample
 from rlens_jax.engine.choices import chosen_dtype
 from rlens_jax.engine.model_programs import ROWS, ModelPrograms, Program
 from rlens_jax.engine.overflow import not_finite
@@ -187,10 +188,11 @@ class Answer:
 class DeployedModel:
     """A loaded model and its programs, which are compiled when a shape first occurs. Made by `load`."""
 
-    def __init__(self, programs: DeployedPrograms, preparer: Preparer, shapes: Shapes):
+    def __init__(self, programs: DeployedPrograms, preparer: Preparer, shapes: Shapes, model_type: str):
         self.programs = programs
         self.preparer = preparer
         self.shapes = shapes
+        self.model_type = model_type
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is also a sequence of texts
@@ -253,7 +255,7 @@ class DeployedModel:
 
     def check(self, plan: PlanFile, max_new_tokens: int) -> None:
         """Raise UserError unless the plan fits this model and `max_new_tokens` is positive."""
-        plan.validate(self.programs.config.num_layers)
+        plan.validate(self.programs.config, self.model_type)
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
 
@@ -316,20 +318,25 @@ def load(
         kind.image_arrays,
         batch_size,
     )
-    return DeployedModel(programs, preparer, shapes)
+    return DeployedModel(programs, preparer, shapes, kind.model_type)
 
 
 def make_sample(name: str, images: Sequence[Image], prompt: str, marked: bool) -> Sample:
     """A sample to answer; errors begin with `name`.
 
     Raises:
-        UserError: an empty prompt, another number of marks than of images, or an image file that does not exist.
+        UserError: an empty prompt, another number of marks than of images, the mark of a video, or an image file that does not
+            exist.
     """
     if isinstance(images, str | Path | bytes):
         raise UserError(f"{name}: images must be a list of files, not one file")
     if not prompt.strip():
         raise UserError(f"{name}: is empty; ask something")
     check_text(prompt, name)
+    if VIDEO_MARK in prompt:
+        if marked:
+            raise UserError(f"{name}: has the mark {VIDEO_MARK}: videos are not supported, only images")
+        say(f"note: {name}: {VIDEO_MARK} is text; videos are not supported, only images")
     marks = prompt.count(IMAGE_MARK)
     if marked and marks != len(images):
         raise UserError(

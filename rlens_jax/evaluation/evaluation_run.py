@@ -56,7 +56,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     given, config = config.dtype, dataclasses.replace(config, dtype=chosen_dtype(config.dtype, jax.default_backend()))
     # Checks that need no weights come first.
     folder = ModelFolder.find(config.model)
-    config.plan.validate(folder.kind.config.decoder.num_layers)
+    config.plan.validate(folder.kind.config.decoder, folder.kind.model_type)
     datasets = load_datasets(config.data, cache_folder() / "data", kind=folder.kind, limit=config.limit, md5=config.md5)
     for dataset in datasets:
         _check_scores(dataset, config.limit)

@@ -323,6 +323,15 @@ def add_rows(x: States, update: Rows) -> States:
     return x + update if rows == x.shape[1] else jnp.concatenate([x[:, :rows] + update, x[:, rows:]], axis=1)
 
 
+def hold_text_before(x: States, held: States, layout: TokenLayout) -> States:
+    """States `x` in which the text before the last visual token of its row is as in `held` (`Plan.freeze_text_before`)."""
+    visual, text = jnp.asarray(layout.visual_position), slice(layout.bucket.text)
+    real = jax.lax.broadcasted_iota(jnp.int32, visual.shape, 1) < jnp.asarray(layout.num_visual)[:, None]
+    last = jnp.where(real, visual, -1).max(axis=1, keepdims=True)
+    before = (jnp.asarray(layout.text_position) < last)[:, :, None]
+    return jnp.concatenate([jnp.where(before, held[:, text], x[:, text]), x[:, text.stop :]], axis=1)
+
+
 def with_fraction(reduction: Reduction, level: Level) -> Reduction:
     """The reduction with the share of units that a level of the FFN keeps, unchanged if the level chooses none."""
     fraction = value_of("ffn", level, reduction)
@@ -377,10 +386,13 @@ class Decoder(nnx.Module):
     ) -> tuple[States, LayerRecord]:
         """All layers, or the consecutive `layers`: the last states, and the stacked records of these layers."""
         num_layers, records = self.config.num_layers, []
+        holds_text = isinstance(plan, Plan) and plan.freeze_text_before
         for run, settings in _runs(plan, range(num_layers) if layers is None else layers, num_layers):
 
             def body(x: Array, layer: Array, settings: Settings = settings) -> tuple[Array, LayerRecord]:
-                return self.layer(layer)(x, context, reduction, *settings(layer), layer)
+                y, record = self.layer(layer)(x, context, reduction, *settings(layer), layer)
+                held = holds_text and settings(layer) == (SKIP, SKIP)
+                return (hold_text_before(y, x, context.layout) if held else y), record
 
             x, record = jax.lax.scan(body, x, jnp.arange(run.start, run.stop, dtype=jnp.int32))
             records.append(record)

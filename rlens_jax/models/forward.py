@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from rlens_jax.layout import Bucket, unpack_rows
-from rlens_jax.models.decoder import Context, Decoder, DecoderConfig, Imposed, Layer, States, layer_at
+from rlens_jax.models.decoder import Context, Decoder, DecoderConfig, Imposed, Layer, States, hold_text_before, layer_at
 from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate_alone
 from rlens_jax.ops.ffn import Kept
 from rlens_jax.plans import Level, Operator, Plan, Reduction
@@ -82,9 +82,12 @@ def forward(
     context = decoder.context(batch.layout, batch.rope_positions, jax.random.key(0))
     stack = nnx.split(decoder.layers)
     for layer in range(decoder.config.num_layers):
+        entering = x
         x = attend(stack, layer, x, context, reduction, plan.level("attention", layer))
         observe(layer, "attention", x, None)
         x, kept = feed(stack, layer, x, context, reduction, plan.level("ffn", layer), imposed.get(layer))
+        if plan.freeze_text_before and layer in plan.frozen:
+            x = hold_text_before(x, entering, batch.layout)
         observe(layer, "ffn", x, kept)
     return unpack_rows(np.asarray(decoder.logits(x)), batch.layout)
 
