@@ -19,6 +19,7 @@ from rlens_jax.checkpoints.leaves import arrays_of, read_place, shapes_of
 from rlens_jax.checkpoints.safetensors_file import DTYPES, Entry, entries, open_safetensors
 from rlens_jax.console import say
 from rlens_jax.errors import UserError
+from rlens_jax.families.refusals import refuse_quantised
 from rlens_jax.families.registry import ModelKind, read_kind
 from rlens_jax.families.table import Found, Ignored, Problems, Table, match
 from rlens_jax.files import new_folder, read_json_object
@@ -82,7 +83,8 @@ def opened(files: Sequence[Path], kind: ModelKind, problems: Problems) -> Iterat
     A head in the files that differs from the embedding is used, though config.json ties the two, and a line says so.
 
     Raises:
-        UserError: a file is incomplete, or the tensors are not those of the table; one message lists all problems.
+        UserError: a file is incomplete, the weights are quantised, or the tensors are not those of the table; one message lists
+            all problems.
     """
     table = kind.table()
     with ExitStack() as stack:
@@ -90,6 +92,7 @@ def opened(files: Sequence[Path], kind: ModelKind, problems: Problems) -> Iterat
         listed = [(path, entry) for path in files for entry in entries(path)]
         ignored = {}
         for path, entry in listed:
+            refuse_quantised(path.name, entry.name, entry.dtype)
             reason = _ignored(table, entry.name)
             if entry.name in ignored:
                 problems.add(path.name, entry.name, "doubled, it is also in another file")

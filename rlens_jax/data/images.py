@@ -55,6 +55,17 @@ _SIDEWAYS = (5, 6, 7, 8)
 """Orientations that exchange width and height."""
 _OTHER_FORMATS = ((b"%PDF", "PDF"), (b"<svg", "SVG"), (b"<?xml", "XML"), (b"\xff\x0a", "JPEG XL"), (b"ftyphei", "HEIC"))
 """Beginnings of files that Pillow has no reader for."""
+_VIDEO_FORMATS = (
+    (b"ftyp", "MP4"),
+    (b"\x1aE\xdf\xa3", "Matroska or WebM"),
+    (b"AVI LIST", "AVI"),
+    (b"\0\0\x01\xba", "MPEG"),
+    (b"\0\0\x01\xb3", "MPEG"),
+    (b"FLV\x01", "FLV"),
+    (b"OggS", "Ogg"),
+    (b"0&\xb2u\x8ef\xcf\x11", "WMV"),
+)
+"""The same of videos. HEIC and AVIF are of MP4's kind, but are known before."""
 _TIFF_ERROR = re.compile(r"[\w.]+: .+")
 """A line that libtiff prints about a damaged file."""
 
@@ -204,6 +215,8 @@ def _why_not(file: io.BytesIO | BinaryIO, error: Exception) -> str:
     names = [name for start, name in _OTHER_FORMATS if start in prefix]
     Image.init()
     names += [name for name, (_, accept) in Image.OPEN.items() if accept is not None and accept(prefix.ljust(16, b"\0")) is True]
+    if names in ([], ["MPEG"]) and (videos := [name for start, name in _VIDEO_FORMATS if start in prefix]):
+        return f"is a video ({videos[0]}); videos are not supported, only images"
     if not names:
         return f"is not an image: it begins like no known format; supported are {', '.join(FORMATS)}"
     if names[0] not in FORMATS:

@@ -13,7 +13,8 @@ Each row is a sample:
 - `marks`: if true, each "<image>" in the question is the place of an image. Otherwise it is text, and the images come first.
 - `id`: names the row in messages and results.
 
-The format is our decision. Unknown fields are errors, so that a misspelt field cannot change a ranking unnoticed.
+The format is our decision. Unknown fields are errors, so that a misspelt field cannot change a ranking unnoticed. Videos are not
+supported: a row with a field or a part of a chat that holds one is an error.
 """
 
 from collections.abc import Iterator
@@ -22,12 +23,13 @@ from typing import Any
 
 from rlens_jax.console import say
 from rlens_jax.data.images import image_file
-from rlens_jax.data.samples import IMAGE_MARK, Sample, normalised
+from rlens_jax.data.samples import IMAGE_MARK, VIDEO_MARK, Sample, normalised
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import LARGEST_TEXT, open_file, parse_json, quoted
 
 _FIELDS = ("image", "images", "question", "answer", "answers", "dataset", "marks", "id")
-_VIDEO_FIELDS = ("video", "videos")
+_VIDEO_PREFIX = "video"
+"""Of the names of fields that hold videos in other formats."""
 _BYTE_ORDER_MARK = "\ufeff".encode()
 
 
@@ -50,6 +52,8 @@ def read_jsonl(path: Path) -> list[Sample]:
         raise UserError(f"{path}: empty dataset: the file has no rows")
     if unmarked := sum(IMAGE_MARK in sample.question and not sample.marked for sample in samples):
         say(f'note: {path}: {IMAGE_MARK} is text in {unmarked} question(s); "marks": true makes it the place of an image')
+    if videos := sum(VIDEO_MARK in sample.question for sample in samples):
+        say(f"note: {path}: {VIDEO_MARK} is text in {videos} question(s); videos are not supported, only images")
     return samples
 
 
@@ -75,13 +79,28 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
     row = parse_json(line, where, number=_Number)
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be a JSON object, not {_type_name(row)}")
-    for name in row:
-        if name in _VIDEO_FIELDS:
+    for name, value in row.items():
+        if name.startswith(_VIDEO_PREFIX) or _has_video(value):
             raise UserError(f"{where}: field {name!r}: videos are not supported, only images")
         if name not in _FIELDS:
             unknown = quoted(name)
             raise UserError(f"{where}: unknown field {unknown}{suggest(name, _FIELDS)}; known fields: {', '.join(_FIELDS)}")
     return row
+
+
+def _has_video(value: Any) -> bool:
+    """Whether a value, such as the content of a chat, has a part of the type video."""
+    waiting = [value]
+    while waiting:  # no recursion: JSON may be nested deeper than Python's stack
+        part = waiting.pop()
+        if isinstance(part, dict):
+            kind = part.get("type")
+            if isinstance(kind, str) and kind.startswith(_VIDEO_PREFIX):
+                return True
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+    return False
 
 
 def _sample(row: dict[str, Any], path: Path, number: int) -> Sample:
@@ -91,6 +110,8 @@ def _sample(row: dict[str, Any], path: Path, number: int) -> Sample:
     marked = row.get("marks", False)
     if not isinstance(marked, bool):
         raise UserError(f"{where}: field 'marks' must be true or false, not {_type_name(marked)}")
+    if marked and VIDEO_MARK in question:
+        raise UserError(f"{where}: field 'question' has the mark {VIDEO_MARK}: videos are not supported, only images")
     marks = question.count(IMAGE_MARK)
     if marked and marks != len(images):
         raise UserError(

@@ -15,6 +15,7 @@ from rlens_jax.families import internvl, llava, llava_next, llava_onevision, min
 from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.family import Family
 from rlens_jax.families.image_files import NESTED_FILE, PROCESSOR_FILE, read_processor_fields
+from rlens_jax.families.refusals import refuse_unsupported
 from rlens_jax.families.table import Table
 from rlens_jax.files import quoted
 from rlens_jax.models.forward import FamilyConfig, VisionLanguageModel
@@ -99,6 +100,7 @@ def read_kind(fields: Mapping[str, Any], where: str) -> ModelKind:
         UserError: the family is not supported, or a field is missing or asks for a computation that is not supported.
     """
     model_type = str(fields.get("model_type"))
+    refuse_unsupported(fields, where)
     family = family_of(model_type, where)
     return ModelKind(model_type, family.model_types[model_type](ConfigReader(fields, where)), fields, family)
 

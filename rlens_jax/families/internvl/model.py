@@ -30,6 +30,7 @@ MERGE = 2
 """Patches per side of the square that becomes one visual token (downsample_ratio 0.5)."""
 CONNECTOR_NORM_EPS = 1e-5
 """PyTorch's default, in both published codes."""
+NO_FLASH = "compresses visual tokens and is not supported; use InternVL3_5-8B"
 HF_QK_NORM_EPS = 1e-6
 """transformers does not read it from config.json."""
 TEMPLATES = ("Hermes-2", "internlm2-chat", "internvl2_5")
@@ -156,7 +157,7 @@ def read_native_config(config: ConfigReader) -> InternVLConfig:
         UserError: a field asks for a computation that is not supported, or one without default is missing.
     """
     if config.fields.get("flash_mode"):
-        raise UserError(f"{config.where}: InternVL3.5-Flash is another model, with fewer visual tokens; use InternVL3.5")
+        raise UserError(f"{config.where}: InternVL3.5-Flash {NO_FLASH}")
     config.require("select_layer", -1)
     config.require("downsample_ratio", 0.5)
     vision, text = config.section("vision_config", NATIVE_VISION), _text_section(config, "llm_config", None)
