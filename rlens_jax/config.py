@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, no_type_check
 
+from rlens_jax.budget import parse_budget
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import quoted
-from rlens_jax.plans import OPERATORS, Operator, Plan, Reduction
+from rlens_jax.plans import FULL, OPERATORS, SKIP, Levels, Operator, Plan, Reduction, parse_level
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -44,6 +45,9 @@ class DataConfig:
     """Validation samples per dataset, used by the search: with `pages`, 4 questions about each image. A mixture ignores it."""
     test_samples: int = 150
     """Held-out samples per dataset, used by the curves. A mixture ignores it."""
+    confirmation_samples: int = 0
+    """With `pages`, held-out samples per dataset that confirm a joint plan and nothing else; 0 takes those of the curves, as
+    other sources always do."""
     cache: str | None = None
     """Folder for prepared datasets; null means the user's cache folder."""
     held_out_share: float = 0.5
@@ -62,6 +66,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_types("data", self)
         _at_least(1, "data", self, "validation_samples", "test_samples")
+        _at_least(0, "data", self, "confirmation_samples")
         if not 0 < self.held_out_share < 1:
             raise UserError(f"data.held_out_share must be above 0 and below 1, not {shown(self.held_out_share)}")
 
@@ -154,6 +159,51 @@ class SearchConfig:
     def base(self) -> Plan:
         """The reductions that every plan of the search has."""
         return Plan(self.base_attention, self.base_ffn)
+
+
+@no_type_check  # user input: __post_init__ checks it and raises UserError
+@dataclass(frozen=True)
+class JointConfig:
+    """The joint search: the best plan over layers, operators and levels under a budget."""
+
+    budget: str | None = None
+    """loss=1% (the largest loss), flops=60% or time=0.7 (what is left of the dense prefill); null searches no such plan."""
+    cost: Literal["time", "flops"] = "time"
+    """What a plan saves as much as possible of under a budget of loss: the measured time of the prefill, or its FLOPs. Budgets
+    of flops and time decide it themselves."""
+    attention_levels: tuple[str, ...] = ("standard", "skip")
+    """Levels of attention for visual tokens below the dense one: a range, `standard` (that of the reduction), `text`, `skip`."""
+    ffn_levels: tuple[str, ...] = ("standard", "skip")
+    """Levels of the FFN for visual tokens below the dense one: a fraction of the units, `standard` (that of the reduction),
+    `skip`."""
+    method: Literal["greedy", "lazy", "additive"] = "greedy"
+    """`greedy` scores all moves in each round; `lazy` only those that were best before, which is approximate; `additive` scores
+    each move once, on the dense model, which is a rougher approximation."""
+    jump: bool = False
+    """Whether a move may pass levels."""
+    position_layers: int = 0
+    """The number of last layers that are first reduced by position, both operators at once, before all else is searched."""
+    milestones: float = 0.05
+    """Cost between two plans of the path that are tested on the held-out samples, as a share of the dense cost."""
+
+    def __post_init__(self) -> None:
+        _check_types("joint", self)
+        _at_least(0, "joint", self, "position_layers")
+        if not 0 < self.milestones < 1:
+            raise UserError(f"joint.milestones must be above 0 and below 1, not {shown(self.milestones)}")
+        for name in ("attention_levels", "ffn_levels"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise UserError(f"joint.{name} names a level twice: {', '.join(getattr(self, name))}")
+        if self.budget is not None:
+            parse_budget(self.budget)
+        _ = self.levels
+
+    @property
+    def levels(self) -> Levels:
+        """The levels as they are written, dense first and skip last; the standard ones keep their name."""
+        attention = (parse_level("attention", text) for text in self.attention_levels)
+        ffn = (parse_level("ffn", text) for text in self.ffn_levels)
+        return Levels(*((FULL, *sorted(levels, key=lambda level: level == SKIP)) for levels in (attention, ffn)))
 
 
 @no_type_check  # user input: __post_init__ checks it and raises UserError
@@ -262,6 +312,7 @@ class HostsConfig:
 GROUPS: Mapping[str, type[Any]] = {
     "data": DataConfig,
     "search": SearchConfig,
+    "joint": JointConfig,
     "reduction": Reduction,
     "compute": ComputeConfig,
     "report": ReportConfig,
@@ -283,6 +334,7 @@ class RunConfig:
     """Seed of all random draws: samples, random rankings, bootstrap, random probes."""
     data: DataConfig = field(default_factory=DataConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    joint: JointConfig = field(default_factory=JointConfig)
     reduction: Reduction = field(default_factory=Reduction)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
@@ -322,12 +374,13 @@ class RunConfig:
     def deciding_settings(self) -> dict[str, Any]:
         """The values that must agree for a journal to be resumed: a run's folder holds one search.
 
-        This leaves out what changes neither outcome nor ranking: folders, early stopping, the memory for base states, the
-        report's options, and the mesh (with another mesh, outcomes differ in rounding at most). The model and the samples are
-        compared by hash, and the buckets as they are used (`rlens_jax.engine.session`).
+        This leaves out what changes neither outcome nor ranking: folders, early stopping, the memory for base states, the joint
+        search, the report's options, and the mesh (with another mesh, outcomes differ in rounding at most). The model and the
+        samples are compared by hash, and the buckets as they are used (`rlens_jax.engine.session`).
         """
         values = self.portable()
-        del values["model"], values["report"], values["data"]["source"], values["search"]["stopping"]
+        del values["model"], values["report"], values["joint"], values["search"]["stopping"]
+        del values["data"]["source"], values["data"]["confirmation_samples"]
         for name in (
             "state_memory_gb",
             "model_shards",

@@ -308,6 +308,10 @@ class Levels:
             if levels[:1] != (FULL,) or SKIP in levels[:-1] or len(set(levels)) < len(levels):
                 raise ValueError(f"the levels of a run must be distinct, full first and skip last, not {levels}")
 
+    def joined(self, other: "Levels") -> "Levels":
+        """These levels, and then the others."""
+        return Levels(*(tuple(dict.fromkeys(pair)) for pair in (self.attention + other.attention, self.ffn + other.ffn)))
+
 
 STANDARD_LEVELS = Levels()
 """On or off: the levels of a ranking run."""
@@ -330,6 +334,19 @@ def chain(operator: Operator, levels: Iterable[Level], reduction: Reduction) -> 
     for level in levels:
         by_value.setdefault(value_of(operator, level, reduction), level)
     return tuple(level for _, level in sorted(by_value.items(), key=_depth))
+
+
+def parse_level(operator: Operator, text: str) -> Level:
+    """The level that the user wrote: `standard`, `text`, `skip`, or a range or fraction. UserError for anything else."""
+    words = ("standard", "text", "skip") if operator == "attention" else ("standard", "skip")
+    named: dict[str, Level] = {"standard": STANDARD, "text": TEXT, "skip": SKIP}
+    if text in words:
+        return named[text]
+    number = int(text) if operator == "attention" and text.isdecimal() and len(text) < _MOST_DECIMALS else text
+    try:
+        return _checked_level(operator, f"{operator} levels", number)
+    except UserError as error:
+        raise UserError(f"{error}; or one of {', '.join(words)}{suggest(text, words)}") from None
 
 
 def _depth(item: tuple[Level, object]) -> tuple[int, float]:

@@ -27,7 +27,13 @@ from rlens_jax.yaml_file import read_yaml
 CONFIG = "config"
 EMBEDDED = RunConfig.model
 SHORT_NAME = ", or the short name of a published model"
-SHORT = {"data.source": "--data", "compute.dtype": "--dtype", "compute.batch_size": "--batch-size", "report.extent": "--report"}
+SHORT = {
+    "data.source": "--data",
+    "compute.dtype": "--dtype",
+    "compute.batch_size": "--batch-size",
+    "report.extent": "--report",
+    "joint.budget": "--budget",
+}
 """Fields of a run with a second, shorter spelling, which most other commands have, too."""
 
 Setting = tuple[str, str]

@@ -53,12 +53,16 @@ def main(arguments: Sequence[str]) -> None:
         supervised(Path(config.output))
     from rlens_jax.hosts.processes import joined
     from rlens_jax.ranking.ranking_run import rank
+    from rlens_jax.reporting.front_report import front_summary
     from rlens_jax.reporting.report_text import summary
+    from rlens_jax.search.results import Results
 
     with joined(config.hosts) as processes:
         results = rank(config, processes, restart=options.restart, profile=options.profile)
         if processes.leads:
             show(summary(results, Path(config.output)))
+            if isinstance(results, Results) and results.front is not None:
+                show("\n" + front_summary(results.front, Path(config.output)))
 
 
 def _minutes(text: str) -> float:

@@ -41,8 +41,7 @@ def load_splits(data: DataConfig, prompt: Callable[[Instance], Turn], *, seed: i
             f"data.source is missing: name a .jsonl or .json file, a folder of images, or {PAGES!r}, the embedded model's data"
         )
     if source == PAGES:
-        pages = {"validation": read_pages("validation", data.validation_samples), "test": read_pages("test", data.test_samples)}
-        return {split: list(itertools.chain(*by_dataset.values())) for split, by_dataset in pages.items()}
+        return _pages(data)
     if data.is_mixture:
         if data.benchmarks is None:
             raise UserError(f"data.benchmarks must name the folder of the TSV files of {source}")
@@ -68,6 +67,21 @@ def with_own(samples: Splits, config: RunConfig, own: Mapping[str, tuple[int, ..
             f"needs; set search.objective to one of {', '.join(OWN_ANSWERS)}, which compare with the dense model"
         )
     return {split: [replace(sample, own=own.get(sample.id)) for sample in members] for split, members in samples.items()}
+
+
+def _pages(data: DataConfig) -> dict[str, list[Sample]]:
+    """The embedded model's data: validation, test and, if wanted, the pages that follow those of the test."""
+    held_out = read_pages("test", data.test_samples + data.confirmation_samples)
+    by_dataset = {
+        "validation": read_pages("validation", data.validation_samples),
+        "test": {name: members[: data.test_samples] for name, members in held_out.items()},
+    }
+    splits = {split: list(itertools.chain(*members.values())) for split, members in by_dataset.items()}
+    if data.confirmation_samples:
+        seen = {image for sample in splits["test"] for image in sample.images}
+        later = itertools.chain(*(members[data.test_samples :] for members in held_out.values()))
+        splits["confirmation"] = [sample for sample in later if seen.isdisjoint(sample.images)]
+    return splits
 
 
 def split_samples(samples: Sequence[Sample], data: DataConfig, seed: int) -> Splits:

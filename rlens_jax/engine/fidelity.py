@@ -16,13 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from rlens_jax.config import Measure
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.evaluator import Evaluator
+from rlens_jax.engine.generating import Generating
 from rlens_jax.engine.model_programs import EVERYWHERE, ROWS
 from rlens_jax.engine.pools import Batch, Pool
 from rlens_jax.engine.profile import part
 from rlens_jax.engine.programs import Programs, States, all_rows
-from rlens_jax.engine.scoring import BranchOutcomes, TeacherForcing
+from rlens_jax.engine.scoring import BranchOutcomes, Scoring, TeacherForcing
+from rlens_jax.engine.session import LoadedModel
 from rlens_jax.errors import UserError
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.layers import all_finite, best_token, kl_divergence
@@ -164,3 +167,12 @@ def _other_batches(pool: Pool) -> list[Batch]:
         return [Batch(pool, rows[:, [number, number]]) for number in range(pool.rows)]
     size = pool.block_rows // 2 if pool.block_rows % 2 == 0 else 1
     return [Batch(pool, rows[:, first : first + size]) for first in range(0, pool.rows, size)]
+
+
+def scoring_of(programs: Programs, loaded: LoadedModel, measure: Measure) -> Scoring:
+    """What gives a sample its outcome."""
+    if measure == "generation":
+        return Generating(programs, loaded.preparer.chat.decode)
+    if measure == "teacher_forced" or measure == "exact_agreement":
+        return TeacherForcing(programs)
+    return Fidelity(programs, measure)

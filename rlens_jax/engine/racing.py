@@ -3,8 +3,8 @@
 Each group's rows are ordered by how much they are expected to lower a candidate's bound, and cut into batches in this order.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,7 +39,16 @@ class RoundScorer:
     noise: float = 0.0
 
     def __call__(self, base: Plan, candidates: Sequence[Plan]) -> list[PlanScore]:
-        """The scores of the candidates of a round, in their order; bounds for those that were dropped.
+        """The scores of the candidates of a round, in their order; bounds for those that were dropped. Errors as of `race`."""
+        return self.race(base, candidates, lambda number, score: score.score)
+
+    def race(
+        self, base: Plan, candidates: Sequence[Plan], preference: Callable[[int, PlanScore], float], floor: float = -np.inf
+    ) -> list[PlanScore]:
+        """Race candidates by `preference(number, score)`, which takes the place of the scores in what is returned.
+
+        Args:
+            floor: as of `Race`.
 
         Raises:
             UserError: numbers are not finite, naming plan, sample and layer.
@@ -68,15 +77,27 @@ class RoundScorer:
                 self._advance(1)
             return finished
 
+        def preferred(number: int, outcomes: np.ndarray) -> PlanScore:
+            score = self._score(outcomes)
+            return replace(score, score=preference(number, score))
+
         stopping = self.search.stopping == "exact"
-        blocks, best = list(map(len, parts)), self.search.best_outcome
-        race = Race(len(candidates), blocks, len(data.samples), self._score, stopping=stopping, best=best, noise=self.noise)
+        race = Race(
+            len(candidates),
+            list(map(len, parts)),
+            len(data.samples),
+            preferred,
+            stopping=stopping,
+            floor=floor,
+            best=self.search.best_outcome,
+            noise=self.noise,
+        )
         race.run(start, finish)
         self._advance(len(candidates) - decided)
         difficulty.add(race.outcomes)
         return race.scores()
 
-    def _score(self, candidate: int, outcomes: np.ndarray) -> PlanScore:
+    def _score(self, outcomes: np.ndarray) -> PlanScore:
         by_dataset = {name: outcomes[members] for name, members in self.evaluator.splits[self.split].datasets.items()}
         search = self.search
         return score_outcomes(by_dataset, self.dense, alpha=search.alpha, relative=search.relative, best=search.best_outcome)

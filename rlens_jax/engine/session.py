@@ -29,6 +29,7 @@ from rlens_jax.hosts.processes import Processes
 from rlens_jax.layout import Bucket
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import Preparer
+from rlens_jax.plans import STANDARD_LEVELS, Levels
 from rlens_jax.search.journal import Journal
 from rlens_jax.search.results import Buckets
 from rlens_jax.sharding.mesh import check_fits, make_mesh
@@ -162,10 +163,12 @@ class LoadedModel:
     """By the name of the split."""
     blocks: Mapping[Bucket, Block]
 
-    def programs(self, config: RunConfig) -> Programs:
-        """The programs of a search over this model."""
+    def programs(self, config: RunConfig, levels: Levels = STANDARD_LEVELS) -> Programs:
+        """The programs of a search over this model, with plans of these levels."""
         ends, new_tokens = self.preparer.chat.stop_tokens, config.search.max_new_tokens
-        return Programs(self.module, self.mesh, config.reduction, seed=config.seed, new_tokens=new_tokens, stop_tokens=ends)
+        return Programs(
+            self.module, self.mesh, config.reduction, seed=config.seed, new_tokens=new_tokens, stop_tokens=ends, levels=levels
+        )
 
 
 def load(session: Session) -> LoadedModel:

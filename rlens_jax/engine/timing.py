@@ -31,7 +31,7 @@ from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.ops.attention import masked_attention
 from rlens_jax.ops.ffn import dense_ffn
 from rlens_jax.plans import FULL, STANDARD, Level, Plan, Reduction
-from rlens_jax.search.results import PrefillTime
+from rlens_jax.search.front import PrefillTime
 
 TEXT_BEFORE, VISUAL, TEXT_AFTER = 64, 1792, 64
 OURS = "ours (packed, causal blocks)"
@@ -44,13 +44,16 @@ Attend = Callable[[Array, Array, Array], Array]
 """Queries [1, N, T, H], keys and values [1, K, T, H] -> attended [1, N, T, H]."""
 
 
-def time_side_by_side(functions: Sequence[Callable[[], Any]], repeats: int) -> list[tuple[float, ...]]:
+def time_side_by_side(
+    functions: Sequence[Callable[[], Any]], repeats: int, advance: Callable[[], None] = lambda: None
+) -> list[tuple[float, ...]]:
     """Seconds of each function's repeats; they take turns, so that a slow moment of the machine hits all of them.
 
-    Each function is called once before, so that nothing is compiled while it is timed.
+    Each function is called once before, so that nothing is compiled while it is timed; `advance` is called after that.
     """
     for function in functions:
         jax.block_until_ready(function())
+        advance()
     seconds: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats):
         for place, function in enumerate(functions):
@@ -60,18 +63,20 @@ def time_side_by_side(functions: Sequence[Callable[[], Any]], repeats: int) -> l
     return [tuple(measured) for measured in seconds]
 
 
-def time_plans(programs: Programs, batch: Batch, plans: Mapping[str, Plan], repeats: int) -> dict[str, PrefillTime]:
-    """The times of one batch's prefill under each plan, each beside the dense prefill and compiled for its plan alone."""
+def time_plans(
+    programs: Programs, batch: Batch, plans: Mapping[str, Plan], repeats: int, baseline: Plan | None = None
+) -> dict[str, PrefillTime]:
+    """The times of one batch's prefill under each plan, each beside `baseline` (dense) and compiled for its plan alone."""
     visual, bucket = programs.put(batch.visual), batch.inputs.layout.bucket
-    times = {}
-    calls = {plan: partial(_static_prefill(programs, plan), visual, batch.inputs) for plan in {Plan(), *plans.values()}}
+    baseline, times = baseline or Plan(), {}
+    calls = {plan: partial(static_prefill(programs, plan), visual, batch.inputs) for plan in {baseline, *plans.values()}}
     for name, plan in plans.items():
-        dense, reduced = time_side_by_side([calls[Plan()], calls[plan]], repeats)
+        dense, reduced = time_side_by_side([calls[baseline], calls[plan]], repeats)
         times[name] = PrefillTime(dense, reduced, len(batch.inputs.samples), bucket.text, bucket.visual)
     return times
 
 
-def _static_prefill(programs: Programs, plan: Plan) -> Program:
+def static_prefill(programs: Programs, plan: Plan) -> Program:
     """A prefill up to the first new token that is compiled for one plan alone."""
 
     def run(model: Any, visual: Array, batch: PromptBatch) -> Array:

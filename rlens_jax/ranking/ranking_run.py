@@ -11,22 +11,20 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from rlens_jax.config import Measure, RunConfig
+from rlens_jax.config import RunConfig
 from rlens_jax.console import say
 from rlens_jax.engine.compile_ahead import compile_ahead
 from rlens_jax.engine.evaluator import Evaluator
-from rlens_jax.engine.fidelity import Fidelity
-from rlens_jax.engine.generating import Generating
+from rlens_jax.engine.fidelity import scoring_of
 from rlens_jax.engine.own_answers import own_answers
 from rlens_jax.engine.profile import part, profiled
-from rlens_jax.engine.programs import Programs
-from rlens_jax.engine.scoring import Scoring, TeacherForcing
-from rlens_jax.engine.session import LoadedModel, ModelFolder, Session, encode_split_of, load
+from rlens_jax.engine.session import ModelFolder, Session, encode_split_of, load
 from rlens_jax.engine.sizes import memory_explained
 from rlens_jax.engine.startup import start
 from rlens_jax.engine.timing import time_plans
 from rlens_jax.flops import mean_saving
 from rlens_jax.hosts.processes import Processes, Stopper
+from rlens_jax.planning.plan_run import compared_plan, ranking_levels
 from rlens_jax.plans import Operator, Plan
 from rlens_jax.ranking.ranker import TEST, VALIDATION, Comparison, Ranker
 from rlens_jax.reporting.conclusion import Clock, Conclusion, answer_examples
@@ -34,7 +32,8 @@ from rlens_jax.reporting.report_files import is_finished, write_provisional, wri
 from rlens_jax.reporting.report_text import found
 from rlens_jax.reporting.run_files import write_examples
 from rlens_jax.search.expected_work import expected_work
-from rlens_jax.search.results import PrefillTime, Results, Searched
+from rlens_jax.search.front import Front, PrefillTime
+from rlens_jax.search.results import Results, Searched
 from rlens_jax.search.search import Ranking
 
 
@@ -64,7 +63,7 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
         clock.enter("load")
         with part("load"):
             loaded = load(session)
-        programs = loaded.programs(config)
+        programs = loaded.programs(config, ranking_levels(session))
         if loaded.mesh.devices.flat[0].platform != "cpu":
             compile_ahead(programs, loaded.shapes, loaded.blocks, forced=config.search.objective != "generation")
         clock.enter("encode")
@@ -80,9 +79,8 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
         for operator in config.search.operators:
             rankings[operator] = ranker.rank(operator, config.search.position_layers)
             say(found(rankings[operator]))
-            found_so_far = conclusion.searched(rankings, ranker.dense, provisional=True)
             if processes.leads and not finished:
-                write_provisional(found_so_far, output)
+                write_provisional(conclusion.searched(rankings, ranker.dense, provisional=True), output)
         if report.extent == "none":
             clock.enter("report")
             only_searched = conclusion.searched(rankings, ranker.dense, provisional=False)
@@ -100,27 +98,21 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
         comparison = ranker.compare(rankings, complete, flops_saved)
         clock.enter("timing")
         prefill = time_plans(programs, test.batches[0], comparison.plans, report.timing_repeats)
+        front = compared_plan(session, loaded, evaluators, comparison.plans)
         clock.enter("examples")
         examples = answer_examples(session, loaded, programs, comparison.recommended, TEST)
         clock.enter("report")
-        results = conclude(conclusion.searched(rankings, ranker.dense, provisional=False), ranker, comparison, prefill)
+        results = conclude(conclusion.searched(rankings, ranker.dense, provisional=False), ranker, comparison, prefill, front)
         if processes.leads:
             write_examples(output, examples, comparison.recommended, model_hash=results.model_hash, data_hash=results.data_hash)
             write_report(results, output)
     return results
 
 
-def scoring_of(programs: Programs, loaded: LoadedModel, measure: Measure) -> Scoring:
-    """What gives a sample its outcome."""
-    if measure == "generation":
-        return Generating(programs, loaded.preparer.chat.decode)
-    if measure == "teacher_forced" or measure == "exact_agreement":
-        return TeacherForcing(programs)
-    return Fidelity(programs, measure)
-
-
-def conclude(searched: Searched, ranker: Ranker, comparison: Comparison, prefill: Mapping[str, PrefillTime]) -> Results:
+def conclude(
+    searched: Searched, ranker: Ranker, comparison: Comparison, prefill: Mapping[str, PrefillTime], front: Front | None
+) -> Results:
     """The finished run as values."""
     facts = vars(searched) | {"timing": replace(searched.timing, prefill=prefill)}
     dense_test = ranker.metrics(TEST, Plan())
-    return Results(**facts, dense_test=dense_test, operators=comparison.operators, combined=comparison.combined)
+    return Results(**facts, dense_test=dense_test, operators=comparison.operators, combined=comparison.combined, front=front)

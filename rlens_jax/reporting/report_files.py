@@ -8,9 +8,10 @@ import yaml
 
 from rlens_jax.errors import UserError
 from rlens_jax.files import json_text, replace_file
+from rlens_jax.reporting.front_report import write_front
 from rlens_jax.reporting.report_page import report_html
 from rlens_jax.reporting.report_text import report_markdown
-from rlens_jax.reporting.run_files import TIMING, RunFiles, read_examples
+from rlens_jax.reporting.run_files import TIMING, RunFiles, read_examples, read_joint
 from rlens_jax.search.ranking_file import RANKING, ranking_fields, read_ranking
 from rlens_jax.search.results import Results, Searched, Timing
 
@@ -19,6 +20,8 @@ TIMING_SCHEMA = "rlens-timing/1"
 
 def write_report(results: Results, folder: Path) -> list[Path]:
     """Write ranking.json, timing.json, config.yaml, the plots, report.md and report.html; returns their paths.
+
+    The files of a joint search are written first, if there was one.
 
     Everything is made before anything is written, and ranking.json is written last: a folder with it has a finished
     run. report.html also shows the folder's examples.json, if any.
@@ -29,8 +32,10 @@ def write_report(results: Results, folder: Path) -> list[Path]:
     # Imported late: a run needs matplotlib at its end only, and importing it takes a second.
     from rlens_jax.reporting.plots import plot_candidates, plot_curves
 
+    if results.front is not None:
+        write_front(results.front, folder, page=False)
     ranking, timing = ranking_fields(results), timing_fields(results.timing)
-    run = RunFiles(folder.resolve().name, ranking, timing, read_examples(folder, ranking))
+    run = RunFiles(folder.resolve().name, ranking, timing, read_examples(folder, ranking), read_joint(folder, ranking))
     contents = {"curves.png": plot_curves(results, "png"), "curves.svg": plot_curves(results, "svg")}
     if any(result.ranking.rounds for result in results.operators.values()):
         contents["candidates.png"] = plot_candidates(results, "png")

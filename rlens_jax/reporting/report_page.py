@@ -1,22 +1,20 @@
 """`report.html`: the values of one or several runs, prepared for the template, which only lays them out."""
 
-import base64
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.resources import files
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from rlens_jax.errors import UserError
 from rlens_jax.files import json_leaves
 from rlens_jax.plans import OPERATORS, Plan
 from rlens_jax.reporting import chart
-from rlens_jax.reporting.chart import MINUS, Chart, HeatMap, Mark, Series, curve_chart, heat_map, worst_score
-from rlens_jax.reporting.measure_text import measure_of, metric_text, objective_text
+from rlens_jax.reporting.chart import Chart, HeatMap, Mark, Series, curve_chart, heat_map, worst_score
+from rlens_jax.reporting.front_report import front_section
+from rlens_jax.reporting.measure_text import measure_of
+from rlens_jax.reporting.page_parts import asset, content_hash, environment, percent
 from rlens_jax.reporting.report_text import METHODS, ONE_SHOT, TITLES
 from rlens_jax.reporting.run_files import RunFiles
 from rlens_jax.search.results import ALLOWED_LOSS
@@ -99,6 +97,8 @@ class RunView:
     timed: Mapping[str, Any] | None
     configuration: str
     example_plan: str
+    front: str
+    """The section of the best plan under a budget, as HTML; empty without one."""
 
 
 @dataclass(frozen=True)
@@ -122,16 +122,16 @@ def report_html(runs: Sequence[RunFiles]) -> str:
         if len(runs) > 1 and "held_out" not in run.ranking:
             raise UserError(f"{run.name} has no held-out curves to compare; finish its run, or report it alone")
     views = [_run_view(run, letter) for run, letter in zip(runs, "ABCDEFGH", strict=False)]
-    style = _asset("report.css") + "".join(map(_heat_width, sorted({run.num_layers for run in runs})))
-    script = _asset("report.js")
-    template = _environment().get_template("report.html.jinja")
+    style = asset("report.css") + "".join(map(_heat_width, sorted({run.num_layers for run in runs})))
+    script = asset("report.js")
+    template = environment().get_template("report.html.jinja")
     page = template.render(
         runs=views,
         comparison=_comparison(views) if len(views) > 1 else None,
         style=style,
         script=script,
-        style_hash=_hash(style),
-        script_hash=_hash(script),
+        style_hash=content_hash(style),
+        script_hash=content_hash(script),
         area=chart,
         deep_from=_DEEP,
         allowed_loss=ALLOWED_LOSS,
@@ -148,41 +148,6 @@ def _heat_width(num_layers: int) -> str:
     return f".depth-{num_layers} {{ min-width: {3 + column * num_layers:g}rem; }}\n"
 
 
-def _asset(name: str) -> str:
-    return files("rlens_jax.reporting").joinpath(name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    """The hash by which the page's content security policy allows its script or style, and no other."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FunctionLoader(_asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "as_dict": asdict,
-        "percent": _percent,
-        "objective": objective_text,
-        "metric": lambda value, search: metric_text(measure_of(search), value).replace(" ", "\N{NO-BREAK SPACE}"),
-        "threshold": lambda share: f"{100 * share:g} %",
-        "points": _points,
-        "interval": lambda interval: f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f}",
-        "ms": lambda seconds: f"{1000 * seconds:.1f}" if seconds < 1 else f"{1000 * seconds:.0f}",
-    }
-    return environment
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%".replace("-", MINUS)
-
-
-def _points(margin: Mapping[str, float]) -> str:
-    value, low, high = (f"{100 * margin[name]:+.1f}".replace("-", MINUS) for name in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
-
-
 def _run_view(run: RunFiles, letter: str) -> RunView:
     ranking, prefill = run.ranking, run.timing["prefill"]
     worst = worst_score(ranking["search"])
@@ -195,6 +160,7 @@ def _run_view(run: RunFiles, letter: str) -> RunView:
         timed=next(iter(prefill.values()), None),
         configuration=yaml.safe_dump(ranking["configuration"], sort_keys=False, allow_unicode=True),
         example_plan="" if run.examples is None else Plan(**run.examples["plan"]).label(),
+        front="" if run.front is None else front_section(run.front),
     )
 
 
@@ -306,7 +272,7 @@ def _curve_series(curve: Mapping[str, Any], strategy: str) -> Series:
 
 
 def _note(point: Mapping[str, float], more: str) -> str:
-    loss = f"loss {_percent(point['loss'])}"
+    loss = f"loss {percent(point['loss'])}"
     return f"{loss}, {more}" if more else loss
 
 

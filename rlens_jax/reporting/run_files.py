@@ -18,6 +18,7 @@ from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
 from rlens_jax.files import check_schema, field_error, json_text, read_json, replace_file
 from rlens_jax.plans import Plan
+from rlens_jax.search.front import FRONT, read_front
 from rlens_jax.search.ranking_file import RANKING, check_layers, read_ranking
 
 TIMING, EXAMPLES = "timing.json", "examples.json"
@@ -38,6 +39,8 @@ class RunFiles:
     ranking: Mapping[str, Any]
     timing: Mapping[str, Any]
     examples: Mapping[str, Any] | None
+    front: Mapping[str, Any] | None = None
+    """The fields of front.json, if the run also searched the best plan under a budget."""
 
     @property
     def num_layers(self) -> int:
@@ -59,7 +62,7 @@ def read_run(folder: Path) -> RunFiles:
     for plan in timing["prefill"]:
         if plan not in ranking.get("savings", {}):
             raise field_error(folder / TIMING, f"prefill.{plan}", f"{RANKING} has no such plan")
-    return RunFiles(folder.resolve().name, ranking, timing, read_examples(folder, ranking))
+    return RunFiles(folder.resolve().name, ranking, timing, read_examples(folder, ranking), read_joint(folder, ranking))
 
 
 def read_examples(folder: Path, ranking: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -81,6 +84,18 @@ def read_examples(folder: Path, ranking: Mapping[str, Any]) -> Mapping[str, Any]
         for place, image in enumerate(example["images"]):
             if not _is_jpeg(image["base64"]):
                 raise field_error(path, f"examples[{number}].images[{place}].base64", "is not a JPEG in base64")
+    return fields
+
+
+def read_joint(folder: Path, ranking: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The fields of a folder's front.json, None without that file. UserError if it is wrong or of another run than `ranking`."""
+    path = folder / FRONT
+    if not path.exists():
+        return None
+    fields = read_front(path)
+    for name, part in (("model_hash", "model"), ("data_hash", "data")):
+        if fields[name] != ranking[part]["hash"]:
+            raise field_error(path, name, f"differs from {RANKING}; this is the front of another run")
     return fields
 
 

@@ -56,11 +56,13 @@ class Space:
         num_layers: L.
         lowest: the lowest level of each operator's ladder, 0 if it is never reduced.
         jump: whether a move may pass levels.
+        searched: the operators that moves reduce.
     """
 
     num_layers: int
     lowest: Mapping[Operator, int]
     jump: bool = False
+    searched: tuple[Operator, ...] = OPERATORS
 
     @property
     def start(self) -> State:
@@ -70,14 +72,18 @@ class Space:
 
     @property
     def end(self) -> State:
-        """The state that computes least."""
+        """The state that computes least, of all operators."""
         return State(*((self.lowest[operator],) * self.num_layers for operator in OPERATORS))
+
+    def all_moves(self) -> list[Move]:
+        """Every move to any level, from the start."""
+        return replace(self, jump=True).moves(self.start)
 
     def moves(self, state: State) -> list[Move]:
         """All moves from a state: one level down each, or with `jump` to any lower level."""
         moves = []
         for layer in range(self.num_layers):
-            for operator in OPERATORS:
+            for operator in self.searched:
                 level, lowest = state.levels(operator)[layer], self.lowest[operator]
                 stop = lowest if self.jump else min(level + 1, lowest)
                 moves += [Move(layer, operator, lower) for lower in range(level + 1, stop + 1)]
@@ -161,11 +167,16 @@ class JointRound:
 
 @dataclass(frozen=True)
 class PathPoint:
-    """A state of the path, with its cost relative to dense and its loss in the search."""
+    """A state of the path, with its cost relative to dense and its loss in the search.
+
+    Attributes:
+        predicted: the loss that an additive search expected.
+    """
 
     state: State
     cost: float
     loss: float
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -216,7 +227,7 @@ def search_jointly(
     loss = score(state, [state], lambda number, loss: 0.0)[0].value
     points, rounds = [PathPoint(state, costs.share(state), loss)], []
     for layer in reversed(range(space.num_layers - position_layers, space.num_layers - 1)):
-        first = [Move(layer, operator, min(1, space.lowest[operator])) for operator in OPERATORS]
+        first = [Move(layer, operator, min(1, space.lowest[operator])) for operator in space.searched]
         longer = state.moved(*(move for move in first if costs.share(state.moved(move)) < costs.share(state)))
         (new,) = score(state, [longer], _reached(limits))
         if preference(new.value, loss, 1.0, limits) == BARRED:
@@ -240,6 +251,7 @@ def search_jointly(
 
 
 def _reached(limits: Limits) -> Prefer:
+    """A preference for the only candidate of a round: whether its loss is within the limit."""
     return lambda number, loss: preference(loss, 0.0, 1.0, limits)
 
 
@@ -298,6 +310,34 @@ class _Scoring:
     def _among_equals(self, move: Move) -> tuple[float, ...]:
         """Sorts the moves that are preferred as much, the one to take first."""
         return -comparable(self.gains[move]), -move.layer, move.operator != "ffn", -move.level
+
+
+def evaluated(path: Path, score: ScoreMoves, limits: Limits) -> Path:
+    """The path of an additive search with its real losses, up to the last state that is within the limit of loss."""
+    points = [path.points[0]]
+    for point in path.points[1:]:
+        (loss,) = score(points[-1].state, [point.state], _reached(limits))
+        if preference(loss.value, 0.0, 1.0, limits) == BARRED:
+            break
+        points.append(replace(point, loss=loss.value, predicted=point.loss))
+    return Path(tuple(points), path.rounds)
+
+
+def in_order(space: Space, costs: Costs, moves: Sequence[Move], cost: float) -> State:
+    """The first state at or below `cost` if moves are taken in this order; the last one if none is. Needs no evaluation."""
+    state = space.start
+    for move in moves:
+        if costs.share(state) <= cost:
+            break
+        if move.level > state.levels(move.operator)[move.layer]:
+            state = state.moved(move)
+    return state
+
+
+def last_layers_first(space: Space) -> list[Move]:
+    """The control without a search: every layer to its lowest levels, the last layer first."""
+    layers = reversed(range(space.num_layers - 1))
+    return [Move(layer, operator, space.lowest[operator]) for layer in layers for operator in OPERATORS]
 
 
 def additive(base: State, losses: Mapping[Move, float], dense: float) -> ScoreMoves:

@@ -5,12 +5,12 @@ Configuration, model and data decide all of `Results` except `Timing`, which hol
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
 from typing import Literal
 
 from rlens_jax.config import RunConfig
 from rlens_jax.plans import Operator, Plan
 from rlens_jax.search.bootstrap import Interval
+from rlens_jax.search.front import Front, PrefillTime
 from rlens_jax.search.objective import Metrics, comparable
 from rlens_jax.search.search import Ranking
 
@@ -135,27 +135,6 @@ class Buckets:
 
 
 @dataclass(frozen=True)
-class PrefillTime:
-    """Times of one prefill, measured side by side: dense, and with a plan's work skipped.
-
-    Attributes:
-        dense, reduced: seconds, one value per repeat.
-        samples, text_slots, visual_slots: shape of the timed batch, padding included.
-    """
-
-    dense: tuple[float, ...]
-    reduced: tuple[float, ...]
-    samples: int
-    text_slots: int
-    visual_slots: int
-
-    @property
-    def saved(self) -> float:
-        """The share of the dense prefill's time that is saved, from the medians."""
-        return 1 - median(self.reduced) / median(self.dense)
-
-
-@dataclass(frozen=True)
 class Timing:
     """Everything that differs between two runs of one configuration.
 
@@ -223,11 +202,13 @@ class Results(Searched):
         dense_test: metrics of the dense model on the held-out samples.
         operators: results per ranked operator.
         combined: saving of both operators at once; None if only one was ranked.
+        front: the best plan under the budget of the configuration; None without one.
     """
 
     dense_test: Metrics
     operators: Mapping[Operator, OperatorResult]
     combined: Saving | None
+    front: Front | None = None
 
     @property
     def savings(self) -> dict[str, Saving]:

@@ -26,7 +26,7 @@ from rlens_jax.families.qwen2_vl.preparer import patch_places, rope_positions
 from rlens_jax.models.chat import Chat
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import FILLER, ImageTokens, PreparedImage, Prompt
-from rlens_jax.plans import Plan, Reduction
+from rlens_jax.plans import STANDARD_LEVELS, Levels, Plan, Reduction
 from rlens_jax.search.objective import PlanScore, dataset_metric
 from rlens_jax.sharding.mesh import make_mesh
 from tests.toy_decoder import TOY
@@ -120,12 +120,17 @@ def toy_model(seed: int = 0) -> VisionLanguageModel:
 
 
 def toy_programs(
-    seed: int = 0, new_tokens: int = 3, devices: int = 1, model_shards: int = 1, stop_tokens: tuple[int, ...] = (STOP,)
+    seed: int = 0,
+    new_tokens: int = 3,
+    devices: int = 1,
+    model_shards: int = 1,
+    stop_tokens: tuple[int, ...] = (STOP,),
+    levels: Levels = STANDARD_LEVELS,
 ) -> Programs:
     """Programs over the random model."""
     mesh = make_mesh(jax.devices()[:devices], model_shards)
     model = place(toy_model(seed), mesh)
-    return Programs(model, mesh, REDUCTION, seed=0, new_tokens=new_tokens, stop_tokens=stop_tokens)
+    return Programs(model, mesh, REDUCTION, seed=0, new_tokens=new_tokens, stop_tokens=stop_tokens, levels=levels)
 
 
 def toy_samples() -> list[Sample]:

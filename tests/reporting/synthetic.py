@@ -9,8 +9,9 @@ from rlens_jax.config import ComputeConfig, DataConfig, ReportConfig, RunConfig,
 from rlens_jax.flops import LayerSizes, saving
 from rlens_jax.plans import OPERATORS, Plan, Reduction
 from rlens_jax.search.curves import held_out_plans, operator_result, plan_saving
+from rlens_jax.search.front import PrefillTime
 from rlens_jax.search.objective import comparable, dataset_metric, score_plan
-from rlens_jax.search.results import Buckets, PrefillTime, Results, Searched, Timing
+from rlens_jax.search.results import Buckets, Results, Searched, Timing
 from rlens_jax.search.search import rank_layers
 from tests.toy_search import one_at_a_time
 

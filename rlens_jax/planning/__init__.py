@@ -1,0 +1,1 @@
+"""The best plan under a budget: search, confirmation, and what it is compared with."""
