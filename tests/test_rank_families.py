@@ -19,7 +19,7 @@ from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.shapes import choose_shapes, image_padding, row_padding
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.resources import embedded_model
-from tests.families import internvl
+from tests.families import internvl, qwen2_5_vl
 from tests.families import llava_onevision as llava
 from tests.families import minicpm_v as minicpm
 from tests.families.test_llava_preparer import write_texts
@@ -59,6 +59,7 @@ SAVE: dict[str, Callable[[Path], Path]] = {
     "llava_onevision": save_llava,
     "internvl_chat": save_internvl,
     "minicpmv": save_minicpm,
+    "qwen2_5_vl": qwen2_5_vl.save_random,
 }
 
 

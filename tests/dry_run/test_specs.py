@@ -26,6 +26,7 @@ LARGEST = {
     "llava_onevision_qwen2_7b_ov_hf": 26973,
     "llava_v1_6_mistral_7b_hf": 2880,
     "minicpm_v_2_6": 1152,
+    "qwen2_5_vl_7b": 65536,
     "qwen2_vl_7b": 65536,
 }
 VISUAL = {
@@ -33,6 +34,7 @@ VISUAL = {
     "llava_1_5_7b_hf": 576,
     "llava_v1_6_mistral_7b_hf": 2928,
     "minicpm_v_2_6": 640,
+    "qwen2_5_vl_7b": 16384,
     "qwen2_vl_7b": 16384,
 }
 """Visual tokens of the largest image."""

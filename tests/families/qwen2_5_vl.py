@@ -38,9 +38,7 @@ def tiny_qwen2_5_vl(seed: int, **overrides) -> torch.nn.Module:
 
 def save_random(folder: Path) -> Path:
     """A published folder with the texts and image processor of the embedded model, in their early spelling."""
-    shutil.copytree(embedded_model(), folder)
-    (folder / "model.safetensors").unlink()
-    fields = json.loads((folder / "config.json").read_text())
+    fields = json.loads((embedded_model() / "config.json").read_text())
     vision = {
         "depth": 3,
         "hidden_act": "silu",
@@ -69,6 +67,8 @@ def save_random(folder: Path) -> Path:
     kind = read_kind(fields, "config.json")
     model = kind.family.model(kind.config, dtype=jnp.float32, rngs=nnx.Rngs(0))
     save_hf(folder, model, fields)
+    for name in ("chat_template.jinja", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(embedded_model() / name, folder)
     processor = json.loads((folder / "preprocessor_config.json").read_text())
     processor |= {"image_processor_type": "Qwen2_5_VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))

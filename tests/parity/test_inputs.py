@@ -17,11 +17,12 @@ from safetensors.numpy import load_file, save_file
 from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.data.samples import Sample
 from rlens_jax.families.minicpm_v.preparer import MiniCPMVPreparer
+from rlens_jax.families.registry import read_kind
 from rlens_jax.parity.bundle import new_bundle
 from rlens_jax.parity.dump import run_case
 from rlens_jax.plans import Plan, Reduction
 from tests import torch_reductions
-from tests.families import internvl
+from tests.families import internvl, qwen2_5_vl, qwen2_vl
 from tests.families import llava_onevision as llava
 from tests.families import minicpm_v as minicpm
 from tests.families.test_llava_preparer import write_texts
@@ -60,6 +61,16 @@ def make_llava(folder: Path) -> Reference:
     inputs = llava.hf_inputs([llava.make_example(seed, part) for seed, part in enumerate(parts, 1)])
     cases = [run_case(model, inputs, plan, SMALL, with_states=True) for plan in PLANS]
     return Reference(save_tiny(folder, model), "llava_onevision", cases)
+
+
+def make_qwen2_5_vl(folder: Path) -> Reference:
+    """Prompts with one image, two images and none."""
+    model = qwen2_5_vl.tiny_qwen2_5_vl(0)
+    config = read_kind(model.config.to_dict(), "config.json").config
+    parts = [[3, (6, 10), 5], [2, (10, 6), 1, (10, 2), 3], [13]]
+    inputs = qwen2_vl.hf_inputs([qwen2_vl.make_example(seed, part, config) for seed, part in enumerate(parts, 1)])
+    cases = [run_case(model, inputs, plan, SMALL, with_states=True) for plan in PLANS]
+    return Reference(save_tiny(folder, model), "qwen2_5_vl", cases)
 
 
 INTERNVL_PARTS = [[3, (40, 90), 5], [2, (9, 8), 1, (50, 20), 3, (16, 16), 11], [13]]
@@ -143,6 +154,7 @@ MAKE: dict[str, Callable[[Path], Reference]] = {
     "internvl": make_internvl,
     "internvl_chat": make_native_internvl,
     "minicpmv": make_minicpm,
+    "qwen2_5_vl": make_qwen2_5_vl,
 }
 
 
@@ -180,7 +192,7 @@ def test_pixels_count(family: str, references, tmp_path: Path) -> None:
         if family == "llava_onevision":  # the two images of one prompt
             pixels[[1, 2]] = pixels[[2, 1]]
         else:
-            pixels[[0, 1]] = pixels[[1, 0]]
+            pixels[[0, 1]] = pixels[[1, 0]]  # patches of one image for Qwen2.5-VL
     assert validate(reference.model, "--reference", bundle) == 1
 
 
