@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from rlens_jax.config import Measure
 from rlens_jax.data.samples import Sample
@@ -116,9 +116,9 @@ def _answer_states(model: VisionLanguageModel, states: States, batch: PromptBatc
 
 def _compare(
     measure: FidelityMeasure, model: VisionLanguageModel, states: States, references: Float[Array, "B A D"], batch: PromptBatch
-) -> tuple[Int[Array, "B Q"], Int[Array, "B A"], Bool[Array, "B A"], Float[Array, "B A"], Bool[Array, "B A"]]:
-    """On every device: the samples of the branches; for each answer place its branch, whether it counts, what is lost there
-    (a divergence, or 1 for another best token), and whether all numbers are finite.
+) -> tuple[Array, ...]:
+    """Of all groups' rows: the samples of the branches [rows, Q]; for each answer place [rows, A] its branch, whether it counts,
+    what is lost there (a divergence, or 1 for another best token), and whether all numbers are finite.
     """
     x, scored = states
     dense, logits = model.decoder.read_out(references), model.decoder.logits(_at_answers(x, batch))
