@@ -53,15 +53,26 @@ class TorchDecoder:
         return self.weights["embedding"][ids]
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, is_visual: Tensor, rope: Tensor, last_prompt_token: int, settings: Settings) -> Pass:
-        """x [T, D] embeddings, rope [T, axes] rotary positions."""
+    def __call__(
+        self,
+        x: Tensor,
+        is_visual: Tensor,
+        rope: Tensor,
+        last_prompt_token: int,
+        settings: Settings,
+        features: Tensor | None = None,
+    ) -> Pass:
+        """x [T, D] embeddings, rope [T, axes] rotary positions, features [T, layers, D] of deepstack."""
         positions, gap, attended = torch.arange(len(x)), float("inf"), [torch.empty(0)]
         for layer in range(self.config.num_layers):
             if layer == settings.after:
                 query = positions.tolist().index(last_prompt_token)
                 kept, gap = survivors(attended[-1], is_visual, query, settings.drop)
                 x, is_visual, rope, positions = x[kept], is_visual[kept], rope[kept], positions[kept]
+                features = None if features is None else features[kept]
             x, weights = self.layer(x, layer, is_visual, rope, settings)
+            if features is not None and layer < features.shape[1]:
+                x[is_visual] += features[is_visual, layer]
             attended.append(weights)
         head = "embedding" if self.config.tied_head else "head"
         logits = self.rms_norm(x, self.weights["norm.scale"]) @ self.weights[head].T
@@ -90,14 +101,25 @@ class TorchDecoder:
             y = (torch.nn.functional.silu(y @ gate.T) * (y @ up.T)) @ down
         return x + y, weights
 
-    def greedy(self, x: Tensor, is_visual: Tensor, rope: Tensor, next_rope: int, count: int, settings: Settings) -> list[int]:
+    def greedy(
+        self,
+        x: Tensor,
+        is_visual: Tensor,
+        rope: Tensor,
+        next_rope: int,
+        count: int,
+        settings: Settings,
+        features: Tensor | None = None,
+    ) -> list[int]:
         """The tokens after a prompt, each by a pass over everything so far."""
         last, tokens = len(x) - 1, []
         for step in range(count):
-            tokens.append(int(self(x, is_visual, rope, last, settings).logits[-1].argmax()))
+            tokens.append(int(self(x, is_visual, rope, last, settings, features).logits[-1].argmax()))
             x = torch.cat([x, self.embed(torch.tensor(tokens[-1:]))])
             is_visual = torch.cat([is_visual, torch.tensor([False])])
             rope = torch.cat([rope, torch.full((1, rope.shape[1]), next_rope + step)])
+            if features is not None:
+                features = torch.cat([features, torch.full_like(features[:1], torch.nan)])
         return tokens
 
     def rms_norm(self, x: Tensor, scale: Tensor) -> Tensor:
@@ -109,6 +131,8 @@ class TorchDecoder:
         half = sum(sections)
         frequency = self.config.rope_theta ** -(torch.arange(half) / half)
         axis = [i for i, count in enumerate(sections) for _ in range(count)]
+        if self.config.rope_interleaved:
+            axis = [i % len(sections) if i < len(sections) * sections[i % len(sections)] else 0 for i in range(half)]
         angle = rope[:, axis] * frequency
         x1, x2 = x[..., :half], x[..., half:]
         cos, sin = angle.cos(), angle.sin()

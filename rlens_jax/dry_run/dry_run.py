@@ -123,7 +123,7 @@ def dry_run(config: RunConfig, target: Slice, *, all_buckets: bool, progress: Ca
 def _sizes(config: RunConfig, kind: ModelKind, groups: int) -> Sizes:
     decoder, compute = kind.config.decoder, config.compute
     slot_bytes = decoder.width * jnp.dtype(compute.dtype).itemsize / compute.model_shards
-    return Sizes(decoder.num_layers, groups, slot_bytes)
+    return Sizes(decoder.num_layers, groups, slot_bytes, decoder.deepstack)
 
 
 def _as_prepared(split: str, rows: Sequence[Row]) -> PreparedSplit:

@@ -77,6 +77,11 @@ class BucketLoad:
         """Slots of all blocks of a work group."""
         return self.block_slots * self.blocks
 
+    @property
+    def visual_slots(self) -> int:
+        """Those for visual tokens."""
+        return self.bucket.visual * self.block_rows * self.blocks
+
 
 @dataclass(frozen=True)
 class SplitLoad:
@@ -130,6 +135,8 @@ class Sizes:
     """Work groups of the mesh."""
     slot_bytes: float
     """The state of one token in one layer on a device."""
+    deepstack: int = 0
+    """Deepstack features of a visual token, each as large as a state."""
 
 
 def workload(config: RunConfig, sizes: Sizes, shapes: Shapes, rows: Mapping[str, Sequence[Row]]) -> Workload:
@@ -138,7 +145,9 @@ def workload(config: RunConfig, sizes: Sizes, shapes: Shapes, rows: Mapping[str,
     splits = split_loads(rows, shapes, sizes.groups, batch_size)
     forced = config.search.objective != "generation"
     states = {
-        name: sizes.num_layers * sizes.slot_bytes * sum(load.slots for load in split.buckets) for name, split in splits.items()
+        name: sizes.slot_bytes
+        * sum(sizes.num_layers * load.slots + sizes.deepstack * load.visual_slots for load in split.buckets)
+        for name, split in splits.items()
     }
     budget = config.compute.state_memory_gb * 1e9
 

@@ -109,7 +109,9 @@ class DeployedPrograms(ModelPrograms):
         self._prefills: dict[tuple[Plan, Reduction, Pruning | None, int], Program] = {}
         self._decoders: dict[tuple[int, Tokens, int], Program] = {}
 
-    def prefill(self, visual: Float[Array, "B P D"], batch: PromptBatch, deployed: PlanFile, new_tokens: int) -> Prefilled:
+    def prefill(
+        self, visual: Float[Array, "B P visual_width"], batch: PromptBatch, deployed: PlanFile, new_tokens: int
+    ) -> Prefilled:
         """Read all prompts of a batch, in a program for this plan alone; the caches have room for `new_tokens` tokens."""
         plan, reduction, pruning = deployed.plan, deployed.reduction, deployed.pruning
         key = plan, reduction, pruning, new_tokens

@@ -58,9 +58,9 @@ class Encoder:
         self._encode(lambda count, size: count // size)
 
     def finish(self) -> dict[int, np.ndarray]:
-        """The tokens [P_i, D] of all images of each group, in order."""
+        """The tokens [P_i, visual_width] of all images of each group, in order."""
         self._encode(lambda count, size: -(-count // size))
-        nothing = np.zeros((0, self._programs.config.width), self._programs.dtype)
+        nothing = np.zeros((0, self._programs.config.visual_width), self._programs.dtype)
         return {group: np.concatenate([nothing, *images]) for group, images in self._encoded.items()}
 
     def _encode(self, num_batches: Callable[[int, int], int]) -> None:

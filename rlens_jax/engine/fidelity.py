@@ -120,7 +120,7 @@ def _compare(
     """Of all groups' rows: the samples of the branches [rows, Q]; for each answer place [rows, A] its branch, whether it counts,
     what is lost there (a divergence, or 1 for another best token), and whether all numbers are finite.
     """
-    x, scored = states
+    x, scored, _ = states
     dense, logits = model.decoder.read_out(references), model.decoder.logits(_at_answers(x, batch))
     if measure == "agreement":
         lost = (best_token(dense) != best_token(logits)).astype(jnp.float32)

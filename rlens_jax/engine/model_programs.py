@@ -97,11 +97,11 @@ class ModelPrograms:
         """The work groups of this process."""
         return groups_of(self.mesh, jax.process_index())
 
-    def encode(self, *arrays: np.ndarray) -> Float[Array, "I Z D"]:
+    def encode(self, *arrays: np.ndarray) -> Float[Array, "I Z visual_width"]:
         """Visual tokens of a batch of prepared images of one bucket; each process gives the images of its groups."""
         return self.encode_program(put_rows(arrays, self.mesh))
 
-    def put(self, rows: Float[np.ndarray, "rows P D"]) -> Float[Array, "B P D"]:
+    def put(self, rows: Float[np.ndarray, "rows P visual_width"]) -> Float[Array, "B P visual_width"]:
         """Rows of this process's groups, on their devices."""
         return put_rows(rows, self.mesh)
 

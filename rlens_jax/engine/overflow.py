@@ -10,6 +10,7 @@ from rlens_jax.engine.model_programs import ModelPrograms
 from rlens_jax.engine.pools import Batch
 from rlens_jax.errors import UserError
 from rlens_jax.layout import PADDING_POSITION
+from rlens_jax.models.decoder import add_feature
 from rlens_jax.models.forward import attend, feed
 from rlens_jax.models.layers import all_finite
 from rlens_jax.plans import Plan, Reduction
@@ -32,12 +33,14 @@ def _origin(programs: ModelPrograms, batch: Batch, number: int, plan: Plan, redu
     mine = jnp.asarray(inputs.samples) == number
     rows = mine.any(axis=1)
     tokens = rows[:, None] & (jnp.asarray(layout.slots.position) != PADDING_POSITION)
-    x = decoder.embed(inputs.text_ids, programs.put(batch.visual))
+    visual = programs.put(batch.visual)
+    x, features = decoder.embed(inputs.text_ids, visual), decoder.features(visual)
     if not _finite(x[:, text:], tokens[:, text:]):
         return "the vision tower or the connector"
     if not _finite(x, tokens):
         return "the embedding"
-    context, stack = decoder.context(layout, inputs.rope_positions, jax.random.key(0)), nnx.split(decoder.layers)
+    context = decoder.context(layout, inputs.rope_positions, jax.random.key(0), features=features)
+    stack = nnx.split(decoder.layers)
     for layer in range(decoder.config.num_layers):
         x = attend(stack, jnp.int32(layer), x, context, reduction, plan.level("attention", layer))
         if not _finite(x, tokens):
@@ -45,6 +48,9 @@ def _origin(programs: ModelPrograms, batch: Batch, number: int, plan: Plan, redu
         x, kept = feed(stack, jnp.int32(layer), x, context, reduction, plan.level("ffn", layer), None)
         if not _finite(x, tokens) or not bool((kept.scored | ~rows).all()):
             return f"the FFN of layer {layer}"
+        x = add_feature(x, context, layer)
+        if not _finite(x, tokens):
+            return f"the deepstack feature of layer {layer}"
     last = jnp.take_along_axis(x, jnp.asarray(inputs.prompt_end)[:, :, None], axis=1)
     if not bool((all_finite(decoder.logits(last)) | ~mine).all()):
         return "the last norm or the head"

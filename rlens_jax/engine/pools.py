@@ -25,7 +25,7 @@ class Pool:
 
     inputs: PromptBatch
     """W * R rows on the devices, split over the work groups."""
-    visual: Float[np.ndarray, "own_rows P D"]
+    visual: Float[np.ndarray, "own_rows P visual_width"]
     """Of this process's groups, on the host: a split's visual tokens may exceed the memory of the devices."""
     samples: Int[np.ndarray, "W R Q"]
     """Number of each branch's sample in the split, or `FILLER`."""
@@ -64,7 +64,7 @@ class Batch:
         return take_rows(self.pool.inputs, self.rows, self.pool.mesh)
 
     @property
-    def visual(self) -> Float[np.ndarray, "own_rows P D"]:
+    def visual(self) -> Float[np.ndarray, "own_rows P visual_width"]:
         """The visual tokens of the rows of this process's groups, on the host."""
         own = [place * self.pool.rows + self.rows[group] for place, group in enumerate(self.pool.own_groups)]
         return self.pool.visual[np.concatenate(own)]
@@ -84,7 +84,7 @@ def make_pools(
     prepared: PreparedSplit,
     dealt: Dealt,
     blocks: Mapping[Bucket, Block],
-    visual: Mapping[int, Float[np.ndarray, "P_i D"]],
+    visual: Mapping[int, Float[np.ndarray, "P_i visual_width"]],
     programs: ModelPrograms,
 ) -> list[Pool]:
     """The pools of a split: `visual` has the visual tokens of each group of images that this process's rows need."""
@@ -111,11 +111,11 @@ def _packed(
     visual: Mapping[int, np.ndarray],
     programs: ModelPrograms,
 ) -> tuple[PromptBatch, np.ndarray]:
-    """The rows of some groups, each filled up to `count`: the prompts, and the visual tokens [rows, P, D]."""
+    """The rows of some groups, each filled up to `count`: the prompts, and the visual tokens [rows, P, visual_width]."""
     axes = len(programs.config.rope_sections)
     filler = Branches.alone(Prompt(np.zeros(1, np.int32), np.zeros(1, bool), np.zeros((axes, 1), np.int32), 1, 0))
     rows, samples, seeds = [], [], []
-    packed = np.zeros((len(groups) * count, bucket.visual, programs.config.width), programs.dtype)
+    packed = np.zeros((len(groups) * count, bucket.visual, programs.config.visual_width), programs.dtype)
     for place, members in enumerate(groups):
         for offset, number in enumerate(members):
             row = prepared.row(number)

@@ -6,7 +6,7 @@ Each work group has its own rows; the plan is the same for all.
 stored states is bit-equal to a result from the first layer.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,16 @@ from rlens_jax.plans import STANDARD_LEVELS, Levels, Plan, Reduction
 from rlens_jax.sharding.mesh import everywhere
 from rlens_jax.sharding.model_axis import WORK
 
-States = tuple[Float[Array, "B T D"], Bool[Array, " B"]]
-"""The states that enter a layer, and whether all probe scores so far were numbers."""
+
+class States(NamedTuple):
+    """What enters a layer."""
+
+    x: Float[Array, "B T D"]
+    """The states, with the deepstack feature of the layer before."""
+    scored: Bool[Array, " B"]
+    """Whether all probe scores so far were numbers."""
+    features: Float[Array, "B P features"] | None = None
+    """The deepstack features of all layers; None without deepstack."""
 
 
 class Programs(ModelPrograms):
@@ -61,14 +69,15 @@ class Programs(ModelPrograms):
         self.outcome_program = self.program("outcome", self._outcome, (ROWS,) * 2, EVERYWHERE)
         self.generate_program = self.program("generate", self._generate, (ROWS, ROWS, EVERYWHERE), EVERYWHERE)
 
-    def embed(self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[np.ndarray, "rows P D"]) -> States:
+    def embed(self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[np.ndarray, "rows P visual_width"]) -> States:
         """The states before the first layer; the visual tokens come from the host."""
         return self.embed_program(text_ids, self.put(visual))
 
     def layers(self, states: States, batch: PromptBatch, plan: Plan, start: int, stop: int) -> States:
         """The states after layers `start` .. `stop` - 1 under a plan."""
         bounds = (everywhere(np.array(bound, np.int32), self.mesh) for bound in (start, stop))
-        return self.layers_program(states, batch, self.traced(plan), *bounds)
+        x, scored = self.layers_program(states, batch, self.traced(plan), *bounds)
+        return States(x, scored, states.features)
 
     def outcome(
         self, states: States, batch: PromptBatch
@@ -76,10 +85,10 @@ class Programs(ModelPrograms):
         """For each branch, on every device: its sample; whether every answer token is the argmax, where any token that ends a
         turn is right at the end; the mean log-probability of answer and end-of-turn token; whether all numbers are finite.
         """
-        return self.outcome_program(states, batch)
+        return self.outcome_program(states._replace(features=None), batch)
 
     def generate(
-        self, visual: Float[Array, "B P D"], batch: PromptBatch, plan: Plan
+        self, visual: Float[Array, "B P visual_width"], batch: PromptBatch, plan: Plan
     ) -> tuple[Int[Array, "B Q"], Int[Array, "B Q Y"], Bool[Array, "B Q"]]:
         """For each branch, on every device: its sample; the greedy new tokens; whether all scores and logits are finite."""
         return self.generate_program(visual, batch, self.traced(plan))
@@ -95,17 +104,17 @@ class Programs(ModelPrograms):
 
     def run_layers(
         self, decoder: Decoder, x: Array, context: Context, batch: PromptBatch, plan: TracedPlan, start: Array, stop: Array
-    ) -> States:
+    ) -> tuple[Array, Array]:
         """Inside `layers`: the states after layers `start` .. `stop` - 1. A subclass may reduce other tokens of the batch."""
         return decoder.run_layers(x, context, plan, self.reduction, start, stop)
 
     def _layers(
         self, model: VisionLanguageModel, states: States, batch: PromptBatch, plan: TracedPlan, start: Array, stop: Array
-    ) -> States:
-        x, scored = states
-        context = model.decoder.context(batch.layout, batch.rope_positions, self.random_key(), self.kernel)
-        x, now = self.run_layers(model.decoder, x, context, batch, plan, start, stop)
-        return x, scored & now
+    ) -> tuple[Array, Array]:
+        key, features = self.random_key(), states.features
+        context = model.decoder.context(batch.layout, batch.rope_positions, key, self.kernel, features=features)
+        x, now = self.run_layers(model.decoder, states.x, context, batch, plan, start, stop)
+        return x, states.scored & now
 
     def _generate(
         self, model: VisionLanguageModel, visual: Array, batch: PromptBatch, plan: TracedPlan
@@ -116,7 +125,7 @@ class Programs(ModelPrograms):
         return all_rows((batch.samples, tokens, good & finite))
 
     def _outcome(self, model: VisionLanguageModel, states: States, batch: PromptBatch) -> tuple[Array, ...]:
-        x, scored = states
+        x, scored, _ = states
         logits = model.decoder.logits(jnp.take_along_axis(x, batch.answer_slots[:, :, None], axis=1))
         counts, best, stops = batch.answer_targets != IGNORE, best_token(logits), self.stop_tokens
         targets = jnp.where(counts, batch.answer_targets, 0)
@@ -130,7 +139,8 @@ class Programs(ModelPrograms):
 
 
 def _embed(model: VisionLanguageModel, text_ids: Array, visual: Array) -> States:
-    return model.decoder.embed(text_ids, visual), jnp.ones(text_ids.shape[0], bool)
+    decoder = model.decoder
+    return States(decoder.embed(text_ids, visual), jnp.ones(text_ids.shape[0], bool), decoder.features(visual))
 
 
 def all_rows(arrays: Any) -> Any:

@@ -21,7 +21,7 @@ from rlens_jax.checkpoints.leaves import layout_of, set_ffn_form
 from rlens_jax.config import ComputeConfig, RunConfig
 from rlens_jax.engine.choices import dtype_on
 from rlens_jax.engine.model_programs import Program
-from rlens_jax.engine.programs import Programs
+from rlens_jax.engine.programs import Programs, States
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import Bucket, TokenLayout
@@ -108,16 +108,18 @@ def decoder_arguments(
     """The abstract arguments of each decoder program for batches of `rows` rows in all."""
     place, config = Placed(programs.mesh), programs.config
     batch = abstract_batch(bucket, places, rows, len(config.rope_sections), place)
-    visual = place((rows, bucket.visual, config.width), programs.dtype)
-    states = (place((rows, bucket.slots, config.width), programs.dtype), place((rows,), jnp.bool_))
+    visual = place((rows, bucket.visual, config.visual_width), programs.dtype)
+    features: Any = place((rows, bucket.visual, config.deepstack * config.width), programs.dtype) if config.deepstack else None
+    x: Any = place((rows, bucket.slots, config.width), programs.dtype)
+    scored: Any = place((rows,), jnp.bool_)
     same = NamedSharding(programs.mesh, PartitionSpec())
     indices = jax.ShapeDtypeStruct((config.num_layers,), jnp.int32, sharding=same)
     bound = jax.ShapeDtypeStruct((), jnp.int32, sharding=same)
     plan = unchecked(TracedPlan, attention=indices, ffn=indices, levels=programs.levels)
     return {
         programs.embed_program: (batch.text_ids, visual),
-        programs.layers_program: (states, batch, plan, bound, bound),
-        programs.outcome_program: (states, batch),
+        programs.layers_program: (States(x, scored, features), batch, plan, bound, bound),
+        programs.outcome_program: (States(x, scored), batch),
         programs.generate_program: (visual, batch, plan),
     }
 

@@ -15,14 +15,16 @@ from rlens_jax.plans import Plan
 from rlens_jax.sharding.mesh import everywhere, split_over
 from rlens_jax.sharding.model_axis import MODEL, WORK
 
-Kept = tuple[Float[Array, "stored T part"], Bool[Array, " stored"]]
-"""The stored states that enter a layer; `part` is a shard's part of D."""
+Kept = tuple[Float[Array, "stored slots part"], Bool[Array, " stored"]]
+"""The stored states that enter a layer, or deepstack features; `part` is a shard's part of the last axis."""
 
 
 class StoredStates:
     """States of some rows of a pool, made when they are first needed and kept while the base changes in later layers only.
 
-    They are cut over the mesh's `model` axis along D, if it divides D.
+    States are those that *enter* a layer, so behind the deepstack feature of the layer before. The features are stored, too.
+
+    All are cut over the mesh's `model` axis along D, if it divides D.
 
     Args:
         programs: make the states.
@@ -40,6 +42,7 @@ class StoredStates:
         self._held = np.zeros(rows.shape, np.int32)
         """How many layers' entering states are valid, for each row."""
         self._layers: list[Kept] = []
+        self._features: Kept | None = None
 
     def entering(self, batch: Batch, layer: int, plan: Plan) -> States:
         """The states of a batch that enter `layer` under `plan`."""
@@ -56,6 +59,7 @@ class StoredStates:
         else:
             states = programs.embed(batch.inputs.text_ids, batch.visual)
             self._put(0, places, states)
+            self._put_features(places, states)
         for first in range(max(held, 1) - 1, layer):
             states = programs.layers(states, batch.inputs, plan, first, first + 1)
             self._put(first + 1, places, states)
@@ -64,14 +68,25 @@ class StoredStates:
 
     def _take(self, layer: int, places: np.ndarray) -> States:
         mesh = self._programs.mesh
-        return _programs(mesh, self._cut)[1](self._layers[layer], everywhere(places, mesh))
+        take, where = _programs(mesh, self._cut)[1], everywhere(places, mesh)
+        x, scored = take(self._layers[layer], where)
+        return States(x, scored, None if self._features is None else take(self._features, where)[0])
 
     def _put(self, layer: int, places: np.ndarray, states: States) -> None:
         mesh = self._programs.mesh
         make, _, put = _programs(mesh, self._cut)
         if layer == len(self._layers):
             self._layers.append(make(self._shape, self._programs.dtype))
-        self._layers[layer] = put(self._layers[layer], everywhere(places, mesh), states)
+        self._layers[layer] = put(self._layers[layer], everywhere(places, mesh), (states.x, states.scored))
+
+    def _put_features(self, places: np.ndarray, states: States) -> None:
+        if states.features is None:
+            return
+        mesh = self._programs.mesh
+        make, _, put = _programs(mesh, self._cut)
+        if self._features is None:
+            self._features = make((self._shape[0], *states.features.shape[1:]), self._programs.dtype)
+        self._features = put(self._features, everywhere(places, mesh), (states.features, states.scored))
 
     @property
     def _cut(self) -> bool:
@@ -79,10 +94,10 @@ class StoredStates:
 
 
 def state_bytes(programs: Programs, pool: Pool) -> int:
-    """Memory of a row's base states on a device."""
-    shards = programs.mesh.shape[MODEL]
-    width = programs.config.width // shards if programs.config.width % shards == 0 else programs.config.width
-    return pool.bucket.slots * width * programs.dtype.itemsize * programs.config.num_layers
+    """Memory of a row's base states on a device, with deepstack features."""
+    shards, config = programs.mesh.shape[MODEL], programs.config
+    width = config.width // shards if config.width % shards == 0 else config.width
+    return (pool.bucket.slots * config.num_layers + pool.bucket.visual * config.deepstack) * width * programs.dtype.itemsize
 
 
 @cache
@@ -94,13 +109,13 @@ def _programs(mesh: Mesh, cut: bool) -> Any:
     def make(shape: tuple[int, int, int], dtype: Any) -> Kept:
         return jnp.zeros(shape, dtype), jnp.zeros(shape[0], bool)
 
-    def take(kept: Kept, places: Array) -> States:
+    def take(kept: Kept, places: Array) -> Kept:
         mine = places[jax.lax.axis_index(WORK)]
         x, scored = (part[mine] for part in kept)
         return jax.lax.all_gather(x, MODEL, axis=2, tiled=True) if cut else x, scored
 
-    def put(kept: Kept, places: Array, states: States) -> Kept:
-        mine, (x, scored) = places[jax.lax.axis_index(WORK)], states
+    def put(kept: Kept, places: Array, new: tuple[Array, Array]) -> Kept:
+        mine, (x, scored) = places[jax.lax.axis_index(WORK)], new
         if cut:
             width = kept[0].shape[2]
             x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(MODEL) * width, width, axis=2)

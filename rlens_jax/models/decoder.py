@@ -57,6 +57,15 @@ class DecoderConfig(DecoderSizes):
     rope_sections: tuple[int, ...]
     """Rotary frequencies per position axis; one section of H / 2 is plain RoPE."""
     tied_head: bool
+    rope_interleaved: bool = False
+    """The sections are interleaved (`rope_angles`)."""
+    deepstack: int = 0
+    """Number of first layers after which something is added to the visual tokens (Qwen3-VL)."""
+
+    @property
+    def visual_width(self) -> int:
+        """Numbers of a visual token: what the first layer reads, then one feature for each layer with deepstack."""
+        return (1 + self.deepstack) * self.width
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -114,6 +123,8 @@ class Context:
     processed *within* each layer, because a reduced layer looks at all visual tokens."""
     halved: HalvedStack | None = None
     """The FFN units of all layers, if they are stored as half rows."""
+    features: Float[Array, "B P features"] | None = None
+    """What deepstack adds to the visual tokens after layer 0, then 1, ..., along the last axis; None without deepstack."""
 
 
 @pytree
@@ -217,7 +228,7 @@ class DecoderLayer(nnx.Module):
         """Layer number `layer` of a prefill; `attention` and `ffn` say what it does for visual tokens."""
         x, k, v = self.attend(x, context, reduction, attention)
         x, kept = self.feed(x, context, reduction, ffn, layer)
-        return x, LayerRecord(k, v, kept)
+        return add_feature(x, context, layer), LayerRecord(k, v, kept)
 
     @jax.named_scope("attention")
     def attend(self, x: States, context: Context, reduction: Reduction, setting: Setting) -> tuple[States, KV, KV]:
@@ -289,6 +300,17 @@ class DecoderLayer(nnx.Module):
         return x, (k, v)
 
 
+def add_feature(x: States, context: Context, layer: int | Layer) -> States:
+    """The states after layer number `layer` and behind its deepstack feature, if it has one; no reduction touches the feature."""
+    if context.features is None:
+        return x
+    width, num_text = x.shape[2], context.layout.bucket.text
+    feature = jax.lax.dynamic_slice_in_dim(context.features, layer * width, width, axis=2)  # the last one for later layers
+    # One program serves all layers. To add zeros in later ones takes less time than a branch.
+    feature = jnp.where((layer + 1) * width <= context.features.shape[2], feature, jnp.zeros((), feature.dtype))
+    return x + jnp.pad(feature, ((0, 0), (num_text, 0), (0, 0)))
+
+
 def select(setting: Setting, compute: Callable[[Level], Out]) -> Out:
     """`compute` of a level; of a traced one, by a `lax.switch` over the levels of the run."""
     if isinstance(setting, TracedLevel):
@@ -351,10 +373,14 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
         self.head = None if config.tied_head else nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale, axes="VD")
 
-    def embed(self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[Array, "B P D"]) -> States:
-        """Packed states: embeddings of the text tokens, then the connector's outputs."""
+    def embed(self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[Array, "B P visual_width"]) -> States:
+        """Packed states: embeddings of the text tokens, then the connector's outputs without deepstack features."""
         text = embed_tokens(self.embedding[...], jnp.asarray(text_ids))
-        return jnp.concatenate([text, visual.astype(text.dtype)], axis=1)
+        return jnp.concatenate([text, visual[:, :, : self.config.width].astype(text.dtype)], axis=1)
+
+    def features(self, visual: Float[Array, "B P visual_width"]) -> Float[Array, "B P features"] | None:
+        """The deepstack features in the connector's outputs; None without deepstack."""
+        return visual[:, :, self.config.width :].astype(self.embedding.dtype) if self.config.deepstack else None
 
     def context(
         self,
@@ -363,9 +389,14 @@ class Decoder(nnx.Module):
         random_key: Array,
         kernel: Kernel = "packed",
         chunk: int | None = None,
+        features: Float[Array, "B P features"] | None = None,
     ) -> Context:
-        """What all layers of a prefill share; `rope_positions` are packed like the states."""
-        return Context(layout, self._rotary(rope_positions), random_key, kernel, chunk, self._halved())
+        """What all layers of a prefill share; `rope_positions` are packed like the states; `features` as `Decoder.features`."""
+        if (features is not None) != (self.config.deepstack > 0):
+            raise ValueError(
+                f"deepstack = {self.config.deepstack}, but features are {'missing' if features is None else 'given'}"
+            )
+        return Context(layout, self._rotary(rope_positions), random_key, kernel, chunk, self._halved(), features)
 
     def layer(self, number: int | Layer) -> DecoderLayer:
         """A single layer."""
@@ -459,7 +490,9 @@ class Decoder(nnx.Module):
         return x, KVCache(k, v, positions, branches)
 
     def _rotary(self, rope_positions: Int[Array | np.ndarray, "B axes T"]) -> Rotary:
-        return rotation(rope_angles(rope_positions, self.config.rope_theta, self.config.rope_sections))
+        config = self.config
+        angles = rope_angles(rope_positions, config.rope_theta, config.rope_sections, interleaved=config.rope_interleaved)
+        return rotation(angles)
 
     def _halved(self) -> HalvedStack | None:
         """The FFN units of all layers, if they are stored as half rows."""

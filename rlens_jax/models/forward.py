@@ -18,7 +18,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from rlens_jax.layout import Bucket, unpack_rows
-from rlens_jax.models.decoder import Context, Decoder, DecoderConfig, Imposed, Layer, States, hold_text_before, layer_at
+from rlens_jax.models.decoder import (
+    Context,
+    Decoder,
+    DecoderConfig,
+    Imposed,
+    Layer,
+    States,
+    add_feature,
+    hold_text_before,
+    layer_at,
+)
 from rlens_jax.models.prompt import PreparedImage, Prompt, PromptBatch, collate_alone
 from rlens_jax.ops.ffn import Kept
 from rlens_jax.plans import Level, Operator, Plan, Reduction
@@ -54,11 +64,12 @@ class VisionLanguageModel(nnx.Module):
     """A model of any family.
 
     Attributes:
-        vision: from the arrays of prepared images (`PreparedImage`, stacked) to their visual tokens, padded.
+        vision: from the arrays of prepared images (`PreparedImage`, stacked) to their visual tokens, padded. With deepstack, each
+            token is followed by its features, so it has `DecoderConfig.visual_width` numbers.
         decoder: from text and visual tokens to logits.
     """
 
-    def __init__(self, vision: Callable[..., Float[Array, "I Z D"]], decoder: Decoder):
+    def __init__(self, vision: Callable[..., Float[Array, "I Z visual_width"]], decoder: Decoder):
         self.vision = vision
         self.decoder = decoder
 
@@ -79,7 +90,8 @@ def forward(
     decoder, batch = model.decoder, pack(prompts)
     visual = encode(model, images, batch.layout.bucket.visual)
     x = decoder.embed(batch.text_ids, visual)  # each row: all text tokens, then all visual tokens
-    context = decoder.context(batch.layout, batch.rope_positions, jax.random.key(0))
+    features = decoder.features(visual)  # what deepstack adds after the first layers, if the family has it
+    context = decoder.context(batch.layout, batch.rope_positions, jax.random.key(0), features=features)
     stack = nnx.split(decoder.layers)
     for layer in range(decoder.config.num_layers):
         entering = x
@@ -89,6 +101,7 @@ def forward(
         if plan.freeze_text_before and layer in plan.frozen:
             x = hold_text_before(x, entering, batch.layout)
         observe(layer, "ffn", x, kept)
+        x = add_feature(x, context, layer)
     return unpack_rows(np.asarray(decoder.logits(x)), batch.layout)
 
 
@@ -108,10 +121,12 @@ def feed(
     return nnx.merge(*layer_at(stack, layer)).feed(x, context, reduction, level, layer, imposed)
 
 
-def encode(model: VisionLanguageModel, images: Sequence[Sequence[PreparedImage]], num_slots: int) -> Float[Array, "B P D"]:
+def encode(
+    model: VisionLanguageModel, images: Sequence[Sequence[PreparedImage]], num_slots: int
+) -> Float[Array, "B P visual_width"]:
     """Visual tokens of each sample: its images in order, then zeros. Images of equal shapes go through the tower together."""
     vision, same_shape = nnx.split(model.vision), defaultdict(list)
-    visual = np.zeros((len(images), num_slots, model.decoder.config.width), model.decoder.embedding.dtype)
+    visual = np.zeros((len(images), num_slots, model.decoder.config.visual_width), model.decoder.embedding.dtype)
     for row, sample in zip(visual, images, strict=True):
         start = 0
         for image in sample:
@@ -127,7 +142,7 @@ def encode(model: VisionLanguageModel, images: Sequence[Sequence[PreparedImage]]
 
 
 @jax.jit
-def run_vision(vision: PyTree, *arrays: Array) -> Float[Array, "I Z D"]:
+def run_vision(vision: PyTree, *arrays: Array) -> Float[Array, "I Z visual_width"]:
     """Tower and connector."""
     return nnx.merge(*vision)(*arrays)
 

@@ -24,7 +24,7 @@ Tokens = tuple[int, ...]
 
 def prefill(
     decoder: Decoder,
-    visual: Float[Array, "B P D"],
+    visual: Float[Array, "B P visual_width"],
     batch: PromptBatch,
     plan: Plan | TracedPlan,
     reduction: Reduction,

@@ -94,15 +94,19 @@ def rotation(angles: Float[Array, "B T half"]) -> Rotary:
 
 
 def rope_angles(
-    positions: Int[Array | np.ndarray, "B axes T"], theta: float, sections: tuple[int, ...]
+    positions: Int[Array | np.ndarray, "B axes T"], theta: float, sections: tuple[int, ...], *, interleaved: bool = False
 ) -> Float[Array, "B T half"]:
     """Rotary angles of a decoder. Each section of frequencies follows one position axis.
 
-    One section is plain RoPE; Qwen2-VL's mRoPE has three: time, height and width.
+    One section is plain RoPE; Qwen2-VL's mRoPE has three: time, height and width. Sections lie one after another, or
+    interleaved (Qwen3-VL): the frequencies then follow the axes in turn, and the first axis where the section of another is full.
     """
     half = sum(sections)
     frequency = 1.0 / theta ** (jnp.arange(half, dtype=jnp.float32) / half)
-    axis = jnp.repeat(jnp.arange(len(sections)), jnp.array(sections), total_repeat_length=half)
+    axis = np.repeat(np.arange(len(sections)), sections)
+    if interleaved:
+        turn, place = np.arange(half) % len(sections), np.arange(half) // len(sections)
+        axis = np.where(place < np.array(sections)[turn], turn, 0)
     return jnp.asarray(positions, jnp.float32).transpose(0, 2, 1)[:, :, axis] * _trailing(frequency, 3)
 
 

@@ -41,7 +41,7 @@ class PromptStates(NamedTuple):
 
 def run_prompt(
     decoder: Decoder,
-    visual: Float[Array, "B P D"],
+    visual: Float[Array, "B P visual_width"],
     batch: PromptBatch,
     plan: Plan | TracedPlan,
     reduction: Reduction,
@@ -60,10 +60,10 @@ def run_prompt(
     """
     layout, rope = batch.layout, jnp.asarray(batch.rope_positions)
     if isinstance(pruning, Folder) and layout.bucket.visual:
-        visual, ordinals = merge_similar(visual, layout, pruning)
+        visual, ordinals = merge_similar(visual, layout, pruning, decoder.config.width)
         rope = jnp.take_along_axis(rope, _slots(layout, ordinals)[:, None], axis=2, mode="clip")
         layout = keep_visual(layout, ordinals, num_survivors(layout, pruning))
-    context = decoder.context(layout, rope, random_key, kernel, chunk)
+    context = decoder.context(layout, rope, random_key, kernel, chunk, decoder.features(visual))
     x = decoder.embed(batch.text_ids, visual)
     if isinstance(pruning, FastV | VTW):
         pruning.validate(decoder.config.num_layers)
@@ -94,7 +94,8 @@ def _prefill_pruned(
     slots = _slots(layout, ordinals)
     x, cos, sin = (_take(part, slots) for part in (x, *context.rotary))
     survivors = keep_visual(layout, ordinals, num_kept)
-    context = replace(context, layout=survivors, rotary=(cos, sin))
+    features = None if context.features is None else _take(context.features, ordinals)
+    context = replace(context, layout=survivors, rotary=(cos, sin), features=features)
     # Both reductions are the identity without visual tokens.
     rest = plan if survivors.bucket.visual else Plan()
     x, late = decoder.prefill(x, context, rest, reduction, range(pruning.layer, decoder.config.num_layers))

@@ -56,8 +56,8 @@ def most_attended(
 
 
 def merge_similar(
-    visual: Float[Array, "B P D"], layout: TokenLayout, pruning: Folder
-) -> tuple[Float[Array, "B survivors D"], Int[Array, "B survivors"]]:
+    visual: Float[Array, "B P visual_width"], layout: TokenLayout, pruning: Folder, width: int
+) -> tuple[Float[Array, "B survivors visual_width"], Int[Array, "B survivors"]]:
     """Merges the most similar visual tokens by bipartite matching, as FOLDER's published code does.
 
     Each image is merged in rounds. A round assigns the remaining tokens alternately to two sets. Each token of the first set
@@ -71,6 +71,8 @@ def merge_similar(
     tokens so far. The number of survivors therefore depends only on the number of visual tokens. An image whose target is 0
     loses all its tokens (our decision).
 
+    Tokens are compared by their first `width` numbers. The others, deepstack features, are merged along with them (our decision).
+
     Returns:
         The survivors and their ordinals; unused slots hold the ordinal P.
     """
@@ -79,8 +81,8 @@ def merge_similar(
     slot = jnp.arange(num_slots, dtype=jnp.int32)
 
     def merge(
-        sample: tuple[Float[Array, "P D"], Int[Array, " P"], Int[Array, ""]],
-    ) -> tuple[Float[Array, "survivors D"], Int[Array, " survivors"]]:
+        sample: tuple[Float[Array, "P visual_width"], Int[Array, " P"], Int[Array, ""]],
+    ) -> tuple[Float[Array, "survivors visual_width"], Int[Array, " survivors"]]:
         x, position, num_visual = sample
         is_token = slot < num_visual
         image = jnp.cumsum(position != jnp.roll(position, 1) + 1).astype(jnp.int32) - 1
@@ -94,7 +96,9 @@ def merge_similar(
 
         remains = is_token & (target[image] > 0)
         x, _, remains = jax.lax.while_loop(
-            unfinished, partial(_merge_round, image, target), (x.astype(jnp.float32), is_token.astype(jnp.float32), remains)
+            unfinished,
+            partial(_merge_round, image, target, width),
+            (x.astype(jnp.float32), is_token.astype(jnp.float32), remains),
         )
         ordinals = jnp.sort(jnp.where(remains, slot, num_slots))[:capacity]
         return x.at[ordinals].get(mode="clip").astype(visual.dtype), ordinals
@@ -103,13 +107,17 @@ def merge_similar(
 
 
 def _merge_round(
-    image: Int[Array, " P"], target: Int[Array, " P"], carry: tuple[Float[Array, "P D"], Float[Array, " P"], Bool[Array, " P"]]
-) -> tuple[Float[Array, "P D"], Float[Array, " P"], Bool[Array, " P"]]:
+    image: Int[Array, " P"],
+    target: Int[Array, " P"],
+    width: int,
+    carry: tuple[Float[Array, "P visual_width"], Float[Array, " P"], Bool[Array, " P"]],
+) -> tuple[Float[Array, "P visual_width"], Float[Array, " P"], Bool[Array, " P"]]:
     """One round of `merge_similar` for one sample.
 
     Args:
         image: number of the image to which each slot belongs.
         target: number of survivors, by number of the image.
+        width: numbers of a token that are compared.
         carry: states, how many tokens each one is the mean of, and which slots remain.
     """
     x, size, remains = carry
@@ -119,7 +127,8 @@ def _merge_round(
     before = jnp.cumsum(remains.astype(jnp.int32)) - remains.astype(jnp.int32)
     first_of_image = jax.ops.segment_min(before, image, num_segments=num_slots)
     in_second_set = (before - first_of_image[image]) % 2 == 1
-    direction = x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), jnp.float32(1e-12))
+    compared = x[:, :width]
+    direction = compared / jnp.maximum(jnp.linalg.norm(compared, axis=1, keepdims=True), jnp.float32(1e-12))
     similarity = jnp.matmul(direction, direction.T, precision="highest")
     pairs = (remains & ~in_second_set)[:, None] & (remains & in_second_set)[None, :]
     pairs = pairs & (image[:, None] == image[None, :])

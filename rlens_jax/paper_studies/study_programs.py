@@ -26,7 +26,7 @@ from rlens_jax.engine.pools import Batch, Pool
 from rlens_jax.engine.programs import Programs, States
 from rlens_jax.engine.scoring import BranchOutcomes, Scoring, TeacherForcing, read_outcome
 from rlens_jax.layout import Slots, TokenLayout, visible
-from rlens_jax.models.decoder import Context, Decoder, DecoderLayer, TracedPlan, layer_at
+from rlens_jax.models.decoder import Context, Decoder, DecoderLayer, TracedPlan, add_feature, layer_at
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import Tokens
 from rlens_jax.models.prompt import IGNORE, PromptBatch
@@ -61,7 +61,7 @@ class PrunedForcing:
         def prefill(model: VisionLanguageModel, visual: Array, batch: PromptBatch, plan: TracedPlan) -> States:
             key = programs.random_key()
             states = run_prompt(model.decoder, visual, batch, plan, programs.reduction, key, programs.kernel, pruning)
-            return states.x, states.scored
+            return States(states.x, states.scored)
 
         self.programs = programs
         self._prefill = programs.program("pruned", prefill, (ROWS, ROWS, EVERYWHERE), ROWS)
@@ -89,7 +89,7 @@ class TextPrograms(Programs):
 
     def run_layers(
         self, decoder: Decoder, x: Array, context: Context, batch: PromptBatch, plan: TracedPlan, start: Array, stop: Array
-    ) -> States:
+    ) -> tuple[Array, Array]:
         return run_text_layers(decoder, x, context, num_prompt_text(batch), plan, self.reduction, start, stop)
 
 
@@ -124,7 +124,7 @@ def run_text_layers(
             lambda: feed_text(module, x, context, reduction, layer, num_prompt),
             lambda: (module.feed(x, context, reduction, FULL, layer)[0], jnp.ones_like(scored)),
         )
-        return x, scored & now
+        return add_feature(x, context, layer), scored & now
 
     return jax.lax.fori_loop(start, stop, body, (x, jnp.ones(x.shape[0], bool)))
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from rlens_jax.layout import pack_rows, unpack_rows
-from rlens_jax.models.decoder import Context, Layer, States, layer_at
+from rlens_jax.models.decoder import Context, Layer, States, add_feature, layer_at
 from rlens_jax.models.forward import Stack, VisionLanguageModel, attend, encode, feed, pack
 from rlens_jax.ops.ffn import probe_slots
 from rlens_jax.parity.measures import relative, relative_to_change
@@ -67,14 +67,16 @@ class Halves:
         self._layout = batch.layout
         visual = encode(model, [inputs.images for inputs in reference.inputs], batch.layout.bucket.visual)
         self.embedded: Rows = self._rows(model.decoder.embed(batch.text_ids, visual))
-        self._context = model.decoder.context(batch.layout, batch.rope_positions, jax.random.key(0))
+        features = model.decoder.features(visual)
+        self._context = model.decoder.context(batch.layout, batch.rope_positions, jax.random.key(0), features=features)
         self._stack = nnx.split(model.decoder.layers)
 
     def run(self, rows: Rows, halves: Sequence[int], plan: Plan) -> Rows:
-        """States after consecutive half layers."""
+        """States after consecutive half layers; those after an FFN are without the layer's deepstack feature, as in bundles."""
         x, reduction = self._packed(rows), self._reference.case.reduction
         for layer, operator in map(half, halves):
             if operator == "attention":
+                x = add_feature(x, self._context, layer - 1) if layer else x
                 x = attend(self._stack, layer, x, self._context, reduction, plan.level("attention", layer))
             else:
                 imposed = self._reference.imposed.get(layer) if layer in plan.ffn else None

@@ -1,4 +1,4 @@
-"""A tiny random Qwen2-VL with samples whose answers are what the dense model says, so that reductions can change them."""
+"""A tiny random Qwen2-VL with deepstack, and samples whose answers are what it says, so that reductions can change them."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -32,12 +32,29 @@ from rlens_jax.sharding.mesh import make_mesh
 from tests.toy_decoder import TOY
 
 LAYERS, STOP, IMAGE = 5, 0, 1
+DECODER = replace(
+    TOY,
+    num_layers=LAYERS,
+    num_heads=4,
+    head_dim=12,
+    ffn_width=40,
+    vocabulary=13,
+    rope_theta=50.0,
+    rope_sections=(2, 2, 2),
+    deepstack=2,
+)
 CONFIG = Qwen2VLConfig(
-    replace(
-        TOY, num_layers=LAYERS, num_heads=4, head_dim=12, ffn_width=40, vocabulary=13, rope_theta=50.0, rope_sections=(2, 2, 2)
-    ),
+    DECODER,
     VisionConfig(
-        depth=1, width=16, num_heads=2, ffn_width=20, channels=3, temporal_patch=2, patch_size=1, merge_size=2, out_width=24
+        depth=1,
+        width=16,
+        num_heads=2,
+        ffn_width=20,
+        channels=3,
+        temporal_patch=2,
+        patch_size=1,
+        merge_size=2,
+        out_width=DECODER.visual_width,  # so the connector makes the features, too
     ),
     image_token=IMAGE,
     video_token=2,
