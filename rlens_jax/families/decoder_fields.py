@@ -64,9 +64,20 @@ def read_qwen2_decoder(text: ConfigReader) -> DecoderConfig:
 def read_qwen3_decoder(
     text: ConfigReader, rope_types: tuple[str, ...], *, tied_head: bool, rope_sections: tuple[int, ...] | None = None
 ) -> DecoderConfig:
-    """Read the sizes of a Qwen3 decoder: no biases, q and k normed per head, N * H not D; else as `read_decoder`."""
+    """Read the sizes of a Qwen3 decoder: no biases, q and k normed per head, N * H not D, and interleaved sections of mRoPE.
+
+    Arguments and errors are those of `read_decoder`.
+    """
     text.require("attention_bias", False)
-    return read_decoder(text, rope_types, qkv_bias=False, qk_norm=True, tied_head=tied_head, rope_sections=rope_sections)
+    return read_decoder(
+        text,
+        rope_types,
+        qkv_bias=False,
+        qk_norm=True,
+        tied_head=tied_head,
+        rope_sections=rope_sections,
+        rope_interleaved=rope_sections is not None,
+    )
 
 
 def read_llama_decoder(text: ConfigReader) -> DecoderConfig:
@@ -93,6 +104,7 @@ def read_decoder(
     qk_norm: bool = False,
     tied_head: bool,
     rope_sections: tuple[int, ...] | None = None,
+    rope_interleaved: bool = False,
 ) -> DecoderConfig:
     """Read the sizes of a decoder of the kind of Qwen2 and Llama (SwiGLU, RMSNorm, full attention).
 
@@ -103,6 +115,7 @@ def read_decoder(
         qk_norm: whether each head of q and k goes through an RMSNorm.
         tied_head: read by the caller, because families store it in different places.
         rope_sections: default of mRoPE's sections; None for plain RoPE, which has no sections.
+        rope_interleaved: whether the sections are interleaved.
 
     Raises:
         UserError: a field is missing or asks for what is not supported.
@@ -125,7 +138,7 @@ def read_decoder(
     rope = rope_fields(text)
     rope.require("rope_type", *rope_types)
     rope.require("partial_rotary_factor", 1.0, None)
-    rope.require("mrope_interleaved", False)
+    rope.require("mrope_interleaved", rope_interleaved)
     return DecoderConfig(
         num_layers=num_layers,
         width=width,
@@ -141,6 +154,7 @@ def read_decoder(
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         tied_head=tied_head,
+        rope_interleaved=rope_interleaved,
     )
 
 

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from rlens_jax.data.benchmarks.catalogue import Instance, Turn
 from rlens_jax.errors import UserError, foreign, suggest
-from rlens_jax.families import internvl, llava, llava_next, llava_onevision, minicpm_v, qwen2_5_vl, qwen2_vl
+from rlens_jax.families import internvl, llava, llava_next, llava_onevision, minicpm_v, qwen2_5_vl, qwen2_vl, qwen3_vl
 from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.family import Family
 from rlens_jax.families.image_files import NESTED_FILE, PROCESSOR_FILE, read_processor_fields
@@ -29,6 +29,7 @@ FAMILIES: tuple[Family[Any], ...] = (
     minicpm_v.FAMILY,
     qwen2_5_vl.FAMILY,
     qwen2_vl.FAMILY,
+    qwen3_vl.FAMILY,
 )
 """`Any`, because each family has its own type of config."""
 

@@ -104,6 +104,90 @@ QWEN3_SIZES = {
 """Sizes of InternVL3.5's text models; K = 8, H = 128 and V = 151936 in all."""
 
 
+QWEN3_VL_SIZES = {
+    "qwen3-vl-8b": {
+        "L": 36,
+        "D": 4096,
+        "F": 12288,
+        "N": 32,
+        "K": 8,
+        "depth": 27,
+        "E": 1152,
+        "f": 4304,
+        "tied": False,
+        "numbers": 8767123696,
+    },
+    "qwen3-vl-4b": {
+        "L": 36,
+        "D": 2560,
+        "F": 9728,
+        "N": 32,
+        "K": 8,
+        "depth": 24,
+        "E": 1024,
+        "f": 4096,
+        "tied": True,
+        "numbers": 4437815808,
+    },
+    "qwen3-vl-2b": {
+        "L": 28,
+        "D": 2048,
+        "F": 6144,
+        "N": 16,
+        "K": 8,
+        "depth": 24,
+        "E": 1024,
+        "f": 4096,
+        "tied": True,
+        "numbers": 2127532032,
+    },
+}
+"""Sizes and number of parameters."""
+
+
+def qwen3_vl(sizes: dict) -> dict:
+    """The published config.json, without what says nothing of the model."""
+    text = {
+        "model_type": "qwen3_vl_text",
+        "attention_bias": False,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": sizes["D"],
+        "intermediate_size": sizes["F"],
+        "max_position_embeddings": 262144,
+        "num_attention_heads": sizes["N"],
+        "num_hidden_layers": sizes["L"],
+        "num_key_value_heads": sizes["K"],
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+        "rope_theta": 5000000,
+        "vocab_size": 151936,
+    }
+    vision = {
+        "model_type": "qwen3_vl",
+        "deepstack_visual_indexes": [8, 16, 24] if sizes["depth"] == 27 else [5, 11, 17],
+        "depth": sizes["depth"],
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": sizes["E"],
+        "in_channels": 3,
+        "intermediate_size": sizes["f"],
+        "num_heads": 16,
+        "num_position_embeddings": 2304,
+        "out_hidden_size": sizes["D"],
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    return {
+        "model_type": "qwen3_vl",
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "tie_word_embeddings": sizes["tied"],
+        "text_config": text,
+        "vision_config": vision,
+    }
+
+
 def internvl(name: str) -> dict:
     if name.startswith("internvl3_5"):
         return internvl3_5(name)
@@ -331,6 +415,7 @@ BY_MODEL_TYPE = {
     "minicpmv": MINICPM_V,
     "qwen2_vl": qwen2_vl(QWEN2_VL_SIZES["qwen2-vl-7b"]),
     "qwen2_5_vl": qwen2_5_vl(QWEN2_5_VL_SIZES["qwen2.5-vl-7b"]),
+    "qwen3_vl": qwen3_vl(QWEN3_VL_SIZES["qwen3-vl-8b"]),
 }
 """One published checkpoint per `model_type`."""
 

@@ -58,7 +58,7 @@ def visual_of(model: VisionLanguageModel, images: Images) -> jax.Array:
 def run_prefill(graph, state, batch, visual, plan: Plan, reduction: Reduction, new_tokens: int):
     """Logits of all slots, were the probe scores numbers, and the cache."""
     decoder = nnx.merge(graph, state)
-    context = decoder.context(batch.layout, batch.rope_positions, KEY)
+    context = decoder.context(batch.layout, batch.rope_positions, KEY, features=decoder.features(visual))
     x, record = decoder.prefill(decoder.embed(batch.text_ids, visual), context, plan, reduction)
     cache = (decoder.make_cache(record, batch.layout, new_tokens),)
     return decoder.logits(x), record.kept.scored.all(), cache
@@ -68,7 +68,8 @@ def run_prefill(graph, state, batch, visual, plan: Plan, reduction: Reduction, n
 def run_traced(graph, state, batch, visual, plan: TracedPlan, reduction: Reduction):
     """Logits of all slots, and were the probe scores numbers."""
     decoder = nnx.merge(graph, state)
-    context, stop = decoder.context(batch.layout, batch.rope_positions, KEY), plan.attention.shape[0]
+    context = decoder.context(batch.layout, batch.rope_positions, KEY, features=decoder.features(visual))
+    stop = plan.attention.shape[0]
     x = decoder.embed(batch.text_ids, visual)
     x, scored = decoder.run_layers(x, context, plan, reduction, jnp.int32(0), jnp.int32(stop))
     return decoder.logits(x), scored.all()

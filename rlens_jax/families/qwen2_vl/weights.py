@@ -26,9 +26,9 @@ def patch_embed(*, bias: bool) -> tuple[Row, ...]:
     return linear("patch_embed.proj", "patch_embed", "e channel time row col -> (channel time row col) e", bias=bias)
 
 
-def merger(first: str, second: str) -> tuple[Row, ...]:
-    """Rows of the merger's two linear maps, which have these names."""
-    return (*linear(first, "merger_fc1", "m g -> g m"), *linear(second, "merger_fc2", "d m -> m d"))
+def merger(first: str, second: str, target: str = "merger_") -> tuple[Row, ...]:
+    """Rows of a merger's two linear maps, which have these names; the names of ours begin with `target`."""
+    return (*linear(first, f"{target}fc1", "m g -> g m"), *linear(second, f"{target}fc2", "d m -> m d"))
 
 
 def tower_table(config: Qwen2VLConfig, outer: tuple[Row, ...], block: tuple[Row, ...], *more: Part) -> Table:

@@ -1,0 +1,23 @@
+"""Qwen3-VL, the dense models (arXiv 2511.21631)."""
+
+from functools import partial
+
+from rlens_jax.families.family import Family
+from rlens_jax.families.qwen2_vl.preparer import Qwen2VLPreparer, image_arrays, image_sizes, measure
+from rlens_jax.families.qwen2_vl.reference import REFERENCE
+from rlens_jax.families.qwen3_vl.model import Qwen3VLConfig, VisionTower, read_config
+from rlens_jax.families.qwen3_vl.preparer import PUBLISHED_PIXELS, benchmark_prompt
+from rlens_jax.families.qwen3_vl.weights import table
+
+FAMILY = Family[Qwen3VLConfig](
+    model_types={"qwen3_vl": read_config},
+    vision=VisionTower,
+    preparer=Qwen2VLPreparer,
+    image_sizes=image_sizes,
+    image_arrays=image_arrays,
+    measure=partial(measure, published=PUBLISHED_PIXELS),
+    table=table,
+    reference=REFERENCE,
+    benchmark_prompt=benchmark_prompt,
+    preset="qwen3_vl_8b",
+)
