@@ -14,12 +14,11 @@ from statistics import median
 from typing import Any
 
 import jax
-from jaxtyping import Array
 
 from rlens_jax.console import Progress
 from rlens_jax.engine.model_programs import ROWS
 from rlens_jax.engine.pools import Batch, Pool
-from rlens_jax.engine.programs import Programs
+from rlens_jax.engine.programs import Programs, States
 from rlens_jax.engine.timing import static_prefill, time_side_by_side
 from rlens_jax.errors import UserError
 from rlens_jax.files import check_schema, json_text, read_json_object, replace_file
@@ -89,14 +88,14 @@ def _layers(programs: Programs, batch: Batch, attention: Level, ffn: Level) -> C
     layers = range(min(TIMED_LAYERS, programs.config.num_layers))
     plan = Plan.of(dict.fromkeys(layers, attention), dict.fromkeys(layers, ffn))
 
-    def run(model: Any, x: Array, inputs: PromptBatch) -> Any:
-        context = model.decoder.context(inputs.layout, inputs.rope_positions, programs.random_key(), programs.kernel)
-        x, record = model.decoder.prefill(x, context, plan, programs.reduction, layers)
+    def run(model: Any, states: States, inputs: PromptBatch) -> Any:
+        decoder, key, features = model.decoder, programs.random_key(), states.features
+        context = decoder.context(inputs.layout, inputs.rope_positions, key, programs.kernel, features=features)
+        x, record = decoder.prefill(states.x, context, plan, programs.reduction, layers)
         return x, record.k, record.v
 
     program = programs.program("layer levels", run, (ROWS, ROWS), ROWS)
-    states, _ = programs.embed(batch.inputs.text_ids, batch.visual)
-    return partial(program, states, batch.inputs)
+    return partial(program, programs.embed(batch.inputs.text_ids, batch.visual), batch.inputs)
 
 
 def kept_level_times(
