@@ -1,5 +1,7 @@
 """The PyTorch reductions against an independent PyTorch implementation, and against our decoder."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from rlens_jax.families.qwen2_vl.model import read_config
 from rlens_jax.plans import Plan, Reduction
 from rlens_jax.torch_twin import decoder_layers, reduced
 from tests import torch_reductions
+from tests.families.llava import tiny_llava, tiny_llava_next
 from tests.families.qwen2_vl import Example, hf_inputs, make_example
 from tests.numerics import assert_close, error
 from tests.torch_support import redraw, tiny_qwen2_vl
@@ -173,13 +176,14 @@ def tiny_llava_onevision() -> torch.nn.Module:
     return LlavaOnevisionForConditionalGeneration(config)
 
 
-@pytest.mark.parametrize("make", [tiny_internvl, tiny_llava_onevision])
+@pytest.mark.parametrize("make", [tiny_internvl, tiny_llava_onevision, partial(tiny_llava, 0), partial(tiny_llava_next, 0)])
 def test_other_families(make) -> None:
     """The text path of the other classes, with embeddings in place of an image tower's output."""
     theirs = make().eval()
     redraw(theirs, 1)
-    ids = torch.tensor([[1, 2, *[45] * 12, 3, *[45] * 9, 4, 5]])
-    visual = ids[0] == 45
+    token = theirs.config.image_token_id
+    ids = torch.tensor([[1, 2, *[token] * 12, 3, *[token] * 9, 4, 5]])
+    visual = ids[0] == token
     with reduced(theirs, Plan(attention=(0,), ffn=(1,)), SMALL) as record:
         inner = theirs.model
         captured = []

@@ -32,7 +32,7 @@ TEXT = {
     "num_hidden_layers": 5,
     "num_attention_heads": 6,
     "vocab_size": VOCABULARY,
-    "rms_norm_eps": 0.01,
+    "rms_norm_eps": 0.1,
     "max_position_embeddings": 512,
     "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0},
 }

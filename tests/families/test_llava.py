@@ -88,9 +88,10 @@ class LlavaContract(ForwardContract):
     reduced: ClassVar = [("ragged", BOTH)]
     mutations = MUTATIONS
 
-    @pytest.fixture
-    def pair(self, pairs) -> Pair:
-        return pairs(self.family)
+    @pytest.fixture(scope="class")
+    @classmethod
+    def pair(cls, pairs) -> Pair:
+        return pairs(cls.family)
 
     @abstractmethod
     def parts(self, batch: str) -> Parts:
@@ -136,7 +137,7 @@ class LlavaContract(ForwardContract):
             generated = pair.theirs.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
         expected = generated[0, len(example.token_ids) :].tolist()
         assert len(expected) == NEW_TOKENS
-        assert len(set(expected)) > 5
+        assert len(set(expected)) >= 5
         images = our_images(pair.config, [example])
         (logits,), cache, batch = prefill(pair.ours, [example], *images, wanted, SMALL, NEW_TOKENS)
         assert greedy(pair.ours, logits, cache, batch, NEW_TOKENS) == expected
