@@ -44,6 +44,7 @@ class DecoderSizes:
 
 
 _QWEN2_7B = DecoderSizes(28, 3584, 28, 4, 128, 18944, qkv_bias=True)
+_VICUNA_7B = DecoderSizes(32, 4096, 32, 32, 128, 11008, qkv_bias=False)
 PUBLISHED_DECODERS: Mapping[str, DecoderSizes] = {
     "internvl2-8b": DecoderSizes(32, 4096, 32, 8, 128, 14336, qkv_bias=False),
     "qwen2-vl-7b": _QWEN2_7B,
@@ -53,6 +54,10 @@ PUBLISHED_DECODERS: Mapping[str, DecoderSizes] = {
     "llava-onevision-0.5b": DecoderSizes(24, 896, 14, 2, 64, 4864, qkv_bias=True),
     "qwen2.5-vl-7b": _QWEN2_7B,
     "qwen2.5-vl-3b": DecoderSizes(36, 2048, 16, 2, 128, 11008, qkv_bias=True),
+    "llava-1.5-7b": _VICUNA_7B,
+    "llava-1.5-13b": DecoderSizes(40, 5120, 40, 40, 128, 13824, qkv_bias=False),
+    "llava-next-vicuna-7b": _VICUNA_7B,
+    "llava-next-mistral-7b": DecoderSizes(32, 4096, 32, 8, 128, 14336, qkv_bias=False),
 }
 """The paper's models, and others of the supported families."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from rlens_jax.families.qwen2_5_vl import model as qwen2_5_vl
 from rlens_jax.families.qwen2_vl import model as qwen2_vl
 from rlens_jax.families.registry import read_kind
 from rlens_jax.families.siglip import SIGLIP
+from rlens_jax.flops import PUBLISHED_DECODERS, DecoderSizes
+from tests.families import published
 from tests.families.published import BY_MODEL_TYPE
 
 TEXT = {"internvl_chat": "llm_config", **dict.fromkeys(("internvl", "llava", "llava_next", "llava_onevision"), "text_config")}
@@ -313,3 +316,17 @@ def test_an_original_llava_that_calls_itself_llava_is_refused_too() -> None:
     what = "config.json: is LLaVA's original layout; use the -hf model, such as llava-hf/llava-"
     assert refusal(original) == f"{what}1.5-7b-hf"
     assert refusal(original | {"mm_patch_merge_type": "spatial_unpad"}) == f"{what}v1.6-vicuna-7b-hf"
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("llava-1.5-7b", published.llava(published.VICUNA)),
+        ("llava-1.5-13b", published.llava(published.VICUNA_13B)),
+        ("llava-next-vicuna-7b", published.llava_next(published.VICUNA)),
+        ("llava-next-mistral-7b", published.llava_next(published.MISTRAL)),
+    ],
+)
+def test_short_names_have_the_sizes_of_published_models(name: str, fields: dict[str, Any]) -> None:
+    sizes, names = decoder(fields), [field.name for field in dataclass_fields(DecoderSizes)]
+    assert {n: getattr(PUBLISHED_DECODERS[name], n) for n in names} == {n: getattr(sizes, n) for n in names}
