@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from rlens_jax.checkpoints.checkpoint import load_model
+from rlens_jax.checkpoints.checkpoint import load_model, read_model_kind
 from rlens_jax.data.samples import Sample
 from rlens_jax.families.minicpm_v.preparer import MiniCPMVPreparer
 from rlens_jax.families.registry import read_kind
@@ -23,6 +24,7 @@ from rlens_jax.parity.dump import run_case
 from rlens_jax.plans import Plan, Reduction
 from tests import torch_reductions
 from tests.families import internvl, qwen2_5_vl, qwen2_vl
+from tests.families import llava as clip_llava
 from tests.families import llava_onevision as llava
 from tests.families import minicpm_v as minicpm
 from tests.families.test_llava_preparer import write_texts
@@ -71,6 +73,15 @@ def make_qwen2_5_vl(folder: Path) -> Reference:
     inputs = qwen2_vl.hf_inputs([qwen2_vl.make_example(seed, part, config) for seed, part in enumerate(parts, 1)])
     cases = [run_case(model, inputs, plan, SMALL, with_states=True) for plan in PLANS]
     return Reference(save_tiny(folder, model), "qwen2_5_vl", cases)
+
+
+def make_clip_llava(family: str, folder: Path) -> Reference:
+    """LLaVA-1.5 or LLaVA-NeXT: prompts with one image, two images, and none."""
+    model = clip_llava.MAKE[family](0)
+    folder = save_tiny(folder, model)
+    config, parts = read_model_kind(folder).config, [[3, (20, 33), 5], [2, (33, 20), 1, (40, 15), 3], [13]]
+    inputs = clip_llava.hf_inputs([clip_llava.make_example(config, seed, part) for seed, part in enumerate(parts, 1)])
+    return Reference(folder, family, [run_case(model, inputs, plan, SMALL, with_states=True) for plan in PLANS])
 
 
 INTERNVL_PARTS = [[3, (40, 90), 5], [2, (9, 8), 1, (50, 20), 3, (16, 16), 11], [13]]
@@ -150,6 +161,8 @@ def published_strip(view: torch.Tensor) -> np.ndarray:
 
 
 MAKE: dict[str, Callable[[Path], Reference]] = {
+    "llava": partial(make_clip_llava, "llava"),
+    "llava_next": partial(make_clip_llava, "llava_next"),
     "llava_onevision": make_llava,
     "internvl": make_internvl,
     "internvl_chat": make_native_internvl,
@@ -189,8 +202,10 @@ def test_pixels_count(family: str, references, tmp_path: Path) -> None:
     bundle = reference.write(tmp_path / "bundle", (0,))
     with edited(bundle) as case:
         pixels = case["pixel_values"]
-        if family == "llava_onevision":  # the two images of one prompt
+        if family in ("llava", "llava_onevision"):  # the two images of one prompt
             pixels[[1, 2]] = pixels[[2, 1]]
+        elif family == "llava_next":  # views of one image
+            pixels[0, [0, 1]] = pixels[0, [1, 0]]
         else:
             pixels[[0, 1]] = pixels[[1, 0]]  # patches of one image for Qwen2.5-VL
     assert validate(reference.model, "--reference", bundle) == 1
@@ -289,6 +304,21 @@ BAD = {
         "llava_onevision",
         put("input_ids", (2, 0), llava.VIDEO_TOKEN),
         "input_ids has video tokens; only images are supported",
+    ),
+    "llava_next: a smaller size": (
+        "llava_next",
+        put("image_sizes", 0, (14, 28)),
+        "image 0 has 5 views in pixel_values, 3 by its image_sizes [14, 28]",
+    ),
+    "llava_1.5: a missing view": (
+        "llava",
+        less("pixel_values"),
+        "row 1 of input_ids has 18 image tokens, to which its images do not add up",
+    ),
+    "llava_1.5: views of another size": (
+        "llava",
+        lambda t: t.update(pixel_values=t["pixel_values"][..., :-1]),
+        "expected [I, 3, 14, 14]",
     ),
     "internvl: a missing tile": (
         "internvl",
@@ -398,7 +428,15 @@ def with_internvl_processor(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("save", [with_llava_processor, with_internvl_processor])
+SAVE_WITH_PROCESSOR = (
+    with_llava_processor,
+    with_internvl_processor,
+    partial(clip_llava.save_llava, family="llava", template="vicuna", num_hidden_layers=2),
+    partial(clip_llava.save_llava, family="llava_next", template="mistral", num_hidden_layers=2),
+)
+
+
+@pytest.mark.parametrize("save", SAVE_WITH_PROCESSOR, ids=["llava_onevision", "internvl", "llava", "llava_next"])
 def test_dump_and_compare(save: Callable[[Path], Path], tmp_path: Path, capsys) -> None:
     model, bundle = save(tmp_path / "model"), tmp_path / "bundle"
     options = ("--attention=0,1", "--ffn=0", "--attention-range=5", "--active-fraction=0.3")
