@@ -8,7 +8,7 @@ import pytest
 
 from rlens_jax.commands.cost import main
 from rlens_jax.console import run_command
-from rlens_jax.plan_file import FORMAT
+from rlens_jax.plan_file import FORMAT, LEVELS_FORMAT
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -22,6 +22,15 @@ def last_layers(folder: Path, num_layers: int, count: int) -> Path:
     path = folder / "plan.json"
     path.write_text(json.dumps({"format": FORMAT, "num_layers": num_layers, "attention": layers, "ffn": layers}))
     return path
+
+
+def test_a_plan_with_levels(tmp_path: Path) -> None:
+    """Op-Skip's smallest preset for Qwen2.5-VL-7B, whose layers have the sizes of Qwen2-VL-7B, saves 24.0 %."""
+    plan, result = tmp_path / "plan.json", tmp_path / "cost.json"
+    fields = {"freeze": [20, 21, 22, 23, 24, 25, 27], "attention_levels": [{"layers": [26], "skip": True}]}
+    plan.write_text(json.dumps({"format": LEVELS_FORMAT, "num_layers": 28, **fields}))
+    assert run(["qwen2-vl-7b", "--visual=1296", f"--plan={plan}", f"--json={result}"]) == 0
+    assert abs(100 * (1 - json.loads(result.read_text())["with_probes"]["share_of_dense"]) - 24.0) < 0.1
 
 
 @pytest.mark.parametrize(

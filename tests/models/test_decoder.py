@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from rlens_jax.checkpoints.leaves import place
 from rlens_jax.layout import visible
 from rlens_jax.models.decoder import Context, Decoder, TracedPlan, as_data
-from rlens_jax.plans import FULL, STANDARD, Plan, Reduction
+from rlens_jax.plans import FULL, SKIP, STANDARD, Plan, Reduction
 from rlens_jax.sharding.mesh import make_mesh
 from tests.numerics import assert_close, error
 from tests.sequences import make_layout, pack, random_rows, run_length, unpack
@@ -228,7 +228,10 @@ def test_influence_within_a_hollow_layer_is_exactly_what_the_mask_says(decoder):
     np.testing.assert_array_equal(influence != 0, visible(layout.slots, layout.slots, REDUCTION.attention_range)[0])
 
 
-@pytest.mark.parametrize("plan", [Plan(), PLANS[2]], ids=Plan.label)
+LEVELS = Plan.of({0: SKIP, 1: 0, 2: 2, 3: SKIP}, {0: SKIP, 2: 0.5, 4: SKIP})
+
+
+@pytest.mark.parametrize("plan", [Plan(), PLANS[2], LEVELS], ids=Plan.label)
 def test_decoding_equals_the_prefill_of_the_whole(decoder, plan):
     """Each sample's last tokens, which are text, one by one through the cache; neither is ever reduced."""
     masks, steps = [run_length(3, 31, 9), run_length(2, 7, 4, 11, 8), run_length(12)], 7

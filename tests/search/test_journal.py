@@ -9,7 +9,7 @@ import pytest
 
 from rlens_jax import durable_log
 from rlens_jax.errors import UserError
-from rlens_jax.plans import Plan
+from rlens_jax.plans import SKIP, Plan
 from rlens_jax.search.journal import JOURNAL_NAME, Journal, Record
 
 CONFIG = {"model": "toy", "seed": 0, "reduction": {"attention_range": 256, "active_fraction": 0.2}}
@@ -71,6 +71,15 @@ def test_the_file_is_as_documented(tmp_path):
     assert lines[3]["samples"] == [8, 11, 9, 10]
     assert lines[3]["outcomes"] == [0.1, 1 / 3, 1.0, -2.5e-300]
     assert sorted(os.listdir(tmp_path)) == ["journal.jsonl", "journal.lock"]
+
+
+def test_levels_are_written_and_read_back(tmp_path):
+    plan = Plan.of({0: SKIP, 1: 0, 2: 64}, {0: SKIP, 3: 0.25})
+    line = write(tmp_path, [Record("validation", plan, np.array([1]), np.array([1.0]), 0.0)]).read_text().splitlines()[1]
+    assert json.loads(line)["freeze"] == [0]
+    with Journal.open(tmp_path, CONFIG) as journal:
+        assert journal.outcomes("validation", plan, 3)[1] == 1.0
+        assert np.isnan(journal.outcomes("validation", plan.with_level("attention", 2, 63), 3)).all()
 
 
 def test_numpy_arrays_are_taken(tmp_path):
