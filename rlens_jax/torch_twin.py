@@ -1,4 +1,4 @@
-"""Both reductions for PyTorch users: run a Hugging Face model under a plan (extra `torch`).
+"""All settings of a plan for PyTorch users: run a Hugging Face model under it (extra `torch`).
 
     from rlens_jax.plans import Plan, Reduction
     from rlens_jax.torch_twin import reduced
@@ -8,20 +8,22 @@
 
 Supported are models with a `language_model` built like Llama or Qwen2: Qwen2-VL, -hf models of LLaVA and InternVL, and others,
 with eager or SDPA attention, padded on either side. The Dynamic FFN computes gate, up and down of visual tokens on the kept units
-only. Hollow Attention is a mask, so its saving is *simulated*. A prefill must contain all visual tokens of its samples; decoding
-steps run the plain layers.
+only, and a skipped FFN computes nothing for them. Hollow Attention and attention to text only are masks, and a skipped attention
+sets updates to zero, so their saving is *simulated*. Keys and values of all tokens are made and cached in every layer. A prefill
+must contain all visual tokens of its samples; decoding steps run the plain layers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlens_jax.errors import UserError
-from rlens_jax.plans import Plan, Reduction
+from rlens_jax.plans import SKIP, TEXT, Level, Plan, Reduction, value_of
 
 ATTENTION_KINDS = ("eager", "sdpa")
 
@@ -48,8 +50,8 @@ def reduced(
 
     Args:
         model: a Hugging Face model with a `language_model`.
-        plan: the layers to reduce.
-        reduction: settings of the reduced layers.
+        plan: what each layer does for visual tokens.
+        reduction: the standard range and fraction, and the choice of probes.
         image_token: id of the placeholder of a visual token; None takes it from the config of the model.
         kept_units: per layer int [B, U], used instead of the selection of the probes, which is recorded anyway.
         seed: seed of random probes; the JAX package draws other probes from the same seed.
@@ -71,20 +73,26 @@ def reduced(
             raise UserError("a reduced model needs input_ids, which show which tokens are visual")
         state.begin(ids == token, named.get("past_key_values"))
 
-    def replace(module: nn.Module, forward: Callable[..., Any]) -> None:
+    def wrap(module: Any, forward: Callable[..., Any]) -> None:
         module.forward = forward
         undo.append(lambda: delattr(module, "forward"))
 
     hook = model.register_forward_pre_hook(look_at_inputs, with_kwargs=True)
     undo.append(hook.remove)
+    held_text = plan.frozen if plan.freeze_text_before else ()
     try:
-        for number in plan.attention:
+        for number, level in plan.reduced("attention").items():
             attention: Any = layers[number].self_attn
-            replace(attention, _hollow(attention.forward, state, reduction))
-        for number in plan.ffn:
+            held = partial(state.held, number in held_text)
+            wrap(attention, _attention(attention.forward, state, value_of("attention", level, reduction), reduction.window, held))
+        for number, level in plan.reduced("ffn").items():
             mlp: Any = layers[number].mlp
+            if level == SKIP:
+                wrap(mlp, _without(mlp.forward, partial(state.held, number in held_text)))
+                continue
             imposed = None if kept_units is None else kept_units.get(number)
-            replace(mlp, _dynamic(mlp, mlp.forward, state, reduction, record, number, imposed, seed))
+            settings = replace(reduction, active_fraction=_fraction(level, reduction))
+            wrap(mlp, _dynamic(mlp, mlp.forward, state, settings, record, number, imposed, seed))
         yield record
     finally:
         for step in reversed(undo):
@@ -118,9 +126,10 @@ def _image_token(model: nn.Module) -> int:
 def _check_attention(model: nn.Module, plan: Plan) -> None:
     text = getattr(model.config, "text_config", model.config)
     kind = getattr(text, "_attn_implementation", None)
-    if plan.attention and kind not in ATTENTION_KINDS:
+    masked = any(level != SKIP for level in plan.reduced("attention").values())
+    if masked and kind not in ATTENTION_KINDS:
         raise UserError(
-            f"Hollow Attention needs a mask, which {kind} does not take; load the model with attn_implementation "
+            f"reduced attention needs a mask, which {kind} does not take; load the model with attn_implementation "
             f"{' or '.join(ATTENTION_KINDS)}"
         )
 
@@ -140,30 +149,78 @@ class _Pass:
         self.is_visual = is_visual if first else None
         self.ordinal = is_visual.cumsum(dim=1) - is_visual.long()
 
+    def held(self, with_text_before: bool) -> Tensor | None:
+        """Which tokens a skipping layer leaves as they are, bool [B, T]; None if the pass is no prefill."""
+        if self.is_visual is None or not with_text_before:
+            return self.is_visual
+        later = self.is_visual.long().flip(1).cumsum(dim=1).flip(1)  # visual tokens from here on
+        return later > 0
 
-def _hollow(plain: Callable[..., Any], state: _Pass, reduction: Reduction) -> Callable[..., Any]:
-    """Attention in which visual tokens see all text before them and the last R visual tokens, themselves included."""
+
+Held = Callable[[], Tensor | None]
+"""`_Pass.held` of a layer."""
+
+
+def _fraction(level: Level, reduction: Reduction) -> float:
+    """The share of units at a level of the FFN that is not SKIP."""
+    value = value_of("ffn", level, reduction)
+    return value if isinstance(value, float) else 1.0
+
+
+def _attention(plain: Callable[..., Any], state: _Pass, level: Level, window: str, held: Held) -> Callable[..., Any]:
+    """Attention at a level; rows without update come out as zeros, which the layer adds."""
+
+    def without(output: Any, rows: Tensor) -> Any:
+        first, *others = output
+        return first.masked_fill(rows[..., None], 0), *others
 
     def forward(hidden_states: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Any:
-        if state.is_visual is None:
+        rows, visual = held(), state.is_visual
+        if rows is None or visual is None:
             return plain(hidden_states=hidden_states, attention_mask=attention_mask, **others)
-        visual, length = state.is_visual, hidden_states.shape[1]
-        place = torch.arange(length, device=visual.device)
-        order = state.ordinal if reduction.window == "ordinal" else place.expand_as(visual)
-        assert order is not None
-        far = order[:, :, None] - order[:, None, :] >= reduction.attention_range
-        hidden = (far & visual[:, :, None] & visual[:, None, :])[:, None]
-        lowest = torch.finfo(hidden_states.dtype).min
-        if attention_mask is None:
-            hidden = hidden | (place[None, :] > place[:, None])
-            mask = torch.zeros((), dtype=hidden_states.dtype, device=visual.device).expand(hidden.shape)
-        elif attention_mask.dtype == torch.bool:
-            mask = torch.zeros_like(attention_mask, dtype=hidden_states.dtype).masked_fill(~attention_mask, lowest)
-        else:
-            mask = attention_mask
-        # A cache of fixed size has keys after the prefill; the mask passed in hides them already.
-        hidden = nn.functional.pad(hidden, (0, mask.shape[-1] - length))
-        return plain(hidden_states=hidden_states, attention_mask=mask.masked_fill(hidden, lowest), **others)
+        if level == SKIP:
+            return without(plain(hidden_states=hidden_states, attention_mask=attention_mask, **others), rows)
+        assert isinstance(level, int)
+        mask = _hollow(hidden_states, attention_mask, state, level, window)
+        output = plain(hidden_states=hidden_states, attention_mask=mask, **others)
+        # A visual token with nothing to attend to would attend to all equally.
+        return without(output, visual & (mask[:, 0, :, :].amax(dim=-1) < 0)) if level == TEXT else output
+
+    return forward
+
+
+def _hollow(x: Tensor, attention_mask: Tensor | None, state: _Pass, reach: int, window: str) -> Tensor:
+    """The mask to add in which visual tokens see all text before them and the last `reach` visual tokens, themselves included."""
+    visual, length = state.is_visual, x.shape[1]
+    assert visual is not None
+    place = torch.arange(length, device=visual.device)
+    order = state.ordinal if window == "ordinal" else place.expand_as(visual)
+    assert order is not None
+    far = order[:, :, None] - order[:, None, :] >= reach
+    hidden = (far & visual[:, :, None] & visual[:, None, :])[:, None]
+    lowest = torch.finfo(x.dtype).min
+    if attention_mask is None:
+        hidden = hidden | (place[None, :] > place[:, None])
+        mask = torch.zeros((), dtype=x.dtype, device=visual.device).expand(hidden.shape)
+    elif attention_mask.dtype == torch.bool:
+        mask = torch.zeros_like(attention_mask, dtype=x.dtype).masked_fill(~attention_mask, lowest)
+    else:
+        mask = attention_mask
+    # A cache of fixed size has keys after the prefill; the mask passed in hides them already.
+    hidden = nn.functional.pad(hidden, (0, mask.shape[-1] - length))
+    return mask.masked_fill(hidden, lowest)
+
+
+def _without(plain: Callable[[Tensor], Tensor], held: Held) -> Callable[[Tensor], Tensor]:
+    """FFN whose update is computed for the other tokens only."""
+
+    def forward(x: Tensor) -> Tensor:
+        rows = held()
+        if rows is None:
+            return plain(x)
+        y = torch.zeros_like(x)
+        y[~rows] = plain(x[~rows][None])[0]
+        return y
 
     return forward
 

@@ -23,6 +23,7 @@ from rlens_jax.families.registry import read_kind
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.plans import Plan, Reduction
 from tests.families.branches import BranchContract
+from tests.families.operator_settings import OperatorSettingsContract
 from tests.families.placement import Placement
 from tests.families.published import FACTS
 from tests.numerics import assert_close, error
@@ -47,7 +48,7 @@ def swap(first: Any, second: Any) -> None:
     first[...], second[...] = second[...], first[...]
 
 
-class ForwardContract(BranchContract):
+class ForwardContract(BranchContract, OperatorSettingsContract):
     """Logits equal those of PyTorch, dense and reduced, and a wrong model misses them. The fixture `pair` is the family's."""
 
     batches: ClassVar[Collection[str]]

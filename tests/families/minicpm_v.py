@@ -170,6 +170,18 @@ class MiniCPMV(torch.nn.Module):
         )[0].tolist()
 
 
+class AsTransformers(torch.nn.Module):
+    """The model in the form that `rlens_jax.torch_twin` reduces: it sees the ids of a sample, and has a `language_model`."""
+
+    def __init__(self, model: MiniCPMV):
+        super().__init__()
+        self.language_model, self.config, self._logits = model.llm.model, model.config, model.logits
+
+    def forward(self, input_ids: torch.Tensor, token_ids: np.ndarray, visual: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[T, V] of one sample; `input_ids` [1, T] only say which tokens are visual."""
+        return self._logits(token_ids, visual)
+
+
 def position_buckets(patches: int, side: int) -> torch.Tensor:
     """Places of `patches` patches in a row among `side` trained ones, by the published rule."""
     edges = torch.arange(1 / side, 1.0, 1 / side)

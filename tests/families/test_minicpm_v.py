@@ -15,6 +15,7 @@ import torch
 from flax import nnx
 from PIL import Image
 
+from rlens_jax import torch_twin
 from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.checkpoints.leaves import place
 from rlens_jax.data.samples import Sample
@@ -544,3 +545,10 @@ class TestMiniCPMV(ForwardContract):
 
     def torch_model(self, pair: Pair) -> SimpleNamespace:
         return language_model(pair)
+
+    def twin(self, pair: Pair, example: Example, plan: Plan) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        ids, model = example.prompt.token_ids, reference.AsTransformers(pair.theirs)
+        marked = torch.tensor(np.where(example.prompt.is_visual, -1, ids))[None]
+        with torch_twin.reduced(model, plan, self.reduction, image_token=-1) as record:
+            logits = model(marked, ids, example.visual).numpy()
+        return logits, {layer: units.numpy().astype(np.int32) for layer, units in record.kept_units.items()}
