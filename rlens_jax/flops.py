@@ -58,6 +58,8 @@ PUBLISHED_DECODERS: Mapping[str, DecoderSizes] = {
     "llava-1.5-13b": DecoderSizes(40, 5120, 40, 40, 128, 13824, qkv_bias=False),
     "llava-next-vicuna-7b": _VICUNA_7B,
     "llava-next-mistral-7b": DecoderSizes(32, 4096, 32, 8, 128, 14336, qkv_bias=False),
+    "qwen3-vl-8b": DecoderSizes(36, 4096, 32, 8, 128, 12288, qkv_bias=False, qk_norm=True),
+    "qwen3-vl-4b": DecoderSizes(36, 2560, 32, 8, 128, 9728, qkv_bias=False, qk_norm=True),
 }
 """The paper's models, and others of the supported families."""
 

@@ -19,7 +19,11 @@ from rlens_jax.flops import PUBLISHED_DECODERS, DecoderSizes
 from tests.families import published
 from tests.families.published import BY_MODEL_TYPE
 
-TEXT = {"internvl_chat": "llm_config", **dict.fromkeys(("internvl", "llava", "llava_next", "llava_onevision"), "text_config")}
+TEXT = {
+    "qwen3_vl": "text_config",
+    "internvl_chat": "llm_config",
+    **dict.fromkeys(("internvl", "llava", "llava_next", "llava_onevision"), "text_config"),
+}
 """Where the decoder's fields are; elsewhere they are not nested."""
 THETA, PARAMETERS = {"rope_theta": 7.0, "rope_type": "default"}, {"rope_theta": 5.0, "rope_type": "default"}
 NESTED = {
@@ -129,7 +133,7 @@ def test_a_sliding_window_limits_the_context_and_null_is_none() -> None:
 )
 def test_rope_scaling_counts_before_rope_parameters_and_both_before_a_theta_beside_them(model_type, fields, theta) -> None:
     """The order of transformers 5.24; without any theta, the class's."""
-    theta = theta or (1e6 if model_type.startswith("qwen2_") else 1e4)
+    theta = theta or (5e5 if model_type == "qwen3_vl" else 1e6 if model_type.startswith("qwen2_") else 1e4)
     assert decoder(text_changed(model_type, **fields)).rope_theta == theta
 
 

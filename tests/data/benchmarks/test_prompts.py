@@ -40,6 +40,13 @@ EXPECTED = {
         "HallusionBench": "Q? Please answer yes or no.",
         "MMStar": f"{BLOCK}{SELECT}",
     },
+    "qwen3_vl": {
+        **dict.fromkeys(
+            (*VQA, "ChartQA_TEST", "OCRBench"), "Q?\nPlease answer concisely with short words or phrases when possible."
+        ),
+        **dict.fromkeys(("MME", "HallusionBench"), "Q? Please answer yes or no."),
+        "MMStar": f"{BLOCK}Answer with the option letter only.",
+    },
     "minicpmv": {
         **dict.fromkeys(VQA, f"{SHORT}\n<image>\nQ?"),
         **dict.fromkeys(("ChartQA_TEST", "OCRBench", "HallusionBench"), f"{COT}Q?"),
