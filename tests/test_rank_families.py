@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rlens_jax.resources import embedded_model
 from tests.families import internvl, qwen2_5_vl
 from tests.families import llava_onevision as llava
 from tests.families import minicpm_v as minicpm
+from tests.families.llava import save_llava as save_tiny_llava
 from tests.families.test_llava_preparer import write_texts
 from tests.torch_support import save_tiny
 
@@ -56,6 +58,7 @@ def save_qwen(folder: Path) -> Path:
 
 
 SAVE: dict[str, Callable[[Path], Path]] = {
+    "llava_next": partial(save_tiny_llava, family="llava_next", template="mistral", max_position_embeddings=2048),
     "llava_onevision": save_llava,
     "internvl_chat": save_internvl,
     "minicpmv": save_minicpm,
