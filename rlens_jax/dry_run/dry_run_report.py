@@ -20,8 +20,9 @@ from rlens_jax.forecast import RACED_SHARE
 SCHEMA = "rlens-dry-run/2"
 WIDTH = 110
 LEGEND = (
-    "encode: the vision tower. embed: packs text and visual tokens. layers: runs any consecutive layers. outcome: scores the "
-    "teacher-forced answer. generate (search.objective = generation): prefill and decoding."
+    "encode: the vision tower. embed: packs text and visual tokens. layers: runs any consecutive layers. last layer: "
+    "at the answers alone. outcome: scores the teacher-forced answer. generate (search.objective = generation): prefill and "
+    "decoding."
 )
 _LINE = "{:<9} {:<26} {:>10} {:>10} {:>8} {:>10} {:>9}  {}"
 _WORK = "{:<9} {:<26} {:>10} {:>10} {:>12} {:>12}"

@@ -171,5 +171,5 @@ def block_seconds(phase: Phase, times: Times, bucket: str, slots: int) -> float:
         + (phase.steps + phase.state_runs) * layers.fixed
         + run(phase.layers)
         + run(phase.state_layers)
-        + phase.steps * times.of("outcome", bucket, slots).run
+        + phase.steps * (times.of("last layer", bucket, slots).run + times.of("outcome", bucket, slots).run)
     )

@@ -43,7 +43,7 @@ class Phase:
     evaluations: int = 0
     """Plans."""
     steps: float = 0
-    """Runs of `outcome`, or of `generate`, per block."""
+    """Runs of `last layer` and `outcome`, or of `generate`, per block."""
     layers: Layers = field(default_factory=lambda: dict.fromkeys(LAYER_KINDS, 0.0))
     """Layers run per block, by kind, without those for base states."""
     from_first: int = 0
@@ -255,7 +255,7 @@ class BlockCounter:
         self.phase.steps += share
         self.phase.from_first += self._num_layers
         if self._forced:
-            for kind in self._kinds(plan)[start:]:
+            for kind in self._kinds(plan)[start:-1]:  # the last layer has a program of its own
                 self.phase.layers[kind] += share
 
     def _make_states(self, base: Plan, last: int) -> None:

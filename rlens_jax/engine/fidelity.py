@@ -91,10 +91,11 @@ class Fidelity(TeacherForcing):
         return BranchOutcomes(numbers, self.best - total / np.maximum(1, mine.sum(axis=1)), all_finite)
 
     def dense(self, batch: Batch) -> States:
-        """The dense model's last states, computed from the first layer on."""
+        """The dense model's last states at the places of the answers, computed from the first layer on."""
         programs = self.programs
         states = programs.embed(batch.inputs.text_ids, batch.visual)
-        return programs.layers(states, batch.inputs, Plan(), 0, programs.config.num_layers)
+        states = programs.layers(states, batch.inputs, Plan(), 0, programs.config.num_layers - 1)
+        return programs.last_layer(states, batch.inputs, Plan())
 
     def release(self) -> None:
         super().release()

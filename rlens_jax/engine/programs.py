@@ -66,6 +66,7 @@ class Programs(ModelPrograms):
         self.levels = levels
         self.embed_program = self.program("embed", _embed, (ROWS,) * 2, ROWS)
         self.layers_program = self.program("layers", self._layers, (ROWS, ROWS, *(EVERYWHERE,) * 3), ROWS)
+        self.last_layer_program = self.program("last layer", self._last_layer, (ROWS,) * 2, ROWS)
         self.outcome_program = self.program("outcome", self._outcome, (ROWS,) * 2, EVERYWHERE)
         self.generate_program = self.program("generate", self._generate, (ROWS, ROWS, EVERYWHERE), EVERYWHERE)
 
@@ -78,6 +79,14 @@ class Programs(ModelPrograms):
         bounds = (everywhere(np.array(bound, np.int32), self.mesh) for bound in (start, stop))
         x, scored = self.layers_program(states, batch, self.traced(plan), *bounds)
         return States(x, scored, states.features)
+
+    def last_layer(self, states: States, batch: PromptBatch, plan: Plan) -> States:
+        """The states after the last layer at the places of the answers; those of all other slots are as they enter it.
+
+        What the last layer does for visual tokens reaches no answer, so it is the same for every plan. A subclass may reduce
+        other tokens of the batch.
+        """
+        return self.last_layer_program(states, batch)
 
     def outcome(
         self, states: States, batch: PromptBatch
@@ -115,6 +124,11 @@ class Programs(ModelPrograms):
         context = model.decoder.context(batch.layout, batch.rope_positions, key, self.kernel, features=features)
         x, now = self.run_layers(model.decoder, states.x, context, batch, plan, start, stop)
         return x, states.scored & now
+
+    def _last_layer(self, model: VisionLanguageModel, states: States, batch: PromptBatch) -> States:
+        x, scored = states
+        context = model.decoder.context(batch.layout, batch.rope_positions, self.random_key(), self.kernel)
+        return model.decoder.last_layer_at(x, context, jnp.asarray(batch.answer_slots)), scored
 
     def _generate(
         self, model: VisionLanguageModel, visual: Array, batch: PromptBatch, plan: TracedPlan

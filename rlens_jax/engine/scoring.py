@@ -76,10 +76,12 @@ class TeacherForcing:
         with part("base states"):
             states = self._states[batch.pool].entering(batch, first, base)
         with part("candidates"):
-            return self.read(programs.layers(states, batch.inputs, plan, first, num_layers), batch)
+            if first < num_layers - 1:
+                states = programs.layers(states, batch.inputs, plan, first, num_layers - 1)
+            return self.read(programs.last_layer(states, batch.inputs, plan), batch)
 
     def read(self, states: States, batch: Batch) -> Any:
-        """Start to read the outcomes of a batch from its last states."""
+        """Start to read the outcomes of a batch from the last states at the places of its answers."""
         return self.programs.outcome(states, batch.inputs)
 
     def finish(self, run: Any, samples: Sequence[Sample]) -> BranchOutcomes:

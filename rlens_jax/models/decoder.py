@@ -287,6 +287,22 @@ class DecoderLayer(nnx.Module):
         update, kept = unless_skipped(setting, rows, text_rows)
         return add_rows(x, sum_over_shards(update)), kept
 
+    def at(self, x: States, slots: Int[Array, "B A"], context: Context, units: Units) -> Float[Array, "B A D"]:
+        """The states after the layer in some text slots alone; what it does for visual tokens changes none of them."""
+
+        def take(values: Array) -> Array:
+            return jnp.take_along_axis(values, slots.reshape(*slots.shape, *(1,) * (values.ndim - 2)), axis=1)
+
+        cos, sin = context.rotary
+        with jax.named_scope("attention"):
+            y, key = self.input_norm(x), context.layout.slots
+            k, v = self.attention.keys_values(y, context.rotary)
+            q = self.attention.queries(take(y), (take(cos), take(sin)))
+            attended = masked_attention(q, k, v, visible(key.cut(take), key, None))
+            x = take(x) + sum_over_shards(self.attention.o_proj(attended))
+        with jax.named_scope("ffn"):
+            return x + sum_over_shards(dense_ffn(self.ffn_norm(x), units))
+
     def decode(
         self, x: States, rotary: Rotary, cache: LayerCache, mask: Bool[Array, "B Q S"], slot: Int[Array, ""], units: Units
     ) -> tuple[States, LayerCache]:
@@ -440,6 +456,13 @@ class Decoder(nnx.Module):
             return x, scored & record.kept.scored
 
         return jax.lax.fori_loop(start, stop, body, (x, jnp.ones(x.shape[0], bool)))
+
+    def last_layer_at(self, x: States, context: Context, slots: Int[Array, "B A"]) -> States:
+        """The states with those of some text slots after the last layer; `x` enters it."""
+        layer = jnp.int32(self.config.num_layers - 1)
+        module = self.layer(layer)
+        last = module.at(x, slots, context, module.ffn.units(context.halved, layer))
+        return x.at[jnp.arange(x.shape[0])[:, None], slots].set(last)
 
     def make_cache(self, record: LayerRecord, layout: TokenLayout, new_tokens: int) -> KVCache:
         """The cache of the layers of a prefill, with room for `new_tokens` more in all; plans drop nothing from it (paper)."""

@@ -92,6 +92,9 @@ class TextPrograms(Programs):
     ) -> tuple[Array, Array]:
         return run_text_layers(decoder, x, context, num_prompt_text(batch), plan, self.reduction, start, stop)
 
+    def last_layer(self, states: States, batch: PromptBatch, plan: Plan) -> States:
+        return self.layers(states, batch, plan, self.config.num_layers - 1, self.config.num_layers)
+
 
 def num_prompt_text(batch: PromptBatch) -> Int[Array, " B"]:
     """Text tokens of each prompt without its answer; the answer is at the end of the text slots."""

@@ -33,6 +33,7 @@ from tests.engine.toy import (
     toy_split,
     words,
 )
+from tests.numerics import assert_close
 from tests.toy_search import one_at_a_time
 
 
@@ -103,13 +104,27 @@ def test_a_suffix_from_stored_states_is_bit_equal(programs: Programs, split: Spl
                 np.testing.assert_array_equal(part, expected)
 
 
+def test_the_last_layer_is_computed_at_the_answers_alone(programs: Programs, split: Split) -> None:
+    before = Plan(ffn=(1,))
+    for plan in (before, before.with_layer("attention", LAYERS - 1).with_layer("ffn", LAYERS - 1)):
+        for batch in split.batches:
+            states = programs.embed(batch.inputs.text_ids, batch.visual)
+            states = programs.layers(states, batch.inputs, plan, 0, LAYERS - 1)
+            last = programs.last_layer(states, batch.inputs, plan)
+            number, right, value, finite = map(np.asarray, programs.outcome(last, batch.inputs))
+            for part, expected in zip((number, right), plain_batch(programs, batch, plan), strict=False):
+                np.testing.assert_array_equal(part, expected)
+            assert_close(value, plain_batch(programs, batch, plan)[2], 1e-5)
+            assert finite[number != FILLER].all()
+
+
 def test_one_trace_per_program_and_bucket(programs: Programs, split: Split, tmp_path: Path) -> None:
     buckets = {(batch.inputs.layout.bucket, batch.inputs.answer_slots.shape) for batch in split.batches}
     assert len(buckets) > 1
     made, journal = evaluator(programs, split, tmp_path)
     with journal:
         made.outcomes("validation", Plan(), [Plan(), Plan((1,)), Plan((), (0, 3)), Plan((2,), (2,))])
-    assert programs.traces["layers"] == len(buckets)
+    assert programs.traces["layers"] == programs.traces["last layer"] == len(buckets)
     assert programs.traces["outcome"] == len(buckets)
     assert programs.traces["encode"] == 1
 
