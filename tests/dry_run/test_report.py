@@ -56,6 +56,7 @@ def fitting(kind: ModelKind) -> DryRun:
         compiled("encode", "patches 512", slots=512),
         compiled("embed"),
         compiled("layers", layers=28, dense=cost, collectives=[REDUCE, gather]),
+        compiled("last layer"),
         compiled("outcome"),
     )
 
@@ -122,6 +123,7 @@ def test_a_program_that_compiles_but_does_not_fit(kind: ModelKind) -> None:
         compiled("encode", "patches 512", slots=512),
         compiled("embed"),
         compiled("layers", layers=28, memory=large),
+        compiled("last layer"),
         compiled("outcome"),
     )
     text = terminal(run, None)

@@ -82,6 +82,7 @@ def test_a_run() -> None:
             dense=ProgramCost(Cost(47 * SECOND), Cost(10 * SECOND)),
             reduced=ProgramCost(Cost(7 * SECOND), Cost(SECOND)),
         ),
+        compiled("last layer", dense=ProgramCost(Cost(13 * SECOND), None)),
         compiled("outcome", dense=ProgramCost(Cost(11 * SECOND), None)),
     )
     search = Phase("search", "validation", steps=3, state_runs=4, embeddings=2)
@@ -91,12 +92,12 @@ def test_a_run() -> None:
     loads = (BucketLoad(Bucket(32, 64), 6, 400, 1, 3), BucketLoad(Bucket(64, 128), 2, 300, 1, 1))
     split = SplitLoad(8, 8, loads, {(10,): 4, (40,): 1})
     found = estimate(Workload((search,), {"validation": split}, 2, 2, 0), known, chips=16)
-    block = 2 * 5 + (3 + 4) * 7 + (6 + 4) * 10 + 3 * 1 + 3 * 11
+    block = 2 * 5 + (3 + 4) * 7 + (6 + 4) * 10 + 3 * 1 + 3 * (13 + 11)
     assert found.phases["search"] == pytest.approx({"text 32, visual 64": 3 * block, "text 64, visual 128": 2 * block})
     # Two runs with two images of ten patches, and one with places for two of forty
     assert found.phases["vision"] == pytest.approx({"patches 10": 4.0, "patches 40": 8.0})
-    # Three programs in two buckets and one in two others; four took 40 seconds, 1.5 of each for its trace.
-    compilation = 8 * 1.5 + (10 - 1.5)
+    # Four programs in two buckets and one in two others; five took 40 seconds, 1.5 of each for its trace.
+    compilation = 10 * 1.5 + (8 - 1.5)
     assert found.compilation == pytest.approx(compilation)
     assert found.roofline == pytest.approx(5 * block + 12)
     assert found.likely == pytest.approx(found.roofline / LIKELY_SHARE + compilation)

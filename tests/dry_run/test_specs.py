@@ -84,6 +84,7 @@ def test_the_programs_of_buckets() -> None:
         ("encode", "patches 512", 3, 3 * 512),
         ("embed", "text 32, visual 128", 2, 2 * 160),
         ("layers", "text 32, visual 128", 2, 2 * 160),
+        ("last layer", "text 32, visual 128", 2, 2 * 160),
         ("outcome", "text 32, visual 128", 2, 2 * 160),
     ]
 
@@ -94,7 +95,7 @@ def test_generation_has_one_program() -> None:
     assert (generate.name, generate.steps, generate.layers) == ("generate", 7, 12)
 
 
-@pytest.mark.parametrize("name", ["encode", "embed", "layers", "outcome"])
+@pytest.mark.parametrize("name", ["encode", "embed", "layers", "last layer", "outcome"])
 def test_the_runs_own_programs_lower(name: str) -> None:
     (spec,) = (spec for spec in embedded_specs() if spec.name == name)
     lowered = spec.lower()
