@@ -126,9 +126,10 @@ class Programs(ModelPrograms):
         return x, states.scored & now
 
     def _last_layer(self, model: VisionLanguageModel, states: States, batch: PromptBatch) -> States:
-        x, scored = states
-        context = model.decoder.context(batch.layout, batch.rope_positions, self.random_key(), self.kernel)
-        return model.decoder.last_layer_at(x, context, jnp.asarray(batch.answer_slots)), scored
+        key, features = self.random_key(), states.features
+        context = model.decoder.context(batch.layout, batch.rope_positions, key, self.kernel, features=features)
+        last = model.decoder.last_layer_at(states.x, context, jnp.asarray(batch.answer_slots))
+        return States(last, states.scored)
 
     def _generate(
         self, model: VisionLanguageModel, visual: Array, batch: PromptBatch, plan: TracedPlan

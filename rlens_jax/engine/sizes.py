@@ -119,7 +119,7 @@ def decoder_arguments(
     return {
         programs.embed_program: (batch.text_ids, visual),
         programs.layers_program: (States(x, scored, features), batch, plan, bound, bound),
-        programs.last_layer_program: (States(x, scored), batch),
+        programs.last_layer_program: (States(x, scored, features), batch),
         programs.outcome_program: (States(x, scored), batch),
         programs.generate_program: (visual, batch, plan),
     }
