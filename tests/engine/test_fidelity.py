@@ -66,7 +66,7 @@ def logits_of(programs: Programs, split: Split, plan: Plan) -> Logits:
     model, found = programs.model(), {}
     for batch in split.batches:
         states, inputs = programs.embed(batch.inputs.text_ids, batch.visual), batch.inputs
-        x, _ = programs.layers(states, inputs, plan, 0, LAYERS)
+        x = programs.layers(states, inputs, plan, 0, LAYERS).x
         logits = np.asarray(model.decoder.logits(jnp.take_along_axis(x, inputs.answer_slots[:, :, None], axis=1)), np.float64)
         for row, branch in zip(*np.nonzero(np.asarray(inputs.samples) != FILLER), strict=True):
             mine = (np.asarray(inputs.answer_branch[row]) == branch) & (np.asarray(inputs.answer_targets[row]) != IGNORE)
