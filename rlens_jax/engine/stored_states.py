@@ -109,7 +109,7 @@ def _programs(mesh: Mesh, cut: bool) -> Any:
     def make(shape: tuple[int, int, int], dtype: Any) -> Kept:
         return jnp.zeros(shape, dtype), jnp.zeros(shape[0], bool)
 
-    def take(kept: Kept, places: Array) -> Kept:
+    def take(kept: Kept, places: Array) -> tuple[Array, Array]:
         mine = places[jax.lax.axis_index(WORK)]
         x, scored = (part[mine] for part in kept)
         return jax.lax.all_gather(x, MODEL, axis=2, tiled=True) if cut else x, scored

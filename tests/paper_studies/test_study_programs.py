@@ -12,7 +12,7 @@ from rlens_jax.layout import Bucket, pack_rows, unpack_rows
 from rlens_jax.models.decoder import Context, Decoder, DecoderLayer, TracedPlan
 from rlens_jax.models.prompt import Prompt, PromptBatch, collate_alone
 from rlens_jax.paper_studies.study_programs import attend_text, feed_text, num_prompt_text, run_text_layers, text_visible
-from rlens_jax.plans import Reduction
+from rlens_jax.plans import FULL, Reduction
 from tests.numerics import assert_close
 from tests.toy_decoder import TOY
 
@@ -127,7 +127,7 @@ def test_the_ffn_is_that_of_the_loops(decoder: Decoder, batch: PromptBatch, stat
     x, scored = feed_text(module, states, shared, REDUCTION, layer, num_prompt_text(batch))
     assert scored.all()
     got, dense = (
-        unpack_rows(np.asarray(rows), batch.layout) for rows in (x, module.feed(states, shared, REDUCTION, False, layer)[0])
+        unpack_rows(np.asarray(rows), batch.layout) for rows in (x, module.feed(states, shared, REDUCTION, FULL, layer)[0])
     )
     weights = [np.asarray(w, np.float64) for w in jax.tree.leaves(module.ffn.weights)]
     normed = unpack_rows(np.asarray(module.ffn_norm(states)), batch.layout)
@@ -157,9 +157,9 @@ def test_a_traced_plan_chooses_the_layers(decoder: Decoder, batch: PromptBatch, 
     got, scored = run_text_layers(decoder, states, shared, prompt, plan, REDUCTION, jnp.int32(0), jnp.int32(2))
     assert scored.all()
     first, second = layer_of(decoder, 0), layer_of(decoder, 1)
-    x = first.attend(states, shared, REDUCTION, False)[0]
+    x = first.attend(states, shared, REDUCTION, FULL)[0]
     x = feed_text(first, x, shared, REDUCTION, jnp.int32(0), prompt)[0]
     x = attend_text(second, x, shared, prompt)
-    x = second.feed(x, shared, REDUCTION, False, jnp.int32(1))[0]
+    x = second.feed(x, shared, REDUCTION, FULL, jnp.int32(1))[0]
     for one, other in zip(*(unpack_rows(np.asarray(y), batch.layout) for y in (got, x)), strict=True):
         assert_close(one, other, 1e-5)
