@@ -63,7 +63,7 @@ TRUNKS = [10, 11, 12]
 
 @pytest.mark.parametrize("trunk", TRUNKS)
 def test_teacher_forcing(programs: Programs, trunk: int) -> None:
-    width = programs.config.width
+    width = programs.config.visual_width
 
     def outcomes(batch: PromptBatch, visual: np.ndarray) -> dict[int, tuple[bool, float]]:
         states = programs.embed(batch.text_ids, visual)
@@ -83,7 +83,7 @@ def test_teacher_forcing(programs: Programs, trunk: int) -> None:
 
 @pytest.mark.parametrize("trunk", TRUNKS)
 def test_generation(programs: Programs, trunk: int) -> None:
-    width = programs.config.width
+    width = programs.config.visual_width
 
     def generated(batch: PromptBatch, visual: np.ndarray) -> dict[int, list[int]]:
         samples, tokens, finite = map(np.asarray, programs.generate(programs.put(visual), batch, PLAN))
