@@ -62,14 +62,10 @@ class Fidelity(TeacherForcing):
         self._kept_program = programs.program("answer states", _answer_states, (ROWS, ROWS), ROWS)
         self._compare_program = programs.program("fidelity", partial(_compare, measure), (ROWS,) * 3, EVERYWHERE)
 
-    def hold(self, batches: Sequence[Batch]) -> None:
-        super().hold(batches)
-        for pool in dict.fromkeys(batch.pool for batch in batches):
-            if pool not in self._references:
-                with part("base states"):
-                    self._references[pool] = self._made(pool)
-
     def read(self, states: States, batch: Batch) -> Any:
+        if batch.pool not in self._references:  # only now: a resumed run may evaluate nothing
+            with part("base states"):
+                self._references[batch.pool] = self._made(batch.pool)
         references = take_rows(self._references[batch.pool], batch.rows, self.programs.mesh)
         return self._compare_program(states, references, batch.inputs)
 

@@ -402,7 +402,7 @@ HF_REFUSALS = [
     ("vision_feature_select_strategy", "full", "vision_feature_select_strategy = 'full' is not supported"),
     ("projector_hidden_act", "relu", "projector_hidden_act = 'relu' is not supported"),
     ("image_token_id", None, "image_token_id must be a token id"),
-    ("text_config.model_type", "qwen3", "text_config: model_type 'qwen3' is not supported"),
+    ("text_config.model_type", "gemma3", "text_config: model_type 'gemma3' is not supported"),
     ("text_config.use_sliding_window", True, "use_sliding_window = True is not supported"),
     ("vision_config.image_size", [448, 224], "image_size = [448, 224] is not supported (only squares)"),
     ("vision_config.use_mean_pooling", False, "use_mean_pooling = False is not supported"),
