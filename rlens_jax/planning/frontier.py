@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
@@ -18,7 +18,7 @@ from rlens_jax.engine.timing import time_plans
 from rlens_jax.flops import mean_saving
 from rlens_jax.planning.planner import Planner
 from rlens_jax.plans import OPERATORS, Plan
-from rlens_jax.search.bootstrap import bootstrap_interval, mean_over_datasets
+from rlens_jax.search.bootstrap import Interval, bootstrap_interval, mean_over_datasets
 from rlens_jax.search.confirmation import CONFIDENCE, HeldOutLoss, held_out_losses, last_confirmed, least_samples, milestones
 from rlens_jax.search.curves import chain_order
 from rlens_jax.search.front import Front, FrontPoint, Kind, PrefillTime, undominated
@@ -179,7 +179,7 @@ class Frontier:
                 plan=each.plan,
                 cost=each.cost,
                 flops=(1 - saved(each.plan, True)) / (1 - start),
-                score=replace(scores, value=scores.value[place], low=scores.low[place], high=scores.high[place]),
+                score=Interval(*(np.asarray(part[place]) for part in (scores.value, scores.low, scores.high))),
                 loss=losses[place],
                 search_loss=each.search_loss,
                 time=times[place],

@@ -288,7 +288,12 @@ def test_pruning_alone_and_on_top_of_a_plan(finished: Finished) -> None:
         assert point.x == pytest.approx(1 - point.flops.saved)
         shares = [
             saving(
-                CONFIG.layer_sizes, text, visual_in_layer(dropped, visual, LAYERS), point.case.plan, REDUCTION, with_probes=True
+                CONFIG.decoder.layer_sizes,
+                text,
+                visual_in_layer(dropped, visual, LAYERS),
+                point.case.plan,
+                REDUCTION,
+                with_probes=True,
             )
             for text, visual in zip(split.num_text.tolist(), split.num_visual.tolist(), strict=True)
         ]
