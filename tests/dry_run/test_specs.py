@@ -99,7 +99,7 @@ def test_generation_has_one_program() -> None:
 def test_the_runs_own_programs_lower(name: str) -> None:
     (spec,) = (spec for spec in embedded_specs() if spec.name == name)
     lowered = spec.lower()
-    assert f"@jit_{name} " in lowered.as_text()[:200]
+    assert f"@jit_{name.replace(' ', '_')} " in lowered.as_text()[:200]
 
 
 def test_a_folder_without_the_file(tmp_path: Path) -> None:
