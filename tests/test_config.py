@@ -240,12 +240,15 @@ def test_every_field_is_read_by_some_code():
                 if isinstance(node, ast.FunctionDef) and node.name == "__post_init__":
                     node.body = []
             read |= {(owner.lstrip("_"), field) for owner, field in reads(tree)}
-    # Reduction's own methods read some of its fields, SearchConfig.base both base plans, and SearchConfig.alpha the penalty.
+    # Reduction's own methods read some of its fields, SearchConfig.base both base plans, SearchConfig.alpha the penalty, and
+    # JointConfig.levels the levels of both operators.
     read |= {("reduction", field) for owner, field in read if owner == "self"}
     if ("search", "base") in read:
         read |= {("search", "base_attention"), ("search", "base_ffn")}
     if ("search", "alpha") in read:
         read.add(("search", "penalty"))
+    if ("joint", "levels") in read:
+        read |= {("joint", "attention_levels"), ("joint", "ffn_levels")}
     unread = [
         f"{group}.{field.name}"
         for group, cls in {"config": RunConfig, **GROUPS}.items()

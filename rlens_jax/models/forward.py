@@ -35,6 +35,8 @@ from rlens_jax.plans import Level, Operator, Plan, Reduction
 
 Stack: TypeAlias = PyTree
 """All decoder layers as `nnx.split` returns them: their module graph, and their parameters with a leading axis L."""
+Images: TypeAlias = Sequence[Sequence[PreparedImage]]
+"""The prepared images of each sample, in order."""
 Observer = Callable[[int, Operator, States, Kept | None], None]
 """Called as `observe(layer, operator, states, kept)` after each half of a layer; `kept` is what the probes of an FFN chose."""
 DEFAULT = Reduction()
@@ -76,7 +78,7 @@ class VisionLanguageModel(nnx.Module):
 
 def forward(
     model: VisionLanguageModel,
-    images: Sequence[Sequence[PreparedImage]],
+    images: Images,
     prompts: Sequence[Prompt],
     plan: Plan,
     reduction: Reduction = DEFAULT,
@@ -90,8 +92,7 @@ def forward(
     decoder, batch = model.decoder, pack(prompts)
     visual = encode(model, images, batch.layout.bucket.visual)
     x = decoder.embed(batch.text_ids, visual)  # each row: all text tokens, then all visual tokens
-    features = decoder.features(visual)  # what deepstack adds after the first layers, if the family has it
-    context = decoder.context(batch.layout, batch.rope_positions, jax.random.key(0), features=features)
+    context = decoder.context(batch.layout, batch.rope_positions, jax.random.key(0), features=decoder.features(visual))
     stack = nnx.split(decoder.layers)
     for layer in range(decoder.config.num_layers):
         entering = x
@@ -107,9 +108,7 @@ def forward(
 
 @partial(jax.jit, static_argnames=("reduction", "level"))
 def attend(stack: Stack, layer: Layer, x: States, context: Context, reduction: Reduction, level: Level) -> States:
-    """Add attention. By its level, a visual token attends to all tokens before it; to the text before it and to the last R visual
-    tokens; to the text before it only; or it gets no update. Its keys and values are there for later text at every level.
-    """
+    """Add attention. The level says which tokens before it a visual token attends to; its keys and values are always made."""
     return nnx.merge(*layer_at(stack, layer)).attend(x, context, reduction, level)[0]
 
 
@@ -121,9 +120,7 @@ def feed(
     return nnx.merge(*layer_at(stack, layer)).feed(x, context, reduction, level, layer, imposed)
 
 
-def encode(
-    model: VisionLanguageModel, images: Sequence[Sequence[PreparedImage]], num_slots: int
-) -> Float[Array, "B P visual_width"]:
+def encode(model: VisionLanguageModel, images: Images, num_slots: int) -> Float[Array, "B P visual_width"]:
     """Visual tokens of each sample: its images in order, then zeros. Images of equal shapes go through the tower together."""
     vision, same_shape = nnx.split(model.vision), defaultdict(list)
     visual = np.zeros((len(images), num_slots, model.decoder.config.visual_width), model.decoder.embedding.dtype)

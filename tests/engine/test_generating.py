@@ -17,4 +17,4 @@ def test_spellings_of_one_answer_are_right() -> None:
     samples = [Sample("s", "d", (), "?", (normalised("9\n"), normalised(DECOMPOSED)))]
     numbers = np.array([[0, 0, 0, 0, 0, FILLER]])
     outcomes = scoring.finish((numbers, np.arange(6)[None, :, None], np.ones((1, 6), bool)), samples)
-    assert outcomes.right.tolist() == [[True] * 4 + [False] * 2]
+    assert outcomes.outcome.tolist() == [[True] * 4 + [False] * 2]
