@@ -164,6 +164,6 @@ def test_a_run_says_what_is_shared(samples: list[Sample]) -> None:
     """And with the images at the end of a question that nothing is."""
     told = [prepare(samples, preparer, True, Processes()).described() for preparer in (ToyPreparer(), ImageLast())]
     assert told == [
-        "16 questions about 4 images in 11 rows",
+        "16 questions about 4 images in 10 rows",
         "16 questions about 4 images in 16 rows; nothing is shared, because no prompts about an image are equal up to its end",
     ]
