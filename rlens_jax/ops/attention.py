@@ -33,7 +33,8 @@ MASKED = -1e30
 
 DENSE_BLOCK, HOLLOW_BLOCK = 128, 64
 """Visual queries per block (our decision, measured by `rlens_jax.bench`). A block meets whole blocks of keys, so small blocks
-waste fewer scores. The narrow band of Hollow Attention affords smaller blocks than the long rows of dense attention."""
+waste fewer scores. The narrow band of Hollow Attention affords smaller blocks than the long rows of dense attention. Prompts of
+at most DENSE_BLOCK visual slots take half of both."""
 
 DENSE_SPANS = 8
 """Number of spans into which `chunked_attention` cuts the visual queries of dense attention."""
@@ -108,7 +109,8 @@ def packed_attention(
     """
     num_text, num_visual, leading = layout.bucket.text, layout.bucket.visual, layout.slots_before_visual
     reach = num_visual if attention_range is None else attention_range - 1
-    block = block or max(DENSE_BLOCK if attention_range is None else HOLLOW_BLOCK, num_visual // MAX_BLOCKS)
+    least = (DENSE_BLOCK if attention_range is None else HOLLOW_BLOCK) // (1 if num_visual > DENSE_BLOCK else 2)
+    block = block or max(least, num_visual // MAX_BLOCKS)
     total, outputs = num_text + num_visual, [packed_text_attention(q, k, v, layout)]
     for start in range(num_text, total, block):
         stop = min(start + block, total)
