@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from rlens_jax.checkpoints import orbax_store
 from rlens_jax.checkpoints.checkpoint import kind_in
 from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.errors import UserError
+from rlens_jax.families.image_files import PROCESSOR_FILE
 from rlens_jax.families.registry import read_kind
+from rlens_jax.files import json_text, read_json_object
 from rlens_jax.parity.bundle import EMBEDDINGS, KEPT, LOGITS, new_bundle, states_name
 from rlens_jax.parity.constants import constants_of
 from rlens_jax.plans import Plan, Reduction
@@ -93,7 +96,8 @@ def make_inputs(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with _with_known_processor(folder) as readable:
+            processor = AutoProcessor.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
         messages = [
             [{"role": "user", "content": [*[{"type": "image"}] * len(sizes), {"type": "text", "text": text}]}]
             for text, sizes in QUESTIONS
@@ -109,6 +113,29 @@ def make_inputs(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     if unknown:
         raise UserError(f"{folder}: its processor returns {', '.join(unknown)}, which bundles cannot hold")
     return dict(inputs)
+
+
+@contextmanager
+def _with_known_processor(folder: Path) -> Iterator[Path]:
+    """The folder as transformers can read it.
+
+    Early files name an image processor that transformers has no more, such as Qwen2_5_VLImageProcessor. Without the name, it
+    takes the one of the `model_type`. UserError if the file is not a JSON object.
+    """
+    import transformers
+
+    path = folder / PROCESSOR_FILE
+    fields = read_json_object(path) if path.exists() else {}
+    named = fields.pop("image_processor_type", None)
+    if named is None or str(named).removesuffix("Fast") in dir(transformers):
+        yield folder
+        return
+    with TemporaryDirectory() as temporary:
+        for file in folder.iterdir():
+            if file.name != path.name:
+                (Path(temporary) / file.name).symlink_to(file.absolute())
+        (Path(temporary) / path.name).write_text(json_text(fields))
+        yield Path(temporary)
 
 
 def run_case(model: Any, inputs: Mapping[str, Any], plan: Plan, reduction: Reduction, with_states: bool) -> dict[str, np.ndarray]:

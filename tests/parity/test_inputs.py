@@ -23,7 +23,7 @@ from rlens_jax.parity.bundle import new_bundle
 from rlens_jax.parity.dump import run_case
 from rlens_jax.plans import Plan, Reduction
 from tests import torch_reductions
-from tests.families import internvl, qwen2_5_vl, qwen2_vl
+from tests.families import internvl, qwen2_5_vl, qwen2_vl, qwen3_vl
 from tests.families import llava as clip_llava
 from tests.families import llava_onevision as llava
 from tests.families import minicpm_v as minicpm
@@ -65,14 +65,14 @@ def make_llava(folder: Path) -> Reference:
     return Reference(save_tiny(folder, model), "llava_onevision", cases)
 
 
-def make_qwen2_5_vl(folder: Path) -> Reference:
-    """Prompts with one image, two images and none."""
-    model = qwen2_5_vl.tiny_qwen2_5_vl(0)
+def make_qwen(tiny: Callable[[int], Any], folder: Path) -> Reference:
+    """Qwen2.5-VL or Qwen3-VL: prompts with one image, two images and none."""
+    model = tiny(0)
     config = read_kind(model.config.to_dict(), "config.json").config
     parts = [[3, (6, 10), 5], [2, (10, 6), 1, (10, 2), 3], [13]]
     inputs = qwen2_vl.hf_inputs([qwen2_vl.make_example(seed, part, config) for seed, part in enumerate(parts, 1)])
     cases = [run_case(model, inputs, plan, SMALL, with_states=True) for plan in PLANS]
-    return Reference(save_tiny(folder, model), "qwen2_5_vl", cases)
+    return Reference(save_tiny(folder, model), model.config.model_type, cases)
 
 
 def make_clip_llava(family: str, folder: Path) -> Reference:
@@ -88,7 +88,8 @@ INTERNVL_PARTS = [[3, (40, 90), 5], [2, (9, 8), 1, (50, 20), 3, (16, 16), 11], [
 
 
 def make_internvl(folder: Path) -> Reference:
-    model = internvl.tiny_internvl(0)
+    """InternVL3.5, in the layout of transformers."""
+    model = internvl.tiny_internvl(0, text_model="qwen3")
     examples = [internvl.make_example(seed, part) for seed, part in enumerate(INTERNVL_PARTS, 1)]
     inputs = internvl.hf_inputs(examples)
     cases = [run_case(model, inputs, plan, SMALL, with_states=True) for plan in PLANS]
@@ -167,7 +168,8 @@ MAKE: dict[str, Callable[[Path], Reference]] = {
     "internvl": make_internvl,
     "internvl_chat": make_native_internvl,
     "minicpmv": make_minicpm,
-    "qwen2_5_vl": make_qwen2_5_vl,
+    "qwen2_5_vl": partial(make_qwen, qwen2_5_vl.tiny_qwen2_5_vl),
+    "qwen3_vl": partial(make_qwen, qwen3_vl.tiny_qwen3_vl),
 }
 
 
@@ -413,7 +415,7 @@ def with_llava_processor(folder: Path) -> Path:
 
 
 def with_internvl_processor(folder: Path) -> Path:
-    save_tiny(folder, internvl.tiny_internvl(1, num_hidden_layers=2))
+    save_tiny(folder, internvl.tiny_internvl(1, text_model="qwen3", num_hidden_layers=2))
     internvl.save_tokenizer(folder, internvl.HF_TEMPLATE)
     path = folder / "tokenizer_config.json"
     named = {"start": "<img>", "end": "</img>", "context": "<IMG_CONTEXT>"}
@@ -428,22 +430,26 @@ def with_internvl_processor(folder: Path) -> Path:
     return folder
 
 
-SAVE_WITH_PROCESSOR = (
-    with_llava_processor,
-    with_internvl_processor,
-    partial(clip_llava.save_llava, family="llava", template="vicuna", num_hidden_layers=2),
-    partial(clip_llava.save_llava, family="llava_next", template="mistral", num_hidden_layers=2),
-)
+SAVE_WITH_PROCESSOR: dict[str, Callable[[Path], Path]] = {
+    "llava_onevision": with_llava_processor,
+    "internvl": with_internvl_processor,
+    # LLaVA-1.5 has the same files.
+    "llava_next": partial(clip_llava.save_llava, family="llava_next", template="mistral", num_hidden_layers=2),
+    "qwen2_5_vl": qwen2_5_vl.save_random,  # names an image processor that transformers has no more
+    "qwen3_vl": qwen3_vl.save_random,
+}
 
 
-@pytest.mark.parametrize("save", SAVE_WITH_PROCESSOR, ids=["llava_onevision", "internvl", "llava", "llava_next"])
-def test_dump_and_compare(save: Callable[[Path], Path], tmp_path: Path, capsys) -> None:
-    model, bundle = save(tmp_path / "model"), tmp_path / "bundle"
-    options = ("--attention=0,1", "--ffn=0", "--attention-range=5", "--active-fraction=0.3")
+@pytest.mark.parametrize("family", SAVE_WITH_PROCESSOR)
+def test_dump_and_compare(family: str, tmp_path: Path, capsys) -> None:
+    model, bundle = SAVE_WITH_PROCESSOR[family](tmp_path / "model"), tmp_path / "bundle"
+    ffn = "0" if family == "internvl" else ""  # the decoder is that of all families
+    options = ("--attention=0,1", f"--ffn={ffn}", "--attention-range=5", "--active-fraction=0.3")
     assert validate(model, "--dump", bundle, *options) == 0
     assert validate(model, "--reference", bundle) == 0
-    assert "4 of 4 cases within the tolerance of 0.0001" in capsys.readouterr().out
-    dense, *others = (load_file(bundle / f"case_0{number}.safetensors")["logits"] for number in range(4))
+    cases = 4 if ffn else 2
+    assert f"{cases} of {cases} cases within the tolerance of 0.0001" in capsys.readouterr().out
+    dense, *others = (load_file(bundle / f"case_0{number}.safetensors")["logits"] for number in range(cases))
     assert all(np.abs(dense - other).max() > 1e-3 for other in others)
 
 
