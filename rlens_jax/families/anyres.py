@@ -6,13 +6,15 @@ visual tokens of the tiles form one grid, without the rows and columns of paddin
 all views.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlens_jax.errors import UserError
 from rlens_jax.families.config_reader import MOST_PIXELS, ConfigReader
+from rlens_jax.families.image_files import make_processor, read_processor_fields
 from rlens_jax.families.reference_inputs import checked
 from rlens_jax.files import quoted
 from rlens_jax.models.prompt import Grid
@@ -84,8 +86,10 @@ def cut_patches(views: np.ndarray, patch_size: int) -> np.ndarray:
     return whole.transpose(0, 2, 4, 1, 3, 5).reshape(count, rows * columns, -1)
 
 
-def check_processor(processor: Any, pinpoints: Sequence[Grid], view: int, where: str) -> None:
-    """Raise UserError if an image processor of transformers, which is of the file `where`, cuts other tiles than config.json."""
+def tile_processor(folder: Path, kind: Callable[..., Any], pinpoints: Sequence[Grid], view: int) -> Any:
+    """The image processor of a folder, of this kind of transformers. UserError if it cuts other tiles than config.json says."""
+    fields, where = read_processor_fields(folder)
+    processor = make_processor(kind, fields, where)
     given = tuple((height, width) for height, width in processor.image_grid_pinpoints)
     sizes = [size for size in (processor.size, processor.crop_size) if size]
     sides = {side for size in sizes for side in (size.height, size.width, size.shortest_edge) if side is not None}
@@ -93,6 +97,7 @@ def check_processor(processor: Any, pinpoints: Sequence[Grid], view: int, where:
         raise UserError(
             f"{where} and config.json differ in image_grid_pinpoints or in the size of a view; take both from one checkpoint"
         )
+    return processor
 
 
 def read_views(where: str, tensors: Mapping[str, np.ndarray], channels: int, view: int) -> tuple[np.ndarray, list[Grid]]:

@@ -11,9 +11,8 @@ from PIL.Image import Image
 from rlens_jax.data.images import Transparency
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import foreign
-from rlens_jax.families.anyres import check_processor, cut_patches
+from rlens_jax.families.anyres import cut_patches, tile_processor
 from rlens_jax.families.chat_files import read_chat
-from rlens_jax.families.image_files import make_processor, read_processor_fields
 from rlens_jax.families.llava_next.model import LlavaNextConfig, image_rows
 from rlens_jax.models.prompt import ImageArrays, ImageSize, ImageTokens, Measure, PreparedImage, Prompt
 
@@ -56,9 +55,7 @@ class LlavaNextPreparer:
         self.config = config
         self.transparency: Transparency = "white"
         self.chat = read_chat(folder, config.image_token, config.decoder.vocabulary)
-        fields, where = read_processor_fields(folder)
-        self.image_processor = make_processor(LlavaNextImageProcessorPil, fields, where)
-        check_processor(self.image_processor, config.pinpoints, config.vision.image_size, where)
+        self.image_processor = tile_processor(folder, LlavaNextImageProcessorPil, config.pinpoints, config.vision.image_size)
 
     def images(self, pixels: Sequence[Image], sample_id: str) -> list[PreparedImage]:
         """Each image as views [v, J, c] and rows of the table [Z]; see `VisionTower`."""

@@ -13,9 +13,8 @@ from rlens_jax.data.benchmarks.catalogue import Instance, Turn, default_prompt
 from rlens_jax.data.images import MAX_IMAGE_PIXELS, Transparency
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError, foreign
-from rlens_jax.families.anyres import NEWLINE, base_rows, best_tiles, check_processor, cut_patches, tile_rows
+from rlens_jax.families.anyres import NEWLINE, base_rows, best_tiles, cut_patches, tile_processor, tile_rows
 from rlens_jax.families.chat_files import read_chat
-from rlens_jax.families.image_files import make_processor, read_processor_fields
 from rlens_jax.families.llava_onevision.model import LlavaOnevisionConfig
 from rlens_jax.models.prompt import Grid, ImageArrays, ImageSize, ImageTokens, Measure, PreparedImage, Prompt
 
@@ -127,9 +126,7 @@ class LlavaOnevisionPreparer:
         self.config = config
         self.transparency: Transparency = "white"
         self.chat = read_chat(folder, config.image_token, config.decoder.vocabulary)
-        fields, where = read_processor_fields(folder)
-        self.image_processor = make_processor(LlavaOnevisionImageProcessorPil, fields, where)
-        check_processor(self.image_processor, config.pinpoints, config.image_size, where)
+        self.image_processor = tile_processor(folder, LlavaOnevisionImageProcessorPil, config.pinpoints, config.image_size)
 
     def images(self, pixels: Sequence[Image], sample_id: str) -> list[PreparedImage]:
         """Each image as views [v, J, c], sources [Z, corners] and weights [Z, corners]; see `VisionTower`."""

@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.families.config_reader import MOST_PIXELS, ConfigReader
 from rlens_jax.families.qwen2_vl.model import (
-    TOKENS,
     VISION_NORM_EPS,
     VISION_ROPE_THETA,
     Attention,
@@ -29,6 +28,7 @@ from rlens_jax.families.qwen2_vl.model import (
     attend_image,
     patch_sizes,
     read_qwen2_text,
+    read_tokens,
     spatial_rotation,
 )
 from rlens_jax.families.qwen2_vl.model import VisionTower as FullTower
@@ -73,14 +73,9 @@ VISION = {
 
 def read_config(config: ConfigReader) -> Qwen25VLConfig:
     """Read the sizes from config.json; UserError if it asks for a computation that is not supported."""
-    config = ConfigReader(config.fields, config.where, TOKENS)
     decoder = read_qwen2_text(config, "qwen2_5_vl")
-    return Qwen25VLConfig(
-        decoder,
-        _read_vision(config.section("vision_config", VISION), decoder.width),
-        image_token=config.token("image_token_id", vocabulary=decoder.vocabulary),
-        video_token=config.token("video_token_id", vocabulary=decoder.vocabulary),
-    )
+    vision = _read_vision(config.section("vision_config", VISION), decoder.width)
+    return Qwen25VLConfig(decoder, vision, **read_tokens(config, decoder.vocabulary))
 
 
 def _read_vision(vision: ConfigReader, out_width: int) -> WindowedConfig:

@@ -86,14 +86,15 @@ MROPE_SECTIONS = (16, 24, 24)
 
 def read_config(config: ConfigReader) -> Qwen2VLConfig:
     """Read the sizes from config.json; UserError if it asks for a computation that is not supported."""
-    config = ConfigReader(config.fields, config.where, TOKENS)
     decoder = read_qwen2_text(config, "qwen2_vl")
-    return Qwen2VLConfig(
-        decoder,
-        _read_vision(config.section("vision_config", VISION), decoder.width),
-        image_token=config.token("image_token_id", vocabulary=decoder.vocabulary),
-        video_token=config.token("video_token_id", vocabulary=decoder.vocabulary),
-    )
+    vision = _read_vision(config.section("vision_config", VISION), decoder.width)
+    return Qwen2VLConfig(decoder, vision, **read_tokens(config, decoder.vocabulary))
+
+
+def read_tokens(config: ConfigReader, vocabulary: int) -> dict[str, int]:
+    """The placeholders of images and videos, by their names in `Qwen2VLConfig`. UserError as `ConfigReader.token`."""
+    tokens = ConfigReader(config.fields, config.where, TOKENS)
+    return {name: tokens.token(f"{name}_id", vocabulary=vocabulary) for name in ("image_token", "video_token")}
 
 
 def text_fields(config: ConfigReader, model_type: str, defaults: Mapping[str, Any]) -> tuple[ConfigReader, bool]:

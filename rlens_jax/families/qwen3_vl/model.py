@@ -18,13 +18,13 @@ from jaxtyping import Array, Bool, Float, Int
 from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.decoder_fields import QWEN3, read_qwen3_decoder
 from rlens_jax.families.qwen2_vl.model import (
-    TOKENS,
     VISION_NORM_EPS,
     VISION_ROPE_THETA,
     Qwen2VLConfig,
     RotaryLayer,
     attend_image,
     patch_sizes,
+    read_tokens,
     spatial_rotation,
     text_fields,
 )
@@ -78,7 +78,6 @@ class Qwen3VLConfig(Qwen2VLConfig):
 
 def read_config(config: ConfigReader) -> Qwen3VLConfig:
     """Read the sizes from config.json; UserError if it asks for a computation that is not supported."""
-    config = ConfigReader(config.fields, config.where, TOKENS)
     config.section("text_config")
     text, tied = text_fields(config, "qwen3_vl", TEXT)
     vision = config.section("vision_config", VISION)
@@ -87,12 +86,7 @@ def read_config(config: ConfigReader) -> Qwen3VLConfig:
     decoder = replace(decoder, deepstack=len(deepstack))
     if decoder.deepstack >= decoder.num_layers:
         raise vision.error(DEEPSTACK, f"must be fewer than the decoder's layers, {decoder.num_layers}", list(deepstack))
-    return Qwen3VLConfig(
-        decoder,
-        _read_vision(vision, decoder, deepstack),
-        image_token=config.token("image_token_id", vocabulary=decoder.vocabulary),
-        video_token=config.token("video_token_id", vocabulary=decoder.vocabulary),
-    )
+    return Qwen3VLConfig(decoder, _read_vision(vision, decoder, deepstack), **read_tokens(config, decoder.vocabulary))
 
 
 def _read_vision(vision: ConfigReader, decoder: DecoderConfig, deepstack: tuple[int, ...]) -> VisionConfig:
