@@ -12,14 +12,10 @@ import os
 from statistics import median
 
 from rlens_jax.engine import timing
-from rlens_jax.flops import PUBLISHED_DECODERS, DecoderSizes, layer_cost
+from rlens_jax.flops import PUBLISHED_DECODERS, layer_cost
 from rlens_jax.plans import FULL, SKIP, STANDARD, TEXT, Level, Reduction
 
-MODELS = {
-    "llava-1.5-7b": DecoderSizes(32, 4096, 32, 32, 128, 11008, qkv_bias=False),
-    "qwen2.5-vl-7b": PUBLISHED_DECODERS["qwen2-vl-7b"],
-    "internvl3.5-8b": DecoderSizes(36, 4096, 32, 8, 128, 12288, qkv_bias=False, qk_norm=True),
-}
+MODELS = {name: PUBLISHED_DECODERS[name] for name in ("llava-1.5-7b", "qwen2.5-vl-7b", "internvl3.5-8b")}
 CASES: dict[str, tuple[Level, Level]] = {
     "range 256": (STANDARD, FULL),
     "attention to text": (TEXT, FULL),

@@ -45,6 +45,8 @@ class DecoderSizes:
 
 _QWEN2_7B = DecoderSizes(28, 3584, 28, 4, 128, 18944, qkv_bias=True)
 _VICUNA_7B = DecoderSizes(32, 4096, 32, 32, 128, 11008, qkv_bias=False)
+_QWEN3_8B = DecoderSizes(36, 4096, 32, 8, 128, 12288, qkv_bias=False, qk_norm=True)
+_QWEN3_4B = DecoderSizes(36, 2560, 32, 8, 128, 9728, qkv_bias=False, qk_norm=True)
 PUBLISHED_DECODERS: Mapping[str, DecoderSizes] = {
     "internvl2-8b": DecoderSizes(32, 4096, 32, 8, 128, 14336, qkv_bias=False),
     "qwen2-vl-7b": _QWEN2_7B,
@@ -58,8 +60,11 @@ PUBLISHED_DECODERS: Mapping[str, DecoderSizes] = {
     "llava-1.5-13b": DecoderSizes(40, 5120, 40, 40, 128, 13824, qkv_bias=False),
     "llava-next-vicuna-7b": _VICUNA_7B,
     "llava-next-mistral-7b": DecoderSizes(32, 4096, 32, 8, 128, 14336, qkv_bias=False),
-    "qwen3-vl-8b": DecoderSizes(36, 4096, 32, 8, 128, 12288, qkv_bias=False, qk_norm=True),
-    "qwen3-vl-4b": DecoderSizes(36, 2560, 32, 8, 128, 9728, qkv_bias=False, qk_norm=True),
+    "qwen3-vl-8b": _QWEN3_8B,
+    "qwen3-vl-4b": _QWEN3_4B,
+    "internvl3.5-8b": _QWEN3_8B,
+    "internvl3.5-4b": _QWEN3_4B,
+    "internvl3.5-1b": DecoderSizes(28, 1024, 16, 8, 128, 3072, qkv_bias=False, qk_norm=True),
 }
 """The paper's models, and others of the supported families."""
 

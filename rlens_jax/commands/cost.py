@@ -2,9 +2,9 @@
 
 MODEL is a folder, "embedded" or a name on the Hugging Face hub, of which only config.json is read, or a published model by its
 short name: internvl2-8b, qwen2-vl-7b, minicpm-v-2.6, llava-onevision-7b, qwen2-vl-2b, llava-onevision-0.5b, qwen2.5-vl-7b,
-qwen2.5-vl-3b, qwen3-vl-8b, qwen3-vl-4b, llava-1.5-7b, llava-1.5-13b, llava-next-vicuna-7b, llava-next-mistral-7b. Token pruning
-comes from the plan, or from --fastv, --vtw or --folder. The numbers are multiply-adds of the decoder layers by the usual
-convention (rlens_jax/flops.py), without and with the probes.
+qwen2.5-vl-3b, qwen3-vl-8b, qwen3-vl-4b, internvl3.5-8b, internvl3.5-4b, internvl3.5-1b, llava-1.5-7b, llava-1.5-13b,
+llava-next-vicuna-7b, llava-next-mistral-7b. Token pruning comes from the plan, or from --fastv, --vtw or --folder. The numbers
+are multiply-adds of the decoder layers by the usual convention (rlens_jax/flops.py), without and with the probes.
 """
 
 from argparse import Namespace

@@ -329,6 +329,8 @@ def test_an_original_llava_that_calls_itself_llava_is_refused_too() -> None:
         ("llava-1.5-13b", published.llava(published.VICUNA_13B)),
         ("llava-next-vicuna-7b", published.llava_next(published.VICUNA)),
         ("llava-next-mistral-7b", published.llava_next(published.MISTRAL)),
+        *((name.replace("_", "."), published.internvl(name)) for name in ("internvl3_5-1b", "internvl3_5-4b", "internvl3_5-8b")),
+        *((name, published.qwen3_vl(published.QWEN3_VL_SIZES[name])) for name in ("qwen3-vl-4b", "qwen3-vl-8b")),
     ],
 )
 def test_short_names_have_the_sizes_of_published_models(name: str, fields: dict[str, Any]) -> None:
