@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,8 @@ _TEXT = {
     "eos_token_id": 259,
 }
 _TOWER = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3, "num_hidden_layers": 3, "layer_norm_eps": 1e-6}
+_PATCHES = {"depth": 3, "hidden_size": 16, "intermediate_size": 22, "num_heads": 2, "in_channels": 3, "patch_size": 4}
+PINPOINTS = [[26 * rows, 26 * columns] for rows in (1, 2) for columns in (1, 2)]
 _PIXELS = {
     "do_resize": True,
     "do_rescale": True,
@@ -89,7 +93,11 @@ def make_base_inputs(folder: Path) -> BaseInputs:
     """All base inputs, below `folder`."""
     preparable = {
         "qwen2_vl": _embedded(folder / "qwen2_vl"),
-        "llava_onevision": _folder(folder / "llava_onevision", _llava(), _llava_pixels(), "<image>"),
+        "qwen2_5_vl": _embedded(folder / "qwen2_5_vl", _qwen2_5_vl()),
+        "qwen3_vl": _embedded(folder / "qwen3_vl", _qwen3_vl()),
+        "llava": _folder(folder / "llava", _llava("llama"), _clip_pixels("CLIPImageProcessor"), "<image>"),
+        "llava_next": _folder(folder / "llava_next", _llava_next(), _llava_next_pixels(), "<image>"),
+        "llava_onevision": _folder(folder / "llava_onevision", _llava_onevision(), _llava_onevision_pixels(), "<image>"),
         "minicpmv": _folder(folder / "minicpmv", _minicpm(), preprocessor_json(), "IMAGE"),
         "internvl": _folder(folder / "internvl", _internvl(), _internvl_pixels(), "<IMG_CONTEXT>\n"),
         "internvl_chat": _folder(folder / "internvl_chat", _native(), None, "IMAGE"),
@@ -110,8 +118,11 @@ def make_base_inputs(folder: Path) -> BaseInputs:
     )
 
 
-def _embedded(folder: Path) -> Path:
+def _embedded(folder: Path, changes: Mapping[str, Any] = MappingProxyType({})) -> Path:
+    """The embedded model's folder, with these fields of config.json."""
     shutil.copytree(embedded_model(), folder, ignore=shutil.ignore_patterns("*.safetensors", "*.jsonl", "README.md"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json_text({**config, **changes}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0], "do_sample": False}))
     nested = {
         "image_processor": json.loads((folder / "preprocessor_config.json").read_text()),
@@ -147,13 +158,54 @@ def _folder(folder: Path, config: dict[str, Any], pixels: dict[str, Any] | None,
     return folder
 
 
-def _llava() -> dict[str, Any]:
+def _qwen2_5_vl() -> dict[str, Any]:
+    windows = {"window_size": 16, "fullatt_block_indexes": [1]}
+    vision = _PATCHES | windows | {"hidden_act": "silu", "out_hidden_size": 128}
+    return {"model_type": "qwen2_5_vl", "vision_config": vision}
+
+
+def _qwen3_vl() -> dict[str, Any]:
+    rope = {"mrope_interleaved": True, "mrope_section": [3, 2, 2], "rope_type": "default"}
+    text = _TEXT | {"model_type": "qwen3_vl_text", "vocab_size": 54, "head_dim": 14, "rope_scaling": rope}
+    deepstack = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+    vision = _PATCHES | deepstack | {"hidden_act": "gelu_pytorch_tanh", "out_hidden_size": 60}
+    return {"model_type": "qwen3_vl", "tie_word_embeddings": False, "text_config": text, "vision_config": vision}
+
+
+def _llava(text: str) -> dict[str, Any]:
+    clip = {"model_type": "clip_vision_model", "image_size": 26, "patch_size": 4, "hidden_act": "quick_gelu"}
+    return {
+        "model_type": "llava",
+        "text_config": _TEXT | {"model_type": text},
+        "vision_config": _TOWER | clip,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "image_token_index": ID["<image>"],
+    }
+
+
+def _clip_pixels(kind: str) -> dict[str, Any]:
+    crop = {"size": {"shortest_edge": 26}, "crop_size": {"height": 26, "width": 26}, "do_center_crop": True}
+    return _PIXELS | crop | {"image_processor_type": kind}
+
+
+def _llava_next() -> dict[str, Any]:
+    fields = _llava("mistral")
+    fields["text_config"]["sliding_window"] = None
+    return fields | {"model_type": "llava_next", "image_grid_pinpoints": PINPOINTS}
+
+
+def _llava_next_pixels() -> dict[str, Any]:
+    return _clip_pixels("LlavaNextImageProcessor") | {"image_grid_pinpoints": PINPOINTS, "do_pad": True}
+
+
+def _llava_onevision() -> dict[str, Any]:
     return {
         "model_type": "llava_onevision",
         "text_config": _TEXT | {"model_type": "qwen2"},
         "vision_config": _TOWER
         | {"model_type": "siglip_vision_model", "image_size": 26, "patch_size": 4, "hidden_act": "gelu_pytorch_tanh"},
-        "image_grid_pinpoints": [[26 * rows, 26 * columns] for rows in (1, 2) for columns in (1, 2)],
+        "image_grid_pinpoints": PINPOINTS,
         "vision_aspect_ratio": "anyres_max_3",
         "image_token_index": ID["<image>"],
         "video_token_index": ID["<video>"],
@@ -161,11 +213,11 @@ def _llava() -> dict[str, Any]:
     }
 
 
-def _llava_pixels() -> dict[str, Any]:
+def _llava_onevision_pixels() -> dict[str, Any]:
     return _PIXELS | {
         "image_processor_type": "LlavaOnevisionImageProcessor",
         "size": {"height": 26, "width": 26},
-        "image_grid_pinpoints": _llava()["image_grid_pinpoints"],
+        "image_grid_pinpoints": PINPOINTS,
     }
 
 
@@ -205,7 +257,7 @@ def _native() -> dict[str, Any]:
         "downsample_ratio": 0.5,
         "dynamic_image_size": True,
         "force_image_size": 16,
-        "llm_config": _TEXT | {"model_type": "qwen2"},
+        "llm_config": _TEXT | {"model_type": "qwen3", "head_dim": 14},
         "max_dynamic_patch": 6,
         "min_dynamic_patch": 1,
         "ps_version": "v2",
