@@ -24,6 +24,7 @@ from rlens_jax.commands.options import (
     required_model,
 )
 from rlens_jax.console import ArgumentParser, run_command, show
+from rlens_jax.metrics.score import CURRENT, RULES
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str]) -> None:
         ("timing-repeats", 5, "measurements per time; 0 measures nothing"),
     ):
         parser.add_argument(f"--{name}", metavar="N", type=int, default=default, help=f"{text} (default: %(default)s)")
+    rules_help = f"VLMEvalKit's rules for benchmarks of {' or '.join(RULES)}, which differ in multiple choice and ChartQA"
+    parser.add_argument("--rules", metavar="MONTH", default=CURRENT, help=f"{rules_help} (default: %(default)s)")
     sharing_help = "compute each question alone, also where several are about the same images"
     parser.add_argument("--no-sharing", dest="sharing", action="store_false", help=sharing_help)
     skip_help = "go on where an image or a prompt cannot be used, and count the question as wrong"

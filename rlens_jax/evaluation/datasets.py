@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 from rlens_jax.config import PAGES
 from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, L2_CATEGORIES, find_benchmark
 from rlens_jax.data.benchmarks.tfds_builder import BenchmarkSource, read_benchmark
+from rlens_jax.data.benchmarks.tsv import as_read
 from rlens_jax.data.jsonl import read_jsonl
 from rlens_jax.data.page_samples import TEST_SAMPLES, read_pages
 from rlens_jax.data.samples import Sample, normalised
@@ -16,7 +17,7 @@ from rlens_jax.data.splits import samples_hash
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.files import quoted
-from rlens_jax.metrics.score import Row, Score, mean_ratio
+from rlens_jax.metrics.score import CURRENT, Row, Score, mean_ratio
 from rlens_jax.metrics.scorers import score
 
 EXACT_MATCH = "exact match with any reference answer, rlens_jax"
@@ -56,38 +57,41 @@ class Benchmark:
         source: its prepared instances.
         md5: MD5 sum of its TSV file.
         kind: the model, which selects the prompts.
-        limit: use at most this many questions, the first ones.
+        limit: use at most this many rows, the first ones; of a circular benchmark, those of the first whole questions.
+        rules: a key of `metrics.score.RULES`.
     """
 
-    def __init__(self, source: BenchmarkSource, md5: str, kind: ModelKind, limit: int | None):
+    def __init__(self, source: BenchmarkSource, md5: str, kind: ModelKind, limit: int | None, rules: str = CURRENT):
         self.name = source.dataset
         self.digest = f"md5 {md5}, prompts for {kind.model_type}"
-        self.indices: Sequence[str] = list(source.indices)[:limit]
         self._benchmark = BENCHMARKS[self.name]
+        self._places = _first(source, self._benchmark.circular, limit)
+        self.indices: Sequence[str] = [source.indices[place] for place in self._places]
         self.scored = self._benchmark.answers != "none"
-        self._source, self._kind = source, kind
+        self._source, self._kind, self._rules = source, kind, rules
 
     def sample(self, place: int) -> Sample:
-        item = self._source[place]
-        turn = self._kind.benchmark_prompt(item)
-        return Sample(item.id, self.name, item.images, turn.text, (), turn.marked, as_stored=True)
+        item = self._source[self._places[place]]
+        return self._kind.benchmark_prompt(item).sample(item, ())
 
     def columns(self, place: int) -> Mapping[str, str]:
-        item, benchmark = self._source[place], self._benchmark
-        answer = {}
-        if benchmark.answers == "list":
-            answer = {"answer": str(list(item.answers))}
-        elif benchmark.answers == "single":
-            answer = {"answer": item.answers[0]}
-        others = {name: item.options.get(name, item.fields.get(name, "")) for name in (*benchmark.columns, *benchmark.optional)}
-        return {"index": item.index, "question": item.question, **answer, **others}
+        item, column = self._source[self._places[place]], self._benchmark.answer_column
+        cells = {**item.options, **item.fields, "question": item.question}
+        if self.scored:
+            # One reference stays as it stands: MMMU has texts that look like lists.
+            lists = self._benchmark.answers == "list" or len(item.answers) > 1
+            cells[column] = str(list(item.answers)) if lists else item.answers[0]
+        return {"index": item.index, **{name: cells.get(name, "") for name in self._source.columns}}
 
     def score(self, predictions: Sequence[str | None]) -> Score:
-        rows = [self._row(place, text or "") for place, text in enumerate(predictions)]
-        return score(self.name, rows, {row.index for row, text in zip(rows, predictions, strict=True) if text is None})
+        """As of the file of predictions, which VLMEvalKit reads with pandas: an empty prediction is the text "nan"."""
+        texts = as_read([text or "" for text in predictions])
+        rows = [self._row(place, text) for place, text in enumerate(texts)]
+        unanswered = {row.index for row, text in zip(rows, predictions, strict=True) if text is None}
+        return score(self.name, rows, unanswered, self._rules)
 
     def _row(self, place: int, prediction: str) -> Row:
-        item = self._source[place]
+        item = self._source[self._places[place]]
         l2_category = next((item.fields[name] for name in L2_CATEGORIES if name in item.fields), None)
         return Row(
             index=item.index,
@@ -98,7 +102,24 @@ class Benchmark:
             split=item.fields.get("split"),
             image=item.fields.get("image_path"),
             options=item.options,
+            g_index=item.fields.get("g_index"),
         )
+
+
+def _first(source: BenchmarkSource, circular: bool, limit: int | None) -> Sequence[int]:
+    """Places of at most `limit` rows, the first ones; of whole groups if `circular`."""
+    places = range(len(source.indices))
+    if limit is None or not circular:
+        return places[:limit]
+    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for place in places:
+        groups[tuple(source.groups[place])].append(place)
+    chosen: list[int] = []
+    for members in groups.values():
+        if len(chosen) + len(members) > limit:
+            break
+        chosen += members
+    return sorted(chosen)
 
 
 class ExactMatch:
@@ -135,7 +156,7 @@ class ExactMatch:
 
 
 def load_datasets(
-    sources: Sequence[str], cache: Path, *, kind: ModelKind, limit: int | None, md5: Mapping[str, str]
+    sources: Sequence[str], cache: Path, *, kind: ModelKind, limit: int | None, md5: Mapping[str, str], rules: str = CURRENT
 ) -> list[Dataset]:
     """The datasets of all sources, in order.
 
@@ -145,11 +166,12 @@ def load_datasets(
         kind: the model, which selects the prompts of benchmarks.
         limit: use at most this many questions of each dataset, the first ones.
         md5: MD5 sums of TSV files that are not the published ones, by dataset.
+        rules: the rules of benchmarks, a key of `metrics.score.RULES`.
 
     Raises:
         UserError: a source cannot be read, two datasets have the same name, or a sum belongs to no source.
     """
-    datasets = list(itertools.chain(*(_load(source, cache, kind, limit, md5) for source in sources)))
+    datasets = list(itertools.chain(*(_load(source, cache, kind, limit, md5, rules) for source in sources)))
     names = [dataset.name for dataset in datasets]
     for name in names:
         if names.count(name) > 1:
@@ -170,7 +192,7 @@ def load_datasets(
     return datasets
 
 
-def _load(source: str, cache: Path, kind: ModelKind, limit: int | None, md5: Mapping[str, str]) -> list[Dataset]:
+def _load(source: str, cache: Path, kind: ModelKind, limit: int | None, md5: Mapping[str, str], rules: str) -> list[Dataset]:
     if source == PAGES:
         pages = read_pages("test", min(limit or TEST_SAMPLES, TEST_SAMPLES))
         return [ExactMatch(name, samples) for name, samples in pages.items()]
@@ -179,7 +201,7 @@ def _load(source: str, cache: Path, kind: ModelKind, limit: int | None, md5: Map
         benchmark = find_benchmark(path.stem)
         known = md5.get(benchmark.name)
         read = read_benchmark(benchmark.name, path.parent, cache / "benchmarks", known)
-        return [Benchmark(read, known or benchmark.md5, kind, limit)]
+        return [Benchmark(read, known or benchmark.md5, kind, limit, rules)]
     if path.suffix == ".jsonl":
         by_dataset: dict[str, list[Sample]] = defaultdict(list)
         for sample in read_jsonl(path):

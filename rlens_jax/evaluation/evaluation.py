@@ -13,9 +13,9 @@ from typing import Any, no_type_check
 
 from rlens_jax.config import Dtype
 from rlens_jax.data.images import Transparency
-from rlens_jax.errors import UserError
+from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import json_text
-from rlens_jax.metrics.score import Score
+from rlens_jax.metrics.score import CURRENT, RULES, Score
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.search.bootstrap import Interval
 
@@ -43,6 +43,7 @@ class EvaluationConfig:
         model_shards: devices that share a copy of the model.
         sharing: questions about the same images share what is computed for these, unless a plan prunes visual tokens.
         seed: seed of random probes and the bootstrap.
+        rules: the rules of benchmarks, a key of `metrics.score.RULES`.
         bootstrap_samples: draws for the 95 % intervals.
         timing_repeats: measurements per program; 0 measures nothing.
         skip_unusable: go on where a question cannot be asked, and count it as wrong.
@@ -66,6 +67,7 @@ class EvaluationConfig:
     model_shards: int = 1
     sharing: bool = True
     seed: int = 0
+    rules: str = CURRENT
     bootstrap_samples: int = 1000
     timing_repeats: int = 5
     skip_unusable: bool = False
@@ -77,6 +79,10 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
+        if self.rules not in RULES:
+            raise UserError(
+                f"--rules {self.rules}: there are no such rules{suggest(self.rules, RULES)}; known: {', '.join(RULES)}"
+            )
 
     @property
     def variants(self) -> dict[str, PlanFile]:
@@ -227,6 +233,7 @@ def evaluation_json(result: Evaluation) -> str:
                 "data": list(config.data),
                 "limit": config.limit,
                 "skip_unusable": config.skip_unusable,
+                "rules": config.rules,
                 "bootstrap_samples": config.bootstrap_samples,
             },
             "device": result.device,

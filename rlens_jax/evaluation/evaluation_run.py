@@ -57,7 +57,9 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     # Checks that need no weights come first.
     folder = ModelFolder.find(config.model)
     config.plan.validate(folder.kind.config.decoder, folder.kind.model_type)
-    datasets = load_datasets(config.data, cache_folder() / "data", kind=folder.kind, limit=config.limit, md5=config.md5)
+    datasets = load_datasets(
+        config.data, cache_folder() / "data", kind=folder.kind, limit=config.limit, md5=config.md5, rules=config.rules
+    )
     for dataset in datasets:
         _check_scores(dataset, config.limit)
     questions = [Questions.of(dataset) for dataset in datasets]

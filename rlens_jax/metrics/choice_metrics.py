@@ -1,4 +1,4 @@
-"""Rules for answers that choose: yes or no (MME, HallusionBench), and one of several options (MMStar).
+"""Rules for answers that choose: yes or no (MME, HallusionBench, POPE), and one of several options (MMStar and others).
 
 VLMEvalKit can ask a language model about unclear answers. Here, as with its judge `exact_matching`, they are wrong.
 """
@@ -6,16 +6,34 @@ VLMEvalKit can ask a language model about unclear answers. Here, as with its jud
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from rlens_jax.errors import UserError
-from rlens_jax.metrics.score import Aggregate, Ratio, Row, check_category, mean_ratio
+from rlens_jax.metrics.score import (
+    CURRENT,
+    RULES,
+    Aggregate,
+    Ratio,
+    Row,
+    Rules,
+    check_category,
+    mean_ratio,
+    means_by_column,
+    sum_ratio,
+)
 from rlens_jax.metrics.text_metrics import remove_punctuation
 
 PERCEPTION = ("OCR", "artwork", "celebrity", "color", "count", "existence", "landmark", "position", "posters", "scene")
 REASONING = ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")
 _MME_CATEGORIES = PERCEPTION + REASONING
+POPE_CATEGORIES = ("adversarial", "popular", "random")
+ROTATION = 10**6
+"""Rotation k of the options of question i has the index i + k * ROTATION."""
+OTHER_ANSWERS = "Other Answers"
+"""VLMEvalKit's second option of an open question; the first is the reference."""
+HEADLINE_SPLIT = "validation"
+"""The split of MMMU that its score is of."""
 
 NO_OPTION = "Z"
 """VLMEvalKit's letter for no option."""
@@ -27,6 +45,7 @@ _REFUSALS = (
     "Cannot determine the answer",
 )
 _TO_BLANKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+_CAPITAL = re.compile("[A-Z]")
 # Nothing ends the letter: "answer is blue" says B.
 _ANSWER_IS = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
 
@@ -91,6 +110,51 @@ def mme(rows: Sequence[Row], per_sample: Sequence[float]) -> Aggregate:
     return Aggregate(tuple(ratios), breakdown, tuple(groups), strata)
 
 
+def pope(rows: Sequence[Row], per_sample: Sequence[float]) -> Aggregate:
+    """POPE's score (Li et al., arXiv:2305.10355; `vlmeval/dataset/utils/yorn.py`, `POPE_rating`): F1 of "Yes", in percent.
+
+    A row counts once for each of its categories, which commas join; without a category it counts in the score only. An unclear
+    answer counts as "No" here, but is wrong in `acc`. A quotient without anything to count is 0. A group is a row.
+
+    The breakdown has "acc", "precision" and "recall", and the F1 and the same of each category under "category/...".
+
+    Raises:
+        UserError: a row has an unknown category.
+    """
+    counts: list[_Count] = []
+    by_category: dict[str, list[_Count]] = defaultdict(list)
+    for row, hit in zip(rows, per_sample, strict=True):
+        count = (row.index, row.answers[0] == "Yes", extract_yes_no(row.prediction) == "Yes", hit)
+        if row.category is None:
+            counts.append(count)
+            continue
+        for category in row.category.split(","):
+            counts.append(count)
+            by_category[check_category(replace(row, category=category), POPE_CATEGORIES)].append(count)
+    f1, others = _detection(counts)
+    breakdown = dict(others)
+    for category, chosen in sorted(by_category.items()):
+        of_category, others = _detection(chosen)
+        breakdown[f"category/{category}"] = of_category.value
+        breakdown |= {f"category/{category}/{name}": value for name, value in others.items()}
+    return Aggregate((f1,), breakdown, tuple(row.index for row in rows), ("",) * len(rows))
+
+
+_Count = tuple[str, bool, bool, float]
+"""Group of a row; whether its reference and its prediction are "Yes"; whether the prediction is right."""
+
+
+def _detection(counts: Sequence[_Count]) -> tuple[Ratio, dict[str, float]]:
+    """The F1 of "Yes"; accuracy, precision and recall."""
+    f1 = sum_ratio(100, ((group, 2.0 * (yes and said), yes + said) for group, yes, said, _ in counts))
+    others = {
+        "acc": sum_ratio(100, ((group, hit, 1) for group, _, _, hit in counts)),
+        "precision": sum_ratio(100, ((group, yes and said, said) for group, yes, said, _ in counts)),
+        "recall": sum_ratio(100, ((group, yes and said, yes) for group, yes, said, _ in counts)),
+    }
+    return f1, {name: ratio.value for name, ratio in others.items()}
+
+
 @dataclass(frozen=True)
 class _Ids:
     """Ids of a HallusionBench row: `group` is its set of figures and questions, the others are keys within it."""
@@ -149,8 +213,8 @@ def _accuracies(ids: Sequence[_Ids], hits: Sequence[float]) -> dict[str, Ratio]:
     return ratios
 
 
-def choice_accuracy(row: Row) -> float:
-    """Multiple choice: MMStar (Chen et al., arXiv:2403.20330; `mcq_vanilla_eval`).
+def choice_accuracy(row: Row, rules: Rules = RULES[CURRENT]) -> float:
+    """Multiple choice (`mcq_vanilla_eval`): MMStar, MMBench, ScienceQA, SEED-Bench, AI2D, RealWorldQA.
 
     1 when the option that the prediction chooses is the reference. UserError without options, or without exactly one reference.
     """
@@ -158,16 +222,82 @@ def choice_accuracy(row: Row) -> float:
         raise UserError(f"row {row.index}: no options")
     if len(row.answers) != 1:
         raise UserError(f"row {row.index}: {len(row.answers)} answers; a choice has one, its letter")
-    return float(extract_choice(row.prediction, row.options) == row.answers[0])
+    return float(extract_choice(row.prediction, row.options, rules) == row.answers[0])
 
 
-def extract_choice(prediction: str, options: Mapping[str, str]) -> str:
+def open_choice_accuracy(row: Row, rules: Rules = RULES[CURRENT]) -> float:
+    """`choice_accuracy` of MMMU (Yue et al., arXiv:2311.16502), whose open questions are made a choice.
+
+    Without option A, this is the reference and B is `OTHER_ANSWERS`. A reference that is no single capital stands for A.
+    """
+    if len(row.answers) == 1 and "A" not in row.options:
+        row = replace(row, options={**row.options, "A": row.answers[0], "B": OTHER_ANSWERS})
+    if len(row.answers) == 1 and not _CAPITAL.fullmatch(row.answers[0]):
+        row = replace(row, answers=("A",))
+    return choice_accuracy(row, rules)
+
+
+def mmmu(rows: Sequence[Row], per_sample: Sequence[float]) -> Aggregate:
+    """100 times the mean over the rows of the split `HEADLINE_SPLIT`; UserError without any. The breakdown has all rows."""
+    chosen = [(row.index, hit) for row, hit in zip(rows, per_sample, strict=True) if row.split == HEADLINE_SPLIT]
+    if not chosen:
+        raise UserError(f"no rows of the split {HEADLINE_SPLIT!r}, whose mean is the score")
+    ratio = mean_ratio(100, *zip(*chosen, strict=True))
+    strata = tuple(row.split or "" for row in rows)
+    return Aggregate((ratio,), means_by_column(rows, per_sample), tuple(row.index for row in rows), strata)
+
+
+def circular(rows: Sequence[Row], per_sample: Sequence[float]) -> Aggregate:
+    """MMBench (Liu et al., arXiv:2307.06281; `mcq_circular_eval`): the share of questions with all rotations right, in percent.
+
+    Columns of the first rotation decide a question's place in the breakdown. A group is a question.
+
+    Raises:
+        UserError: an index is no whole number, or a question lacks a rotation of its options.
+    """
+    groups = tuple(circular_group(row.index, row.g_index) for row in rows)
+    check_rotations((group, row.index, len(row.options)) for group, row in zip(groups, rows, strict=True))
+    hits = dict.fromkeys(groups, 1.0)
+    for group, hit in zip(groups, per_sample, strict=True):
+        hits[group] = min(hits[group], hit)
+    first = [row for group, row in zip(groups, rows, strict=True) if group == row.index]
+    breakdown = means_by_column(first, [hits[row.index] for row in first])
+    return Aggregate((mean_ratio(100, hits, hits.values()),), breakdown, groups, ("",) * len(rows))
+
+
+def circular_group(index: str, g_index: str | None) -> str:
+    """The index of the first rotation of a question. UserError if `index` is no whole number."""
+    if not index.isdecimal():
+        raise UserError(f"row {index}: the index must be a whole number, which tells the rotations of a question")
+    return str(int(index) % ROTATION) if g_index is None else g_index
+
+
+def check_rotations(rows: Iterable[tuple[str, str, int]]) -> None:
+    """Raise UserError unless every question has a row for each rotation of its options; VLMEvalKit does not notice.
+
+    Args:
+        rows: group, index and number of options of each row.
+    """
+    questions: dict[str, dict[str, int]] = defaultdict(dict)
+    for group, index, num_options in rows:
+        questions[group][index] = num_options
+    for group, members in questions.items():
+        turns = [int(index) // ROTATION for index in members if circular_group(index, None) == group]
+        needed = max(*members.values(), 1 + max(turns, default=0))
+        if group not in members or len(members) < needed:
+            raise UserError(
+                f"question {group} has {len(members)} of its {needed} rotations (rows {', '.join(members)}); "
+                "a question of a circular benchmark needs all"
+            )
+
+
+def extract_choice(prediction: str, options: Mapping[str, str], rules: Rules = RULES[CURRENT]) -> str:
     """The letter of the option that the prediction names by letter, or else by text; "Z" for none (`utils/matching_util.py`)."""
-    return _by_letter(prediction, options) or _by_text(prediction, options) or NO_OPTION
+    return _by_letter(prediction, options, rules) or _by_text(prediction, options, rules) or NO_OPTION
 
 
-def _by_letter(prediction: str, options: Mapping[str, str]) -> str | None:
-    """A letter that stands alone, in upper case, among the last four words; then "answer is B" anywhere.
+def _by_letter(prediction: str, options: Mapping[str, str], rules: Rules) -> str | None:
+    """A letter that stands alone, in upper case, among the last words; then "answer is B" anywhere.
 
     "Z" when the prediction refuses or has a lone "Z"; its text is not searched then.
     """
@@ -178,18 +308,18 @@ def _by_letter(prediction: str, options: Mapping[str, str]) -> str | None:
     words = prediction.translate(_TO_BLANKS).split()
     letters = [letter for letter in options if letter in words]
     # The first place of a letter decides: "A dog is what I see here, A" does not say A.
-    if len(letters) == 1 and words.index(letters[0]) >= len(words) - 4:
+    if len(letters) == 1 and (rules.last_words is None or words.index(letters[0]) >= len(words) - rules.last_words):
         return letters[0]
     if not letters and NO_OPTION in words:
         return NO_OPTION
-    answer = _ANSWER_IS.search(prediction)
+    answer = _ANSWER_IS.search(prediction) if rules.answer_is else None
     return answer[1].upper() if answer and answer[1].upper() in options else None
 
 
-def _by_text(prediction: str, options: Mapping[str, str]) -> str | None:
+def _by_text(prediction: str, options: Mapping[str, str], rules: Rules) -> str | None:
     """The only option whose text occurs in the prediction, in any case; None in a long prediction."""
     prediction = prediction.lower()
-    if len(prediction) > 2 * sum(map(len, options.values())):
+    if rules.text_factor is not None and len(prediction) > rules.text_factor * sum(map(len, options.values())):
         return None
     named = [letter for letter, text in options.items() if text.lower() in prediction]
     return named[0] if len(named) == 1 else None

@@ -1,4 +1,4 @@
-"""Rules for free-text answers: ANLS, relaxed accuracy, containment and VQA accuracy.
+"""Rules for free-text answers: ANLS, relaxed accuracy, containment, VQA accuracy and equality.
 
 They follow VLMEvalKit, `vlmeval/dataset/utils/vqa_eval.py` unless a function names another file.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
 
-from rlens_jax.metrics.score import Aggregate, Row, check_category, mean_ratio, outcomes_by
+from rlens_jax.metrics.score import CURRENT, RULES, Aggregate, Row, Rules, check_category, mean_ratio, outcomes_by
 
 ANLS_THRESHOLD = 0.5
 """Similarities below this score 0; exactly this much is kept."""
@@ -83,21 +83,23 @@ def _edit_distance(answer: str, prediction: str) -> float:
     return Levenshtein.distance(*folded) / length if length else 0.0
 
 
-def relaxed_accuracy(row: Row) -> float:
+def relaxed_accuracy(row: Row, rules: Rules = RULES[CURRENT]) -> float:
     """Relaxed accuracy: ChartQA (Methani et al., arXiv:1909.00997, after pix2struct).
 
     1 when a reference matches: a number within 5 %, any other text letter by letter in any case. The prediction is
     stripped, the references are not.
     """
     prediction = row.prediction.strip()
-    return float(any(_matches(answer, prediction) for answer in row.answers))
+    return float(any(_matches(answer, prediction, rules) for answer in row.answers))
 
 
-def _matches(answer: str, prediction: str) -> bool:
-    number, reference = _number(prediction), _number(answer)
-    # A reference of 0 has no relative error and is compared as text: "0.0" does not match "0".
-    if number is not None and reference:
-        return abs(number - reference) / abs(reference) <= TOLERANCE
+def _matches(answer: str, prediction: str, rules: Rules) -> bool:
+    number, base = _number(prediction), _number(answer)
+    if rules.error_of == "prediction":
+        number, base = base, number
+    # A base of 0 has no relative error and is compared as text: "0.0" does not match "0".
+    if number is not None and base:
+        return abs(number - base) / abs(base) <= TOLERANCE
     return prediction.lower() == answer.lower()
 
 
@@ -150,7 +152,7 @@ def ocrbench(rows: Sequence[Row], per_sample: Sequence[float]) -> Aggregate:
 
 
 def vqa_accuracy(row: Row) -> float:
-    """VQA accuracy: TextVQA (Antol et al., arXiv:1505.00468; VLMEvalKit's `vqa_score`).
+    """VQA accuracy: TextVQA and VizWiz (Antol et al., arXiv:1505.00468; VLMEvalKit's `vqa_score`).
 
     min(1, matches / 3), averaged over leaving out one person's answer at a time. With ten references, one match scores
     0.3, two 0.6, three 0.9, four or more 1.
@@ -159,6 +161,14 @@ def vqa_accuracy(row: Row) -> float:
     matches = [normalise_answer(answer) == prediction for answer in row.answers]
     agreeing = sum(matches)
     return math.fsum(min(1, (agreeing - left_out) / ENOUGH) for left_out in matches) / len(matches)
+
+
+def exact_accuracy(row: Row) -> float:
+    """Equality: GQA (Hudson and Manning, arXiv:1902.09506). The share of references that equal the prediction, both stripped
+    and in lower case.
+    """
+    prediction = row.prediction.strip().lower()
+    return sum(answer.strip().lower() == prediction for answer in row.answers) / len(row.answers)
 
 
 def normalise_answer(text: str) -> str:

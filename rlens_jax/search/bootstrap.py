@@ -119,7 +119,12 @@ def score_draws(score: Score, images: Images = None, *, samples: int = 1000, see
         """The sum over the groups of a draw: float64[samples]."""
         return counts[:, [column[group] for group in sums]] @ np.fromiter(sums.values(), np.float64)
 
-    return np.sum([ratio.scale * total(ratio.numerators) / total(ratio.denominators) for ratio in score.ratios], axis=0)
+    drawn = []
+    for ratio in score.ratios:
+        numerators, denominators = total(ratio.numerators), total(ratio.denominators)
+        # As `Ratio.value`: a draw without anything to count (POPE's F1) has 0.
+        drawn.append(ratio.scale * np.divide(numerators, denominators, out=np.zeros(samples), where=denominators != 0))
+    return np.sum(drawn, axis=0)
 
 
 def _draw_images(images: Sequence[np.ndarray], samples: int, seed: int) -> list[np.ndarray]:

@@ -26,7 +26,7 @@ from rlens_jax.evaluation import answers as answers_module
 from rlens_jax.evaluation.answers import FILE_NAME, Answers
 from rlens_jax.flops import prefill_summary
 from rlens_jax.plan_file import FORMAT, read_plan
-from tests.data.benchmarks.files import benchmark_rows, md5_of, write_tsv
+from tests.data.benchmarks.files import benchmark_rows, five_rows, md5_of, write_tsv
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
@@ -175,6 +175,36 @@ def test_a_benchmark_has_the_columns_of_its_file(finished: Path) -> None:
     assert part["images"] == {"upright": False, "transparency": "dropped"}
 
 
+def test_five_rows_of_pope_and_mmbench(tmp_path: Path) -> None:
+    """Read, asked, answered and scored; the embedded model knows neither."""
+    chosen = ("POPE", "MMBench_DEV_EN")
+    rng, sources, sums = np.random.default_rng(9), [], []
+    image = base64.b64encode(png(rng)[0]).decode()
+    for name in chosen:
+        rows = [row | {"image": image} for row in five_rows(name)]
+        path = write_tsv(tmp_path / f"{name}.tsv", rows)
+        sources.append(str(path))
+        sums.append(f"--md5={name}={md5_of(path)}")
+    options = (
+        "--max-new-tokens=1",
+        "--bootstrap-samples=20",
+        "--timing-repeats=0",
+        "--rules=2025-01",
+        f"--output={tmp_path / 'run'}",
+    )
+    assert evaluate(["embedded", *options, *sums, "--data", *sources]) == 0
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    jsonschema.validate(result, SCHEMA)
+    assert result["configuration"]["rules"] == "2025-01"
+    for name, part in result["datasets"].items():
+        assert part["questions"] == 5
+        scored = part["variants"]["plan"]["score"]
+        assert scored["harness"].startswith("VLMEvalKit rules of 2025-01")
+        assert 0 <= scored["low"] <= scored["value"] <= scored["high"] <= 100, name
+        assert len(predictions(tmp_path / "run" / "plan" / f"{name}.tsv")) == 5
+    assert tuple(result["datasets"]) == chosen
+
+
 def test_times_have_their_baseline(finished: Path) -> None:
     times = json.loads((finished / "timing.json").read_text())
     for variant in ("dense", "plan"):
@@ -319,6 +349,8 @@ def test_names_that_are_no_file_names(name: str, complaint: str, tmp_path: Path,
         (["--batch-size=0"], "--batch-size must be at least 1, not 0"),
         (["--md5=MMStar=1"], "must be NAME=SUM"),
         (["--first=ffn=2"], "--first needs a --plan"),
+        (["--rules=2025-02"], "--rules 2025-02: there are no such rules (did you mean '2025-01'?); known: 2026-08, 2025-01"),
+        (["--data", "LMUData/MMVet.tsv"], "MMVet cannot be scored here: only a judge model (gpt-4-turbo) scores its answers"),
     ],
 )
 def test_bad_options(options: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

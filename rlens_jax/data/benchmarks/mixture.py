@@ -31,7 +31,15 @@ from typing import Any
 import numpy as np
 
 from rlens_jax.console import ArgumentParser, run_command, say, show
-from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Instance, Turn, find_benchmark, instance, named_sum
+from rlens_jax.data.benchmarks.catalogue import (
+    BENCHMARKS,
+    PAPER_BENCHMARKS,
+    Instance,
+    Turn,
+    all_instances,
+    find_benchmark,
+    named_sum,
+)
 from rlens_jax.data.benchmarks.tfds_builder import read_benchmark, read_table
 from rlens_jax.data.benchmarks.tsv import TsvTable
 from rlens_jax.data.components import components
@@ -42,7 +50,7 @@ from rlens_jax.files import json_text, read_json, replace_file
 
 FORMAT = "rlens_jax mixture 1"
 DATASETS = tuple(name for name, benchmark in BENCHMARKS.items() if benchmark.answers != "none")
-"""Default benchmarks of a mixture: those with public answers."""
+"""Benchmarks that a mixture may have: those with public answers."""
 INSTANCES = 2350
 SPLITS = ("validation", "test")
 
@@ -72,7 +80,7 @@ def draw(tables: Mapping[str, TsvTable], *, instances: int, held_out: int, seed:
         if number < len(tables):
             raise UserError(f"{number} {name} for {len(tables)} datasets: each dataset needs at least one")
     rngs = {name: np.random.default_rng([seed, list(BENCHMARKS).index(name)]) for name in tables}
-    items = {name: [instance(BENCHMARKS[name], table, row) for row in table.rows] for name, table in tables.items()}
+    items = {name: all_instances(BENCHMARKS[name], table) for name, table in tables.items()}
     images = {name: {row.index: set(row.image_hashes) for row in table.rows} for name, table in tables.items()}
     splits: dict[str, dict[str, list[str]]] = {name: {} for name in SPLITS}
     seen: set[bytes] = set()
@@ -218,8 +226,7 @@ def to_sample(item: Instance, prompt: Callable[[Instance], Turn]) -> Sample:
     answers = tuple(dict.fromkeys(text for answer in item.answers if (text := normalised(answer))))
     if not answers:
         raise UserError(f"{item.id}: no answer; the answers of {item.dataset} are withheld or empty")
-    turn = prompt(item)
-    return Sample(item.id, item.dataset, item.images, turn.text, answers, turn.marked, as_stored=True)
+    return prompt(item).sample(item, answers)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -230,9 +237,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--datasets",
         type=lambda text: text.split(","),
-        default=DATASETS,
+        default=PAPER_BENCHMARKS,
         metavar="LIST",
-        help=f"benchmarks among {','.join(DATASETS)} (default: all)",
+        help=f"benchmarks among {','.join(DATASETS)} (default: the paper's, the first {len(PAPER_BENCHMARKS)})",
     )
     parser.add_argument(
         "--instances", type=int, default=INSTANCES, metavar="N", help="number of instances for the search (default: %(default)s)"

@@ -23,7 +23,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from rlens_jax.console import Progress
-from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Benchmark, Instance, find_benchmark, instance
+from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Benchmark, Instance, all_instances, find_benchmark
 from rlens_jax.data.benchmarks.tsv import TsvTable, scan
 from rlens_jax.errors import UserError
 
@@ -44,7 +44,7 @@ class LocalInfo(tfds.core.DatasetInfo):
 class Benchmarks(tfds.core.ShardBasedBuilder):
     """The rows of a TSV file that have an image, in the file's order; `md5` is its MD5 sum (default: the published one)."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "Put VLMEvalKit's NAME.tsv into the folder; VLMEvalKit itself downloads it to ~/LMUData when it evaluates."
     )
@@ -78,8 +78,11 @@ class Benchmarks(tfds.core.ShardBasedBuilder):
     ) -> Mapping[str, Sequence[Callable[[], Iterator[tuple[int, dict[str, Any]]]]]]:
         benchmark = BENCHMARKS[self.builder_config.name]
         table = read_table(benchmark, Path(dl_manager.manual_dir), self._md5)
-        instances = [instance(benchmark, table, row) for row in table.rows]
+        instances = all_instances(benchmark, table)
+        kept = (*benchmark.needed, *benchmark.optional)
         self.info.metadata["indices"] = [row.index for row in table.rows]
+        self.info.metadata["groups"] = [list(item.group) for item in instances]
+        self.info.metadata["columns"] = [name for name in table.columns if name in kept]
         return {ROWS: [functools.partial(_examples, table, instances, rows) for rows in _shards(table)]}
 
 
@@ -124,7 +127,8 @@ def read_table(benchmark: Benchmark, folder: Path, md5: str | None = None) -> Ts
             shown.advance(math.ceil((done + num_bytes) / MEGABYTE) - math.ceil(done / MEGABYTE))
             done += num_bytes
 
-        table = scan(path, benchmark.needed, benchmark.optional, advance)
+        lower_case = benchmark.task == "choice"
+        table = scan(path, benchmark.needed, benchmark.optional, advance, lower_case=lower_case)
     if md5 is None and table.md5 != benchmark.md5:
         raise UserError(
             f"{path}: the MD5 sum is {table.md5}, the published one {benchmark.md5}; download the file again, or use this "
@@ -147,6 +151,10 @@ class BenchmarkSource:
         self.dataset = dataset
         self.indices: Sequence[str] = builder.info.metadata["indices"]
         """Column `index` of all instances."""
+        self.groups: Sequence[Sequence[str]] = builder.info.metadata["groups"]
+        """`Instance.group` of all instances."""
+        self.columns: Sequence[str] = builder.info.metadata["columns"]
+        """The file's columns, in its order, without the index, the images and those that nothing uses."""
         self._rows = builder.as_data_source(ROWS)
 
     def __len__(self) -> int:

@@ -13,6 +13,7 @@ import ast
 import base64
 import csv
 import hashlib
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,11 @@ MISSING = frozenset(
     )
 )
 """Texts that pandas.read_csv, and so VLMEvalKit, reads as a missing value."""
+_WHOLE = re.compile(r"\s*[+-]?0*[0-9]{1,18}\s*", re.ASCII)
+"""A whole number in 64 bits. Of longer ones pandas makes no number either."""
+_FRACTION = re.compile(
+    r"\s*[+-]?(([0-9]+\.[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[0-9]+e[+-]?[0-9]+|inf(inity)?)\s*", re.ASCII | re.IGNORECASE
+)
 _MAX_LINE_BYTES = 2 * MAX_FIELD_CHARS
 
 # The limit holds for the whole process; the csv module has no other. Its default of 131072 is less than most images need.
@@ -95,14 +101,22 @@ class TsvTable:
 
 
 def scan(
-    path: Path, needed: Sequence[str], optional: Sequence[str] = (), advance: Callable[[int], None] = lambda num_bytes: None
+    path: Path,
+    needed: Sequence[str],
+    optional: Sequence[str] = (),
+    advance: Callable[[int], None] = lambda num_bytes: None,
+    *,
+    lower_case: bool = False,
 ) -> TsvTable:
     """Read a file once and keep the places of its rows and all cells except images. Rows without an image are left out.
+
+    The cells of a column in which all look like numbers are the texts of these numbers, as VLMEvalKit sees them (`as_read`).
 
     Args:
         needed: columns that the file must have in addition to `index` and `image`.
         optional: columns that are kept if the file has them.
         advance: called with the number of bytes read since the last call.
+        lower_case: read the names of columns in lower case, except single capitals, as VLMEvalKit does for multiple choice.
 
     Raises:
         UserError: the file cannot be read; a column is missing or occurs twice; a row is cut off; an index is missing or
@@ -119,12 +133,18 @@ def scan(
     with open_file(path) as file:
         numbered = enumerate(_rows(_Lines(file, path, count), path))
         _, (_, header) = next(numbered, (0, (0, [])))
+        if lower_case:
+            header = [name if re.fullmatch("[A-Z]", name) else name.lower() for name in header]
         _check_header(header, ("index", *needed, "image"), path)
         kept = {name: header.index(name) for name in (*needed, *optional) if name in header}
         index_at, image_at = header.index("index"), header.index("image")
+        # Rows without an image count, too: pandas types a column before VLMEvalKit drops them.
+        columns: dict[str, list[str]] = {name: [] for name in kept}
         for number, (offset, fields) in numbered:
             if len(fields) != len(header):
                 raise UserError(f"{path}: row {number} has {len(fields)} fields, the header {len(header)}; the file is damaged")
+            for name, cells_of in columns.items():
+                cells_of.append(fields[kept[name]])
             index, image = fields[index_at], fields[image_at]
             if image in MISSING:
                 continue
@@ -142,7 +162,29 @@ def scan(
             rows[index] = TsvRow(number, index, cells, offset, len(image), hashes)
     if not rows:
         raise UserError(f"{path}: no row has an image")
+    formats = {name: _number_format(cells_of) for name, cells_of in columns.items()}
+    for index, row in rows.items():
+        rows[index] = replace(row, cells={name: formats[name](text) for name, text in row.cells.items()})
     return TsvTable(path, digest.hexdigest(), _resolved(rows, references, path), header)
+
+
+def as_read(texts: Sequence[str]) -> list[str]:
+    """The texts of a column after it was written to a file and read by pandas, as VLMEvalKit reads predictions.
+
+    A text that pandas takes for a missing value becomes "nan". If all others look like numbers they become numbers: of "7" and
+    "7.50" in one column, "7.0" and "7.5". One other text protects the column.
+    """
+    number = _number_format(texts)
+    return ["nan" if text in MISSING else number(text) for text in texts]
+
+
+def _number_format(cells: Sequence[str]) -> Callable[[str], str]:
+    """The text that a cell of this column has after reading, for cells that are not missing."""
+    present = [cell for cell in cells if cell not in MISSING]
+    if not present or not all(_WHOLE.fullmatch(cell) or _FRACTION.fullmatch(cell) for cell in present):
+        return lambda cell: cell
+    whole = len(present) == len(cells) and all(map(_WHOLE.fullmatch, present))  # a missing value is a float
+    return lambda cell: cell if cell in MISSING else str(int(cell) if whole else float(cell))
 
 
 def parse_list(text: str, where: str) -> list[str]:

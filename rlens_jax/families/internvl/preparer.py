@@ -300,6 +300,8 @@ def benchmark_prompt(instance: Instance, config: InternVLConfig, step_by_step: b
         text = f"{question} Please answer yes or no. {SHORT_ANSWER}"
     elif instance.dataset == "MME":
         text = f"{question} {SHORT_ANSWER}"
+    elif instance.dataset == "POPE":
+        text = question
     else:
         text = f"{question}\n{SHORT_ANSWER}"
     if len(instance.images) < 2:

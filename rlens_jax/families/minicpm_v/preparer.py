@@ -11,7 +11,16 @@ import numpy as np
 from PIL.Image import Image, Resampling
 from transformers import PreTrainedTokenizerFast
 
-from rlens_jax.data.benchmarks.catalogue import ANSWER_LETTER, SHORT_ANSWER, Instance, Turn, is_choice, question_and_options
+from rlens_jax.data.benchmarks.catalogue import (
+    ANSWER_LETTER,
+    MMMU,
+    SHORT_ANSWER,
+    Instance,
+    Turn,
+    hint,
+    options,
+    question_and_options,
+)
 from rlens_jax.data.images import Transparency
 from rlens_jax.data.samples import IMAGE_MARK, Sample
 from rlens_jax.errors import UserError, foreign
@@ -34,7 +43,12 @@ STEP_BY_STEP = (
     "Read the following question carefully, solve it step by step, and then output the final answer in the format of "
     '"Answer: single number or single word or phrase".\n\n'
 )
-STEP_BY_STEP_DATASETS = frozenset({"OCRBench", "ChartQA_TEST", "HallusionBench"})
+# The quotation mark is never closed.
+CHOICE_STEP_BY_STEP = (
+    "Carefully read the following multichoice question, solve it step by step and finally pick the option associated with the "
+    'correct answer in the format of "Answer: selected option\n\n'
+)
+STEP_BY_STEP_DATASETS = frozenset({"OCRBench", "ChartQA_TEST", "HallusionBench", MMMU})
 
 
 def _float32_range(start: float, stop: float, step: float) -> np.ndarray:
@@ -324,12 +338,15 @@ def benchmark_prompt(instance: Instance, config: MiniCPMVConfig, step_by_step: b
     """The prompts of VLMEvalKit's vlm/minicpm_v.py (MiniCPM_V_2_6), without `use_cot` unless `step_by_step`."""
     question = instance.question
     if step_by_step and instance.dataset in STEP_BY_STEP_DATASETS:
-        return Turn(STEP_BY_STEP + question)
-    if is_choice(instance):
+        if not instance.options:
+            return Turn(STEP_BY_STEP + question)
+        lines = (*hint(instance, "Hint: "), question, *options(instance))
+        return Turn("".join((CHOICE_STEP_BY_STEP, *(f"{line}\n" for line in lines))))
+    if instance.options:
         return Turn(f"{question_and_options(instance)}\n{ANSWER_LETTER}")
     if instance.dataset == "HallusionBench":
         return Turn(f"{question} Yes or No?")
-    if instance.dataset == "MME":
+    if instance.dataset in ("MME", "POPE"):
         return Turn(question)
     # Its "system prompt" is text before the image; line breaks join the parts of a turn.
     return Turn("\n".join((SHORT_ANSWER, *[IMAGE_MARK] * len(instance.images), question)), marked=True)

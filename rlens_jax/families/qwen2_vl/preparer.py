@@ -167,8 +167,11 @@ def benchmark_prompt(instance: Instance, config: Qwen2VLConfig, step_by_step: bo
     """The prompts of VLMEvalKit's vlm/qwen2_vl/prompt.py."""
     if is_choice(instance):
         text = question_and_options(instance)
+        if not instance.options:
+            return Turn(text.rstrip("\n"))
         return Turn(text + (CHINESE_LETTER if is_chinese(text) else SELECT))
-    if instance.dataset == "HallusionBench":
+    # POPE's questions say so already.
+    if instance.dataset in ("HallusionBench", "POPE"):
         return Turn(f"{instance.question} Please answer yes or no.")
     if instance.dataset == "MME":
         return Turn(instance.question)

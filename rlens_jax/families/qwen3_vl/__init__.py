@@ -2,11 +2,12 @@
 
 from functools import partial
 
+from rlens_jax.data.benchmarks.catalogue import default_prompt
 from rlens_jax.families.family import Family
 from rlens_jax.families.qwen2_vl.preparer import Qwen2VLPreparer, image_arrays, image_sizes, measure
 from rlens_jax.families.qwen2_vl.reference import REFERENCE
 from rlens_jax.families.qwen3_vl.model import Qwen3VLConfig, VisionTower, read_config
-from rlens_jax.families.qwen3_vl.preparer import PUBLISHED_PIXELS, benchmark_prompt
+from rlens_jax.families.qwen3_vl.preparer import PUBLISHED_PIXELS
 from rlens_jax.families.qwen3_vl.weights import table
 
 FAMILY = Family[Qwen3VLConfig](
@@ -18,6 +19,7 @@ FAMILY = Family[Qwen3VLConfig](
     measure=partial(measure, published=PUBLISHED_PIXELS),
     table=table,
     reference=REFERENCE,
-    benchmark_prompt=benchmark_prompt,
+    # VLMEvalKit's entries switch its own prompts off.
+    benchmark_prompt=lambda instance, config, step_by_step: default_prompt(instance),
     preset="qwen3_vl_8b",
 )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rlens_jax.config import DataConfig
-from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Instance, Turn, instance
+from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, PAPER_BENCHMARKS, Instance, Turn, instance
 from rlens_jax.data.benchmarks.mixture import (
     DATASETS,
     Mixture,
@@ -37,14 +37,14 @@ SUMS = {"validation": {"MME": ["0", "1"]}, "test": {"MME": ["2", "3"]}}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All eight benchmarks, of at least 36 questions each."""
     folder = tmp_path_factory.mktemp("tsv")
-    for place, name in enumerate(DATASETS):
+    for place, name in enumerate(PAPER_BENCHMARKS):
         write_tsv(folder / f"{name}.tsv", benchmark_rows(name, IMAGES.get(name, 18), first=100 * place))
     return folder
 
 
 @pytest.fixture(scope="module")
 def tables(folder: Path) -> dict[str, TsvTable]:
-    return {name: scan(folder / f"{name}.tsv", BENCHMARKS[name].needed, BENCHMARKS[name].optional) for name in DATASETS}
+    return {name: scan(folder / f"{name}.tsv", BENCHMARKS[name].needed, BENCHMARKS[name].optional) for name in PAPER_BENCHMARKS}
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +57,15 @@ def chosen(table: TsvTable, name: str, indices: Sequence[str]) -> list[Instance]
 
 
 def test_datasets_are_those_with_answers() -> None:
-    assert len(DATASETS) == 8
+    assert len(PAPER_BENCHMARKS) == 8
+    assert len(DATASETS) == 21
     assert not {"DocVQA_TEST", "InfoVQA_TEST"} & set(DATASETS)
 
 
 def test_numbers(mixture: Mixture) -> None:
     """Even over the datasets, to within half a group per stratum."""
     for split, number in ((mixture.validation, 12), (mixture.test, 8)):
-        assert list(split) == list(DATASETS)
+        assert list(split) == list(PAPER_BENCHMARKS)
         for name, indices in split.items():
             within = 4 if name == "HallusionBench" else 3
             assert abs(len(indices) - number) <= within, name
@@ -124,6 +125,16 @@ def test_groups_are_whole(mixture: Mixture, tables: dict[str, TsvTable]) -> None
             assert set(groups.values()) == {size}
 
 
+def test_all_rotations_of_a_question_are_drawn(tmp_path: Path) -> None:
+    benchmark = BENCHMARKS["MMBench_DEV_EN"]
+    rows = [row | {"image": encoded(picture(int(str(row["index"]))))} for row in benchmark_rows(benchmark.name, 12, questions=3)]
+    table = scan(write_tsv(tmp_path / "MMBench_DEV_EN.tsv", rows), benchmark.needed, benchmark.optional)
+    drawn = draw({benchmark.name: table}, instances=9, held_out=9, seed=0)
+    for split in (drawn.validation, drawn.test):
+        questions = Counter(int(index) % 10**6 for index in split[benchmark.name])
+        assert questions and set(questions.values()) == {3}
+
+
 @pytest.mark.parametrize(("instances", "drawn"), [(10, 8), (12, 16), (2, 8)])
 def test_a_group_that_does_not_fit_is_in_if_that_is_nearer(tables: dict[str, TsvTable], instances: int, drawn: int) -> None:
     """Two strata of groups of four: of 5 each one group is taken, of 6 two; but never none."""
@@ -147,7 +158,7 @@ def test_strata_are_in_proportion(tables: dict[str, TsvTable]) -> None:
 def test_the_seed_decides_and_other_datasets_do_not(mixture: Mixture, tables: dict[str, TsvTable]) -> None:
     assert draw(tables, instances=96, held_out=64, seed=1) == mixture
     other = draw(tables, instances=96, held_out=64, seed=2)
-    assert all(other.validation[name] != mixture.validation[name] for name in DATASETS)
+    assert all(other.validation[name] != mixture.validation[name] for name in PAPER_BENCHMARKS)
     some = {name: tables[name] for name in ("MMStar", "MME")}
     assert draw(some, instances=24, held_out=16, seed=1).validation["MME"] == mixture.validation["MME"]
 

@@ -6,6 +6,7 @@ import pytest
 
 from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Instance
 from rlens_jax.data.benchmarks.mixture import to_sample
+from rlens_jax.errors import UserError
 from rlens_jax.models.chat import question_content
 from tests.families.published import BY_MODEL_TYPE, kind_of
 
@@ -18,50 +19,51 @@ BLOCK = "Question: Q?\nOptions:\nA. red\nB. blue\nC. green\nD. a b\n"
 LETTERS = "Answer with the option's letter from the given choices directly."
 SELECT = "Please select the correct answer from the options above."
 VQA = ("DocVQA_VAL", "DocVQA_TEST", "InfoVQA_VAL", "InfoVQA_TEST", "TextVQA_VAL")
+CHOICE = tuple(name for name, benchmark in BENCHMARKS.items() if benchmark.task == "choice")
+CHOICE_COT = (
+    "Carefully read the following multichoice question, solve it step by step and finally pick the option associated with the "
+    'correct answer in the format of "Answer: selected option\n\n'
+)
+LINES = "Q?\nA. red\nB. blue\nC. green\nD. a b\n"
 EXPECTED = {
     "llava_onevision": {
-        **dict.fromkeys((*VQA, "ChartQA_TEST"), f"Q?\n{SHORT}"),
-        "OCRBench": "Q?",
-        "MME": "Q?",
-        "HallusionBench": "Q?",
-        "MMStar": f"{BLOCK}{SELECT} \n",
+        **dict.fromkeys((*VQA, "ChartQA_TEST", "GQA_TestDev_Balanced"), f"Q?\n{SHORT}"),
+        **dict.fromkeys(("OCRBench", "VizWiz", "MME", "HallusionBench", "POPE"), "Q?"),
+        **dict.fromkeys(CHOICE, f"{BLOCK}{SELECT} \n"),
     },
     "internvl_chat": {
-        **dict.fromkeys((*VQA, "ChartQA_TEST", "OCRBench"), f"Q?\n{SHORT}"),
+        **dict.fromkeys((*VQA, "ChartQA_TEST", "OCRBench", "GQA_TestDev_Balanced", "VizWiz"), f"Q?\n{SHORT}"),
         "MME": f"Q? {SHORT}",
         "HallusionBench": f"Q? Please answer yes or no. {SHORT}",
-        "MMStar": f"Q?\nA. red\nB. blue\nC. green\nD. a b\n{LETTERS}",
+        "POPE": "Q?",
+        **dict.fromkeys(CHOICE, f"{LINES}{LETTERS}"),
     },
     "qwen2_vl": {
         **dict.fromkeys(
-            (*VQA, "ChartQA_TEST", "OCRBench"), "Q?\nPlease try to answer the question with short words or phrases if possible."
+            (*VQA, "ChartQA_TEST", "OCRBench", "GQA_TestDev_Balanced", "VizWiz"),
+            "Q?\nPlease try to answer the question with short words or phrases if possible.",
         ),
         "MME": "Q?",
-        "HallusionBench": "Q? Please answer yes or no.",
-        "MMStar": f"{BLOCK}{SELECT}",
-    },
-    "qwen3_vl": {
-        **dict.fromkeys(
-            (*VQA, "ChartQA_TEST", "OCRBench"), "Q?\nPlease answer concisely with short words or phrases when possible."
-        ),
-        **dict.fromkeys(("MME", "HallusionBench"), "Q? Please answer yes or no."),
-        "MMStar": f"{BLOCK}Answer with the option letter only.",
+        **dict.fromkeys(("HallusionBench", "POPE"), "Q? Please answer yes or no."),
+        **dict.fromkeys(CHOICE, f"{BLOCK}{SELECT}"),
     },
     "minicpmv": {
-        **dict.fromkeys(VQA, f"{SHORT}\n<image>\nQ?"),
+        **dict.fromkeys((*VQA, "GQA_TestDev_Balanced", "VizWiz"), f"{SHORT}\n<image>\nQ?"),
         **dict.fromkeys(("ChartQA_TEST", "OCRBench", "HallusionBench"), f"{COT}Q?"),
-        "MME": "Q?",
-        "MMStar": f"{BLOCK}\n{LETTERS}",
+        **dict.fromkeys(("MME", "POPE"), "Q?"),
+        **dict.fromkeys(CHOICE, f"{BLOCK}\n{LETTERS}"),
+        "MMMU_DEV_VAL": CHOICE_COT + LINES,
     },
 }
 EXPECTED["internvl"] = EXPECTED["internvl_chat"]
-EXPECTED["qwen2_5_vl"] = EXPECTED["llava_onevision"]  # those of a model that has none of its own
+# Those of a model that has none of its own; VLMEvalKit's entries of Qwen3-VL switch its own off.
+EXPECTED["qwen2_5_vl"] = EXPECTED["qwen3_vl"] = EXPECTED["llava_onevision"]
 for _name in ("llava", "llava_next"):
-    EXPECTED[_name] = EXPECTED["llava_onevision"] | {"MMStar": EXPECTED["internvl_chat"]["MMStar"]}
+    EXPECTED[_name] = EXPECTED["llava_onevision"] | dict.fromkeys(CHOICE, f"{LINES}{LETTERS}")
 
 
 def example(dataset: str, **changes: object) -> Instance:
-    options = {"A": "red", "B": "blue", "C": "green", "D": "a b"} if dataset == "MMStar" else {}
+    options = {"A": "red", "B": "blue", "C": "green", "D": "a b"} if dataset in CHOICE else {}
     instance = Instance(dataset, "3", "Q?", ("a",), options, {}, (b"image",))
     return replace(instance, **changes)  # type: ignore[arg-type]
 
@@ -82,6 +84,7 @@ def test_without_steps_minicpm_answers_at_once() -> None:
         "ChartQA_TEST": f"{SHORT}\n<image>\nQ?",
         "OCRBench": f"{SHORT}\n<image>\nQ?",
         "HallusionBench": "Q? Yes or No?",
+        "MMMU_DEV_VAL": EXPECTED["minicpmv"]["MMStar"],
     }
     for dataset in BENCHMARKS:
         assert prompt("minicpmv", example(dataset), step_by_step=False) == expected[dataset]
@@ -115,6 +118,65 @@ def test_several_images() -> None:
     assert prompt("internvl", two) == f"Image-1: <image>Image-2: <image>Q?\n{SHORT}"
     assert prompt("minicpmv", two) == f"{SHORT}\n<image>\n<image>\nQ?"
     assert prompt("qwen2_vl", two) == EXPECTED["qwen2_vl"]["TextVQA_VAL"]
+
+
+def test_open_questions_of_mmmu() -> None:
+    expected = {
+        "llava_onevision": "Question: Q?\n",
+        "qwen2_vl": "Question: Q?",
+        "internvl": "Q?\nAnswer the question directly.",
+        "llava_next": "Q?\nAnswer the question directly.",
+        "minicpmv": f"{COT}Q?",
+    }
+    item = example("MMMU_DEV_VAL", options={})
+    assert {family: prompt(family, item) for family in expected} == expected
+    assert prompt("minicpmv", item, step_by_step=False) == f"{SHORT}\n<image>\nQ?"
+    hinted = example("MMMU_DEV_VAL", fields={"hint": "Look."})
+    assert prompt("minicpmv", hinted) == f"{CHOICE_COT}Hint: Look.\n{LINES}"
+
+
+def test_images_of_mmmu_stand_in_its_text() -> None:
+    """Of a model without prompts of its own. Images that are not mentioned are left out, some are there twice."""
+    item = example(
+        "MMMU_DEV_VAL",
+        question="Is <image 3> like <image 1>?",
+        options={"A": "<image 3>", "B": "<image 10>"},
+        images=(b"1", b"2", b"3"),
+    )
+    for family in ("llava_onevision", "qwen2_5_vl", "qwen3_vl"):
+        turn = kind_of(family).benchmark_prompt(item)
+        sample = turn.sample(item, ())
+        assert sample.images == (b"3", b"1", b"3")
+        content = question_content(sample)
+        texts = ["Question: Is ", " like ", "?\nOptions:\nA. ", f"\nB. <image 10>\n{SELECT} \n"]
+        assert [part.get("text", "image") for part in content] == [
+            texts[0],
+            "image",
+            texts[1],
+            "image",
+            texts[2],
+            "image",
+            texts[3],
+        ]
+    for family in ("qwen2_vl", "internvl", "llava", "minicpmv"):
+        turn = kind_of(family).benchmark_prompt(item)
+        assert turn.sample(item, ()).images == item.images
+        assert "Is <image 3> like <image 1>?" in turn.text
+    unmentioned = kind_of("qwen2_5_vl").benchmark_prompt(replace(item, question="Why?", options={"A": "1"}))
+    assert (unmentioned.marked, unmentioned.sample(item, ()).images) == (False, item.images)
+
+
+@pytest.mark.parametrize(
+    ("question", "complaint"),
+    [
+        ("See <image 4>.", "MMMU_DEV_VAL/3: mentions <image 4>, but has 1 images"),
+        ("See <image 0>.", "MMMU_DEV_VAL/3: mentions <image 0>, but has 1 images"),
+        ("An <image> tag in <image 1>.", "MMMU_DEV_VAL/3: <image> in its text cannot be told from the places of its images"),
+    ],
+)
+def test_mentions_of_no_image(question: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        prompt("qwen2_5_vl", example("MMMU_DEV_VAL", question=question))
 
 
 @pytest.mark.parametrize("model_type", BY_MODEL_TYPE)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlens_jax.data.benchmarks import tsv
-from rlens_jax.data.benchmarks.tsv import MISSING, TsvTable, parse_list, scan
+from rlens_jax.data.benchmarks.tsv import MISSING, TsvTable, as_read, parse_list, scan
 from rlens_jax.errors import UserError
 from tests.data.benchmarks.files import encoded, md5_of, picture, write_tsv
 
@@ -127,6 +127,41 @@ def test_missing_values_and_optional_columns(tmp_path: Path) -> None:
     # Of pandas 2 and 3.
     assert len(MISSING) == 19
     assert {"", "#N/A", "<NA>", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"} < MISSING
+
+
+@pytest.mark.parametrize(
+    ("texts", "read"),
+    [
+        (["None", "N/A", "", "n/a", "nan", "x"], ["nan"] * 5 + ["x"]),
+        ([" None", "none", "N/A."], [" None", "none", "N/A."]),
+        (["7", "7.50", "007"], ["7.0", "7.5", "7.0"]),
+        (["7", "007", "-3", " 5 "], ["7", "7", "-3", "5"]),
+        (["7", "007", "None"], ["7.0", "7.0", "nan"]),
+        (["7", "7.50", "007", "x"], ["7", "7.50", "007", "x"]),
+        (["10", ""], ["10.0", "nan"]),
+        ([".5", "1e3", "-inf", "2."], ["0.5", "1000.0", "-inf", "2.0"]),
+        (["1,000"], ["1,000"]),
+        (["1_0"], ["1_0"]),
+        (["\u0665"], ["\u0665"]),  # a digit to Python, not to pandas
+        (["9" * 5000], ["9" * 5000]),
+        (["", "None"], ["nan", "nan"]),
+        ([], []),
+    ],
+)
+def test_a_column_as_pandas_reads_it(texts: list[str], read: list[str]) -> None:
+    """Worked examples of what becomes missing, and of columns of numbers."""
+    assert as_read(texts) == read
+
+
+def test_columns_of_numbers(tmp_path: Path) -> None:
+    """The rows that are left out for want of an image decide, too."""
+    image = encoded(picture(1))
+    table = read(tmp_path, row(1, image, answer="007"), row(2, image, answer="8"))
+    assert [item.cells["answer"] for item in table.rows] == ["7", "8"]
+    table = read(tmp_path, row(1, image, answer="007"), row(2, "", answer="x"))
+    assert [item.cells["answer"] for item in table.rows] == ["007"]
+    table = read(tmp_path, row(1, image, answer="007"), row(2, "", answer=""))
+    assert [item.cells["answer"] for item in table.rows] == ["7.0"]
 
 
 def test_large_cells(tmp_path: Path) -> None:
