@@ -20,7 +20,8 @@ from rlens_jax.families.qwen2_vl.model import read_config
 from rlens_jax.files import json_text
 from rlens_jax.parity.bundle import new_bundle
 from rlens_jax.parity.dump import run_case
-from rlens_jax.plans import Plan, Reduction
+from rlens_jax.plan_file import PlanFile
+from rlens_jax.plans import SKIP, STANDARD, TEXT, Plan, Reduction
 from rlens_jax.resources import embedded_model
 from rlens_jax.search.ranking_file import ranking_fields
 from rlens_jax.torch_twin import reduced
@@ -369,6 +370,42 @@ def test_dump_and_compare_the_embedded_model(tmp_path: Path, capsys) -> None:
     assert "exists already" in refusal(capsys, "embedded", "--dump", bundle)
 
 
+SINGLE = Plan.of({0: 2, 1: TEXT, 2: SKIP, 4: SKIP}, {0: 0.5, 1: SKIP, 2: STANDARD, 4: SKIP})
+
+
+def test_levels_of_single_layers(theirs, inputs, model: Path, tmp_path: Path, capsys) -> None:
+    case = (SINGLE, SMALL, run_case(theirs, inputs, SINGLE, SMALL, with_states=True))
+    bundle, report = write_bundle(tmp_path / "bundle", [case]), tmp_path / "report.json"
+    assert validate(model, "--reference", bundle, "--json", report) == 0
+    result = json.loads(report.read_text())
+    check_schema(result, "validation.schema.json")
+    (found,) = result["cases"]
+    assert found["plan"] == SINGLE.fields()
+    assert [kept["layer"] for kept in found["kept_units"]] == [0, 2]
+    attention, ffn = SINGLE.reduced("attention"), SINGLE.reduced("ffn")
+    wrong = {
+        "layer 0, in attention": Plan.of({**attention, 0: 3}, ffn),
+        "layer 1, in ffn": Plan.of(attention, {0: 0.5, 2: STANDARD, 4: SKIP}),
+    }
+    for place, plan in wrong.items():
+        edit_manifest(bundle, lambda m, plan=plan: m["cases"][0].update(plan=plan.fields()))
+        assert validate(model, "--reference", bundle) == 1
+        assert place in capsys.readouterr().out
+    edit_manifest(bundle, lambda m: m["cases"][0]["plan"].update(ffn_levels=[{"layers": [0], "fraction": 0.4}]))
+    assert "kept_units.0 has shape [3, 39], expected integers [3, 31]" in refusal(capsys, model, "--reference", bundle)
+
+
+def test_a_plan_file_with_levels_is_dumped(tmp_path: Path, capsys, monkeypatch) -> None:
+    dumped: list[Any] = []
+    monkeypatch.setattr("rlens_jax.parity.dump.dump", lambda *arguments: dumped.append(arguments[2]))
+    plan = tmp_path / "plan.json"
+    plan.write_text(json_text(PlanFile(SINGLE, SMALL, 12).document()))
+    assert validate("embedded", "--dump", tmp_path / "bundle", "--plan", plan) == 0
+    assert dumped == [[Plan(), SINGLE]]
+    plan.write_text(json_text(PlanFile(replace(SINGLE, freeze_text_before=True), SMALL, 12).document()))
+    assert "bundles compare half layers" in refusal(capsys, "embedded", "--dump", tmp_path / "bundle", "--plan", plan)
+
+
 # Bad input
 
 
@@ -444,7 +481,7 @@ BAD = {
         "the plan reduces ffn in layer 5, but the model has 5 layers",
     ),
     "plan without ffn": (in_case(plan={"attention": [1], "fnn": []}), "the field ffn is missing (is it 'fnn'?)"),
-    "another operator": (in_case(plan={"attention": [1], "ffn": [], "mlp": []}), "plan has no operator 'mlp'"),
+    "another operator": (in_case(plan={"attention": [1], "ffn": [], "mlp": []}), "plan has no field 'mlp'"),
     "fraction": (in_case(active_fraction=2), "active_fraction must be a decimal number above 0"),
     "window": (in_case(window="ordinals"), "did you mean 'ordinal'?"),
     "random probes": (
@@ -482,7 +519,7 @@ BAD = {
     "unit out of range": (tensor("kept_units.2", with_value(77)), "kept_units.2 names a unit twice or one outside"),
     "unit twice": (tensor("kept_units.2", np.zeros_like), "kept_units.2 names a unit twice"),
     "too few units": (tensor("kept_units.2", lambda a: a[:, 1:]), "kept_units.2 has shape [3, 22]"),
-    "units of a dense layer": (add("kept_units.0", np.zeros((3, 23), np.int64)), "reduces no FFN in layer 0"),
+    "units of a dense layer": (add("kept_units.0", np.zeros((3, 23), np.int64)), "chooses no FFN units in layer 0"),
     "states of another width": (tensor("hidden_states.1", lambda a: a[:, :, 1:]), "hidden_states.1 has shape"),
     "states of layer 5": (add("hidden_states.5", np.zeros((3, 43, 60), np.float32)), "hidden_states.5 is of a layer"),
 }

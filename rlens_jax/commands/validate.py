@@ -25,7 +25,7 @@ from rlens_jax.commands.options import (
 from rlens_jax.console import ArgumentParser, Progress, run_command, show
 from rlens_jax.errors import UserError
 from rlens_jax.files import replace_file
-from rlens_jax.plans import OPERATORS, Plan, Reduction
+from rlens_jax.plans import Plan, Reduction
 
 USES = {
     "reference": {"json", "markdown", "tolerance", "dtype"},
@@ -96,8 +96,8 @@ def _plans(parser: ArgumentParser, options: Namespace) -> tuple[list[Plan], Redu
         plan.validate(decoder, kind.model_type)
         if plan.pruning is not None:
             parser.error(f"{options.plan} prunes tokens, which bundles do not have")
-        if any(map(plan.plan.levels, OPERATORS)):
-            parser.error(f"{options.plan} gives single layers levels of their own, which bundles do not have")
+        if plan.plan.freeze_text_before:
+            parser.error(f"{options.plan} holds the text of whole layers, and bundles compare half layers; leave that out")
         return list(dict.fromkeys([Plan(), plan.plan])), plan.reduction
     later = tuple(range(num_layers // 2, num_layers))
     attention = later if options.attention is None else options.attention

@@ -7,8 +7,8 @@
     family      `model_type` in the config.json of the model
     framework   name, version, and optional fields
     dtype       compute dtype of the framework, for the report
-    cases       one or more of: file, plan {attention, ffn: lists of layers}, attention_range, active_fraction,
-                probe_fraction, probe, window
+    cases       one or more of: file, plan {attention, ffn: lists of layers, and the optional attention_levels, ffn_levels
+                and freeze of a plan file}, attention_range, active_fraction, probe_fraction, probe, window
 
     constants   optional: sizes and constants of the model by the names of our configs, such as {"decoder.norm_eps": 1e-6};
                 `rlens_jax.parity.constants` compares those that a bundle names
@@ -39,13 +39,15 @@ from safetensors.numpy import save_file
 from rlens_jax.checkpoints.safetensors_file import open_safetensors
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import json_text, new_folder, quoted, read_json_object
-from rlens_jax.plans import OPERATORS, Operator, Plan, Reduction
+from rlens_jax.plans import OPERATORS, PLAN_FIELDS, Operator, Plan, Reduction
 
 FORMAT = "rlens-reference/1"
 MANIFEST = "manifest.json"
 FIELDS = ("format", "model", "family", "framework", "dtype", "cases")
 REDUCTION_FIELDS = ("attention_range", "active_fraction", "probe_fraction", "probe", "window")
 CASE_FIELDS = ("file", "plan", *REDUCTION_FIELDS)
+CASE_PLAN_FIELDS = tuple(name for name in PLAN_FIELDS if name != "freeze_text_before")
+"""That field holds the text of a whole layer, and cases are compared half layer by half layer."""
 CONSTANTS = "constants"
 LOGITS, POSITIONS, EMBEDDINGS = "logits", "logits_positions", "embeddings"
 KEPT = re.compile(r"kept_units\.(0|[1-9]\d*)")
@@ -133,10 +135,10 @@ def _read_case(fields: Any, where: str) -> Case:
         raise UserError(f"{where}: plan must be an object, not {quoted(plan)}")
     _require(plan, OPERATORS, f"{where}: plan")
     for name in plan:
-        if name not in OPERATORS:
-            raise UserError(f"{where}: plan has no operator {name!r}{suggest(name, OPERATORS)}")
+        if name not in CASE_PLAN_FIELDS:
+            raise UserError(f"{where}: plan has no field {name!r}{suggest(name, CASE_PLAN_FIELDS)}")
     try:
-        checked = Plan(**plan)
+        checked = Plan.from_fields(plan)
         reduction = Reduction(**{name: fields[name] for name in REDUCTION_FIELDS})
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -231,5 +233,4 @@ class BundleWriter:
         file = f"case_{len(self.cases):02}.safetensors"
         save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, self._folder / file)
         (self._folder / file).chmod(0o644)  # save_file lets only the owner read it
-        layers = {operator: list(plan.layers(operator)) for operator in OPERATORS}
-        self.cases.append({"file": file, "plan": layers, **asdict(reduction)})
+        self.cases.append({"file": file, "plan": plan.fields(), **asdict(reduction)})

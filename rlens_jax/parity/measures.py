@@ -53,6 +53,7 @@ def relative_to_change(
 
     Each token is relative to the largest number that the operator added to it, or to the median token if that is more, because
     the sums of an operator can cancel. Differences that rounding of the states explains (`rounding`, relative) do not count.
+    A difference of a token to which nothing was added, because it skips the operator, is infinite.
     """
     a, b, x = (np.concatenate(list(rows)) for rows in (ours, theirs, before))
     peaks = np.abs(b - x).max(axis=1)
@@ -60,7 +61,8 @@ def relative_to_change(
     if not scale.any():
         scale = np.ones_like(scale)
     excess = np.maximum(0, np.abs(a - b) - rounding * np.maximum(np.abs(b), np.abs(x)))
-    largest = float((excess / scale).max())
+    with np.errstate(divide="ignore"):
+        largest = float(np.divide(excess, scale, out=np.zeros_like(excess), where=excess != 0).max())
     return largest if np.isfinite(largest) else float("inf")
 
 

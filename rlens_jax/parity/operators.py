@@ -4,7 +4,7 @@ So an error shows in the operator that makes it, and not where it has grown beyo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
@@ -21,7 +21,7 @@ from rlens_jax.ops.ffn import probe_slots
 from rlens_jax.parity.measures import relative, relative_to_change
 from rlens_jax.parity.reference_case import ReferenceCase
 from rlens_jax.parity.selection import Selection, compare_selections
-from rlens_jax.plans import OPERATORS, Operator, Plan, Reduction
+from rlens_jax.plans import FULL, OPERATORS, SKIP, STANDARD, Operator, Plan, Reduction
 
 NOISE = 4
 """Rounding inside an operator may change its result by this multiple of what rounding of its input changes."""
@@ -79,7 +79,7 @@ class Halves:
                 x = add_feature(x, self._context, layer - 1) if layer else x
                 x = attend(self._stack, layer, x, self._context, reduction, plan.level("attention", layer))
             else:
-                imposed = self._reference.imposed.get(layer) if layer in plan.ffn else None
+                imposed = self._reference.imposed.get(layer) if plan.level("ffn", layer) not in (FULL, SKIP) else None
                 x, _ = feed(self._stack, layer, x, self._context, reduction, plan.level("ffn", layer), imposed)
         return self._rows(x)
 
@@ -169,8 +169,7 @@ def half(number: int) -> tuple[int, Operator]:
 
 def toggled(plan: Plan, operator: Operator, layer: int) -> Plan:
     """The plan with one layer reduced that was not, or the other way round."""
-    layers = tuple(sorted({layer}.symmetric_difference(plan.layers(operator))))
-    return replace(plan, attention=layers) if operator == "attention" else replace(plan, ffn=layers)
+    return plan.with_level(operator, layer, FULL if layer in plan.reduced(operator) else STANDARD)
 
 
 @partial(jax.jit, static_argnames=("reduction",))

@@ -8,7 +8,6 @@ from typing import Any
 from rlens_jax.files import json_text
 from rlens_jax.parity.comparison import CaseResult, Validation
 from rlens_jax.parity.rankings import RankingComparison
-from rlens_jax.plans import OPERATORS
 from rlens_jax.reporting.report_text import markdown_table, markdown_text
 
 SCHEMA = "rlens-validation/1"
@@ -47,7 +46,7 @@ def _case(result: CaseResult) -> dict[str, Any]:
     case = result.case
     return {
         "file": case.file,
-        "plan": {operator: list(case.plan.layers(operator)) for operator in OPERATORS},
+        "plan": case.plan.fields(),
         "reduction": asdict(case.reduction),
         "further": dict(case.further),
         "logits": asdict(result.logits),

@@ -97,7 +97,7 @@ class Locator:
             if agree(self._halves.run(before, both, toggled(plan, operator, layer))):
                 return operator
         blamed = self._blamed_by_other_cases(layer)
-        if blamed is not None or layer in plan.ffn:
+        if blamed is not None or layer in plan.reduced("ffn"):
             return blamed
         # A first token attends to itself alone, and the dense FFN treats each token separately.
         return "attention" if agree(self._halves.run(before, both, plan), 1) else None
@@ -107,7 +107,7 @@ class Locator:
         for other in filter(self._reference.same_tokens, self._agreeing):
             changed: list[Operator] = []
             for operator in OPERATORS:
-                ours, theirs = (reference.case.plan.layers(operator) for reference in (self._reference, other))
+                ours, theirs = (reference.case.plan.reduced(operator) for reference in (self._reference, other))
                 added = set(ours) - set(theirs)
                 if added if layer is None else layer in added:
                     changed.append(operator)

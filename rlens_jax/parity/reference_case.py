@@ -7,8 +7,9 @@ import numpy as np
 
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
+from rlens_jax.models.decoder import with_fraction
 from rlens_jax.parity.bundle import EMBEDDINGS, KEPT, LOGITS, POSITIONS, STATES, Case, CaseFile, states_name
-from rlens_jax.plans import Operator
+from rlens_jax.plans import SKIP, Operator
 
 
 class ReferenceCase:
@@ -84,12 +85,16 @@ class ReferenceCase:
 
     def _read_kept_units(self) -> dict[int, np.ndarray]:
         width, file, case = self._sizes.ffn_width, self._file, self.case
-        expected = [len(self._token_ids), case.reduction.kept_units(width)]
+        numbers = {
+            layer: with_fraction(case.reduction, level).kept_units(width)
+            for layer, level in case.plan.reduced("ffn").items()
+            if level != SKIP
+        }
         kept = {}
         for name, layer in file.layers(KEPT).items():
-            if layer not in case.plan.ffn:
-                raise UserError(f"{file.path}: {name} is present, but the plan reduces no FFN in layer {layer}")
-            units = file.read(name)
+            if layer not in numbers:
+                raise UserError(f"{file.path}: {name} is present, but the plan chooses no FFN units in layer {layer}")
+            units, expected = file.read(name), [len(self._token_ids), numbers[layer]]
             if list(units.shape) != expected or file.dtype(name)[0] not in "IU":
                 raise self._shape_error(name, units.shape, f"integers {expected}")
             for row, inputs in zip(units, self.inputs, strict=True):
@@ -97,7 +102,7 @@ class ReferenceCase:
                 if inputs.prompt.num_visual and wrong:
                     raise UserError(f"{file.path}: {name} names a unit twice or one outside 0 ... {width - 1}")
             kept[layer] = np.clip(units, 0, width - 1)
-        missing = [layer for layer in case.plan.ffn if layer not in kept]
+        missing = [layer for layer in numbers if layer not in kept]
         if missing and case.reduction.probe == "random":
             raise UserError(f"{file.path}: other frameworks draw other random probes, so kept_units.{missing[0]} is needed")
         return kept
