@@ -103,6 +103,17 @@ class Fidelity(TeacherForcing):
         return jax.jit(joined)(*parts)
 
 
+class AnswerAgreement(Fidelity):
+    """The share of the dense model's own answer that stays best, where it did not answer about these images themselves."""
+
+    def __init__(self, programs: Programs):
+        super().__init__(programs, "agreement")
+        self._agree_program = programs.program("answer agreement", _agree, (ROWS, ROWS), EVERYWHERE)
+
+    def read(self, states: States, batch: Batch) -> Any:
+        return self._agree_program(states, batch.inputs)
+
+
 def _joined(*parts: Array) -> Array:
     return jnp.concatenate(parts)
 
@@ -126,6 +137,15 @@ def _compare(
     finite = scored[:, None] & all_finite(logits) & all_finite(dense)
     counts = jnp.asarray(batch.answer_targets) != IGNORE
     return all_rows((batch.samples, batch.answer_branch, counts, lost, finite))
+
+
+def _agree(model: VisionLanguageModel, states: States, batch: PromptBatch) -> tuple[Array, ...]:
+    """As `_compare`, with the tokens of the answers as the dense model's best ones."""
+    x, scored, _ = states
+    logits, targets = model.decoder.logits(_at_answers(x, batch)), jnp.asarray(batch.answer_targets)
+    lost = (best_token(logits) != targets).astype(jnp.float32)
+    finite = scored[:, None] & all_finite(logits)
+    return all_rows((batch.samples, batch.answer_branch, targets != IGNORE, lost, finite))
 
 
 def _at_answers(x: Float[Array, "B T D"], batch: PromptBatch) -> Float[Array, "B A D"]:

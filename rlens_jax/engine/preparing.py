@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image, Resampling
 
 from rlens_jax.data.images import images_key, load_images
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.buckets import Size
 from rlens_jax.engine.trunks import Row, SamplePrompts, rows_of
 from rlens_jax.hosts.processes import Processes
-from rlens_jax.models.prompt import Branches, ImageSize, ImageTokens, PreparedImage, Preparer, Prompt
+from rlens_jax.models.prompt import Branches, ImageSize, ImageTokens, Measure, PreparedImage, Preparer, Prompt
 
 KEPT_BYTES = 1_000_000_000
 """Memory for the prepared images of a split that are kept between measuring and encoding (our decision)."""
@@ -38,6 +39,14 @@ def image_groups(samples: Sequence[Sample]) -> list[int]:
     return groups
 
 
+Resize = Callable[[Image], Image]
+
+
+def as_it_is(image: Image) -> Image:
+    """The image itself."""
+    return image
+
+
 class Images:
     """The prepared images of samples, which are measured first and encoded later.
 
@@ -45,8 +54,8 @@ class Images:
     do not fit into memory, and only preparing tells a size for certain: each family's processor has rules of its own.
     """
 
-    def __init__(self, samples: Sequence[Sample], preparer: Preparer):
-        self._samples, self._preparer = samples, preparer
+    def __init__(self, samples: Sequence[Sample], preparer: Preparer, resized: Resize = as_it_is):
+        self._samples, self._preparer, self._resized = samples, preparer, resized
         self._kept: dict[int, Sequence[PreparedImage]] = {}
         self._room = KEPT_BYTES
 
@@ -65,7 +74,22 @@ class Images:
 
     def _prepared(self, number: int) -> Sequence[PreparedImage]:
         sample = self._samples[number]
-        return self._preparer.images(load_images(sample, self._preparer.transparency), sample.id)
+        return self._preparer.images(list(map(self._resized, load_images(sample, self._preparer.transparency))), sample.id)
+
+
+def down_sampled(share: float, measure: Measure, image: Image) -> Image:
+    """The image at the largest of some sizes at which it has at most a share of its visual tokens, by bicubic antialiasing.
+
+    The family's own rule, `measure`, says how many it has at a size. If that rule lets it have no fewer than more than the share,
+    it has the fewest possible.
+    """
+    width, height = image.size
+    heights = dict.fromkeys(max(1, round(height * 2 ** (-step / 16))) for step in range(65))
+    sizes = [(max(1, width * smaller // height), smaller) for smaller in heights]  # no size is longer than the image
+    counts = [measure(*size)[1].count for size in sizes]
+    wanted = max(share * counts[0], min(counts))
+    place = next(place for place, count in enumerate(counts) if count <= wanted)
+    return image.resize(sizes[place], Resampling.BICUBIC) if place else image
 
 
 @dataclass(frozen=True)
@@ -147,6 +171,7 @@ def prepare(
     sharing: bool = True,
     most_text: int | None = None,
     most_branches: int | None = None,
+    resized: Resize = as_it_is,
 ) -> PreparedSplit:
     """Prepare this process's share of the samples and measure all; every process calls it with the same samples.
 
@@ -154,11 +179,12 @@ def prepare(
         with_answers: one prompt per reference answer, for teacher forcing; else one bare prompt per sample.
         advance: called with the number of samples that were prepared.
         sharing, most_text, most_branches: as of `rows_of`.
+        resized: what the preparer gets in place of an image.
 
     Raises:
         UserError: an image or a prompt that cannot be used, naming the sample.
     """
-    groups, images = image_groups(samples), Images(samples, preparer)
+    groups, images = image_groups(samples), Images(samples, preparer, resized)
     members: dict[int, list[int]] = defaultdict(list)
     for number, group in enumerate(groups):
         members[group].append(number)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -64,15 +65,29 @@ def time_side_by_side(
 
 
 def time_plans(
-    programs: Programs, batch: Batch, plans: Mapping[str, Plan], repeats: int, baseline: Plan | None = None
+    programs: Programs,
+    batch: Batch,
+    plans: Mapping[str, Plan],
+    repeats: int,
+    baseline: Plan | None = None,
+    batches: Mapping[str, Batch] = MappingProxyType({}),
 ) -> dict[str, PrefillTime]:
-    """The times of one batch's prefill under each plan, each beside `baseline` (dense) and compiled for its plan alone."""
-    visual, bucket = programs.put(batch.visual), batch.inputs.layout.bucket
+    """The times of one batch's prefill under each plan, each beside `baseline` (dense) and compiled for its plan alone.
+
+    `batches` are those that some plans run on in place of `batch`, such as the same samples with smaller images.
+    """
     baseline, times = baseline or Plan(), {}
-    calls = {plan: partial(static_prefill(programs, plan), visual, batch.inputs) for plan in {baseline, *plans.values()}}
+    prefills = {plan: static_prefill(programs, plan) for plan in {baseline, *plans.values()}}
+
+    def call(plan: Plan, run_on: Batch) -> Callable[[], Array]:
+        return partial(prefills[plan], programs.put(run_on.visual), run_on.inputs)
+
+    dense = call(baseline, batch)
     for name, plan in plans.items():
-        dense, reduced = time_side_by_side([calls[baseline], calls[plan]], repeats)
-        times[name] = PrefillTime(dense, reduced, len(batch.inputs.samples), bucket.text, bucket.visual)
+        own = batches.get(name, batch)
+        whole, reduced = time_side_by_side([dense, call(plan, own)], repeats)
+        bucket = own.inputs.layout.bucket
+        times[name] = PrefillTime(whole, reduced, len(own.inputs.samples), bucket.text, bucket.visual)
     return times
 
 

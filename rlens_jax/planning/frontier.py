@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
@@ -15,14 +15,29 @@ from rlens_jax.engine.evaluator import Evaluator, Outcomes
 from rlens_jax.engine.inputs import Split
 from rlens_jax.engine.pools import Batch
 from rlens_jax.engine.timing import time_plans
-from rlens_jax.flops import mean_saving
+from rlens_jax.flops import prefill_cost
 from rlens_jax.planning.planner import Planner
 from rlens_jax.plans import OPERATORS, Plan
 from rlens_jax.search.bootstrap import Interval, bootstrap_interval, mean_over_datasets
 from rlens_jax.search.confirmation import CONFIDENCE, HeldOutLoss, held_out_losses, last_confirmed, least_samples, milestones
 from rlens_jax.search.curves import chain_order
-from rlens_jax.search.front import Front, FrontPoint, Kind, PrefillTime, undominated
+from rlens_jax.search.front import DOWN_SAMPLED, Front, FrontPoint, Kind, PrefillTime, undominated
 from rlens_jax.search.joint import Path, State, in_order, last_layers_first
+
+
+@dataclass(frozen=True, eq=False)
+class Smaller:
+    """The held-out samples with down-sampled images."""
+
+    evaluator: Evaluator
+    name: str
+    """Its split."""
+    timed: Batch
+    """The samples of the first batch of the split that was not down-sampled."""
+
+    @property
+    def split(self) -> Split:
+        return self.evaluator.splits[self.name]
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,8 @@ class Rival:
     plan: Plan
     cost: float | None
     search_loss: float | None = None
+    smaller: Smaller | None = None
+    """What it runs on in place of the samples as they are."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,7 @@ class Frontier:
         evaluator: evaluates plans on the held-out samples, perhaps by another measure than the search.
         held_out: their split.
         model_hash, data_hash: as in ranking.json.
+        smaller: the samples of the split with down-sampled images.
     """
 
     planner: Planner
@@ -51,6 +69,7 @@ class Frontier:
     held_out: str
     model_hash: str
     data_hash: str
+    smaller: Sequence[Smaller] = ()
 
     def front(self, path: Path, rivals: Sequence[Rival] = ()) -> Front:
         """Confirm the path's milestones, publish one, and compare it with `rivals` and with plans that need no search."""
@@ -59,14 +78,14 @@ class Frontier:
         marked = milestones(path, config.joint.milestones)
         joint = [Rival("joint", planner.plan(point.state), point.cost, point.loss) for point in marked]
         tested = [dense, *joint]
-        outcomes = self._outcomes([each.plan for each in tested])
+        outcomes = self._outcomes(tested)
         published, verdict = self._published(self._losses(tested, outcomes), marked)
         others = list(rivals)
         if published:
             others += self._controls(marked[published - 1].cost)
-        compared = [*tested, *others]
-        outcomes |= self._outcomes([each.plan for each in others])
-        data = self._split
+        others += [replace(dense, kind=DOWN_SAMPLED, cost=None, search_loss=None, smaller=each) for each in self.smaller]
+        outcomes |= self._outcomes(others)
+        compared, data = [*tested, *others], self._split
         return Front(
             budget=planner.budget,
             cost="flops" if planner.budget.kind == "flops" else config.joint.cost,
@@ -92,19 +111,27 @@ class Frontier:
     def _num_images(self) -> int:
         return len(np.unique(self._split.image_groups))
 
-    def _outcomes(self, plans: Sequence[Plan]) -> dict[Plan, Outcomes]:
+    def _outcomes(self, rivals: Sequence[Rival]) -> dict[Rival, Outcomes]:
         """The held-out outcomes of plans, each evaluated once."""
-        ordered = chain_order(plans, self.planner.num_layers)
+        ordered = chain_order([each.plan for each in rivals if each.smaller is None], self.planner.num_layers)
         with Progress("held-out plans", len(ordered), "plans") as progress:
-            return dict(zip(ordered, self.evaluator.chain(self.held_out, ordered, progress), strict=True))
+            whole = dict(zip(ordered, self.evaluator.chain(self.held_out, ordered, progress), strict=True))
 
-    def _losses(self, rivals: Sequence[Rival], outcomes: Mapping[Plan, Outcomes]) -> list[HeldOutLoss]:
+        def of(rival: Rival) -> Outcomes:
+            if rival.smaller is None:
+                return whole[rival.plan]
+            # No answer needs what the last layer does for visual rows, which is all that the plan leaves out.
+            return rival.smaller.evaluator.outcomes(rival.smaller.name, Plan(), [Plan()])[0]
+
+        return {rival: of(rival) for rival in rivals}
+
+    def _losses(self, rivals: Sequence[Rival], outcomes: Mapping[Rival, Outcomes]) -> list[HeldOutLoss]:
         """Each plan's loss against the first one, the dense model."""
         config = self.planner.config
         dense, *_ = rivals
         return held_out_losses(
-            [outcomes[each.plan] for each in rivals],
-            outcomes[dense.plan],
+            [outcomes[each] for each in rivals],
+            outcomes[dense],
             self._split.images,
             relative=config.search.change == "relative" and config.held_out_measure not in DIVERGENCES,
             samples=config.report.bootstrap_samples,
@@ -152,11 +179,10 @@ class Frontier:
         return [Rival(kind, planner.plan(state), planner.costs.share(state)) for kind, state in orders.items()]
 
     def _points(
-        self, rivals: Sequence[Rival], outcomes: Mapping[Plan, Outcomes], batch: Batch, published: int, tested: int
+        self, rivals: Sequence[Rival], outcomes: Mapping[Rival, Outcomes], batch: Batch, published: int, tested: int
     ) -> tuple[FrontPoint, ...]:
-        planner, config = self.planner, self.planner.config
-        decoder, data = self.evaluator.scoring.programs.config, self._split
-        table = {name: np.stack([outcomes[each.plan][name] for each in rivals]) for name in data.datasets}
+        config, data = self.planner.config, self._split
+        table = {name: np.stack([outcomes[each][name] for each in rivals]) for name in data.datasets}
         interval = partial(
             bootstrap_interval, table, images=data.images, samples=config.report.bootstrap_samples, seed=config.seed
         )
@@ -171,14 +197,14 @@ class Frontier:
         losses, times = self._losses(rivals, outcomes), self._times(rivals, batch, published, tested)
         medians = [None if time is None else median(time.reduced) / median(time.dense) for time in times]
         front = undominated(medians, below)
-        saved = partial(mean_saving, decoder.layer_sizes, data.num_tokens, planner.num_layers, config.reduction)
-        start = saved(rivals[0].plan, True)
+        flops = [self._flops(each) for each in rivals]
         return tuple(
             FrontPoint(
                 kind=each.kind,
                 plan=each.plan,
                 cost=each.cost,
-                flops=(1 - saved(each.plan, True)) / (1 - start),
+                flops=flops[place] / flops[0],
+                visual_tokens=float((each.smaller.split if each.smaller else data).num_visual.mean()),
                 score=Interval(*(np.asarray(part[place]) for part in (scores.value, scores.low, scores.high))),
                 loss=losses[place],
                 search_loss=each.search_loss,
@@ -188,12 +214,28 @@ class Frontier:
             for place, each in enumerate(rivals)
         )
 
+    def _flops(self, rival: Rival) -> float:
+        """The share of the multiply-adds of `Plan()` on the samples as they are, mean over the samples."""
+        layers, reduction = self.planner.num_layers, self.planner.config.reduction
+        cost = partial(prefill_cost, self.evaluator.scoring.programs.config.layer_sizes, reduction=reduction, with_probes=True)
+        whole = self._split.num_tokens
+        own = whole if rival.smaller is None else rival.smaller.split.num_tokens
+        shares = [
+            cost(text, [visual] * layers, rival.plan) / cost(all_text, [all_visual] * layers, Plan())
+            for (text, visual), (all_text, all_visual) in zip(own, whole, strict=True)
+        ]
+        return sum(shares) / len(shares)
+
     def _times(self, rivals: Sequence[Rival], batch: Batch, published: int, tested: int) -> list[PrefillTime | None]:
-        """Prefill times of dense, of the published plan and the last milestone, and of all rivals; not of other milestones."""
+        """Prefill times of dense, of the published plan and the last milestone, and of all rivals; not of other milestones.
+
+        Down-sampled images are timed on the same samples, in a bucket of their own.
+        """
         repeats = self.planner.config.report.timing_repeats
         places = [place for place in range(len(rivals)) if place in (0, published, tested - 1) or place >= tested]
         wanted = {str(place): rivals[place].plan for place in places}
-        timed = time_plans(self.evaluator.scoring.programs, batch, wanted, repeats, baseline=rivals[0].plan)
+        own = {str(place): smaller.timed for place in places if (smaller := rivals[place].smaller)}
+        timed = time_plans(self.evaluator.scoring.programs, batch, wanted, repeats, baseline=rivals[0].plan, batches=own)
         return [timed.get(str(place)) for place in range(len(rivals))]
 
 

@@ -3,31 +3,38 @@
 session -> programs -> encoded samples -> costs of levels -> joint search -> confirmation and comparison -> files
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 from rlens_jax.budget import parse_budget
-from rlens_jax.config import Measure, RunConfig
+from rlens_jax.config import ComputeConfig, Measure, RunConfig
 from rlens_jax.console import say
+from rlens_jax.data.samples import Sample
 from rlens_jax.engine.evaluator import Evaluator
-from rlens_jax.engine.fidelity import scoring_of
+from rlens_jax.engine.fidelity import AnswerAgreement, scoring_of
+from rlens_jax.engine.inputs import Split, encode_split
 from rlens_jax.engine.level_times import LEVEL_TIMES, LevelTimes, kept_level_times, time_levels
 from rlens_jax.engine.own_answers import own_answers
+from rlens_jax.engine.preparing import down_sampled, prepare
 from rlens_jax.engine.session import LoadedModel, ModelFolder, Session, encode_split_of, load
+from rlens_jax.engine.shapes import blocks_of, choose_shapes, dealt_rows
 from rlens_jax.engine.sizes import memory_explained
 from rlens_jax.engine.startup import start
 from rlens_jax.errors import UserError
 from rlens_jax.hosts.processes import Processes, Stopper
-from rlens_jax.planning.frontier import Frontier, Rival, single_operators
+from rlens_jax.planning.frontier import Frontier, Rival, Smaller, single_operators
 from rlens_jax.planning.planner import Planner, flops_costs, time_costs, useful_levels
-from rlens_jax.plans import STANDARD_LEVELS, Levels, Plan
+from rlens_jax.plans import FULL, STANDARD_LEVELS, Levels, Plan
 from rlens_jax.reporting.front_report import write_front
 from rlens_jax.search.front import Front, Kind
 
 VALIDATION, TEST, CONFIRMATION = "validation", "test", "confirmation"
 JOINT = "joint search"
+SHARES = (0.75, 0.5, 0.25)
+"""Visual tokens of down-sampled images, as shares of those of the images as they are (our decision)."""
 
 
 def make_plan(config: RunConfig, processes: Processes | None = None, *, restart: bool = False) -> Front:
@@ -63,7 +70,7 @@ def make_plan(config: RunConfig, processes: Processes | None = None, *, restart:
         say(f"{JOINT}: {len(path.points) - 1} moves to {path.points[-1].cost:.1%} of the dense cost")
         rivals = single_operators(planner)
         searching.scoring.release()
-        front = frontier_of(session, planner, evaluator(config.held_out_measure, TEST), TEST).front(path, rivals)
+        front = frontier_of(session, loaded, planner, evaluator(config.held_out_measure, TEST), TEST).front(path, rivals)
         if processes.leads:
             write_front(front, output)
     return front
@@ -87,7 +94,7 @@ def compared_plan(
         held_out = replace(held_out, splits={name: encode_split_of(session, loaded, searching.scoring.programs, name)})
     kinds: dict[str, Kind] = {"attention": "attention", "ffn": "ffn", "both": "both"}
     rivals = [Rival(kinds[each], plan, planner.share(plan)) for each, plan in plans.items()]
-    return frontier_of(session, planner, held_out, name).front(path, rivals)
+    return frontier_of(session, loaded, planner, held_out, name).front(path, rivals)
 
 
 def levels_of(session: Session) -> Levels:
@@ -124,6 +131,39 @@ def planner_of(session: Session, evaluator: Evaluator, levels: Levels) -> Planne
     return planner
 
 
-def frontier_of(session: Session, planner: Planner, evaluator: Evaluator, split: str) -> Frontier:
+def frontier_of(session: Session, loaded: LoadedModel, planner: Planner, evaluator: Evaluator, split: str) -> Frontier:
     """What confirms and compares on a held-out split."""
-    return Frontier(planner, evaluator, split, session.folder.weights_hash, session.data_hash)
+    smaller = smaller_images(session, loaded, evaluator, split)
+    return Frontier(planner, evaluator, split, session.folder.weights_hash, session.data_hash, smaller)
+
+
+def smaller_images(session: Session, loaded: LoadedModel, evaluator: Evaluator, name: str) -> list[Smaller]:
+    """The samples of a split with images of fewer visual tokens, at each of `SHARES` that leaves fewer than the one before."""
+    kind, config, whole = session.folder.kind, session.config, evaluator.splits[name]
+    measure = cache(kind.measure(session.folder.path, {}))
+    programs = loaded.programs(config, Levels((FULL,), (FULL,)))
+    own = config.held_out_measure == "agreement"
+    scoring = AnswerAgreement(programs) if own else scoring_of(programs, loaded, config.held_out_measure)
+    compute = replace(config.compute, visual_slots=None, patch_slots=None)
+    found, least = [], whole.num_visual.sum()
+
+    def encoded(members: Sequence[Sample], share: float, compute: ComputeConfig, rows: int) -> Split:
+        resized = partial(down_sampled, share, measure)
+        forced = config.search.objective != "generation"
+        longest = None if compute.text_slots is None else compute.text_slots[-1]
+        ready = partial(prepare, sharing=compute.sharing, most_text=longest, resized=resized)
+        prepared = ready(members, loaded.preparer, forced, session.processes)
+        shapes = replace(session.processes.agreed(lambda: choose_shapes(compute, kind, [prepared])), batch_size=rows)
+        dealt = dealt_rows(prepared, shapes, programs.groups)
+        blocks = blocks_of([(prepared, dealt)], shapes, even=True)
+        return encode_split(prepared, programs, shapes, dealt, blocks, session.processes)
+
+    for share in SHARES:
+        split = encoded(whole.samples, share, compute, loaded.shapes.batch_size)
+        if split.num_visual.sum() < least:
+            least = split.num_visual.sum()
+            timed = [whole.samples[number] for number in whole.batches[0].members]
+            batch, *_ = encoded(timed, share, replace(compute, max_buckets=1), len(timed)).batches
+            part = f"{name}, at most {share:.0%} of the visual tokens"
+            found.append(Smaller(replace(evaluator, scoring=scoring, splits={part: split}), part, batch))
+    return found

@@ -17,6 +17,7 @@ _STYLES = {
     "both": ("#CC79A7", "D"),
     "position": ("#D55E00", "s"),
     "random": ("#6E6E6E", "X"),
+    "down-sampled": ("#56B4E9", "P"),
 }
 """Colour and marker per kind of plan: Okabe and Ito's colours, which differ for any colour vision; the markers differ, too."""
 

@@ -13,7 +13,7 @@ from rlens_jax.files import json_text, replace_file
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.plans import Plan, Reduction
 from rlens_jax.reporting.page_parts import asset, content_hash, environment
-from rlens_jax.search.front import FRONT, Front, front_fields
+from rlens_jax.search.front import DOWN_SAMPLED, FRONT, Front, front_fields
 
 PLAN = "plan.json"
 _KINDS = {
@@ -24,12 +24,13 @@ _KINDS = {
     "both": "two separate rankings",
     "position": "last layers first",
     "random": "random order",
+    DOWN_SAMPLED: "down-sampled images",
 }
 
 
 @dataclass(frozen=True)
 class FrontRow:
-    """A plan of the table; times in seconds, None where not measured."""
+    """A plan of the table, or the images of the dense model; times in seconds, None where not measured."""
 
     kind: str
     layers: str
@@ -50,10 +51,14 @@ def front_rows(fields: Mapping[str, Any]) -> list[FrontRow]:
     for number, point in enumerate(fields["points"]):
         time = point["time"]
         dense, reduced = (median(time[side]) if time else None for side in ("dense", "reduced"))
+        if point["kind"] == DOWN_SAMPLED:
+            layers = f"images of {point['visual_tokens']:.0f} visual tokens"
+        else:
+            layers = Plan.from_fields(point["plan"]).label()
         rows.append(
             FrontRow(
                 kind=_KINDS[point["kind"]],
-                layers=Plan.from_fields(point["plan"]).label(),
+                layers=layers,
                 published=number == fields["published"],
                 cost=point["cost"],
                 flops=point["flops"],
@@ -107,17 +112,17 @@ def front_summary(front: Front, folder: Path) -> str:
     ]
     lines += [f"  {front.plan.label()}", f"  {front.verdict}", ""]
     lines.append(f"On {samples} held-out samples about {front.images} images; time of the prefill against dense, in turns:")
-    lines.append(f"  {'':<25}{'loss':>9}{'at most':>9}{'FLOPs left':>12}{'predicted':>11}{'time saved':>12}")
+    lines.append(f"  {'':<28}{'loss':>9}{'at most':>9}{'FLOPs left':>12}{'predicted':>11}{'time saved':>12}")
     for row in rows:
         saved = "-" if row.time_saved is None else _percent(row.time_saved)
-        name = f"{'*' if row.published else ' '} {row.kind}"
+        name = f"{'*' if row.published else ' '} {row.layers if row.kind == _KINDS[DOWN_SAMPLED] else row.kind}"
         cells = (
             f"{_percent(row.loss):>9}",
             f"{_percent(row.bound):>9}",
             f"{_percent(row.flops):>12}",
             f"{'-' if row.cost is None else _percent(row.cost):>11}",
         )
-        lines.append(f"{name:<27}{''.join(cells)}{saved:>12}")
+        lines.append(f"{name:<30}{''.join(cells)}{saved:>12}")
     lines += [
         f"  (* published; predicted: share of the dense {front.cost} that is left; both sides skip what no answer needs)",
         "",

@@ -18,7 +18,8 @@ from rlens_jax.search.joint import Path
 FRONT = "front.json"
 FRONT_SCHEMA = "rlens-front/1"
 
-Kind = Literal["dense", "joint", "attention", "ffn", "both", "position", "random"]
+Kind = Literal["dense", "joint", "attention", "ffn", "both", "position", "random", "down-sampled"]
+DOWN_SAMPLED: Kind = "down-sampled"
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,11 @@ class FrontPoint:
     Attributes:
         kind: where the plan comes from: `dense`; `joint`, a milestone of the joint search; `attention` and `ffn`, that search
             with one operator; `both`, two separate rankings together; `position` and `random`, controls of the published
-            plan's cost.
+            plan's cost; `down-sampled`, the dense model on smaller images.
         plan: the plan.
         cost: its share of the dense cost, as the search predicts it; None if it has a level that the search has not.
         flops: its share of the dense prefill's multiply-adds, probes counted; both sides skip the last layer's visual rows.
+        visual_tokens: of a sample, on average.
         score: the mean score over the datasets, with a 95 % interval.
         loss: the held-out loss, with its one-sided 95 % bound.
         search_loss: the loss on the samples of the search, None where it was not evaluated.
@@ -64,6 +66,7 @@ class FrontPoint:
     plan: Plan
     cost: float | None
     flops: float
+    visual_tokens: float
     score: Interval
     loss: HeldOutLoss
     search_loss: float | None
@@ -181,6 +184,7 @@ def _point_fields(point: FrontPoint) -> dict[str, Any]:
         "plan": point.plan.fields(),
         "cost": point.cost,
         "flops": point.flops,
+        "visual_tokens": point.visual_tokens,
         "score": point.score.fields(),
         "loss": point.loss.value,
         "loss_bound": point.loss.bound,

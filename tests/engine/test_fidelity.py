@@ -11,7 +11,7 @@ import pytest
 
 from rlens_jax.config import SearchConfig
 from rlens_jax.engine.evaluator import Evaluator
-from rlens_jax.engine.fidelity import Fidelity
+from rlens_jax.engine.fidelity import AnswerAgreement, Fidelity
 from rlens_jax.engine.inputs import Split, build_split
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.racing import RoundScorer
@@ -74,10 +74,23 @@ def logits_of(programs: Programs, split: Split, plan: Plan) -> Logits:
     return found
 
 
-def outcomes_of(programs: Programs, split: Split, plan: Plan, folder: Path, measure: str = "kl") -> np.ndarray:
+def targets_of(split: Split) -> dict[int, np.ndarray]:
+    """By sample: the tokens of its answer."""
+    found = {}
+    for batch in split.batches:
+        inputs = batch.inputs
+        for row, branch in zip(*np.nonzero(np.asarray(inputs.samples) != FILLER), strict=True):
+            mine = (np.asarray(inputs.answer_branch[row]) == branch) & (np.asarray(inputs.answer_targets[row]) != IGNORE)
+            found[int(inputs.samples[row, branch])] = np.asarray(inputs.answer_targets[row])[mine]
+    return found
+
+
+def outcomes_of(
+    programs: Programs, split: Split, plan: Plan, folder: Path, measure: str = "kl", scoring: Fidelity | None = None
+) -> np.ndarray:
     """From the states of another base, by the evaluator: float64[samples]."""
     with Journal.open(folder, {}) as journal:
-        evaluator = Evaluator(Fidelity(programs, measure), {"all": split}, journal, state_bytes=1e9)
+        evaluator = Evaluator(scoring or Fidelity(programs, measure), {"all": split}, journal, state_bytes=1e9)
         evaluator.outcomes("all", Plan((), (4,)), [plan])
         return journal.outcomes("all", plan, len(split.samples))
 
@@ -108,6 +121,9 @@ def test_outcomes(programs: Programs, split: Split, tmp_path: Path) -> None:
     shares = [(dense[n].argmax(axis=-1) == reduced[n].argmax(axis=-1)).mean() for n in range(len(agreed))]
     np.testing.assert_allclose(agreed, shares, atol=1e-12)
     assert set(np.round(agreed, 3)) - {0.0, 1.0} and agreed.min() < 1
+    answered_alike = outcomes_of(programs, split, PLAN, tmp_path / "answers", scoring=AnswerAgreement(programs))
+    shares = [(tokens == reduced[n].argmax(axis=-1)).mean() for n, tokens in sorted(targets_of(split).items())]
+    np.testing.assert_allclose(answered_alike, shares, atol=1e-12)
 
 
 def test_a_one_shot_ranking_by_kl(programs: Programs, split: Split, tmp_path: Path) -> None:

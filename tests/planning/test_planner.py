@@ -1,29 +1,42 @@
 """Costs, ladders and the whole search of a tiny model."""
 
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rlens_jax.budget import Budget
-from rlens_jax.config import JointConfig, RunConfig, SearchConfig
+from rlens_jax.config import ComputeConfig, JointConfig, RunConfig, SearchConfig
+from rlens_jax.data.images import load_image
+from rlens_jax.engine import level_times
 from rlens_jax.engine.evaluator import Evaluator
+from rlens_jax.engine.fidelity import Fidelity
+from rlens_jax.engine.inputs import Split, build_split
 from rlens_jax.engine.level_times import BucketTimes, LevelTimes, kept_level_times
+from rlens_jax.engine.preparing import down_sampled
 from rlens_jax.engine.scoring import TeacherForcing
+from rlens_jax.engine.session import LoadedModel, ModelFolder, Session
 from rlens_jax.errors import UserError
+from rlens_jax.families import qwen2_vl
+from rlens_jax.families.registry import ModelKind
 from rlens_jax.flops import PUBLISHED_DECODERS, prefill_cost
 from rlens_jax.hosts.processes import Processes
-from rlens_jax.plan_file import read_plan
+from rlens_jax.models.prompt import ImageTokens
+from rlens_jax.planning import frontier, plan_run
 from rlens_jax.planning.frontier import Frontier
+from rlens_jax.planning.plan_run import smaller_images
 from rlens_jax.planning.planner import Planner, flops_costs, time_costs, useful_levels
 from rlens_jax.plans import FULL, SKIP, STANDARD, TEXT, Levels, Plan, Reduction
-from rlens_jax.reporting.front_report import front_summary, write_front
-from rlens_jax.search.front import read_front
-from rlens_jax.search.joint import Move, Space, State
+from rlens_jax.search.confirmation import HeldOutLoss
+from rlens_jax.search.front import PrefillTime
+from rlens_jax.search.joint import Move, Path, PathPoint, Space, State
 from rlens_jax.search.journal import Journal
 from rlens_jax.search.objective import dataset_metrics, plan_loss
-from tests.engine.toy import LAYERS, REDUCTION, toy_programs, toy_split
+from tests.engine.toy import CONFIG, LAYERS, REDUCTION, SHAPES, ToyPreparer, answered, png, shapes_of, toy_programs, toy_samples
 
 LEVELS = Levels((FULL, STANDARD, SKIP), (FULL, STANDARD, SKIP))
 QWEN = PUBLISHED_DECODERS["qwen2-vl-7b"]
@@ -107,6 +120,10 @@ def test_a_time_table_is_measured_once_and_belongs_to_a_model_and_its_levels(tmp
         kept_level_times(path, "hash", LEVELS, Processes(), measure)
 
 
+ONE = shapes_of((16,), (24,), 4)
+"""All rows in one bucket: each costs a compilation."""
+
+
 @pytest.fixture(scope="module")
 def programs():
     return toy_programs(levels=LEVELS)
@@ -114,13 +131,17 @@ def programs():
 
 @pytest.fixture(scope="module")
 def split(programs):
-    return toy_split(programs)
+    dense = toy_programs(levels=Levels((FULL,), (FULL,)))  # generates with fewer levels to compile
+    return build_split(answered(toy_samples(), dense, ONE), ToyPreparer(), programs, ONE, True)
 
 
-def planner_of(programs, split, folder, budget, **joint):
+def planner_of(programs, split, folder, budget, compute=ComputeConfig(), objective="teacher_forced", **joint):  # noqa: B008
     joint = JointConfig(budget=str(budget), cost="flops", milestones=0.1, **joint)
-    config = RunConfig(search=SearchConfig(change="absolute"), reduction=REDUCTION, joint=joint)
-    evaluator = Evaluator(TeacherForcing(programs), {"validation": split, "test": split}, Journal.open(folder, {}), 1e9)
+    config = RunConfig(
+        search=SearchConfig(change="absolute", objective=objective), reduction=REDUCTION, joint=joint, compute=compute
+    )
+    scoring = TeacherForcing(programs) if objective == "teacher_forced" else Fidelity(programs, objective)
+    evaluator = Evaluator(scoring, {"validation": split, "test": split}, Journal.open(folder, {}), 1e9)
     costs = flops_costs(LEVELS, REDUCTION, programs.config.layer_sizes, split.num_tokens)
     return Planner(evaluator, "validation", config, LEVELS, LAYERS, budget, costs)
 
@@ -131,10 +152,10 @@ def test_a_budget_below_the_least_plan_is_refused(programs, split, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["greedy", "lazy", "additive"])
-def test_losses_of_the_path_are_those_of_its_plans_and_a_resumed_run_is_equal(programs, split, tmp_path, method):
+@pytest.mark.parametrize(("method", "objective"), [("greedy", "teacher_forced"), ("lazy", "agreement"), ("additive", "kl")])
+def test_losses_of_the_path_are_those_of_its_plans_and_a_resumed_run_is_equal(programs, split, tmp_path, method, objective):
     budget = Budget("flops", 0.8)
-    planner = planner_of(programs, split, tmp_path, budget, method=method)
+    planner = planner_of(programs, split, tmp_path, budget, method=method, objective=objective)
     path = planner.search(planner.space, "search")
     assert path.points[-1].cost <= 0.8 < path.points[-2].cost
     for point in path.points:
@@ -142,43 +163,155 @@ def test_losses_of_the_path_are_those_of_its_plans_and_a_resumed_run_is_equal(pr
         fresh = planner.evaluator.outcomes("validation", plan, [plan])[0]
         assert point.loss == plan_loss(dataset_metrics(fresh), planner.dense, relative=False)
     planner.evaluator.journal.__exit__(None, None, None)
-    again = planner_of(programs, split, tmp_path, budget, method=method)
+    again = planner_of(programs, split, tmp_path, budget, method=method, objective=objective)
     done = again.evaluator.journal.num_outcomes
     assert again.search(again.space, "search") == path
     assert again.evaluator.journal.num_outcomes == done
     again.evaluator.journal.__exit__(None, None, None)
 
 
+def toy_tokens(width, height):
+    """The toy's rule: a token has 2 x 2 pixels; odd sizes are impossible."""
+    count = width * height // 4 if width % 2 == height % 2 == 0 else 10**9
+    return (width * height,), ImageTokens(count, (height, width))
+
+
 @pytest.mark.slow
-def test_a_budget_of_loss_is_not_confirmed_by_a_handful_of_samples(programs, split, tmp_path):
-    planner = planner_of(programs, split, tmp_path, Budget("loss", 0.5))
-    path = planner.search(planner.space, "search")
-    few = Frontier(planner, planner.evaluator, "test", "model", "data")
-    assert few._published([], ()) == (0, "no move saves cost within the budget, so the dense model is published")
-    strict = replace(planner, budget=Budget("loss", 0.01))
-    front = Frontier(strict, planner.evaluator, "test", "model", "data").front(path)
-    assert front.published == 0 and front.plan == planner.plan(planner.space.start)
-    assert "too few to confirm a loss of 1.00 % with 95% confidence, which takes at least 299" in front.verdict
-    write_front(front, tmp_path)
-    assert read_front(tmp_path / "front.json")["points"][0]["kind"] == "dense"
-    assert read_plan(tmp_path / "plan.json").plan == front.plan
-    assert "* dense model" in front_summary(front, Path("x"))
+def test_a_reached_budget_is_published_beside_its_controls_and_smaller_images(programs, split, tmp_path, monkeypatch):
+    planner = planner_of(programs, split, tmp_path, Budget("flops", 0.8), compute=ComputeConfig(max_buckets=1))
+    arrays = partial(qwen2_vl.FAMILY.image_arrays, CONFIG)
+    kind = Mock(spec=ModelKind, config=CONFIG, image_arrays=arrays, measure=lambda folder, limits: toy_tokens)
+    folder = Mock(spec=ModelFolder, kind=kind, path=tmp_path)
+    session = Mock(spec=Session, folder=folder, config=planner.config, processes=Processes())
+    small = toy_programs(levels=Levels((FULL,), (FULL,)))
+    loaded = Mock(spec=LoadedModel, preparer=ToyPreparer(), shapes=ONE, programs=lambda config, levels: small)
+    monkeypatch.setattr(plan_run, "SHARES", (0.5, 0.5))
+    (half,) = smaller_images(session, loaded, planner.evaluator, "test")  # the second share makes no image smaller still
+    states = [planner.space.start]
+    for layer in (3, 2, 1):
+        states.append(states[-1].moved(Move(layer, "attention", 2), Move(layer, "ffn", 2)))
+    path = Path(tuple(PathPoint(state, planner.costs.share(state), 0.1) for state in states), ())
+    timed = {}
+
+    def time_plans(programs, batch, plans, repeats, baseline, batches):
+        timed.update({name: (plan, batches.get(name, batch)) for name, plan in plans.items()})
+        return {name: PrefillTime((2.0, 2.0), (1.0 + int(name) / 8,) * 2, 1, 1, 1) for name in plans}
+
+    monkeypatch.setattr(frontier, "time_plans", time_plans)
+    front = Frontier(planner, planner.evaluator, "test", "model", "data", [half]).front(path)
     planner.evaluator.journal.__exit__(None, None, None)
-
-
-@pytest.mark.slow
-def test_a_reached_budget_is_published_beside_its_controls(programs, split, tmp_path):
-    planner = planner_of(programs, split, tmp_path, Budget("flops", 0.8))
-    front = Frontier(planner, planner.evaluator, "test", "model", "data").front(planner.search(planner.space, "search"))
-    kinds = [point.kind for point in front.points]
-    assert kinds[0] == "dense" and kinds[-2:] == ["position", "random"]
-    published = front.points[front.published]
-    assert (published.kind, published.cost <= 0.8) == ("joint", True)
+    assert [point.kind for point in front.points] == ["dense", "joint", "joint", "position", "random", "down-sampled"]
+    published, controls, shrunk = front.points[front.published], front.points[3:5], front.points[5]
+    assert front.published == 2 and published.cost == path.points[-1].cost
+    assert all(published.cost - 0.15 < control.cost <= published.cost for control in controls)
     # FLOPs are counted by another function than the one that the search predicts with.
-    assert [point.flops for point in front.points] == pytest.approx([point.cost for point in front.points], abs=0.02)
-    assert all(point.time is not None for point in (front.points[0], published, *front.points[-2:]))
-    assert published.search_loss is not None
-    planner.evaluator.journal.__exit__(None, None, None)
+    assert [point.flops for point in front.points[:5]] == pytest.approx([point.cost for point in front.points[:5]], abs=0.02)
+    tokens, reduction = split.num_tokens, planner.config.reduction
+    sizes, dense = programs.config.layer_sizes, front.points[0].plan
+
+    def cost(text, visual):
+        return prefill_cost(sizes, text, [visual] * LAYERS, dense, reduction, with_probes=True)
+
+    few = half.split.num_visual.tolist()
+    shares = [cost(text, now) / cost(text, before) for (text, before), now in zip(tokens, few, strict=True)]
+    assert shrunk.flops == pytest.approx(np.mean(shares), abs=0.03)
+    # Dense, the published plan, its controls and the smaller images are timed; the images in a batch of the same samples.
+    whole = split.batches[0]
+    assert [(int(name), batch) for name, (_, batch) in timed.items()] == [
+        *((place, whole) for place in (0, 2, 3, 4)),
+        (5, half.timed),
+    ]
+    assert [point.time is None for point in front.points] == [False, True, False, False, False, False]
+    assert half.timed.inputs.layout.num_visual.sum() == half.split.num_visual[whole.members].sum()
+    assert front.points[3].time.reduced == (1 + 3 / 8,) * 2
+    # What the smaller images score is what samples score that come with smaller images.
+    images = [tuple(png(*down_sampled(0.5, toy_tokens, load(image)).size[::-1]) for image in s.images) for s in split.samples]
+    given = [replace(sample, images=mine) for sample, mine in zip(split.samples, images, strict=True)]
+    expected = build_split(given, ToyPreparer(), small, ONE, True)
+    assert few == expected.num_visual.tolist() and sum(few) < 0.7 * split.num_visual.sum()
+    assert shrunk.visual_tokens == expected.num_visual.mean() < published.visual_tokens == split.num_visual.mean()
+    with Journal.open(tmp_path / "fresh", {}) as journal:
+        right = Evaluator(TeacherForcing(small), {"given": expected}, journal, 1e9).outcomes("given", Plan(), [Plan()])[0]
+    assert shrunk.score.value == np.mean([values.mean() for values in right.values()]) != front.points[0].score.value
+
+
+def load(image):
+    return load_image(image, "image", "white", upright=True)
+
+
+@pytest.mark.parametrize(("share", "tokens"), [(1.0, 256), (0.75, 162), (0.5, 126), (0.2, 48), (0.1, 40)])
+def test_an_image_is_made_as_small_as_a_share_of_its_tokens_needs(share, tokens):
+    def measure(width, height):
+        """8 x 8 pixels a token, at least 40 tokens."""
+        return (0,), ImageTokens(max(40, round(width / 8) * round(height / 8)))
+
+    image = Image.effect_noise((512, 32), 50)
+    smaller = down_sampled(share, measure, image)
+    count = measure(*smaller.size)[1].count
+    assert count == tokens
+    assert smaller.size[0] / smaller.size[1] <= 16
+    if share == 1:
+        assert smaller is image
+    fixed = down_sampled(share, lambda width, height: ((0,), ImageTokens(576)), image)
+    assert fixed is image
+
+
+def losses_with(*bounds):
+    return [HeldOutLoss(0.0, bound) for bound in bounds]
+
+
+@pytest.mark.parametrize(
+    ("budget", "images", "bounds", "number", "says"),
+    [
+        (Budget("loss", 0.01), 400, (), 0, "no move saves cost within the budget, so the dense model is published"),
+        (Budget("loss", 0.01), 298, (0.0,), 0, "have 298 images, too few to confirm a loss of 1.00 % with 95% confidence, which"),
+        (
+            Budget("loss", 0.01),
+            299,
+            (0.01, 0.011, 0.0),
+            1,
+            "milestone 1 of 3 loses 0.00 % held out, at most 1.00 % with 95% conf",
+        ),
+        (Budget("loss", 0.01), 299, (0.02, 0.0), 0, "the first of 2 milestones loses 0.00 % held out, but perhaps 2.00 %, more"),
+        (
+            Budget("flops", 0.6),
+            5,
+            (0.2, 0.3),
+            2,
+            "the path reaches the budget; its held-out loss is 0.00 %, at most 30.00 % with",
+        ),
+    ],
+)
+def test_what_is_published(budget, images, bounds, number, says):
+    evaluator = Mock(spec=Evaluator, splits={"test": Mock(spec=Split, image_groups=np.repeat(np.arange(images), 2))})
+    frontier = Frontier(Mock(spec=Planner, budget=budget), evaluator, "test", "model", "data")
+    published, verdict = frontier._published(losses_with(0.0, *bounds), bounds)
+    assert published == number
+    assert says in verdict
+
+
+def test_a_time_table_has_the_levels_of_attention_as_rows(programs, monkeypatch):
+    """Which program is in which place; no layer is run."""
+    split = build_split(toy_samples(), ToyPreparer(), programs, SHAPES, False)
+
+    def layers(programs, batch, attention, ffn):
+        return LEVELS.attention.index(attention), LEVELS.ffn.index(ffn)
+
+    def side_by_side(calls, repeats, advance):
+        *pairs, whole = calls
+        assert whole.func == Plan()
+        return [(10.0 * a + f, 99.0, 10.0 * a + f) for a, f in pairs] + [(50.0, 51.0, 53.0)]
+
+    monkeypatch.setattr(level_times, "_layers", layers)
+    monkeypatch.setattr(level_times, "static_prefill", lambda programs, plan: plan)
+    monkeypatch.setattr(level_times, "time_side_by_side", side_by_side)
+    monkeypatch.setattr(level_times, "partial", lambda *call: SimpleNamespace(func=call[0]))
+    times = level_times.time_levels(programs, split.pools, LEVELS, Plan(), 3)
+    assert [(each.text_slots, each.visual_slots) for each in times.buckets] == [pool.bucket.size for pool in split.pools]
+    assert sum(each.share for each in times.buckets) == pytest.approx(1.0)
+    for each, pool in zip(times.buckets, split.pools, strict=True):
+        assert each.layer == ((0.0, 0.5, 1.0), (5.0, 5.5, 6.0), (10.0, 10.5, 11.0))  # of one of the two layers that are timed
+        assert (each.prefill, each.rows) == (51.0, pool.block_rows)
 
 
 def test_a_state_is_a_plan_and_back(programs, split, tmp_path):
