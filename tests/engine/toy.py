@@ -128,16 +128,15 @@ def png(rows: int, columns: int) -> bytes:
     return buffer.getvalue()
 
 
-def toy_model(seed: int = 3) -> VisionLanguageModel:
+def toy_model() -> VisionLanguageModel:
     """The random model; embeddings and head are large enough for clear argmaxes."""
-    model = qwen2_vl.FAMILY.model(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    model = qwen2_vl.FAMILY.model(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(3))
     model.decoder.embedding[...] = model.decoder.embedding[...] * 30
     model.decoder.head[...] = model.decoder.head[...] * 30
     return model
 
 
 def toy_programs(
-    seed: int = 3,
     new_tokens: int = 3,
     devices: int = 1,
     model_shards: int = 1,
@@ -146,7 +145,7 @@ def toy_programs(
 ) -> Programs:
     """Programs over the random model."""
     mesh = make_mesh(jax.devices()[:devices], model_shards)
-    model = place(toy_model(seed), mesh)
+    model = place(toy_model(), mesh)
     return Programs(model, mesh, REDUCTION, seed=0, new_tokens=new_tokens, stop_tokens=stop_tokens, levels=levels)
 
 
