@@ -195,7 +195,7 @@ def test_a_reached_budget_is_published_beside_its_controls_and_smaller_images(pr
 
     def time_plans(programs, batch, plans, repeats, baseline, batches):
         timed.update({name: (plan, batches.get(name, batch)) for name, plan in plans.items()})
-        return {name: PrefillTime((2.0, 2.0), (1.0 + int(name) / 8,) * 2, 1, 1, 1) for name in plans}
+        return {name: PrefillTime((2.0, 2.0), (2.0 - int(name) / 8,) * 2, 1, 1, 1) for name in plans}
 
     monkeypatch.setattr(frontier, "time_plans", time_plans)
     front = Frontier(planner, planner.evaluator, "test", "model", "data", [half]).front(path)
@@ -223,7 +223,10 @@ def test_a_reached_budget_is_published_beside_its_controls_and_smaller_images(pr
     ]
     assert [point.time is None for point in front.points] == [False, True, False, False, False, False]
     assert half.timed.inputs.layout.num_visual.sum() == half.split.num_visual[whole.members].sum()
-    assert front.points[3].time.reduced == (1 + 3 / 8,) * 2
+    assert front.points[3].time.reduced == (2 - 3 / 8,) * 2
+    # Dense is the slowest and the best, the smaller images are the fastest: neither is dominated.
+    assert front.points[0].score.value > max(point.score.value for point in front.points[1:])
+    assert front.points[0].on_front and shrunk.on_front
     # What the smaller images score is what samples score that come with smaller images.
     images = [tuple(png(*down_sampled(0.5, toy_tokens, load(image)).size[::-1]) for image in s.images) for s in split.samples]
     given = [replace(sample, images=mine) for sample, mine in zip(split.samples, images, strict=True)]
