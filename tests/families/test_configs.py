@@ -259,6 +259,7 @@ def test_a_config_saved_again_is_the_same_model(style: str) -> None:
         ("qwen2_5_vl", "vision_config.out_hidden_size", 2048, "out_hidden_size = 2048 is not supported (only 3584)"),
         ("qwen2_5_vl", "vision_config.window_size", 27, "window_size must hold 2 x 2 patches, not 27"),
         ("qwen2_5_vl", "vision_config.fullatt_block_indexes", [7, -1], "must be a list of numbers of layers, not [7, -1]"),
+        ("qwen2_5_vl", "vision_config.fullatt_block_indexes", [7, 32], "must be a list of numbers of layers, not [7, 32]"),
         ("qwen2_5_vl", "vision_config.fullatt_block_indexes", 7, "must be a list of numbers of layers, not 7"),
         ("qwen2_5_vl", "vision_config.hidden_act", "quick_gelu", "hidden_act = 'quick_gelu' is not supported (only 'silu')"),
         ("qwen2_5_vl", "use_sliding_window", True, "use_sliding_window = True is not supported"),

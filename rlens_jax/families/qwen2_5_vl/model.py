@@ -87,7 +87,9 @@ def _read_vision(vision: ConfigReader, out_width: int) -> WindowedConfig:
     if window == 0:
         raise vision.error("window_size", f"must hold {sizes['merge_size']} x {sizes['merge_size']} patches", pixels)
     full = vision.fields.get("fullatt_block_indexes", vision.defaults["fullatt_block_indexes"])
-    if not isinstance(full, list | tuple) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in full):
+    # Files that transformers saved keep the default numbers for a tower with fewer layers.
+    most = max(sizes["depth"], vision.defaults["depth"])
+    if not isinstance(full, list | tuple) or any(type(n) is not int or not 0 <= n < most for n in full):
         raise vision.error("fullatt_block_indexes", "must be a list of numbers of layers", full)
     return WindowedConfig(
         **sizes,
