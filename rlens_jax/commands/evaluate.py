@@ -47,6 +47,8 @@ def main(arguments: Sequence[str]) -> None:
         parser.add_argument(f"--{name}", metavar="N", type=int, default=default, help=f"{text} (default: %(default)s)")
     rules_help = f"VLMEvalKit's rules for benchmarks of {' or '.join(RULES)}, which differ in multiple choice and ChartQA"
     parser.add_argument("--rules", metavar="MONTH", default=CURRENT, help=f"{rules_help} (default: %(default)s)")
+    images_help = "images of benchmarks as in the file, or compressed again as VLMEvalKit did until 2026 (default: %(default)s)"
+    parser.add_argument("--images", choices=("as_published", "recompressed"), default="as_published", help=images_help)
     sharing_help = "compute each question alone, also where several are about the same images"
     parser.add_argument("--no-sharing", dest="sharing", action="store_false", help=sharing_help)
     skip_help = "go on where an image or a prompt cannot be used, and count the question as wrong"

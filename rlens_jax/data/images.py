@@ -118,6 +118,16 @@ def load_image(source: bytes | Path, what: str, transparency: Transparency, *, u
         return pixels.transpose(_TURNS[orientation]) if orientation in _TURNS else pixels
 
 
+def recompressed(source: bytes, what: str) -> bytes:
+    """The image as a JPEG file of Pillow's usual quality, as VLMEvalKit writes images of large files and wrote all until 2026.
+
+    The orientation is lost, and transparency is dropped. Errors as of `load_image`.
+    """
+    file = io.BytesIO()
+    load_image(source, what, "dropped", upright=False).save(file, "JPEG")
+    return file.getvalue()
+
+
 def image_dimensions(source: bytes | Path, what: str, *, upright: bool) -> tuple[int, int]:
     """Width and height in pixels, from an image file's header; arguments and errors as of `load_image`."""
     with _opened(source, what) as image:

@@ -2,7 +2,9 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -10,6 +12,7 @@ from rlens_jax.config import PAGES
 from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, L2_CATEGORIES, find_benchmark
 from rlens_jax.data.benchmarks.tfds_builder import BenchmarkSource, read_benchmark
 from rlens_jax.data.benchmarks.tsv import as_read
+from rlens_jax.data.images import recompressed
 from rlens_jax.data.jsonl import read_jsonl
 from rlens_jax.data.page_samples import TEST_SAMPLES, read_pages
 from rlens_jax.data.samples import Sample, normalised
@@ -59,11 +62,22 @@ class Benchmark:
         kind: the model, which selects the prompts.
         limit: use at most this many rows, the first ones; of a circular benchmark, those of the first whole questions.
         rules: a key of `metrics.score.RULES`.
+        recompress: whether images are compressed as JPEG before a model sees them.
     """
 
-    def __init__(self, source: BenchmarkSource, md5: str, kind: ModelKind, limit: int | None, rules: str = CURRENT):
+    def __init__(
+        self,
+        source: BenchmarkSource,
+        md5: str,
+        kind: ModelKind,
+        limit: int | None,
+        rules: str = CURRENT,
+        *,
+        recompress: bool = False,
+    ):
         self.name = source.dataset
-        self.digest = f"md5 {md5}, prompts for {kind.model_type}"
+        self.digest = f"md5 {md5}, prompts for {kind.model_type}{', images recompressed' if recompress else ''}"
+        self._recompress = recompress
         self._benchmark = BENCHMARKS[self.name]
         self._places = _first(source, self._benchmark.circular, limit)
         self.indices: Sequence[str] = [source.indices[place] for place in self._places]
@@ -72,6 +86,8 @@ class Benchmark:
 
     def sample(self, place: int) -> Sample:
         item = self._source[self._places[place]]
+        if self._recompress:
+            item = replace(item, images=tuple(recompressed(image, f"{item.id}: image") for image in item.images))
         return self._kind.benchmark_prompt(item).sample(item, ())
 
     def columns(self, place: int) -> Mapping[str, str]:
@@ -156,7 +172,14 @@ class ExactMatch:
 
 
 def load_datasets(
-    sources: Sequence[str], cache: Path, *, kind: ModelKind, limit: int | None, md5: Mapping[str, str], rules: str = CURRENT
+    sources: Sequence[str],
+    cache: Path,
+    *,
+    kind: ModelKind,
+    limit: int | None,
+    md5: Mapping[str, str],
+    rules: str = CURRENT,
+    recompress: bool = False,
 ) -> list[Dataset]:
     """The datasets of all sources, in order.
 
@@ -167,11 +190,13 @@ def load_datasets(
         limit: use at most this many questions of each dataset, the first ones.
         md5: MD5 sums of TSV files that are not the published ones, by dataset.
         rules: the rules of benchmarks, a key of `metrics.score.RULES`.
+        recompress: whether images of benchmarks are compressed as JPEG first.
 
     Raises:
         UserError: a source cannot be read, two datasets have the same name, or a sum belongs to no source.
     """
-    datasets = list(itertools.chain(*(_load(source, cache, kind, limit, md5, rules) for source in sources)))
+    opened = partial(Benchmark, kind=kind, limit=limit, rules=rules, recompress=recompress)
+    datasets = list(itertools.chain(*(_load(source, cache, limit, md5, opened) for source in sources)))
     names = [dataset.name for dataset in datasets]
     for name in names:
         if names.count(name) > 1:
@@ -192,7 +217,9 @@ def load_datasets(
     return datasets
 
 
-def _load(source: str, cache: Path, kind: ModelKind, limit: int | None, md5: Mapping[str, str], rules: str) -> list[Dataset]:
+def _load(
+    source: str, cache: Path, limit: int | None, md5: Mapping[str, str], opened: Callable[[BenchmarkSource, str], Benchmark]
+) -> list[Dataset]:
     if source == PAGES:
         pages = read_pages("test", min(limit or TEST_SAMPLES, TEST_SAMPLES))
         return [ExactMatch(name, samples) for name, samples in pages.items()]
@@ -201,7 +228,7 @@ def _load(source: str, cache: Path, kind: ModelKind, limit: int | None, md5: Map
         benchmark = find_benchmark(path.stem)
         known = md5.get(benchmark.name)
         read = read_benchmark(benchmark.name, path.parent, cache / "benchmarks", known)
-        return [Benchmark(read, known or benchmark.md5, kind, limit, rules)]
+        return [opened(read, known or benchmark.md5)]
     if path.suffix == ".jsonl":
         by_dataset: dict[str, list[Sample]] = defaultdict(list)
         for sample in read_jsonl(path):

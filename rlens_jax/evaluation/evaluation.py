@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, no_type_check
+from typing import Any, Literal, no_type_check
 
 from rlens_jax.config import Dtype
 from rlens_jax.data.images import Transparency
@@ -18,6 +18,9 @@ from rlens_jax.files import json_text
 from rlens_jax.metrics.score import CURRENT, RULES, Score
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.search.bootstrap import Interval
+
+BenchmarkImages = Literal["as_published", "recompressed"]
+"""See `data.images.recompressed`."""
 
 SCHEMA = "rlens-evaluation/1"
 TIMING_SCHEMA = "rlens-evaluation-timing/1"
@@ -44,6 +47,7 @@ class EvaluationConfig:
         sharing: questions about the same images share what is computed for these, unless a plan prunes visual tokens.
         seed: seed of random probes and the bootstrap.
         rules: the rules of benchmarks, a key of `metrics.score.RULES`.
+        images: of benchmarks, "as_published" in the TSV file, or "recompressed" as VLMEvalKit did before 2026-02-19.
         bootstrap_samples: draws for the 95 % intervals.
         timing_repeats: measurements per program; 0 measures nothing.
         skip_unusable: go on where a question cannot be asked, and count it as wrong.
@@ -68,6 +72,7 @@ class EvaluationConfig:
     sharing: bool = True
     seed: int = 0
     rules: str = CURRENT
+    images: BenchmarkImages = "as_published"
     bootstrap_samples: int = 1000
     timing_repeats: int = 5
     skip_unusable: bool = False
@@ -234,6 +239,7 @@ def evaluation_json(result: Evaluation) -> str:
                 "limit": config.limit,
                 "skip_unusable": config.skip_unusable,
                 "rules": config.rules,
+                "images": config.images,
                 "bootstrap_samples": config.bootstrap_samples,
             },
             "device": result.device,

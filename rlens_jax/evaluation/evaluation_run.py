@@ -58,7 +58,13 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     folder = ModelFolder.find(config.model)
     config.plan.validate(folder.kind.config.decoder, folder.kind.model_type)
     datasets = load_datasets(
-        config.data, cache_folder() / "data", kind=folder.kind, limit=config.limit, md5=config.md5, rules=config.rules
+        config.data,
+        cache_folder() / "data",
+        kind=folder.kind,
+        limit=config.limit,
+        md5=config.md5,
+        rules=config.rules,
+        recompress=config.images == "recompressed",
     )
     for dataset in datasets:
         _check_scores(dataset, config.limit)

@@ -1,13 +1,17 @@
 """Five rows of each benchmark from its TSV file to a score and a file of predictions, without a model."""
 
 import csv
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from rlens_jax.data.benchmarks.catalogue import BENCHMARKS
 from rlens_jax.data.benchmarks.tfds_builder import read_benchmark
+from rlens_jax.data.images import load_images
 from rlens_jax.errors import UserError
 from rlens_jax.evaluation.answers import write_predictions
 from rlens_jax.evaluation.datasets import Benchmark
@@ -89,6 +93,24 @@ def test_open_questions_keep_their_answer(opened: Open) -> None:
     assert dataset.columns(0)["answer"] == "['24', '24.0']"
     assert dataset.score(["24", *"BBBB"]).per_sample == (0, 1, 1, 1, 1)
     assert dataset.score(["['24', '24.0']", *"BBBB"]).value == 100
+
+
+def test_recompressed_images(opened: Open, tmp_path: Path) -> None:
+    """As Pillow saves a JPEG of the pixels, without transparency."""
+    rows = benchmark_rows("POPE", images=5, questions=1)
+    transparent, file = Image.new("RGBA", (40, 30), (10, 20, 30, 0)), io.BytesIO()
+    transparent.save(file, "png")
+    rows[0]["image"] = encoded(file.getvalue())
+    opened("POPE", rows)
+    source = read_benchmark("POPE", tmp_path, tmp_path / "prepared", md5_of(tmp_path / "POPE.tsv"))
+    dataset = Benchmark(source, "0" * 32, kind_of("qwen2_5_vl"), None, recompress=True)
+    assert dataset.digest.endswith(", images recompressed")
+    for place, pixels in ((0, transparent.convert("RGB")), (1, Image.open(io.BytesIO(picture(1))))):
+        pixels.save(tmp_path / "it.jpg", quality=75, subsampling="4:2:0")
+        sample = dataset.sample(place)
+        assert sample.images == ((tmp_path / "it.jpg").read_bytes(),)
+        (read,) = load_images(sample, "white")
+        assert np.array_equal(np.asarray(read), np.asarray(Image.open(tmp_path / "it.jpg")))
 
 
 def test_rules_of_2025(opened: Open) -> None:

@@ -190,14 +190,16 @@ def test_five_rows_of_pope_and_mmbench(tmp_path: Path) -> None:
         "--bootstrap-samples=20",
         "--timing-repeats=0",
         "--rules=2025-01",
+        "--images=recompressed",
         f"--output={tmp_path / 'run'}",
     )
     assert evaluate(["embedded", *options, *sums, "--data", *sources]) == 0
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     jsonschema.validate(result, SCHEMA)
-    assert result["configuration"]["rules"] == "2025-01"
+    assert (result["configuration"]["rules"], result["configuration"]["images"]) == ("2025-01", "recompressed")
     for name, part in result["datasets"].items():
         assert part["questions"] == 5
+        assert part["digest"].endswith(", images recompressed")
         scored = part["variants"]["plan"]["score"]
         assert scored["harness"].startswith("VLMEvalKit rules of 2025-01")
         assert 0 <= scored["low"] <= scored["value"] <= scored["high"] <= 100, name
