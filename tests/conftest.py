@@ -8,8 +8,15 @@ import pytest
 
 # These must be set before the imports below.
 os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "MPLBACKEND": "agg"}
+# The models are tiny: the threads of OpenMP spend most of their time waiting for each other, at full load.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Most of the tests' time is spent compiling, and the compiled code computes little.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+# The emitters of fusions and the parts of a module, which compile side by side, take longest.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+)
 
 import jax
 
