@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 from rlens_jax.checkpoints.checkpoint import load_model
 from rlens_jax.checkpoints.leaves import shapes_of
@@ -82,7 +83,7 @@ class ForwardContract(BranchContract, OperatorSettingsContract):
         return pair.theirs
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        for name, values in (("batch", self.batches), ("mutation", self.mutations)):
+        for name, values in (("batch", self.batches), ("mutation", self.mutations), ("setting", self.settings)):
             if name in metafunc.fixturenames and "plan" not in metafunc.fixturenames:
                 metafunc.parametrize(name, list(values))
         if "plan" in metafunc.fixturenames:
@@ -119,7 +120,7 @@ class ForwardContract(BranchContract, OperatorSettingsContract):
                 assert_close(row, dense, SIMPLE)
 
     def test_a_mutated_model_misses_by_a_hundred_tolerances(self, pair: Any, mutation: str) -> None:
-        examples, model = self.examples(pair, self.mutated), pair.load()
+        examples, model = self.examples(pair, self.mutated), nnx.clone(pair.ours)
         self.mutations[mutation](model)
         (ours,), (theirs,) = self.ours(model, pair, examples, DENSE, PAPER), self.theirs(pair, examples)
         assert error(ours, theirs) > 100 * WHOLE

@@ -1,7 +1,7 @@
 """The contract of operator settings: under each of them, our logits are those of a PyTorch user (`rlens_jax.torch_twin`)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -17,23 +17,39 @@ from tests.numerics import assert_close, error
 
 WHOLE = 1e-4
 FROZEN = Plan.of({1: SKIP, 2: SKIP}, {1: SKIP, 2: SKIP})
-SETTINGS: Mapping[str, Plan] = {
+EVERY_LEVEL: Mapping[str, Plan] = {
+    "every level": Plan.of({0: TEXT, 1: SKIP, 2: 3, 3: SKIP}, {0: SKIP, 1: 0.5, 3: SKIP}),
+    "frozen with the text before": replace(FROZEN, freeze_text_before=True),
+}
+"""Each level of a layer matters to the logits, so a wrong one shows."""
+ONE_LEVEL: Mapping[str, Plan] = {
     "range": Plan.of({0: 3, 2: 3}, {}),
     "text only": Plan.of({0: TEXT, 2: TEXT}, {}),
     "no attention": Plan.of({0: SKIP, 3: SKIP}, {}),
     "fraction": Plan.of({}, {1: 0.5, 3: 0.5}),
     "no ffn": Plan.of({}, {0: SKIP, 3: SKIP}),
     "frozen": FROZEN,
-    "frozen with the text before": replace(FROZEN, freeze_text_before=True),
-    "mixed": Plan.of({0: TEXT, 1: SKIP, 2: 3}, {0: SKIP, 1: 0.5, 2: SKIP}),
 }
-"""Few different levels, so that few programs are compiled."""
+"""For one family. Few different levels, so that few programs are compiled."""
+
+
+def less_one(plan: Plan) -> Iterator[Plan]:
+    """The plan without the level of one layer, or without what it does to text."""
+    if plan.freeze_text_before:
+        yield replace(plan, freeze_text_before=False)
+        return
+    attention, ffn = plan.reduced("attention"), plan.reduced("ffn")
+    for left_out in attention:
+        yield Plan.of({layer: level for layer, level in attention.items() if layer != left_out}, ffn)
+    for left_out in ffn:
+        yield Plan.of(attention, {layer: level for layer, level in ffn.items() if layer != left_out})
 
 
 class OperatorSettingsContract(ABC):
     """Each sample alone in PyTorch, all of them as one batch here; the units that PyTorch keeps are imposed."""
 
     reduction: ClassVar[Reduction]
+    settings: ClassVar[Mapping[str, Plan]] = EVERY_LEVEL
 
     @abstractmethod
     def examples(self, pair: Any, batch: str) -> Sequence[Any]:
@@ -57,9 +73,8 @@ class OperatorSettingsContract(ABC):
             (logits,) = self.theirs(pair, [example])
         return logits, {layer: units.numpy().astype(np.int32) for layer, units in record.kept_units.items()}
 
-    @pytest.mark.parametrize("setting", SETTINGS)
     def test_operator_settings(self, pair: Any, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        plan, examples = SETTINGS[setting], self.examples(pair, "ragged")[:3]
+        plan, examples = self.settings[setting], self.examples(pair, "ragged")[:3]
         visual = self.visual(pair, examples)
 
         def encoded(model: Any, images: Any, num_slots: int) -> Any:
@@ -73,8 +88,7 @@ class OperatorSettingsContract(ABC):
         imposed = {layer: np.concatenate([one[layer] for one in kept]) for layer in kept[0]}
         prompts = [self.prompt(pair, example) for example in examples]
         ours = forward_pass.forward(pair.ours, [[]] * len(prompts), prompts, plan, self.reduction, imposed)
-        without = replace(plan, freeze_text_before=False) if plan.freeze_text_before else Plan()
         for row, expected, example, tokens in zip(ours, theirs, examples, visual, strict=True):
             assert_close(row, expected, WHOLE)
-            if len(tokens):
-                assert error(expected, self.twin(pair, example, without)[0]) > 100 * WHOLE
+            for without in less_one(plan) if len(tokens) else ():
+                assert error(expected, self.twin(pair, example, without)[0]) > 100 * WHOLE, without

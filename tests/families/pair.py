@@ -20,8 +20,6 @@ class Pair:
     theirs: torch.nn.Module
     config: Any
     """The family's."""
-    load: Callable[[], Any]
-    """A fresh copy of our model, to be changed at will."""
     ours: Any
 
     @property
@@ -33,7 +31,7 @@ def make_pair(folder: Path, theirs: torch.nn.Module, save: Callable[..., Any] = 
     """Saves their model and loads it."""
     save(folder, theirs)
     kind, ours = load_model(folder, jnp.float32)
-    return Pair(theirs, kind.config, lambda: load_model(folder, jnp.float32)[1], ours)
+    return Pair(theirs, kind.config, ours)
 
 
 def cut(padded: torch.Tensor, examples: Sequence[Any]) -> list[np.ndarray]:

@@ -158,7 +158,7 @@ def test_transposed_tokens_of_the_first_pixel_shuffle(pairs, tmp_path, monkeypat
     monkeypatch.setattr(theirs.model, "pixel_shuffle", lambda *args, **named: shuffle(*args, **named).permute(0, 2, 1, 3))
     save_native(tmp_path / "model", theirs, ps_version="v1")
     kind, ours = load_model(tmp_path / "model", jnp.float32)
-    pair = Pair(theirs, kind.config, lambda: ours, ours)
+    pair = Pair(theirs, kind.config, ours)
     examples = examples_of("two images with text between")
     (expected,) = their_logits(pair, examples)
     (transposed,) = our_logits(ours, kind.config, examples)

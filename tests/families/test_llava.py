@@ -17,6 +17,7 @@ from rlens_jax.models.prompt import Prompt
 from rlens_jax.plans import Plan, Reduction
 from tests.families.contract import BOTH, DENSE, PAPER, SIMPLE, WHOLE, ForwardContract, Logits, Mutation, set_to, swap
 from tests.families.llava import MAKE, SIDE, Example, hf_inputs, make_example, our_images
+from tests.families.operator_settings import EVERY_LEVEL, ONE_LEVEL
 from tests.families.pair import Pair, cut, make_pair
 from tests.families.prefill import greedy, prefill
 from tests.numerics import assert_close, error
@@ -146,6 +147,7 @@ class LlavaContract(ForwardContract):
 class TestLlava(LlavaContract):
     family = "llava"
     batches: ClassVar = ["ragged"]
+    settings: ClassVar = EVERY_LEVEL | ONE_LEVEL
     mutated = "wide"
 
     def parts(self, batch: str) -> Parts:

@@ -285,7 +285,7 @@ class TestAttentionContract:
             return jnp.einsum("KTH,KH->T", path.attention(x, x, x, layout, *options)[0], projection)
 
         packed = jnp.asarray(pack([x], layout).swapaxes(1, 2))
-        influence = in_sequence(np.abs(jax.jacrev(output)(packed)[:, 0]).max(axis=(1, 3)), layout)
+        influence = in_sequence(np.abs(jax.jit(jax.jacrev(output))(packed)[:, 0]).max(axis=(1, 3)), layout)
         np.testing.assert_array_equal(influence != 0, hollow_mask(torch.tensor(is_visual), 3).numpy())
         assert (influence[-1][is_visual] > 0).all()
 
