@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -60,9 +61,10 @@ def started(arguments: Sequence[str]) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run without interruptions."""
+    """The folder of a run without interruptions; the file `terminal` beside it has what the run said."""
     output = tmp_path_factory.mktemp("finished") / "run"
-    assert rank(options(cache, output)) == 0
+    with (output.parent / "terminal").open("w", encoding="utf-8") as terminal, redirect_stderr(terminal):
+        assert rank(options(cache, output)) == 0
     return output
 
 
@@ -329,9 +331,8 @@ def test_a_run_can_end_with_its_rankings(finished: Path, cache: Path, tmp_path: 
     assert {"encode", "layers", "outcome"} <= set(programs)
 
 
-def test_progress_counts_to_its_end(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert rank(options(cache, tmp_path / "out")) == 0
-    lines = capsys.readouterr().err.splitlines()
+def test_progress_counts_to_its_end(finished: Path) -> None:
+    lines = (finished.parent / "terminal").read_text(encoding="utf-8").splitlines()
     for label in ("ranking attention", "ranking ffn", "held-out curves"):
         last = [line for line in lines if line.startswith(f"{label}: ")][-1]
         done, total = last.split(": ")[1].split()[0].split("/")

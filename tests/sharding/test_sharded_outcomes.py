@@ -88,7 +88,7 @@ def test_generation(one: Programs, many: Programs) -> None:
 
 
 def pruned_log_probabilities(programs: Programs, split: Split, pruning: Pruning) -> np.ndarray:
-    """Per sample: the sum of log-probabilities over its answer, from a separate program."""
+    """Per sample of the largest bucket: the sum of log-probabilities over its answer, from a separate program."""
 
     def run(model, visual, batch):
         key = jax.random.key(0)
@@ -100,12 +100,15 @@ def pruned_log_probabilities(programs: Programs, split: Split, pruning: Pruning)
         return jnp.where(counts, values, 0.0).sum(axis=1)
 
     program = programs.program("pruned", run, (ROWS, ROWS), ROWS)
-    values = np.full(len(split.samples), np.nan)
+    largest = max((batch.inputs.layout.bucket for batch in split.batches), key=lambda bucket: bucket.slots)
+    values: dict[int, float] = {}
     for batch in split.batches:
-        numbers = np.asarray(batch.inputs.samples)[:, 0]
-        real = numbers != FILLER
-        values[numbers[real]] = np.asarray(program(batch.visual, batch.inputs))[real]
-    return values
+        if batch.inputs.layout.bucket == largest:
+            numbers = np.asarray(batch.inputs.samples)[:, 0]
+            rows = zip(numbers.tolist(), np.asarray(program(batch.visual, batch.inputs)).tolist(), strict=True)
+            values |= {number: value for number, value in rows if number != FILLER}
+    assert len(values) > 1
+    return np.array([values[number] for number in sorted(values)])
 
 
 @pytest.mark.parametrize("pruning", [FastV(2, 0.4)], ids=lambda p: p.label())
