@@ -207,7 +207,11 @@ def main() -> None:
     print(f"{len(samples)} samples about {len({sample.images for sample in samples})} images, {os.cpu_count()} cores")
     theirs = run_torch(samples, operators)
     print(f"PyTorch                 {theirs['seconds']:7.1f} s  {theirs['evaluations']} evaluations of all samples")
-    common = [f"--data.validation_samples={options.samples}", f"--search.operators={options.operators}"]
+    common = [
+        f"--data.validation_samples={options.samples}",
+        "--data.confirmation_samples=0",
+        f"--search.operators={options.operators}",
+    ]
     ours = {}
     for name, switch in SWITCHES.items() if options.switches else [("everything on", [])]:
         ours[name] = run_ours([*common, *switch])

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,14 +20,17 @@ from PIL import Image
 from rlens_jax.commands.rank import main
 from rlens_jax.console import run_command
 from rlens_jax.data.page_samples import read_pages
+from rlens_jax.plan_file import read_plan
 from rlens_jax.reporting.run_files import read_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 SMALL = (
     "--data.validation_samples=6",
+    "--data.confirmation_samples=0",
     "--data.test_samples=4",
     "--search.position_layers=9",
+    "--joint.budget=null",
     "--report.random_rankings=1",
     "--report.timing_repeats=1",
     "--report.bootstrap_samples=50",
@@ -124,6 +128,19 @@ def test_a_folder_of_images_is_ranked_by_fidelity(cache: Path, tmp_path: Path, c
     (run / "ranking.json").unlink()
     assert rank(arguments) == 0
     assert written == {name: (run / name).read_bytes() for name in written}
+
+
+def test_a_run_ends_with_the_best_plan_under_a_budget(finished: Path, cache: Path, tmp_path: Path) -> None:
+    """The one of README; here the finished run goes on with another budget."""
+    output = shutil.copytree(finished, tmp_path / "run")
+    budget = ["--budget=flops=80%", "--joint.milestones=0.1", "--joint.ffn_levels=skip", "--joint.attention_levels=skip"]
+    chosen = [option for option in options(cache, output) if "budget" not in option]
+    assert rank([*chosen, *budget]) == 0
+    front = json.loads((output / "front.json").read_text())
+    assert {point["kind"] for point in front["points"]} >= {"dense", "joint", "attention", "ffn", "both"}
+    published = read_plan(output / "plan.json").plan
+    assert published.reduced("attention") | published.reduced("ffn")
+    assert "flops=80%" in (output / "report.html").read_text()
 
 
 def test_examples_are_answered_twice(finished: Path) -> None:

@@ -17,6 +17,8 @@ pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 SMALL = (
     "--data.validation_samples=6",
+    "--data.confirmation_samples=0",
+    "--joint.budget=null",
     "--data.test_samples=4",
     "--search.position_layers=9",
     "--search.operators=ffn",

@@ -70,7 +70,9 @@ def make_plan(config: RunConfig, processes: Processes | None = None, *, restart:
         say(f"{JOINT}: {len(path.points) - 1} moves to {path.points[-1].cost:.1%} of the dense cost")
         rivals = single_operators(planner)
         searching.scoring.release()
-        front = frontier_of(session, loaded, planner, evaluator(config.held_out_measure, TEST), TEST).front(path, rivals)
+        held_out = evaluator(config.held_out_measure, TEST)
+        smaller = smaller_images(session, loaded, held_out, TEST)
+        front = frontier_of(session, planner, held_out, TEST, smaller).front(path, rivals)
         if processes.leads:
             write_front(front, output)
     return front
@@ -81,7 +83,7 @@ def compared_plan(
 ) -> Front | None:
     """The best plan at the end of a ranking run, beside the plans that its rankings recommend; None if it has no budget.
 
-    It is confirmed on samples of its own, if there are any.
+    It is confirmed on samples of its own, if there are any. `rlens_jax.plan` also compares it with smaller images.
     """
     if session.config.joint.budget is None:
         return None
@@ -94,12 +96,13 @@ def compared_plan(
         held_out = replace(held_out, splits={name: encode_split_of(session, loaded, searching.scoring.programs, name)})
     kinds: dict[str, Kind] = {"attention": "attention", "ffn": "ffn", "both": "both"}
     rivals = [Rival(kinds[each], plan, planner.share(plan)) for each, plan in plans.items()]
-    return frontier_of(session, loaded, planner, held_out, name).front(path, rivals)
+    return frontier_of(session, planner, held_out, name).front(path, rivals)
 
 
 def levels_of(session: Session) -> Levels:
     """The ladders of the joint search of a run. UserError as of `useful_levels`."""
-    sizes, tokens = session.folder.kind.config.decoder.layer_sizes, session.splits[VALIDATION].num_tokens.tolist()
+    sizes = session.folder.kind.config.decoder.layer_sizes
+    tokens = [(text, visual) for text, visual in session.splits[VALIDATION].num_tokens.tolist()]
     return useful_levels(session.config, sizes, tokens)
 
 
@@ -131,9 +134,10 @@ def planner_of(session: Session, evaluator: Evaluator, levels: Levels) -> Planne
     return planner
 
 
-def frontier_of(session: Session, loaded: LoadedModel, planner: Planner, evaluator: Evaluator, split: str) -> Frontier:
+def frontier_of(
+    session: Session, planner: Planner, evaluator: Evaluator, split: str, smaller: Sequence[Smaller] = ()
+) -> Frontier:
     """What confirms and compares on a held-out split."""
-    smaller = smaller_images(session, loaded, evaluator, split)
     return Frontier(planner, evaluator, split, session.folder.weights_hash, session.data_hash, smaller)
 
 
