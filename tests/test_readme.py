@@ -34,6 +34,7 @@ NOT_RUN = {
 PARSED = {
     "python -m rlens_jax.rank --model FOLDER --data questions.jsonl": "ranks for minutes",
     "python -m rlens_jax.rank --config qwen2_vl_7b --model FOLDER --dry-run v5e:16x16": "compiles for minutes",
+    "python -m rlens_jax.plan --budget loss=1% --model FOLDER --data questions.jsonl": "searches for minutes",
     "python -m rlens_jax.studies all": "takes 20 minutes",
 }
 PLACEHOLDERS = {"Qwen/Qwen2-VL-7B-Instruct": "FOLDER", "DATA": "questions.jsonl"}
