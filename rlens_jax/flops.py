@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from rlens_jax.kept_tokens import CDPruner, DivPrune, Pooling, Selection
 from rlens_jax.plans import FULL, SKIP, Level, Plan, Reduction, value_of
-from rlens_jax.pruning import Folder, Pruning
+from rlens_jax.pruning import FastV, Folder, Pruning
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,46 @@ def visual_in_layer(pruning: Pruning | None, num_visual: int, num_layers: int) -
     if pruning is None:
         return [num_visual] * num_layers
     pruning.validate(num_layers)
-    first = 0 if isinstance(pruning, Folder) else pruning.layer
+    first = 0 if isinstance(pruning, Folder | Selection) else pruning.layer
     return [num_visual] * first + [pruning.kept(num_visual)] * (num_layers - first)
+
+
+def mean_visual(visual_in_layer: Sequence[int]) -> float:
+    """Visual tokens that enter a layer, mean over the layers; published budgets often count those kept instead."""
+    return sum(visual_in_layer) / len(visual_in_layer)
+
+
+def selection_cost(sizes: LayerSizes, num_text: int, num_visual: int, pruning: Pruning | None) -> int:
+    """Multiply-adds of choosing or merging the visual tokens of one sample, which no other cost contains.
+
+    Counted is what is computed: products of tokens with each other, and FastV's one row of attention with its query. Sorting
+    and norms are not counted, like those of layers.
+    """
+    kept = 0 if pruning is None else pruning.kept(num_visual)
+    if num_visual == 0:
+        return 0
+    match pruning:
+        case FastV():
+            return sizes.query_width * (sizes.width + num_text + num_visual)
+        case Folder():
+            return _merging_rounds(num_visual, kept) * num_visual**2 * sizes.width
+        case Pooling():
+            return kept * num_visual * sizes.width
+        case DivPrune():
+            return (num_visual + kept) * num_visual * sizes.width
+        case CDPruner():
+            # The relevance, the rows of the kernel, and the rows of its Cholesky factor.
+            return (1 + kept) * num_visual * sizes.width + kept * (kept - 1) // 2 * num_visual
+    return 0
+
+
+def _merging_rounds(count: int, kept: int) -> int:
+    """Rounds of FOLDER's merging for one image: each merges at most half of the tokens."""
+    rounds = 0
+    while count > kept:
+        count -= min(count - kept, count // 2)
+        rounds += 1
+    return rounds
 
 
 def prefill_cost(
@@ -172,7 +211,7 @@ def saving(
 def prefill_summary(
     sizes: LayerSizes, num_layers: int, num_text: int, num_visual: int, plan: Plan, reduction: Reduction, pruning: Pruning | None
 ) -> dict[str, Any]:
-    """Multiply-adds of the dense prefill, and of the reduced one without and with probes, as `rlens_jax.cost` writes them."""
+    """Multiply-adds of the dense prefill, of the reduced one, and of pruning, as `rlens_jax.cost` writes them."""
     visual = visual_in_layer(pruning, num_visual, num_layers)
     dense = prefill_cost(sizes, num_text, [num_visual] * num_layers, Plan(), reduction, with_probes=False)
     summary: dict[str, Any] = {
@@ -180,7 +219,9 @@ def prefill_summary(
         "num_layers": num_layers,
         "text_tokens": num_text,
         "visual_tokens_in_layer": visual,
+        "mean_visual_tokens": mean_visual(visual),
         "dense": dense,
+        "selection": selection_cost(sizes, num_text, num_visual, pruning),
     }
     for name, with_probes in (("without_probes", False), ("with_probes", True)):
         reduced = prefill_cost(sizes, num_text, visual, plan, reduction, with_probes=with_probes)

@@ -33,6 +33,17 @@ Pruning is one of (shares are exact decimals; `layer` is the number of layers th
     {"method": "fastv", "layer": 2, "share": 0.5}     FastV: drop this share of the visual tokens, by attention
     {"method": "vtw", "layer": 14}                    VTW: drop all visual tokens
     {"method": "folder", "share": 0.5}                FOLDER-style: merge this share away before the first layer
+
+These keep so many of each sample's visual tokens before the first layer (rlens_jax/kept_tokens.py): `keep` is a number of tokens
+if it is a whole number, and a share of them if it is a decimal number above 0 and at most 1. So 1 is one token, 1.0 is all.
+
+    {"method": "random", "keep": 64}                  drawn by the run's seed and the sample
+    {"method": "strided", "keep": 64}                 every so-many-th
+    {"method": "pooling", "keep": 64, "side": 24}     averages of each image's grid of 24 x 24 tokens
+    {"method": "divprune", "keep": 0.098}             DivPrune: those that differ most
+    {"method": "cdpruner-embeddings", "keep": 64}     CDPruner: those that differ and have to do with the question
+
+On a command line the same is written --pruning fastv:layer=2,share=0.5 or --pruning divprune:keep=64.
 """
 
 import dataclasses
@@ -44,6 +55,7 @@ from typing import Any
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import quoted, read_json
 from rlens_jax.flops import DecoderSizes
+from rlens_jax.kept_tokens import CDPruner, DivPrune, Pooling, RandomTokens, StridedTokens
 from rlens_jax.plans import LEVEL_FIELDS, MOST_LAYERS, OPERATORS, PLAN_FIELDS, Operator, Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Folder, Pruning
 from rlens_jax.published_policies import MadeFor, Policy, is_policy, is_policy_name, named_policy, policy_of
@@ -53,10 +65,27 @@ FORMAT, LEVELS_FORMAT = "rlens-plan/1", "rlens-plan/2"
 """Without and with levels of single layers."""
 _MOST_DIGITS = 4
 """Of a number of layers."""
+_MOST_DIGITS_OF_COUNT = 12
+"""Of other numbers on a command line."""
 
 _REDUCTION_FIELDS = tuple(item.name for item in dataclasses.fields(Reduction))
 _FIELDS = ("format", "num_layers", *PLAN_FIELDS, *_REDUCTION_FIELDS, "pruning")
-_METHODS: Mapping[str, type[Any]] = {"fastv": FastV, "vtw": VTW, "folder": Folder}
+_METHODS: Mapping[str, type[Any]] = {
+    "fastv": FastV,
+    "vtw": VTW,
+    "folder": Folder,
+    "random": RandomTokens,
+    "strided": StridedTokens,
+    "pooling": Pooling,
+    "divprune": DivPrune,
+    "cdpruner-embeddings": CDPruner,
+}
+_REFUSED = {"cdpruner": "needs CLIP's text tower, which no family has; use cdpruner-embeddings"}
+_NEEDED = {
+    "layer": "the number of layers that see the visual tokens",
+    "keep": "a number of visual tokens, such as 64, or a share of them, such as 0.25",
+}
+"""Fields of methods without a default, by name."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +173,20 @@ def parse_first(text: str) -> dict[Operator, int]:
     return counts
 
 
+def parse_pruning(text: str) -> Pruning:
+    """`divprune:keep=64` or `fastv:layer=2,share=0.5`, with the names of a plan file. UserError for anything else."""
+    method, _, settings = text.partition(":")
+    fields: dict[str, Any] = {"method": method.strip()}
+    for part in settings.split(",") if settings else []:
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or name == "method":
+            raise UserError(f"--pruning must have the form divprune:keep=64 or fastv:layer=2,share=0.5, not {quoted(text)}")
+        if name in fields:
+            raise UserError(f"--pruning {quoted(text)} gives {name} twice")
+        fields[name] = int(value) if value.isdecimal() and len(value) < _MOST_DIGITS_OF_COUNT else value
+    return _pruning(fields)
+
+
 def _from_plan(fields: Mapping[str, Any]) -> PlanFile:
     for name in fields:
         if name not in _FIELDS:
@@ -160,7 +203,8 @@ def _from_plan(fields: Mapping[str, Any]) -> PlanFile:
     if num_layers is not None:
         plan.validate(num_layers)
     reduction = Reduction(**{name: fields[name] for name in _REDUCTION_FIELDS if name in fields})
-    return PlanFile(plan, reduction, num_layers, _pruning(fields.get("pruning")))
+    pruning = fields.get("pruning")
+    return PlanFile(plan, reduction, num_layers, None if pruning is None else _pruning(pruning))
 
 
 def _from_policy(policy: Policy) -> PlanFile:
@@ -168,12 +212,12 @@ def _from_policy(policy: Policy) -> PlanFile:
     return PlanFile(plan, num_layers=None if made_for is None else made_for.num_layers, made_for=made_for)
 
 
-def _pruning(fields: Any) -> Pruning | None:
-    if fields is None:
-        return None
+def _pruning(fields: Any) -> Pruning:
     if not isinstance(fields, dict) or not isinstance(fields.get("method"), str):
         raise UserError(f"pruning must be null or an object with a method, not {quoted(fields)}")
     method = fields["method"]
+    if method in _REFUSED:
+        raise UserError(f"pruning.method {method} {_REFUSED[method]}")
     if method not in _METHODS:
         raise UserError(f"pruning.method must be one of {', '.join(_METHODS)}, not {quoted(method)}{suggest(method, _METHODS)}")
     known = [item.name for item in dataclasses.fields(_METHODS[method])]
@@ -181,8 +225,9 @@ def _pruning(fields: Any) -> Pruning | None:
     for name in values:
         if name not in known:
             raise UserError(f"unknown field pruning.{name}{suggest(name, known)}; {method} knows {', '.join(known)}")
-    if method == "vtw" and "layer" not in values:
-        raise UserError("pruning.layer is missing: vtw needs the number of layers that see the visual tokens")
+    for item in dataclasses.fields(_METHODS[method]):
+        if item.default is dataclasses.MISSING and item.name not in values:
+            raise UserError(f"pruning.{item.name} is missing: {method} needs {_NEEDED[item.name]}")
     return _METHODS[method](**values)
 
 

@@ -1,5 +1,7 @@
 """Which visual tokens are pruned: FastV, VTW and FOLDER-style merging, as immutable and hashable values.
 
+Methods that choose tokens before the first layer are those of `rlens_jax.kept_tokens`.
+
 Pruning acts alone or on top of a `Plan`. Surviving tokens keep their order and their rotary positions and are renumbered, so
 reduced layers see a packed sample like any other. A value out of range raises UserError.
 """
@@ -9,6 +11,7 @@ from typing import no_type_check
 
 from rlens_jax.errors import UserError
 from rlens_jax.files import quoted
+from rlens_jax.kept_tokens import Selection
 from rlens_jax.plans import checked_decimal, exact
 
 
@@ -95,7 +98,7 @@ class Folder:
         return f"FOLDER-style merging of {100 * float(self.share):g} %"
 
 
-Pruning = FastV | VTW | Folder
+Pruning = FastV | VTW | Folder | Selection
 
 
 def _kept(num_visual: int, share: float | str) -> int:

@@ -63,6 +63,14 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     shown = capsys.readouterr().out
     assert "embedded: 12 layers, 20 text and 32 visual tokens\nplan: dense, VTW after layer 6\n" in shown
     assert shown.count("% of dense") == 2
+    assert run(["llava-1.5-7b", "--visual=576", "--pruning=divprune:keep=128"]) == 0
+    shown = capsys.readouterr().out
+    assert "plan: dense, DivPrune keeps 128 visual tokens\n" in shown
+    # (576 + 128) x 576 x 4096
+    assert (
+        "choosing tokens          1.661e+09 multiply-adds in addition\n128 visual tokens kept, 128.00 in a layer on average"
+        in shown
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,6 +82,12 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["qwen2-vl-7b", "--fastv", "2", "1.0"], "share must be a decimal number at least 0 and below 1"),
         (["qwen2-vl-7b", "--fastv", "two", "0.5"], "must be a number of layers, not 'two'"),
         (["qwen2-vl-7b", "--vtw=14", "--folder=0.5"], "not allowed with"),
+        (["qwen2-vl-7b", "--pruning=divprun:keep=4"], "did you mean 'divprune'"),
+        (["qwen2-vl-7b", "--pruning=random"], "pruning.keep is missing: random needs a number of visual tokens"),
+        (["qwen2-vl-7b", "--pruning=random:4"], "must have the form divprune:keep=64 or fastv:layer=2,share=0.5, not 'random:4'"),
+        (["qwen2-vl-7b", "--pruning=random:keep=4,keep=5"], "gives keep twice"),
+        (["qwen2-vl-7b", "--pruning=cdpruner:keep=4"], "needs CLIP's text tower, which no family has; use cdpruner-embeddings"),
+        (["qwen2-vl-7b", "--pruning=random:keep=4", "--vtw=4"], "prunes already"),
         (["qwen2-vl-7b", "--visual=-1"], "must be numbers of tokens"),
         (["qwen2-vl-7b", "--vissual=1"], "did you mean '--visual'"),
     ],

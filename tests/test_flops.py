@@ -3,7 +3,18 @@
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.flops import DecoderSizes, LayerSizes, branch_cost, layer_cost, prefill_cost, saving, visual_in_layer
+from rlens_jax.flops import (
+    DecoderSizes,
+    LayerSizes,
+    branch_cost,
+    layer_cost,
+    mean_visual,
+    prefill_cost,
+    saving,
+    selection_cost,
+    visual_in_layer,
+)
+from rlens_jax.kept_tokens import CDPruner, DivPrune, Pooling, RandomTokens, StridedTokens
 from rlens_jax.plans import FULL, SKIP, STANDARD, TEXT, Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Folder
 
@@ -140,6 +151,27 @@ def test_which_layers_see_how_many_visual_tokens():
     assert visual_in_layer(Folder(0.3), 10, 4) == [7] * 4
     with pytest.raises(UserError, match="after layer 4, but the model has 4 layers"):
         visual_in_layer(VTW(4), 10, 4)
+
+
+def test_tokens_kept_and_mean_tokens():
+    """FastV with 192, 128 or 64 of 576 kept after layer 2 of 32 has more tokens in a mean layer; chosen early they are equal."""
+    assert [mean_visual([576] * 2 + [kept] * 30) for kept in (192, 128, 64)] == [216, 156, 96]
+    assert [mean_visual([576] * 2 + [kept] * 30) for kept in (166, 98, 30)] == pytest.approx([192, 128, 64], abs=0.5)
+    assert mean_visual(visual_in_layer(DivPrune(128), 576, 32)) == 128
+    assert mean_visual(visual_in_layer(Pooling(192), 576, 32)) == 169
+
+
+def test_what_choosing_tokens_costs():
+    sizes, width, pairs = LayerSizes(8, 8, 4, 10), 8, 10 * 10
+    assert [selection_cost(sizes, 5, 10, one) for one in (None, VTW(2), RandomTokens(4), StridedTokens(4))] == [0] * 4
+    assert selection_cost(sizes, 5, 10, DivPrune(4)) == pairs * width + 4 * 10 * width
+    assert selection_cost(sizes, 5, 10, CDPruner(4)) == 5 * 10 * width + (1 + 2 + 3) * 10
+    assert selection_cost(sizes, 5, 18, Pooling(8, side=3)) == 8 * 18 * width
+    # One row of attention, and its query.
+    assert selection_cost(sizes, 5, 10, FastV(2, 0.5)) == 8 * 8 + 15 * 8
+    # 10 to 5 tokens in one round, to 2 in three: 5, 3, 2.
+    assert [selection_cost(sizes, 5, 10, Folder(share)) for share in (0.5, 0.8)] == [pairs * width, 3 * pairs * width]
+    assert selection_cost(sizes, 5, 0, DivPrune(4)) == 0
 
 
 def test_tokens_merged_before_the_first_layer_are_saved_too():

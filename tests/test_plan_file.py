@@ -58,7 +58,16 @@ def test_every_field_arrives(tmp_path: Path) -> None:
     # What is recorded of a plan is a plan file again, but for the number of layers.
     again = {"format": FORMAT, "num_layers": 12, **read.fields()}
     assert read_plan(written(tmp_path, again)) == expected
-    for pruning in ({"method": "vtw", "layer": 5}, {"method": "folder", "share": 0.25}, None):
+    for pruning in (
+        {"method": "vtw", "layer": 5},
+        {"method": "folder", "share": 0.25},
+        {"method": "random", "keep": 64},
+        {"method": "strided", "keep": 1},
+        {"method": "pooling", "keep": 64, "side": 16},
+        {"method": "divprune", "keep": 0.098},
+        {"method": "cdpruner-embeddings", "keep": 1.0},
+        None,
+    ):
         plan = read_plan(written(tmp_path, {**again, "pruning": pruning}))
         assert plan.fields()["pruning"] == pruning
 
@@ -143,6 +152,13 @@ def test_what_was_reduced_during_the_search_is_part_of_the_plan(tmp_path: Path) 
         ({"format": FORMAT, "pruning": {"method": "vtw", "layr": 2}}, "pruning.layr .did you mean 'layer'"),
         ({"format": FORMAT, "pruning": {"method": "vtw"}}, "pruning.layer is missing"),
         ({"format": FORMAT, "pruning": {"method": "fastv", "share": 1.0}}, "share must be a decimal number"),
+        (
+            {"format": FORMAT, "pruning": {"method": "strided"}},
+            "pruning.keep is missing: strided needs a number of visual tokens",
+        ),
+        ({"format": FORMAT, "pruning": {"method": "strided", "kept": 2}}, "pruning.kept .did you mean 'keep'"),
+        ({"format": FORMAT, "pruning": {"method": "divprune", "keep": 0}}, "DivPrune: keep must be at least 1 token"),
+        ({"format": FORMAT, "pruning": {"method": "cdpruner", "keep": 9}}, "pruning.method cdpruner needs CLIP's text tower"),
         ('{"format": "rlens-plan/1", "ffn": [1], "ffn": [2]}', "field 'ffn' is given twice"),
         ('{"format": "rlens-plan/1",', "not valid JSON"),
         (7, "must hold one JSON object"),

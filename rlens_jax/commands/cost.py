@@ -3,8 +3,8 @@
 MODEL is a folder, "embedded" or a name on the Hugging Face hub, of which only config.json is read, or a published model by its
 short name: internvl2-8b, qwen2-vl-7b, minicpm-v-2.6, llava-onevision-7b, qwen2-vl-2b, llava-onevision-0.5b, qwen2.5-vl-7b,
 qwen2.5-vl-3b, qwen3-vl-8b, qwen3-vl-4b, internvl3.5-8b, internvl3.5-4b, internvl3.5-1b, llava-1.5-7b, llava-1.5-13b,
-llava-next-vicuna-7b, llava-next-mistral-7b. Token pruning comes from the plan, or from --fastv, --vtw or --folder. The numbers
-are multiply-adds of the decoder layers by the usual convention (rlens_jax/flops.py), without and with the probes.
+llava-next-vicuna-7b, llava-next-mistral-7b. Token pruning comes from the plan, or from --pruning, --fastv, --vtw or --folder.
+The numbers are multiply-adds of the decoder layers by the usual convention (rlens_jax/flops.py), without and with the probes.
 """
 
 from argparse import Namespace
@@ -62,6 +62,10 @@ def main(arguments: Sequence[str]) -> None:
         part = summary[name]
         label = f"reduced, {name.replace('_', ' ')}"
         show(f"{label:<22}{part['reduced']:12.4g} multiply-adds, {part['share_of_dense']:.1%} of dense")
+    if plan.pruning is not None:
+        show(f"{'choosing tokens':<22}{summary['selection']:12.4g} multiply-adds in addition")
+        kept, mean = summary["visual_tokens_in_layer"][-1], summary["mean_visual_tokens"]
+        show(f"{kept} visual tokens kept, {mean:.2f} in a layer on average")
 
 
 def _pruning(options: Namespace) -> Pruning | None:

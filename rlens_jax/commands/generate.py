@@ -44,6 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     make_sample("the prompt", options.image, options.prompt, options.marks)
     kind = read_model_kind(model)
     plan.validate(kind.config.decoder, kind.model_type)
+    kind.check_pruning(plan.pruning)
     start_jax()
     loaded = load(model, dtype=options.dtype, chunk=options.chunk, model_shards=options.model_shards, seed=options.seed)
     say(f"settings for {model}: {dtype_line(options.dtype, chosen_dtype(options.dtype, jax.default_backend()))}")

@@ -20,7 +20,7 @@ from rlens_jax.config import DTYPES, GROUPS, Dtype, RunConfig, alternatives, dot
 from rlens_jax.console import ArgumentParser, say
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.flops import PUBLISHED_DECODERS, DecoderSizes
-from rlens_jax.plan_file import PlanFile, parse_first, read_plan
+from rlens_jax.plan_file import PlanFile, parse_first, parse_pruning, read_plan
 from rlens_jax.resources import preset_path
 from rlens_jax.yaml_file import read_yaml
 
@@ -82,17 +82,29 @@ def read_argument_or_option(parser: ArgumentParser, options: argparse.Namespace,
     return values.pop() if values else None
 
 
-def add_plan_options(parser: ArgumentParser) -> None:
-    """The options of `read_plan_options`."""
+def add_plan_options(parser: ArgumentParser, *, pruning: bool = True) -> None:
+    """The options of `read_plan_options`; `pruning` offers to prune visual tokens."""
     plan_help = "plan file, ranking.json, or a published policy such as opskip:llava-1.5-7b/12 (default: the dense model)"
     parser.add_argument("--plan", metavar="PLAN", help=plan_help)
+    if pruning:
+        pruning_help = "drop or merge visual tokens in addition, as divprune:keep=64 (methods: rlens_jax/plan_file.py)"
+        parser.add_argument("--pruning", metavar="METHOD:SETTINGS", help=pruning_help)
     parser.add_argument("--first", metavar="LIST", help="with a ranking.json: number of layers to reduce, as attention=11,ffn=5")
     freeze_help = "in frozen layers also hold the text before the last visual token, by a mask: to repeat runs of Op-Skip"
     parser.add_argument("--freeze-text-before", action="store_true", help=freeze_help)
 
 
 def read_plan_options(parser: ArgumentParser, options: argparse.Namespace) -> PlanFile:
-    """The plan of the options of `add_plan_options`. UserError as `read_plan`, `parse_first` and `Plan`."""
+    """The plan of the options of `add_plan_options`. UserError as `read_plan`, `parse_first`, `parse_pruning` and `Plan`."""
+    plan = _read_plan(parser, options)
+    if getattr(options, "pruning", None) is None:
+        return plan
+    if plan.pruning is not None:
+        parser.error(f"{options.plan} prunes already: {plan.pruning.label()}; leave --pruning out")
+    return replace(plan, pruning=parse_pruning(options.pruning))
+
+
+def _read_plan(parser: ArgumentParser, options: argparse.Namespace) -> PlanFile:
     if options.plan is None:
         if options.first is not None:
             parser.error("--first needs a --plan that is a ranking.json")

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--markdown", metavar="FILE", type=new_file, help="also write a report to this file")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="relative to max(1, largest logit) (default: %(default)s)")
     add_dtype_option(parser, "float32", "float32")
-    add_plan_options(parser)
+    add_plan_options(parser, pruning=False)
     parser.add_argument("--layers", metavar="N", type=int, help="--rankings: number of layers of the model")
     for name, operator in (("attention", "Hollow Attention"), ("ffn", "the Dynamic FFN")):
         text = f"--dump: layers with {operator} (default: the later half)"

@@ -31,6 +31,7 @@ from rlens_jax.engine.pools import Batch
 from rlens_jax.engine.prompt_batches import AskedPrompts, prompt_batches
 from rlens_jax.engine.shapes import Shapes, row_buckets, slot_sizes
 from rlens_jax.errors import UserError
+from rlens_jax.families.registry import ModelKind
 from rlens_jax.files import check_text
 from rlens_jax.models.decoder import KVCache
 from rlens_jax.models.forward import VisionLanguageModel
@@ -190,11 +191,11 @@ class Answer:
 class DeployedModel:
     """A loaded model and its programs, which are compiled when a shape first occurs. Made by `load`."""
 
-    def __init__(self, programs: DeployedPrograms, preparer: Preparer, shapes: Shapes, model_type: str):
+    def __init__(self, programs: DeployedPrograms, preparer: Preparer, shapes: Shapes, kind: ModelKind):
         self.programs = programs
         self.preparer = preparer
         self.shapes = shapes
-        self.model_type = model_type
+        self.kind = kind
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is also a sequence of texts
@@ -257,7 +258,8 @@ class DeployedModel:
 
     def check(self, plan: PlanFile, max_new_tokens: int) -> None:
         """Raise UserError unless the plan fits this model and `max_new_tokens` is positive."""
-        plan.validate(self.programs.config, self.model_type)
+        plan.validate(self.programs.config, self.kind.model_type)
+        self.kind.check_pruning(plan.pruning)
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
 
@@ -320,7 +322,7 @@ def load(
         kind.image_arrays,
         batch_size,
     )
-    return DeployedModel(programs, preparer, shapes, kind.model_type)
+    return DeployedModel(programs, preparer, shapes, kind)
 
 
 def make_sample(name: str, images: Sequence[Image], prompt: str, marked: bool) -> Sample:

@@ -137,6 +137,8 @@ class Cost:
     dense: float
     reduced: float
     reduced_with_probes: float
+    selection: float
+    """Of choosing or merging the visual tokens that stay; contained in no other number."""
     saved: float
     saved_with_probes: float
     shared: SharedCost
@@ -167,6 +169,10 @@ class DatasetResult:
     """Mean text tokens per prompt."""
     visual_tokens: float
     """Mean visual tokens per prompt."""
+    kept_tokens: float
+    """Mean visual tokens in the last layer under the plan."""
+    mean_tokens: float
+    """Mean visual tokens that enter a layer under the plan, over layers and prompts."""
     cost: Cost
     """Cost of the plan."""
     variants: Mapping[str, VariantResult]
@@ -272,6 +278,11 @@ def summary(result: Evaluation) -> str:
         if part.per_image > 1 and result.config.shares:
             shared = part.cost.shared.reduced / part.cost.reduced
             lines.append(f"  {part.per_image:.1f} questions an image share its prefill: {shared:.1%} of the FLOPs of each alone")
+        if result.config.plan.pruning is not None:
+            lines.append(
+                f"  of {part.visual_tokens:.1f} visual tokens {part.kept_tokens:.1f} are kept, {part.mean_tokens:.1f} a layer; "
+                f"choosing them takes {part.cost.selection / part.cost.dense:.2%} of the dense FLOPs in addition"
+            )
         if part.unusable:
             lines.append(f"  {part.unusable} of them could not be asked and count as wrong")
         for variant, scored in part.variants.items():
@@ -308,6 +319,8 @@ def _dataset(name: str, part: DatasetResult) -> dict[str, Any]:
         "images": dataclasses.asdict(part.images),
         "text_tokens": part.text_tokens,
         "visual_tokens": part.visual_tokens,
+        "kept_visual_tokens": part.kept_tokens,
+        "mean_visual_tokens": part.mean_tokens,
         "multiply_adds": dataclasses.asdict(part.cost),
         "variants": {
             variant: {

@@ -34,7 +34,7 @@ from rlens_jax.evaluation.evaluation import (
     timing_json,
 )
 from rlens_jax.files import replace_file
-from rlens_jax.flops import prefill_cost, shared_prefill_cost, visual_in_layer
+from rlens_jax.flops import prefill_cost, selection_cost, shared_prefill_cost, visual_in_layer
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.resources import cache_folder, versions
@@ -57,6 +57,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     # Checks that need no weights come first.
     folder = ModelFolder.find(config.model)
     config.plan.validate(folder.kind.config.decoder, folder.kind.model_type)
+    folder.kind.check_pruning(config.plan.pruning)
     datasets = load_datasets(
         config.data,
         cache_folder() / "data",
@@ -134,6 +135,8 @@ def _result(config: EvaluationConfig, model: DeployedModel, questions: Questions
     if len(scores) == 2:
         difference = difference_interval(scores["plan"], scores["dense"], questions.images, **draws)
     answered = [answer for answer in questions.answers("plan", answers) if answer]
+    num_layers = model.programs.config.num_layers
+    per_layer = [visual_in_layer(config.plan.pruning, answer.prompt[1], num_layers) for answer in answered]
     sample = dataset.sample(0)
     return DatasetResult(
         digest=dataset.digest,
@@ -143,6 +146,8 @@ def _result(config: EvaluationConfig, model: DeployedModel, questions: Questions
         images=ImageReading(not sample.as_stored, "dropped" if sample.as_stored else model.preparer.transparency),
         text_tokens=float(np.mean([answer.prompt[0] for answer in answered])),
         visual_tokens=float(np.mean([answer.prompt[1] for answer in answered])),
+        kept_tokens=float(np.mean([layers[-1] for layers in per_layer])),
+        mean_tokens=float(np.mean(per_layer)),
         cost=_cost(config, model.programs.config, answered),
         variants=variants,
         difference=difference,
@@ -165,10 +170,12 @@ def _cost(config: EvaluationConfig, decoder: DecoderConfig, answers: Sequence[Lo
 
     (dense, shared_dense), (reduced, shared_reduced) = cost(PlanFile(), False), cost(config.plan, False)
     with_probes, shared_with_probes = cost(config.plan, True)
+    selection = [selection_cost(sizes, *answer.prompt, config.plan.pruning) for answer in answers]
     return Cost(
         dense=float(dense.mean()),
         reduced=float(reduced.mean()),
         reduced_with_probes=float(with_probes.mean()),
+        selection=float(np.mean(selection)),
         saved=float((1 - reduced / dense).mean()),
         saved_with_probes=float((1 - with_probes / dense).mean()),
         shared=SharedCost(shared_dense, shared_reduced, shared_with_probes),

@@ -53,6 +53,8 @@ class Family(Generic[ConfigT]):
     """`benchmark_prompt(instance, config, step_by_step)`: the user's turn for a benchmark question."""
     preset: str
     """File in configs/, without its ending, with the settings of a published model of this family."""
+    grid: Callable[[ConfigT], int | None] = lambda config: None
+    """`grid(config)`: visual tokens per side of the square grid that each image or tile becomes; None if they differ in size."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Values of `model_type` that are known and not supported, and what to use instead, as the end of an error."""
 

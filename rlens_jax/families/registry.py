@@ -18,8 +18,10 @@ from rlens_jax.families.image_files import NESTED_FILE, PROCESSOR_FILE, read_pro
 from rlens_jax.families.refusals import refuse_unsupported
 from rlens_jax.families.table import Table
 from rlens_jax.files import quoted
+from rlens_jax.kept_tokens import Pooling
 from rlens_jax.models.forward import FamilyConfig, VisionLanguageModel
 from rlens_jax.models.prompt import ImageArrays, ImageSize, Measure, Preparer
+from rlens_jax.pruning import Pruning
 
 FAMILIES: tuple[Family[Any], ...] = (
     internvl.FAMILY,
@@ -80,6 +82,18 @@ class ModelKind:
         found = any((folder / name).exists() for name in (PROCESSOR_FILE, NESTED_FILE))
         fields = read_processor_fields(folder)[0] if found else {}
         return self.family.measure(self.config, {**fields, **limits})
+
+    def check_pruning(self, pruning: Pruning | None) -> None:
+        """Raise UserError if the family cannot have this pruning, with what is possible."""
+        if isinstance(pruning, Pooling):
+            side = self.family.grid(self.config)
+            if side is None:
+                raise UserError(
+                    f"pooling needs images that become square grids of one size, and those of {self.model_type} do not; "
+                    "possible are random, strided, divprune and cdpruner-embeddings, or smaller images"
+                )
+            if side != pruning.side:
+                raise UserError(f"pooling: an image of this model is {side} x {side} visual tokens, so side must be {side}")
 
     def table(self) -> Table:
         """The mapping of the published tensors."""

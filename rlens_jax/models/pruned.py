@@ -1,4 +1,4 @@
-"""A prefill with token pruning: visual tokens are merged before the first layer, or dropped between two layers.
+"""A prefill with token pruning: fewer visual tokens enter the first layer, or they are dropped between two layers.
 
 Where tokens are dropped, the survivors are gathered into a smaller bucket that holds those of any sample. Later layers, reduced
 or not, run in this bucket: nothing is computed or cached for dropped tokens. Text slots stay where they are.
@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rlens_jax.kept_tokens import Selection
 from rlens_jax.layout import TokenLayout, keep_visual, visible
 from rlens_jax.models.decoder import Context, Decoder, LayerRecord, States, TracedPlan, join_records
+from rlens_jax.models.early_pruning import survivors
 from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.ops.attention import Kernel
-from rlens_jax.ops.token_pruning import attention_received, merge_similar, most_attended, num_survivors
+from rlens_jax.ops.token_pruning import attention_received, most_attended, num_survivors
 from rlens_jax.plans import Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Folder, Pruning
 
@@ -59,17 +61,18 @@ def run_prompt(
         UserError: the pruned layer does not exist.
     """
     layout, rope = batch.layout, jnp.asarray(batch.rope_positions)
-    if isinstance(pruning, Folder) and layout.bucket.visual:
-        visual, ordinals = merge_similar(visual, layout, pruning, decoder.config.width)
+    scored: Bool[Array, " B"] | bool = True
+    if isinstance(pruning, Folder | Selection) and layout.bucket.visual:
+        visual, ordinals, num_kept, scored = survivors(decoder, visual, batch, pruning, random_key)
         rope = jnp.take_along_axis(rope, _slots(layout, ordinals)[:, None], axis=2, mode="clip")
-        layout = keep_visual(layout, ordinals, num_survivors(layout, pruning))
+        layout = keep_visual(layout, ordinals, num_kept)
     context = decoder.context(layout, rope, random_key, kernel, chunk, decoder.features(visual))
     x = decoder.embed(batch.text_ids, visual)
     if isinstance(pruning, FastV | VTW):
         pruning.validate(decoder.config.num_layers)
         return _prefill_pruned(decoder, x, context, plan, reduction, pruning, jnp.asarray(batch.prompt_end)[:, 0])
     x, record = decoder.prefill(x, context, plan, reduction)
-    return PromptStates(x, (Part(record, layout),), record.kept.scored.all(axis=0))
+    return PromptStates(x, (Part(record, layout),), record.kept.scored.all(axis=0) & scored)
 
 
 def _prefill_pruned(

@@ -118,7 +118,7 @@ def test_what_cannot_share_a_row(model: DeployedModel, page: Path) -> None:
     assert sharers(model, [f"{question} <image>" for question in QUESTIONS], True) == [1, 1, 1]
     small = replace(model.shapes, rows=row_buckets((32,), (128,)))
     assert sharers(model, QUESTIONS, False) == [3, 3, 3]
-    assert sharers(DeployedModel(model.programs, model.preparer, small, model.model_type), QUESTIONS, False) == [2, 2, 1]
+    assert sharers(DeployedModel(model.programs, model.preparer, small, model.kind), QUESTIONS, False) == [2, 2, 1]
 
 
 def test_with_token_pruning(model: DeployedModel, page: Path, tmp_path: Path) -> None:

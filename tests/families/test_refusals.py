@@ -16,7 +16,9 @@ from rlens_jax.engine.deployed_model import make_sample
 from rlens_jax.errors import UserError
 from rlens_jax.families.refusals import refuse_quantised
 from rlens_jax.families.registry import read_kind
-from tests.families.published import BY_MODEL_TYPE
+from rlens_jax.kept_tokens import DivPrune, Pooling
+from rlens_jax.pruning import FastV
+from tests.families.published import BY_MODEL_TYPE, kind_of
 
 EXPERTS = "is a mixture of experts, which is not supported; use a dense model of the family, such as Qwen3-VL-8B-Instruct"
 USE = "which is not supported; use the model that it was made from, with weights in bfloat16"
@@ -53,6 +55,20 @@ def test_a_kind_of_model_that_is_not_supported(config, expected) -> None:
         read_kind(config, "config.json")
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("model_type", BY_MODEL_TYPE)
+def test_only_images_that_become_grids_of_one_size_are_pooled(model_type: str) -> None:
+    kind, side = kind_of(model_type), {"llava": 24, "internvl": 16, "internvl_chat": 16}.get(model_type)
+    for pruning in (None, FastV(), DivPrune(4), Pooling(4, side=side or 24)):
+        if side is None and isinstance(pruning, Pooling):
+            with pytest.raises(UserError, match=f"those of {model_type} do not; possible are random, strided, divprune"):
+                kind.check_pruning(pruning)
+        else:
+            kind.check_pruning(pruning)
+    if side is not None:
+        with pytest.raises(UserError, match=f"an image of this model is {side} x {side} visual tokens, so side must be {side}"):
+            kind.check_pruning(Pooling(4, side=7))
 
 
 def test_a_dense_model_says_that_it_has_no_experts() -> None:

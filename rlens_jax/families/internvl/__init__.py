@@ -1,7 +1,7 @@
 """InternVL2, 2.5, 3 and 3.5 (arXiv 2404.16821, 2412.05271, 2504.10479, 2508.18265), in both layouts of a model folder."""
 
 from rlens_jax.families.family import Family
-from rlens_jax.families.internvl.model import NO_FLASH, InternVLConfig, VisionTower, read_hf_config, read_native_config
+from rlens_jax.families.internvl.model import MERGE, NO_FLASH, InternVLConfig, VisionTower, read_hf_config, read_native_config
 from rlens_jax.families.internvl.preparer import InternVLPreparer, benchmark_prompt, image_arrays, image_sizes, measure
 from rlens_jax.families.internvl.reference import REFERENCE
 from rlens_jax.families.internvl.weights import table
@@ -17,5 +17,6 @@ FAMILY = Family[InternVLConfig](
     reference=REFERENCE,
     benchmark_prompt=benchmark_prompt,
     preset="internvl2_8b",
+    grid=lambda config: config.vision.patches_per_side // MERGE,
     refused={"internvl_flash": f"is InternVL3.5-Flash, which {NO_FLASH}"},
 )

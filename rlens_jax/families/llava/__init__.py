@@ -17,6 +17,7 @@ FAMILY = Family[LlavaConfig](
     reference=REFERENCE,
     benchmark_prompt=benchmark_prompt,
     preset="llava_1_5_7b",
+    grid=lambda config: config.vision.side,
     refused={
         "llava_llama": f"{ORIGINAL} llava-hf/llava-1.5-7b-hf or llava-hf/llava-v1.6-vicuna-7b-hf",
         "llava_mistral": f"{ORIGINAL} llava-hf/llava-v1.6-mistral-7b-hf",
