@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from rlens_jax.kept_tokens import CDPruner, DivPrune, Pooling, Selection
+from rlens_jax.kept_tokens import CDPruner, DivPrune, FasterVLM, Pooling, Selection, TowerSelection, VisionZip
 from rlens_jax.plans import FULL, SKIP, Level, Plan, Reduction, value_of
 from rlens_jax.pruning import FastV, Folder, Pruning
 
@@ -22,6 +22,27 @@ class LayerSizes:
     query_width: int
     kv_width: int
     ffn_width: int
+
+
+@dataclass(frozen=True)
+class TowerAttention:
+    """The attention in a vision tower by which tokens may be chosen, as far as its cost depends on it."""
+
+    width: int
+    head_dim: int
+    class_token: bool
+    """Whether it is that of a class token; otherwise what patches receive from all."""
+    patches: int
+    """Patches of a visual token."""
+    view: int | None
+    """Patches of a view, which attend to each other; None if those of an image do."""
+
+    def cost(self, num_visual: int) -> int:
+        """Multiply-adds of the marks of a sample with so many visual tokens: queries, keys and their products."""
+        patches = num_visual * self.patches
+        reached = patches if self.view is None else min(patches, self.view)
+        queries = patches if not self.class_token else -(-patches // reached) if reached else 0
+        return (queries + patches) * self.width**2 + queries * reached * self.width
 
 
 @dataclass(frozen=True)
@@ -116,11 +137,13 @@ def mean_visual(visual_in_layer: Sequence[int]) -> float:
     return sum(visual_in_layer) / len(visual_in_layer)
 
 
-def selection_cost(sizes: LayerSizes, num_text: int, num_visual: int, pruning: Pruning | None) -> int:
+def selection_cost(
+    sizes: LayerSizes, num_text: int, num_visual: int, pruning: Pruning | None, tower: TowerAttention | None = None
+) -> int:
     """Multiply-adds of choosing or merging the visual tokens of one sample, which no other cost contains.
 
-    Counted is what is computed: products of tokens with each other, and FastV's one row of attention with its query. Sorting
-    and norms are not counted, like those of layers.
+    Counted is what is computed: products of tokens with each other, FastV's one row of attention with its query, and attention of
+    the tower that is computed once more (without `tower`: not counted). Sorting and norms are not counted, like those of layers.
     """
     kept = 0 if pruning is None else pruning.kept(num_visual)
     if num_visual == 0:
@@ -137,6 +160,11 @@ def selection_cost(sizes: LayerSizes, num_text: int, num_visual: int, pruning: P
         case CDPruner():
             # The relevance, the rows of the kernel, and the rows of its Cholesky factor.
             return (1 + kept) * num_visual * sizes.width + kept * (kept - 1) // 2 * num_visual
+        case VisionZip() if tower is not None:
+            merging = pruning.contextual(num_visual) * num_visual * (tower.head_dim + sizes.width)
+            return tower.cost(num_visual) + merging
+        case FasterVLM() if tower is not None:
+            return tower.cost(num_visual)
     return 0
 
 
@@ -211,7 +239,10 @@ def saving(
 def prefill_summary(
     sizes: LayerSizes, num_layers: int, num_text: int, num_visual: int, plan: Plan, reduction: Reduction, pruning: Pruning | None
 ) -> dict[str, Any]:
-    """Multiply-adds of the dense prefill, of the reduced one, and of pruning, as `rlens_jax.cost` writes them."""
+    """Multiply-adds of the dense prefill, of the reduced one, and of pruning, as `rlens_jax.cost` writes them.
+
+    That of pruning is null if the vision tower has a part in it, of which only the whole model knows.
+    """
     visual = visual_in_layer(pruning, num_visual, num_layers)
     dense = prefill_cost(sizes, num_text, [num_visual] * num_layers, Plan(), reduction, with_probes=False)
     summary: dict[str, Any] = {
@@ -221,7 +252,7 @@ def prefill_summary(
         "visual_tokens_in_layer": visual,
         "mean_visual_tokens": mean_visual(visual),
         "dense": dense,
-        "selection": selection_cost(sizes, num_text, num_visual, pruning),
+        "selection": None if isinstance(pruning, TowerSelection) else selection_cost(sizes, num_text, num_visual, pruning),
     }
     for name, with_probes in (("without_probes", False), ("with_probes", True)):
         reduced = prefill_cost(sizes, num_text, visual, plan, reduction, with_probes=with_probes)

@@ -7,7 +7,7 @@ raises UserError.
 
 from dataclasses import dataclass
 from math import isqrt
-from typing import ClassVar, no_type_check
+from typing import ClassVar, Literal, no_type_check
 
 from rlens_jax.errors import UserError
 from rlens_jax.files import quoted
@@ -44,6 +44,9 @@ class Selection:
 
     def validate(self, num_layers: int) -> None:
         """Accept any number of layers."""
+
+    def check_sample(self, name: str, num_visual: int) -> None:
+        """Raise UserError, beginning with `name`, if the budget is too small for a sample of `num_visual` tokens."""
 
     def label(self) -> str:
         """A short text for tables and messages."""
@@ -95,6 +98,14 @@ class Pooling(Selection):
         """Number of tokens left of a sample's `num_visual`."""
         return self.images(num_visual) * self.cells(num_visual) ** 2
 
+    def check_sample(self, name: str, num_visual: int) -> None:
+        """Raise UserError, beginning with `name`, unless the budget has a token for each image."""
+        images = self.images(num_visual)
+        if images and not self.cells(num_visual):
+            raise UserError(
+                f"{name}: pooling leaves each of {images} images or tiles at least one token; keep {images} tokens or more"
+            )
+
 
 @no_type_check  # user input: __post_init__ checks it and raises UserError
 @dataclass(frozen=True)
@@ -115,6 +126,39 @@ class CDPruner(Selection):
     """
 
     title = "CDPruner (embeddings)"
+
+
+class TowerSelection(Selection):
+    """A method that looks at the attention in the vision tower: that of its class token, or what patches receive on average."""
+
+
+class FasterVLM(TowerSelection):
+    """Keep the tokens with most attention (FasterVLM, Zhang et al., arXiv 2412.01818)."""
+
+    title = "FasterVLM"
+
+
+@no_type_check  # user input: __post_init__ checks it and raises UserError
+@dataclass(frozen=True)
+class VisionZip(TowerSelection):
+    """Keep tokens with most attention, *dominant* ones; merge the others to *contextual* ones (Yang et al., arXiv 2412.04467).
+
+    Of T* tokens floor(T* / 6.4) are contextual, as in the published splits 162 + 30, 108 + 20 and 54 + 10.
+    """
+
+    merge: Literal["sum", "mean"] = "sum"
+    """How a token and the mean of those that are merged into it become one: their sum, as published, or half of it."""
+
+    title: ClassVar[str] = "VisionZip"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.merge not in ("sum", "mean"):
+            raise UserError(f"VisionZip: merge must be 'sum' or 'mean', not {quoted(self.merge)}")
+
+    def contextual(self, num_visual: int) -> int:
+        """How many of the tokens left of `num_visual` are contextual."""
+        return self.kept(num_visual) * 10 // 64
 
 
 def _checked_keep(name: str, value: object) -> int | float:

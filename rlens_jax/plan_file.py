@@ -42,6 +42,8 @@ if it is a whole number, and a share of them if it is a decimal number above 0 a
     {"method": "pooling", "keep": 64, "side": 24}     averages of each image's grid of 24 x 24 tokens
     {"method": "divprune", "keep": 0.098}             DivPrune: those that differ most
     {"method": "cdpruner-embeddings", "keep": 64}     CDPruner: those that differ and have to do with the question
+    {"method": "fastervlm", "keep": 64}               FasterVLM: those with most attention in the vision tower
+    {"method": "visionzip", "keep": 64, "merge": "sum"}   VisionZip: those, and others merged ("sum" as published, or "mean")
 
 On a command line the same is written --pruning fastv:layer=2,share=0.5 or --pruning divprune:keep=64.
 """
@@ -55,7 +57,7 @@ from typing import Any
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import quoted, read_json
 from rlens_jax.flops import DecoderSizes
-from rlens_jax.kept_tokens import CDPruner, DivPrune, Pooling, RandomTokens, StridedTokens
+from rlens_jax.kept_tokens import CDPruner, DivPrune, FasterVLM, Pooling, RandomTokens, StridedTokens, TowerSelection, VisionZip
 from rlens_jax.plans import LEVEL_FIELDS, MOST_LAYERS, OPERATORS, PLAN_FIELDS, Operator, Plan, Reduction
 from rlens_jax.pruning import VTW, FastV, Folder, Pruning
 from rlens_jax.published_policies import MadeFor, Policy, is_policy, is_policy_name, named_policy, policy_of
@@ -79,6 +81,8 @@ _METHODS: Mapping[str, type[Any]] = {
     "pooling": Pooling,
     "divprune": DivPrune,
     "cdpruner-embeddings": CDPruner,
+    "fastervlm": FasterVLM,
+    "visionzip": VisionZip,
 }
 _REFUSED = {"cdpruner": "needs CLIP's text tower, which no family has; use cdpruner-embeddings"}
 _NEEDED = {
@@ -100,6 +104,11 @@ class PlanFile:
     """How visual tokens are dropped or merged, None for no pruning."""
     made_for: MadeFor | None = None
     """The model of somebody else's policy."""
+
+    @property
+    def marked(self) -> bool:
+        """Whether pruning looks at the vision tower, so that visual tokens need marks (`ModelPrograms.encode`)."""
+        return isinstance(self.pruning, TowerSelection)
 
     def validate(self, sizes: DecoderSizes, model_type: str | None = None) -> None:
         """Raise UserError unless the plan fits a model of these sizes and, if it is known, of this `model_type`."""

@@ -5,9 +5,9 @@ from math import isqrt
 import pytest
 
 from rlens_jax.errors import UserError
-from rlens_jax.kept_tokens import CDPruner, DivPrune, Pooling, RandomTokens, StridedTokens
+from rlens_jax.kept_tokens import CDPruner, DivPrune, FasterVLM, Pooling, RandomTokens, StridedTokens, VisionZip
 
-METHODS = [RandomTokens, StridedTokens, Pooling, DivPrune, CDPruner]
+METHODS = [RandomTokens, StridedTokens, Pooling, DivPrune, CDPruner, FasterVLM, VisionZip]
 
 
 def test_a_whole_number_counts_tokens_and_a_decimal_is_a_share() -> None:
@@ -39,16 +39,35 @@ def test_pooling_fits_the_budget() -> None:
         pooling = Pooling(100)
         assert pooling.capacity(slots) == max(pooling.kept(n) for n in range(slots + 1))
         assert pooling.capacity(slots) >= isqrt(100) ** 2
+    Pooling(3).check_sample("q", 1728)
+    Pooling(3).check_sample("q", 0)
+    with pytest.raises(
+        UserError, match=r"^q: pooling leaves each of 4 images or tiles at least one token; keep 4 tokens or more$"
+    ):
+        Pooling(3).check_sample("q", 4 * 576)
     with pytest.raises(UserError, match="pooling: side must be a whole number from 1 to 1024, not 0"):
         Pooling(64, side=0)
 
 
+def test_the_published_splits_of_visionzip() -> None:
+    assert [(keep - VisionZip(keep).contextual(576), VisionZip(keep).contextual(576)) for keep in (192, 128, 64)] == [
+        (162, 30),
+        (108, 20),
+        (54, 10),
+    ]
+    assert [VisionZip(64).contextual(n) for n in (0, 6, 7, 64)] == [0, 0, 1, 10]
+    with pytest.raises(UserError, match="VisionZip: merge must be 'sum' or 'mean', not 'max'"):
+        VisionZip(64, merge="max")
+
+
 def test_labels() -> None:
-    labels = [method(keep).label() for method, keep in zip(METHODS, (64, 0.25, 8, "0.098", 1), strict=True)]
+    labels = [method(keep).label() for method, keep in zip(METHODS, (64, 0.25, 8, "0.098", 1, 2, 3), strict=True)]
     assert labels == [
         "random keeps 64 visual tokens",
         "strided keeps 25 % of the visual tokens",
         "pooling keeps 8 visual tokens",
         "DivPrune keeps 9.8 % of the visual tokens",
         "CDPruner (embeddings) keeps 1 visual tokens",
+        "FasterVLM keeps 2 visual tokens",
+        "VisionZip keeps 3 visual tokens",
     ]

@@ -66,6 +66,8 @@ def test_every_field_arrives(tmp_path: Path) -> None:
         {"method": "pooling", "keep": 64, "side": 16},
         {"method": "divprune", "keep": 0.098},
         {"method": "cdpruner-embeddings", "keep": 1.0},
+        {"method": "fastervlm", "keep": 64},
+        {"method": "visionzip", "keep": 64, "merge": "mean"},
         None,
     ):
         plan = read_plan(written(tmp_path, {**again, "pruning": pruning}))

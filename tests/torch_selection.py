@@ -46,3 +46,22 @@ def cdpruner(tokens: Tensor, question: Tensor, count: int) -> list[int]:
         volumes = [float(torch.linalg.slogdet(kernel[[*chosen, i]][:, [*chosen, i]])[1]) for i in rest]
         chosen.append(rest[max(range(len(rest)), key=volumes.__getitem__)])
     return sorted(chosen)
+
+
+def visionzip(tokens: Tensor, score: Tensor, key: Tensor, count: int, halved: bool = False) -> tuple[Tensor, list[int]]:
+    """The tokens that are left, and where they were; `score` [P] is attention, `key` [P, H] what tokens are compared by."""
+    contextual = int(count / 6.4)
+    ranked = sorted(range(len(tokens)), key=lambda i: -float(score[i]))
+    dominant, others = ranked[: count - contextual], sorted(ranked[count - contextual :])
+    step = len(others) // contextual if contextual else 0
+    targets = [others[i * step] for i in range(contextual)]
+    unit, groups = normalize(key.double(), dim=1), {target: [] for target in targets}
+    for i in others:
+        if targets and i not in targets:
+            groups[max(targets, key=lambda target: float(unit[i] @ unit[target]))].append(i)
+    result = tokens.clone()
+    for target, group in groups.items():
+        if group:
+            result[target] = (tokens[target] + tokens[group].mean(dim=0)) / (2 if halved else 1)
+    left = sorted(dominant + targets)
+    return result[left], left

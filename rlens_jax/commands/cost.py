@@ -63,7 +63,10 @@ def main(arguments: Sequence[str]) -> None:
         label = f"reduced, {name.replace('_', ' ')}"
         show(f"{label:<22}{part['reduced']:12.4g} multiply-adds, {part['share_of_dense']:.1%} of dense")
     if plan.pruning is not None:
-        show(f"{'choosing tokens':<22}{summary['selection']:12.4g} multiply-adds in addition")
+        if summary["selection"] is None:
+            show("choosing tokens takes attention in the vision tower in addition, which rlens_jax.evaluate counts")
+        else:
+            show(f"{'choosing tokens':<22}{summary['selection']:12.4g} multiply-adds in addition")
         kept, mean = summary["visual_tokens_in_layer"][-1], summary["mean_visual_tokens"]
         show(f"{kept} visual tokens kept, {mean:.2f} in a layer on average")
 

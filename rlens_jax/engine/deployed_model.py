@@ -33,6 +33,7 @@ from rlens_jax.engine.shapes import Shapes, row_buckets, slot_sizes
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.files import check_text
+from rlens_jax.kept_tokens import Selection
 from rlens_jax.models.decoder import KVCache
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import Tokens, decode, prefill
@@ -252,7 +253,7 @@ class DeployedModel:
         """Yield the number of each sample and its answer, batch by batch; UserError as `generate`."""
         self.check(plan, max_new_tokens)
         if samples:
-            asked = self.prepare(samples, max_new_tokens, sharing=plan.pruning is None)
+            asked = self.prepare(samples, max_new_tokens, sharing=plan.pruning is None, marked=plan.marked)
             for batch in asked.batches:
                 yield from self.answer_batch(asked, batch, plan, max_new_tokens).items()
 
@@ -263,12 +264,18 @@ class DeployedModel:
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
 
-    def prepare(self, samples: Sequence[Sample], max_new_tokens: int, *, sharing: bool) -> AskedPrompts:
-        """Prompts of samples in batches; see `prompt_batches`. Only for plans without pruning can they be `sharing` rows."""
-        return prompt_batches(samples, self.preparer, self.programs, self.shapes, max_new_tokens, sharing=sharing)
+    def prepare(self, samples: Sequence[Sample], max_new_tokens: int, *, sharing: bool, marked: bool = False) -> AskedPrompts:
+        """Prompts of samples in batches; see `prompt_batches`.
+
+        Only for plans without pruning can they be `sharing` rows. Plans that are `marked` need marks; all others may have them.
+        """
+        return prompt_batches(samples, self.preparer, self.programs, self.shapes, max_new_tokens, sharing=sharing, marked=marked)
 
     def answer_batch(self, asked: AskedPrompts, batch: Batch, plan: PlanFile, max_new_tokens: int) -> dict[int, Answer]:
         """The answers to a batch of `prepare`, by the number of the sample."""
+        if isinstance(plan.pruning, Selection):
+            for number in batch.members.tolist():
+                plan.pruning.check_sample(asked.samples[number].id, asked.sizes[number].visual)
         prefilled = self.programs.prefill(self.programs.put(batch.visual), batch.inputs, plan, max_new_tokens)
         tokens, finite = map(np.asarray, self.programs.decode(prefilled, batch.inputs, max_new_tokens))
         good, numbers = finite & np.asarray(prefilled.finite), np.asarray(batch.inputs.samples)

@@ -38,10 +38,11 @@ class Encoder:
     """Visual tokens of this process's images. Prepared images are large, so they are encoded as soon as they fill a batch.
 
     All processes encode together: each gives images to its own work groups, or empty ones if it has none of a bucket left.
+    `marked` as in `ModelPrograms.encode`.
     """
 
-    def __init__(self, programs: ModelPrograms, shapes: Shapes, gather: Gather):
-        self._programs, self._shapes, self._gather = programs, shapes, gather
+    def __init__(self, programs: ModelPrograms, shapes: Shapes, gather: Gather, *, marked: bool = False):
+        self._programs, self._shapes, self._gather, self._marked = programs, shapes, gather, marked
         self._groups = len(programs.own_groups)
         self._waiting: dict[ImageSize, list[tuple[int, int, PreparedImage]]] = defaultdict(list)
         """Group, place in it, and image, by bucket."""
@@ -60,8 +61,10 @@ class Encoder:
     def finish(self) -> dict[int, np.ndarray]:
         """The tokens [P_i, visual_width] of all images of each group, in order."""
         self._encode(lambda count, size: -(-count // size))
-        nothing = np.zeros((0, self._programs.config.visual_width), self._programs.dtype)
-        return {group: np.concatenate([nothing, *images]) for group, images in self._encoded.items()}
+        width = self._programs.config.visual_width
+        # A sample without images has no marks either; two numbers stand for them.
+        nothing = np.zeros((0, width + 2), np.float32) if self._marked else np.zeros((0, width), self._programs.dtype)
+        return {group: np.concatenate(images) if images else nothing for group, images in self._encoded.items()}
 
     def _encode(self, num_batches: Callable[[int, int], int]) -> None:
         counts: dict[ImageSize, int] = defaultdict(int)
@@ -77,6 +80,6 @@ class Encoder:
     def _encode_batch(self, bucket: ImageSize, size: int) -> None:
         images, self._waiting[bucket] = self._waiting[bucket][:size], self._waiting[bucket][size:]
         arrays = stacked([image for _, _, image in images], self._shapes.arrays_of(bucket), size)
-        tokens = local_rows(self._programs.encode(*arrays))
+        tokens = local_rows(self._programs.encode(*arrays, marked=self._marked))
         for (group, place, image), rows in zip(images, tokens, strict=False):
             self._encoded[group][place] = rows[: image.tokens.count].copy()

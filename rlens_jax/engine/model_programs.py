@@ -86,6 +86,7 @@ class ModelPrograms:
         """How often each program was traced: once per bucket."""
         # A tower may go image by image, so each group takes its own images. XLA cuts the tower along `model`.
         self.encode_program = self.program("encode", _encode, (ROWS,), ROWS, cut=False)
+        self._marked_encode = self.program("encode", _encode_marked, (ROWS,), ROWS, cut=False)
 
     @property
     def groups(self) -> int:
@@ -97,9 +98,12 @@ class ModelPrograms:
         """The work groups of this process."""
         return groups_of(self.mesh, jax.process_index())
 
-    def encode(self, *arrays: np.ndarray) -> Float[Array, "I Z visual_width"]:
-        """Visual tokens of a batch of prepared images of one bucket; each process gives the images of its groups."""
-        return self.encode_program(put_rows(arrays, self.mesh))
+    def encode(self, *arrays: np.ndarray, marked: bool = False) -> Float[Array, "I Z visual_width"]:
+        """Visual tokens of a batch of prepared images of one bucket; each process gives the images of its groups.
+
+        `marked` puts the marks of each token behind it (`families.tower_marks`), all in float32.
+        """
+        return (self._marked_encode if marked else self.encode_program)(put_rows(arrays, self.mesh))
 
     def put(self, rows: Float[np.ndarray, "rows P visual_width"]) -> Float[Array, "B P visual_width"]:
         """Rows of this process's groups, on their devices."""
@@ -139,3 +143,8 @@ class ModelPrograms:
 
 def _encode(model: VisionLanguageModel, arrays: tuple[Array, ...]) -> Array:
     return model.vision(*arrays)
+
+
+def _encode_marked(model: VisionLanguageModel, arrays: tuple[Array, ...]) -> Array:
+    vision: Any = model.vision  # of a family whose towers have marks
+    return vision.marked(*arrays)

@@ -115,12 +115,15 @@ def _packed(
     axes = len(programs.config.rope_sections)
     filler = Branches.alone(Prompt(np.zeros(1, np.int32), np.zeros(1, bool), np.zeros((axes, 1), np.int32), 1, 0))
     rows, samples, seeds = [], [], []
-    packed = np.zeros((len(groups) * count, bucket.visual, programs.config.visual_width), programs.dtype)
+    # The widest: with marks, a sample without images has fewer numbers.
+    plain = np.zeros((0, programs.config.visual_width), programs.dtype)
+    like = max(visual.values(), key=lambda tokens: tokens.shape[1], default=plain)
+    packed = np.zeros((len(groups) * count, bucket.visual, like.shape[1]), like.dtype)
     for place, members in enumerate(groups):
         for offset, number in enumerate(members):
             row = prepared.row(number)
             tokens = visual[prepared.image_groups[row.samples[0]]]
-            packed[place * count + offset, : len(tokens)] = tokens
+            packed[place * count + offset, : len(tokens), : tokens.shape[1]] = tokens
             rows.append(row.branches)
             samples.append(row.samples)
             seeds.append(row.seed)

@@ -36,7 +36,14 @@ class AskedPrompts:
 
 
 def prompt_batches(
-    samples: Sequence[Sample], preparer: Preparer, programs: ModelPrograms, shapes: Shapes, new_tokens: int, *, sharing: bool
+    samples: Sequence[Sample],
+    preparer: Preparer,
+    programs: ModelPrograms,
+    shapes: Shapes,
+    new_tokens: int,
+    *,
+    sharing: bool,
+    marked: bool = False,
 ) -> AskedPrompts:
     """Encode images, tokenise prompts, and batch them; all devices are of this process.
 
@@ -45,6 +52,7 @@ def prompt_batches(
             room for the new tokens of each.
         new_tokens: most tokens of an answer.
         sharing: whether questions about the same images share a row.
+        marked: whether visual tokens have marks behind them, which some ways of pruning need; as in `ModelPrograms.encode`.
 
     Raises:
         UserError: an image or a prompt that cannot be used, or a prompt that is too long for the model, naming the sample.
@@ -54,7 +62,7 @@ def prompt_batches(
     check_context([prepared], programs.config.context, new_tokens, "lower max_new_tokens, or leave them out")
     groups = dict.fromkeys(prepared.image_groups.tolist())
     together = min(shapes.batch_size, power_of_two(len(groups)))
-    encoder = Encoder(programs, replace(shapes, batch_size=together), processes.gather)
+    encoder = Encoder(programs, replace(shapes, batch_size=together), processes.gather, marked=marked)
     for turn, group in enumerate(groups, 1):
         encoder.add(group, prepared.images.take(group))
         if turn % together == 0:

@@ -137,7 +137,7 @@ def _prepared(
     """The places of a window whose questions can be asked, and the prepared samples."""
     samples = [questions.dataset.sample(place) for place in window]
     try:
-        return list(window), model.prepare(samples, config.max_new_tokens, sharing=config.shares)
+        return list(window), model.prepare(samples, config.max_new_tokens, sharing=config.shares, marked=config.plan.marked)
     except UserError as error:
         if not config.skip_unusable:
             raise UserError(f"{error}; with --skip-unusable such questions are not asked and count as wrong") from None
@@ -150,4 +150,6 @@ def _prepared(
             questions.unusable.add(place)
             say(f"counted as wrong: {error}")
     asked = [sample for place, sample in zip(window, samples, strict=True) if place in usable]
-    return usable, model.prepare(asked, config.max_new_tokens, sharing=config.shares) if asked else None
+    if not asked:
+        return usable, None
+    return usable, model.prepare(asked, config.max_new_tokens, sharing=config.shares, marked=config.plan.marked)

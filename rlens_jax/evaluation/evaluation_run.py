@@ -34,7 +34,7 @@ from rlens_jax.evaluation.evaluation import (
     timing_json,
 )
 from rlens_jax.files import replace_file
-from rlens_jax.flops import prefill_cost, selection_cost, shared_prefill_cost, visual_in_layer
+from rlens_jax.flops import TowerAttention, prefill_cost, selection_cost, shared_prefill_cost, visual_in_layer
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.resources import cache_folder, versions
@@ -148,13 +148,15 @@ def _result(config: EvaluationConfig, model: DeployedModel, questions: Questions
         visual_tokens=float(np.mean([answer.prompt[1] for answer in answered])),
         kept_tokens=float(np.mean([layers[-1] for layers in per_layer])),
         mean_tokens=float(np.mean(per_layer)),
-        cost=_cost(config, model.programs.config, answered),
+        cost=_cost(config, model.programs.config, model.kind.tower_attention, answered),
         variants=variants,
         difference=difference,
     )
 
 
-def _cost(config: EvaluationConfig, decoder: DecoderConfig, answers: Sequence[LoggedAnswer]) -> Cost:
+def _cost(
+    config: EvaluationConfig, decoder: DecoderConfig, tower: TowerAttention | None, answers: Sequence[LoggedAnswer]
+) -> Cost:
     """Mean cost over the prompts, without padding; the shares saved are means of each prompt's share."""
     sizes, num_layers = decoder.layer_sizes, decoder.num_layers
 
@@ -170,7 +172,7 @@ def _cost(config: EvaluationConfig, decoder: DecoderConfig, answers: Sequence[Lo
 
     (dense, shared_dense), (reduced, shared_reduced) = cost(PlanFile(), False), cost(config.plan, False)
     with_probes, shared_with_probes = cost(config.plan, True)
-    selection = [selection_cost(sizes, *answer.prompt, config.plan.pruning) for answer in answers]
+    selection = [selection_cost(sizes, *answer.prompt, config.plan.pruning, tower) for answer in answers]
     return Cost(
         dense=float(dense.mean()),
         reduced=float(reduced.mean()),
@@ -189,7 +191,7 @@ def _times(config: EvaluationConfig, model: DeployedModel, questions: Questions)
     places = usable[:count]
     say(f"timing {len(places)} prompts of {questions.dataset.name}")
     samples = [questions.dataset.sample(place) for place in places]
-    prompts = model.prepare(samples, TIMED_TOKENS, sharing=config.shares)
+    prompts = model.prepare(samples, TIMED_TOKENS, sharing=config.shares, marked=config.plan.marked)
     batch = max(prompts.batches, key=lambda batch: len(batch.members))
     members = [samples[number] for number in batch.members]
     calls = _timed_calls(model, members, batch, (PlanFile(), config.plan), config.shares)
@@ -217,7 +219,7 @@ def _timed_calls(
         return model.programs.prefill(visual, batch.inputs, plan, TIMED_TOKENS)
 
     def first_token(plan: PlanFile) -> Any:
-        prepared = model.prepare(samples, TIMED_TOKENS, sharing=sharing)
+        prepared = model.prepare(samples, TIMED_TOKENS, sharing=sharing, marked=plan.marked)
         return [
             model.programs.prefill(model.programs.put(part.visual), part.inputs, plan, TIMED_TOKENS).first
             for part in prepared.batches

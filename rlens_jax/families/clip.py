@@ -16,8 +16,9 @@ from jaxtyping import Array, Bool, Float
 
 from rlens_jax.errors import UserError
 from rlens_jax.families.config_reader import MOST_LAYERS, MOST_PIXELS, ConfigReader
-from rlens_jax.families.siglip import TowerConfig, TowerLayer, run_layers, tower_layer_part, tower_sizes
+from rlens_jax.families.siglip import TowerConfig, TowerLayer, run_layers, run_span, tower_layer_part, tower_sizes
 from rlens_jax.families.table import Ignored, Part, Row, linear, norm, pattern_sizes
+from rlens_jax.families.tower_marks import Marks, class_token_marks, tower_layer
 from rlens_jax.models.layers import LayerNorm, Linear
 
 CLIP = {
@@ -92,6 +93,7 @@ class ClipTower(nnx.Module):
 
     def __init__(self, config: ClipConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         scale, width = jnp.asarray(0.02, dtype), config.width
+        self.depth = config.depth
         self.patch_embed = Linear("IJc,cE->IJE", config.sizes, dtype=dtype, rngs=rngs)
         self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (width,), dtype) * scale)
         self.position_embedding = nnx.Param(jax.random.normal(rngs.params(), (1 + config.num_patches, width), dtype) * scale)
@@ -105,10 +107,24 @@ class ClipTower(nnx.Module):
         Args:
             patches: pixel values of all patches, row by row, each in (channel, row, column) order.
         """
+        x = self._entering(patches)
+        return run_layers(self.layers, x, jnp.ones(x.shape[:2], bool))[:, 1:]
+
+    def marked(self, patches: Float[Array | np.ndarray, "I J c"]) -> tuple[Float[Array, "I J E"], Marks]:
+        """The same states, and marks by the class token's attention in the last block that is computed."""
+        x, last = self._entering(patches), self.depth - 1
+        is_patch = jnp.ones(x.shape[:2], bool)
+        x = run_span(self.layers, (0, last), x, is_patch)
+        layer = tower_layer(self.layers, last)
+        y = layer.attention_norm(x)
+        marks = class_token_marks(layer.q_proj(y[:, :1]).swapaxes(1, 2), layer.k_proj(y).swapaxes(1, 2))
+        return layer(x, is_patch)[:, 1:], marks
+
+    def _entering(self, patches: Float[Array | np.ndarray, "I J c"]) -> Float[Array, "I J_and_class E"]:
+        """States of the class token and the patches before the first block."""
         x = self.patch_embed(jnp.asarray(patches, self.patch_embed.kernel.dtype))
         first = jnp.broadcast_to(self.class_embedding[...][None, None], (x.shape[0], 1, x.shape[2]))
-        x = self.pre_norm(jnp.concatenate([first, x], axis=1) + self.position_embedding[...][None])
-        return run_layers(self.layers, x, jnp.ones(x.shape[:2], bool))[:, 1:]
+        return self.pre_norm(jnp.concatenate([first, x], axis=1) + self.position_embedding[...][None])
 
 
 def clip_parts(config: ClipConfig, source: str, target: str) -> tuple[Part, ...]:

@@ -13,6 +13,7 @@ from rlens_jax.data.benchmarks.catalogue import Instance, Turn
 from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.reference_inputs import ReferenceInputs
 from rlens_jax.families.table import Table
+from rlens_jax.flops import TowerAttention
 from rlens_jax.models.decoder import Decoder
 from rlens_jax.models.forward import FamilyConfig, VisionLanguageModel
 from rlens_jax.models.prompt import ImageArrays, ImageSize, Measure, Preparer
@@ -55,6 +56,8 @@ class Family(Generic[ConfigT]):
     """File in configs/, without its ending, with the settings of a published model of this family."""
     grid: Callable[[ConfigT], int | None] = lambda config: None
     """`grid(config)`: visual tokens per side of the square grid that each image or tile becomes; None if they differ in size."""
+    attention: Callable[[ConfigT], TowerAttention | None] = lambda config: None
+    """`attention(config)`: the attention by which FasterVLM and VisionZip may choose; None if visual tokens are no patches."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Values of `model_type` that are known and not supported, and what to use instead, as the end of an error."""
 

@@ -18,7 +18,8 @@ from rlens_jax.families.image_files import NESTED_FILE, PROCESSOR_FILE, read_pro
 from rlens_jax.families.refusals import refuse_unsupported
 from rlens_jax.families.table import Table
 from rlens_jax.files import quoted
-from rlens_jax.kept_tokens import Pooling
+from rlens_jax.flops import TowerAttention
+from rlens_jax.kept_tokens import Pooling, TowerSelection
 from rlens_jax.models.forward import FamilyConfig, VisionLanguageModel
 from rlens_jax.models.prompt import ImageArrays, ImageSize, Measure, Preparer
 from rlens_jax.pruning import Pruning
@@ -94,6 +95,17 @@ class ModelKind:
                 )
             if side != pruning.side:
                 raise UserError(f"pooling: an image of this model is {side} x {side} visual tokens, so side must be {side}")
+
+        if isinstance(pruning, TowerSelection) and self.tower_attention is None:
+            raise UserError(
+                f"{pruning.title} chooses visual tokens by the attention of patches, and those of {self.model_type} have no "
+                "patches of their own; possible are random, strided, divprune and cdpruner-embeddings"
+            )
+
+    @property
+    def tower_attention(self) -> TowerAttention | None:
+        """The attention in the tower by which visual tokens may be chosen."""
+        return self.family.attention(self.config)
 
     def table(self) -> Table:
         """The mapping of the published tensors."""

@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from rlens_jax.errors import UserError
 from rlens_jax.families.config_reader import MOST_CHANNELS, MOST_LAYERS, MOST_PIXELS, ConfigReader
 from rlens_jax.families.table import QKV, Part, Row, linear, norm, pattern_sizes
+from rlens_jax.families.tower_marks import Marks, received_marks, tower_layer
+from rlens_jax.flops import TowerAttention
 from rlens_jax.models.decoder import layer_at
 from rlens_jax.models.layers import LayerNorm, Linear, RMSNorm
 from rlens_jax.ops.attention import masked_attention
@@ -41,6 +43,11 @@ class TowerConfig:
     def sizes(self) -> dict[str, int]:
         head_dim, patch = self.width // self.num_heads, self.channels * self.patch_size**2
         return {"c": patch, "E": self.width, "N": self.num_heads, "H": head_dim, "F": self.ffn_width}
+
+
+def tower_attention(config: TowerConfig, *, class_token: bool, patches: int, view: int | None) -> TowerAttention:
+    """See `Family.attention`."""
+    return TowerAttention(config.width, config.width // config.num_heads, class_token, patches, view)
 
 
 def tower_sizes(vision: ConfigReader) -> dict[str, int]:
@@ -157,6 +164,7 @@ class SiglipTower(nnx.Module):
 
     def __init__(self, config: SiglipConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         sizes = config.sizes
+        self.depth = config.depth
         self.patch_embed = Linear("IJc,cE->IJE", sizes, bias="E", dtype=dtype, rngs=rngs)
         self.position_embedding = nnx.Param(
             jax.random.normal(rngs.params(), (config.num_positions, config.width), dtype) * jnp.asarray(0.02, dtype)
@@ -177,9 +185,34 @@ class SiglipTower(nnx.Module):
             position_ids: row of the position table for each patch.
             num_patches: number of real patches of each image; they come first.
         """
+        return run_layers(self.layers, *self._entering(patches, position_ids, num_patches))
+
+    def marked(
+        self,
+        patches: Float[Array | np.ndarray, "I J c"],
+        position_ids: Int[Array | np.ndarray, "I J"],
+        num_patches: Int[Array | np.ndarray, " I"],
+    ) -> tuple[Float[Array, "I J E"], Marks]:
+        """The same states, and marks by the attention that patches receive in the block before the last."""
+        x, is_patch = self._entering(patches, position_ids, num_patches)
+        number = max(0, self.depth - 2)
+        x = run_span(self.layers, (0, number), x, is_patch)
+        layer = tower_layer(self.layers, number)
+        y = layer.attention_norm(x)
+        q, k = (project(y).swapaxes(1, 2) for project in (layer.q_proj, layer.k_proj))
+        marks = received_marks(q, k, jnp.where(is_patch, 0, 1), jnp.asarray(num_patches))
+        return run_span(self.layers, (number, self.depth), x, is_patch), marks
+
+    def _entering(
+        self,
+        patches: Float[Array | np.ndarray, "I J c"],
+        position_ids: Int[Array | np.ndarray, "I J"],
+        num_patches: Int[Array | np.ndarray, " I"],
+    ) -> tuple[Float[Array, "I J E"], Bool[Array, "I J"]]:
+        """States before the first layer, and which of them are real patches."""
         is_patch = jnp.arange(patches.shape[1])[None] < num_patches[:, None]
         x = self.patch_embed(jnp.asarray(patches, self.patch_embed.kernel.dtype))
-        return run_layers(self.layers, x + self.position_embedding[...][position_ids], is_patch)
+        return x + self.position_embedding[...][position_ids], is_patch
 
 
 def siglip_parts(config: SiglipConfig, source: str, target: str) -> tuple[Part, ...]:

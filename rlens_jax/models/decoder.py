@@ -395,8 +395,12 @@ class Decoder(nnx.Module):
         return jnp.concatenate([text, visual[:, :, : self.config.width].astype(text.dtype)], axis=1)
 
     def features(self, visual: Float[Array, "B P visual_width"]) -> Float[Array, "B P features"] | None:
-        """The deepstack features in the connector's outputs; None without deepstack."""
-        return visual[:, :, self.config.width :].astype(self.embedding.dtype) if self.config.deepstack else None
+        """The deepstack features in the connector's outputs, behind which there may be marks; None without deepstack."""
+        return (
+            visual[:, :, self.config.width : self.config.visual_width].astype(self.embedding.dtype)
+            if self.config.deepstack
+            else None
+        )
 
     def context(
         self,

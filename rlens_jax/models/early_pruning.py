@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlens_jax.kept_tokens import CDPruner, DivPrune, Pooling, RandomTokens, Selection
+from rlens_jax.kept_tokens import CDPruner, DivPrune, FasterVLM, Pooling, RandomTokens, Selection, TowerSelection, VisionZip
 from rlens_jax.models.decoder import Decoder
 from rlens_jax.models.layers import embed_tokens
 from rlens_jax.models.prompt import PromptBatch
-from rlens_jax.ops.token_pruning import merge_similar, num_survivors
+from rlens_jax.ops.token_pruning import merge_similar, most_attended, num_survivors
 from rlens_jax.ops.token_selection import (
     Budget,
     drawn_tokens,
@@ -22,6 +22,7 @@ from rlens_jax.ops.token_selection import (
     pooled_tokens,
     relevance,
     strided_tokens,
+    zipped_tokens,
 )
 from rlens_jax.pruning import Folder
 
@@ -42,16 +43,27 @@ def survivors(
 ) -> Survivors:
     """The visual tokens that enter the first layer, P > 0.
 
-    Tokens are compared by what the first layer reads. Deepstack features go with them.
+    Methods that look into the tower need the marks of `families.tower_marks` behind each token. Other methods compare tokens by
+    what the first layer reads. Deepstack features go with them.
     """
-    layout, width = batch.layout, decoder.config.width
+    layout, width, whole = batch.layout, decoder.config.width, decoder.config.visual_width
+    visual, marks = visual[:, :, :whole], visual[:, :, whole:].astype(jnp.float32)
     num_kept, scored = num_survivors(layout, pruning), jnp.ones(len(visual), bool)
     if isinstance(pruning, Folder):
         return Survivors(*merge_similar(visual, layout, pruning, width), num_kept, scored)
     budget, tokens = Budget(num_kept, pruning.capacity(layout.bucket.visual)), visual[:, :, :width]
     if isinstance(pruning, Pooling):
         return Survivors(*pooled_tokens(visual, layout, budget, pruning), num_kept, scored)
-    if isinstance(pruning, RandomTokens):
+    if isinstance(pruning, TowerSelection):
+        if marks.shape[2] < 2:
+            raise ValueError(f"{pruning.title} needs visual tokens with marks")
+        real = jnp.arange(layout.bucket.visual)[None] < jnp.asarray(layout.num_visual)[:, None]
+        scored = jnp.where(real[:, :, None], jnp.isfinite(marks), True).all(axis=(1, 2))
+    if isinstance(pruning, VisionZip):
+        return Survivors(*zipped_tokens(visual, marks, layout, budget, pruning), num_kept, scored)
+    if isinstance(pruning, FasterVLM):
+        ordinals = most_attended(marks[:, :, 0], layout, *budget)
+    elif isinstance(pruning, RandomTokens):
         # The layers fold in their numbers, which are smaller.
         ordinals = drawn_tokens(layout, budget, jax.random.fold_in(random_key, decoder.config.num_layers))
     elif isinstance(pruning, DivPrune):

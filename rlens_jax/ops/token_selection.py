@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlens_jax.kept_tokens import Pooling
+from rlens_jax.kept_tokens import Pooling, VisionZip
 from rlens_jax.layout import TokenLayout
 from rlens_jax.ops.token_pruning import most_attended
 
@@ -67,7 +67,7 @@ def pooled_tokens(
     column, column_weight = _cells(cell % cells, cells, side)
     token = jnp.arange(slots, dtype=jnp.int32)
     weights = row_weight[:, :, token % side**2 // side] * column_weight[:, :, token % side]
-    weights = jnp.where(image[:, :, None] == token // side**2, weights, 0.0)
+    weights = jnp.where(image[:, :, None] == (token // side**2)[None, None], weights, 0.0)
     pooled = jnp.einsum("BsP,BPW->BsW", weights, visual.astype(jnp.float32), precision="highest")
     ordinals = image * side**2 + row * side + column
     return pooled.astype(visual.dtype), jnp.where(slot < budget.num_kept[:, None], ordinals, slots)
@@ -78,9 +78,9 @@ def _cells(
 ) -> tuple[Int[Array, "B survivors"], Float[Array, "B survivors side"]]:
     """Along one axis, the middle of a cell, and the weight of each place in its mean."""
     start, stop = cell * side // cells, -(-(cell + 1) * side // cells)
-    place = jnp.arange(side, dtype=jnp.int32)
+    place = jnp.arange(side, dtype=jnp.int32)[None, None]
     inside = (place >= start[:, :, None]) & (place < stop[:, :, None])
-    return (start + stop - 1) // 2, inside / (stop - start)[:, :, None].astype(jnp.float32)
+    return (start + stop - 1) // 2, inside.astype(jnp.float32) / (stop - start)[:, :, None].astype(jnp.float32)
 
 
 def most_diverse(tokens: Float[Array, "B P width"], layout: TokenLayout, budget: Budget) -> tuple[Ordinals, Bool[Array, " B"]]:
@@ -154,6 +154,49 @@ def most_relevant_and_diverse(
     return _ordinals(chosen, budget), _finite(direction, real) & jnp.where(real, jnp.isfinite(relevant), True).all(axis=1)
 
 
+def zipped_tokens(
+    visual: Float[Array, "B P visual_width"],
+    marks: Float[Array, "B P marks"],
+    layout: TokenLayout,
+    budget: Budget,
+    zipped: VisionZip,
+) -> tuple[Float[Array, "B survivors visual_width"], Ordinals]:
+    """The dominant tokens, and the others merged into contextual ones (VisionZip), in order.
+
+    Of n others c become contextual, every floor(n / c)-th. Each of the rest goes to the one whose key is most similar (cosine).
+    A contextual token is itself plus the mean of those that went to it, and stays in its place.
+    """
+    slots, num_visual = layout.bucket.visual, jnp.asarray(layout.num_visual)
+    counts = [zipped.contextual(count) for count in range(slots + 1)]
+    contextual, room = jnp.asarray(counts, jnp.int32)[num_visual], max(1, *counts)
+    num_dominant = budget.num_kept - contextual
+    rows = jnp.arange(len(visual))[:, None]
+    dominant = jnp.zeros((len(visual), slots), bool)
+    dominant = dominant.at[rows, most_attended(marks[:, :, 0], layout, num_dominant, budget.capacity)].set(True, mode="drop")
+    others = _is_token(layout) & ~dominant
+    place = jnp.cumsum(others, axis=1) - 1
+    step = jnp.maximum(1, (num_visual - num_dominant) // jnp.maximum(1, contextual))[:, None]
+    is_target = others & (place % step == 0) & (place // step < contextual[:, None])
+    targets = _ordinals(is_target, Budget(contextual, room))
+    key = _directions(marks[:, :, 1:])
+    cosine = jnp.einsum("BPH,BcH->BPc", key, _take(key, targets), precision="highest")
+    cosine = jnp.where((targets < slots)[:, None], cosine, -jnp.inf)
+    goes = (others & ~is_target)[:, :, None] & (cosine.argmax(axis=2)[:, :, None] == jnp.arange(room)[None, None])
+    x = visual.astype(jnp.float32)
+    count = goes.sum(axis=1, dtype=jnp.float32)[:, :, None]
+    mean = jnp.einsum("BPc,BPW->BcW", goes.astype(jnp.float32), x, precision="highest") / jnp.maximum(1, count)
+    merged = _take(x, targets) + mean
+    if zipped.merge == "mean":
+        merged = jnp.where(count > 0, merged / 2, merged)
+    ordinals = _ordinals(dominant | is_target, budget)
+    return _take(x.at[rows, targets].set(merged, mode="drop"), ordinals).astype(visual.dtype), ordinals
+
+
+def _take(x: Float[Array, "B P width"], ordinals: Int[Array, "B chosen"]) -> Float[Array, "B chosen width"]:
+    """The tokens with these ordinals; the last slot in place of P."""
+    return jnp.take_along_axis(x, ordinals[:, :, None], axis=1, mode="clip")
+
+
 def _directions(tokens: Float[Array, "B P width"]) -> Float[Array, "B P width"]:
     """Tokens of length 1, float32; 0 stays 0."""
     x = tokens.astype(jnp.float32)
@@ -170,7 +213,7 @@ def _nearest_other(direction: Float[Array, "B P width"], real: Bool[Array, "B P"
     def nearest(block: tuple[Array, Array]) -> Float[Array, "B size"]:
         number, rows = block
         cosine = jnp.einsum("BpD,BPD->BpP", rows, direction, precision="highest")
-        itself = (number * size + jnp.arange(size))[:, None] == jnp.arange(slots)
+        itself = (number * size + jnp.arange(size))[None, :, None] == jnp.arange(slots)[None, None]
         return 1 - jnp.where(itself | ~real[:, None], -jnp.inf, cosine).max(axis=-1)
 
     found = jax.lax.map(nearest, (jnp.arange(count), blocks.swapaxes(0, 1)))
@@ -184,7 +227,7 @@ def _is_token(layout: TokenLayout) -> Bool[Array, "B P"]:
 
 def _ordinals(chosen: Bool[Array, "B P"], budget: Budget) -> Ordinals:
     slots = chosen.shape[1]
-    return jnp.sort(jnp.where(chosen, jnp.arange(slots, dtype=jnp.int32), slots), axis=1)[:, : budget.capacity]
+    return jnp.sort(jnp.where(chosen, jnp.arange(slots, dtype=jnp.int32)[None], slots), axis=1)[:, : budget.capacity]
 
 
 def _finite(direction: Float[Array, "B P width"], real: Bool[Array, "B P"]) -> Bool[Array, " B"]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from rlens_jax.data.pages import make_page
 from rlens_jax.engine.deployed_model import DeployedModel, automatic_chunk, make_sample
 from rlens_jax.engine.shapes import row_buckets, slot_sizes
 from rlens_jax.errors import UserError
+from rlens_jax.kept_tokens import DivPrune, Pooling, StridedTokens, VisionZip
 from rlens_jax.plan_file import FORMAT, PlanFile
 from tests.engine.toy import damaged
 
@@ -131,6 +133,18 @@ def test_with_token_pruning(model: DeployedModel, page: Path, tmp_path: Path) ->
         answers[share] = model.generate([page], QUESTIONS[0], plan, max_new_tokens=TOKENS)
     assert answers[0] == model.generate([page], QUESTIONS[0], max_new_tokens=TOKENS)
     assert answers[0.96] != answers[0]
+
+
+def test_methods_of_one_budget_decode_in_one_program(model: DeployedModel, page: Path) -> None:
+    """One that keeps all tokens is the dense model, and decodes in its program."""
+    dense = model.generate([page], QUESTIONS[0], max_new_tokens=TOKENS)
+    before = Counter(model.programs.traces)
+    assert model.generate([page], QUESTIONS[0], PlanFile(pruning=StridedTokens(1.0)), max_new_tokens=TOKENS) == dense
+    for pruning in (DivPrune(20), VisionZip(20)):
+        model.generate([page], QUESTIONS[0], PlanFile(pruning=pruning), max_new_tokens=TOKENS)
+    assert model.programs.traces - before == {"encode": 1, "prefill": 3, "decode": 1}  # VisionZip's images have marks
+    with pytest.raises(UserError, match="those of qwen2_vl do not; possible are random"):
+        model.generate([page], QUESTIONS[0], PlanFile(pruning=Pooling(20)), max_new_tokens=TOKENS)
 
 
 def test_in_chunks_the_answers_are_the_same(model: DeployedModel, page: Path, plan_path: Path) -> None:

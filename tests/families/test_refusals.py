@@ -16,7 +16,7 @@ from rlens_jax.engine.deployed_model import make_sample
 from rlens_jax.errors import UserError
 from rlens_jax.families.refusals import refuse_quantised
 from rlens_jax.families.registry import read_kind
-from rlens_jax.kept_tokens import DivPrune, Pooling
+from rlens_jax.kept_tokens import DivPrune, FasterVLM, Pooling, VisionZip
 from rlens_jax.pruning import FastV
 from tests.families.published import BY_MODEL_TYPE, kind_of
 
@@ -69,6 +69,27 @@ def test_only_images_that_become_grids_of_one_size_are_pooled(model_type: str) -
     if side is not None:
         with pytest.raises(UserError, match=f"an image of this model is {side} x {side} visual tokens, so side must be {side}"):
             kind.check_pruning(Pooling(4, side=7))
+
+
+@pytest.mark.parametrize("model_type", BY_MODEL_TYPE)
+def test_only_visual_tokens_that_are_patches_are_chosen_by_attention(model_type: str) -> None:
+    """The cost of the marks is that of the published tower, for the tokens of one view."""
+    kind = kind_of(model_type)
+    for pruning in (FasterVLM(64), VisionZip(64)):
+        if model_type != "minicpmv":
+            kind.check_pruning(pruning)
+        else:
+            with pytest.raises(
+                UserError, match=f"{pruning.title} chooses .* those of minicpmv have no patches of their own; possible"
+            ):
+                kind.check_pruning(pruning)
+    if model_type == "llava":
+        # One query, and the keys of 576 patches, of width 1024.
+        assert kind.tower_attention.cost(576) == 577 * 1024**2 + 576 * 1024
+    if model_type == "qwen2_vl":
+        assert kind.tower_attention.cost(100) == 800 * 1280**2 + 400 * 400 * 1280
+    if model_type == "llava_onevision":
+        assert kind.tower_attention.cost(1458) == 2916 * 1152**2 + 1458 * 729 * 1152
 
 
 def test_a_dense_model_says_that_it_has_no_experts() -> None:

@@ -5,6 +5,7 @@ from rlens_jax.families.internvl.model import MERGE, NO_FLASH, InternVLConfig, V
 from rlens_jax.families.internvl.preparer import InternVLPreparer, benchmark_prompt, image_arrays, image_sizes, measure
 from rlens_jax.families.internvl.reference import REFERENCE
 from rlens_jax.families.internvl.weights import table
+from rlens_jax.families.siglip import tower_attention
 
 FAMILY = Family[InternVLConfig](
     model_types={"internvl": read_hf_config, "internvl_chat": read_native_config},
@@ -17,6 +18,7 @@ FAMILY = Family[InternVLConfig](
     reference=REFERENCE,
     benchmark_prompt=benchmark_prompt,
     preset="internvl2_8b",
+    attention=lambda config: tower_attention(config.vision, class_token=True, patches=MERGE**2, view=config.vision.num_patches),
     grid=lambda config: config.vision.patches_per_side // MERGE,
     refused={"internvl_flash": f"is InternVL3.5-Flash, which {NO_FLASH}"},
 )

@@ -20,7 +20,8 @@ from jaxtyping import Array, Float
 from rlens_jax.errors import UserError
 from rlens_jax.families.config_reader import MOST_PIXELS, MOST_TOKENS, ConfigReader
 from rlens_jax.families.decoder_fields import LLAMA, QWEN2, QWEN3, read_decoder, rope_fields
-from rlens_jax.families.siglip import TowerConfig, TowerLayer, run_layers, tower_sizes
+from rlens_jax.families.siglip import TowerConfig, TowerLayer, run_layers, run_span, tower_sizes
+from rlens_jax.families.tower_marks import class_token_marks, tower_layer, with_marks
 from rlens_jax.files import quoted
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import LayerNorm, Linear, RMSNorm
@@ -301,12 +302,19 @@ class VisionLayer(TowerLayer):
         self.attention_scale = nnx.Param(jnp.ones(config.width, dtype))
         self.mlp_scale = nnx.Param(jnp.ones(config.width, dtype))
 
+    def queries(self, y: Float[Array, "I T E"]) -> Float[Array, "I N T H"]:
+        """Queries of normed states."""
+        q = self.q_proj(y)
+        return (q if self.q_norm is None else self.q_norm(q.reshape(y.shape)).reshape(q.shape)).swapaxes(1, 2)
+
+    def keys(self, y: Float[Array, "I T E"]) -> Float[Array, "I N T H"]:
+        """Keys of normed states."""
+        k = self.k_proj(y)
+        return (k if self.k_norm is None else self.k_norm(k.reshape(y.shape)).reshape(k.shape)).swapaxes(1, 2)
+
     def __call__(self, x: Float[Array, "I J E"]) -> Float[Array, "I J E"]:
         y = self.attention_norm(x)
-        q, k, v = self.q_proj(y), self.k_proj(y), self.v_proj(y)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q.reshape(x.shape)), self.k_norm(k.reshape(x.shape))
-        q, k, v = (z.reshape(v.shape).swapaxes(1, 2) for z in (q, k, v))
+        q, k, v = self.queries(y), self.keys(y), self.v_proj(y).swapaxes(1, 2)
         mask = jnp.ones((x.shape[0], x.shape[1], x.shape[1]), bool)
         x = x + self.o_proj(masked_attention(q, k, v, mask)) * self.attention_scale[...][None, None]
         hidden = jax.nn.gelu(self.fc1(self.mlp_norm(x)), approximate=False)
@@ -331,16 +339,16 @@ class VisionTower(nnx.Module):
 
     def features(self, patches: Float[Array | np.ndarray, "I J c"]) -> Float[Array, "I J_and_class E"]:
         """States of InternViT for I tiles: the class token, then the patches row by row."""
+        return run_layers(self.layers, self._entering(patches))
+
+    def _entering(self, patches: Float[Array | np.ndarray, "I J c"]) -> Float[Array, "I J_and_class E"]:
         x = self.patch_embed(jnp.asarray(patches, self.patch_embed.kernel.dtype))
         first = jnp.broadcast_to(self.class_token[...][None, None], (x.shape[0], 1, x.shape[2]))
-        return run_layers(self.layers, jnp.concatenate([first, x], axis=1) + self.position[...][None])
+        return jnp.concatenate([first, x], axis=1) + self.position[...][None]
 
     def merge(self, x: Float[Array, "I J_and_class E"]) -> Float[Array, "I Z D"]:
         """Apply the connector: 2 x 2 patches become one visual token; the class token is dropped."""
-        side = self.config.patches_per_side
-        order = "j i" if self.config.transposed else "i j"
-        sides = {"i": side // MERGE, "j": side // MERGE, "a": MERGE, "b": MERGE}
-        x = self.connector_norm(rearrange(x[:, 1:], f"I (i a j b) E -> I ({order}) (a b E)", **sides))
+        x = self.connector_norm(rearrange(self._fours(x[:, 1:]), "I Z four E -> I Z (four E)"))
         return self.connector_fc2(jax.nn.gelu(self.connector_fc1(x), approximate=False))
 
     def __call__(self, patches: Float[Array | np.ndarray, "I v J c"]) -> Float[Array, "I Z D"]:
@@ -353,3 +361,24 @@ class VisionTower(nnx.Module):
             return self.merge(self.features(tiles)).reshape(-1, self.config.out_width)
 
         return jax.lax.map(image, jnp.asarray(patches))
+
+    def marked(self, patches: Float[Array | np.ndarray, "I v J c"]) -> Float[Array, "I Z D_and_marks"]:
+        """The same, and the marks of each token: by the class token's attention, means over its four patches."""
+        depth = self.config.depth
+        number = max(0, depth - 2)
+
+        def image(tiles: Array) -> Array:
+            x = run_span(self.layers, (0, number), self._entering(tiles))
+            layer = tower_layer(self.layers, number)
+            y = layer.attention_norm(x)
+            marks = self._fours(class_token_marks(layer.queries(y[:, :1]), layer.keys(y))).mean(axis=2)
+            tokens = with_marks(self.merge(run_span(self.layers, (number, depth), x)), marks)
+            return tokens.reshape(-1, tokens.shape[-1])
+
+        return jax.lax.map(image, jnp.asarray(patches))
+
+    def _fours(self, x: Float[Array, "I J numbers"]) -> Float[Array, "I Z four numbers"]:
+        """The four patches of each visual token, row by row, from all patches row by row."""
+        side = self.config.patches_per_side // MERGE
+        order = "j i" if self.config.transposed else "i j"
+        return rearrange(x, f"I (i a j b) E -> I ({order}) (a b) E", i=side, j=side, a=MERGE, b=MERGE)

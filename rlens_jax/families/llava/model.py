@@ -12,6 +12,7 @@ from rlens_jax.families.clip import CLIP, ClipConfig, ClipTower, read_clip
 from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.decoder_fields import read_llama_decoder
 from rlens_jax.families.projector import Projector, require_projector
+from rlens_jax.families.tower_marks import with_marks
 from rlens_jax.models.decoder import DecoderConfig
 
 TOKENS = {"image_token_index": 32000}
@@ -62,3 +63,8 @@ class VisionTower(Projector):
     def __call__(self, patches: Float[Array | np.ndarray, "I J c"]) -> Float[Array, "I J D"]:
         """Visual tokens of each image, one per patch; all images have the same patches, so none is padding."""
         return self.project(self.tower(patches))
+
+    def marked(self, patches: Float[Array | np.ndarray, "I J c"]) -> Float[Array, "I J D_and_marks"]:
+        """The same, and the marks of each token."""
+        x, marks = self.tower.marked(patches)
+        return with_marks(self.project(x), marks)

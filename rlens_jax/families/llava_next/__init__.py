@@ -6,6 +6,7 @@ from rlens_jax.families.llava_next.model import LlavaNextConfig, VisionTower, re
 from rlens_jax.families.llava_next.preparer import LlavaNextPreparer, image_arrays, image_sizes, measure
 from rlens_jax.families.llava_next.reference import REFERENCE
 from rlens_jax.families.llava_next.weights import table
+from rlens_jax.families.siglip import tower_attention
 
 FAMILY = Family[LlavaNextConfig](
     model_types={"llava_next": read_config},
@@ -18,4 +19,5 @@ FAMILY = Family[LlavaNextConfig](
     reference=REFERENCE,
     benchmark_prompt=benchmark_prompt,
     preset="llava_next_7b",
+    attention=lambda config: tower_attention(config.vision, class_token=True, patches=1, view=config.vision.num_patches),
 )

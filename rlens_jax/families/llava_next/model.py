@@ -65,8 +65,16 @@ class VisionTower(llava.model.VisionTower):
             views: pixel values of each patch, base view first; padding views may hold any finite numbers.
             rows: row of the table of `anyres` that each visual token is; 0 in padding.
         """
-        images, count, patches, numbers = views.shape
-        x = super().__call__(views.reshape(images * count, patches, numbers))
-        newline = jnp.broadcast_to(self.image_newline[...], (images, 1, x.shape[-1]))
-        table = jnp.concatenate([newline, x.reshape(images, count * patches, -1)], axis=1)
+        return self._placed(super().__call__(views.reshape(-1, *views.shape[2:])), rows)
+
+    def marked(  # type: ignore[override]
+        self, views: Float[Array | np.ndarray, "I v J c"], rows: Int[Array | np.ndarray, "I Z"]
+    ) -> Float[Array, "I Z D_and_marks"]:
+        """The same, and the marks of each token; those of a newline are 0."""
+        return self._placed(super().marked(views.reshape(-1, *views.shape[2:])), rows)
+
+    def _placed(self, tokens: Float[Array, "Iv J numbers"], rows: Int[Array | np.ndarray, "I Z"]) -> Float[Array, "I Z numbers"]:
+        images, numbers = len(rows), tokens.shape[-1]
+        newline = jnp.pad(self.image_newline[...], (0, numbers - self.image_newline.shape[0])).astype(tokens.dtype)
+        table = jnp.concatenate([jnp.broadcast_to(newline, (images, 1, numbers)), tokens.reshape(images, -1, numbers)], axis=1)
         return jax.vmap(lambda tokens, places: tokens[places])(table, jnp.asarray(rows))

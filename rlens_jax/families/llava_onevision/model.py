@@ -24,6 +24,7 @@ from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.decoder_fields import read_qwen2_decoder
 from rlens_jax.families.projector import Projector, require_projector
 from rlens_jax.families.siglip import SIGLIP, SiglipConfig, SiglipTower, read_siglip
+from rlens_jax.families.tower_marks import with_marks
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.prompt import Grid
 
@@ -81,6 +82,13 @@ def read_config(config: ConfigReader) -> LlavaOnevisionConfig:
     )
 
 
+def full_views(views: Float[Array | np.ndarray, "v J c"]) -> tuple[Array | np.ndarray, Int[Array, "v J"], Int[Array, " v"]]:
+    """The arguments of `SiglipTower` for views without padding patches."""
+    count, patches, _ = views.shape
+    positions = jnp.broadcast_to(jnp.arange(patches, dtype=jnp.int32), (count, patches))
+    return views, positions, jnp.full(count, patches, jnp.int32)
+
+
 class VisionTower(Projector):
     """Views to visual tokens: SigLIP, the connector and the newline."""
 
@@ -92,9 +100,7 @@ class VisionTower(Projector):
 
     def features(self, views: Float[Array | np.ndarray, "v J c"]) -> Float[Array, "v J E"]:
         """States of the tower for v views, none of which has padding patches."""
-        count, patches, _ = views.shape
-        positions = jnp.broadcast_to(jnp.arange(patches, dtype=jnp.int32), (count, patches))
-        return self.tower(views, positions, jnp.full(count, patches, jnp.int32))
+        return self.tower(*full_views(views))
 
     def __call__(
         self,
@@ -109,10 +115,27 @@ class VisionTower(Projector):
             sources: rows of the table (see `anyres.NEWLINE`) that each visual token is interpolated from.
             weights: weight of each of these rows, float32.
         """
-        images, count, patches, numbers = views.shape
-        x = self.project(self.features(views.reshape(images * count, patches, numbers)))
-        newline = jnp.broadcast_to(self.image_newline[...], (images, 1, x.shape[-1]))
-        table = jnp.concatenate([newline, x.reshape(images, count * patches, -1)], axis=1)
+        return self._placed(self.project(self.features(views.reshape(-1, *views.shape[2:]))), sources, weights)
+
+    def marked(
+        self,
+        views: Float[Array | np.ndarray, "I v J c"],
+        sources: Int[Array | np.ndarray, "I Z corners"],
+        weights: Float[Array | np.ndarray, "I Z corners"],
+    ) -> Float[Array, "I Z D_and_marks"]:
+        """The same, and the marks of each token, interpolated like the tokens; those of a newline are 0."""
+        x, marks = self.tower.marked(*full_views(views.reshape(-1, *views.shape[2:])))
+        return self._placed(with_marks(self.project(x), marks), sources, weights)
+
+    def _placed(
+        self,
+        x: Float[Array, "Iv J numbers"],
+        sources: Int[Array | np.ndarray, "I Z corners"],
+        weights: Float[Array | np.ndarray, "I Z corners"],
+    ) -> Float[Array, "I Z numbers"]:
+        images, numbers = len(sources), x.shape[-1]
+        newline = jnp.pad(self.image_newline[...], (0, numbers - self.image_newline.shape[0])).astype(x.dtype)
+        table = jnp.concatenate([jnp.broadcast_to(newline, (images, 1, numbers)), x.reshape(images, -1, numbers)], axis=1)
         pick = jax.vmap(lambda rows, places: rows[places])
         # In float32, as torch interpolates; a row with weight 1 stays bit-equal.
         tokens = sum(pick(table, sources[:, :, q]).astype(jnp.float32) * weights[:, :, q, None] for q in range(sources.shape[2]))

@@ -6,6 +6,7 @@ from rlens_jax.families.qwen2_5_vl.model import Qwen25VLConfig, VisionTower, rea
 from rlens_jax.families.qwen2_5_vl.weights import table
 from rlens_jax.families.qwen2_vl.preparer import Qwen2VLPreparer, image_arrays, image_sizes, measure
 from rlens_jax.families.qwen2_vl.reference import REFERENCE
+from rlens_jax.families.siglip import tower_attention
 
 FAMILY = Family[Qwen25VLConfig](
     model_types={"qwen2_5_vl": read_config},
@@ -19,4 +20,5 @@ FAMILY = Family[Qwen25VLConfig](
     # VLMEvalKit gives it the prompts of a model that has none of its own, unlike Qwen2-VL.
     benchmark_prompt=lambda instance, config, step_by_step: default_prompt(instance),
     preset="qwen2_5_vl_7b",
+    attention=lambda config: tower_attention(config.vision, class_token=False, patches=config.vision.merge_size**2, view=None),
 )

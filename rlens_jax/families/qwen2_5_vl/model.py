@@ -29,10 +29,12 @@ from rlens_jax.families.qwen2_vl.model import (
     patch_sizes,
     read_qwen2_text,
     read_tokens,
+    rotary_marks,
     spatial_rotation,
 )
 from rlens_jax.families.qwen2_vl.model import VisionTower as FullTower
 from rlens_jax.families.siglip import run_span
+from rlens_jax.families.tower_marks import Marks, tower_layer
 from rlens_jax.models.layers import Linear, RMSNorm, Rotary
 from rlens_jax.ops.attention import masked_attention
 
@@ -128,6 +130,27 @@ class VisionTower(FullTower):
         num_patches: Int[Array | np.ndarray, " I"],
     ) -> Float[Array, "I J E"]:
         """See `rlens_jax.families.qwen2_vl.model.VisionTower.features`."""
+        return self._features(patches, places, num_patches, marks=False)[0]
+
+    def marked_features(
+        self,
+        patches: Float[Array | np.ndarray, "I J c"],
+        places: Int[Array | np.ndarray, "I J 2"],
+        num_patches: Int[Array | np.ndarray, " I"],
+    ) -> tuple[Float[Array, "I J E"], Marks]:
+        """See `rlens_jax.families.qwen2_vl.model.VisionTower.marked_features`; layers with windows attend within these."""
+        x, marks = self._features(patches, places, num_patches, marks=True)
+        assert marks is not None
+        return x, marks
+
+    def _features(
+        self,
+        patches: Float[Array | np.ndarray, "I J c"],
+        places: Int[Array | np.ndarray, "I J 2"],
+        num_patches: Int[Array | np.ndarray, " I"],
+        *,
+        marks: bool,
+    ) -> tuple[Float[Array, "I J E"], Marks | None]:
         config, places = self.config, jnp.asarray(places)
         side = config.window * config.merge_size
         is_patch = jnp.arange(patches.shape[1])[None] < num_patches[:, None]
@@ -139,10 +162,21 @@ class VisionTower(FullTower):
         rotary = spatial_rotation(_ordered(places, order), config.width // config.num_heads)
         inside = partial(attend_windows, window=window, most=side**2)
         whole = partial(attend_image, is_patch=is_patch)
-        for full, layers in groupby(range(config.depth), lambda layer: layer in config.full_layers):
-            span = list(layers)
-            x = run_span(self.layers, (span[0], span[-1] + 1), x, rotary, whole if full else inside)
-        return _ordered(x, jnp.argsort(order, axis=1))
+
+        def run(x: States, layers: range) -> States:
+            for full, members in groupby(layers, lambda layer: layer in config.full_layers):
+                span = list(members)
+                x = run_span(self.layers, (span[0], span[-1] + 1), x, rotary, whole if full else inside)
+            return x
+
+        back = jnp.argsort(order, axis=1)
+        if not marks:
+            return _ordered(run(x, range(config.depth)), back), None
+        number = max(0, config.depth - 2)
+        x = run(x, range(number))
+        group = jnp.where(is_patch, 0, 1) if number in config.full_layers else window
+        made = rotary_marks(tower_layer(self.layers, number), x, rotary, group, num_patches)
+        return _ordered(run(x, range(number, config.depth)), back), _ordered(made, back)
 
 
 def _ordered(x: Array, order: Int[Array, "I J"]) -> Array:

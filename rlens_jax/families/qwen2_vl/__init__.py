@@ -5,6 +5,7 @@ from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig, VisionTower, read_c
 from rlens_jax.families.qwen2_vl.preparer import Qwen2VLPreparer, benchmark_prompt, image_arrays, image_sizes, measure
 from rlens_jax.families.qwen2_vl.reference import REFERENCE
 from rlens_jax.families.qwen2_vl.weights import table
+from rlens_jax.families.siglip import tower_attention
 
 FAMILY = Family[Qwen2VLConfig](
     model_types={"qwen2_vl": read_config},
@@ -17,4 +18,5 @@ FAMILY = Family[Qwen2VLConfig](
     reference=REFERENCE,
     benchmark_prompt=benchmark_prompt,
     preset="qwen2_vl_7b",
+    attention=lambda config: tower_attention(config.vision, class_token=False, patches=config.vision.merge_size**2, view=None),
 )

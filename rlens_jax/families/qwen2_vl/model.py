@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from rlens_jax.errors import UserError
 from rlens_jax.families.config_reader import MOST_CHANNELS, MOST_LAYERS, MOST_PIXELS, ConfigReader
 from rlens_jax.families.decoder_fields import read_decoder, rope_fields
-from rlens_jax.families.siglip import TowerConfig, TowerLayer, run_layers
+from rlens_jax.families.siglip import TowerConfig, TowerLayer, run_layers, run_span
+from rlens_jax.families.tower_marks import Marks, merged_marks, received_marks, tower_layer, with_marks
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import LayerNorm, Linear, RMSNorm, Rotary, rotate, rotation
 from rlens_jax.ops.attention import masked_attention
@@ -164,6 +165,15 @@ class RotaryLayer(TowerLayer):
         return x + self.o_proj(attention(*(z.swapaxes(1, 2) for z in (q, k, v))))
 
 
+def rotary_marks(
+    layer: Any, x: States, rotary: Rotary, group: Int[Array, "I J"], num_patches: Int[Array | np.ndarray, " I"]
+) -> Marks:
+    """Marks by the attention that patches receive in a `RotaryLayer` that states `x` enter; as `received_marks`."""
+    y = layer.attention_norm(x)
+    q, k = (rotate(project(y), rotary).swapaxes(1, 2) for project in (layer.q_proj, layer.k_proj))
+    return received_marks(q, k, group, jnp.asarray(num_patches))
+
+
 class VisionLayer(RotaryLayer):
     """Full attention with 2-D RoPE and a quick-GELU MLP."""
 
@@ -235,10 +245,31 @@ class VisionTower(nnx.Module):
             places: row and column of each patch in its image.
             num_patches: number of real patches of each image.
         """
+        return run_layers(self.layers, *self._entering(patches, places, num_patches))
+
+    def _entering(
+        self,
+        patches: Float[Array | np.ndarray, "I J c"],
+        places: Int[Array | np.ndarray, "I J 2"],
+        num_patches: Int[Array | np.ndarray, " I"],
+    ) -> tuple[States, Rotary, Bool[Array, "I J"]]:
+        """States before the first layer, and what all layers share."""
         rotary = spatial_rotation(places, self.config.width // self.config.num_heads)
         is_patch = jnp.arange(patches.shape[1])[None] < num_patches[:, None]
-        x = self.patch_embed(jnp.asarray(patches, self.patch_embed.kernel.dtype))
-        return run_layers(self.layers, x, rotary, is_patch)
+        return self.patch_embed(jnp.asarray(patches, self.patch_embed.kernel.dtype)), rotary, is_patch
+
+    def marked_features(
+        self,
+        patches: Float[Array | np.ndarray, "I J c"],
+        places: Int[Array | np.ndarray, "I J 2"],
+        num_patches: Int[Array | np.ndarray, " I"],
+    ) -> tuple[Float[Array, "I J E"], Marks]:
+        """As `features`, and marks by the attention that patches receive in the layer before the last."""
+        x, rotary, is_patch = self._entering(patches, places, num_patches)
+        number = max(0, self.config.depth - 2)
+        x = run_span(self.layers, (0, number), x, rotary, is_patch)
+        marks = rotary_marks(tower_layer(self.layers, number), x, rotary, jnp.where(is_patch, 0, 1), num_patches)
+        return run_span(self.layers, (number, self.config.depth), x, rotary, is_patch), marks
 
     def merge(self, x: Float[Array, "I J E"]) -> Float[Array, "I Z D"]:
         """Apply the connector: merge_size ** 2 consecutive patches become one visual token."""
@@ -255,3 +286,13 @@ class VisionTower(nnx.Module):
     ) -> Float[Array, "I Z D"]:
         """Visual tokens of each image; those of padding patches are meaningless."""
         return self.merge(self.features(patches, places, num_patches))
+
+    def marked(
+        self,
+        patches: Float[Array | np.ndarray, "I J c"],
+        places: Int[Array | np.ndarray, "I J 2"],
+        num_patches: Int[Array | np.ndarray, " I"],
+    ) -> Float[Array, "I Z D_and_marks"]:
+        """The same, and the marks of each token: means over its patches."""
+        x, marks = self.marked_features(patches, places, num_patches)
+        return with_marks(self.merge(x), merged_marks(marks, self.config.merge_size**2))

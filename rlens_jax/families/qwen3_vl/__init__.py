@@ -9,6 +9,7 @@ from rlens_jax.families.qwen2_vl.reference import REFERENCE
 from rlens_jax.families.qwen3_vl.model import Qwen3VLConfig, VisionTower, read_config
 from rlens_jax.families.qwen3_vl.preparer import PUBLISHED_PIXELS
 from rlens_jax.families.qwen3_vl.weights import table
+from rlens_jax.families.siglip import tower_attention
 
 FAMILY = Family[Qwen3VLConfig](
     model_types={"qwen3_vl": read_config},
@@ -22,4 +23,5 @@ FAMILY = Family[Qwen3VLConfig](
     # VLMEvalKit's entries switch its own prompts off.
     benchmark_prompt=lambda instance, config, step_by_step: default_prompt(instance),
     preset="qwen3_vl_8b",
+    attention=lambda config: tower_attention(config.vision, class_token=False, patches=config.vision.merge_size**2, view=None),
 )

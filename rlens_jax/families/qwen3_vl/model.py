@@ -25,11 +25,13 @@ from rlens_jax.families.qwen2_vl.model import (
     attend_image,
     patch_sizes,
     read_tokens,
+    rotary_marks,
     spatial_rotation,
     text_fields,
 )
 from rlens_jax.families.qwen2_vl.model import VisionConfig as Qwen2VisionConfig
 from rlens_jax.families.siglip import run_span
+from rlens_jax.families.tower_marks import Marks, merged_marks, tower_layer, with_marks
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import LayerNorm, Linear, Rotary
 
@@ -176,17 +178,32 @@ class VisionTower(nnx.Module):
             places: row and column of each patch in its image.
             num_patches: number of real patches of each image.
         """
-        vision = self.config
+        return self._features(patches, places, num_patches, marks=False)[0]
+
+    def _features(
+        self,
+        patches: Float[Array | np.ndarray, "I J c"],
+        places: Int[Array | np.ndarray, "I J 2"],
+        num_patches: Int[Array | np.ndarray, " I"],
+        *,
+        marks: bool,
+    ) -> tuple[list[Float[Array, "I J E"]], Marks | None]:
+        """`features`, and marks by the attention that patches receive in the block before the last."""
+        vision, made = self.config, None
         is_patch = jnp.arange(patches.shape[1])[None] < num_patches[:, None]
         rotary = spatial_rotation(places, vision.width // vision.num_heads)
         x = self.patch_embed(jnp.asarray(patches, self.patch_embed.kernel.dtype))
         x = x + interpolated(self.position_embedding[...], jnp.asarray(places), is_patch, vision.positions_per_side)
-        states, first = [], 0
+        states, first, number = [], 0, max(0, vision.depth - 2)
         for after in (*(block + 1 for block in vision.deepstack), vision.depth):
+            if marks and first <= number < after:
+                x = run_span(self.layers, (first, number), x, rotary, is_patch)
+                layer, first = tower_layer(self.layers, number), number
+                made = rotary_marks(layer, x, rotary, jnp.where(is_patch, 0, 1), num_patches)
             x = run_span(self.layers, (first, after), x, rotary, is_patch)
             states.append(x)
             first = after
-        return states
+        return states, made
 
     def merge(self, states: list[Float[Array, "I J E"]]) -> Float[Array, "I Z visual_width"]:
         """Apply the connector to `features`: of each visual token the embedding, and then the features for the decoder."""
@@ -202,6 +219,17 @@ class VisionTower(nnx.Module):
     ) -> Float[Array, "I Z visual_width"]:
         """Visual tokens of each image; those of padding patches are meaningless."""
         return self.merge(self.features(patches, places, num_patches))
+
+    def marked(
+        self,
+        patches: Float[Array | np.ndarray, "I J c"],
+        places: Int[Array | np.ndarray, "I J 2"],
+        num_patches: Int[Array | np.ndarray, " I"],
+    ) -> Float[Array, "I Z visual_width_and_marks"]:
+        """The same, and the marks of each token: means over its patches."""
+        states, marks = self._features(patches, places, num_patches, marks=True)
+        assert marks is not None
+        return with_marks(self.merge(states), merged_marks(marks, self.config.merge_size**2))
 
 
 def interpolated(
