@@ -7,14 +7,15 @@ The dense model's states behind the final norm are kept at the places of the ans
 head: the states of a token are a small part of its logits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from rlens_jax.config import Measure
 from rlens_jax.data.samples import Sample
@@ -83,8 +84,12 @@ class Fidelity(TeacherForcing):
         mine = counts[:, :, None] & (branch[:, :, None] == np.arange(numbers.shape[1]))  # [rows, A, Q]
         all_finite = (finite[:, :, None] | ~mine).all(axis=1)
         values = np.maximum(lost.astype(np.float64), 0.0)
-        total = np.where(mine & finite[:, :, None], values[:, :, None], 0.0).sum(axis=1)
-        return BranchOutcomes(numbers, self.best - total / np.maximum(1, mine.sum(axis=1)), all_finite)
+        lost_by = self._over_tokens(np.where(mine & finite[:, :, None], values[:, :, None], 0.0), mine.sum(axis=1))
+        return BranchOutcomes(numbers, self.best - lost_by, all_finite)
+
+    def _over_tokens(self, values: Float[np.ndarray, "rows A Q"], counts: Int[np.ndarray, "rows Q"]) -> np.ndarray:
+        """What a branch loses, from what its tokens lose."""
+        return values.sum(axis=1) / np.maximum(1, counts)
 
     def dense(self, batch: Batch) -> States:
         """The dense model's last states at the places of the answers, computed from the first layer on."""
@@ -101,6 +106,16 @@ class Fidelity(TeacherForcing):
         parts = [self._kept_program(self.dense(batch), batch.inputs) for batch in pool.batches()]
         joined = split_over(_joined, self.programs.mesh, (WORK, MODEL), (ROWS,) * len(parts), ROWS)
         return jax.jit(joined)(*parts)
+
+
+class LargestDivergence(Fidelity):
+    """Minus the largest KL(dense || plan) at one token of an answer, which a mean over long answers hides."""
+
+    def __init__(self, programs: Programs):
+        super().__init__(programs, "kl")
+
+    def _over_tokens(self, values: Float[np.ndarray, "rows A Q"], counts: Int[np.ndarray, "rows Q"]) -> np.ndarray:
+        return values.max(axis=1)
 
 
 class AnswerAgreement(Fidelity):
@@ -175,6 +190,15 @@ def noise_floor(evaluator: Evaluator, split: str) -> float:
         evaluator.checkpoint()
         known = evaluator.journal.outcomes(name, Plan(), len(found))
     return len(samples.datasets) * (scoring.best - float(np.nanmean(known)))
+
+
+def largest_divergences(evaluator: Evaluator, split: str, plans: Mapping[str, Plan]) -> dict[str, float]:
+    """By the plans' names, the largest KL(dense || plan) in nats at one token of all answers of a split."""
+    scoring, name = LargestDivergence(evaluator.scoring.programs), f"{split}, largest divergence"
+    own = replace(evaluator, scoring=scoring, splits={name: evaluator.splits[split]})
+    outcomes = own.chain(name, list(plans.values()))
+    lowest = (min(float(values.min()) for values in each.values()) for each in outcomes)
+    return {plan: 0.0 - value for plan, value in zip(plans, lowest, strict=True)}
 
 
 def _other_batches(pool: Pool) -> list[Batch]:

@@ -14,7 +14,7 @@ from rlens_jax.config import ComputeConfig, Measure, RunConfig
 from rlens_jax.console import say
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.evaluator import Evaluator
-from rlens_jax.engine.fidelity import AnswerAgreement, scoring_of
+from rlens_jax.engine.fidelity import AnswerAgreement, largest_divergences, scoring_of
 from rlens_jax.engine.inputs import Split, encode_split
 from rlens_jax.engine.level_times import LEVEL_TIMES, LevelTimes, kept_level_times, time_levels
 from rlens_jax.engine.own_answers import own_answers
@@ -72,7 +72,7 @@ def make_plan(config: RunConfig, processes: Processes | None = None, *, restart:
         searching.scoring.release()
         held_out = evaluator(config.held_out_measure, TEST)
         smaller = smaller_images(session, loaded, held_out, TEST)
-        front = frontier_of(session, planner, held_out, TEST, smaller).front(path, rivals)
+        front = with_divergence(frontier_of(session, planner, held_out, TEST, smaller).front(path, rivals), searching)
         if processes.leads:
             write_front(front, output)
     return front
@@ -88,6 +88,7 @@ def compared_plan(
     if session.config.joint.budget is None:
         return None
     searching, held_out, name = evaluators[VALIDATION], evaluators[TEST], TEST
+    held_out.scoring.release()
     planner = planner_of(session, searching, levels_of(session))
     path = planner.search(planner.space, JOINT)
     searching.scoring.release()
@@ -96,7 +97,7 @@ def compared_plan(
         held_out = replace(held_out, splits={name: encode_split_of(session, loaded, searching.scoring.programs, name)})
     kinds: dict[str, Kind] = {"attention": "attention", "ffn": "ffn", "both": "both"}
     rivals = [Rival(kinds[each], plan, planner.share(plan)) for each, plan in plans.items()]
-    return frontier_of(session, planner, held_out, name).front(path, rivals)
+    return with_divergence(frontier_of(session, planner, held_out, name).front(path, rivals), searching)
 
 
 def levels_of(session: Session) -> Levels:
@@ -139,6 +140,14 @@ def frontier_of(
 ) -> Frontier:
     """What confirms and compares on a held-out split."""
     return Frontier(planner, evaluator, split, session.folder.weights_hash, session.data_hash, smaller)
+
+
+def with_divergence(front: Front, searching: Evaluator) -> Front:
+    """The front with the published plan's largest divergence, if plans were scored by KL."""
+    if front.settings["search"]["objective"] != "kl":
+        return front
+    found = largest_divergences(searching, VALIDATION, {"published": front.plan})
+    return replace(front, largest_divergence=found["published"])
 
 
 def smaller_images(session: Session, loaded: LoadedModel, evaluator: Evaluator, name: str) -> list[Smaller]:

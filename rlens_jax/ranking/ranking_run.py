@@ -15,7 +15,7 @@ from rlens_jax.config import RunConfig
 from rlens_jax.console import say
 from rlens_jax.engine.compile_ahead import compile_ahead
 from rlens_jax.engine.evaluator import Evaluator
-from rlens_jax.engine.fidelity import scoring_of
+from rlens_jax.engine.fidelity import largest_divergences, scoring_of
 from rlens_jax.engine.own_answers import own_answers
 from rlens_jax.engine.profile import part, profiled
 from rlens_jax.engine.session import ModelFolder, Session, encode_split_of, load
@@ -113,6 +113,7 @@ def conclude(
     searched: Searched, ranker: Ranker, comparison: Comparison, prefill: Mapping[str, PrefillTime], front: Front | None
 ) -> Results:
     """The finished run as values."""
-    facts = vars(searched) | {"timing": replace(searched.timing, prefill=prefill)}
-    dense_test = ranker.metrics(TEST, Plan())
-    return Results(**facts, dense_test=dense_test, operators=comparison.operators, combined=comparison.combined, front=front)
+    evaluators, facts, by_kl = ranker.evaluators, vars(searched.timed(prefill)), searched.config.search.measure == "kl"
+    evaluators[TEST].scoring.release()
+    divergences = largest_divergences(evaluators[VALIDATION], VALIDATION, comparison.plans) if by_kl else {}
+    return Results(**facts, **vars(comparison), dense_test=ranker.metrics(TEST, Plan()), front=front, divergences=divergences)

@@ -111,6 +111,8 @@ def front_summary(front: Front, folder: Path) -> str:
         else f"Best plan for {front.budget}, by FLOPs:"
     ]
     lines += [f"  {front.plan.label()}", f"  {front.verdict}", ""]
+    if front.largest_divergence is not None:
+        lines[-1:] = [f"  largest KL(dense || plan) at one token of a validation answer: {front.largest_divergence:.3g} nats", ""]
     lines.append(f"On {samples} held-out samples about {front.images} images; time of the prefill against dense, in turns:")
     lines.append(f"  {'':<28}{'loss':>9}{'at most':>9}{'FLOPs left':>12}{'predicted':>11}{'time saved':>12}")
     for row in rows:

@@ -48,6 +48,7 @@ class SavingRow:
     dense: float | None
     reduced: float | None
     time_saved: float | None
+    largest_divergence: float | None
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,7 @@ def _saving_row(name: str, saving: Mapping[str, Any], time: Mapping[str, Any] | 
         dense=dense,
         reduced=reduced,
         time_saved=None if dense is None or reduced is None else 1 - reduced / dense,
+        largest_divergence=saving.get("largest_divergence"),
     )
 
 

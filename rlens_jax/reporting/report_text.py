@@ -198,6 +198,9 @@ def _savings(results: Results) -> str:
             f"{time.visual_slots} visual slots each), in which the reduced work is skipped, against the dense model, side "
             f"by side, medians of {len(time.dense)} repeats. Nothing here is simulated with masks."
         )
+    if results.divergences:
+        largest = ", ".join(f"{TITLES[name]} {value:.3g}" for name, value in results.divergences.items())
+        lines.append(f"Largest KL(dense || plan) at one token of an answer to a validation sample, in nats: {largest}.")
     return "\n\n".join(lines)
 
 

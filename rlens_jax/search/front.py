@@ -92,6 +92,8 @@ class Front:
         model_hash, data_hash: as in ranking.json.
         device: device kind.
         settings: the configuration.
+        largest_divergence: if plans were scored by KL, the largest KL(dense || published plan) in nats at one token of an answer
+            to a sample of the search.
     """
 
     budget: Budget
@@ -108,6 +110,7 @@ class Front:
     data_hash: str
     device: str
     settings: Mapping[str, Any]
+    largest_divergence: float | None = None
 
     @property
     def plan(self) -> Plan:
@@ -146,6 +149,7 @@ def front_fields(front: Front) -> dict[str, Any]:
         "images": front.images,
         "published": front.published,
         "verdict": front.verdict,
+        **({} if front.largest_divergence is None else {"largest_divergence": front.largest_divergence}),
         "points": [_point_fields(point) for point in front.points],
         "path": [
             {

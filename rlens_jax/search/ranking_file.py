@@ -170,7 +170,10 @@ def ranking_fields(run: Searched) -> dict[str, Any]:
     if isinstance(run, Results):
         dense["test"] = dict(run.dense_test)
         held_out["held_out"] = {str(name): _held_out(result) for name, result in run.operators.items()}
-        held_out["savings"] = {str(name): _saving(saving) for name, saving in run.savings.items()}
+        held_out["savings"] = {
+            str(name): _saving(saving) | _if_known("largest_divergence", run.divergences.get(name))
+            for name, saving in run.savings.items()
+        }
     return {
         "schema": SCHEMA,
         **({"provisional": True} if run.provisional else {}),
@@ -256,6 +259,10 @@ def _random(random: RandomCurves) -> dict[str, Any]:
             {"order": list(order), "means": list(means)} for order, means in zip(random.orders, random.means, strict=True)
         ],
     }
+
+
+def _if_known(field: str, value: float | None) -> dict[str, float]:
+    return {} if value is None else {field: value}
 
 
 def _saving(saving: Saving) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Configuration, model and data decide all of `Results` except `Timing`, which hol
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rlens_jax.config import RunConfig
@@ -193,6 +193,10 @@ class Searched:
     provisional: bool
     timing: Timing
 
+    def timed(self, prefill: Mapping[str, PrefillTime]) -> "Searched":
+        """The same run with measured prefill times."""
+        return replace(self, timing=replace(self.timing, prefill=prefill))
+
 
 @dataclass(frozen=True)
 class Results(Searched):
@@ -203,12 +207,15 @@ class Results(Searched):
         operators: results per ranked operator.
         combined: saving of both operators at once; None if only one was ranked.
         front: the best plan under the budget of the configuration; None without one.
+        divergences: if plans were scored by KL, the largest KL(dense || plan) in nats at one token of a validation answer, by
+            the names of `savings`.
     """
 
     dense_test: Metrics
     operators: Mapping[Operator, OperatorResult]
     combined: Saving | None
     front: Front | None = None
+    divergences: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def savings(self) -> dict[str, Saving]:

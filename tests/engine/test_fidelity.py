@@ -11,7 +11,7 @@ import pytest
 
 from rlens_jax.config import SearchConfig
 from rlens_jax.engine.evaluator import Evaluator
-from rlens_jax.engine.fidelity import AnswerAgreement, Fidelity
+from rlens_jax.engine.fidelity import AnswerAgreement, Fidelity, LargestDivergence
 from rlens_jax.engine.inputs import Split, build_split
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.racing import RoundScorer
@@ -117,6 +117,9 @@ def test_outcomes(programs: Programs, split: Split, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert expected.max() < -1e-3
     np.testing.assert_allclose(outcomes_of(programs, split, Plan(), tmp_path / "dense"), 0.0, atol=1e-6)
+    largest = outcomes_of(programs, split, PLAN, tmp_path / "largest", scoring=LargestDivergence(programs))
+    expected = np.array([-naive_kl(dense[number], reduced[number]).max() for number in range(len(found))])
+    np.testing.assert_allclose(largest, expected, atol=1e-5)
     agreed = outcomes_of(programs, split, PLAN, tmp_path / "agreed", "agreement")
     shares = [(dense[n].argmax(axis=-1) == reduced[n].argmax(axis=-1)).mean() for n in range(len(agreed))]
     np.testing.assert_allclose(agreed, shares, atol=1e-12)
