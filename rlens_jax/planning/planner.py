@@ -1,9 +1,9 @@
 """Searches the best plan under a budget on the validation samples: states of `search.joint` as plans, and their costs."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import fsum
 from typing import Any
 
 from rlens_jax.budget import Budget
@@ -17,7 +17,6 @@ from rlens_jax.errors import UserError
 from rlens_jax.flops import LayerSizes, layer_cost
 from rlens_jax.plans import FULL, OPERATORS, Level, Levels, Operator, Plan, Reduction, chain
 from rlens_jax.search.joint import (
-    BARRED,
     Costs,
     Limits,
     Loss,
@@ -46,7 +45,7 @@ def useful_levels(config: RunConfig, sizes: LayerSizes, tokens: Sequence[tuple[i
         UserError: no level is left.
     """
     levels, reduction = config.joint.levels, config.reduction
-    text, visual = (round(fsum(column) / len(tokens)) for column in zip(*tokens, strict=True))
+    text, visual = (round(math.fsum(column) / len(tokens)) for column in zip(*tokens, strict=True))
 
     def cost(operator: Operator, level: Level) -> int:
         named: dict[str, Any] = {"attention": FULL, "ffn": FULL, operator: level}
@@ -82,10 +81,10 @@ def time_costs(times: LevelTimes, num_layers: int) -> Costs:
     weights = [bucket.share / bucket.rows for bucket in buckets]
     shape = range(len(times.levels.attention)), range(len(times.levels.ffn))
     table = tuple(
-        tuple(fsum(w * b.layer[attention][ffn] for w, b in zip(weights, buckets, strict=True)) for ffn in shape[1])
+        tuple(math.fsum(w * b.layer[attention][ffn] for w, b in zip(weights, buckets, strict=True)) for ffn in shape[1])
         for attention in shape[0]
     )
-    whole = fsum(w * bucket.prefill for w, bucket in zip(weights, buckets, strict=True))
+    whole = math.fsum(w * bucket.prefill for w, bucket in zip(weights, buckets, strict=True))
     return Costs(table, rest=max(whole - (num_layers - 1) * table[0][0], table[-1][-1]))
 
 
@@ -173,8 +172,8 @@ class Planner:
     def _additive(self, space: Space, score: ScoreMoves) -> Path:
         start = space.start
         moves = space.all_moves()
-        base = score(start, [start], _all_equal)[0].value
-        singles = score(start, [start.moved(move) for move in moves], _all_equal)
+        base = score(start, [start], _all_equal, -math.inf)[0].value
+        singles = score(start, [start.moved(move) for move in moves], _all_equal, -math.inf)
         losses = {move: loss.value for move, loss in zip(moves, singles, strict=True)}
         path = search_jointly(space, self.costs, additive(start, losses, base), self.limits)
         return evaluated(path, score, self.limits)
@@ -182,9 +181,9 @@ class Planner:
     def _scorer(self, advance: Callable[[], None]) -> ScoreMoves:
         rounds = RoundScorer(self.evaluator, self.split, self.dense, self.config.search.by("greedy"))
 
-        def score(base: State, candidates: Sequence[State], prefer: Prefer) -> list[Loss]:
+        def score(base: State, candidates: Sequence[State], prefer: Prefer, least: float) -> list[Loss]:
             plans = [self.plan(state) for state in candidates]
-            scores = rounds.race(self.plan(base), plans, lambda number, score: prefer(number, score.loss), BARRED / 2)
+            scores = rounds.race(self.plan(base), plans, lambda number, score: prefer(number, score.loss), least)
             advance()
             return [Loss(score.loss, score.bound) for score in scores]
 

@@ -5,6 +5,7 @@ state has a level per layer and operator, and a move takes one layer down one la
 alone; what a level computes is the evaluator's matter.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +16,8 @@ from rlens_jax.search.objective import comparable
 
 BARRED = -1e15
 """The preference for a move that breaks the budget: below that of any other move."""
-RESCORED = 4
-"""Moves that a lazy search scores at a time."""
+_ALLOWED = BARRED / 2
+"""A move that is preferred less is barred."""
 
 
 class Move(NamedTuple):
@@ -118,11 +119,11 @@ class Loss(NamedTuple):
 
 Prefer = Callable[[int, float], float]
 """`prefer(number, loss)`: how much a candidate is preferred if that is its loss; it never rises with the loss."""
-ScoreMoves = Callable[[State, Sequence[State], Prefer], Sequence[Loss]]
-"""`score(base, candidates, prefer)`: the candidates' losses in their order; the likely winner comes first.
+ScoreMoves = Callable[[State, Sequence[State], Prefer, float], Sequence[Loss]]
+"""`score(base, candidates, prefer, least)`: the candidates' losses in their order; the likely winner comes first.
 
-A candidate may have a bound as its loss if, at this bound, it is preferred less than another candidate at its final loss, or is
-barred. In the call `score(base, [base], prefer)` the loss is final.
+A candidate may have a bound as its loss if, at this bound, it is preferred less than another candidate at its final loss, or less
+than `least`. In the call `score(base, [base], prefer, -math.inf)` the loss is final.
 """
 
 
@@ -219,17 +220,17 @@ def search_jointly(
     larger gain, then the later layer, then the FFN, then the lower level.
 
     Args:
-        lazy: score the moves that were best when they were last scored, `RESCORED` at a time, until one of them is at least as
+        lazy: score the moves one by one, first those that were best when they were last scored, until one of them is at least as
             good as the rest was; a move that was never scored counts as without loss. This finds a path of the same choices if no
             move's loss per gain ever falls. A barred move is not tried again.
     """
     state = space.start
-    loss = score(state, [state], lambda number, loss: 0.0)[0].value
+    loss = score(state, [state], lambda number, loss: 0.0, -math.inf)[0].value
     points, rounds = [PathPoint(state, costs.share(state), loss)], []
     for layer in reversed(range(space.num_layers - position_layers, space.num_layers - 1)):
         first = [Move(layer, operator, min(1, space.lowest[operator])) for operator in space.searched]
         longer = state.moved(*(move for move in first if costs.share(state.moved(move)) < costs.share(state)))
-        (new,) = score(state, [longer], _reached(limits))
+        (new,) = score(state, [longer], _reached(limits), _ALLOWED)
         if preference(new.value, loss, 1.0, limits) == BARRED:
             break
         state, loss = longer, new.value
@@ -267,34 +268,36 @@ class _Scoring:
 
     def round(self, known: dict[Move, float], lazy: bool) -> JointRound:
         """Score moves and choose one. `known` holds the loss that each move added when it was last scored, and is updated."""
-        likely = sorted(self.gains, key=lambda move: (-self._expected(move, known), *self._among_equals(move)))
+        likely = sorted(self.gains, key=lambda move: self._place(move, self._expected(move, known)))
         if lazy:
             likely = [move for move in likely if known.get(move, 0.0) < math.inf]
-        size = RESCORED if lazy else max(1, len(likely))
+        size = 1 if lazy else max(1, len(likely))
         preferred: dict[Move, float] = {}
         trials: list[Trial] = []
         for first in range(0, len(likely), size):
             tried = likely[first : first + size]
-            if first and self._expected(tried[0], known) <= max(preferred.values()):
+            best_place = min(itertools.starmap(self._place, preferred.items()), default=(math.inf,))
+            if self._place(tried[0], self._expected(tried[0], known)) > best_place:
                 break
-            for move, found in zip(tried, self._score(tried), strict=True):
+            for move, found in zip(tried, self._score(tried, max(-best_place[0], _ALLOWED)), strict=True):
                 trials.append(Trial(move, self.gains[move], found))
                 preferred[move] = self._preference(move, found.value)
                 known[move] = math.inf if preferred[move] == BARRED else found.value - self.loss
         open_moves = [trial.move for trial in trials if not trial.loss.bound and preferred[trial.move] > BARRED]
         best = max((comparable(preferred[move]) for move in open_moves), default=None)
         for trial in trials:
-            if trial.loss.bound and comparable(preferred[trial.move]) >= (BARRED / 2 if best is None else best):
+            if trial.loss.bound and comparable(preferred[trial.move]) >= (_ALLOWED if best is None else best):
                 raise ValueError(f"{trial.move} was dropped at the loss {trial.loss.value}, but may be the best move")
         equal = [move for move in open_moves if comparable(preferred[move]) == best]
         chosen = min(equal, key=self._among_equals, default=None)
         ordered = tuple(sorted(trials, key=lambda trial: trial.move))
         return JointRound(ordered, chosen, tuple(sorted(move for move in equal if move != chosen)))
 
-    def _score(self, tried: Sequence[Move]) -> Sequence[Loss]:
-        losses = self.score(
-            self.state, [self.state.moved(move) for move in tried], lambda number, loss: self._preference(tried[number], loss)
-        )
+    def _score(self, tried: Sequence[Move], least: float) -> Sequence[Loss]:
+        def prefer(number: int, loss: float) -> float:
+            return self._preference(tried[number], loss)
+
+        losses = self.score(self.state, [self.state.moved(move) for move in tried], prefer, least)
         if len(losses) != len(tried):
             raise ValueError(f"{len(tried)} moves got {len(losses)} losses")
         return losses
@@ -307,6 +310,10 @@ class _Scoring:
         added = known.get(move, 0.0)
         return BARRED if added == math.inf else self._preference(move, self.loss + added)
 
+    def _place(self, move: Move, preferred: float) -> tuple[float, ...]:
+        """Sorts moves that are preferred so much, the one to take first."""
+        return -comparable(preferred), *self._among_equals(move)
+
     def _among_equals(self, move: Move) -> tuple[float, ...]:
         """Sorts the moves that are preferred as much, the one to take first."""
         return -comparable(self.gains[move]), -move.layer, move.operator != "ffn", -move.level
@@ -316,7 +323,7 @@ def evaluated(path: Path, score: ScoreMoves, limits: Limits) -> Path:
     """The path of an additive search with its real losses, up to the last state that is within the limit of loss."""
     points = [path.points[0]]
     for point in path.points[1:]:
-        (loss,) = score(points[-1].state, [point.state], _reached(limits))
+        (loss,) = score(points[-1].state, [point.state], _reached(limits), _ALLOWED)
         if preference(loss.value, 0.0, 1.0, limits) == BARRED:
             break
         points.append(replace(point, loss=loss.value, predicted=point.loss))
@@ -356,4 +363,4 @@ def additive(base: State, losses: Mapping[Move, float], dense: float) -> ScoreMo
             added += [losses[Move(layer, operator, level)] - dense for layer, (before, level) in pairs if level != before]
         return dense + math.fsum(added)
 
-    return lambda base, candidates, prefer: [Loss(predicted(candidate)) for candidate in candidates]
+    return lambda base, candidates, prefer, least: [Loss(predicted(candidate)) for candidate in candidates]

@@ -42,10 +42,10 @@ class Tables:
     def loss(self, state):
         return 1 - self.outcomes(state).mean()
 
-    def full(self, base, candidates, prefer):
+    def full(self, base, candidates, prefer, least):
         return [Loss(self.loss(state)) for state in candidates]
 
-    def raced(self, base, candidates, prefer):
+    def raced(self, base, candidates, prefer, least):
         """The scorer of a run: a race that drops candidates."""
 
         def score(number, outcomes):
@@ -54,7 +54,7 @@ class Tables:
             return PlanScore(prefer(number, loss), loss, {}, bool(unknown.any()))
 
         blocks = [range(first, min(first + 4, self.num_samples)) for first in range(0, self.num_samples, 4)]
-        race = Race(len(candidates), [len(blocks)], self.num_samples, score, floor=BARRED / 2)
+        race = Race(len(candidates), [len(blocks)], self.num_samples, score, floor=least)
 
         def finish(turn):
             self.evaluated += len(blocks[turn.block])
@@ -137,7 +137,7 @@ def test_a_lazy_search_of_additive_harms_finds_the_same_choices():
         tables = Tables(int(draw.integers(100)), num_layers=5)
         scored = []
 
-        def score(base, candidates, prefer, harm=harm, scored=scored):
+        def score(base, candidates, prefer, least, harm=harm, scored=scored):
             scored.append(len(candidates))
             return [Loss(additive_loss(state, harm)) for state in candidates]
 
@@ -148,6 +148,26 @@ def test_a_lazy_search_of_additive_harms_finds_the_same_choices():
         assert [point.state for point in lazy.points] == [point.state for point in full.points]
         counts[1] += sum(scored)
     assert counts[1] < 0.8 * counts[0]
+
+
+def test_a_lazy_search_stops_moves_that_cannot_beat_the_best_one():
+    """Its path has real losses, and each choice is the best of those scored."""
+    evaluated, limits = {}, Limits(loss=0.2)
+    for lazy in (False, True):
+        evaluated[lazy] = 0
+        for seed in range(6):
+            tables = Tables(seed)
+            path = search_jointly(tables.space, tables.costs, tables.raced, limits, lazy=lazy)
+            evaluated[lazy] += tables.evaluated
+            assert [point.loss for point in path.points] == [tables.loss(point.state) for point in path.points]
+            for point, each in zip(path.points, path.rounds, strict=False):
+                preferred = {
+                    trial.move: round(preference(tables.loss(point.state.moved(trial.move)), point.loss, trial.gain, limits), 12)
+                    for trial in each.trials
+                }
+                if each.chosen is not None:
+                    assert preferred[each.chosen] == max(preferred.values())
+    assert evaluated[True] < 0.75 * evaluated[False]
 
 
 def additive_loss(state, harm):
@@ -168,7 +188,7 @@ def test_a_predicted_loss_is_the_sum_of_single_losses():
     predict = additive(start, single, dense)
     state = start.moved(Move(0, "ffn", 1), Move(2, "attention", 2))
     expected = dense + (single[Move(0, "ffn", 1)] - dense) + (single[Move(2, "attention", 2)] - dense)
-    assert [loss.value for loss in predict(start, [start, state], None)] == pytest.approx([dense, expected])
+    assert [loss.value for loss in predict(start, [start, state], None, None)] == pytest.approx([dense, expected])
 
 
 def test_layers_by_position_come_first_and_can_go_deeper():
@@ -205,7 +225,7 @@ def test_without_loss_the_gain_decides_and_else_the_loss_per_gain():
 def test_a_dropped_move_that_might_be_best_is_an_error():
     tables = Tables(0)
 
-    def wrong(base, candidates, prefer):
+    def wrong(base, candidates, prefer, least):
         return [Loss(0.0, bound=candidate != base) for candidate in candidates]
 
     with pytest.raises(ValueError, match="may be the best move"):
@@ -223,7 +243,7 @@ def test_a_dropped_move_that_might_be_best_is_an_error():
 def test_equal_moves_are_told_apart_by_gain_and_then_by_layer(harm, chosen, ties):
     costs = Costs(((10.0, 9.0), (8.0, 7.0)))  # attention saves twice as much
 
-    def score(base, candidates, prefer):
+    def score(base, candidates, prefer, least):
         def loss(state):
             reduced = [(layer, operator) for operator in OPERATORS for layer in range(3) if state.levels(operator)[layer]]
             return sum(harm.get(each, 0.5) for each in reduced)
