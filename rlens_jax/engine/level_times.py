@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import jax
@@ -28,6 +27,8 @@ from rlens_jax.plans import Level, Levels, Plan
 
 LEVEL_TIMES = "level_times.json"
 SCHEMA = "rlens-level-times/1"
+SECONDS = 5.0
+"""For which the programs of a bucket are timed, compilation not counted (our decision)."""
 TIMED_LAYERS = 2
 """Layers that run one after another in what is timed, so that the start of a program counts less."""
 
@@ -40,8 +41,8 @@ class BucketTimes:
         text_slots, visual_slots: the bucket.
         rows: rows of the timed batch.
         share: the share of the samples' rows that are in this bucket.
-        layer: [attention level][ffn level], the median seconds of one layer.
-        prefill: the median seconds of the whole dense prefill, in which the last layer skips visual rows.
+        layer: [attention level][ffn level], the least seconds of one layer.
+        prefill: the least seconds of the whole dense prefill, in which the last layer skips visual rows.
     """
 
     text_slots: int
@@ -64,7 +65,8 @@ class LevelTimes:
 def time_levels(programs: Programs, pools: Sequence[Pool], levels: Levels, dense: Plan, repeats: int) -> LevelTimes:
     """Time a layer at each pair of levels, and the whole prefill under `dense`, on the first batch of each pool.
 
-    The programs of a bucket take turns, so that a slow moment of the machine hits all of them.
+    The programs of a bucket take turns, at least `repeats` times and for about `SECONDS`. The least time counts: other work on
+    the machine can only add to it, and the search would take what it adds for a saving.
     """
     total, buckets = sum(pool.samples[:, :, 0].size for pool in pools), []
     pairs = list(itertools.product(levels.attention, levels.ffn))
@@ -73,7 +75,8 @@ def time_levels(programs: Programs, pools: Sequence[Pool], levels: Levels, dense
             batch = pool.batches()[0]
             calls = [_layers(programs, batch, *pair) for pair in pairs]
             calls.append(partial(static_prefill(programs, dense), programs.put(batch.visual), batch.inputs))
-            *layers, whole = (median(seconds) for seconds in time_side_by_side(calls, repeats, progress.advance))
+            once = sum(seconds for (seconds,) in time_side_by_side(calls, 1, progress.advance))
+            *layers, whole = map(min, time_side_by_side(calls, max(repeats, round(SECONDS / once))))
             width, run = len(levels.ffn), min(TIMED_LAYERS, programs.config.num_layers)
             table = tuple(
                 tuple(seconds / run for seconds in layers[first : first + width]) for first in range(0, len(layers), width)

@@ -7,6 +7,7 @@ on both sides. The layer is that of `rlens_jax.bench`, dense and reduced.
 import importlib
 import importlib.util
 import os
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -50,16 +51,18 @@ def time_side_by_side(
 ) -> list[tuple[float, ...]]:
     """Seconds of each function's repeats; they take turns, so that a slow moment of the machine hits all of them.
 
+    The turns have another order each time: what ran before leaves the caches in a state of its own.
+
     Each function is called once before, so that nothing is compiled while it is timed; `advance` is called after that.
     """
     for function in functions:
         jax.block_until_ready(function())
         advance()
     seconds: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats):
-        for place, function in enumerate(functions):
+    for repeat in range(repeats):
+        for place in random.Random(repeat).sample(range(len(functions)), len(functions)):
             began = time.perf_counter()
-            jax.block_until_ready(function())
+            jax.block_until_ready(functions[place]())
             seconds[place].append(time.perf_counter() - began)
     return [tuple(measured) for measured in seconds]
 
