@@ -77,8 +77,7 @@ class Frontier:
         dense = Rival("dense", planner.plan(planner.space.start), 1.0, path.points[0].loss)
         marked = milestones(path, config.joint.milestones)
         joint = [Rival("joint", planner.plan(point.state), point.cost, point.loss) for point in marked]
-        tested = [dense, *joint]
-        outcomes = self._outcomes(tested)
+        tested, outcomes = self._confirmed(dense, joint)
         published, verdict = self._published(self._losses(tested, outcomes), marked)
         others = list(rivals)
         if published:
@@ -111,11 +110,30 @@ class Frontier:
     def _num_images(self) -> int:
         return len(np.unique(self._split.image_groups))
 
+    def _confirmed(self, dense: Rival, joint: Sequence[Rival]) -> tuple[list[Rival], dict[Rival, Outcomes]]:
+        """Dense and the milestones up to the first that breaks a budget of loss, and the last milestone, with their outcomes."""
+        budget, tested = self.planner.budget, [dense, *joint]
+        if budget.kind != "loss":
+            return tested, self._outcomes(tested)
+        with Progress("milestones", len(tested), "plans") as progress:
+            outcomes = self._evaluated([dense], progress)
+            for each in joint:
+                outcomes |= self._evaluated([each], progress)
+                if self._losses([dense, each], outcomes)[1].bound > budget.share:
+                    break
+            outcomes |= self._evaluated([each for each in joint[-1:] if each not in outcomes], progress)
+            progress.advance(len(tested) - len(outcomes))
+        return list(outcomes), outcomes
+
     def _outcomes(self, rivals: Sequence[Rival]) -> dict[Rival, Outcomes]:
+        """The held-out outcomes of plans, with their progress."""
+        with Progress("held-out plans", len({each.plan for each in rivals if each.smaller is None}), "plans") as progress:
+            return self._evaluated(rivals, progress)
+
+    def _evaluated(self, rivals: Sequence[Rival], progress: Progress) -> dict[Rival, Outcomes]:
         """The held-out outcomes of plans, each evaluated once."""
         ordered = chain_order([each.plan for each in rivals if each.smaller is None], self.planner.num_layers)
-        with Progress("held-out plans", len(ordered), "plans") as progress:
-            whole = dict(zip(ordered, self.evaluator.chain(self.held_out, ordered, progress), strict=True))
+        whole = dict(zip(ordered, self.evaluator.chain(self.held_out, ordered, progress), strict=True))
 
         def of(rival: Rival) -> Outcomes:
             if rival.smaller is None:

@@ -27,12 +27,12 @@ from rlens_jax.flops import PUBLISHED_DECODERS, prefill_cost
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.models.prompt import ImageTokens
 from rlens_jax.planning import frontier, plan_run
-from rlens_jax.planning.frontier import Frontier
-from rlens_jax.planning.plan_run import smaller_images
+from rlens_jax.planning.frontier import Frontier, Rival
+from rlens_jax.planning.plan_run import smaller_images, with_divergence
 from rlens_jax.planning.planner import Planner, flops_costs, time_costs, useful_levels
 from rlens_jax.plans import FULL, SKIP, STANDARD, TEXT, Levels, Plan, Reduction
 from rlens_jax.search.confirmation import HeldOutLoss
-from rlens_jax.search.front import PrefillTime
+from rlens_jax.search.front import PrefillTime, front_fields
 from rlens_jax.search.joint import Move, Path, PathPoint, Space, State
 from rlens_jax.search.journal import Journal
 from rlens_jax.search.objective import dataset_metrics, plan_loss
@@ -199,6 +199,10 @@ def test_a_reached_budget_is_published_beside_its_controls_and_smaller_images(pr
 
     monkeypatch.setattr(frontier, "time_plans", time_plans)
     front = Frontier(planner, planner.evaluator, "test", "model", "data", [half]).front(path)
+    assert with_divergence(front, planner.evaluator) is front
+    by_kl = with_divergence(replace(front, settings={"search": {"objective": "kl"}}), planner.evaluator)
+    assert by_kl.largest_divergence > 1e-4
+    assert front_fields(by_kl).keys() - front_fields(front).keys() == {"largest_divergence"}
     planner.evaluator.journal.__exit__(None, None, None)
     assert [point.kind for point in front.points] == ["dense", "joint", "joint", "position", "random", "down-sampled"]
     published, controls, shrunk = front.points[front.published], front.points[3:5], front.points[5]
@@ -293,6 +297,36 @@ def test_what_is_published(budget, images, bounds, number, says):
     assert says in verdict
 
 
+@pytest.mark.parametrize(
+    ("budget", "bounds", "tested"),
+    [
+        (Budget("loss", 0.01), (0.0, 0.01, 0.02, 0.0, 0.0), [0, 1, 2, 3, 5]),
+        (Budget("loss", 0.01), (0.02, 0.0), [0, 1, 2]),
+        (Budget("loss", 0.01), (0.0, 0.0), [0, 1, 2]),
+        (Budget("loss", 0.01), (), [0]),
+        (Budget("flops", 0.6), (0.2, 0.3, 0.4), [0, 1, 2, 3]),
+    ],
+)
+def test_milestones_after_the_first_failure_are_left_out_but_the_last(monkeypatch, budget, bounds, tested):
+    rivals = [Rival("joint", Plan((layer,)), 1.0) for layer in range(len(bounds) + 1)]
+    evaluated = []
+
+    def chain(split, plans, progress):
+        evaluated.extend(plans)
+        return [{} for _ in plans]
+
+    def losses(self, pair, outcomes):
+        assert all(each in outcomes for each in pair)
+        return losses_with(0.0, bounds[rivals.index(pair[1]) - 1])
+
+    monkeypatch.setattr(Frontier, "_losses", losses)
+    evaluator = Mock(spec=Evaluator, chain=chain)
+    frontier = Frontier(Mock(spec=Planner, budget=budget, num_layers=9), evaluator, "test", "model", "data")
+    found, outcomes = frontier._confirmed(rivals[0], rivals[1:])
+    assert found == list(outcomes) == [rivals[number] for number in tested]
+    assert sorted(evaluated, key=lambda plan: plan.attention) == [rivals[number].plan for number in tested]
+
+
 def test_a_time_table_has_the_levels_of_attention_as_rows(programs, monkeypatch):
     """Which program is in which place; no layer is run."""
     split = build_split(toy_samples(), ToyPreparer(), programs, SHAPES, False)
@@ -300,16 +334,22 @@ def test_a_time_table_has_the_levels_of_attention_as_rows(programs, monkeypatch)
     def layers(programs, batch, attention, ffn):
         return LEVELS.attention.index(attention), LEVELS.ffn.index(ffn)
 
-    def side_by_side(calls, repeats, advance):
+    asked = []
+
+    def side_by_side(calls, repeats, advance=None):
         *pairs, whole = calls
         assert whole.func == Plan()
-        return [(10.0 * a + f, 99.0, 10.0 * a + f) for a, f in pairs] + [(50.0, 51.0, 53.0)]
+        asked.append(repeats)
+        if repeats == 1:
+            return [(level_times.SECONDS / 70,) for _ in calls]
+        return [(10.0 * a + f + 8, 99.0, 10.0 * a + f) for a, f in pairs] + [(53.0, 51.0, 60.0)]
 
     monkeypatch.setattr(level_times, "_layers", layers)
     monkeypatch.setattr(level_times, "static_prefill", lambda programs, plan: plan)
     monkeypatch.setattr(level_times, "time_side_by_side", side_by_side)
     monkeypatch.setattr(level_times, "partial", lambda *call: SimpleNamespace(func=call[0]))
     times = level_times.time_levels(programs, split.pools, LEVELS, Plan(), 3)
+    assert asked == [1, 7] * len(split.pools)  # ten programs a turn
     assert [(each.text_slots, each.visual_slots) for each in times.buckets] == [pool.bucket.size for pool in split.pools]
     assert sum(each.share for each in times.buckets) == pytest.approx(1.0)
     for each, pool in zip(times.buckets, split.pools, strict=True):
