@@ -124,6 +124,11 @@ def test_a_folder_of_images_is_ranked_by_fidelity(cache: Path, tmp_path: Path, c
     scores = [candidate["score"] for candidate in result["search"]["ffn"]["rounds"][0]["candidates"]]
     assert max(scores) <= 0 and min(scores) < -1e-4
     assert 0 <= result["search"]["ffn"].get("noise", 0.0) < 1e-5
+    saving = result["savings"]["ffn"]
+    largest, mean = saving["largest_divergence"], -result["search"]["ffn"]["scores"][len(saving["plan"]["ffn"])]
+    assert largest > mean > 0
+    assert f"in nats: Probe-Activated Dynamic FFN {largest:.3g}." in (run / "report.md").read_text()
+    assert f"{largest:.3g}." in (run / "report.html").read_text()
     assert "fidelity, not correctness" in (run / "report.md").read_text()
     (run / "ranking.json").unlink()
     assert rank(arguments) == 0
@@ -187,20 +192,21 @@ def test_killed_at_random_moments_and_restarted(finished: Path, cache: Path, tmp
     assert len(validation) == 2 * EVALUATIONS - 1  # the dense plan is evaluated once for both operators
 
 
-def test_a_restart_compiles_nothing_and_a_second_run_is_refused(finished: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_restart_compiles_nothing_and_a_second_run_is_refused(cache: Path, tmp_path: Path) -> None:
     output = tmp_path / "again"
-    first = started(options(cache, output))
+    arguments = [*options(cache, output), "--search.operators=ffn"]
+    first = started(arguments)
     journal = output / "journal.jsonl"
     while not journal.exists() and first.poll() is None:
         time.sleep(0.01)
-    second = started(options(cache, output))
+    second = started(arguments)
     _, message = second.communicate()
     assert second.returncode == 2
     assert message.count("\n") == 1
     assert "in use" in message or "another" in message, message
     _, message = first.communicate()
     assert first.returncode == 0, message
-    third = started(options(cache, output))
+    third = started(arguments)
     _, message = third.communicate()
     assert third.returncode == 0, message
     timing = json.loads((output / "timing.json").read_text())

@@ -1,22 +1,24 @@
-"""The benchmark command, on a short run of visual tokens: what it writes, not how fast it was."""
+"""The benchmark command, on a small layer and a short run of visual tokens: what it writes, not how fast it was."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from rlens_jax.commands.bench import main
+from rlens_jax.commands import bench
 from rlens_jax.console import run_command
 from rlens_jax.engine import timing
+from rlens_jax.flops import DecoderSizes
 
 pytestmark = pytest.mark.slow
 
 
 def test_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(timing, "VISUAL", 320)
+    monkeypatch.setattr(bench, "find_decoder", lambda model: DecoderSizes(4, 256, 4, 2, 64, 1024, qkv_bias=True))
     path = tmp_path / "bench.json"
     with pytest.raises(SystemExit) as stopped:
-        run_command(main, argv=["--json", str(path), "--repeats", "1"])
+        run_command(bench.main, argv=["--json", str(path), "--repeats", "1"])
     assert not stopped.value.code
     results = json.loads(path.read_text())
     assert results["visual_tokens"] == 320
