@@ -12,6 +12,7 @@ import torch
 from flax import nnx
 
 from rlens_jax.kept_tokens import CDPruner, DivPrune, FasterVLM, Pooling, RandomTokens, Selection, StridedTokens, VisionZip
+from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.pruned import run_prompt
 from rlens_jax.ops.token_pruning import num_survivors
 from rlens_jax.ops.token_selection import Budget, drawn_tokens
@@ -30,6 +31,7 @@ pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 SMALL = Reduction(attention_range=5, active_fraction=0.3)
 KEY = jax.random.key(3)
+NEW_TOKENS = 4
 RAGGED = {
     "llava": [[3, (20, 33), 5], [2, (11, 14), 1, (30, 9), 3, (13, 13), 11], [13], [1, (61, 47), 6]],
     "qwen2_vl": [[3, (6, 10), 5], [2, (4, 6), 1, (10, 2), 3, (2, 2), 11], [13], [1, (12, 18), 6]],
@@ -129,9 +131,24 @@ def chosen(
     return visual[kept], kept
 
 
+@dataclass(frozen=True)
+class Left:
+    """What is left of one sample: embeddings [T, D], rotary positions [..., T], and which tokens are visual."""
+
+    x: torch.Tensor
+    position: torch.Tensor
+    is_visual: torch.Tensor
+
+    def followed_by(self, x: torch.Tensor, position: int) -> "Left":
+        """With another text token."""
+        further = torch.full_like(self.position[..., :1], position)
+        mask = torch.cat([self.is_visual, torch.tensor([False])])
+        return Left(torch.cat([self.x, x[None]]), torch.cat([self.position, further], dim=-1), mask)
+
+
 @torch.no_grad()
-def theirs(case: Case, example: Any, plan: Plan, pruning: Selection, drawn: list[int]) -> np.ndarray:
-    """Logits of what is left of one sample."""
+def left_of(case: Case, example: Any, pruning: Selection, drawn: list[int]) -> Left:
+    """A sample with fewer visual tokens."""
     given = decoder_inputs(case, example)
     x, position, left = given["x"], given["position"], torch.arange(len(example.token_ids))
     if example.is_visual.any():
@@ -139,11 +156,18 @@ def theirs(case: Case, example: Any, plan: Plan, pruning: Selection, drawn: list
         tokens, ordinals = chosen(case, example, x[places], pruning, drawn)
         x[places[ordinals]] = tokens
         left = torch.tensor(sorted(np.flatnonzero(~example.is_visual).tolist() + places[ordinals].tolist()))
-    inputs = {"inputs_embeds": x[None, left], "attention_mask": torch.ones(1, len(left), dtype=torch.long)}
-    positions = position[left][None] if position.ndim == 1 else position[..., left]
-    masks = [torch.tensor(example.is_visual)[left]]
-    with reduced(case.pair.theirs, masks, plan.attention, plan.ffn, SMALL.attention_range, "0.3", "0.1") as record:
-        states = case.pair.text_model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
+    return Left(
+        x[left], position[left][None] if position.ndim == 1 else position[..., left], torch.tensor(example.is_visual)[left]
+    )
+
+
+@torch.no_grad()
+def theirs(case: Case, left: Left, plan: Plan) -> np.ndarray:
+    """Logits of what is left of one sample."""
+    inputs = {"inputs_embeds": left.x[None], "attention_mask": torch.ones(1, len(left.x), dtype=torch.long)}
+    reach = SMALL.attention_range
+    with reduced(case.pair.theirs, [left.is_visual], plan.attention, plan.ffn, reach, "0.3", "0.1") as record:
+        states = case.pair.text_model(**inputs, position_ids=left.position, use_cache=False).last_hidden_state
     assert record.smallest_gap() > 1e-4
     return case.pair.theirs.lm_head(states)[0].numpy()
 
@@ -175,6 +199,29 @@ def test_logits(case: Case, plan: Plan, pruning: Selection) -> None:
     for row, (example, ours) in enumerate(zip(case.examples, unpack(logits, layout), strict=True)):
         kept = pruning.kept(int(example.is_visual.sum()))
         assert len(ours) == (~example.is_visual).sum() + kept
-        assert_close(ours, theirs(case, example, plan, pruning, draws[row, :kept].tolist()), WHOLE)
+        assert_close(ours, theirs(case, left_of(case, example, pruning, draws[row, :kept].tolist()), plan), WHOLE)
     most = max(int(example.is_visual.sum()) for example in case.examples)
     assert 0 < pruning.kept(most) < most
+
+
+@partial(jax.jit, static_argnames=("graph", "pruning"))
+def run_greedy(graph, state, visual, batch, pruning: Selection):
+    """New tokens of each sample, and the slots of the cache."""
+    decoder = nnx.merge(graph, state)
+    first, caches, _ = prefill(decoder, visual, batch, BOTH, SMALL, NEW_TOKENS, KEY, pruning=pruning)
+    return decode(decoder, first, caches, batch, NEW_TOKENS, ())[0], caches
+
+
+def test_greedy_tokens_with_a_cache_of_the_survivors(case: Case) -> None:
+    """Merged tokens on top of a plan, in a batch, against whole passes of PyTorch; one cache serves all layers."""
+    pruning, bucket = VisionZip(14), case.batch.layout.bucket
+    tokens, caches = run_greedy(*nnx.split(case.pair.ours.decoder), case.visual, case.batch, pruning)
+    assert [cache.k.shape[3] - NEW_TOKENS for cache in caches] == [bucket.text + 14]
+    embedding = case.pair.theirs.get_input_embeddings().weight.detach()
+    for row in (0, 1):
+        left, expected = left_of(case, case.examples[row], pruning, []), []
+        for step in range(NEW_TOKENS):
+            expected.append(int(theirs(case, left, BOTH)[-1].argmax()))
+            left = left.followed_by(embedding[expected[-1]], int(case.batch.next_rope[row, 0]) + step)
+        assert tokens[row].tolist() == [expected]
+    assert len(set(np.asarray(tokens).ravel().tolist())) > 3
