@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import FrameType, TracebackType
 from typing import NoReturn
 
@@ -35,7 +36,7 @@ class StopRequested(BaseException):
 
 
 def run_command(
-    main: Callable[[Sequence[str]], None], *, interrupted: str = RESUMABLE, argv: Sequence[str] | None = None
+    main: Callable[[Sequence[str]], None], *, interrupted: str = RESUMABLE, argv: Sequence[str] | None = None, quiet: bool = True
 ) -> NoReturn:
     """Run a command and exit: 0 when done, 2 with one line for bad input, 130 after Ctrl-C, 143 after SIGTERM.
 
@@ -48,10 +49,11 @@ def run_command(
         main: the command; receives the arguments.
         interrupted: the line printed after Ctrl-C and SIGTERM.
         argv: the arguments; by default those of the process.
+        quiet: whether to hide what libraries print.
     """
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        with quiet_libraries():
+        with quiet_libraries() if quiet else nullcontext():
             sys.exit(_exit_code(main, sys.argv[1:] if argv is None else argv, interrupted))
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -17,6 +17,7 @@ from PIL import Image
 from rlens_jax.checkpoints import orbax_store
 from rlens_jax.checkpoints.checkpoint import kind_in
 from rlens_jax.checkpoints.model_folder import find_model
+from rlens_jax.config import Dtype
 from rlens_jax.errors import UserError
 from rlens_jax.families.image_files import PROCESSOR_FILE
 from rlens_jax.families.registry import read_kind
@@ -74,8 +75,8 @@ def dump(
     return bundle
 
 
-def load_torch_model(folder: Path) -> Any:
-    """Load the Hugging Face model of a folder in float32, with eager attention."""
+def load_torch_model(folder: Path, dtype: Dtype = "float32", attention: str = "eager") -> Any:
+    """Load the Hugging Face model of a folder. UserError if transformers cannot, without running code of the folder."""
     try:
         from transformers import AutoModelForImageTextToText
 
@@ -84,20 +85,32 @@ def load_torch_model(folder: Path) -> Any:
         raise UserError(f"--dump runs PyTorch: install the extra torch ({error})") from None
     try:
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype="float32", attn_implementation="eager", local_files_only=True, trust_remote_code=False
+            folder, dtype=dtype, attn_implementation=attention, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: transformers cannot load it ({_first_line(error)})") from None
     return model.eval().requires_grad_(False)
 
 
-def make_inputs(folder: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Inputs of the model for `QUESTIONS` from the processor of the checkpoint: right-padded PyTorch tensors."""
+def load_processor(folder: Path) -> Any:
+    """Load the processor of a folder in transformers. UserError if there is none that works without running code."""
     from transformers import AutoProcessor
 
     try:
         with _with_known_processor(folder) as readable:
-            processor = AutoProcessor.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
+            return AutoProcessor.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, AttributeError) as error:
+        raise _unusable(folder, error) from None
+
+
+def _unusable(folder: Path, error: Exception) -> UserError:
+    return UserError(f"{folder}: no usable processor ({_first_line(error)})")
+
+
+def make_inputs(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Inputs of the model for `QUESTIONS` from the processor of the checkpoint: right-padded PyTorch tensors."""
+    processor = load_processor(folder)
+    try:
         messages = [
             [{"role": "user", "content": [*[{"type": "image"}] * len(sizes), {"type": "text", "text": text}]}]
             for text, sizes in QUESTIONS
@@ -108,7 +121,7 @@ def make_inputs(folder: Path, names: Sequence[str]) -> dict[str, Any]:
         # Set here, because the default of a processor overrides that of its tokenizer.
         inputs = processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder}: no usable processor ({_first_line(error)})") from None
+        raise _unusable(folder, error) from None
     unknown = [name for name in inputs if name not in names]
     if unknown:
         raise UserError(f"{folder}: its processor returns {', '.join(unknown)}, which bundles cannot hold")

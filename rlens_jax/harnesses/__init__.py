@@ -1,0 +1,1 @@
+"""A plan as a model of other people's harnesses: VLMEvalKit and lmms-eval (docs/harnesses.md)."""
