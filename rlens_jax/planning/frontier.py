@@ -23,6 +23,7 @@ from rlens_jax.search.confirmation import CONFIDENCE, HeldOutLoss, held_out_loss
 from rlens_jax.search.curves import chain_order
 from rlens_jax.search.front import DOWN_SAMPLED, Front, FrontPoint, Kind, PrefillTime, undominated
 from rlens_jax.search.joint import Path, State, in_order, last_layers_first
+from rlens_jax.search.objective import dataset_metrics, relative_changes
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +111,11 @@ class Frontier:
     def _num_images(self) -> int:
         return len(np.unique(self._split.image_groups))
 
+    def check_defined(self) -> None:
+        """Raise UserError if the held-out loss is not defined: it is relative, and the dense model scores 0."""
+        dense = Rival("dense", self.planner.plan(self.planner.space.start), 1.0)
+        self._losses([dense], self._outcomes([dense]))
+
     def _confirmed(self, dense: Rival, joint: Sequence[Rival]) -> tuple[list[Rival], dict[Rival, Outcomes]]:
         """Dense and the milestones up to the first that breaks a budget of loss, and the last milestone, with their outcomes."""
         budget, tested = self.planner.budget, [dense, *joint]
@@ -144,14 +150,17 @@ class Frontier:
         return {rival: of(rival) for rival in rivals}
 
     def _losses(self, rivals: Sequence[Rival], outcomes: Mapping[Rival, Outcomes]) -> list[HeldOutLoss]:
-        """Each plan's loss against the first one, the dense model."""
+        """Each plan's loss against the first one, the dense model. UserError if it is not defined."""
         config = self.planner.config
+        relative = config.search.change == "relative" and config.held_out_measure not in DIVERGENCES
         dense, *_ = rivals
+        metrics = dataset_metrics(outcomes[dense])
+        relative_changes(metrics, metrics, relative=relative)
         return held_out_losses(
             [outcomes[each] for each in rivals],
             outcomes[dense],
             self._split.images,
-            relative=config.search.change == "relative" and config.held_out_measure not in DIVERGENCES,
+            relative=relative,
             samples=config.report.bootstrap_samples,
             seed=config.seed,
         )

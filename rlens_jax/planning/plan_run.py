@@ -66,11 +66,13 @@ def make_plan(config: RunConfig, processes: Processes | None = None, *, restart:
 
         searching = evaluator(config.search.measure, VALIDATION)
         planner = planner_of(session, searching, levels)
+        held_out = evaluator(config.held_out_measure, TEST)
+        frontier_of(session, planner, held_out, TEST).check_defined()  # before the search, not after hours
+        held_out.scoring.release()
         path = planner.search(planner.space, JOINT)
         say(f"{JOINT}: {len(path.points) - 1} moves to {path.points[-1].cost:.1%} of the dense cost")
         rivals = single_operators(planner)
         searching.scoring.release()
-        held_out = evaluator(config.held_out_measure, TEST)
         smaller = smaller_images(session, loaded, held_out, TEST)
         front = with_divergence(frontier_of(session, planner, held_out, TEST, smaller).front(path, rivals), searching)
         if processes.leads:

@@ -12,7 +12,7 @@ from rlens_jax.forecast import Forecast
 from rlens_jax.plans import OPERATORS, Operator, Plan
 from rlens_jax.search.curves import FlopsSaved, chain_order, held_out_plans, operator_result, plan_saving
 from rlens_jax.search.expected_work import CURVES, search_label
-from rlens_jax.search.objective import dataset_metrics
+from rlens_jax.search.objective import dataset_metrics, relative_changes
 from rlens_jax.search.results import OperatorResult, Saving
 from rlens_jax.search.search import Ranking, num_evaluations, rank_layers
 
@@ -78,7 +78,8 @@ class Ranker:
     ) -> Comparison:
         """Compare rankings with other orders, and with `complete`, rankings without position prior, on the held-out samples."""
         report, seed, relative = self.config.report, self.config.seed, self.config.search.change == "relative"
-        held_out, plans = self.evaluators[TEST], [Plan()]
+        held_out, plans, dense = self.evaluators[TEST], [Plan()], self.metrics(TEST, Plan())
+        relative_changes(dense, dense, relative=relative)  # before all curves
         for operator, ranking in rankings.items():
             plans += held_out_plans(ranking, report.random_rankings, seed, complete.get(operator))
         plans = chain_order(plans, self.num_layers)
@@ -87,7 +88,6 @@ class Ranker:
         combined = None
         with Progress(CURVES, len(plans) + both, "plans", self.forecast) as progress:
             outcomes = dict(zip(plans, held_out.chain(TEST, plans, progress), strict=True))
-            dense = dataset_metrics(outcomes[Plan()])
             for operator, ranking in rankings.items():
                 results[operator] = operator_result(
                     ranking,

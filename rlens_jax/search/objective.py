@@ -66,7 +66,7 @@ def relative_changes(metrics: Metrics, dense_metrics: Metrics, *, relative: bool
         if dense == 0:
             raise UserError(
                 f"dataset {name}: the dense model scores 0, so no relative change is defined; "
-                "leave the dataset out, or rank by absolute changes"
+                "leave the dataset out, or set search.change to absolute"
             )
     return {name: (metrics[name] - dense) / dense for name, dense in dense_metrics.items()}
 

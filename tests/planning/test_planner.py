@@ -327,6 +327,22 @@ def test_milestones_after_the_first_failure_are_left_out_but_the_last(monkeypatc
     assert sorted(evaluated, key=lambda plan: plan.attention) == [rivals[number].plan for number in tested]
 
 
+def test_a_loss_relative_to_a_score_of_0_is_refused_before_the_search():
+    images = {"right": np.zeros(3, int), "wrong": np.zeros(3, int)}
+    evaluator = Mock(spec=Evaluator, splits={"test": Mock(spec=Split, images=images)})
+    evaluator.chain = lambda split, plans, progress: [{"right": np.ones(3), "wrong": np.zeros(3)} for _ in plans]
+    space = Space(2, {"attention": 1, "ffn": 1})
+    for change in ("relative", "absolute"):
+        config = RunConfig(search=SearchConfig(change=change))
+        planner = Mock(spec=Planner, config=config, space=space, plan=lambda state: Plan(), num_layers=2)
+        frontier = Frontier(planner, evaluator, "test", "model", "data")
+        if change == "absolute":
+            frontier.check_defined()
+        else:
+            with pytest.raises(UserError, match=r"dataset wrong: the dense model scores 0, .* set search.change to absolute"):
+                frontier.check_defined()
+
+
 def test_a_time_table_has_the_levels_of_attention_as_rows(programs, monkeypatch):
     """Which program is in which place; no layer is run."""
     split = build_split(toy_samples(), ToyPreparer(), programs, SHAPES, False)
