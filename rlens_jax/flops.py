@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from rlens_jax.kept_tokens import CDPruner, DivPrune, FasterVLM, Pooling, Selection, TowerSelection, VisionZip
+from rlens_jax.drops import DART, PyramidDrop, SparseVLM, num_recycled
+from rlens_jax.kept_tokens import CDPruner, DivPrune, FasterVLM, Pooling, TowerSelection, VisionZip
 from rlens_jax.plans import FULL, SKIP, Level, Plan, Reduction, value_of
-from rlens_jax.pruning import FastV, Folder, Pruning
+from rlens_jax.pruning import FastV, Folder, Pruning, decoder_stages
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class DecoderSizes:
     qkv_bias: bool
     qk_norm: bool = field(default=False, kw_only=True)
     """Whether each head of q and k goes through an RMSNorm over H (Qwen3)."""
+
+    @property
+    def position_axes(self) -> int:
+        """Number of a token's rotary positions, as far as it is known: 1 where only sizes are."""
+        return 1
 
     @property
     def layer_sizes(self) -> LayerSizes:
@@ -128,8 +134,10 @@ def visual_in_layer(pruning: Pruning | None, num_visual: int, num_layers: int) -
     if pruning is None:
         return [num_visual] * num_layers
     pruning.validate(num_layers)
-    first = 0 if isinstance(pruning, Folder | Selection) else pruning.layer
-    return [num_visual] * first + [pruning.kept(num_visual)] * (num_layers - first)
+    counts = [num_visual] * num_layers
+    for stage in pruning.stages(num_layers):
+        counts[stage.layer :] = [stage.kept(num_visual)] * (num_layers - stage.layer)
+    return counts
 
 
 def mean_visual(visual_in_layer: Sequence[int]) -> float:
@@ -138,33 +146,60 @@ def mean_visual(visual_in_layer: Sequence[int]) -> float:
 
 
 def selection_cost(
-    sizes: LayerSizes, num_text: int, num_visual: int, pruning: Pruning | None, tower: TowerAttention | None = None
+    sizes: LayerSizes,
+    num_layers: int,
+    num_text: int,
+    num_visual: int,
+    pruning: Pruning | None,
+    tower: TowerAttention | None = None,
 ) -> int:
     """Multiply-adds of choosing or merging the visual tokens of one sample, which no other cost contains.
 
-    Counted is what is computed: products of tokens with each other, FastV's one row of attention with its query, and attention of
-    the tower that is computed once more (without `tower`: not counted). Sorting and norms are not counted, like those of layers.
+    Counted is what is computed: products of tokens with each other, rows of attention with their queries, PyramidDrop's keys, and
+    attention of the tower that is computed once more (without `tower`: not counted). Sorting and norms are not counted, as in
+    layers.
     """
-    kept = 0 if pruning is None else pruning.kept(num_visual)
     if num_visual == 0:
         return 0
     match pruning:
-        case FastV():
-            return sizes.query_width * (sizes.width + num_text + num_visual)
         case Folder():
-            return _merging_rounds(num_visual, kept) * num_visual**2 * sizes.width
+            return _merging_rounds(num_visual, pruning.kept(num_visual)) * num_visual**2 * sizes.width
         case Pooling():
-            return kept * num_visual * sizes.width
+            return pruning.kept(num_visual) * num_visual * sizes.width
         case DivPrune():
-            return (num_visual + kept) * num_visual * sizes.width
+            return (num_visual + pruning.kept(num_visual)) * num_visual * sizes.width
         case CDPruner():
             # The relevance, the rows of the kernel, and the rows of its Cholesky factor.
+            kept = pruning.kept(num_visual)
             return (1 + kept) * num_visual * sizes.width + kept * (kept - 1) // 2 * num_visual
         case VisionZip() if tower is not None:
             merging = pruning.contextual(num_visual) * num_visual * (tower.head_dim + sizes.width)
             return tower.cost(num_visual) + merging
         case FasterVLM() if tower is not None:
             return tower.cost(num_visual)
+    visual = visual_in_layer(pruning, num_visual, num_layers)
+    entering = [visual[stage.layer - 1] for stage in decoder_stages(pruning, num_layers)]
+    return sum(_drop_cost(sizes, num_text, num_visual, pruning, step, count) for step, count in enumerate(entering))
+
+
+def _drop_cost(sizes: LayerSizes, num_text: int, num_visual: int, pruning: Pruning | None, step: int, entering: int) -> int:
+    """As `selection_cost`, of one step of a method that drops tokens between layers, with `entering` visual tokens before it."""
+    num_tokens = num_text + entering
+
+    def rows(queries: int) -> int:
+        return queries * sizes.query_width * (sizes.width + num_tokens)
+
+    match pruning:
+        case FastV():
+            return rows(1 if pruning.attention == "last_token" else num_tokens)
+        case PyramidDrop():
+            return rows(1) + num_tokens * sizes.width * sizes.kv_width
+        case SparseVLM():
+            matching = num_text * num_visual * sizes.width if step == 0 else 0
+            merged = num_recycled(entering - pruning.chosen(step, num_visual)) if pruning.merges else 0
+            return rows(num_text) + matching + merged**2 * sizes.width
+        case DART():
+            return (pruning.pivots_visual + pruning.pivots_text) * entering * sizes.width
     return 0
 
 
@@ -243,6 +278,7 @@ def prefill_summary(
 
     That of pruning is null if the vision tower has a part in it, of which only the whole model knows.
     """
+    of = sizes, num_layers, num_text, num_visual
     visual = visual_in_layer(pruning, num_visual, num_layers)
     dense = prefill_cost(sizes, num_text, [num_visual] * num_layers, Plan(), reduction, with_probes=False)
     summary: dict[str, Any] = {
@@ -252,7 +288,7 @@ def prefill_summary(
         "visual_tokens_in_layer": visual,
         "mean_visual_tokens": mean_visual(visual),
         "dense": dense,
-        "selection": None if isinstance(pruning, TowerSelection) else selection_cost(sizes, num_text, num_visual, pruning),
+        "selection": None if isinstance(pruning, TowerSelection) else selection_cost(*of, pruning),
     }
     for name, with_probes in (("without_probes", False), ("with_probes", True)):
         reduced = prefill_cost(sizes, num_text, visual, plan, reduction, with_probes=with_probes)

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import ClassVar, Literal, no_type_check
 
+from rlens_jax.drops import Stage, checked_keep
 from rlens_jax.errors import UserError
 from rlens_jax.files import quoted
-from rlens_jax.plans import checked_decimal, exact
-
-_MOST_TOKENS = 2**31 - 1
-"""Ordinals are int32."""
+from rlens_jax.plans import exact
 
 
 @no_type_check  # user input: __post_init__ checks it and raises UserError
@@ -31,7 +29,7 @@ class Selection:
     title: ClassVar[str]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", _checked_keep(f"{self.title}: keep", self.keep))
+        object.__setattr__(self, "keep", checked_keep(f"{self.title}: keep", self.keep))
 
     def kept(self, num_visual: int) -> int:
         """Number of tokens left of a sample's `num_visual`."""
@@ -41,6 +39,10 @@ class Selection:
     def capacity(self, num_slots: int) -> int:
         """Static slots for the survivors of samples with at most `num_slots` visual tokens; one stays if there are none."""
         return max(1, *(self.kept(count) for count in range(num_slots + 1)))
+
+    def stages(self, num_layers: int) -> tuple[Stage, ...]:
+        """Where tokens are chosen."""
+        return (Stage(0, self.kept),)
 
     def validate(self, num_layers: int) -> None:
         """Accept any number of layers."""
@@ -159,13 +161,3 @@ class VisionZip(TowerSelection):
     def contextual(self, num_visual: int) -> int:
         """How many of the tokens left of `num_visual` are contextual."""
         return self.kept(num_visual) * 10 // 64
-
-
-def _checked_keep(name: str, value: object) -> int | float:
-    if isinstance(value, str) and value.isdecimal() and len(value) <= len(str(_MOST_TOKENS)):
-        value = int(value)
-    if type(value) is int:
-        if not 1 <= value <= _MOST_TOKENS:
-            raise UserError(f"{name} must be at least 1 token and at most {_MOST_TOKENS}, not {quoted(value)}")
-        return value
-    return checked_decimal(f"{name}, unless it is a whole number of tokens,", value, "(0, 1]")

@@ -31,8 +31,16 @@ ranking.
 Pruning is one of (shares are exact decimals; `layer` is the number of layers that see all visual tokens):
 
     {"method": "fastv", "layer": 2, "share": 0.5}     FastV: drop this share of the visual tokens, by attention
+    {"method": "fastv", "layer": 2, "keep": 192}      ... keep this number; "attention": "all_tokens" as in the paper's text
     {"method": "vtw", "layer": 14}                    VTW: drop all visual tokens
     {"method": "folder", "share": 0.5}                FOLDER-style: merge this share away before the first layer
+    {"method": "pyramiddrop"}                         PyramidDrop: after a quarter, half and three quarters of the layers, keep
+                                                      "keep": [0.5, 0.25, 0.125]; or after "layers": [8, 16, 24]
+    {"method": "sparsevlm", "keep": [300, 200, 118]}  SparseVLM "+", after 3, 7 and 16 of 32 layers, or after "layers";
+                                                      "version": "1.5" merges dropped tokens as well
+    {"method": "dart", "layer": 2, "keep": 192}       DART: keep the tokens least like a few pivots
+
+Those that drop tokens between layers take "positions": "kept" (default), or "renumbered", which models with M-RoPE cannot have.
 
 These keep so many of each sample's visual tokens before the first layer (rlens_jax/kept_tokens.py): `keep` is a number of tokens
 if it is a whole number, and a share of them if it is a decimal number above 0 and at most 1. So 1 is one token, 1.0 is all.
@@ -45,7 +53,8 @@ if it is a whole number, and a share of them if it is a decimal number above 0 a
     {"method": "fastervlm", "keep": 64}               FasterVLM: those with most attention in the vision tower
     {"method": "visionzip", "keep": 64, "merge": "sum"}   VisionZip: those, and others merged ("sum" as published, or "mean")
 
-On a command line the same is written --pruning fastv:layer=2,share=0.5 or --pruning divprune:keep=64.
+On a command line the same is written --pruning fastv:layer=2,share=0.5, --pruning divprune:keep=64, or with a list, --pruning
+sparsevlm:keep=300+200+118.
 """
 
 import dataclasses
@@ -57,9 +66,9 @@ from typing import Any
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import quoted, read_json
 from rlens_jax.flops import DecoderSizes
-from rlens_jax.kept_tokens import CDPruner, DivPrune, FasterVLM, Pooling, RandomTokens, StridedTokens, TowerSelection, VisionZip
+from rlens_jax.kept_tokens import TowerSelection
 from rlens_jax.plans import LEVEL_FIELDS, MOST_LAYERS, OPERATORS, PLAN_FIELDS, Operator, Plan, Reduction
-from rlens_jax.pruning import VTW, FastV, Folder, Pruning
+from rlens_jax.pruning import METHODS, Pruning, pruning_fields
 from rlens_jax.published_policies import MadeFor, Policy, is_policy, is_policy_name, named_policy, policy_of
 from rlens_jax.search.ranking_file import LARGEST_RANKING, SCHEMA, RankingFile, check_ranking
 
@@ -72,18 +81,6 @@ _MOST_DIGITS_OF_COUNT = 12
 
 _REDUCTION_FIELDS = tuple(item.name for item in dataclasses.fields(Reduction))
 _FIELDS = ("format", "num_layers", *PLAN_FIELDS, *_REDUCTION_FIELDS, "pruning")
-_METHODS: Mapping[str, type[Any]] = {
-    "fastv": FastV,
-    "vtw": VTW,
-    "folder": Folder,
-    "random": RandomTokens,
-    "strided": StridedTokens,
-    "pooling": Pooling,
-    "divprune": DivPrune,
-    "cdpruner-embeddings": CDPruner,
-    "fastervlm": FasterVLM,
-    "visionzip": VisionZip,
-}
 _REFUSED = {"cdpruner": "needs CLIP's text tower, which no family has; use cdpruner-embeddings"}
 _NEEDED = {
     "layer": "the number of layers that see the visual tokens",
@@ -120,6 +117,11 @@ class PlanFile:
         self.plan.validate(num_layers)
         if self.pruning is not None:
             self.pruning.validate(num_layers)
+            if sizes.position_axes > 1 and getattr(self.pruning, "positions", "kept") == "renumbered":
+                raise UserError(
+                    f"{self.pruning.label()}: this model's positions have {sizes.position_axes} parts (M-RoPE), which cannot be "
+                    'renumbered; use "positions": "kept"'
+                )
 
     def label(self) -> str:
         """A short text for tables and messages."""
@@ -128,11 +130,7 @@ class PlanFile:
 
     def fields(self) -> dict[str, Any]:
         """All settings of the computation, as JSON values with the names of a plan file."""
-        pruning = None
-        if self.pruning is not None:
-            (method,) = (name for name, kind in _METHODS.items() if isinstance(self.pruning, kind))
-            pruning = {"method": method, **dataclasses.asdict(self.pruning)}
-        return {**self.plan.fields(), **dataclasses.asdict(self.reduction), "pruning": pruning}
+        return {**self.plan.fields(), **dataclasses.asdict(self.reduction), "pruning": pruning_fields(self.pruning)}
 
     def document(self) -> dict[str, Any]:
         """The plan file, as JSON values: of format 1 if no layer has a level of its own."""
@@ -192,7 +190,8 @@ def parse_pruning(text: str) -> Pruning:
             raise UserError(f"--pruning must have the form divprune:keep=64 or fastv:layer=2,share=0.5, not {quoted(text)}")
         if name in fields:
             raise UserError(f"--pruning {quoted(text)} gives {name} twice")
-        fields[name] = int(value) if value.isdecimal() and len(value) < _MOST_DIGITS_OF_COUNT else value
+        numbers = [int(one) if one.isdecimal() and len(one) < _MOST_DIGITS_OF_COUNT else one for one in value.split("+")]
+        fields[name] = numbers if "+" in value else numbers[0]
     return _pruning(fields)
 
 
@@ -227,17 +226,17 @@ def _pruning(fields: Any) -> Pruning:
     method = fields["method"]
     if method in _REFUSED:
         raise UserError(f"pruning.method {method} {_REFUSED[method]}")
-    if method not in _METHODS:
-        raise UserError(f"pruning.method must be one of {', '.join(_METHODS)}, not {quoted(method)}{suggest(method, _METHODS)}")
-    known = [item.name for item in dataclasses.fields(_METHODS[method])]
+    if method not in METHODS:
+        raise UserError(f"pruning.method must be one of {', '.join(METHODS)}, not {quoted(method)}{suggest(method, METHODS)}")
+    known = [item.name for item in dataclasses.fields(METHODS[method])]
     values = {name: value for name, value in fields.items() if name != "method"}
     for name in values:
         if name not in known:
             raise UserError(f"unknown field pruning.{name}{suggest(name, known)}; {method} knows {', '.join(known)}")
-    for item in dataclasses.fields(_METHODS[method]):
+    for item in dataclasses.fields(METHODS[method]):
         if item.default is dataclasses.MISSING and item.name not in values:
             raise UserError(f"pruning.{item.name} is missing: {method} needs {_NEEDED[item.name]}")
-    return _METHODS[method](**values)
+    return METHODS[method](**values)
 
 
 def _from_ranking(ranking: RankingFile, first: Mapping[Operator, int] | None) -> PlanFile:

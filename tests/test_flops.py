@@ -163,15 +163,15 @@ def test_tokens_kept_and_mean_tokens():
 
 def test_what_choosing_tokens_costs():
     sizes, width, pairs = LayerSizes(8, 8, 4, 10), 8, 10 * 10
-    assert [selection_cost(sizes, 5, 10, one) for one in (None, VTW(2), RandomTokens(4), StridedTokens(4))] == [0] * 4
-    assert selection_cost(sizes, 5, 10, DivPrune(4)) == pairs * width + 4 * 10 * width
-    assert selection_cost(sizes, 5, 10, CDPruner(4)) == 5 * 10 * width + (1 + 2 + 3) * 10
-    assert selection_cost(sizes, 5, 18, Pooling(8, side=3)) == 8 * 18 * width
+    assert [selection_cost(sizes, 4, 5, 10, one) for one in (None, VTW(2), RandomTokens(4), StridedTokens(4))] == [0] * 4
+    assert selection_cost(sizes, 4, 5, 10, DivPrune(4)) == pairs * width + 4 * 10 * width
+    assert selection_cost(sizes, 4, 5, 10, CDPruner(4)) == 5 * 10 * width + (1 + 2 + 3) * 10
+    assert selection_cost(sizes, 4, 5, 18, Pooling(8, side=3)) == 8 * 18 * width
     # One row of attention, and its query.
-    assert selection_cost(sizes, 5, 10, FastV(2, 0.5)) == 8 * 8 + 15 * 8
+    assert selection_cost(sizes, 4, 5, 10, FastV(2, 0.5)) == 8 * 8 + 15 * 8
     # 10 to 5 tokens in one round, to 2 in three: 5, 3, 2.
-    assert [selection_cost(sizes, 5, 10, Folder(share)) for share in (0.5, 0.8)] == [pairs * width, 3 * pairs * width]
-    assert selection_cost(sizes, 5, 0, DivPrune(4)) == 0
+    assert [selection_cost(sizes, 4, 5, 10, Folder(share)) for share in (0.5, 0.8)] == [pairs * width, 3 * pairs * width]
+    assert selection_cost(sizes, 4, 5, 0, DivPrune(4)) == 0
 
 
 def test_tokens_merged_before_the_first_layer_are_saved_too():

@@ -59,8 +59,12 @@ def test_every_field_arrives(tmp_path: Path) -> None:
     again = {"format": FORMAT, "num_layers": 12, **read.fields()}
     assert read_plan(written(tmp_path, again)) == expected
     for pruning in (
-        {"method": "vtw", "layer": 5},
+        {"method": "fastv", "layer": 2, "keep": 192, "attention": "all_tokens", "positions": "renumbered"},
+        {"method": "vtw", "layer": 5, "positions": "kept"},
         {"method": "folder", "share": 0.25},
+        {"method": "pyramiddrop", "layers": [3, 6], "keep": [0.5, 0.25], "positions": "kept"},
+        {"method": "sparsevlm", "keep": [300, 200, 110], "version": "1.5", "positions": "kept"},
+        {"method": "dart", "keep": 0.3, "layer": 2, "pivots_visual": 4, "pivots_text": 3, "positions": "kept"},
         {"method": "random", "keep": 64},
         {"method": "strided", "keep": 1},
         {"method": "pooling", "keep": 64, "side": 16},

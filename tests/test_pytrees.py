@@ -27,7 +27,9 @@ ROTARY = (jnp.zeros((2, LAYOUT.bucket.slots, 4)),) * 2
         lambda: HalvedStack(*(jnp.zeros((3, 7, 4, 2)),) * 3),
         lambda: TracedPlan(jnp.zeros(5, int), jnp.zeros(6, int)),
         lambda: TracedPlan(jnp.zeros(5), jnp.zeros(5)),
-        lambda: KVCache(jnp.zeros((3, 2, 1, 9, 4)), jnp.zeros((3, 2, 1, 9, 4)), *[jnp.zeros((2, 8), int)] * 2),
+        lambda: KVCache(
+            *[jnp.zeros((2, 1, 9, 4))] * 2, *[jnp.zeros((2, 8), int)] * 2, jnp.zeros((2, 3), int), *[jnp.zeros(3, int)] * 2
+        ),
         lambda: LayerRecord(jnp.zeros((2, 1, 9, 4)), jnp.zeros((2, 1, 9, 4)), jnp.zeros((2, 5), int)),
         lambda: Context(LAYOUT, (ROTARY[0], ROTARY[1][:, 1:]), jax.random.key(0)),
     ],
@@ -48,10 +50,11 @@ def test_jax_rebuilds_a_pytree_from_anything():
 
 
 def test_a_prefix_of_a_tree_maps_over_it():
-    prefix = unchecked(KVCache, k=1, v=1, position=0, branch=0)
-    cache = KVCache(jnp.zeros((3, 2, 1, 9, 4)), jnp.ones((3, 2, 1, 9, 4)), *[jnp.zeros((2, 9), int)] * 2)
+    prefix = unchecked(KVCache, k=0, v=1, position=0, branch=0, shift=0, start=None, stop=None)
+    rows, layers = [jnp.zeros((2, 9), int)] * 2, [jnp.zeros(3, int)] * 2
+    cache = KVCache(jnp.zeros((2, 2, 9, 4)), jnp.ones((2, 2, 9, 4)), *rows, jnp.zeros((2, 3), int), *layers)
     total = jax.vmap(lambda row: row.v.sum(), in_axes=(prefix,))(cache)
-    np.testing.assert_array_equal(total, [3 * 9 * 4] * 2)
+    np.testing.assert_array_equal(total, [2 * 9 * 4] * 2)
 
 
 def test_static_fields_are_structure():

@@ -6,28 +6,60 @@ tests/torch_reductions.py.
 Axis letters: T tokens of a sample, D width, N query heads, K kv heads, H head dim, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import ROUND_FLOOR, Decimal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tests.torch_reductions import dynamic_ffn, hollow_mask
+from tests.torch_reductions import Left, best_visual, dynamic_ffn, hollow_mask, rating_text, recycled, unlike_pivots
+
+
+@dataclass(frozen=True)
+class Here:
+    """A sample where tokens are dropped, after some layers."""
+
+    decoder: "TorchDecoder"
+    layer: int
+    embedded: Tensor
+    """The states that entered the first layer, of all tokens [T before any drop, D]."""
+    was_visual: Tensor
+    positions: Tensor
+    """Where the tokens that are left were in the sequence."""
+    prompt: int
+    """Number of tokens of the whole prompt, without answers."""
+    entering: Tensor
+    """The states that entered the last layer."""
+    x: Tensor
+    weights: Tensor
+    """The last layer's attention weights [N, T, T]."""
+    is_visual: Tensor
+    rope: Tensor
+    features: Tensor | None
+    """Of deepstack, [T, layers, D]."""
+
+    def place(self, token: int) -> int:
+        """Where a token of the whole sequence is now."""
+        return self.positions.tolist().index(token)
+
+
+Drop = Callable[[Here, int], Left]
+"""From a sample and how many visual tokens it had at first to what is left."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a pass is reduced and pruned: layers counted from 0; tokens are dropped after `after` layers."""
+    """How a pass is reduced and pruned: layers counted from 0; `drops` by the number of layers before each."""
 
     attention_layers: tuple[int, ...] = ()
     ffn_layers: tuple[int, ...] = ()
     attention_range: int = 256
     active_fraction: str = "0.2"
     probe_fraction: str = "0.1"
-    after: int | None = None
-    drop: str | None = None
-    """Share of the visual tokens that is dropped; None drops them all."""
+    drops: tuple[tuple[int, Drop], ...] = ()
+    renumbered: bool = False
+    """Whether rotary positions are numbered anew at each drop."""
 
 
 @dataclass
@@ -63,35 +95,36 @@ class TorchDecoder:
         features: Tensor | None = None,
     ) -> Pass:
         """x [T, D] embeddings, rope [T, axes] rotary positions, features [T, layers, D] of deepstack."""
-        positions, gap, attended = torch.arange(len(x)), float("inf"), [torch.empty(0)]
+        positions, gap, prompt, drops = torch.arange(len(x)), float("inf"), last_prompt_token + 1, dict(settings.drops)
+        embedded, was_visual, entering, weights = x, is_visual, x, torch.empty(0)
         for layer in range(self.config.num_layers):
-            if layer == settings.after:
-                query = positions.tolist().index(last_prompt_token)
-                kept, gap = survivors(attended[-1], is_visual, query, settings.drop)
-                x, is_visual, rope, positions = x[kept], is_visual[kept], rope[kept], positions[kept]
+            if layer in drops:
+                here = Here(self, layer, embedded, was_visual, positions, prompt, entering, x, weights, is_visual, rope, features)
+                left = drops[layer](here, int(was_visual.sum()))
+                gap, kept = min(gap, left.gap), left.tokens
+                if left.states is not None:
+                    x, merged = left.states.split([x.shape[1], left.states.shape[1] - x.shape[1]], dim=1)
+                    features = None if features is None else merged.unflatten(1, features.shape[1:])
+                x = x[kept]
+                is_visual, positions = is_visual[kept], positions[kept]
+                rope = torch.arange(len(kept))[:, None].float() if settings.renumbered else rope[kept]
                 features = None if features is None else features[kept]
+            entering = x
             x, weights = self.layer(x, layer, is_visual, rope, settings)
             if features is not None and layer < features.shape[1]:
                 x[is_visual] += features[is_visual, layer]
-            attended.append(weights)
         head = "embedding" if self.config.tied_head else "head"
         logits = self.rms_norm(x, self.weights["norm.scale"]) @ self.weights[head].T
         return Pass(logits, positions.tolist(), gap)
 
     def layer(self, x: Tensor, layer: int, is_visual: Tensor, rope: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
         """States after the layer, and its attention weights [N, T, T]."""
-        w = {name.removeprefix("layers."): value[layer] for name, value in self.weights.items() if name.startswith("layers.")}
-        y = self.rms_norm(x, w["input_norm.scale"])
-        q, k, v = (torch.einsum("td,dnh->nth", y, w[f"attention.{name}.kernel"]) for name in ("q_proj", "k_proj", "v_proj"))
-        if self.config.qkv_bias:
-            q, k, v = (x + w[f"attention.{name}.bias"][:, None] for x, name in ((q, "q_proj"), (k, "k_proj"), (v, "v_proj")))
-        if self.config.qk_norm:
-            q, k = self.rms_norm(q, w["attention.q_norm.scale"]), self.rms_norm(k, w["attention.k_norm.scale"])
-        q, k = self.turn(q, rope), self.turn(k, rope)
+        q, k, v = self.heads(x, layer, rope)
         k, v = (heads.repeat_interleave(len(q) // len(k), dim=0) for heads in (k, v))
         reach = settings.attention_range if layer in settings.attention_layers else None
         scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
         weights = scores.masked_fill(~hollow_mask(is_visual, reach), -torch.inf).softmax(dim=-1)
+        w = self.layer_weights(layer)
         x = x + torch.einsum("nth,nhd->td", weights @ v, w["attention.o_proj.kernel"])
         y = self.rms_norm(x, w["ffn_norm.scale"])
         gate, up, down = (w[f"ffn.{name}_proj.kernel"] for name in ("gate", "up", "down"))
@@ -100,6 +133,20 @@ class TorchDecoder:
         else:
             y = (torch.nn.functional.silu(y @ gate.T) * (y @ up.T)) @ down
         return x + y, weights
+
+    def layer_weights(self, layer: int) -> dict[str, Tensor]:
+        return {name.removeprefix("layers."): value[layer] for name, value in self.weights.items() if name.startswith("layers.")}
+
+    def heads(self, x: Tensor, layer: int, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [N, T, H] and keys [K, T, H], and values, of a layer that `x` enters."""
+        w = self.layer_weights(layer)
+        y = self.rms_norm(x, w["input_norm.scale"])
+        q, k, v = (torch.einsum("td,dnh->nth", y, w[f"attention.{name}.kernel"]) for name in ("q_proj", "k_proj", "v_proj"))
+        if self.config.qkv_bias:
+            q, k, v = (x + w[f"attention.{name}.bias"][:, None] for x, name in ((q, "q_proj"), (k, "k_proj"), (v, "v_proj")))
+        if self.config.qk_norm:
+            q, k = self.rms_norm(q, w["attention.q_norm.scale"]), self.rms_norm(k, w["attention.k_norm.scale"])
+        return self.turn(q, rope), self.turn(k, rope), v
 
     def greedy(
         self,
@@ -139,15 +186,55 @@ class TorchDecoder:
         return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
-def survivors(weights: Tensor, is_visual: Tensor, query: int, drop: str | None) -> tuple[list[int], float]:
-    """Tokens that are left when visual tokens are dropped by the attention [N, T, T] that `query` pays them."""
-    text, visual = (torch.nonzero(mask)[:, 0].tolist() for mask in (~is_visual, is_visual))
-    if drop is None or not visual:
-        return text, float("inf")
-    received = weights.mean(dim=0)[query]
-    count = max(1, int((len(visual) * (1 - Decimal(drop))).to_integral_value(ROUND_FLOOR)))
-    ranked = sorted(visual, key=lambda token: -float(received[token]))
-    gap = float("inf")
-    if count < len(visual):
-        gap = float(1 - received[ranked[count]] / received[ranked[count - 1]])
-    return sorted(text + ranked[:count]), gap
+def withdraw(here: Here, num_visual: int) -> Left:
+    """VTW."""
+    return Left(torch.nonzero(~here.is_visual)[:, 0].tolist(), float("inf"))
+
+
+def fastv(kept: Callable[[int], int], everyone: bool = False) -> Drop:
+    """By the weights of the last layer, of the prompt's last token or of `everyone` in the prompt."""
+
+    def drop(here: Here, num_visual: int) -> Left:
+        last = here.place(here.prompt - 1)
+        rows = slice(0 if everyone else last, last + 1)
+        return best_visual(here.weights.mean(dim=0)[rows].mean(dim=0), here.is_visual, kept(num_visual))
+
+    return drop
+
+
+def pyramid(kept: Callable[[int], int]) -> Drop:
+    """By the last token's query and all keys of the layer that follows."""
+
+    def drop(here: Here, num_visual: int) -> Left:
+        q, k, _ = here.decoder.heads(here.x, here.layer, here.rope)
+        last, k = here.place(here.prompt - 1), k.repeat_interleave(len(q) // len(k), dim=0)
+        scores = torch.zeros(len(here.x))
+        scores[: last + 1] = (k[:, : last + 1] @ q[:, last, :, None] / q.shape[-1] ** 0.5)[..., 0].softmax(dim=1).mean(dim=0)
+        return best_visual(scores, here.is_visual, kept(num_visual))
+
+    return drop
+
+
+def sparse(chosen: Callable[[int], int], merges: bool) -> Drop:
+    """By the weights that the raters give, over all heads."""
+
+    def drop(here: Here, num_visual: int) -> Left:
+        raters = [here.place(token) for token in rating_text(here.embedded, here.was_visual, here.prompt)]
+        scores = here.weights.mean(dim=0)[raters].mean(dim=0)
+        left = best_visual(scores, here.is_visual, chosen(num_visual))
+        states = here.x if here.features is None else torch.cat([here.x, here.features.flatten(1)], dim=1)
+        return recycled(left, scores, states, here.is_visual, here.x.shape[1]) if merges else left
+
+    return drop
+
+
+def dart(kept: Callable[[int], int]) -> Drop:
+    """Least like pivots, by the keys of the last layer and the states behind the final norm."""
+
+    def drop(here: Here, num_visual: int) -> Left:
+        keys = here.decoder.heads(here.entering, here.layer - 1, here.rope)[1]
+        normed = here.decoder.rms_norm(here.x, here.decoder.weights["norm.scale"])
+        prompt = here.place(here.prompt - 1) + 1
+        return unlike_pivots(keys, normed, here.is_visual, prompt, kept(num_visual))
+
+    return drop

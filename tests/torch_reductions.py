@@ -1,4 +1,5 @@
-"""Both reductions in plain PyTorch, written from the method's description and not from this package's code.
+"""Both reductions, and the choices of token-pruning baselines, in plain PyTorch, written from the methods' descriptions and not
+from this package's code.
 
 Everything is in sequence order, one sample at a time, with whole masks and whole hidden layers. The functions
 run on raw tensors; `reduced` runs them inside a Hugging Face Qwen2-VL with eager attention, in the layers of a
@@ -171,3 +172,88 @@ def reduced(
     finally:
         for module in replaced:
             del module.forward
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a drop of visual tokens leaves of a sample."""
+
+    tokens: list[int]
+    """Text and visual tokens that stay, ascending."""
+    gap: float
+    """How clear the choice was: the smallest difference between the last chosen and the first refused, relative to the former."""
+    states: Tensor | None = None
+    """The states of all tokens with merged ones in their places, None if nothing is merged."""
+
+
+def rating_text(x: Tensor, is_visual: Tensor, prompt: int) -> list[int]:
+    """SparseVLM's raters: text behind the last image, in the first `prompt` tokens, that matches it; x [T, D] are embeddings."""
+    visual = torch.nonzero(is_visual)[:, 0].tolist()
+    text = [token for token in range(prompt) if not is_visual[token] and token > max(visual, default=-1)]
+    if not visual:
+        return text
+    match = (x[visual] @ x[text].T).softmax(dim=1).mean(dim=0)
+    return [token for token, value in zip(text, match, strict=True) if value > match.mean()] or text
+
+
+def best_visual(scores: Tensor, is_visual: Tensor, count: int) -> Left:
+    """The `count` visual tokens with the largest scores [T], and all text."""
+    text, visual = (torch.nonzero(mask)[:, 0].tolist() for mask in (~is_visual, is_visual))
+    ranked = sorted(visual, key=lambda token: -float(scores[token]))
+    gap = float("inf")
+    if 0 < count < len(ranked):
+        gap = float(1 - scores[ranked[count]] / scores[ranked[count - 1]])
+    return Left(sorted(text + ranked[:count]), gap)
+
+
+def recycled(left: Left, scores: Tensor, x: Tensor, is_visual: Tensor, width: int) -> Left:
+    """SparseVLM 1.5: what `left` drops is merged in part; x [T, D and more] are the states to merge, compared by D = `width`."""
+    dropped = [token for token in torch.nonzero(is_visual)[:, 0].tolist() if token not in left.tokens]
+    if not dropped:
+        return left
+    ranked = sorted(dropped, key=lambda token: -float(scores[token]))
+    count = int(Decimal(len(dropped)) * Decimal("0.3")) + 1
+    members, clusters = sorted(ranked[:count]), min(count, count // 10 + 1)
+    gap = left.gap
+    if count < len(ranked):
+        gap = min(gap, float(1 - scores[ranked[count]] / scores[ranked[count - 1]]))
+    points = x[members]
+    distance = torch.linalg.norm((points[:, None] - points[None])[..., :width], dim=-1) / width**0.5
+    near = distance.sort(dim=1).values[:, :clusters]
+    density = torch.exp(-(near**2).mean(dim=1))
+    # Two nearest neighbours of each other are equally dense, and no noise tells them apart: the earlier one counts as denser.
+    above = [[j for j in range(count) if (float(density[j]), -j) > (float(density[i]), -i)] for i in range(count)]
+    denser = [[float(distance[i, j]) for j in others] for i, others in enumerate(above)]
+    peak = torch.tensor([min(distances, default=float(distance.max())) for distances in denser])
+    product = density * peak
+    order = product.argsort(descending=True, stable=True).tolist()
+    if clusters < count and product[order[clusters]] != product[order[clusters - 1]]:  # ties go to the earlier token
+        gap = min(gap, float(1 - product[order[clusters]] / product[order[clusters - 1]]))
+    centres = order[:clusters]
+    states = x.clone()
+    nearest = {i: i if i in centres else min(centres, key=lambda c: float(distance[i, c])) for i in range(count)}
+    for centre in centres:
+        states[members[centre]] = points[[i for i in range(count) if nearest[i] == centre]].mean(dim=0)
+    return Left(sorted([*left.tokens, *(members[centre] for centre in centres)]), gap, states)
+
+
+def unlike_pivots(keys: Tensor, normed: Tensor, is_visual: Tensor, prompt: int, count: int) -> Left:
+    """DART's choice of `count` visual tokens; keys [K, T, H], normed [T, D] states behind the final norm."""
+    norms = keys.abs().sum(dim=(0, 2))
+    visual = torch.nonzero(is_visual)[:, 0].tolist()
+    text = [token for token in range(prompt) if not is_visual[token] and token > max(visual, default=-1)]
+    pivots, gap = [], float("inf")
+    for tokens, most in ((visual, min(4, count)), (text, 4)):
+        ranked = sorted(tokens, key=lambda token: -float(norms[token]))
+        if most < len(ranked):
+            gap = min(gap, float(1 - norms[ranked[most]] / norms[ranked[most - 1]]))
+        pivots.append(sorted(ranked[:most]))
+    kept, pivots = set(pivots[0]), pivots[0] + pivots[1]
+    whole, more = divmod(count - len(kept), max(1, len(pivots)))
+    for number, pivot in enumerate(pivots):
+        cosine = torch.nn.functional.cosine_similarity(normed, normed[pivot][None], dim=1)
+        ranked, share = sorted((t for t in visual if t not in kept), key=lambda t: float(cosine[t])), whole + (number < more)
+        if 0 < share < len(ranked):
+            gap = min(gap, float(cosine[ranked[share]] - cosine[ranked[share - 1]]))
+        kept |= set(ranked[:share])
+    return Left(sorted([*torch.nonzero(~is_visual)[:, 0].tolist(), *kept]), gap)

@@ -25,7 +25,7 @@ from rlens_jax.console import say
 from rlens_jax.data.images import image_file
 from rlens_jax.data.samples import IMAGE_MARK, VIDEO_MARK, Sample
 from rlens_jax.engine.choices import chosen_dtype
-from rlens_jax.engine.model_programs import ROWS, ModelPrograms, Program
+from rlens_jax.engine.model_programs import EVERYWHERE, ROWS, ModelPrograms, Program
 from rlens_jax.engine.overflow import not_finite
 from rlens_jax.engine.pools import Batch
 from rlens_jax.engine.prompt_batches import AskedPrompts, prompt_batches
@@ -34,13 +34,13 @@ from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.files import check_text
 from rlens_jax.kept_tokens import Selection
-from rlens_jax.models.decoder import KVCache
+from rlens_jax.models.cache import KVCache
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import Tokens, decode, prefill
 from rlens_jax.models.prompt import FILLER, Preparer, PromptBatch
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.plans import Plan, Reduction
-from rlens_jax.pruning import VTW, FastV, Pruning
+from rlens_jax.pruning import Pruning
 from rlens_jax.pytrees import pytree, unchecked
 from rlens_jax.sharding.mesh import check_fits, make_mesh
 from rlens_jax.sharding.model_axis import MODEL, WORK
@@ -64,15 +64,16 @@ class Prefilled:
 
     first: Int[Array, "B Q"]
     """The first new token of each branch."""
-    caches: tuple[KVCache, ...]
-    """One cache for all layers, or two if tokens were pruned between layers."""
+    cache: KVCache
     finite: Bool[Array, "B Q"]
     """Whether all scores, of probes and of pruned tokens, and the logits of the first token were finite."""
 
 
-_HEADS = PartitionSpec(None, WORK, MODEL)
-_CACHE = unchecked(KVCache, k=_HEADS, v=_HEADS, position=ROWS, branch=ROWS)
-"""The partition of a cache over the mesh."""
+_HEADS = PartitionSpec(WORK, MODEL)
+_ROW_FIELDS = dict.fromkeys(("position", "branch", "shift"), ROWS)
+_CACHE = unchecked(KVCache, k=_HEADS, v=_HEADS, **_ROW_FIELDS, start=EVERYWHERE, stop=EVERYWHERE)
+_PREFILLED = unchecked(Prefilled, first=ROWS, cache=_CACHE, finite=ROWS)
+"""The partition of a prefilled batch over the mesh."""
 
 
 def automatic_chunk(rows: int, slots: int, ffn_width: int, itemsize: int) -> int | None:
@@ -109,7 +110,7 @@ class DeployedPrograms(ModelPrograms):
         self._stop_tokens = stop_tokens
         self._chunk = chunk
         self._prefills: dict[tuple[Plan, Reduction, Pruning | None, int], Program] = {}
-        self._decoders: dict[tuple[int, Tokens, int], Program] = {}
+        self._decoders: dict[tuple[int, Tokens], Program] = {}
 
     def prefill(
         self, visual: Float[Array, "B P visual_width"], batch: PromptBatch, deployed: PlanFile, new_tokens: int
@@ -134,9 +135,7 @@ class DeployedPrograms(ModelPrograms):
                 )
                 return Prefilled(*made)
 
-            self._prefills[key] = self.program(
-                "prefill", run, (ROWS, ROWS), _partition(2 if isinstance(pruning, FastV | VTW) else 1)
-            )
+            self._prefills[key] = self.program("prefill", run, (ROWS, ROWS), _PREFILLED)
         return self._prefills[key](visual, batch)
 
     def decode(
@@ -144,7 +143,7 @@ class DeployedPrograms(ModelPrograms):
     ) -> tuple[Int[Array, "B Q Y"], Bool[Array, "B Q"]]:
         """The greedy answers, and whether all logits were finite. One program for all plans (paper: decoding is never reduced).
 
-        Only pruning needs another program, because it leaves smaller caches.
+        It serves all ways of pruning, too, that leave caches of as many eighths of the dense cache (`rlens_jax.models.cache`).
 
         Args:
             prefilled: the result of `prefill` for `batch` and `new_tokens`.
@@ -152,14 +151,14 @@ class DeployedPrograms(ModelPrograms):
             new_tokens: tokens to generate.
             to_the_end: generate all new tokens even if all answers have ended, for measurements.
         """
-        stop_tokens, parts = () if to_the_end else self._stop_tokens, len(prefilled.caches)
-        key = new_tokens, stop_tokens, parts
+        stop_tokens = () if to_the_end else self._stop_tokens
+        key = new_tokens, stop_tokens
         if key not in self._decoders:
 
             def run(model: VisionLanguageModel, prefilled: Prefilled, batch: PromptBatch) -> tuple[Array, Array]:
-                return decode(model.decoder, prefilled.first, prefilled.caches, batch, new_tokens, stop_tokens)
+                return decode(model.decoder, prefilled.first, prefilled.cache, batch, new_tokens, stop_tokens)
 
-            self._decoders[key] = self.program("decode", run, (_partition(parts), ROWS), ROWS)
+            self._decoders[key] = self.program("decode", run, (_PREFILLED, ROWS), ROWS)
         return self._decoders[key](prefilled, batch)
 
     def _chunk_of(self, model: VisionLanguageModel, batch: PromptBatch) -> int | None:
@@ -167,11 +166,6 @@ class DeployedPrograms(ModelPrograms):
             return self._chunk
         rows, units = batch.text_ids.shape[0], model.decoder.layers.ffn.gate_proj.kernel.shape[1]
         return automatic_chunk(rows, batch.layout.bucket.slots, units, self.dtype.itemsize)
-
-
-def _partition(parts: int) -> Any:
-    """The partition of a prefilled batch with `parts` caches over the mesh."""
-    return unchecked(Prefilled, first=ROWS, caches=(_CACHE,) * parts, finite=ROWS)
 
 
 @dataclass(frozen=True)

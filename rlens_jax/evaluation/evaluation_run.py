@@ -172,7 +172,7 @@ def _cost(
 
     (dense, shared_dense), (reduced, shared_reduced) = cost(PlanFile(), False), cost(config.plan, False)
     with_probes, shared_with_probes = cost(config.plan, True)
-    selection = [selection_cost(sizes, *answer.prompt, config.plan.pruning, tower) for answer in answers]
+    selection = [selection_cost(sizes, num_layers, *answer.prompt, config.plan.pruning, tower) for answer in answers]
     return Cost(
         dense=float(dense.mean()),
         reduced=float(reduced.mean()),

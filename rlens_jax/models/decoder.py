@@ -23,7 +23,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rlens_jax.flops import DecoderSizes
-from rlens_jax.layout import KV, PADDING_POSITION, Queries, Slots, TokenLayout, visible
+from rlens_jax.layout import KV, Queries, Slots, TokenLayout, visible
+from rlens_jax.models.cache import KVCache, Newest, cache_of
 from rlens_jax.models.layers import Linear, RMSNorm, Rotary, UnitRows, embed_tokens, hide_padding, rope_angles, rotate, rotation
 from rlens_jax.ops.attention import Kernel, attend, attend_text, masked_attention
 from rlens_jax.ops.ffn import FfnWeights, Kept, Units, dense_ffn, dynamic_ffn
@@ -37,8 +38,6 @@ Out = TypeVar("Out")
 States = Float[Array, "B T D"]
 Layer = Int[Array, ""]
 """The number of a layer."""
-LayerCache = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
-"""Keys and values of one layer of a `KVCache`."""
 Imposed = Int[Array, "B U"] | None
 """Units that replace those that the probes choose."""
 Rows = Float[Array, "B rows D"]
@@ -61,6 +60,11 @@ class DecoderConfig(DecoderSizes):
     """The sections are interleaved (`rope_angles`)."""
     deepstack: int = 0
     """Number of first layers after which something is added to the visual tokens (Qwen3-VL)."""
+
+    @property
+    def position_axes(self) -> int:
+        """Number of a token's rotary positions."""
+        return len(self.rope_sections)
 
     @property
     def visual_width(self) -> int:
@@ -125,18 +129,6 @@ class Context:
     """The FFN units of all layers, if they are stored as half rows."""
     features: Float[Array, "B P features"] | None = None
     """What deepstack adds to the visual tokens after layer 0, then 1, ..., along the last axis; None without deepstack."""
-
-
-@pytree
-class KVCache:
-    """Rotated keys, and values, of consecutive layers that hold the same tokens: slots of the prefill, then of new tokens."""
-
-    k: Float[Array, "L B K S H"]
-    v: Float[Array, "L B K S H"]
-    position: Int[Array, "B S"]
-    """Sequence position of each slot."""
-    branch: Int[Array, "B S"]
-    """Its branch, 0 for the trunk."""
 
 
 @pytree
@@ -304,16 +296,16 @@ class DecoderLayer(nnx.Module):
             return x + sum_over_shards(dense_ffn(self.ffn_norm(x), units))
 
     def decode(
-        self, x: States, rotary: Rotary, cache: LayerCache, mask: Bool[Array, "B Q S"], slot: Int[Array, ""], units: Units
-    ) -> tuple[States, LayerCache]:
-        """One new token per branch through the plain layer (paper: decoding is never reduced)."""
+        self, x: States, rotary: Rotary, cache: KVCache, layer: Layer, newest: Newest, units: Units
+    ) -> tuple[States, KVCache]:
+        """One new token per branch through plain layer number `layer` (paper: decoding is never reduced)."""
         with jax.named_scope("attention"):
             q, k, v = self.attention.project(self.input_norm(x), rotary)
-            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=2) for old, new in zip(cache, (k, v), strict=True))
-            x = x + sum_over_shards(self.attention.o_proj(masked_attention(q, k, v, mask)))
+            cache = cache.with_newest(k, v, layer, newest)
+            x = x + sum_over_shards(self.attention.o_proj(cache.attend(q, layer, newest)))
         with jax.named_scope("ffn"):
             x = x + sum_over_shards(dense_ffn(self.ffn_norm(x), units))
-        return x, (k, v)
+        return x, cache
 
 
 def add_feature(x: States, context: Context, layer: int | Layer) -> States:
@@ -416,7 +408,7 @@ class Decoder(nnx.Module):
             raise ValueError(
                 f"deepstack = {self.config.deepstack}, but features are {'missing' if features is None else 'given'}"
             )
-        return Context(layout, self._rotary(rope_positions), random_key, kernel, chunk, self._halved(), features)
+        return Context(layout, self.rotary(rope_positions), random_key, kernel, chunk, self._halved(), features)
 
     def layer(self, number: int | Layer) -> DecoderLayer:
         """A single layer."""
@@ -468,55 +460,45 @@ class Decoder(nnx.Module):
         last = module.at(x, slots, context, module.ffn.units(context.halved, layer))
         return x.at[jnp.arange(x.shape[0])[:, None], slots].set(last)
 
-    def make_cache(self, record: LayerRecord, layout: TokenLayout, new_tokens: int) -> KVCache:
-        """The cache of the layers of a prefill, with room for `new_tokens` more in all; plans drop nothing from it (paper)."""
-        room, slots = ((0, 0), (0, 0), (0, 0), (0, new_tokens), (0, 0)), layout.slots
-        position = jnp.pad(slots.position, ((0, 0), (0, new_tokens)), constant_values=PADDING_POSITION)
-        branch = jnp.pad(slots.branch, ((0, 0), (0, new_tokens)))
-        return KVCache(jnp.pad(record.k, room), jnp.pad(record.v, room), position, branch)
+    def make_cache(
+        self, record: LayerRecord, layout: TokenLayout, new_tokens: int, shift: Int[Array, " B"] | None = None
+    ) -> KVCache:
+        """The cache of the layers of a prefill, with room for `new_tokens` more in all; plans drop nothing from it (paper).
+
+        `shift` as in `KVCache`; None is 0.
+        """
+        return cache_of(record.k, record.v, layout.slots, new_tokens, shift)
 
     def decode(
         self,
         token_ids: Int[Array, "B Q"],
-        caches: tuple[KVCache, ...],
+        cache: KVCache,
         position: Int[Array, "B Q"],
         rope_position: Int[Array, "B axes Q"],
         room: Int[Array, ""],
-    ) -> tuple[Float[Array, "B Q V"], tuple[KVCache, ...]]:
-        """One decoding step of all branches: logits of the next token of each, and the caches with the newest, at `position`.
+        longest: int | None = None,
+    ) -> tuple[Float[Array, "B Q V"], KVCache]:
+        """One decoding step of all branches: logits of the next token of each, and the cache with the newest, at `position`.
 
-        There is one cache per group of layers that hold the same tokens. The last `room` slots of each are free, and the newest
-        tokens go into the first of them.
+        The last `room` slots of each layer are free, and the newest tokens go into the first of them. No layer has more than
+        `longest` slots; None is as many as all have, if none was shortened.
         """
-        rotary = self._rotary(rope_position)
-        x = embed_tokens(self.embedding[...], token_ids)
-        first, advanced = 0, []
-        for cache in caches:
-            x, cache = self._decode_layers(x, first, cache, rotary, position, cache.position.shape[1] - room)
-            first += cache.k.shape[0]
-            advanced.append(cache)
-        return self.logits(x), tuple(advanced)
-
-    def _decode_layers(
-        self, x: States, first: int, cache: KVCache, rotary: Rotary, position: Int[Array, "B Q"], slot: Int[Array, ""]
-    ) -> tuple[States, KVCache]:
-        """The layers of one cache, which begin with number `first`."""
+        x, halved = embed_tokens(self.embedding[...], token_ids), self._halved()
         branch = 1 + jax.lax.broadcasted_iota(jnp.int32, position.shape, 1)
-        positions = jax.lax.dynamic_update_slice_in_dim(cache.position, position, slot, axis=1)
-        branches = jax.lax.dynamic_update_slice_in_dim(cache.branch, branch, slot, axis=1)
-        query, key = (Slots(p, jnp.full_like(p, -1), b) for p, b in ((position, branch), (positions, branches)))
-        mask, halved = visible(query, key, None), self._halved()
+        slots = Slots(position, jnp.full_like(position, -1), branch)
+        newest = Newest(slots, room, longest or cache.k.shape[2] // self.config.num_layers)
 
-        def body(x: Array, layer: tuple[Array, LayerCache]) -> tuple[Array, LayerCache]:
-            number, layer_cache = layer
+        def body(number: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+            x, cache = carry
             module = self.layer(number)
-            return module.decode(x, rotary, layer_cache, mask, slot, module.ffn.units(halved, number))
+            rotary = self.rotary(rope_position - cache.shift[:, number][:, None, None])
+            return module.decode(x, rotary, cache, number, newest, module.ffn.units(halved, number))
 
-        numbers = jnp.arange(first, first + cache.k.shape[0])
-        x, (k, v) = jax.lax.scan(body, x, (numbers, (cache.k, cache.v)))
-        return x, KVCache(k, v, positions, branches)
+        x, cache = jax.lax.fori_loop(0, self.config.num_layers, body, (x, cache))
+        return self.logits(x), cache
 
-    def _rotary(self, rope_positions: Int[Array | np.ndarray, "B axes T"]) -> Rotary:
+    def rotary(self, rope_positions: Int[Array | np.ndarray, "B axes T"]) -> Rotary:
+        """Cosine and sine at these positions."""
         config = self.config
         angles = rope_angles(rope_positions, config.rope_theta, config.rope_sections, interleaved=config.rope_interleaved)
         return rotation(angles)

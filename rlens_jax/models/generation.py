@@ -1,6 +1,6 @@
 """Greedy generation with a KV cache: one prefill under a plan, then plain decoding steps (paper: a plan drops nothing).
 
-After token pruning, later layers hold fewer tokens and have a separate cache.
+Where visual tokens are dropped between layers, the layers behind hold fewer tokens and have a smaller part of the cache.
 """
 
 from typing import Any
@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlens_jax.models.decoder import Decoder, KVCache, TracedPlan
+from rlens_jax.models.cache import KVCache, join_caches
+from rlens_jax.models.decoder import Decoder, TracedPlan
 from rlens_jax.models.layers import all_finite, best_token
 from rlens_jax.models.prompt import FILLER, PromptBatch
 from rlens_jax.models.pruned import run_prompt
@@ -33,8 +34,8 @@ def prefill(
     kernel: Kernel = "packed",
     pruning: Pruning | None = None,
     chunk: int | None = None,
-) -> tuple[Int[Array, "B Q"], tuple[KVCache, ...], Bool[Array, "B Q"]]:
-    """First new token of each branch, caches with room for `new_tokens` each, and whether all scores and logits were finite.
+) -> tuple[Int[Array, "B Q"], KVCache, Bool[Array, "B Q"]]:
+    """First new token of each branch, a cache with room for `new_tokens` each, and whether all scores and logits were finite.
 
     `kernel` and `chunk` are those of `Context`. Logits are computed for the last token of each prompt only.
     """
@@ -42,17 +43,12 @@ def prefill(
     prompt_end = jnp.asarray(batch.prompt_end)
     logits = decoder.logits(jnp.take_along_axis(states.x, prompt_end[:, :, None], axis=1))
     room = new_tokens * prompt_end.shape[1]
-    caches = tuple(decoder.make_cache(part.record, part.layout, room) for part in states.parts)
-    return best_token(logits), caches, states.scored[:, None] & all_finite(logits)
+    caches = [decoder.make_cache(part.record, part.layout, room, part.shift) for part in states.parts]
+    return best_token(logits), join_caches(caches, batch.layout.bucket.slots + room), states.scored[:, None] & all_finite(logits)
 
 
 def decode(
-    decoder: Decoder,
-    first: Int[Array, "B Q"],
-    caches: tuple[KVCache, ...],
-    batch: PromptBatch,
-    new_tokens: int,
-    stop_tokens: Tokens,
+    decoder: Decoder, first: Int[Array, "B Q"], cache: KVCache, batch: PromptBatch, new_tokens: int, stop_tokens: Tokens
 ) -> tuple[Int[Array, "B Q Y"], Bool[Array, "B Q"]]:
     """`new_tokens` greedy tokens of each branch, `first` included, and whether all logits were finite.
 
@@ -60,6 +56,7 @@ def decode(
     """
     axes = batch.rope_positions.shape[1]
     rows, branches = first.shape
+    longest = batch.layout.bucket.slots + branches * new_tokens
     filler = jnp.asarray(batch.samples) == FILLER
     tokens = jnp.full((rows, branches, new_tokens), next(iter(stop_tokens), 0), jnp.int32).at[:, :, 0].set(first)
 
@@ -68,20 +65,20 @@ def decode(
         return (step < new_tokens) & any_unfinished
 
     def advance(carry: Any) -> Any:
-        step, _, token, tokens, finite, caches = carry
+        step, _, token, tokens, finite, cache = carry
         position = batch.next_position + step - 1
         rope = jnp.broadcast_to((batch.next_rope + step - 1)[:, None], (rows, axes, branches))
-        logits, caches = decoder.decode(token, caches, position, rope, branches * (new_tokens + 1 - step))
+        logits, cache = decoder.decode(token, cache, position, rope, branches * (new_tokens + 1 - step), longest)
         ended = is_any(token, stop_tokens)
         newest = jnp.where(ended, token, best_token(logits))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, newest[:, :, None], step, axis=2)
-        return step + 1, unfinished(newest), newest, tokens, finite & (ended | all_finite(logits)), caches
+        return step + 1, unfinished(newest), newest, tokens, finite & (ended | all_finite(logits)), cache
 
     def unfinished(token: Array) -> Array:
         return on_any_shard(~(is_any(token, stop_tokens) | filler).all())
 
     finite = jnp.ones((rows, branches), bool)
-    return jax.lax.while_loop(running, advance, (jnp.int32(1), unfinished(first), first, tokens, finite, caches))[3:5]
+    return jax.lax.while_loop(running, advance, (jnp.int32(1), unfinished(first), first, tokens, finite, cache))[3:5]
 
 
 def is_any(tokens: Int[Array, "*B"], of: Tokens) -> Bool[Array, "*B"]:

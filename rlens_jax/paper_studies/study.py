@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from rlens_jax.files import json_text
 from rlens_jax.plans import Plan, Reduction
-from rlens_jax.pruning import Pruning
+from rlens_jax.pruning import Pruning, pruning_fields
 
 SCHEMA = "rlens-study/1"
 
@@ -226,14 +226,13 @@ def _point(point: Point) -> dict[str, Any]:
 
 
 def _case(case: Case) -> dict[str, Any]:
-    variant, pruning = case.variant, case.variant.pruning
-    method = None if pruning is None else {"method": type(pruning).__name__.lower(), **asdict(pruning)}
+    variant = case.variant
     return {
         "attention": list(case.plan.attention),
         "ffn": list(case.plan.ffn),
         "reduction": asdict(variant.reduction),
         "tokens": variant.tokens,
-        "pruning": method,
+        "pruning": pruning_fields(variant.pruning),
     }
 
 

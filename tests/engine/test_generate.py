@@ -16,11 +16,13 @@ import rlens_jax
 from rlens_jax.commands.generate import main
 from rlens_jax.console import run_command
 from rlens_jax.data.pages import make_page
+from rlens_jax.drops import DART, PyramidDrop, SparseVLM
 from rlens_jax.engine.deployed_model import DeployedModel, automatic_chunk, make_sample
 from rlens_jax.engine.shapes import row_buckets, slot_sizes
 from rlens_jax.errors import UserError
 from rlens_jax.kept_tokens import DivPrune, Pooling, StridedTokens, VisionZip
 from rlens_jax.plan_file import FORMAT, PlanFile
+from rlens_jax.pruning import VTW, FastV
 from tests.engine.toy import damaged
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
@@ -124,7 +126,6 @@ def test_what_cannot_share_a_row(model: DeployedModel, page: Path) -> None:
 
 
 def test_with_token_pruning(model: DeployedModel, page: Path, tmp_path: Path) -> None:
-    """FastV leaves later layers a smaller cache, so it decodes in a program of its own."""
     path, answers = tmp_path / "plan.json", {}
     for share in (0, 0.96):
         pruning = {"method": "fastv", "layer": 2, "share": share}
@@ -135,7 +136,7 @@ def test_with_token_pruning(model: DeployedModel, page: Path, tmp_path: Path) ->
     assert answers[0.96] != answers[0]
 
 
-def test_methods_of_one_budget_decode_in_one_program(model: DeployedModel, page: Path) -> None:
+def test_methods_before_the_first_layer(model: DeployedModel, page: Path) -> None:
     """One that keeps all tokens is the dense model, and decodes in its program."""
     dense = model.generate([page], QUESTIONS[0], max_new_tokens=TOKENS)
     before = Counter(model.programs.traces)
@@ -145,6 +146,22 @@ def test_methods_of_one_budget_decode_in_one_program(model: DeployedModel, page:
     assert model.programs.traces - before == {"encode": 1, "prefill": 3, "decode": 1}  # VisionZip's images have marks
     with pytest.raises(UserError, match="those of qwen2_vl do not; possible are random"):
         model.generate([page], QUESTIONS[0], PlanFile(pruning=Pooling(20)), max_new_tokens=TOKENS)
+
+
+def test_one_program_decodes_after_all_methods_of_one_cache_length(model: DeployedModel, page: Path) -> None:
+    """Where a layer begins and ends in the cache is data. The cache is smaller than the dense one all the same."""
+    methods = [FastV(2, 0.6), DART(0.4), PyramidDrop((2, 5), (0.5, 0.3)), SparseVLM((0.6, 0.4, 0.3)), VTW(5), DivPrune(0.5)]
+    prompts = model.prepare([make_sample("a prompt", [page], QUESTIONS[0], False)], TOKENS, sharing=False)
+    (batch,), slots, tokens = prompts.batches, {}, {}
+    for pruning in (None, *methods):
+        before = model.programs.traces["decode"]
+        prefilled = model.programs.prefill(model.programs.put(batch.visual), batch.inputs, PlanFile(pruning=pruning), TOKENS)
+        tokens[pruning], _ = model.programs.decode(prefilled, batch.inputs, TOKENS)
+        slots[pruning] = prefilled.cache.k.shape[2], model.programs.traces["decode"] - before
+    assert len({slots[pruning][0] for pruning in methods}) == 1
+    assert [slots[pruning][1] for pruning in methods[1:]] == [0] * 5
+    assert slots[methods[0]][0] < 0.8 * slots[None][0]
+    assert len({str(np.asarray(row)) for row in tokens.values()}) > 1
 
 
 def test_in_chunks_the_answers_are_the_same(model: DeployedModel, page: Path, plan_path: Path) -> None:

@@ -60,7 +60,7 @@ def run_prefill(graph, state, batch, visual, plan: Plan, reduction: Reduction, n
     decoder = nnx.merge(graph, state)
     context = decoder.context(batch.layout, batch.rope_positions, KEY, features=decoder.features(visual))
     x, record = decoder.prefill(decoder.embed(batch.text_ids, visual), context, plan, reduction)
-    cache = (decoder.make_cache(record, batch.layout, new_tokens),)
+    cache = decoder.make_cache(record, batch.layout, new_tokens)
     return decoder.logits(x), record.kept.scored.all(), cache
 
 

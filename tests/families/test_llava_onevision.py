@@ -77,7 +77,7 @@ def run_prefill(graph, state, batch, arrays, source, plan: Plan, reduction: Redu
     x = model.decoder.embed(batch.text_ids, tokens.reshape(-1, tokens.shape[-1])[source])
     context = model.decoder.context(batch.layout, batch.rope_positions, KEY)
     x, record = model.decoder.prefill(x, context, plan, reduction)
-    cache = (model.decoder.make_cache(record, batch.layout, new_tokens),)
+    cache = model.decoder.make_cache(record, batch.layout, new_tokens)
     return model.decoder.logits(x), record.kept.scored.all(), cache
 
 

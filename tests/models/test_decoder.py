@@ -242,7 +242,7 @@ def test_decoding_equals_the_prefill_of_the_whole(decoder, plan):
     @jax.jit
     def start(text_ids, visual, layout):
         x, record = decoder.prefill(decoder.embed(text_ids, visual), make_context(decoder, layout), plan, REDUCTION)
-        return decoder.logits(x), (decoder.make_cache(record, layout, steps),)
+        return decoder.logits(x), decoder.make_cache(record, layout, steps)
 
     def prefill_all(cut):
         layout = make_layout([mask[: len(mask) - cut] for mask in masks], spare=(2, 3))

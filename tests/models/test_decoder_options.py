@@ -13,11 +13,24 @@ import pytest
 import torch
 from flax import nnx
 
+from rlens_jax.drops import DART, PyramidDrop, SparseVLM
 from rlens_jax.models.decoder import Decoder
 from rlens_jax.models.prompt import Prompt
 from rlens_jax.plans import Plan
 from rlens_jax.pruning import VTW, FastV, Folder
-from tests.models.test_pruned import KEY, NEW_TOKENS, PLAN, REDUCTION, bare, batch_of, run, run_greedy, settings_for, torch_inputs
+from tests.models.test_pruned import (
+    KEY,
+    NEW_TOKENS,
+    PLAN,
+    REDUCTION,
+    bare,
+    batch_of,
+    run,
+    run_greedy,
+    settings_for,
+    torch_inputs,
+    torch_of,
+)
 from tests.numerics import assert_close, error
 from tests.ops.test_token_pruning import merged_slowly
 from tests.sequences import run_length, unpack
@@ -41,10 +54,7 @@ def decoder() -> Decoder:
 
 @pytest.fixture(scope="module")
 def reference(decoder) -> TorchDecoder:
-    weights = {
-        ".".join(map(str, path)): np.asarray(variable.get_value()) for path, variable in nnx.to_flat_state(nnx.state(decoder))
-    }
-    return TorchDecoder(weights, CONFIG)
+    return torch_of(decoder, CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +82,17 @@ def theirs(reference: TorchDecoder, prompt: Prompt, row: np.ndarray) -> tuple[tu
     return torch_inputs(reference, prompt, row[:, : CONFIG.width]), features
 
 
-CASES = [(Plan(), None), (PLAN, None), (PLAN, FastV(1, 0.6)), (Plan(), FastV(2, 0.5)), (Plan(), VTW(2))]
+CASES = [
+    (Plan(), None),
+    (PLAN, None),
+    (PLAN, FastV(1, 0.6)),
+    (Plan(), FastV(2, 0.5)),
+    (Plan(), VTW(2)),
+    (Plan(), PyramidDrop()),
+    (PLAN, SparseVLM((20, 10, 6), version="1.5")),
+    (Plan(), SparseVLM(keep=(0.7, 0.3), layers=(1, 3))),
+    (Plan(), DART(keep=0.4, layer=1)),
+]
 
 
 @pytest.mark.parametrize(("plan", "pruning"), CASES, ids=lambda value: "none" if value is None else value.label())

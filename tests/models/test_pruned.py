@@ -10,17 +10,19 @@ import pytest
 import torch
 from flax import nnx
 
+from rlens_jax.drops import DART, PyramidDrop, SparseVLM
 from rlens_jax.errors import UserError
-from rlens_jax.models.decoder import Decoder
+from rlens_jax.models.decoder import Decoder, DecoderConfig
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.prompt import Prompt, PromptBatch, collate_alone
 from rlens_jax.models.pruned import run_prompt
+from rlens_jax.plan_file import PlanFile
 from rlens_jax.plans import Plan, Reduction
-from rlens_jax.pruning import VTW, FastV, Folder
+from rlens_jax.pruning import VTW, FastV, Folder, Pruning, decoder_stages
 from tests.numerics import assert_close, error
 from tests.ops.test_token_pruning import merged_slowly
 from tests.sequences import bucket_for, pack, run_length, unpack
-from tests.torch_decoder import Settings, TorchDecoder
+from tests.torch_decoder import Settings, TorchDecoder, dart, fastv, pyramid, sparse, withdraw
 from tests.toy_decoder import TOY, random_decoder
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
@@ -42,12 +44,16 @@ def decoder() -> Decoder:
     return random_decoder(CONFIG, 0.3)
 
 
-@pytest.fixture(scope="module")
-def reference(decoder) -> TorchDecoder:
+def torch_of(decoder: Decoder, config: DecoderConfig) -> TorchDecoder:
     weights = {
         ".".join(map(str, path)): np.asarray(variable.get_value()) for path, variable in nnx.to_flat_state(nnx.state(decoder))
     }
-    return TorchDecoder(weights, CONFIG)
+    return TorchDecoder(weights, config)
+
+
+@pytest.fixture(scope="module")
+def reference(decoder) -> TorchDecoder:
+    return torch_of(decoder, CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +109,28 @@ def run_greedy(graph, state, visual, batch, plan, pruning):
     return decode(decoder, first, caches, batch, NEW_TOKENS, ())[0], caches
 
 
-def settings_for(plan: Plan, pruning: FastV | VTW | Folder | None) -> Settings:
+def settings_for(plan: Plan, pruning: Pruning | None) -> Settings:
+    drops = []
+    for step, stage in enumerate(decoder_stages(pruning, CONFIG.num_layers)):
+        match pruning:
+            case FastV():
+                drop = fastv(stage.kept, pruning.attention == "all_tokens")
+            case PyramidDrop():
+                drop = pyramid(stage.kept)
+            case SparseVLM():
+                drop = sparse(partial(pruning.chosen, step), pruning.merges)
+            case DART():
+                drop = dart(stage.kept)
+            case _:
+                drop = withdraw
+        drops.append((stage.layer, drop))
     return Settings(
         attention_layers=plan.attention,
         ffn_layers=plan.ffn,
         attention_range=REDUCTION.attention_range,
         active_fraction=str(REDUCTION.active_fraction),
-        after=getattr(pruning, "layer", None),
-        drop=str(pruning.share) if isinstance(pruning, FastV) else None,
+        drops=tuple(drops),
+        renumbered=getattr(pruning, "positions", "kept") == "renumbered",
     )
 
 
@@ -121,7 +141,17 @@ def torch_inputs(reference: TorchDecoder, prompt: Prompt, vectors: np.ndarray):
     return x, is_visual, torch.from_numpy(prompt.rope_positions.T.copy()).float()
 
 
-CASES = [(Plan(), FastV(1, 0.7)), (PLAN, FastV(2, 0.5)), (Plan(), VTW(3)), (PLAN, VTW(2))]
+CASES = [
+    (Plan(), FastV(1, 0.7)),
+    (PLAN, FastV(2, 0.5)),
+    (Plan(), FastV(2, keep=6, attention="all_tokens")),
+    (Plan(), VTW(3)),
+    (PLAN, VTW(2)),
+    (PLAN, PyramidDrop()),
+    (PLAN, SparseVLM((20, 10, 6))),
+    (PLAN, SparseVLM(keep=(0.6, 0.4, 0.2), version="1.5")),
+    (PLAN, DART(keep=11)),
+]
 
 
 @pytest.mark.parametrize(("plan", "pruning"), CASES, ids=lambda value: value.label())
@@ -134,23 +164,55 @@ def test_answers_are_judged_as_in_pytorch(decoder, reference, prompts, vectors, 
         last = len(prompt.token_ids) - 1 - prompt.answer_length
         expected = reference(*torch_inputs(reference, prompt, vectors[i]), last, settings_for(plan, pruning))
         assert expected.gap > 1e-4
-        assert len(expected.positions) == prompt.num_text + pruning.kept(prompt.num_visual)
+        left = decoder_stages(pruning, CONFIG.num_layers)[-1].kept(prompt.num_visual)
+        assert len(expected.positions) == prompt.num_text + left
         assert expected.logits.std() > 1
         assert_close(ours, expected.logits, 1e-4)
 
 
-@pytest.mark.parametrize(("plan", "pruning"), [(PLAN, FastV(2, 0.5)), (Plan(), VTW(2))], ids=lambda value: value.label())
+GENERATED = [(PLAN, FastV(2, 0.5)), (Plan(), VTW(2)), (PLAN, PyramidDrop())]
+
+
+@pytest.mark.parametrize(("plan", "pruning"), GENERATED, ids=lambda value: value.label())
 def test_greedy_tokens_with_caches_are_those_of_pytorch(decoder, reference, prompts, vectors, plan, pruning):
     prompts = bare(prompts)
     batch, visual = batch_of(prompts, vectors)
-    tokens, caches = run_greedy(*nnx.split(decoder), visual, batch, plan, pruning)
+    tokens, cache = run_greedy(*nnx.split(decoder), visual, batch, plan, pruning)
     for i, (prompt, ours) in enumerate(zip(prompts, tokens, strict=True)):
         x, is_visual, rope = torch_inputs(reference, prompt, vectors[i])
         expected = reference.greedy(x, is_visual, rope, prompt.next_rope, NEW_TOKENS, settings_for(plan, pruning))
         assert ours.tolist() == [expected]
-    bucket = batch.layout.bucket
-    assert [cache.k.shape[0] for cache in caches] == [pruning.layer, CONFIG.num_layers - pruning.layer]
-    assert [cache.k.shape[3] - NEW_TOKENS for cache in caches] == [bucket.slots, bucket.text + pruning.kept(bucket.visual)]
+    bucket, stages = batch.layout.bucket, decoder_stages(pruning, CONFIG.num_layers)
+    kept = [bucket.visual] * CONFIG.num_layers
+    for stage in stages:
+        kept[stage.layer :] = [stage.kept(bucket.visual)] * (CONFIG.num_layers - stage.layer)
+    assert (cache.stop - cache.start).tolist() == [bucket.text + visual + NEW_TOKENS for visual in kept]
+    assert cache.k.shape[2] < CONFIG.num_layers * (bucket.slots + NEW_TOKENS)
+
+
+RENUMBERED = [PyramidDrop(positions="renumbered"), FastV(1, 0.6, positions="renumbered"), VTW(2, "renumbered")]
+
+
+@pytest.mark.parametrize("pruning", RENUMBERED, ids=lambda pruning: pruning.label())
+def test_positions_are_renumbered_where_they_have_one_part(prompts, vectors, pruning):
+    """Keys cached below a drop keep their positions; layers above continue behind the shortened sequence."""
+    config = replace(CONFIG, rope_sections=(2,))
+    decoder = random_decoder(config, 0.3)
+    reference = torch_of(decoder, config)
+    plain = [Prompt.plain(p.token_ids, p.is_visual) for p in prompts]
+    batch, visual = batch_of(plain, vectors)
+    tokens, _ = run_greedy(*nnx.split(decoder), visual, batch, PLAN, pruning)
+    logits, layout, _ = run(*nnx.split(decoder), visual, batch, PLAN, pruning)
+    settings = settings_for(PLAN, pruning)
+    for i, (prompt, ours) in enumerate(zip(plain, unpack(logits, layout), strict=True)):
+        inputs = torch_inputs(reference, prompt, vectors[i])
+        expected = reference(*inputs, len(prompt.token_ids) - 1, settings)
+        assert expected.gap > 1e-4
+        assert_close(ours, expected.logits, 1e-4)
+        assert tokens[i].tolist() == [reference.greedy(*inputs, len(prompt.token_ids), NEW_TOKENS, settings)]
+        kept = reference(*inputs, len(prompt.token_ids) - 1, replace(settings, renumbered=False))
+        if prompt.num_visual > 1:
+            assert error(kept.logits, expected.logits) > 1e-2
 
 
 @pytest.mark.parametrize("pruning", [FastV(2, 0), Folder(0)], ids=lambda pruning: pruning.label())
@@ -187,6 +249,13 @@ def test_merged_tokens_run_like_any_others(decoder, reference, prompts, vectors)
         x[kept] = torch.from_numpy(merged)
         expected = reference(x[left], is_visual[left], rope[left], 0, settings_for(PLAN, None))
         assert_close(ours, expected.logits, 1e-4)
+
+
+@pytest.mark.parametrize("pruning", RENUMBERED, ids=lambda pruning: pruning.label())
+def test_positions_of_several_parts_cannot_be_renumbered(pruning):
+    PlanFile(pruning=replace(pruning, positions="kept")).validate(CONFIG)
+    with pytest.raises(UserError, match=r'have 2 parts .M-RoPE., which cannot be renumbered; use "positions": "kept"'):
+        PlanFile(pruning=pruning).validate(CONFIG)
 
 
 @pytest.mark.parametrize("pruning", [FastV(4, 0.5), VTW(9)])
