@@ -192,7 +192,7 @@ def parse_pruning(text: str) -> Pruning:
             raise UserError(f"--pruning {quoted(text)} gives {name} twice")
         numbers = [int(one) if one.isdecimal() and len(one) < _MOST_DIGITS_OF_COUNT else one for one in value.split("+")]
         fields[name] = numbers if "+" in value else numbers[0]
-    return _pruning(fields)
+    return read_pruning(fields)
 
 
 def _from_plan(fields: Mapping[str, Any]) -> PlanFile:
@@ -212,7 +212,7 @@ def _from_plan(fields: Mapping[str, Any]) -> PlanFile:
         plan.validate(num_layers)
     reduction = Reduction(**{name: fields[name] for name in _REDUCTION_FIELDS if name in fields})
     pruning = fields.get("pruning")
-    return PlanFile(plan, reduction, num_layers, None if pruning is None else _pruning(pruning))
+    return PlanFile(plan, reduction, num_layers, None if pruning is None else read_pruning(pruning))
 
 
 def _from_policy(policy: Policy) -> PlanFile:
@@ -220,7 +220,8 @@ def _from_policy(policy: Policy) -> PlanFile:
     return PlanFile(plan, num_layers=None if made_for is None else made_for.num_layers, made_for=made_for)
 
 
-def _pruning(fields: Any) -> Pruning:
+def read_pruning(fields: Any) -> Pruning:
+    """The value of the field `pruning` of a plan file, which is not null. UserError if it is none."""
     if not isinstance(fields, dict) or not isinstance(fields.get("method"), str):
         raise UserError(f"pruning must be null or an object with a method, not {quoted(fields)}")
     method = fields["method"]

@@ -40,6 +40,11 @@ def embedded_model() -> Path:
     return folder
 
 
+def embedded_plan() -> Path:
+    """The best plan for it that loses at most 1 %, as `rlens_jax.rank` found it (docs/results.md)."""
+    return embedded_model() / "plan.json"
+
+
 def cache_folder() -> Path:
     """Default folder for prepared datasets and compiled programs."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -29,6 +29,7 @@ COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.split
 NUM_LAYERS = 2
 NOT_RUN = {
     "pip install . && python -m rlens_jax.rank": "installs, and ranks for minutes (tests/test_rank.py runs it)",
+    "python -m rlens_jax.compare FOLDER": "FOLDER is never right, so nothing is a share of it (tests/evaluation/test_compare.py)",
     'pip install -e ".[test,torch]" && .ci/install_browser && python -m pytest': "installs, and runs this test",
 }
 PARSED = {

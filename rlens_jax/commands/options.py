@@ -16,10 +16,23 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from rlens_jax.config import DTYPES, GROUPS, Dtype, RunConfig, alternatives, dotted_name, field_types, fits, shown, wrong_type
+from rlens_jax.config import (
+    DTYPES,
+    GROUPS,
+    PAGES,
+    Dtype,
+    RunConfig,
+    alternatives,
+    dotted_name,
+    field_types,
+    fits,
+    shown,
+    wrong_type,
+)
 from rlens_jax.console import ArgumentParser, say
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.flops import PUBLISHED_DECODERS, DecoderSizes
+from rlens_jax.metrics.score import CURRENT, RULES
 from rlens_jax.plan_file import PlanFile, parse_first, parse_pruning, read_plan
 from rlens_jax.resources import preset_path
 from rlens_jax.yaml_file import read_yaml
@@ -128,10 +141,53 @@ def add_model_options(parser: ArgumentParser) -> None:
     """The model, its plan, and how to compute it."""
     add_model_argument(parser)
     add_plan_options(parser)
+    add_compute_options(parser)
+
+
+def add_compute_options(parser: ArgumentParser) -> None:
+    """How to compute a model."""
     add_dtype_option(parser, None, "bfloat16 on an accelerator, float32 on a CPU")
     parser.add_argument("--model-shards", metavar="N", type=int, default=1, help="devices per copy of the model (default: 1)")
     parser.add_argument("--chunk", metavar="N", type=int, help="prompt tokens per step of an FFN (default: by size)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of random probes and draws (default: 0)")
+
+
+def add_scoring_options(parser: ArgumentParser, output: str, new_tokens: str) -> None:
+    """The data to score a model on, and how; `scoring_values` reads them. The other arguments are defaults, in words."""
+    parser.add_argument("--data", metavar="DATA", nargs="+", help="data sets (default for the embedded model: pages)")
+    output_help = "folder for results (default: %(default)s)"
+    parser.add_argument("--output", metavar="DIR", type=new_folder, default=Path(output), help=output_help)
+    parser.add_argument("--limit", metavar="N", type=int, help="use only the first N questions of each data set")
+    md5_help = "use a version of NAME.tsv that is not the published one; repeat for further files"
+    parser.add_argument("--md5", metavar="NAME=SUM", action="append", default=[], help=md5_help)
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, help=f"max tokens per answer (default: {new_tokens})")
+    for name, default, text in (
+        ("batch-size", 8, "prompts per batch of a work group"),
+        ("bootstrap-samples", 1000, "draws of the bootstrap behind the intervals"),
+        ("timing-repeats", 5, "measurements per time"),
+    ):
+        parser.add_argument(f"--{name}", metavar="N", type=int, default=default, help=f"{text} (default: %(default)s)")
+    rules_help = f"VLMEvalKit's rules for benchmarks of {' or '.join(RULES)}, which differ in multiple choice and ChartQA"
+    parser.add_argument("--rules", metavar="MONTH", default=CURRENT, help=f"{rules_help} (default: %(default)s)")
+    images_help = "images of benchmarks as in the file, or compressed again as VLMEvalKit did until 2026 (default: %(default)s)"
+    parser.add_argument("--images", choices=("as_published", "recompressed"), default="as_published", help=images_help)
+    skip_help = "go on where an image or a prompt cannot be used, and count the question as wrong"
+    parser.add_argument("--skip-unusable", action="store_true", help=skip_help)
+    add_restart_option(parser)
+
+
+def scoring_values(parser: ArgumentParser, options: argparse.Namespace, model: str, named: Iterable[str]) -> dict[str, Any]:
+    """The fields `named` of an `EvaluationConfig` from the options of `add_scoring_options` and others.
+
+    UserError without data, unless the model has data of its own, or for a sum that is none.
+    """
+    if options.data is None and model != EMBEDDED:
+        parser.error("--data DATA is missing: name the data to score the model on")
+    # Imported here: the catalogue imports the reader of datasets.
+    from rlens_jax.data.benchmarks.catalogue import named_sum
+
+    md5 = dict(named_sum(text, parser.error) for text in options.md5)
+    return {**{name: getattr(options, name) for name in named}, "md5": md5, "data": tuple(options.data or [PAGES])}
 
 
 def add_restart_option(parser: ArgumentParser) -> None:

@@ -9,6 +9,7 @@ Its programs are a prefill per plan, and one decoding program for all plans.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -28,6 +29,7 @@ from rlens_jax.engine.choices import chosen_dtype
 from rlens_jax.engine.model_programs import EVERYWHERE, ROWS, ModelPrograms, Program
 from rlens_jax.engine.overflow import not_finite
 from rlens_jax.engine.pools import Batch
+from rlens_jax.engine.preparing import Resize, as_it_is
 from rlens_jax.engine.prompt_batches import AskedPrompts, prompt_batches
 from rlens_jax.engine.shapes import Shapes, row_buckets, slot_sizes
 from rlens_jax.errors import UserError
@@ -110,12 +112,16 @@ class DeployedPrograms(ModelPrograms):
         self._stop_tokens = stop_tokens
         self._chunk = chunk
         self._prefills: dict[tuple[Plan, Reduction, Pruning | None, int], Program] = {}
-        self._decoders: dict[tuple[int, Tokens], Program] = {}
+        self._decoders: dict[int, Program] = {}
 
     def prefill(
         self, visual: Float[Array, "B P visual_width"], batch: PromptBatch, deployed: PlanFile, new_tokens: int
     ) -> Prefilled:
         """Read all prompts of a batch, in a program for this plan alone; the caches have room for `new_tokens` tokens."""
+        return self.prefill_program(deployed, new_tokens)(visual, batch)
+
+    def prefill_program(self, deployed: PlanFile, new_tokens: int) -> Program:
+        """The program of `prefill`, of its first two arguments."""
         plan, reduction, pruning = deployed.plan, deployed.reduction, deployed.pruning
         key = plan, reduction, pruning, new_tokens
         if key not in self._prefills:
@@ -136,7 +142,12 @@ class DeployedPrograms(ModelPrograms):
                 return Prefilled(*made)
 
             self._prefills[key] = self.program("prefill", run, (ROWS, ROWS), _PREFILLED)
-        return self._prefills[key](visual, batch)
+        return self._prefills[key]
+
+    def forget(self, deployed: PlanFile) -> None:
+        """Drop the compiled prefills of a plan, which take memory."""
+        own = deployed.plan, deployed.reduction, deployed.pruning
+        self._prefills = {key: program for key, program in self._prefills.items() if key[:3] != own}
 
     def decode(
         self, prefilled: Prefilled, batch: PromptBatch, new_tokens: int, *, to_the_end: bool = False
@@ -151,15 +162,15 @@ class DeployedPrograms(ModelPrograms):
             new_tokens: tokens to generate.
             to_the_end: generate all new tokens even if all answers have ended, for measurements.
         """
-        stop_tokens = () if to_the_end else self._stop_tokens
-        key = new_tokens, stop_tokens
-        if key not in self._decoders:
+        if new_tokens not in self._decoders:
 
-            def run(model: VisionLanguageModel, prefilled: Prefilled, batch: PromptBatch) -> tuple[Array, Array]:
-                return decode(model.decoder, prefilled.first, prefilled.cache, batch, new_tokens, stop_tokens)
+            def run(model: VisionLanguageModel, prefilled: Prefilled, batch: PromptBatch, stop: Array) -> tuple[Array, Array]:
+                return decode(model.decoder, prefilled.first, prefilled.cache, batch, new_tokens, stop)
 
-            self._decoders[key] = self.program("decode", run, (_PREFILLED, ROWS), ROWS)
-        return self._decoders[key](prefilled, batch)
+            self._decoders[new_tokens] = self.program("decode", run, (_PREFILLED, ROWS, EVERYWHERE), ROWS)
+        # Data, so that measurements run the program that made the answers. No token has the number -1.
+        stop = np.array(self._stop_tokens or (-1,), np.int32)
+        return self._decoders[new_tokens](prefilled, batch, np.full_like(stop, -1) if to_the_end else stop)
 
     def _chunk_of(self, model: VisionLanguageModel, batch: PromptBatch) -> int | None:
         if self._chunk is not None:
@@ -258,12 +269,15 @@ class DeployedModel:
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
 
-    def prepare(self, samples: Sequence[Sample], max_new_tokens: int, *, sharing: bool, marked: bool = False) -> AskedPrompts:
+    def prepare(
+        self, samples: Sequence[Sample], max_new_tokens: int, *, sharing: bool, marked: bool = False, resized: Resize = as_it_is
+    ) -> AskedPrompts:
         """Prompts of samples in batches; see `prompt_batches`.
 
         Only for plans without pruning can they be `sharing` rows. Plans that are `marked` need marks; all others may have them.
         """
-        return prompt_batches(samples, self.preparer, self.programs, self.shapes, max_new_tokens, sharing=sharing, marked=marked)
+        batches = partial(prompt_batches, sharing=sharing, marked=marked, resized=resized)
+        return batches(samples, self.preparer, self.programs, self.shapes, max_new_tokens)
 
     def answer_batch(self, asked: AskedPrompts, batch: Batch, plan: PlanFile, max_new_tokens: int) -> dict[int, Answer]:
         """The answers to a batch of `prepare`, by the number of the sample."""

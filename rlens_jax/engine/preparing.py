@@ -17,7 +17,7 @@ from rlens_jax.data.samples import Sample
 from rlens_jax.engine.buckets import Size
 from rlens_jax.engine.trunks import Row, SamplePrompts, rows_of
 from rlens_jax.hosts.processes import Processes
-from rlens_jax.models.prompt import Branches, ImageSize, ImageTokens, Measure, PreparedImage, Preparer, Prompt
+from rlens_jax.models.prompt import Branches, Grid, ImageSize, ImageTokens, Measure, PreparedImage, Preparer, Prompt
 
 KEPT_BYTES = 1_000_000_000
 """Memory for the prepared images of a split that are kept between measuring and encoding (our decision)."""
@@ -77,19 +77,28 @@ class Images:
         return self._preparer.images(list(map(self._resized, load_images(sample, self._preparer.transparency))), sample.id)
 
 
+def share_reached(share: float, measure: Measure, sizes: Sequence[Grid]) -> tuple[int, int]:
+    """Visual tokens of images of these widths and heights, down-sampled to a share, and as they are."""
+    return sum(_smaller(share, measure, *size)[1] for size in sizes), sum(measure(*size)[1].count for size in sizes)
+
+
 def down_sampled(share: float, measure: Measure, image: Image) -> Image:
     """The image at the largest of some sizes at which it has at most a share of its visual tokens, by bicubic antialiasing.
 
     The family's own rule, `measure`, says how many it has at a size. If that rule lets it have no fewer than more than the share,
     it has the fewest possible.
     """
-    width, height = image.size
+    size, _ = _smaller(share, measure, *image.size)
+    return image if size == image.size else image.resize(size, Resampling.BICUBIC)
+
+
+def _smaller(share: float, measure: Measure, width: int, height: int) -> tuple[Grid, int]:
+    """The size to which `down_sampled` brings an image, and the number of its visual tokens there."""
     heights = dict.fromkeys(max(1, round(height * 2 ** (-step / 16))) for step in range(65))
     sizes = [(max(1, width * smaller // height), smaller) for smaller in heights]  # no size is longer than the image
     counts = [measure(*size)[1].count for size in sizes]
     wanted = max(share * counts[0], min(counts))
-    place = next(place for place, count in enumerate(counts) if count <= wanted)
-    return image.resize(sizes[place], Resampling.BICUBIC) if place else image
+    return next(pair for pair in zip(sizes, counts, strict=True) if pair[1] <= wanted)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.encoding import Encoder
 from rlens_jax.engine.model_programs import ModelPrograms
 from rlens_jax.engine.pools import Batch, make_pools
-from rlens_jax.engine.preparing import prepare
+from rlens_jax.engine.preparing import Resize, as_it_is, prepare
 from rlens_jax.engine.shapes import Block, Shapes, check_context, dealt_rows, power_of_two, slots_before_visual
 from rlens_jax.engine.trunks import Row
 from rlens_jax.hosts.processes import Processes
@@ -44,6 +45,7 @@ def prompt_batches(
     *,
     sharing: bool,
     marked: bool = False,
+    resized: Resize = as_it_is,
 ) -> AskedPrompts:
     """Encode images, tokenise prompts, and batch them; all devices are of this process.
 
@@ -53,12 +55,14 @@ def prompt_batches(
         new_tokens: most tokens of an answer.
         sharing: whether questions about the same images share a row.
         marked: whether visual tokens have marks behind them, which some ways of pruning need; as in `ModelPrograms.encode`.
+        resized: what the preparer gets in place of an image.
 
     Raises:
         UserError: an image or a prompt that cannot be used, or a prompt that is too long for the model, naming the sample.
     """
     processes, most_text = Processes(), max(bucket.text for bucket in shapes.rows)
-    prepared = prepare(samples, preparer, False, processes, sharing=sharing, most_text=most_text, most_branches=shapes.batch_size)
+    ready = partial(prepare, sharing=sharing, most_text=most_text, most_branches=shapes.batch_size, resized=resized)
+    prepared = ready(samples, preparer, False, processes)
     check_context([prepared], programs.config.context, new_tokens, "lower max_new_tokens, or leave them out")
     groups = dict.fromkeys(prepared.image_groups.tolist())
     together = min(shapes.batch_size, power_of_two(len(groups)))

@@ -8,6 +8,7 @@ not at all. So a resumed evaluation computes the same batches, in the same shape
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from rlens_jax.console import Progress, say
 from rlens_jax.data.images import images_key
@@ -16,7 +17,7 @@ from rlens_jax.engine.prompt_batches import AskedPrompts
 from rlens_jax.errors import UserError
 from rlens_jax.evaluation.answers import Answers, Key, LoggedAnswer, question_hash
 from rlens_jax.evaluation.datasets import Dataset
-from rlens_jax.evaluation.evaluation import EvaluationConfig
+from rlens_jax.evaluation.evaluation import Asking
 
 WINDOW_BATCHES = 8
 """Batches per window, at least: enough questions that batches of several shapes fill up."""
@@ -71,38 +72,39 @@ class Questions:
         return [answers.get(self.key(variant, place)) for place in range(len(self.hashes))]
 
 
-def answer_questions(config: EvaluationConfig, model: DeployedModel, datasets: Sequence[Questions], answers: Answers) -> None:
+def answer_questions(asking: Asking, model: DeployedModel, datasets: Sequence[Questions], answers: Answers) -> None:
     """Answer the questions whose answers are not in the log, and note in `datasets` which cannot be asked.
 
     Raises:
-        UserError: a question cannot be asked, and the configuration does not allow to skip it, or none of a dataset can.
+        UserError: a question cannot be asked, and may not be skipped, or none of a dataset can.
     """
-    if config.sharing and not config.shares and any(questions.per_image > 1 for questions in datasets):
+    last = [*asking.variants][-1]
+    if asking.sharing and not asking.shares and any(questions.per_image > 1 for questions in datasets):
         say("questions about the same images share nothing: the plan prunes visual tokens, other ones for each question")
     for questions in datasets:
-        _answer_dataset(config, model, questions, answers)
-        alone = all(answer is None or answer.row[1] == 1 for answer in questions.answers("plan", answers))
-        if config.shares and questions.per_image > 1 and alone:
+        _answer_dataset(asking, model, questions, answers)
+        alone = all(answer is None or answer.row[1] == 1 for answer in questions.answers(last, answers))
+        if asking.shares and questions.per_image > 1 and alone:
             say(
                 f"{questions.dataset.name}: questions about the same images share nothing: "
                 "they differ before their images, or are longer than these"
             )
 
 
-def _answer_dataset(config: EvaluationConfig, model: DeployedModel, questions: Questions, answers: Answers) -> None:
-    variants, name = config.variants, questions.dataset.name
+def _answer_dataset(asking: Asking, model: DeployedModel, questions: Questions, answers: Answers) -> None:
+    variants, name = asking.variants, questions.dataset.name
 
     def known(place: int, variant: str) -> bool:
         return questions.key(variant, place) in answers
 
     places = range(len(questions.hashes))
-    with Progress(f"answering {name}", len(places) * len(variants), "answers") as shown:
+    with Progress(f"answering {name}{asking.described}", len(places) * len(variants), "answers") as shown:
         shown.advance(sum(known(place, variant) for place in places for variant in variants), resumed=True)
-        for window in questions.windows(WINDOW_BATCHES * config.batch_size * model.programs.groups):
+        for window in questions.windows(WINDOW_BATCHES * asking.batch_size * model.programs.groups):
             missing = [variant for variant in variants if not all(known(place, variant) for place in window)]
             if not missing:
                 continue
-            asked, prompts = _prepared(config, model, questions, window)
+            asked, prompts = _prepared(asking, model, questions, window)
             if prompts is None:
                 continue
             for batch in prompts.batches:
@@ -111,7 +113,7 @@ def _answer_dataset(config: EvaluationConfig, model: DeployedModel, questions: Q
                     if all(known(place, variant) for place in members):
                         continue
                     new: dict[Key, LoggedAnswer] = {}  # a question may be there twice
-                    for number, answer in model.answer_batch(prompts, batch, variants[variant], config.max_new_tokens).items():
+                    for number, answer in model.answer_batch(prompts, batch, variants[variant], asking.max_new_tokens).items():
                         if not known(asked[number], variant):
                             key, size = questions.key(variant, asked[number]), prompts.sizes[number]
                             new[key] = LoggedAnswer(
@@ -132,24 +134,25 @@ def _answer_dataset(config: EvaluationConfig, model: DeployedModel, questions: Q
 
 
 def _prepared(
-    config: EvaluationConfig, model: DeployedModel, questions: Questions, window: Sequence[int]
+    asking: Asking, model: DeployedModel, questions: Questions, window: Sequence[int]
 ) -> tuple[list[int], AskedPrompts | None]:
     """The places of a window whose questions can be asked, and the prepared samples."""
     samples = [questions.dataset.sample(place) for place in window]
+    prepare = partial(
+        model.prepare, max_new_tokens=asking.max_new_tokens, sharing=asking.shares, marked=asking.marked, resized=asking.resized
+    )
     try:
-        return list(window), model.prepare(samples, config.max_new_tokens, sharing=config.shares, marked=config.plan.marked)
+        return list(window), prepare(samples)
     except UserError as error:
-        if not config.skip_unusable:
+        if not asking.skip_unusable:
             raise UserError(f"{error}; with --skip-unusable such questions are not asked and count as wrong") from None
     usable = []
     for place, sample in zip(window, samples, strict=True):
         try:
-            model.prepare([sample], config.max_new_tokens, sharing=False)
+            prepare([sample], sharing=False)
             usable.append(place)
         except UserError as error:
             questions.unusable.add(place)
             say(f"counted as wrong: {error}")
     asked = [sample for place, sample in zip(window, samples, strict=True) if place in usable]
-    if not asked:
-        return usable, None
-    return usable, model.prepare(asked, config.max_new_tokens, sharing=config.shares, marked=config.plan.marked)
+    return usable, prepare(asked) if asked else None

@@ -13,6 +13,7 @@ from typing import Any, Literal, no_type_check
 
 from rlens_jax.config import Dtype
 from rlens_jax.data.images import Transparency
+from rlens_jax.engine.preparing import Resize, as_it_is
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import json_text
 from rlens_jax.metrics.score import CURRENT, RULES, Score
@@ -96,14 +97,45 @@ class EvaluationConfig:
         return {**dense, "plan": self.plan}
 
     @property
-    def shares(self) -> bool:
-        """Whether questions share rows. Pruning keeps other visual tokens for each question."""
-        return self.sharing and self.plan.pruning is None
+    def asking(self) -> "Asking":
+        """How the questions are asked."""
+        return Asking(self.variants, self.sharing, self.batch_size, self.max_new_tokens, self.skip_unusable)
 
     def settings(self) -> dict[str, Any]:
         """The settings that determine answers, as JSON values. The mesh is left out: it changes rounding at most."""
         names = ("max_new_tokens", "batch_size", "dtype", "chunk", "sharing", "seed")
         return {"plan": self.plan.fields(), **{name: getattr(self, name) for name in names}}
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are asked under some plans.
+
+    Attributes:
+        variants: the plans, by name.
+        sharing: questions about the same images share what is computed for these, unless a plan prunes visual tokens.
+        batch_size, max_new_tokens, skip_unusable: as in `EvaluationConfig`.
+        resized: what the model gets in place of an image.
+        described: an addition to the label of the progress.
+    """
+
+    variants: Mapping[str, PlanFile]
+    sharing: bool
+    batch_size: int
+    max_new_tokens: int
+    skip_unusable: bool
+    resized: Resize = as_it_is
+    described: str = ""
+
+    @property
+    def shares(self) -> bool:
+        """Whether questions share rows. Pruning keeps other visual tokens for each question."""
+        return self.sharing and all(plan.pruning is None for plan in self.variants.values())
+
+    @property
+    def marked(self) -> bool:
+        """Whether a plan needs marks behind the visual tokens; the others may have them."""
+        return any(plan.marked for plan in self.variants.values())
 
 
 @dataclass(frozen=True)
@@ -275,7 +307,7 @@ def summary(result: Evaluation) -> str:
             f"{name}: {part.questions} questions, FLOPs saved {part.cost.saved:.1%} "
             f"({part.cost.saved_with_probes:.1%} with probes)"
         )
-        if part.per_image > 1 and result.config.shares:
+        if part.per_image > 1 and result.config.asking.shares:
             shared = part.cost.shared.reduced / part.cost.reduced
             lines.append(f"  {part.per_image:.1f} questions an image share its prefill: {shared:.1%} of the FLOPs of each alone")
         if result.config.plan.pruning is not None:

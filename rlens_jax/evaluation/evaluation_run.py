@@ -1,9 +1,7 @@
 """Runs an evaluation: answer all questions, write predictions, score, count costs, measure times."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -12,10 +10,8 @@ from rlens_jax.console import say
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.choices import chosen_dtype, dtype_line
 from rlens_jax.engine.deployed_model import DeployedModel, load
-from rlens_jax.engine.pools import Batch
 from rlens_jax.engine.session import ModelFolder
 from rlens_jax.engine.startup import start_jax
-from rlens_jax.engine.timing import time_side_by_side
 from rlens_jax.errors import UserError
 from rlens_jax.evaluation.answering import Questions, answer_questions
 from rlens_jax.evaluation.answers import Answers, LoggedAnswer, write_predictions
@@ -29,19 +25,16 @@ from rlens_jax.evaluation.evaluation import (
     SharedCost,
     Times,
     VariantResult,
-    VariantTime,
     evaluation_json,
     timing_json,
 )
+from rlens_jax.evaluation.timed import measure_times, timed_pair
 from rlens_jax.files import replace_file
 from rlens_jax.flops import TowerAttention, prefill_cost, selection_cost, shared_prefill_cost, visual_in_layer
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.resources import cache_folder, versions
 from rlens_jax.search.bootstrap import difference_interval, score_interval
-
-TIMED_TOKENS = 32
-"""New tokens in the timed decoding, even if the answers end earlier."""
 
 
 def evaluate(config: EvaluationConfig) -> Evaluation:
@@ -58,32 +51,14 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     folder = ModelFolder.find(config.model)
     config.plan.validate(folder.kind.config.decoder, folder.kind.model_type)
     folder.kind.check_pruning(config.plan.pruning)
-    datasets = load_datasets(
-        config.data,
-        cache_folder() / "data",
-        kind=folder.kind,
-        limit=config.limit,
-        md5=config.md5,
-        rules=config.rules,
-        recompress=config.images == "recompressed",
-    )
-    for dataset in datasets:
-        _check_scores(dataset, config.limit)
-    questions = [Questions.of(dataset) for dataset in datasets]
+    questions = [Questions.of(dataset) for dataset in datasets_of(config, folder)]
     # Each answer names its question, so the log is not bound to the data.
     with Answers.open(config.output, folder.identity(config.settings()), restart=config.restart) as answers:
         if answers.repaired:
             say(answers.repaired)
-        model = load(
-            folder.path,
-            dtype=config.dtype,
-            batch_size=config.batch_size,
-            chunk=config.chunk,
-            model_shards=config.model_shards,
-            seed=config.seed,
-        )
+        model = loaded(config, folder)
         say(f"settings for {config.model}: {dtype_line(given, config.dtype)}")
-        answer_questions(config, model, questions, answers)
+        answer_questions(config.asking, model, questions, answers)
         for each in questions:
             for variant in config.variants:
                 path = config.output / variant / f"{each.dataset.name}.tsv"
@@ -104,6 +79,34 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
         # Written last: its presence means that the evaluation is complete.
         replace_file(config.output / "evaluation.json", evaluation_json(evaluation).encode())
     return evaluation
+
+
+def datasets_of(config: EvaluationConfig, folder: ModelFolder) -> list[Dataset]:
+    """The datasets to score the model of a folder on. UserError if one cannot be read, or its questions have no score."""
+    datasets = load_datasets(
+        config.data,
+        cache_folder() / "data",
+        kind=folder.kind,
+        limit=config.limit,
+        md5=config.md5,
+        rules=config.rules,
+        recompress=config.images == "recompressed",
+    )
+    for dataset in datasets:
+        _check_scores(dataset, config.limit)
+    return datasets
+
+
+def loaded(config: EvaluationConfig, folder: ModelFolder) -> DeployedModel:
+    """The model of a folder. UserError if it is not usable."""
+    return load(
+        folder.path,
+        dtype=config.dtype,
+        batch_size=config.batch_size,
+        chunk=config.chunk,
+        model_shards=config.model_shards,
+        seed=config.seed,
+    )
 
 
 def _check_scores(dataset: Dataset, limit: int | None) -> None:
@@ -184,53 +187,16 @@ def _cost(
     )
 
 
+def timed_samples(batch_size: int, model: DeployedModel, questions: Questions) -> list[Sample]:
+    """The first questions of a dataset, as many as fill a batch."""
+    count = batch_size * model.programs.groups
+    usable = [place for window in questions.windows(count) for place in window if place not in questions.unusable]
+    return [questions.dataset.sample(place) for place in usable[:count]]
+
+
 def _times(config: EvaluationConfig, model: DeployedModel, questions: Questions) -> Times:
     """Times of both variants on the fullest batch of the first questions of a dataset."""
-    count = config.batch_size * model.programs.groups
-    usable = [place for window in questions.windows(count) for place in window if place not in questions.unusable]
-    places = usable[:count]
-    say(f"timing {len(places)} prompts of {questions.dataset.name}")
-    samples = [questions.dataset.sample(place) for place in places]
-    prompts = model.prepare(samples, TIMED_TOKENS, sharing=config.shares, marked=config.plan.marked)
-    batch = max(prompts.batches, key=lambda batch: len(batch.members))
-    members = [samples[number] for number in batch.members]
-    calls = _timed_calls(model, members, batch, (PlanFile(), config.plan), config.shares)
-    measured = time_side_by_side(calls, config.timing_repeats)
-    bucket, (rows, branches) = batch.inputs.layout.bucket, batch.inputs.samples.shape
-    return Times(
-        rows=rows,
-        branches=branches,
-        prompts=len(batch.members),
-        text_slots=bucket.text,
-        visual_slots=bucket.visual,
-        dense=VariantTime(*measured[0::2]),
-        plan=VariantTime(*measured[1::2]),
-        decode_steps=TIMED_TOKENS - 1,
-    )
-
-
-def _timed_calls(
-    model: DeployedModel, samples: Sequence[Sample], batch: Batch, plans: tuple[PlanFile, PlanFile], sharing: bool
-) -> list[Callable[[], Any]]:
-    """Prefill, time to the first token, and decoding of a batch of samples; each under the dense plan and then the other."""
-    visual = model.programs.put(batch.visual)
-
-    def prefill(plan: PlanFile) -> Any:
-        return model.programs.prefill(visual, batch.inputs, plan, TIMED_TOKENS)
-
-    def first_token(plan: PlanFile) -> Any:
-        prepared = model.prepare(samples, TIMED_TOKENS, sharing=sharing, marked=plan.marked)
-        return [
-            model.programs.prefill(model.programs.put(part.visual), part.inputs, plan, TIMED_TOKENS).first
-            for part in prepared.batches
-        ]
-
-    def decode(prefilled: Any) -> Any:
-        return model.programs.decode(prefilled, batch.inputs, TIMED_TOKENS, to_the_end=True)
-
-    prefilled = [jax.block_until_ready(prefill(plan)) for plan in plans]
-    return [
-        *(partial(prefill, plan) for plan in plans),
-        *(partial(first_token, plan) for plan in plans),
-        *(partial(decode, states) for states in prefilled),
-    ]
+    samples = timed_samples(config.batch_size, model, questions)
+    say(f"timing {len(samples)} prompts of {questions.dataset.name}")
+    pair = timed_pair(model, samples, config.plan, sharing=config.asking.shares)
+    return measure_times(*pair, config.timing_repeats)

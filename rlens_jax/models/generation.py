@@ -48,7 +48,12 @@ def prefill(
 
 
 def decode(
-    decoder: Decoder, first: Int[Array, "B Q"], cache: KVCache, batch: PromptBatch, new_tokens: int, stop_tokens: Tokens
+    decoder: Decoder,
+    first: Int[Array, "B Q"],
+    cache: KVCache,
+    batch: PromptBatch,
+    new_tokens: int,
+    stop_tokens: Tokens | Int[Array, " stops"],
 ) -> tuple[Int[Array, "B Q Y"], Bool[Array, "B Q"]]:
     """`new_tokens` greedy tokens of each branch, `first` included, and whether all logits were finite.
 
@@ -81,6 +86,6 @@ def decode(
     return jax.lax.while_loop(running, advance, (jnp.int32(1), unfinished(first), first, tokens, finite, cache))[3:5]
 
 
-def is_any(tokens: Int[Array, "*B"], of: Tokens) -> Bool[Array, "*B"]:
+def is_any(tokens: Int[Array, "*B"], of: Tokens | Int[Array, " stops"]) -> Bool[Array, "*B"]:
     """Whether each token is one `of` these."""
     return jnp.stack([tokens == number for number in of] or [jnp.zeros(tokens.shape, bool)]).any(axis=0)

@@ -1,8 +1,10 @@
 """The Pareto plot of a joint search, as PNG or SVG bytes; the same results give the same bytes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -22,6 +24,54 @@ _STYLES = {
 """Colour and marker per kind of plan: Okabe and Ito's colours, which differ for any colour vision; the markers differ, too."""
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A point of a Pareto plot.
+
+    Attributes:
+        across, score: a share of the dense cost, and the score with its interval (`value`, `low`, `high`), a share, too.
+        colour, marker, size: its look.
+        label: in the legend, None if another mark of its look has one.
+        on_front: joined by a line; the others are faint.
+        outlined: whether it stands out.
+    """
+
+    across: float
+    score: Mapping[str, float]
+    colour: str
+    marker: str
+    size: float
+    label: str | None
+    on_front: bool
+    outlined: bool = False
+
+
+def draw_pareto(axis: Axes, marks: Sequence[Mark], joined: Sequence[Mark]) -> None:
+    """Score against cost, with intervals, and a line along the `joined` marks."""
+    for mark in marks:
+        value = mark.score["value"]
+        spread = [[max(0.0, value - mark.score["low"])], [max(0.0, mark.score["high"] - value)]]  # of few draws it may lie beside
+        axis.errorbar(mark.across, value, spread, color=mark.colour, linewidth=0.8, alpha=0.6, zorder=2)
+        axis.plot(
+            mark.across,
+            value,
+            marker=mark.marker,
+            markersize=mark.size,
+            color=mark.colour,
+            markeredgecolor="black" if mark.outlined else mark.colour,
+            linestyle="none",
+            alpha=1.0 if mark.on_front else 0.45,
+            zorder=3,
+            label=mark.label,
+        )
+    ordered = sorted((mark.across, mark.score["value"]) for mark in joined)
+    axis.plot(*zip(*ordered, strict=True), color="black", linewidth=0.6, alpha=0.5, zorder=1)
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1, symbol=""))
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
 def plot_front(fields: Mapping[str, Any], kind: Format) -> bytes:
     """Held-out score against measured prefill time; against FLOPs for plans whose time was not measured, as small marks."""
     return drawn(lambda: _front(fields), kind)
@@ -30,35 +80,26 @@ def plot_front(fields: Mapping[str, Any], kind: Format) -> bytes:
 def _front(fields: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axis = figure.subplots()
-    rows, seen = front_rows(fields), set()
-    for row, point in zip(rows, fields["points"], strict=True):
+    marks, timed, seen = [], [], set()
+    for row, point in zip(front_rows(fields), fields["points"], strict=True):
         colour, marker = _STYLES[point["kind"]]
         measured = row.time_saved is not None
-        across = 1 - row.time_saved if row.time_saved is not None else row.cost or 1.0
-        score = row.score
-        spread = [[score["value"] - score["low"]], [score["high"] - score["value"]]]
-        axis.errorbar(across, score["value"], spread, color=colour, linewidth=0.8, alpha=0.6, zorder=2)
-        axis.plot(
-            across,
-            score["value"],
+        mark = Mark(
+            across=1 - row.time_saved if row.time_saved is not None else row.cost or 1.0,
+            score=row.score,
+            colour=colour,
             marker=marker,
-            markersize=13 if row.published else 8 if measured else 4,
-            color=colour,
-            markeredgecolor="black" if row.published else colour,
-            linestyle="none",
-            alpha=1.0 if row.on_front else 0.45,
-            zorder=3,
+            size=13 if row.published else 8 if measured else 4,
             label=None if row.kind in seen else row.kind,
+            on_front=row.on_front,
+            outlined=row.published,
         )
+        marks.append(mark)
+        timed += [mark] if measured and row.on_front else []
         seen.add(row.kind)
-    ordered = sorted((1 - row.time_saved, row.score["value"]) for row in rows if row.on_front and row.time_saved is not None)
-    axis.plot(*zip(*ordered, strict=True), color="black", linewidth=0.6, alpha=0.5, zorder=1)
+    draw_pareto(axis, marks, timed)
     axis.set_xlabel("measured prefill time, % of dense (small marks: predicted cost)")
     axis.set_ylabel("held-out score, mean over the datasets (%)")
-    axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1, symbol=""))
     axis.set_title(f"budget {fields['budget']}; bars: 95 % bootstrap interval; faint: dominated", fontsize=10)
-    axis.grid(alpha=0.25, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from rlens_jax.files import json_text, replace_file
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.plans import Plan, Reduction
-from rlens_jax.reporting.page_parts import asset, content_hash, environment
+from rlens_jax.reporting.page_parts import environment, plain_page
 from rlens_jax.search.front import DOWN_SAMPLED, FRONT, Front, front_fields
 
 PLAN = "plan.json"
@@ -134,9 +134,14 @@ def front_summary(front: Front, folder: Path) -> str:
 
 
 def _page(fields: Mapping[str, Any]) -> str:
-    style = asset("report.css")
-    template = environment().get_template("front_page.html.jinja")
-    return template.render(front=fields, section=front_section(fields), style=style, style_hash=content_hash(style))
+    return plain_page(
+        f"The best plan for {fields['budget']}",
+        "The best plan under a budget",
+        front_section(fields),
+        model=fields["configuration"]["model"],
+        num_layers=fields["num_layers"],
+        device=fields["device"],
+    )
 
 
 def _percent(share: float) -> str:

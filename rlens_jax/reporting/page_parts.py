@@ -7,6 +7,7 @@ from dataclasses import asdict
 from importlib.resources import files
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
 
 from rlens_jax.reporting.chart import MINUS
 from rlens_jax.reporting.measure_text import measure_of, metric_text, objective_text
@@ -38,6 +39,13 @@ def environment() -> Environment:
         "ms": lambda seconds: f"{1000 * seconds:.1f}" if seconds < 1 else f"{1000 * seconds:.0f}",
     }
     return environment
+
+
+def plain_page(title: str, heading: str, section: Markup, *, model: str, num_layers: int, device: str) -> str:
+    """A page with one section and no script."""
+    style, template = asset("report.css"), environment().get_template("plain_page.html.jinja")
+    about = {"model": model, "num_layers": num_layers, "device": device}
+    return template.render(title=title, heading=heading, section=section, style=style, style_hash=content_hash(style), **about)
 
 
 def percent(share: float) -> str:

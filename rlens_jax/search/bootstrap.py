@@ -18,6 +18,8 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 Images = Sequence[Hashable] | None
+_Group = tuple[int, str]
+"""The place of a dataset, and one of its groups."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def bootstrap_interval(
     counts = _draw_images(groups, samples, seed)
     drawn = [times @ values.T / times.sum(axis=1, keepdims=True) for times, values in zip(counts, outcomes, strict=True)]
     measured = np.stack([values.mean(axis=1) for values in outcomes], axis=-1)
-    return _interval(statistic(measured[np.newaxis])[0], statistic(np.stack(drawn, axis=-1)), (1 - level) / 2)
+    return percentiles(statistic(measured[np.newaxis])[0], statistic(np.stack(drawn, axis=-1)), level)
 
 
 def mean_over_datasets(metrics: np.ndarray) -> np.ndarray:
@@ -88,43 +90,63 @@ def area_under_curve(num_reduced: Sequence[int]) -> Statistic:
 
 def score_interval(score: Score, images: Images = None, *, samples: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
     """The interval of a benchmark's score, in the unit of the score. Arguments as in `score_draws` and `bootstrap_interval`."""
-    return _interval(score.value, score_draws(score, images, samples=samples, seed=seed), (1 - level) / 2)
+    return percentiles(score.value, score_draws(score, images, samples=samples, seed=seed), level)
 
 
 def difference_interval(score: Score, other: Score, images: Images = None, *, samples: int = 1000, seed: int = 0) -> Interval:
     """The 95 % interval of `score` minus `other`, two scores of the same questions."""
     drawn, others = (score_draws(each, images, samples=samples, seed=seed) for each in (score, other))
-    return _interval(score.value - other.value, drawn - others, tail=0.025)
+    return percentiles(score.value - other.value, drawn - others)
 
 
 def score_draws(score: Score, images: Images = None, *, samples: int = 1000, seed: int = 0) -> np.ndarray:
-    """The score of the questions of each draw, by the benchmark's own formula: float64[samples].
+    """The score of the questions of each draw: float64[samples]. `images` as of `Draws`."""
+    return Draws([score], [images], samples=samples, seed=seed).scores(0, score)
 
-    The formula matters: MME's acc+ and HallusionBench's fAcc are not means over questions. The draws depend on the
-    groups of the questions, their images and their order, not on the answers.
+
+class Draws:
+    """Draws of the questions of several datasets. They depend on the groups, strata and images, not on the answers.
 
     Args:
-        images: of each question, equal for the same images, which are drawn together with all groups that have them. They
-            may be in several strata. None: every group has its own.
+        scores: a score of each dataset, for the groups and strata of its questions.
+        images: per dataset, of each question, equal for the same images, which are drawn together with all groups that have
+            them. They may be in several strata and datasets. None: every group has its own.
+        samples, seed: as in `bootstrap_interval`.
     """
-    groups_of: dict[str, dict[str, None]] = {}  # stratum -> its groups, in order
-    for group, stratum in zip(score.groups, score.strata, strict=True):
-        groups_of.setdefault(stratum, {})[group] = None
-    together = _drawn_together(score.groups, score.groups if images is None else images)
-    units = [np.array([together[group] for group in groups]) for groups in groups_of.values()]
-    counts = np.concatenate(_draw_images(units, samples, seed), axis=1)
-    column = {group: place for place, group in enumerate(chain.from_iterable(groups_of.values()))}
 
-    def total(sums: Mapping[str, float]) -> np.ndarray:
-        """The sum over the groups of a draw: float64[samples]."""
-        return counts[:, [column[group] for group in sums]] @ np.fromiter(sums.values(), np.float64)
+    def __init__(self, scores: Sequence[Score], images: Sequence[Images], *, samples: int, seed: int):
+        groups_of: dict[tuple[int, str], dict[_Group, None]] = {}  # dataset and stratum -> its groups, in order
+        groups: list[_Group] = []
+        keys: list[Hashable] = []
+        for place, (score, own) in enumerate(zip(scores, images, strict=True)):
+            named = [(place, group) for group in score.groups]
+            for group, stratum in zip(named, score.strata, strict=True):
+                groups_of.setdefault((place, stratum), {})[group] = None
+            groups += named
+            keys += named if own is None else own
+        together = _drawn_together(groups, keys)
+        units = [np.array([together[group] for group in named]) for named in groups_of.values()]
+        self._counts = np.concatenate(_draw_images(units, samples, seed), axis=1)
+        self._column = {group: column for column, group in enumerate(chain.from_iterable(groups_of.values()))}
 
-    drawn = []
-    for ratio in score.ratios:
-        numerators, denominators = total(ratio.numerators), total(ratio.denominators)
-        # As `Ratio.value`: a draw without anything to count (POPE's F1) has 0.
-        drawn.append(ratio.scale * np.divide(numerators, denominators, out=np.zeros(samples), where=denominators != 0))
-    return np.sum(drawn, axis=0)
+    def scores(self, place: int, score: Score) -> np.ndarray:
+        """The score of a dataset, by its place, in each draw, by the benchmark's own formula: float64[samples].
+
+        The formula matters: MME's acc+ and HallusionBench's fAcc are not means over questions.
+        """
+
+        def total(sums: Mapping[str, float]) -> np.ndarray:
+            """The sum over the groups of a draw: float64[samples]."""
+            return self._counts[:, [self._column[place, group] for group in sums]] @ np.fromiter(sums.values(), np.float64)
+
+        drawn = []
+        for ratio in score.ratios:
+            numerators, denominators = total(ratio.numerators), total(ratio.denominators)
+            # As `Ratio.value`: a draw without anything to count (POPE's F1) has 0.
+            drawn.append(
+                ratio.scale * np.divide(numerators, denominators, out=np.zeros(len(numerators)), where=denominators != 0)
+            )
+        return np.sum(drawn, axis=0)
 
 
 def _draw_images(images: Sequence[np.ndarray], samples: int, seed: int) -> list[np.ndarray]:
@@ -145,7 +167,7 @@ def _draw_images(images: Sequence[np.ndarray], samples: int, seed: int) -> list[
     return [counts[:, [column[image] for image in numbers.tolist()]] for numbers in images]
 
 
-def _drawn_together(groups: Sequence[str], images: Sequence[Hashable]) -> dict[str, int]:
+def _drawn_together(groups: Sequence[_Group], images: Sequence[Hashable]) -> dict[_Group, int]:
     """For each group, a number that is equal for all groups that have an image in common, directly or through others."""
     parent: dict[Hashable, Hashable] = {}
 
@@ -167,7 +189,8 @@ def _draw_counts(sizes: Iterable[int], samples: int, seed: int) -> list[np.ndarr
     return [draw.multinomial(size, np.full(size, 1 / size), size=samples).astype(np.float64) for size in sizes]
 
 
-def _interval(value: np.ndarray | float, drawn: np.ndarray, tail: float) -> Interval:
-    """The percentile interval of the drawn values [draws, ...] with the share `tail` below and above it."""
+def percentiles(value: np.ndarray | float, drawn: np.ndarray, level: float = 0.95) -> Interval:
+    """The percentile interval of a number, of coverage `level`, from its drawn values [draws, ...]."""
+    tail = (1 - level) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
     return Interval(np.asarray(value), np.asarray(low), np.asarray(high))

@@ -118,20 +118,25 @@ class Front:
         return self.points[self.published].plan
 
 
-def undominated(seconds: Sequence[float | None], differences: np.ndarray) -> list[bool]:
-    """Whether each plan is on the front: no other one is faster and, with confidence, at least as good.
+def dominating(costs: Sequence[float | None], differences: np.ndarray) -> list[list[int]]:
+    """The plans that dominate each plan: they cost less and are, with confidence, at least as good. None: it is on the front.
 
     Args:
-        seconds: the median time of each plan; one without a time is compared with none.
+        costs: of each plan, such as its median time; one without a cost is compared with none.
         differences: [plans, plans], the one-sided lower bound of the score of the first minus that of the second.
     """
 
     def beats(other: int, one: int) -> bool:
-        faster, slower = seconds[other], seconds[one]
-        return faster is not None and slower is not None and faster < slower and bool(differences[other, one] >= 0)
+        less, more = costs[other], costs[one]
+        return less is not None and more is not None and less < more and bool(differences[other, one] >= 0)
 
-    places = range(len(seconds))
-    return [not any(beats(other, one) for other in places if other != one) for one in places]
+    places = range(len(costs))
+    return [[other for other in places if other != one and beats(other, one)] for one in places]
+
+
+def undominated(costs: Sequence[float | None], differences: np.ndarray) -> list[bool]:
+    """Whether each plan is on the front. Arguments as of `dominating`."""
+    return [not others for others in dominating(costs, differences)]
 
 
 def front_fields(front: Front) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.deployed_model import Answer, DeployedModel
 from rlens_jax.engine.pools import Batch
+from rlens_jax.engine.preparing import Resize, as_it_is
 from rlens_jax.engine.prompt_batches import AskedPrompts, PromptSize
 from rlens_jax.evaluation import answering
 from rlens_jax.evaluation.answering import Questions, answer_questions
@@ -35,7 +36,9 @@ class FakeModel(DeployedModel):
         self.windows: list[str] = []
         self.sharing: set[bool] = set()
 
-    def prepare(self, samples: Sequence[Sample], max_new_tokens: int, *, sharing: bool) -> AskedPrompts:
+    def prepare(
+        self, samples: Sequence[Sample], max_new_tokens: int, *, sharing: bool, marked: bool = False, resized: Resize = as_it_is
+    ) -> AskedPrompts:
         self.windows.append("".join(sample.images[0].decode() for sample in samples if isinstance(sample.images[0], bytes)))
         self.sharing.add(sharing)
         batch = Mock(spec=Batch, members=np.arange(len(samples)))
@@ -51,7 +54,7 @@ def answered(folder: Path, model: FakeModel, **options: Any) -> list[str]:
     first, second = (Questions.of(ExactMatch(name, samples)) for name in "de")
     config = EvaluationConfig("m", options.pop("plan", PlanFile()), ("d",), folder, batch_size=2, **options)
     with Answers.open(folder, {}) as answers:
-        answer_questions(config, model, [first, second], answers)
+        answer_questions(config.asking, model, [first, second], answers)
         return [answer.text for answer in second.answers("plan", answers) if answer]
 
 
