@@ -2,6 +2,7 @@
 
 import pytest
 
+from rlens_jax.drops import DART, PyramidDrop, SparseVLM
 from rlens_jax.errors import UserError
 from rlens_jax.flops import (
     DecoderSizes,
@@ -169,6 +170,13 @@ def test_what_choosing_tokens_costs():
     assert selection_cost(sizes, 4, 5, 18, Pooling(8, side=3)) == 8 * 18 * width
     # One row of attention, and its query.
     assert selection_cost(sizes, 4, 5, 10, FastV(2, 0.5)) == 8 * 8 + 15 * 8
+    assert selection_cost(sizes, 4, 5, 10, FastV(2, 0.5, attention="all_tokens")) == 15 * (8 * 8 + 15 * 8)
+    # 15, 10 and 7 tokens: a row of attention, its query, and all keys.
+    assert selection_cost(sizes, 4, 5, 10, PyramidDrop()) == 8 * (23 + 18 + 15) + (15 + 10 + 7) * 8 * 4
+    # Text against image once; 5 rows over 15, 11 and 9 tokens. Recycled: over 15, 12 and 10; 2, 1 and 1 with each other.
+    assert selection_cost(sizes, 4, 5, 10, SparseVLM((6, 4, 2))) == 50 * 8 + 5 * 8 * (23 + 19 + 17)
+    assert selection_cost(sizes, 4, 5, 10, SparseVLM((6, 4, 2), version="1.5")) == 50 * 8 + 40 * (23 + 20 + 18) + (4 + 1 + 1) * 8
+    assert selection_cost(sizes, 4, 5, 10, DART(4)) == 8 * 10 * width  # eight pivots
     # 10 to 5 tokens in one round, to 2 in three: 5, 3, 2.
     assert [selection_cost(sizes, 4, 5, 10, Folder(share)) for share in (0.5, 0.8)] == [pairs * width, 3 * pairs * width]
     assert selection_cost(sizes, 4, 5, 0, DivPrune(4)) == 0
