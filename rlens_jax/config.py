@@ -9,6 +9,7 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, Union, get_args, get_origin, no_type_check
 
 from rlens_jax.budget import parse_budget
@@ -20,6 +21,18 @@ Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 PAGES = "pages"
 """The data source of the embedded model."""
+
+LIMITS: Mapping[str, str] = MappingProxyType(
+    {
+        "min_pixels": "least pixels of an image after resizing; smaller ones are enlarged",
+        "max_pixels": "most pixels of an image after resizing",
+        "max_tiles": "most tiles of an image, without the thumbnail",
+        "total_tiles": "most tiles of all images of a prompt, without thumbnails",
+        "max_slices": "most slices of an image, without the whole one",
+    }
+)
+"""What bounds the size of an image, and so its number of visual tokens, where the family has such a setting."""
+
 SearchMethod = Literal["greedy", "one_shot"]
 OneShotBy = Literal["outcome", "kl"]
 Measure = Literal["teacher_forced", "generation", "kl", "agreement", "exact_agreement", "first_token_kl"]

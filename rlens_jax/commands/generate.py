@@ -13,7 +13,7 @@ From Python:
 
 from collections.abc import Sequence
 
-from rlens_jax.commands.options import add_model_options, read_plan_options, required_model
+from rlens_jax.commands.options import add_asking_options, add_model_options, given_limits, read_plan_options, required_model
 from rlens_jax.console import ArgumentParser, run_command, say, show
 
 
@@ -24,6 +24,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--image", metavar="FILE", nargs="+", default=[], help="the images, in order")
     parser.add_argument("--prompt", metavar="TEXT", help="the question")
     parser.add_argument("--marks", action="store_true", help='each "<image>" in TEXT is the place of an image, not text')
+    turn_help = (
+        "an earlier turn of the conversation; repeat for further ones. Images come first, or at the marks of all questions"
+    )
+    parser.add_argument("--turn", metavar=("QUESTION", "ANSWER"), nargs=2, action="append", default=[], help=turn_help)
+    add_asking_options(parser)
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="max tokens of the answer (default: 128)")
     options = parser.parse_args(arguments)
     model = required_model(parser, options)
@@ -41,14 +46,30 @@ def main(arguments: Sequence[str]) -> None:
     from rlens_jax.engine.startup import start_jax
 
     # Checks that need no weights come first.
-    make_sample("the prompt", options.image, options.prompt, options.marks)
+    make_sample("the prompt", options.image, options.prompt, options.marks, options.system, options.turn)
     kind = read_model_kind(model)
     plan.validate(kind.config.decoder, kind.model_type)
     kind.check_pruning(plan.pruning)
     start_jax()
-    loaded = load(model, dtype=options.dtype, chunk=options.chunk, model_shards=options.model_shards, seed=options.seed)
+    loaded = load(
+        model,
+        dtype=options.dtype,
+        chunk=options.chunk,
+        model_shards=options.model_shards,
+        seed=options.seed,
+        limits=given_limits(options),
+    )
     say(f"settings for {model}: {dtype_line(options.dtype, chosen_dtype(options.dtype, jax.default_backend()))}")
-    show(loaded.generate(options.image, options.prompt, plan, max_new_tokens=options.max_new_tokens, marks=options.marks))
+    answer = loaded.generate(
+        options.image,
+        options.prompt,
+        plan,
+        turns=options.turn,
+        max_new_tokens=options.max_new_tokens,
+        marks=options.marks,
+        system=options.system,
+    )
+    show(answer)
 
 
 if __name__ == "__main__":

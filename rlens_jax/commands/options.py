@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 from rlens_jax.config import (
     DTYPES,
     GROUPS,
+    LIMITS,
     PAGES,
     Dtype,
     RunConfig,
@@ -188,6 +189,18 @@ def scoring_values(parser: ArgumentParser, options: argparse.Namespace, model: s
 
     md5 = dict(named_sum(text, parser.error) for text in options.md5)
     return {**{name: getattr(options, name) for name in named}, "md5": md5, "data": tuple(options.data or [PAGES])}
+
+
+def add_asking_options(parser: ArgumentParser) -> None:
+    """The system prompt, and limits of the sizes of images; `given_limits` reads the latter."""
+    parser.add_argument("--system", metavar="TEXT", help="the system prompt (default: that of the checkpoint's chat template)")
+    for name, text in LIMITS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="N", type=int, help=f"{text} (default: the checkpoint's)")
+
+
+def given_limits(options: argparse.Namespace) -> dict[str, int]:
+    """The limits of `add_asking_options` that are given."""
+    return {name: value for name in LIMITS if (value := getattr(options, name)) is not None}
 
 
 def add_restart_option(parser: ArgumentParser) -> None:

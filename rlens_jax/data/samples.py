@@ -25,6 +25,9 @@ class Sample:
             all of the question is text.
         as_stored: whether the images are read as VLMEvalKit reads those of its TSV files; see `images.load_images`.
         own: tokens of the dense model's own answer, which takes the place of `answers` in teacher forcing.
+        system: the system prompt; None leaves it to the chat template.
+        turns: earlier questions of the conversation, each with its answer. Images come first in the first of all questions, or
+            at the marks of all of them.
     """
 
     id: str
@@ -35,6 +38,13 @@ class Sample:
     marked: bool = False
     as_stored: bool = False
     own: tuple[int, ...] | None = None
+    system: str | None = None
+    turns: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def conversation(self) -> str:
+        """What the user says besides the question, as one text; empty for a single question without a system prompt."""
+        return repr((self.system, self.turns)) if self.system is not None or self.turns else ""
 
 
 def normalised(answer: str) -> str:

@@ -151,7 +151,7 @@ def samples_hash(splits: Splits) -> str:
     for split, samples in splits.items():
         for sample in samples:
             how = f"marked={sample.marked}, as_stored={sample.as_stored}"
-            for text in (split, sample.id, sample.dataset, sample.question, *sample.answers, how):
+            for text in (split, sample.id, sample.dataset, sample.question, *sample.answers, how + sample.conversation):
                 digest.update(f"{len(text)}:{text}".encode())
             for image in sample.images:
                 if image not in hashes:

@@ -7,10 +7,11 @@ text = model.generate(images=["page.png"], prompt="is digit 3 in row 1 a 7 ?", p
 Its programs are a prefill per plan, and one decoding program for all plans.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, overload
 
 import jax
@@ -54,6 +55,8 @@ BATCH_SIZE = 8
 _LEAST_TEXT, _LEAST_VISUAL, _LEAST_PATCHES, _MOST_PATCHES = 32, 64, 256, 1 << 17
 
 Image = str | Path | bytes
+Turns = Sequence[Sequence[str]]
+"""Earlier questions of a conversation, each with its answer."""
 HIDDEN_BYTES = 64_000_000
 """Bytes of the hidden units of a chunk of tokens on a device (our decision): larger chunks are not faster."""
 LEAST_TOKENS = 1024
@@ -212,6 +215,8 @@ class DeployedModel:
         *,
         max_new_tokens: int = NEW_TOKENS,
         marks: bool = False,
+        system: str | None = None,
+        turns: Turns = (),
     ) -> str: ...
 
     @overload
@@ -223,10 +228,20 @@ class DeployedModel:
         *,
         max_new_tokens: int = NEW_TOKENS,
         marks: bool = False,
+        system: str | None = None,
+        turns: Sequence[Turns] = (),
     ) -> list[str]: ...
 
     def generate(
-        self, images: Any, prompt: Any, plan: PlanFile | None = None, *, max_new_tokens: int = NEW_TOKENS, marks: bool = False
+        self,
+        images: Any,
+        prompt: Any,
+        plan: PlanFile | None = None,
+        *,
+        max_new_tokens: int = NEW_TOKENS,
+        marks: bool = False,
+        system: str | None = None,
+        turns: Any = (),
     ) -> str | list[str]:
         """The greedy answer to a prompt with images, or the answers to a list of prompts, each with its list of images.
 
@@ -238,17 +253,23 @@ class DeployedModel:
             plan: which layers are reduced, and how; None is the dense model.
             max_new_tokens: max length of an answer.
             marks: whether each "<image>" in a prompt is the place of an image. Otherwise it is text, and the images come first.
+            system: the system prompt; None leaves it to the checkpoint's chat template.
+            turns: earlier questions of the conversation, each with its answer; for a list of prompts, a list of such lists.
 
         Raises:
-            UserError: an empty prompt, another number of marks than of images, an unreadable image, a prompt longer than the
-                model's context, a plan for another number of layers, or numbers that are not finite.
+            UserError: an empty prompt, another number of marks than of images, an unreadable image, a chat template without a
+                place for the system prompt, a prompt longer than the model's context, a plan for another number of layers, or
+                numbers that are not finite.
         """
         single = isinstance(prompt, str)
         prompts, image_lists = ([prompt], [images]) if single else (list(prompt), list(images))
-        if len(prompts) != len(image_lists):
-            raise UserError(f"{len(prompts)} prompts, but images for {len(image_lists)}; give a list for each")
+        earlier = [turns] if single else list(turns) or [()] * len(prompts)
+        for each, what in ((image_lists, "images"), (earlier, "turns")):
+            if len(each) != len(prompts):
+                raise UserError(f"{len(prompts)} prompts, but {what} for {len(each)}; give a list for each")
         names = ["the prompt"] if single else [f"prompt {number}" for number in range(1, len(prompts) + 1)]
-        samples = [make_sample(*parts, marks) for parts in zip(names, image_lists, prompts, strict=True)]
+        given = zip(names, image_lists, prompts, earlier, strict=True)
+        samples = [make_sample(name, each, text, marks, system, before) for name, each, text, before in given]
         texts = [""] * len(samples)
         for number, answer in self.answer(samples, plan or PlanFile(), max_new_tokens):
             texts[number] = answer.text
@@ -307,6 +328,7 @@ def load(
     model_shards: int = 1,
     seed: int = 0,
     verify: bool = False,
+    limits: Mapping[str, int] = MappingProxyType({}),
 ) -> DeployedModel:
     """Load a model to generate with.
 
@@ -318,9 +340,10 @@ def load(
         model_shards: devices that share a copy of the model; the copies share the prompts.
         seed: draws random probes, where a plan has them.
         verify: compare a converted folder with the checksums of its conversion first.
+        limits: of the sizes of images, in place of the checkpoint's; see `config.LIMITS`.
 
     Raises:
-        UserError: there is no such model, or it is not usable or damaged.
+        UserError: there is no such model, it is not usable or damaged, or it has no such limit.
     """
     for name, value in (("batch_size", batch_size), ("chunk", chunk), ("model_shards", model_shards)):
         if value is not None and value < 1:
@@ -329,7 +352,7 @@ def load(
     check_fits(kind_in(folder).config.decoder.sizes, model_shards)
     mesh = make_mesh(jax.local_devices(), model_shards)
     kind, module = load_model(folder, jnp.dtype(chosen_dtype(dtype, jax.default_backend())), mesh=mesh, verify=verify)
-    preparer, context = kind.preparer(folder), kind.config.decoder.context
+    preparer, context = kind.preparer(folder, limits), kind.config.decoder.context
     programs = DeployedPrograms(module, mesh, seed=seed, stop_tokens=preparer.chat.stop_tokens, chunk=chunk)
     shapes = Shapes(
         row_buckets(slot_sizes(_LEAST_TEXT, context), slot_sizes(_LEAST_VISUAL, context)),
@@ -340,23 +363,29 @@ def load(
     return DeployedModel(programs, preparer, shapes, kind)
 
 
-def make_sample(name: str, images: Sequence[Image], prompt: str, marked: bool) -> Sample:
+def make_sample(
+    name: str, images: Sequence[Image], prompt: str, marked: bool, system: str | None = None, turns: Turns = ()
+) -> Sample:
     """A sample to answer; errors begin with `name`.
 
     Raises:
-        UserError: an empty prompt, another number of marks than of images, the mark of a video, or an image file that does not
-            exist.
+        UserError: an empty prompt, another number of marks than of images, the mark of a video, an image file that does not
+            exist, or turns that are no pairs of texts.
     """
     if isinstance(images, str | Path | bytes):
         raise UserError(f"{name}: images must be a list of files, not one file")
     if not prompt.strip():
         raise UserError(f"{name}: is empty; ask something")
-    check_text(prompt, name)
-    if VIDEO_MARK in prompt:
+    if any(isinstance(turn, str) or len(turn) != 2 for turn in turns):
+        raise UserError(f"{name}: turns must be pairs of a question and its answer")
+    for text in (prompt, *(part for turn in turns for part in turn), system or ""):
+        check_text(text, name)
+    questions = [*(question for question, _ in turns), prompt]
+    if any(VIDEO_MARK in text for text in questions):
         if marked:
             raise UserError(f"{name}: has the mark {VIDEO_MARK}: videos are not supported, only images")
         say(f"note: {name}: {VIDEO_MARK} is text; videos are not supported, only images")
-    marks = prompt.count(IMAGE_MARK)
+    marks = sum(text.count(IMAGE_MARK) for text in questions)
     if marked and marks != len(images):
         raise UserError(
             f"{name}: has {marks} {IMAGE_MARK} mark(s) for {len(images)} image(s); use one mark for each image, or no marks"
@@ -365,4 +394,5 @@ def make_sample(name: str, images: Sequence[Image], prompt: str, marked: bool) -
         image if isinstance(image, bytes) else image_file(str(image), Path(), f"{name}: image {number}")
         for number, image in enumerate(images, 1)
     )
-    return Sample(name, "", sources, prompt, (), marked)
+    conversation = tuple((question, answer) for question, answer in turns)
+    return Sample(name, "", sources, prompt, (), marked, system=system, turns=conversation)

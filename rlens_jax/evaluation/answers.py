@@ -113,7 +113,8 @@ FILE_NAME = _KIND.file_name
 
 def question_hash(sample: Sample, images: Hashable) -> str:
     """SHA-256, in hex, of all of a sample that a model reads; `images` is its `data.images.images_key`."""
-    return hashlib.sha256(f"{sample.marked}, {images}, {len(sample.question)}: {sample.question}".encode()).hexdigest()
+    text = f"{sample.marked}, {images}, {len(sample.question)}: {sample.question}{sample.conversation}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_predictions(path: Path, dataset: Dataset, predictions: Sequence[str | None]) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from flax import nnx
@@ -37,8 +36,9 @@ class Family(Generic[ConfigT]):
     """Reader of config.json by `model_type`; it raises UserError for a computation that is not supported."""
     vision: MakeVision[ConfigT]
     """Vision tower and connector, from the arrays of prepared images to visual tokens."""
-    preparer: Callable[[Path, ConfigT], Preparer]
-    """`preparer(folder, config)`: prepares images and prompts with the files of a model folder."""
+    preparer: Callable[..., Preparer]
+    """`preparer(folder, config)`: prepares images and prompts with the files of a model folder. With `limits`, a third argument
+    is accepted: values of `limits` that take the place of the folder's."""
     image_sizes: Callable[[ConfigT, int], Sequence[ImageSize]]
     """`image_sizes(config, patches)`: the buckets of images that a value of `compute.patch_slots` stands for, ascending."""
     image_arrays: Callable[[ConfigT, ImageSize], ImageArrays]
@@ -58,6 +58,8 @@ class Family(Generic[ConfigT]):
     """`grid(config)`: visual tokens per side of the square grid that each image or tile becomes; None if they differ in size."""
     attention: Callable[[ConfigT], TowerAttention | None] = lambda config: None
     """`attention(config)`: the attention by which FasterVLM and VisionZip may choose; None if visual tokens are no patches."""
+    limits: Sequence[str] = ()
+    """The names in `config.LIMITS` that the family has settings for."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Values of `model_type` that are known and not supported, and what to use instead, as the end of an error."""
 

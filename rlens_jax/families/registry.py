@@ -3,18 +3,20 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from rlens_jax.config import LIMITS
 from rlens_jax.data.benchmarks.catalogue import Instance, Turn
 from rlens_jax.errors import UserError, foreign, suggest
 from rlens_jax.families import internvl, llava, llava_next, llava_onevision, minicpm_v, qwen2_5_vl, qwen2_vl, qwen3_vl
 from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.family import Family
-from rlens_jax.families.image_files import NESTED_FILE, PROCESSOR_FILE, read_processor_fields
+from rlens_jax.families.image_files import MOST_PIXELS, NESTED_FILE, PROCESSOR_FILE, read_processor_fields
 from rlens_jax.families.refusals import refuse_unsupported
 from rlens_jax.families.table import Table
 from rlens_jax.files import quoted
@@ -58,10 +60,26 @@ class ModelKind:
         config: Any = self.config  # of the family's own class, a dataclass
         return replace(self, config=replace(config, decoder=decoder))
 
-    def preparer(self, folder: Path) -> Preparer:
-        """Prepares images and prompts with a model folder's files; UserError if one is missing or does not fit config.json."""
+    def preparer(self, folder: Path, limits: Mapping[str, int] = MappingProxyType({})) -> Preparer:
+        """Prepares images and prompts with a model folder's files.
+
+        Args:
+            folder: it holds the files.
+            limits: of the sizes of images, by names in `config.LIMITS`; they take the place of the folder's.
+
+        Raises:
+            UserError: a file is missing or does not fit config.json, the family has no such setting, or a value is out of range.
+        """
+        own = self.family.limits
+        for name, value in limits.items():
+            if name not in own:
+                near = "" if name in LIMITS else suggest(name, LIMITS)
+                known = f"it has {', '.join(own)}" if own else "its config.json alone decides the sizes of images"
+                raise UserError(f"{name}: a model of the type {self.model_type} has no such setting{near}; {known}")
+            if not 1 <= value <= MOST_PIXELS:
+                raise UserError(f"{name} must be from 1 to {MOST_PIXELS}, not {value}")
         with foreign(f"{folder}: the files for texts or images are not usable", "; copy those of the published model"):
-            return self.family.preparer(folder, self.config)
+            return self.family.preparer(folder, self.config, *([limits] if limits else []))
 
     def image_sizes(self, patch_slots: Sequence[int]) -> list[ImageSize]:
         """The buckets of images that bucket sizes in patches stand for; UserError if none of them holds an image."""

@@ -20,15 +20,18 @@ _LONGEST_TEMPLATE = 1_000_000
 """Characters that a template may add to a turn: far more than any model reads."""
 
 
-def question_content(sample: Sample) -> list[Part]:
-    """Split a user turn into parts: images stand at the first marks of a marked sample, or before the text."""
-    num_images = len(sample.images)
-    parts = sample.question.split(IMAGE_MARK, num_images) if sample.marked else [""] * num_images + [sample.question]
-    content: list[Part] = []
-    for number, text in enumerate(parts):
-        content += [{"type": "image"}] if number else []
-        content += [{"type": "text", "text": text}] if text else []
-    return content
+def user_contents(sample: Sample) -> list[list[Part]]:
+    """The user's turns as parts: images stand at the first marks of a marked sample, or before the text of the first turn."""
+    left, contents = len(sample.images), []
+    for text in (*(asked for asked, _ in sample.turns), sample.question):
+        pieces = text.split(IMAGE_MARK, left) if sample.marked else [""] * left + [text]
+        left -= len(pieces) - 1
+        content: list[Part] = []
+        for number, piece in enumerate(pieces):
+            content += [{"type": "image"}] if number else []
+            content += [{"type": "text", "text": piece}] if piece else []
+        contents.append(content)
+    return contents
 
 
 class Chat:
@@ -56,15 +59,19 @@ class Chat:
         self._literal = LiteralText(tokenizer, reserved)
 
     def turn(
-        self, sample: Sample, parts: Sequence[Part], answer: str | None, write: Callable[[list[Part]], Content] = list
+        self,
+        sample: Sample,
+        contents: Sequence[Sequence[Part]],
+        answer: str | None,
+        write: Callable[[list[Part]], Content] = list,
     ) -> tuple[list[int], int]:
-        """Token ids of a user turn, followed by `answer` and the end of the turn unless it is None.
+        """Token ids of a conversation up to the last user turn, followed by `answer` and the end of the turn unless it is None.
 
         No text of the sample becomes a special token: it is tokenised as letters.
 
         Args:
-            sample: named in error messages.
-            parts: images and texts of the turn, in order.
+            sample: its system prompt and earlier answers; named in error messages.
+            contents: images and texts of each user turn, in order.
             answer: a reference answer.
             write: makes the content that the template expects.
 
@@ -72,15 +79,21 @@ class Chat:
             The token ids, and how many of them are the answer and the end of the turn.
 
         Raises:
-            UserError: the template or the tokenizer fails, a token is outside the embedding, or the tokenizer merges the first
-                letters of the answer with the end of the prompt.
+            UserError: the template or the tokenizer fails, the template leaves out the system prompt or an earlier turn, a token
+                is outside the embedding, or the tokenizer merges the first letters of the answer with the end of the prompt.
         """
+        said = _messages(sample, contents)
         with foreign(f"{sample.id}: the prompt cannot be written"):
-            texts, hidden = self._literal.hide([answer or "", *(part["text"] for part in parts if "text" in part)])
+            given = [part["text"] for _, parts in said for part in parts if "text" in part]
+            texts, hidden = self._literal.hide([answer or "", *given])
             following = iter(texts[1:])
-            content = write([{**part, "text": next(following)} if "text" in part else part for part in parts])
-            turn = {"role": "user", "content": content}
-            text = str(self.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True))
+            messages = [
+                {"role": role, "content": write([{**p, "text": next(following)} if "text" in p else p for p in parts])}
+                for role, parts in said
+            ]
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            if len(messages) > 1 and not all(part.strip() in text for part in texts[1:]):
+                raise UserError(f"{sample.id}: the chat template of this model leaves out the system prompt or an earlier turn")
             if len(text) > _LONGEST_TEMPLATE + sum(map(len, texts)):
                 raise UserError(f"{sample.id}: the chat template makes a prompt of {len(text)} characters")
             prompt = self.ids(text, hidden)
@@ -114,6 +127,16 @@ class Chat:
                 )
 
 
+def _messages(sample: Sample, contents: Sequence[Sequence[Part]]) -> list[tuple[str, Sequence[Part]]]:
+    """The role and the parts of each message, with the system prompt and the earlier answers."""
+    said: list[tuple[str, Sequence[Part]]] = []
+    if sample.system is not None:
+        said.append(("system", [{"type": "text", "text": sample.system}]))
+    for (_, answered), content in zip(sample.turns, contents, strict=False):
+        said += [("user", content), ("assistant", [{"type": "text", "text": answered}])]
+    return [*said, ("user", contents[-1])]
+
+
 class PlaceholderChat(Chat):
     """A chat whose template writes one placeholder token per image; it is repeated, once per visual token of the image.
 
@@ -142,7 +165,7 @@ class PlaceholderChat(Chat):
         Raises:
             UserError: as `turn`, or the template does not write one placeholder per image.
         """
-        ids, num_answer = self.turn(sample, self.parts(sample), answer)
+        ids, num_answer = self.turn(sample, self.contents(sample), answer)
         if (written := ids.count(self.image_token)) != len(tokens_per_image):
             token = self.tokenizer.convert_ids_to_tokens(self.image_token)
             raise UserError(
@@ -155,6 +178,6 @@ class PlaceholderChat(Chat):
             expanded += [token] * (next(counts) if token == self.image_token else 1)
         return np.array(expanded, np.int32), num_answer
 
-    def parts(self, sample: Sample) -> list[Part]:
-        """Images and texts of the user turn, in order."""
-        return question_content(sample)
+    def contents(self, sample: Sample) -> list[list[Part]]:
+        """Images and texts of each user turn, in order."""
+        return user_contents(sample)

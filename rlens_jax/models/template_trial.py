@@ -32,9 +32,10 @@ if sys.platform == "linux":
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 template, texts = json.load(sys.stdin)
 image, text = {{"type": "image"}}, {{"type": "text", "text": texts}}
-for content in ([image, text, image, text], texts):
+system, answer = {{"role": "system", "content": [text]}}, {{"role": "assistant", "content": [text]}}
+question = {{"role": "user", "content": [image, text, image, text]}}
+for turn in ([question], [{{"role": "user", "content": texts}}], [system, question, answer, question]):
     try:
-        turn = [{{"role": "user", "content": content}}]
         written, _ = render_jinja_template(conversations=[turn], chat_template=template, add_generation_prompt=True)
     except MemoryError:
         sys.exit("takes more than {BYTES / 2**30:.0f} GiB of memory")

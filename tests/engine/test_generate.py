@@ -176,9 +176,10 @@ def test_the_command_prints_what_the_model_says(
     model: DeployedModel, page: Path, plan_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [f"--image={page}", f"--prompt={QUESTIONS[0]}", f"--plan={plan_path}", f"--max-new-tokens={TOKENS}"]
+    options += ["--system=row 1", "--turn", QUESTIONS[1], "9"]
     assert run(["embedded", *options]) == 0
-    plan = rlens_jax.read_plan(plan_path)
-    expected = model.generate([page], QUESTIONS[0], plan, max_new_tokens=TOKENS)
+    plan, spoken = rlens_jax.read_plan(plan_path), {"system": "row 1", "turns": [(QUESTIONS[1], "9")]}
+    expected = model.generate([page], QUESTIONS[0], plan, max_new_tokens=TOKENS, **spoken)
     assert capsys.readouterr().out == expected + "\n"
 
 
@@ -207,6 +208,12 @@ def test_bad_input(model: DeployedModel, page: Path, tmp_path: Path) -> None:
         model.generate([tmp_path / "none.png"], QUESTIONS[0])
     with pytest.raises(UserError, match="2 prompts, but images for 1"):
         model.generate([[page]], [QUESTIONS[0]] * 2)
+    with pytest.raises(UserError, match="1 prompts, but turns for 2"):
+        model.generate([[page]], QUESTIONS[:1], turns=[(), ()])
+    with pytest.raises(UserError, match="the prompt: turns must be pairs of a question and its answer"):
+        model.generate([page], QUESTIONS[0], turns=["a b"])
+    with pytest.raises(UserError, match="max_tiles: a model of the type qwen2_vl has no such setting"):
+        rlens_jax.load("embedded", limits={"max_tiles": 4})
     with pytest.raises(UserError, match="must be a list of files"):
         model.generate(str(page), QUESTIONS[0])
     with pytest.raises(UserError, match=r"2 <image> mark\(s\) for 1 image"):

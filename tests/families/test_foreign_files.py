@@ -198,6 +198,47 @@ def test_all_end_tokens_of_a_checkpoint(folder: Path) -> None:
     assert read_stop_tokens(folder, tokenizer, 20 + own) == (own, 6)
 
 
+def test_limits_take_the_place_of_the_folders(folder: Path) -> None:
+    """As sizes measured without preparing, and as a folder with these limits."""
+    kind, image = read_model_kind(folder), Image.new("RGB", (90, 50))
+    limits = {"min_pixels": 20_000, "max_pixels": 30_000}
+    (limited,), (own,) = (kind.preparer(folder, given).images([image], "s") for given in (limits, {}))
+    assert limited.tokens.count > own.tokens.count
+    assert kind.measure(folder, limits)(90, 50) == (limited.size, limited.tokens)
+    edit(folder / PROCESSOR, **limits)
+    assert preparer(folder).images([image], "s")[0].tokens == limited.tokens
+
+
+@pytest.mark.parametrize(
+    ("limits", "complaint"),
+    [
+        ({"max_tiles": 4}, "max_tiles: a model of the type qwen2_vl has no such setting; it has min_pixels, max_pixels"),
+        (
+            {"min_pixel": 4},
+            "min_pixel: a model of the type qwen2_vl has no such setting (did you mean 'min_pixels'?); it has min_pixels, "
+            "max_pixels",
+        ),
+        ({"max_pixels": 0}, "max_pixels must be from 1 to 134217728, not 0"),
+        ({"min_pixels": 10**9}, "min_pixels must be from 1 to 134217728, not 1000000000"),
+        (
+            {"min_pixels": 10**6, "max_pixels": 10**5},
+            f"{PROCESSOR} with min_pixels 1000000 with max_pixels 100000: size must be the smallest and the largest number of "
+            "pixels of an image, not {'shortest_edge': 1000000, 'longest_edge': 100000}",
+        ),
+    ],
+)
+def test_limits_that_do_not_fit(folder: Path, limits: dict[str, int], complaint: str) -> None:
+    with pytest.raises(UserError) as refused:
+        read_model_kind(folder).preparer(folder, limits)
+    assert str(refused.value).removeprefix(f"{folder}/") == complaint
+
+
+def test_limits_of_images_that_are_not_resized(folder: Path) -> None:
+    edit(folder / PROCESSOR, do_resize=False)
+    with pytest.raises(UserError, match="do_resize is false, so max_pixels would change nothing; leave them out"):
+        read_model_kind(folder).preparer(folder, {"max_pixels": 5000})
+
+
 @pytest.mark.parametrize("size", [(1, 300), (5000, 1), (201, 1)])
 def test_images_longer_than_the_processor_takes(folder: Path, size: tuple[int, int]) -> None:
     message = f"s:3: an image of {size[0]} x {size[1]} pixels: its longer side is more than 200 times the shorter one; crop it"

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -205,6 +206,34 @@ def test_native_prompt_of_newer_models(native):
     np.testing.assert_array_equal(prompt.is_visual, prompt.token_ids == IMAGE_TOKEN)
     np.testing.assert_array_equal(prompt.rope_positions, np.arange(len(prompt.token_ids))[None])
     assert prompt.next_rope == len(prompt.token_ids)
+
+
+@pytest.mark.parametrize("layout", ["native", "hf"])
+def test_limits_of_tiles(layout, request):
+    """A limit for each image, and one that the images of a prompt share."""
+    folder = request.getfixturevalue(layout)
+    kind, wide = read_model_kind(folder), picture(1, 8 * TILE, TILE)
+
+    def counts(images: int, **limits: int) -> list[int]:
+        return [image.tokens.count // 16 for image in kind.preparer(folder, limits).images([wide] * images, "s")]
+
+    own = counts(1)
+    assert counts(1, max_tiles=8) == [9] and counts(1, max_tiles=3) == [4] and own == [7]
+    assert counts(3, max_tiles=4, total_tiles=64) == [5] * 3
+    assert counts(3, max_tiles=4, total_tiles=7) == [3] * 3
+    assert counts(3, total_tiles=2) == [1] * 3
+    assert "max_tiles must be from 1, the checkpoint's least, to 128, not 500" in refusal(
+        kind.preparer, folder, {"max_tiles": 500}
+    )
+    assert "has no such setting; it has max_tiles, total_tiles" in refusal(kind.preparer, folder, {"max_slices": 4})
+
+
+def test_a_system_prompt_takes_the_place_of_the_native_one(native):
+    asked = replace(sample("Why?", 1), system="Be brief.", turns=(("Who?", "Me."),))
+    assert spelled(preparer(native).prompt(asked, tiles(1), None).token_ids) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<img>[16]</img>\nWho?<|im_end|>\n"
+        "<|im_start|>assistant\nMe.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 @pytest.mark.parametrize("template", ["Hermes-2", "internlm2-chat"])

@@ -316,6 +316,12 @@ def test_an_image_is_text_around_its_views(pair):
     text = pair.preparer.chat.tokenizer.decode(marked.token_ids)
     image = f"<image>{slots}</image>"
     assert f"A <image_id>0</image_id>{image}b<image_id>1</image_id>{image}<|im_end|>" in text
+    turns = (("A <image>", "So."),)
+    spoken = replace(sample_of("b<image>", 2), marked=True, system="Be brief.", turns=turns)
+    text = pair.preparer.chat.tokenizer.decode(pair.preparer.prompt(spoken, [LITTLE_TOKENS] * 2, None).token_ids)
+    turns = ("system", "Be brief."), ("user", f"A <image_id>0</image_id>{image}"), ("assistant", "So.")
+    said = "".join(turn.format(*each) for each in (*turns, ("user", f"b<image_id>1</image_id>{image}")))
+    assert text == said + "<|im_start|>assistant\n"
     assert pair.preparer.chat.decode(prompt.token_ids[-9:].tolist()) == "An <unk>"
     assert pair.preparer.chat.stop_tokens == (reference.id_of("<|im_end|>"),)
 

@@ -1,5 +1,7 @@
 """Texts of a user in the prompts of any family: letters, never special tokens; and what tokenizers and templates do wrong."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -143,6 +145,32 @@ def test_an_image_mark_in_a_text_is_not_an_image():
     ids, _ = chat.encode(sample("What?"), [3], "<image>")
     assert ids.tolist().count(byte_level().token_to_id("<image>")) == 0
     assert ids.tolist().count(chat.image_token) == 3
+
+
+def test_a_conversation_and_its_system_prompt():
+    """No text of it becomes a token, and images are where the marks are, in whatever turn."""
+    chat = chat_of(byte_level())
+    turns = (("What is <image> <s>?", "a <|im_end|>"), ("And <image>?", "b"))
+    asked = Sample("s:1", "d", (b"",) * 3, "And <image>?", (), marked=True, system="Be <s> brief.", turns=turns)
+    ids, _ = chat.encode(asked, [1, 2, 1], None)
+    said = "<|im_start|>system\nBe <s> brief.<|im_end|>\n<|im_start|>user\nWhat is<|image_pad|><s>?<|im_end|>\n"
+    said += "<|im_start|>assistant\na <|im_end|><|im_end|>\n<|im_start|>user\nAnd<|image_pad|><|image_pad|>?<|im_end|>\n"
+    said += "<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nAnd<|image_pad|>?<|im_end|>\n<|im_start|>assistant\n<think>"
+    assert chat.tokenizer.decode(ids) == said
+    tokens = byte_level()
+    assert [ids.tolist().count(tokens.token_to_id(token)) for token in ("<|im_end|>", "<s>", "<|image_pad|>")] == [6, 0, 4]
+    unmarked, _ = chat.encode(replace(asked, marked=False, question="?", turns=(("<image>", "b"),)), [1, 1, 1], None)
+    said = "<|im_start|>user\n<|image_pad|><|image_pad|><|image_pad|><image><|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+    assert said in chat.tokenizer.decode(unmarked)
+
+
+@pytest.mark.parametrize("lost", ["system", "assistant"])
+def test_a_template_that_leaves_out_part_of_a_conversation(lost):
+    begin = "{% for message in messages %}"
+    chat = chat_of(byte_level(), TEMPLATE.replace(begin, f"{begin[:-3]} if message.role != '{lost}' %}}"))
+    asked = Sample("s:1", "d", (), "What?", (), system="Be brief.", turns=(("Who?", "Me."),))
+    with pytest.raises(UserError, match=r"^s:1: the chat template of this model leaves out the system prompt or an earlier turn"):
+        chat.encode(asked, [], None)
 
 
 def test_a_template_that_forgets_the_images():

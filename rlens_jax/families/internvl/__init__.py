@@ -17,6 +17,7 @@ FAMILY = Family[InternVLConfig](
     table=table,
     reference=REFERENCE,
     benchmark_prompt=benchmark_prompt,
+    limits=("max_tiles", "total_tiles"),
     preset="internvl2_8b",
     attention=lambda config: tower_attention(config.vision, class_token=True, patches=MERGE**2, view=config.vision.num_patches),
     grid=lambda config: config.vision.patches_per_side // MERGE,

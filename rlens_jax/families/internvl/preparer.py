@@ -5,7 +5,9 @@ The tokens of all tiles of an image are one run in the prompt.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -116,12 +118,15 @@ class InternVLChat(PlaceholderChat):
         self.start: list[int] = list(tokenizer("")["input_ids"])
         """What the tokenizer adds before a text."""
 
-    def parts(self, sample: Sample) -> list[Part]:
-        """See `PlaceholderChat.parts`; in the native layout, an image before the text has a line of its own."""
-        parts = super().parts(sample)
+    def contents(self, sample: Sample) -> list[list[Part]]:
+        """See `PlaceholderChat.contents`; in the native layout, an image before the text has a line of its own."""
+        contents = super().contents(sample)
         if not self.images_end_lines or sample.marked:
-            return parts
-        return [own for part in parts for own in ([part, {"type": "text", "text": "\n"}] if part["type"] == "image" else [part])]
+            return contents
+        line_end: Part = {"type": "text", "text": "\n"}
+        return [
+            [own for part in parts for own in ([part, line_end] if part["type"] == "image" else [part])] for parts in contents
+        ]
 
     def ids(self, text: str, hidden: Hidden = NOTHING_HIDDEN) -> list[int]:
         """Token ids of `text`, with the tokenizer's start token before a text that does not begin with it.
@@ -203,7 +208,7 @@ def _native_template(name: str, start: str) -> str:
     system, end = CONVERSATIONS[name]
     part = f"{{{{ '{IMAGE_TOKEN}' if part['type'] == 'image' else part['text'] }}}}"
     return (
-        f"{start}<|im_start|>system\n{system}{end}"
+        f"{start}{{% if messages[0]['role'] != 'system' %}}<|im_start|>system\n{system}{end}{{% endif %}}"
         "{% for message in messages %}"
         f"<|im_start|>{{{{ message['role'] }}}}\n{{% for part in message['content'] %}}{part}{{% endfor %}}{end}"
         "{% endfor %}"
@@ -241,27 +246,34 @@ def cut_patches(tiles: np.ndarray, side: int) -> np.ndarray:
 
 
 class InternVLPreparer:
-    """See `Preparer`."""
+    """See `Preparer`.
 
-    def __init__(self, folder: Path, config: InternVLConfig):
+    Of `limits`, max_tiles takes the place of the checkpoint's. With total_tiles, the images of a prompt share so many tiles
+    equally; each has at least one.
+    """
+
+    def __init__(self, folder: Path, config: InternVLConfig, limits: Mapping[str, int] = MappingProxyType({})):
         vision, native = config.vision, config.native
         if native is not None and native.max_tiles > MOST_TILES:
             raise UserError(f"{folder / 'config.json'}: max_dynamic_patch {native.max_tiles} is more than {MOST_TILES}")
         self.config = config
         self.transparency: Transparency = "white" if native is None else "dropped"
         self.chat = InternVLChat(folder, config)
-        self._cut: Callable[[Image], np.ndarray] = (
-            _hf_cutter(folder, vision.image_size) if native is None else lambda image: cut_tiles(image, vision.image_size, native)
-        )
+        own = _hf_cutter(folder, vision.image_size) if native is None else _native_cutter(native, vision.image_size)
+        self._cut, least, most = own
+        self._most, self._total = limits.get("max_tiles", most), limits.get("total_tiles")
+        if not least <= self._most <= MOST_TILES:
+            raise UserError(f"max_tiles must be from {least}, the checkpoint's least, to {MOST_TILES}, not {self._most}")
 
     def images(self, pixels: Sequence[Image], sample_id: str) -> list[PreparedImage]:
         """Each image as the patches of its tiles, [v, J, c]."""
-        return [self._image(image, sample_id) for image in pixels]
+        most = self._most if self._total is None else max(1, min(self._most, self._total // max(1, len(pixels))))
+        return [self._image(image, most, sample_id) for image in pixels]
 
-    def _image(self, pixels: Image, sample_id: str) -> PreparedImage:
+    def _image(self, pixels: Image, most: int, sample_id: str) -> PreparedImage:
         vision = self.config.vision
         with foreign(f"{sample_id}: an image of {pixels.width} x {pixels.height} pixels cannot be prepared"):
-            patches = cut_patches(self._cut(pixels), vision.patch_size)
+            patches = cut_patches(self._cut(pixels, most), vision.patch_size)
         return PreparedImage((patches,), ImageTokens(len(patches) * vision.tile_tokens))
 
     def prompt(self, sample: Sample, images: Sequence[ImageTokens], answer: str | None) -> Prompt:
@@ -273,7 +285,18 @@ class InternVLPreparer:
         return Prompt.plain(ids, ids == self.chat.image_token, answer_length)
 
 
-def _hf_cutter(folder: Path, tile: int) -> Callable[[Image], np.ndarray]:
+Cutter = tuple[Callable[[Image, int], np.ndarray], int, int]
+"""Cuts an image into at most so many tiles; the checkpoint's own least and most tiles."""
+
+
+def _native_cutter(native: Native, tile: int) -> Cutter:
+    def cut(image: Image, most: int) -> np.ndarray:
+        return cut_tiles(image, tile, replace(native, min_tiles=min(native.min_tiles, most), max_tiles=most))
+
+    return cut, native.min_tiles, native.max_tiles
+
+
+def _hf_cutter(folder: Path, tile: int) -> Cutter:
     """Cuts an image into tiles by preprocessor_config.json, with the image processor of transformers that needs no torch."""
     # Imported here: where torchvision is installed this import loads it, and a model without images needs neither.
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -283,12 +306,15 @@ def _hf_cutter(folder: Path, tile: int) -> Callable[[Image], np.ndarray]:
     if (processor.size["height"], processor.size["width"]) != (tile, tile):
         raise UserError(f"{where}: size {dict(processor.size)} is not supported, the position embedding is for {tile} x {tile}")
 
-    def cut(image: Image) -> np.ndarray:
+    least, most = processor.min_patches, processor.max_patches
+
+    def cut(image: Image, most: int) -> np.ndarray:
         # InternVLProcessor of transformers always crops, whatever the file says.
-        features = processor(images=[image], crop_to_patches=True, return_tensors="np")
+        bounds = {"min_patches": min(least, most), "max_patches": most}
+        features = processor(images=[image], crop_to_patches=True, **bounds, return_tensors="np")
         return np.asarray(features["pixel_values"], np.float32)
 
-    return cut
+    return cut, least, most
 
 
 def benchmark_prompt(instance: Instance, config: InternVLConfig, step_by_step: bool) -> Turn:

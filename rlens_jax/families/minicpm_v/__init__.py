@@ -16,5 +16,6 @@ FAMILY = Family[MiniCPMVConfig](
     table=table,
     reference=REFERENCE,
     benchmark_prompt=benchmark_prompt,
+    limits=("max_slices",),
     preset="minicpm_v_2_6",
 )

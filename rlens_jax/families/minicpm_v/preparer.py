@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from rlens_jax.families.chat_files import load_tokenizer, read_stop_tokens, read
 from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.image_files import MOST_TILES, PROCESSOR_FILE, read_processor_fields
 from rlens_jax.families.minicpm_v.model import VERSION, MiniCPMVConfig
-from rlens_jax.models.chat import Chat, Part, question_content
+from rlens_jax.models.chat import Chat, Part, user_contents
 from rlens_jax.models.prompt import Grid, ImageArrays, ImageSize, ImageTokens, Measure, PreparedImage, Prompt
 
 VIEW_STEP = 3
@@ -239,16 +240,14 @@ class SlicedChat(Chat):
         Raises:
             UserError: as `turn`, or the template loses marks of images.
         """
-        images = [self.marks.text(i, grid, self.num_queries) for i, grid in enumerate(grids)]
-        parts = question_content(sample)
+        images = iter([self.marks.text(i, grid, self.num_queries) for i, grid in enumerate(grids)])
         between = "" if sample.marked else "\n"
 
         def write(parts: list[Part]) -> str:
             """Images at their marks, or each on its own line before the text, as in the published `chat`."""
-            texts = iter(images)
-            return between.join(next(texts) if part["type"] == "image" else part["text"] for part in parts)
+            return between.join(next(images) if part["type"] == "image" else part["text"] for part in parts)
 
-        ids, num_answer = self.turn(sample, parts, answer, write)
+        ids, num_answer = self.turn(sample, user_contents(sample), answer, write)
         token_ids = np.array(ids, np.int32)
         starts = np.flatnonzero(np.isin(token_ids, self.starts)) + 1
         ends = np.flatnonzero(np.isin(token_ids, self.ends))
@@ -296,10 +295,14 @@ def measure(config: MiniCPMVConfig, fields: Mapping[str, Any]) -> Measure:
 
 
 class MiniCPMVPreparer:
-    """See `Preparer`."""
+    """See `Preparer`; of `limits`, max_slices takes the place of the folder's max_slice_nums."""
 
-    def __init__(self, folder: Path, config: MiniCPMVConfig):
-        fields = ConfigReader(*read_processor_fields(folder))
+    def __init__(self, folder: Path, config: MiniCPMVConfig, limits: Mapping[str, int] = MappingProxyType({})):
+        own, where = read_processor_fields(folder)
+        most = limits.get("max_slices", 0)
+        if most > MAX_SLICES:
+            raise UserError(f"max_slices must be from 1 to {MAX_SLICES}, not {most}")
+        fields = ConfigReader({**own, "max_slice_nums": most} if most else own, where)
         self.config = config
         self.transparency: Transparency = "dropped"
         self.slicing = read_slicing(fields, config)

@@ -19,6 +19,7 @@ FAMILY = Family[Qwen25VLConfig](
     reference=REFERENCE,
     # VLMEvalKit gives it the prompts of a model that has none of its own, unlike Qwen2-VL.
     benchmark_prompt=lambda instance, config, step_by_step: default_prompt(instance),
+    limits=("min_pixels", "max_pixels"),
     preset="qwen2_5_vl_7b",
     attention=lambda config: tower_attention(config.vision, class_token=False, patches=config.vision.merge_size**2, view=None),
 )

@@ -17,6 +17,7 @@ FAMILY = Family[Qwen2VLConfig](
     table=table,
     reference=REFERENCE,
     benchmark_prompt=benchmark_prompt,
+    limits=("min_pixels", "max_pixels"),
     preset="qwen2_vl_7b",
     attention=lambda config: tower_attention(config.vision, class_token=False, patches=config.vision.merge_size**2, view=None),
 )

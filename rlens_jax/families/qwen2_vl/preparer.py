@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -104,13 +105,16 @@ def _with_limits(fields: Mapping[str, Any], default: Mapping[str, int]) -> dict[
     return rest | {"size": size}
 
 
-def _processor_fields(folder: Path, config: Qwen2VLConfig) -> tuple[dict[str, Any], str]:
+def _processor_fields(folder: Path, config: Qwen2VLConfig, limits: Mapping[str, int]) -> tuple[dict[str, Any], str]:
     """The fields of the image processor, with the limits of pixels where transformers reads them, and the file that has them.
 
     Raises:
         UserError: a field is unusable or does not fit config.json.
     """
     fields, where = read_processor_fields(folder)
+    if limits and fields.get("do_resize") is False:
+        raise UserError(f"{where}: do_resize is false, so {' and '.join(limits)} would change nothing; leave them out")
+    fields |= limits
     vision = config.vision
     sizes = {"patch_size": vision.patch_size, "merge_size": vision.merge_size, "temporal_patch_size": vision.temporal_patch}
     for name, value in sizes.items():
@@ -119,21 +123,25 @@ def _processor_fields(folder: Path, config: Qwen2VLConfig) -> tuple[dict[str, An
     fields = _with_limits(fields, {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS})
     size = fields["size"]
     if set(size) != {"shortest_edge", "longest_edge"} or size["shortest_edge"] > size["longest_edge"]:
-        raise UserError(f"{where}: size must be the smallest and the largest number of pixels of an image, not {size}")
+        given = "".join(f" with {name} {value}" for name, value in limits.items())
+        raise UserError(f"{where}{given}: size must be the smallest and the largest number of pixels of an image, not {size}")
     return fields, where
 
 
 class Qwen2VLPreparer:
-    """See `Preparer`; the image processor is the one of transformers that needs no torch."""
+    """See `Preparer`; the image processor is the one of transformers that needs no torch.
 
-    def __init__(self, folder: Path, config: Qwen2VLConfig):
+    `limits`, min_pixels and max_pixels, take the place of the folder's.
+    """
+
+    def __init__(self, folder: Path, config: Qwen2VLConfig, limits: Mapping[str, int] = MappingProxyType({})):
         # Imported here: where torchvision is installed this import loads it, and a model without images needs neither.
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         self.config = config
         self.transparency: Transparency = "white"
         self.chat = read_chat(folder, config.image_token, config.decoder.vocabulary)
-        self.image_processor = make_processor(Qwen2VLImageProcessorPil, *_processor_fields(folder, config))
+        self.image_processor = make_processor(Qwen2VLImageProcessorPil, *_processor_fields(folder, config, limits))
 
     def images(self, pixels: Sequence[Image], sample_id: str) -> list[PreparedImage]:
         """Each image as patches [J, c], places [J, 2] and the number of real patches []."""

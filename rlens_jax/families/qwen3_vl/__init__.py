@@ -22,6 +22,7 @@ FAMILY = Family[Qwen3VLConfig](
     reference=REFERENCE,
     # VLMEvalKit's entries switch its own prompts off.
     benchmark_prompt=lambda instance, config, step_by_step: default_prompt(instance),
+    limits=("min_pixels", "max_pixels"),
     preset="qwen3_vl_8b",
     attention=lambda config: tower_attention(config.vision, class_token=False, patches=config.vision.merge_size**2, view=None),
 )

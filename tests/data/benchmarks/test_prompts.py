@@ -7,7 +7,7 @@ import pytest
 from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Instance
 from rlens_jax.data.benchmarks.mixture import to_sample
 from rlens_jax.errors import UserError
-from rlens_jax.models.chat import question_content
+from rlens_jax.models.chat import user_contents
 from tests.families.published import BY_MODEL_TYPE, kind_of
 
 SHORT = "Answer the question using a single word or phrase."
@@ -147,7 +147,7 @@ def test_images_of_mmmu_stand_in_its_text() -> None:
         turn = kind_of(family).benchmark_prompt(item)
         sample = turn.sample(item, ())
         assert sample.images == (b"3", b"1", b"3")
-        content = question_content(sample)
+        (content,) = user_contents(sample)
         texts = ["Question: Is ", " like ", "?\nOptions:\nA. ", f"\nB. <image 10>\n{SELECT} \n"]
         assert [part.get("text", "image") for part in content] == [
             texts[0],
@@ -184,6 +184,6 @@ def test_a_mark_in_a_question_is_text(model_type: str) -> None:
     """Images stand where the family's prompt puts them, and before the text otherwise."""
     for images in ((b"1",), (b"1", b"2")):
         item = example("TextVQA_VAL", question="Is <image> a tag?", images=images)
-        content = question_content(to_sample(item, kind_of(model_type).benchmark_prompt))
+        (content,) = user_contents(to_sample(item, kind_of(model_type).benchmark_prompt))
         assert [part["type"] for part in content].count("image") == len(images)
         assert "Is <image> a tag?" in content[-1]["text"]
