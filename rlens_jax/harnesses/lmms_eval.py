@@ -6,6 +6,7 @@ lmms-eval finds it by its entry point, and only lmms-eval imports this module. d
 """
 
 import io
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lmms_eval.protocol import ChatMessages
 from PIL import Image
 
 from rlens_jax.config import Dtype
-from rlens_jax.console import say
+from rlens_jax.console import BAD_INPUT, say
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.harnesses.backends import MAX_NEW_TOKENS, Part, Question, open_backend
 from rlens_jax.plan_file import PlanFile, read_plan
@@ -77,6 +78,15 @@ class PlanModel(lmms):
         options = {"device": device} if backend == "torch" else {"batch_size": int(batch_size)}
         self._max_new_tokens = max_new_tokens
         self._backend = open_backend(backend, str(model), read, seed=seed, dtype=dtype, **options)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "PlanModel":
+        """The model of `--model_args`. Bad input is one line and exit code 2, as in all commands here, and no traceback."""
+        try:
+            return super().create_from_arg_string(arg_string, additional_config)
+        except UserError as error:
+            say(f"error: {error}")
+            sys.exit(BAD_INPUT)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """The greedy answers, in order, each cut at the texts that its task ends answers with.

@@ -121,6 +121,15 @@ def test_bad_arguments(arguments: dict[str, Any], complaint: str, adapter: Modul
         adapter.PlanModel(**arguments)
 
 
+def test_bad_arguments_of_the_command(adapter: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """lmms-eval would print a traceback."""
+    assert isinstance(adapter.PlanModel.create_from_arg_string("seed=3", {"batch_size": 2, "device": None}), adapter.PlanModel)
+    with pytest.raises(SystemExit) as stopped:
+        adapter.PlanModel.create_from_arg_string("plan=none.json", {"batch_size": 2})
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: none.json") and error.count("\n") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed (extra lmms-eval)")
 def test_lmms_eval_itself(tmp_path: Path) -> None:

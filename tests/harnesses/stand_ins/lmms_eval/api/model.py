@@ -10,6 +10,11 @@ class lmms(abc.ABC):  # noqa: N801  (its name)
     def __init__(self) -> None:
         self.task_dict: dict[str, Any] = {}
 
+    @classmethod
+    def create_from_arg_string(cls, arg_string, additional_config=None):
+        given = dict(item.split("=", 1) for item in arg_string.split(",") if item)
+        return cls(**given, **{name: value for name, value in (additional_config or {}).items() if value is not None})
+
     @abc.abstractmethod
     def loglikelihood(self, requests): ...
 
