@@ -127,7 +127,7 @@ def test_bad_arguments_of_the_command(adapter: ModuleType, capsys: pytest.Captur
     with pytest.raises(SystemExit) as stopped:
         adapter.PlanModel.create_from_arg_string("plan=none.json", {"batch_size": 2})
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("error: none.json") and error.count("\n") == 1
+    assert stopped.value.code == 2 and error.startswith("error: cannot read none.json") and error.count("\n") == 1
 
 
 @pytest.mark.slow
