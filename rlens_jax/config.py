@@ -20,6 +20,8 @@ from rlens_jax.plans import FULL, OPERATORS, SKIP, Levels, Operator, Plan, Reduc
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 PAGES = "pages"
+MAX_SEEN = 6
+"""Most samples whose pictures a report holds."""
 """The data source of the embedded model."""
 
 LIMITS: Mapping[str, str] = MappingProxyType(
@@ -278,10 +280,14 @@ class ReportConfig:
     """Also search without the position prior (L_p = 0), for comparison; costs about one more search."""
     timing_repeats: int = 5
     """Measurements per prefill time; medians are reported."""
+    samples: int = 0
+    """Held-out samples, at most 6, whose redundancy the report shows: kept FFN units, attention to images, and maps over them."""
 
     def __post_init__(self) -> None:
         _check_types("report", self)
-        _at_least(0, "report", self, "random_rankings")
+        _at_least(0, "report", self, "random_rankings", "samples")
+        if self.samples > MAX_SEEN:
+            raise UserError(f"report.samples must be at most {MAX_SEEN}, not {self.samples}; the report holds their images")
         _at_least(1, "report", self, "bootstrap_samples", "timing_repeats")
 
 

@@ -27,10 +27,9 @@ from rlens_jax.hosts.processes import Processes, Stopper
 from rlens_jax.planning.plan_run import compared_plan, ranking_levels
 from rlens_jax.plans import Operator, Plan
 from rlens_jax.ranking.ranker import TEST, VALIDATION, Comparison, Ranker
-from rlens_jax.reporting.conclusion import Clock, Conclusion, answer_examples
+from rlens_jax.reporting.conclusion import Clock, Conclusion, write_samples
 from rlens_jax.reporting.report_files import is_finished, write_provisional, write_rankings, write_report
 from rlens_jax.reporting.report_text import found
-from rlens_jax.reporting.run_files import write_examples
 from rlens_jax.search.expected_work import expected_work
 from rlens_jax.search.front import Front, PrefillTime
 from rlens_jax.search.results import Results, Searched
@@ -100,11 +99,10 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
         prefill = time_plans(programs, test.batches[0], comparison.plans, report.timing_repeats)
         front = compared_plan(session, loaded, evaluators, comparison.plans)
         clock.enter("examples")
-        examples = answer_examples(session, loaded, programs, comparison.recommended, TEST)
+        write_samples(session, loaded, programs, comparison.recommended, TEST)
         clock.enter("report")
         results = conclude(conclusion.searched(rankings, ranker.dense, provisional=False), ranker, comparison, prefill, front)
         if processes.leads:
-            write_examples(output, examples, comparison.recommended, model_hash=results.model_hash, data_hash=results.data_hash)
             write_report(results, output)
     return results
 

@@ -12,6 +12,7 @@ from rlens_jax.reporting.front_report import write_front
 from rlens_jax.reporting.report_page import report_html
 from rlens_jax.reporting.report_text import report_markdown
 from rlens_jax.reporting.run_files import TIMING, RunFiles, read_examples, read_joint
+from rlens_jax.reporting.seen_files import read_seen
 from rlens_jax.search.ranking_file import RANKING, ranking_fields, read_ranking
 from rlens_jax.search.results import Results, Searched, Timing
 
@@ -24,7 +25,7 @@ def write_report(results: Results, folder: Path) -> list[Path]:
     The files of a joint search are written first, if there was one.
 
     Everything is made before anything is written, and ranking.json is written last: a folder with it has a finished
-    run. report.html also shows the folder's examples.json, if any.
+    run. report.html also shows the folder's examples.json and seen.json, if any.
 
     Raises:
         UserError: a file cannot be written, or the folder has the examples of another run.
@@ -35,7 +36,8 @@ def write_report(results: Results, folder: Path) -> list[Path]:
     if results.front is not None:
         write_front(results.front, folder, page=False)
     ranking, timing = ranking_fields(results), timing_fields(results.timing)
-    run = RunFiles(folder.resolve().name, ranking, timing, read_examples(folder, ranking), read_joint(folder, ranking))
+    name, examples, joint = folder.resolve().name, read_examples(folder, ranking), read_joint(folder, ranking)
+    run = RunFiles(name, ranking, timing, examples, joint, read_seen(folder, ranking))
     contents = {"curves.png": plot_curves(results, "png"), "curves.svg": plot_curves(results, "svg")}
     if any(result.ranking.rounds for result in results.operators.values()):
         contents["candidates.png"] = plot_candidates(results, "png")

@@ -17,6 +17,7 @@ from rlens_jax.reporting.measure_text import measure_of
 from rlens_jax.reporting.page_parts import asset, content_hash, environment, percent
 from rlens_jax.reporting.report_text import METHODS, ONE_SHOT, TITLES
 from rlens_jax.reporting.run_files import RunFiles
+from rlens_jax.reporting.seen_section import seen_section
 from rlens_jax.search.results import ALLOWED_LOSS
 
 MAX_BYTES = 3_000_000
@@ -100,6 +101,8 @@ class RunView:
     example_plan: str
     front: str
     """The section of the best plan under a budget, as HTML; empty without one."""
+    seen: str
+    """The section of single samples, as HTML; empty without them."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,7 @@ def _run_view(run: RunFiles, letter: str) -> RunView:
         configuration=yaml.safe_dump(ranking["configuration"], sort_keys=False, allow_unicode=True),
         example_plan="" if run.examples is None else Plan(**run.examples["plan"]).label(),
         front="" if run.front is None else front_section(run.front),
+        seen="" if run.seen is None else seen_section(run.seen),
     )
 
 

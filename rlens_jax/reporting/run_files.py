@@ -4,8 +4,6 @@
 image can be missing. The schemas of the files are in this folder and in `search`.
 """
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +16,8 @@ from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
 from rlens_jax.files import check_schema, field_error, json_text, read_json, replace_file
 from rlens_jax.plans import Plan
+from rlens_jax.reporting.seen_files import read_seen
+from rlens_jax.reporting.thumbnails import is_jpeg, thumbnail
 from rlens_jax.search.front import FRONT, read_front
 from rlens_jax.search.ranking_file import RANKING, check_layers, read_ranking
 
@@ -26,9 +26,7 @@ EXAMPLES_SCHEMA = "rlens-examples/1"
 NUM_EXAMPLES = 6
 """Samples that a ranking run shows."""
 MAX_EXAMPLES, MAX_IMAGES = 8, 2
-"""Most examples per file and thumbnails per example. With `_BYTES` they limit the file to about 0.5 MB."""
-_SIDE, _BYTES = 448, 24_000
-_QUALITIES = (85, 70, 55, 40, 25)
+"""Most examples per file and thumbnails per example. With the bytes of a thumbnail they limit the file to about 0.5 MB."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,8 @@ class RunFiles:
     examples: Mapping[str, Any] | None
     front: Mapping[str, Any] | None = None
     """The fields of front.json, if the run also searched the best plan under a budget."""
+    seen: Mapping[str, Any] | None = None
+    """The fields of seen.json, if the run also looked at single samples."""
 
     @property
     def num_layers(self) -> int:
@@ -62,7 +62,8 @@ def read_run(folder: Path) -> RunFiles:
     for plan in timing["prefill"]:
         if plan not in ranking.get("savings", {}):
             raise field_error(folder / TIMING, f"prefill.{plan}", f"{RANKING} has no such plan")
-    return RunFiles(folder.resolve().name, ranking, timing, read_examples(folder, ranking), read_joint(folder, ranking))
+    name, examples, joint = folder.resolve().name, read_examples(folder, ranking), read_joint(folder, ranking)
+    return RunFiles(name, ranking, timing, examples, joint, read_seen(folder, ranking))
 
 
 def read_examples(folder: Path, ranking: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -82,7 +83,7 @@ def read_examples(folder: Path, ranking: Mapping[str, Any]) -> Mapping[str, Any]
         check_layers(path, f"plan.{operator}", layers, ranking["model"]["num_layers"])
     for number, example in enumerate(fields["examples"]):
         for place, image in enumerate(example["images"]):
-            if not _is_jpeg(image["base64"]):
+            if not is_jpeg(image["base64"]):
                 raise field_error(path, f"examples[{number}].images[{place}].base64", "is not a JPEG in base64")
     return fields
 
@@ -103,18 +104,6 @@ def _read_checked(path: Path, schema: str) -> Mapping[str, Any]:
     value = read_json(path)
     check_schema(value, Path(__file__).with_name(schema), path)
     return value
-
-
-def _is_jpeg(encoded: str) -> bool:
-    try:
-        with Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)), formats=["JPEG"]) as image:
-            if max(image.size) > 2 * _SIDE:  # from the header: a small file may claim any size
-                return False
-            image.load()
-    # Pillow's decoders raise errors of nearly every type for broken files, not only OSError.
-    except Exception:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -186,26 +175,9 @@ def write_examples(folder: Path, examples: Sequence[Example], plan: Plan, *, mod
                 "references": list(example.references),
                 "dense": asdict(example.dense),
                 "reduced": asdict(example.reduced),
-                "images": [_thumbnail(image) for image in example.images[:MAX_IMAGES]],
+                "images": [thumbnail(image) for image in example.images[:MAX_IMAGES]],
             }
             for example in examples
         ],
     }
     return replace_file(folder / EXAMPLES, json_text(value).encode())
-
-
-def _thumbnail(image: Image.Image) -> dict[str, str | int]:
-    """A JPEG of at most `_SIDE` pixels a side and about `_BYTES` bytes: coarser if the image is rich in detail."""
-    small = image.convert("RGB")
-    small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    for quality in _QUALITIES:
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=quality, optimize=True)
-        if buffer.tell() <= _BYTES:
-            break
-    return {
-        "media_type": "image/jpeg",
-        "width": small.width,
-        "height": small.height,
-        "base64": base64.b64encode(buffer.getvalue()).decode(),
-    }
