@@ -206,17 +206,17 @@ def test_logits(case: Case, plan: Plan, pruning: Selection) -> None:
 
 @partial(jax.jit, static_argnames=("graph", "pruning"))
 def run_greedy(graph, state, visual, batch, pruning: Selection):
-    """New tokens of each sample, and the slots of the cache."""
+    """New tokens of each sample, and the cache."""
     decoder = nnx.merge(graph, state)
-    first, caches, _ = prefill(decoder, visual, batch, BOTH, SMALL, NEW_TOKENS, KEY, pruning=pruning)
-    return decode(decoder, first, caches, batch, NEW_TOKENS, ())[0], caches
+    first, cache, _ = prefill(decoder, visual, batch, BOTH, SMALL, NEW_TOKENS, KEY, pruning=pruning)
+    return decode(decoder, first, cache, batch, NEW_TOKENS, ())[0], cache
 
 
 def test_greedy_tokens_with_a_cache_of_the_survivors(case: Case) -> None:
-    """Merged tokens on top of a plan, in a batch, against whole passes of PyTorch; one cache serves all layers."""
+    """Merged tokens on top of a plan, in a batch, against whole passes of PyTorch; each layer holds the survivors."""
     pruning, bucket = VisionZip(14), case.batch.layout.bucket
-    tokens, caches = run_greedy(*nnx.split(case.pair.ours.decoder), case.visual, case.batch, pruning)
-    assert [cache.k.shape[3] - NEW_TOKENS for cache in caches] == [bucket.text + 14]
+    tokens, cache = run_greedy(*nnx.split(case.pair.ours.decoder), case.visual, case.batch, pruning)
+    assert set(np.asarray(cache.stop - cache.start - NEW_TOKENS).tolist()) == {bucket.text + 14}
     embedding = case.pair.theirs.get_input_embeddings().weight.detach()
     for row in (0, 1):
         left, expected = left_of(case, case.examples[row], pruning, []), []
