@@ -143,7 +143,9 @@ def test_methods_before_the_first_layer(model: DeployedModel, page: Path) -> Non
     assert model.generate([page], QUESTIONS[0], PlanFile(pruning=StridedTokens(1.0)), max_new_tokens=TOKENS) == dense
     for pruning in (DivPrune(20), VisionZip(20)):
         model.generate([page], QUESTIONS[0], PlanFile(pruning=pruning), max_new_tokens=TOKENS)
-    assert model.programs.traces - before == {"encode": 1, "prefill": 3, "decode": 1}  # VisionZip's images have marks
+    new = model.programs.traces - before
+    assert (new["encode"], new["prefill"]) == (1, 3)  # VisionZip's images have marks
+    assert new["decode"] <= 1  # none if another test decoded from a cache of this length
     with pytest.raises(UserError, match="those of qwen2_vl do not; possible are random"):
         model.generate([page], QUESTIONS[0], PlanFile(pruning=Pooling(20)), max_new_tokens=TOKENS)
 
