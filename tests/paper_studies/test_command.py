@@ -69,7 +69,7 @@ def test_options_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranking == Path("a.json")
     assert config.output == "b"
     assert config.reduction.attention_range == 8
-    assert config.data.test_samples == 150
+    assert config.data.test_samples == 100
 
 
 def test_bad_input_needs_no_jax() -> None:
