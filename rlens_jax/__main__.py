@@ -8,7 +8,7 @@ from typing import NoReturn
 from rlens_jax.console import BAD_INPUT
 from rlens_jax.errors import suggest
 
-COMMANDS = ("rank", "plan", "evaluate", "generate", "report", "studies", "cost", "bench", "convert", "validate")
+COMMANDS = ("rank", "plan", "evaluate", "compare", "generate", "report", "studies", "cost", "bench", "convert", "validate")
 
 
 def main() -> NoReturn:
