@@ -7,6 +7,7 @@ patches and grids of any proportions need no shapes of their own.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from rlens_jax.errors import UserError
 from rlens_jax.families.config_reader import MOST_CHANNELS, MOST_LAYERS, MOST_PIXELS, ConfigReader
 from rlens_jax.families.table import QKV, Part, Row, linear, norm, pattern_sizes
-from rlens_jax.families.tower_marks import Marks, received_marks, tower_layer
+from rlens_jax.families.tower_marks import Marks, marked_layer, received_marks, tower_layer
 from rlens_jax.flops import TowerAttention
 from rlens_jax.models.decoder import layer_at
 from rlens_jax.models.layers import LayerNorm, Linear, RMSNorm
@@ -110,6 +111,20 @@ def run_span(layers: nnx.Module, span: tuple[int, int], x: Float[Array, "I J E"]
     return jax.lax.fori_loop(*span, lambda layer, x: nnx.merge(graph, layer_at(stack, layer))(x, *inputs), x)
 
 
+def run_marked(
+    layers: nnx.Module,
+    depth: int,
+    x: Float[Array, "I J E"],
+    inputs: tuple[PyTree, ...],
+    marks: Callable[[Any, Float[Array, "I J E"]], Float[Array, "I patches marks"]],
+) -> tuple[Float[Array, "I J E"], Float[Array, "I patches marks"]]:
+    """As `run_layers`, and `marks(layer, x)` of the marked layer and the states that enter it; a class token has no marks."""
+    number = marked_layer(depth)
+    x = run_span(layers, (0, number), x, *inputs)
+    made = marks(tower_layer(layers, number), x)
+    return run_span(layers, (number, depth), x, *inputs), made
+
+
 @dataclass(frozen=True)
 class SiglipConfig(TowerConfig):
     """Sizes and constants of SigLIP."""
@@ -195,13 +210,13 @@ class SiglipTower(nnx.Module):
     ) -> tuple[Float[Array, "I J E"], Marks]:
         """The same states, and marks by the attention that patches receive in the block before the last."""
         x, is_patch = self._entering(patches, position_ids, num_patches)
-        number = max(0, self.depth - 2)
-        x = run_span(self.layers, (0, number), x, is_patch)
-        layer = tower_layer(self.layers, number)
-        y = layer.attention_norm(x)
-        q, k = (project(y).swapaxes(1, 2) for project in (layer.q_proj, layer.k_proj))
-        marks = received_marks(q, k, jnp.where(is_patch, 0, 1), jnp.asarray(num_patches))
-        return run_span(self.layers, (number, self.depth), x, is_patch), marks
+
+        def marks(layer: Any, x: Float[Array, "I J E"]) -> Marks:
+            y = layer.attention_norm(x)
+            q, k = (project(y).swapaxes(1, 2) for project in (layer.q_proj, layer.k_proj))
+            return received_marks(q, k, jnp.where(is_patch, 0, 1), jnp.asarray(num_patches))
+
+        return run_marked(self.layers, self.depth, x, (is_patch,), marks)
 
     def _entering(
         self,

@@ -21,6 +21,11 @@ BLOCK = 512
 """Max queries whose weights are in memory at a time."""
 
 
+def marked_layer(depth: int) -> int:
+    """The number of the block, of `depth`, by whose attention patches are marked: the one before the last."""
+    return max(0, depth - 2)
+
+
 def tower_layer(layers: nnx.Module, number: int) -> Any:
     """One of stacked layers, of the class of the stack."""
     graph, stack = nnx.split(layers)

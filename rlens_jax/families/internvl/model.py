@@ -8,6 +8,7 @@ transformers ("hf", `model_type` internvl). The code in a model folder is never 
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,8 @@ from jaxtyping import Array, Float
 from rlens_jax.errors import UserError
 from rlens_jax.families.config_reader import MOST_PIXELS, MOST_TOKENS, ConfigReader
 from rlens_jax.families.decoder_fields import LLAMA, QWEN2, QWEN3, read_decoder, rope_fields
-from rlens_jax.families.siglip import TowerConfig, TowerLayer, run_layers, run_span, tower_sizes
-from rlens_jax.families.tower_marks import class_token_marks, tower_layer, with_marks
+from rlens_jax.families.siglip import TowerConfig, TowerLayer, run_layers, run_marked, tower_sizes
+from rlens_jax.families.tower_marks import Marks, class_token_marks, with_marks
 from rlens_jax.files import quoted
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import LayerNorm, Linear, RMSNorm
@@ -364,15 +365,14 @@ class VisionTower(nnx.Module):
 
     def marked(self, patches: Float[Array | np.ndarray, "I v J c"]) -> Float[Array, "I Z D_and_marks"]:
         """The same, and the marks of each token: by the class token's attention, means over its four patches."""
-        depth = self.config.depth
-        number = max(0, depth - 2)
+
+        def marks(layer: Any, x: Array) -> Marks:
+            y = layer.attention_norm(x)
+            return class_token_marks(layer.queries(y[:, :1]), layer.keys(y))
 
         def image(tiles: Array) -> Array:
-            x = run_span(self.layers, (0, number), self._entering(tiles))
-            layer = tower_layer(self.layers, number)
-            y = layer.attention_norm(x)
-            marks = self._fours(class_token_marks(layer.queries(y[:, :1]), layer.keys(y))).mean(axis=2)
-            tokens = with_marks(self.merge(run_span(self.layers, (number, depth), x)), marks)
+            x, made = run_marked(self.layers, self.config.depth, self._entering(tiles), (), marks)
+            tokens = with_marks(self.merge(x), self._fours(made).mean(axis=2))
             return tokens.reshape(-1, tokens.shape[-1])
 
         return jax.lax.map(image, jnp.asarray(patches))

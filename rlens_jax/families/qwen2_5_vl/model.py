@@ -34,7 +34,7 @@ from rlens_jax.families.qwen2_vl.model import (
 )
 from rlens_jax.families.qwen2_vl.model import VisionTower as FullTower
 from rlens_jax.families.siglip import run_span
-from rlens_jax.families.tower_marks import Marks, tower_layer
+from rlens_jax.families.tower_marks import Marks, marked_layer, tower_layer
 from rlens_jax.models.layers import Linear, RMSNorm, Rotary
 from rlens_jax.ops.attention import masked_attention
 
@@ -172,7 +172,7 @@ class VisionTower(FullTower):
         back = jnp.argsort(order, axis=1)
         if not marks:
             return _ordered(run(x, range(config.depth)), back), None
-        number = max(0, config.depth - 2)
+        number = marked_layer(config.depth)
         x = run(x, range(number))
         group = jnp.where(is_patch, 0, 1) if number in config.full_layers else window
         made = rotary_marks(tower_layer(self.layers, number), x, rotary, group, num_patches)

@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from rlens_jax.errors import UserError
 from rlens_jax.families.config_reader import MOST_CHANNELS, MOST_LAYERS, MOST_PIXELS, ConfigReader
 from rlens_jax.families.decoder_fields import read_decoder, rope_fields
-from rlens_jax.families.siglip import TowerConfig, TowerLayer, run_layers, run_span
-from rlens_jax.families.tower_marks import Marks, merged_marks, received_marks, tower_layer, with_marks
+from rlens_jax.families.siglip import TowerConfig, TowerLayer, run_layers, run_marked
+from rlens_jax.families.tower_marks import Marks, merged_marks, received_marks, with_marks
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import LayerNorm, Linear, RMSNorm, Rotary, rotate, rotation
 from rlens_jax.ops.attention import masked_attention
@@ -266,10 +266,8 @@ class VisionTower(nnx.Module):
     ) -> tuple[Float[Array, "I J E"], Marks]:
         """As `features`, and marks by the attention that patches receive in the layer before the last."""
         x, rotary, is_patch = self._entering(patches, places, num_patches)
-        number = max(0, self.config.depth - 2)
-        x = run_span(self.layers, (0, number), x, rotary, is_patch)
-        marks = rotary_marks(tower_layer(self.layers, number), x, rotary, jnp.where(is_patch, 0, 1), num_patches)
-        return run_span(self.layers, (number, self.config.depth), x, rotary, is_patch), marks
+        marks = partial(rotary_marks, rotary=rotary, group=jnp.where(is_patch, 0, 1), num_patches=num_patches)
+        return run_marked(self.layers, self.config.depth, x, (rotary, is_patch), marks)
 
     def merge(self, x: Float[Array, "I J E"]) -> Float[Array, "I Z D"]:
         """Apply the connector: merge_size ** 2 consecutive patches become one visual token."""

@@ -31,7 +31,7 @@ from rlens_jax.families.qwen2_vl.model import (
 )
 from rlens_jax.families.qwen2_vl.model import VisionConfig as Qwen2VisionConfig
 from rlens_jax.families.siglip import run_span
-from rlens_jax.families.tower_marks import Marks, merged_marks, tower_layer, with_marks
+from rlens_jax.families.tower_marks import Marks, marked_layer, merged_marks, tower_layer, with_marks
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import LayerNorm, Linear, Rotary
 
@@ -194,7 +194,7 @@ class VisionTower(nnx.Module):
         rotary = spatial_rotation(places, vision.width // vision.num_heads)
         x = self.patch_embed(jnp.asarray(patches, self.patch_embed.kernel.dtype))
         x = x + interpolated(self.position_embedding[...], jnp.asarray(places), is_patch, vision.positions_per_side)
-        states, first, number = [], 0, max(0, vision.depth - 2)
+        states, first, number = [], 0, marked_layer(vision.depth)
         for after in (*(block + 1 for block in vision.deepstack), vision.depth):
             if marks and first <= number < after:
                 x = run_span(self.layers, (first, number), x, rotary, is_patch)
