@@ -28,6 +28,7 @@ from rlens_jax.data.samples import Sample
 from rlens_jax.engine.deployed_model import DeployedModel, load
 from rlens_jax.engine.prompt_batches import AskedPrompts
 from rlens_jax.engine.timing import time_side_by_side
+from rlens_jax.families.generation_config import Decoding
 from rlens_jax.flops import shared_prefill_cost
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.plans import Plan, Reduction
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
     model, samples = load("embedded"), drawn_samples(options.images, options.questions)
-    ways = {name: model.prepare(samples, NEW_TOKENS, sharing=sharing) for name, sharing in WAYS.items()}
+    ways = {name: model.prepare(samples, Decoding(NEW_TOKENS), sharing=sharing) for name, sharing in WAYS.items()}
     answers = {name: texts(model, asked) for name, asked in ways.items()}
     if answers[SHARED] != answers[ALONE]:
         sys.exit("the answers differ")
@@ -93,13 +94,13 @@ def texts(model: DeployedModel, asked: AskedPrompts) -> dict[int, str]:
     return {
         number: answer.text
         for batch in asked.batches
-        for number, answer in model.answer_batch(asked, batch, PlanFile(), NEW_TOKENS).items()
+        for number, answer in model.answer_batch(asked, batch, PlanFile(), Decoding(NEW_TOKENS))[0].items()
     }
 
 
 def answered(model: DeployedModel, samples: Sequence[Sample], sharing: bool) -> dict[int, str]:
     """The answer to each question, from the beginning."""
-    return texts(model, model.prepare(samples, NEW_TOKENS, sharing=sharing))
+    return texts(model, model.prepare(samples, Decoding(NEW_TOKENS), sharing=sharing))
 
 
 def multiply_adds(model: DeployedModel, asked: AskedPrompts) -> float:

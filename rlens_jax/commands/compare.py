@@ -37,8 +37,8 @@ from rlens_jax.console import ArgumentParser, run_command, show
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.pruning import METHODS
 
-NEW_TOKENS, PAGES_TOKENS, PAGES_LIMIT = 512, 32, 40
-"""Defaults: max length of an answer; of one about the embedded model's pages, a few words; questions of each kind about pages."""
+PAGES_TOKENS, PAGES_LIMIT = 32, 40
+"""Defaults for the embedded model's pages: max length of an answer, a few words; questions of each kind."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     budgets_help = "budgets of methods without one, separated by commas (default: 0.75,0.5,0.25)"
     parser.add_argument("--budgets", metavar="LIST", default="0.75,0.5,0.25", help=budgets_help)
     add_compute_options(parser)
-    add_scoring_options(parser, "runs/compare", f"{NEW_TOKENS}; of the embedded model's pages {PAGES_TOKENS}")
+    add_scoring_options(parser, "runs/compare", f"512; of the embedded model's pages always {PAGES_TOKENS}")
     options = parser.parse_args(arguments)
     model = read_model(parser, options) or EMBEDDED
     methods = tuple(chain.from_iterable(_listed(text) for text in options.methods))
@@ -60,8 +60,8 @@ def main(arguments: Sequence[str]) -> None:
             parser.error("--methods names no method")
         methods = ("embedded-plan", "all") if model == EMBEDDED else ("all",)
     own = options.data in (None, [PAGES])
-    if options.max_new_tokens is None:
-        options.max_new_tokens = PAGES_TOKENS if own else NEW_TOKENS
+    if options.max_new_tokens is None and own:
+        options.max_new_tokens = PAGES_TOKENS
     if options.limit is None and own:
         options.limit = PAGES_LIMIT
 

@@ -23,7 +23,6 @@ def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser("python -m rlens_jax.evaluate", __doc__)
     add_model_options(parser)
     add_scoring_options(parser, "runs/evaluate", "512")
-    parser.set_defaults(max_new_tokens=512)
     parser.add_argument("--baseline", action="store_true", help="also answer with the dense model, and report the differences")
     sharing_help = "compute each question alone, also where several are about the same images"
     parser.add_argument("--no-sharing", dest="sharing", action="store_false", help=sharing_help)

@@ -13,7 +13,15 @@ From Python:
 
 from collections.abc import Sequence
 
-from rlens_jax.commands.options import add_asking_options, add_model_options, given_limits, read_plan_options, required_model
+from rlens_jax.commands.options import (
+    add_asking_options,
+    add_decoding_options,
+    add_model_options,
+    check_decoding_options,
+    given_limits,
+    read_plan_options,
+    required_model,
+)
 from rlens_jax.console import ArgumentParser, run_command, say, show
 
 
@@ -29,13 +37,12 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--turn", metavar=("QUESTION", "ANSWER"), nargs=2, action="append", default=[], help=turn_help)
     add_asking_options(parser)
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="max tokens of the answer (default: 128)")
+    add_decoding_options(parser, "128")
     options = parser.parse_args(arguments)
     model = required_model(parser, options)
     if options.prompt is None:
         parser.error("--prompt TEXT is missing")
-    if options.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")
+    check_decoding_options(parser, options)
     plan = read_plan_options(parser, options)
 
     import jax
@@ -66,6 +73,7 @@ def main(arguments: Sequence[str]) -> None:
         plan,
         turns=options.turn,
         max_new_tokens=options.max_new_tokens,
+        repetition_penalty=options.repetition_penalty,
         marks=options.marks,
         system=options.system,
     )

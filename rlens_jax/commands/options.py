@@ -154,14 +154,19 @@ def add_compute_options(parser: ArgumentParser) -> None:
 
 
 def add_scoring_options(parser: ArgumentParser, output: str, new_tokens: str) -> None:
-    """The data to score a model on, and how; `scoring_values` reads them. The other arguments are defaults, in words."""
+    """The data to score a model on, and how; `scoring_values` reads them. `new_tokens` is `default` of `add_decoding_options`."""
     parser.add_argument("--data", metavar="DATA", nargs="+", help="data sets (default for the embedded model: pages)")
     output_help = "folder for results (default: %(default)s)"
     parser.add_argument("--output", metavar="DIR", type=new_folder, default=Path(output), help=output_help)
     parser.add_argument("--limit", metavar="N", type=int, help="use only the first N questions of each data set")
     md5_help = "use a version of NAME.tsv that is not the published one; repeat for further files"
     parser.add_argument("--md5", metavar="NAME=SUM", action="append", default=[], help=md5_help)
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, help=f"max tokens per answer (default: {new_tokens})")
+    profile_help = (
+        "settings of VLMEvalKit for the model on each benchmark, as vlmevalkit@e8e78f05; other options take their place"
+    )
+    parser.add_argument("--profile", metavar="NAME", help=profile_help)
+    add_asking_options(parser)
+    add_decoding_options(parser, new_tokens)
     for name, default, text in (
         ("batch-size", 8, "prompts per batch of a work group"),
         ("bootstrap-samples", 1000, "draws of the bootstrap behind the intervals"),
@@ -191,6 +196,14 @@ def scoring_values(parser: ArgumentParser, options: argparse.Namespace, model: s
     return {**{name: getattr(options, name) for name in named}, "md5": md5, "data": tuple(options.data or [PAGES])}
 
 
+def add_decoding_options(parser: ArgumentParser, default: str) -> None:
+    """How greedy answers are decoded; `default` is the max length where the checkpoint says none, in words."""
+    length_help = f"max tokens per answer (default: the checkpoint's, or else {default})"
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, help=length_help)
+    penalty_help = "divides the logits of tokens that are there already; 1 is none (default: the checkpoint's)"
+    parser.add_argument("--repetition-penalty", metavar="X", type=float, help=penalty_help)
+
+
 def add_asking_options(parser: ArgumentParser) -> None:
     """The system prompt, and limits of the sizes of images; `given_limits` reads the latter."""
     parser.add_argument("--system", metavar="TEXT", help="the system prompt (default: that of the checkpoint's chat template)")
@@ -201,6 +214,14 @@ def add_asking_options(parser: ArgumentParser) -> None:
 def given_limits(options: argparse.Namespace) -> dict[str, int]:
     """The limits of `add_asking_options` that are given."""
     return {name: value for name in LIMITS if (value := getattr(options, name)) is not None}
+
+
+def check_decoding_options(parser: ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse values of `add_decoding_options` that are out of range."""
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")
+    if options.repetition_penalty is not None and not 0 < options.repetition_penalty < float("inf"):
+        parser.error(f"--repetition-penalty must be a positive number, not {options.repetition_penalty}")
 
 
 def add_restart_option(parser: ArgumentParser) -> None:

@@ -14,7 +14,9 @@ Formats are the listed ones: Pillow reads many more, some of them with large and
 import hashlib
 import io
 import logging
+import math
 import os
+import random
 import re
 import stat
 import sys
@@ -66,6 +68,8 @@ _VIDEO_FORMATS = (
     (b"0&\xb2u\x8ef\xcf\x11", "WMV"),
 )
 """The same of videos. HEIC and AVIF are of MP4's kind, but are known before."""
+ENLARGED_AREA = 1344**2
+"""Pixels up to which `enlarged` enlarges."""
 _TIFF_ERROR = re.compile(r"[\w.]+: .+")
 """A line that libtiff prints about a damaged file."""
 
@@ -125,6 +129,37 @@ def recompressed(source: bytes, what: str) -> bytes:
     """
     file = io.BytesIO()
     load_image(source, what, "dropped", upright=False).save(file, "JPEG")
+    return file.getvalue()
+
+
+def doubled(source: bytes | Path, what: str) -> bytes:
+    """The image with twice its width and height, bilinear, as a PNG file: the first one of each question of MMMU to InternVL in
+    VLMEvalKit. The orientation is lost, and transparency is dropped. Errors as of `load_image`, or it becomes too large.
+    """
+    image = load_image(source, what, "dropped", upright=False)
+    return _resized(image, (2 * image.width, 2 * image.height), Image.Resampling.BILINEAR, what)
+
+
+def enlarged(source: bytes | Path, what: str, seed: str) -> bytes:
+    """The image as MiniCPM-V sees it on some benchmarks of VLMEvalKit: one below 1344² pixels with a random larger width.
+
+    VLMEvalKit draws widths from one stream for all questions of a process (our decision: from `seed` for each). As `doubled`.
+    """
+    image = load_image(source, what, "dropped", upright=False)
+    width, height = image.size
+    if width * height < ENLARGED_AREA:
+        largest = int(width * math.sqrt(ENLARGED_AREA / (width * height)))
+        drawn = random.Random(seed).randint(width, largest)
+        width, height = drawn, int(drawn / width * height)
+    return _resized(image, (width, height), Image.Resampling.BICUBIC, what)
+
+
+def _resized(image: Image.Image, size: tuple[int, int], resampling: Image.Resampling, what: str) -> bytes:
+    """The image with this width and height as a PNG file."""
+    if math.prod(size) > MAX_IMAGE_PIXELS:
+        raise UserError(f"{what} has {size[0]} x {size[1]} pixels when enlarged, more than the {MAX_IMAGE_PIXELS} allowed")
+    file = io.BytesIO()
+    image.resize(size, resampling).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 

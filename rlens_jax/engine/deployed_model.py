@@ -4,15 +4,18 @@ model = rlens_jax.load("embedded")
 plan = rlens_jax.read_plan("plan.json")
 text = model.generate(images=["page.png"], prompt="is digit 3 in row 1 a 7 ?", plan=plan)
 
-Its programs are a prefill per plan, and one decoding program for all plans.
+`model.answers` takes a batch, and also returns numbers of tokens and times. The programs are a prefill per plan, and one decoding
+program for all plans.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +36,14 @@ from rlens_jax.engine.pools import Batch
 from rlens_jax.engine.preparing import Resize, as_it_is
 from rlens_jax.engine.prompt_batches import AskedPrompts, prompt_batches
 from rlens_jax.engine.shapes import Shapes, row_buckets, slot_sizes
-from rlens_jax.errors import UserError
+from rlens_jax.errors import UserError, suggest
+from rlens_jax.families.generation_config import GENERATION_FILE, Decoding, GenerationConfig, read_generation_config
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.files import check_text
 from rlens_jax.kept_tokens import Selection
 from rlens_jax.models.cache import KVCache
 from rlens_jax.models.forward import VisionLanguageModel
-from rlens_jax.models.generation import Tokens, decode, prefill
+from rlens_jax.models.generation import Penalty, Tokens, decode, prefill
 from rlens_jax.models.prompt import FILLER, Preparer, PromptBatch
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.plans import Plan, Reduction
@@ -49,7 +53,7 @@ from rlens_jax.sharding.mesh import check_fits, make_mesh
 from rlens_jax.sharding.model_axis import MODEL, WORK
 
 NEW_TOKENS = 128
-"""Default max length of an answer."""
+"""Default max length of an answer, where the checkpoint says none."""
 BATCH_SIZE = 8
 """Default number of prompts per batch of a work group."""
 _LEAST_TEXT, _LEAST_VISUAL, _LEAST_PATCHES, _MOST_PATCHES = 32, 64, 256, 1 << 17
@@ -57,6 +61,21 @@ _LEAST_TEXT, _LEAST_VISUAL, _LEAST_PATCHES, _MOST_PATCHES = 32, 64, 256, 1 << 17
 Image = str | Path | bytes
 Turns = Sequence[Sequence[str]]
 """Earlier questions of a conversation, each with its answer."""
+
+
+class Options(TypedDict, total=False):
+    """Options of `DeployedModel.answers`."""
+
+    max_new_tokens: int | None
+    """Max length of an answer; None is the checkpoint's, or else 128."""
+    repetition_penalty: float | None
+    """None is the checkpoint's; 1 applies none."""
+    marks: bool
+    """Whether each "<image>" in a question is the place of an image. Otherwise it is text, and the images come first."""
+    system: str | None
+    """The system prompt of all prompts; None leaves it to the checkpoint's chat template."""
+
+
 HIDDEN_BYTES = 64_000_000
 """Bytes of the hidden units of a chunk of tokens on a device (our decision): larger chunks are not faster."""
 LEAST_TOKENS = 1024
@@ -114,19 +133,24 @@ class DeployedPrograms(ModelPrograms):
         self._seed = seed
         self._stop_tokens = stop_tokens
         self._chunk = chunk
-        self._prefills: dict[tuple[Plan, Reduction, Pruning | None, int], Program] = {}
-        self._decoders: dict[int, Program] = {}
+        self._prefills: dict[tuple[Plan, Reduction, Pruning | None, int, Penalty | None], Program] = {}
+        self._decoders: dict[tuple[int, Penalty | None], Program] = {}
 
     def prefill(
-        self, visual: Float[Array, "B P visual_width"], batch: PromptBatch, deployed: PlanFile, new_tokens: int
+        self,
+        visual: Float[Array, "B P visual_width"],
+        batch: PromptBatch,
+        deployed: PlanFile,
+        new_tokens: int,
+        penalty: Penalty | None = None,
     ) -> Prefilled:
         """Read all prompts of a batch, in a program for this plan alone; the caches have room for `new_tokens` tokens."""
-        return self.prefill_program(deployed, new_tokens)(visual, batch)
+        return self.prefill_program(deployed, new_tokens, penalty)(visual, batch)
 
-    def prefill_program(self, deployed: PlanFile, new_tokens: int) -> Program:
+    def prefill_program(self, deployed: PlanFile, new_tokens: int, penalty: Penalty | None = None) -> Program:
         """The program of `prefill`, of its first two arguments."""
         plan, reduction, pruning = deployed.plan, deployed.reduction, deployed.pruning
-        key = plan, reduction, pruning, new_tokens
+        key = plan, reduction, pruning, new_tokens, penalty
         if key not in self._prefills:
 
             def run(model: VisionLanguageModel, visual: Array, batch: PromptBatch) -> Prefilled:
@@ -141,6 +165,7 @@ class DeployedPrograms(ModelPrograms):
                     self.kernel,
                     pruning,
                     self._chunk_of(model, batch),
+                    penalty,
                 )
                 return Prefilled(*made)
 
@@ -153,7 +178,13 @@ class DeployedPrograms(ModelPrograms):
         self._prefills = {key: program for key, program in self._prefills.items() if key[:3] != own}
 
     def decode(
-        self, prefilled: Prefilled, batch: PromptBatch, new_tokens: int, *, to_the_end: bool = False
+        self,
+        prefilled: Prefilled,
+        batch: PromptBatch,
+        new_tokens: int,
+        *,
+        to_the_end: bool = False,
+        penalty: Penalty | None = None,
     ) -> tuple[Int[Array, "B Q Y"], Bool[Array, "B Q"]]:
         """The greedy answers, and whether all logits were finite. One program for all plans (paper: decoding is never reduced).
 
@@ -164,16 +195,18 @@ class DeployedPrograms(ModelPrograms):
             batch: the prompts.
             new_tokens: tokens to generate.
             to_the_end: generate all new tokens even if all answers have ended, for measurements.
+            penalty: the one of `prefill`.
         """
-        if new_tokens not in self._decoders:
+        key = new_tokens, penalty
+        if key not in self._decoders:
 
             def run(model: VisionLanguageModel, prefilled: Prefilled, batch: PromptBatch, stop: Array) -> tuple[Array, Array]:
-                return decode(model.decoder, prefilled.first, prefilled.cache, batch, new_tokens, stop)
+                return decode(model.decoder, prefilled.first, prefilled.cache, batch, new_tokens, stop, penalty)
 
-            self._decoders[new_tokens] = self.program("decode", run, (_PREFILLED, ROWS, EVERYWHERE), ROWS)
+            self._decoders[key] = self.program("decode", run, (_PREFILLED, ROWS, EVERYWHERE), ROWS)
         # Data, so that measurements run the program that made the answers. No token has the number -1.
         stop = np.array(self._stop_tokens or (-1,), np.int32)
-        return self._decoders[new_tokens](prefilled, batch, np.full_like(stop, -1) if to_the_end else stop)
+        return self._decoders[key](prefilled, batch, np.full_like(stop, -1) if to_the_end else stop)
 
     def _chunk_of(self, model: VisionLanguageModel, batch: PromptBatch) -> int | None:
         if self._chunk is not None:
@@ -197,26 +230,58 @@ class Answer:
     ended: bool
 
 
-class DeployedModel:
-    """A loaded model and its programs, which are compiled when a shape first occurs. Made by `load`."""
+@dataclass(frozen=True)
+class Answers:
+    """The answers to a batch of prompts, in order, and where the seconds went.
 
-    def __init__(self, programs: DeployedPrograms, preparer: Preparer, shapes: Shapes, kind: ModelKind):
+    The first batch of a shape compiles its programs, which its times include.
+
+    Attributes:
+        answers: one per prompt.
+        prepare_seconds: images decoded and through the vision tower, prompts written.
+        prefill_seconds: prompts read, up to the first token of each answer.
+        decode_seconds: the further tokens.
+    """
+
+    answers: tuple[Answer, ...]
+    prepare_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts, in order."""
+        return [answer.text for answer in self.answers]
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """New tokens of each answer, in order."""
+        return [answer.num_tokens for answer in self.answers]
+
+
+class DeployedModel:
+    """A loaded model and its programs, which are compiled when a shape first occurs. Made by `load`.
+
+    Args:
+        programs: the model on its devices.
+        preparer: of images and prompts.
+        shapes: the static shapes of its batches.
+        kind: family and sizes.
+        generation: what the checkpoint says of the decoding of answers.
+    """
+
+    def __init__(
+        self, programs: DeployedPrograms, preparer: Preparer, shapes: Shapes, kind: ModelKind, generation: GenerationConfig
+    ):
         self.programs = programs
         self.preparer = preparer
         self.shapes = shapes
         self.kind = kind
+        self.generation = generation
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is also a sequence of texts
-        self,
-        images: Sequence[Image],
-        prompt: str,
-        plan: PlanFile | None = None,
-        *,
-        max_new_tokens: int = NEW_TOKENS,
-        marks: bool = False,
-        system: str | None = None,
-        turns: Turns = (),
+        self, images: Sequence[Image], prompt: str, plan: PlanFile | None = None, *, turns: Turns = (), **options: Unpack[Options]
     ) -> str: ...
 
     @overload
@@ -226,92 +291,136 @@ class DeployedModel:
         prompt: Sequence[str],
         plan: PlanFile | None = None,
         *,
-        max_new_tokens: int = NEW_TOKENS,
-        marks: bool = False,
-        system: str | None = None,
         turns: Sequence[Turns] = (),
+        **options: Unpack[Options],
     ) -> list[str]: ...
 
     def generate(
-        self,
-        images: Any,
-        prompt: Any,
-        plan: PlanFile | None = None,
-        *,
-        max_new_tokens: int = NEW_TOKENS,
-        marks: bool = False,
-        system: str | None = None,
-        turns: Any = (),
+        self, images: Any, prompt: Any, plan: PlanFile | None = None, *, turns: Any = (), **options: Unpack[Options]
     ) -> str | list[str]:
         """The greedy answer to a prompt with images, or the answers to a list of prompts, each with its list of images.
 
-        Prompts of a list with the same images share what is computed for these, unless the plan prunes visual tokens.
+        Of a single prompt, `images` are its images and `turns` its earlier turns. Otherwise as `answers`, which also returns
+        numbers of tokens and times.
+        """
+        if isinstance(prompt, str):
+            return self._answers(["the prompt"], [images], [prompt], [turns], plan, options).texts[0]
+        return self.answers(images, prompt, plan, turns=turns, **options).texts
+
+    def answers(
+        self,
+        images: Sequence[Sequence[Image]],
+        prompts: Sequence[str],
+        plan: PlanFile | None = None,
+        *,
+        turns: Sequence[Turns] = (),
+        **options: Unpack[Options],
+    ) -> Answers:
+        """The greedy answers to a list of prompts, with numbers of tokens and times.
+
+        Prompts with the same images share what is computed for these, unless the plan prunes visual tokens.
 
         Args:
-            images: paths of image files, or their content as bytes; for a list of prompts, a list of such lists.
-            prompt: the question.
+            images: for each prompt, paths of image files, or their content as bytes.
+            prompts: the questions.
             plan: which layers are reduced, and how; None is the dense model.
-            max_new_tokens: max length of an answer.
-            marks: whether each "<image>" in a prompt is the place of an image. Otherwise it is text, and the images come first.
-            system: the system prompt; None leaves it to the checkpoint's chat template.
-            turns: earlier questions of the conversation, each with its answer; for a list of prompts, a list of such lists.
+            turns: for each prompt, the earlier turns of its conversation; without any, no prompt has some.
+            options: see `Options`.
 
         Raises:
             UserError: an empty prompt, another number of marks than of images, an unreadable image, a chat template without a
-                place for the system prompt, a prompt longer than the model's context, a plan for another number of layers, or
-                numbers that are not finite.
+                place for the system prompt, a prompt longer than the model's context, a plan for another number of layers, an
+                option out of range, or numbers that are not finite.
         """
-        single = isinstance(prompt, str)
-        prompts, image_lists = ([prompt], [images]) if single else (list(prompt), list(images))
-        earlier = [turns] if single else list(turns) or [()] * len(prompts)
+        asked, image_lists = list(prompts), list(images)
+        earlier = list(turns) or [()] * len(asked)
         for each, what in ((image_lists, "images"), (earlier, "turns")):
-            if len(each) != len(prompts):
-                raise UserError(f"{len(prompts)} prompts, but {what} for {len(each)}; give a list for each")
-        names = ["the prompt"] if single else [f"prompt {number}" for number in range(1, len(prompts) + 1)]
-        given = zip(names, image_lists, prompts, earlier, strict=True)
-        samples = [make_sample(name, each, text, marks, system, before) for name, each, text, before in given]
-        texts = [""] * len(samples)
-        for number, answer in self.answer(samples, plan or PlanFile(), max_new_tokens):
-            texts[number] = answer.text
-        return texts[0] if single else texts
+            if len(each) != len(asked):
+                raise UserError(f"{len(asked)} prompts, but {what} for {len(each)}; give a list for each")
+        names = [f"prompt {number}" for number in range(1, len(asked) + 1)]
+        return self._answers(names, image_lists, asked, earlier, plan, options)
 
-    def answer(self, samples: Sequence[Sample], plan: PlanFile, max_new_tokens: int) -> Iterator[tuple[int, Answer]]:
-        """Yield the number of each sample and its answer, batch by batch; UserError as `generate`."""
-        self.check(plan, max_new_tokens)
-        if samples:
-            asked = self.prepare(samples, max_new_tokens, sharing=plan.pruning is None, marked=plan.marked)
-            for batch in asked.batches:
-                yield from self.answer_batch(asked, batch, plan, max_new_tokens).items()
-
-    def check(self, plan: PlanFile, max_new_tokens: int) -> None:
-        """Raise UserError unless the plan fits this model and `max_new_tokens` is positive."""
+    def _answers(
+        self,
+        names: Sequence[str],
+        images: Sequence[Sequence[Image]],
+        prompts: Sequence[str],
+        turns: Sequence[Turns],
+        plan: PlanFile | None,
+        options: Options,
+    ) -> Answers:
+        """`answers` to prompts with these names in errors."""
+        known = inspect.get_annotations(Options)
+        for name in options.keys() - known:
+            raise UserError(f"unknown option {name}{suggest(name, known)}; there are {', '.join(known)}")
+        decoding = self.generation.decoding(NEW_TOKENS, options.get("max_new_tokens"), options.get("repetition_penalty"))
+        plan = plan or PlanFile()
         plan.validate(self.programs.config, self.kind.model_type)
         self.kind.check_pruning(plan.pruning)
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        marked, system = options.get("marks", False), options.get("system")
+        samples = [
+            make_sample(name, each, prompt, marked, system, before)
+            for name, each, prompt, before in zip(names, images, prompts, turns, strict=True)
+        ]
+        if not samples:
+            return Answers((), 0.0, 0.0, 0.0)
+        start = time.perf_counter()
+        asked = self.prepare(samples, decoding, sharing=plan.pruning is None, marked=plan.marked)
+        seconds = [time.perf_counter() - start, 0.0, 0.0]
+        found: dict[int, Answer] = {}
+        for batch in asked.batches:
+            answers, prefill_seconds, decode_seconds = self.answer_batch(asked, batch, plan, decoding)
+            found |= answers
+            seconds[1] += prefill_seconds
+            seconds[2] += decode_seconds
+        return Answers(tuple(found[number] for number in range(len(samples))), *seconds)
+
+    def prepared_by(self, preparer: Preparer) -> "DeployedModel":
+        """The same model with another preparer of its images and prompts."""
+        return DeployedModel(self.programs, preparer, self.shapes, self.kind, self.generation)
 
     def prepare(
-        self, samples: Sequence[Sample], max_new_tokens: int, *, sharing: bool, marked: bool = False, resized: Resize = as_it_is
+        self, samples: Sequence[Sample], decoding: Decoding, *, sharing: bool, marked: bool = False, resized: Resize = as_it_is
     ) -> AskedPrompts:
         """Prompts of samples in batches; see `prompt_batches`.
 
         Only for plans without pruning can they be `sharing` rows. Plans that are `marked` need marks; all others may have them.
+
+        Raises:
+            UserError: as `prompt_batches`, or the checkpoint's `max_length` leaves a prompt no room for an answer.
         """
         batches = partial(prompt_batches, sharing=sharing, marked=marked, resized=resized)
-        return batches(samples, self.preparer, self.programs, self.shapes, max_new_tokens)
+        asked = batches(samples, self.preparer, self.programs, self.shapes, decoding.max_new_tokens)
+        for sample, size in zip(samples, asked.sizes, strict=True):
+            if decoding.room(size.tokens) < 1:
+                raise UserError(
+                    f"{sample.id}: {size.tokens} tokens, but max_length {decoding.max_length} of the checkpoint's "
+                    f"{GENERATION_FILE} bounds prompt and answer; give max_new_tokens"
+                )
+        return asked
 
-    def answer_batch(self, asked: AskedPrompts, batch: Batch, plan: PlanFile, max_new_tokens: int) -> dict[int, Answer]:
-        """The answers to a batch of `prepare`, by the number of the sample."""
+    def answer_batch(
+        self, asked: AskedPrompts, batch: Batch, plan: PlanFile, decoding: Decoding
+    ) -> tuple[dict[int, Answer], float, float]:
+        """The answers to a batch of `prepare`, by the number of the sample; seconds of prefill and of decoding."""
+        chat, new_tokens = self.preparer.chat, decoding.max_new_tokens
+        penalty = self.kind.penalty(decoding.repetition_penalty, chat.unembedded)
         if isinstance(plan.pruning, Selection):
             for number in batch.members.tolist():
                 plan.pruning.check_sample(asked.samples[number].id, asked.sizes[number].visual)
-        prefilled = self.programs.prefill(self.programs.put(batch.visual), batch.inputs, plan, max_new_tokens)
-        tokens, finite = map(np.asarray, self.programs.decode(prefilled, batch.inputs, max_new_tokens))
+        start = time.perf_counter()
+        visual = self.programs.put(batch.visual)
+        prefilled = jax.block_until_ready(self.programs.prefill(visual, batch.inputs, plan, new_tokens, penalty))
+        between = time.perf_counter()
+        tokens, finite = map(np.asarray, self.programs.decode(prefilled, batch.inputs, new_tokens, penalty=penalty))
+        end = time.perf_counter()
         good, numbers = finite & np.asarray(prefilled.finite), np.asarray(batch.inputs.samples)
         for number in numbers[(numbers != FILLER) & ~good].tolist():
             raise not_finite(self.programs, batch, number, asked.samples[number].id, plan.plan, plan.reduction)
         real = numbers != FILLER
-        return {number: self._answer(row) for number, row in zip(numbers[real].tolist(), tokens[real].tolist(), strict=True)}
+        rows = zip(numbers[real].tolist(), tokens[real].tolist(), strict=True)
+        answers = {number: self._answer(row[: decoding.room(asked.sizes[number].tokens)]) for number, row in rows}
+        return answers, between - start, end - between
 
     def _answer(self, tokens: list[int]) -> Answer:
         chat = self.preparer.chat
@@ -350,9 +459,10 @@ def load(
             raise UserError(f"{name} must be at least 1, not {value}")
     folder = find_model(model)
     check_fits(kind_in(folder).config.decoder.sizes, model_shards)
-    mesh = make_mesh(jax.local_devices(), model_shards)
+    mesh, generation = make_mesh(jax.local_devices(), model_shards), read_generation_config(folder)
+    preparer = kind_in(folder).preparer(folder, limits)
     kind, module = load_model(folder, jnp.dtype(chosen_dtype(dtype, jax.default_backend())), mesh=mesh, verify=verify)
-    preparer, context = kind.preparer(folder, limits), kind.config.decoder.context
+    context = kind.config.decoder.context
     programs = DeployedPrograms(module, mesh, seed=seed, stop_tokens=preparer.chat.stop_tokens, chunk=chunk)
     shapes = Shapes(
         row_buckets(slot_sizes(_LEAST_TEXT, context), slot_sizes(_LEAST_VISUAL, context)),
@@ -360,7 +470,9 @@ def load(
         kind.image_arrays,
         batch_size,
     )
-    return DeployedModel(programs, preparer, shapes, kind)
+    if generation.not_applied:
+        say(f"note: answers are greedy; of {folder / GENERATION_FILE} this is not applied: {', '.join(generation.not_applied)}")
+    return DeployedModel(programs, preparer, shapes, kind, generation)
 
 
 def make_sample(

@@ -26,6 +26,11 @@ class PromptSize:
     sharers: int
     """Prompts in its row, itself included."""
 
+    @property
+    def tokens(self) -> int:
+        """Text and visual tokens."""
+        return self.text + self.visual
+
 
 @dataclass(frozen=True)
 class AskedPrompts:

@@ -7,17 +7,20 @@ not at all. So a resumed evaluation computes the same batches, in the same shape
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from rlens_jax.console import Progress, say
 from rlens_jax.data.images import images_key
+from rlens_jax.data.samples import Sample
 from rlens_jax.engine.deployed_model import DeployedModel
 from rlens_jax.engine.prompt_batches import AskedPrompts
 from rlens_jax.errors import UserError
 from rlens_jax.evaluation.answers import Answers, Key, LoggedAnswer, question_hash
 from rlens_jax.evaluation.datasets import Dataset
 from rlens_jax.evaluation.evaluation import Asking
+from rlens_jax.evaluation.profiles import Manner
+from rlens_jax.models.prompt import Preparer
 
 WINDOW_BATCHES = 8
 """Batches per window, at least: enough questions that batches of several shapes fill up."""
@@ -31,19 +34,28 @@ class Questions:
     hashes: Sequence[str]
     images: Sequence[Hashable]
     """Equal for questions about the same images."""
+    manner: Manner
+    """How they are asked and answered."""
+    preparer: Preparer
+    """Prepares their images, which may have limits of their own, and their prompts."""
     unusable: set[int] = field(default_factory=set)
 
     @classmethod
-    def of(cls, dataset: Dataset) -> "Questions":
+    def of(cls, dataset: Dataset, manner: Manner, preparer: Preparer) -> "Questions":
         """All questions of a dataset; reads all images."""
+        questions = cls(dataset, [], [], manner, preparer)
         hashes: list[str] = []
         images: list[Hashable] = []
         for place in range(len(dataset.indices)):
-            sample = dataset.sample(place)
+            sample = questions.sample(place)
             key = images_key(sample)
             hashes.append(question_hash(sample, key))
             images.append(key or place)
-        return cls(dataset, hashes, images)
+        return replace(questions, hashes=hashes, images=images)
+
+    def sample(self, place: int) -> Sample:
+        """A question as it is asked."""
+        return self.manner.sample(self.dataset.sample(place), self.dataset.indices[place])
 
     @property
     def per_image(self) -> float:
@@ -92,7 +104,7 @@ def answer_questions(asking: Asking, model: DeployedModel, datasets: Sequence[Qu
 
 
 def _answer_dataset(asking: Asking, model: DeployedModel, questions: Questions, answers: Answers) -> None:
-    variants, name = asking.variants, questions.dataset.name
+    model, variants, name = model.prepared_by(questions.preparer), asking.variants, questions.dataset.name
 
     def known(place: int, variant: str) -> bool:
         return questions.key(variant, place) in answers
@@ -113,7 +125,8 @@ def _answer_dataset(asking: Asking, model: DeployedModel, questions: Questions, 
                     if all(known(place, variant) for place in members):
                         continue
                     new: dict[Key, LoggedAnswer] = {}  # a question may be there twice
-                    for number, answer in model.answer_batch(prompts, batch, variants[variant], asking.max_new_tokens).items():
+                    found, *_ = model.answer_batch(prompts, batch, variants[variant], questions.manner.decoding)
+                    for number, answer in found.items():
                         if not known(asked[number], variant):
                             key, size = questions.key(variant, asked[number]), prompts.sizes[number]
                             new[key] = LoggedAnswer(
@@ -137,22 +150,20 @@ def _prepared(
     asking: Asking, model: DeployedModel, questions: Questions, window: Sequence[int]
 ) -> tuple[list[int], AskedPrompts | None]:
     """The places of a window whose questions can be asked, and the prepared samples."""
-    samples = [questions.dataset.sample(place) for place in window]
-    prepare = partial(
-        model.prepare, max_new_tokens=asking.max_new_tokens, sharing=asking.shares, marked=asking.marked, resized=asking.resized
-    )
+    samples = [questions.sample(place) for place in window]
+    ready = partial(model.prepare, decoding=questions.manner.decoding, marked=asking.marked, resized=asking.resized)
     try:
-        return list(window), prepare(samples)
+        return list(window), ready(samples, sharing=asking.shares)
     except UserError as error:
         if not asking.skip_unusable:
             raise UserError(f"{error}; with --skip-unusable such questions are not asked and count as wrong") from None
     usable = []
     for place, sample in zip(window, samples, strict=True):
         try:
-            prepare([sample], sharing=False)
+            ready([sample], sharing=False)
             usable.append(place)
         except UserError as error:
             questions.unusable.add(place)
             say(f"counted as wrong: {error}")
     asked = [sample for place, sample in zip(window, samples, strict=True) if place in usable]
-    return usable, prepare(asked) if asked else None
+    return usable, ready(asked, sharing=asking.shares) if asked else None

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import islice
+from itertools import islice, starmap
 from typing import Any
 
 import jax
@@ -25,10 +25,11 @@ from rlens_jax.evaluation.answering import Questions, answer_questions
 from rlens_jax.evaluation.answers import Answers
 from rlens_jax.evaluation.datasets import Dataset
 from rlens_jax.evaluation.evaluation import Asking, EvaluationConfig
-from rlens_jax.evaluation.evaluation_run import datasets_of, loaded, timed_samples
+from rlens_jax.evaluation.evaluation_run import answers_identity, loaded, prepared_datasets, timed_samples
 from rlens_jax.evaluation.measured import Measured, Measurements
 from rlens_jax.evaluation.method_table import Answered, Table, check_relative
 from rlens_jax.evaluation.methods import ALL, BUDGETS, Method, read_methods
+from rlens_jax.evaluation.profiles import Manner
 from rlens_jax.evaluation.timed import TIMED_TOKENS, measure_times, timed_pair
 from rlens_jax.models.prompt import Grid, Measure
 from rlens_jax.reporting.comparison_report import write_comparison
@@ -69,14 +70,16 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     asking = replace(config.asking, dtype=chosen_dtype(given, jax.default_backend()))
     # Checks that need no weights come first.
     folder = ModelFolder.find(asking.model)
-    datasets = datasets_of(asking, folder)
-    _check_answers_known(datasets)
-    methods = read_methods(config.methods, config.budgets, folder, _image_sizes(datasets))
-    questions = [Questions.of(dataset) for dataset in datasets]
+    prepared = prepared_datasets(asking, folder)
+    _check_answers_known(dataset for dataset, *_ in prepared)
+    rules = {dataset.name: cache(folder.kind.measure(folder.path, manner.entry.limits)) for dataset, manner, _ in prepared}
+    sizes = [(rules[dataset.name], _image_sizes(dataset, manner)) for dataset, manner, _ in prepared]
+    methods = read_methods(config.methods, config.budgets, folder, sizes)
+    questions = list(starmap(Questions.of, prepared))
     settings = {name: value for name, value in asking.settings().items() if name != "plan"}
     timed = {"data": questions[0].dataset.digest, "timing_repeats": asking.timing_repeats, "timed_tokens": TIMED_TOKENS}
     with (
-        Answers.open(asking.output, folder.identity(settings), restart=asking.restart) as answers,
+        Answers.open(asking.output, answers_identity(folder, settings), restart=asking.restart) as answers,
         Measurements.open(asking.output, folder.identity({**settings, **timed}), restart=asking.restart) as measurements,
     ):
         for message in (answers.repaired, measurements.repaired):
@@ -84,7 +87,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
                 say(message)
         model = loaded(asking, folder)
         say(f"settings for {asking.model}: {dtype_line(given, asking.dtype)}")
-        run = _Run(asking, model, questions, answers, measurements, cache(folder.kind.measure(folder.path, {})))
+        run = _Run(asking, model, questions, answers, measurements, rules)
         answered, measured = run.all(methods)
         table = Table(
             methods,
@@ -109,7 +112,8 @@ class _Run:
     questions: Sequence[Questions]
     answers: Answers
     measurements: Measurements
-    measure: Measure
+    rules: Mapping[str, Measure]
+    """How the model sizes images, by dataset."""
 
     def all(self, methods: Sequence[Method]) -> tuple[list[dict[str, Answered]], list[Measured]]:
         """The answers and measurements of all methods; what is in the logs is not made again."""
@@ -128,16 +132,11 @@ class _Run:
         return answered, measured
 
     def _answered(self, method: Method) -> dict[str, Answered]:
-        asking = Asking(
-            {method.key: method.plan},
-            False,
-            self.asking.batch_size,
-            self.asking.max_new_tokens,
-            self.asking.skip_unusable,
-            method.resized(self.measure),
-            f", {method.name}",
-        )
-        answer_questions(asking, self.model, self.questions, self.answers)
+        variants, batch_size, skip = {method.key: method.plan}, self.asking.batch_size, self.asking.skip_unusable
+        for each in self.questions:
+            resized = method.resized(self.rules[each.dataset.name])
+            asking = Asking(variants, False, batch_size, skip, resized, f", {method.name}")
+            answer_questions(asking, self.model, [each], self.answers)
         return {each.dataset.name: self._scored(each, method.key) for each in self.questions}
 
     def _scored(self, questions: Questions, key: str) -> Answered:
@@ -150,9 +149,10 @@ class _Run:
         known = self.measurements.get(method.key)
         if known is not None:
             return known
-        samples = timed_samples(self.asking.batch_size, self.model, self.questions[0])
-        resized = method.resized(self.measure)
-        dense, timed = timed_pair(self.model, samples, method.plan, sharing=False, resized=resized)
+        first = self.questions[0]
+        samples = timed_samples(self.asking.batch_size, self.model, first)
+        model, resized = self.model.prepared_by(first.preparer), method.resized(self.rules[first.dataset.name])
+        dense, timed = timed_pair(model, samples, method.plan, sharing=False, resized=resized)
         times = measure_times(dense, timed, self.asking.timing_repeats)
         made = Measured(method.key, method.name, times, timed.peak())
         self.measurements.append(made)
@@ -165,15 +165,16 @@ def _check_answers_known(datasets: Iterable[Dataset]) -> None:
             raise UserError(f"{dataset.name}: its answers are withheld, so it has no score; name data with answers")
 
 
-def _image_sizes(datasets: Iterable[Dataset]) -> list[Grid]:
-    """Widths and heights of the first images of each dataset, each size once."""
+def _image_sizes(dataset: Dataset, manner: Manner) -> list[Grid]:
+    """Widths and heights of the first images of a dataset as they are asked about, each size once."""
 
-    def sizes(dataset: Dataset) -> Iterator[Grid]:
+    def sizes() -> Iterator[Grid]:
         for place in range(min(len(dataset.indices), SEEN_IMAGES)):
             with suppress(UserError):  # what becomes of the question is decided when it is asked
-                yield from (image.size for image in load_images(dataset.sample(place), "dropped"))
+                sample = manner.sample(dataset.sample(place), dataset.indices[place])
+                yield from (image.size for image in load_images(sample, "dropped"))
 
-    return list(dict.fromkeys(size for dataset in datasets for size in islice(sizes(dataset), SEEN_IMAGES)))
+    return list(dict.fromkeys(islice(sizes(), SEEN_IMAGES)))
 
 
 def _fields(
@@ -188,6 +189,7 @@ def _fields(
             "hash": folder.weights_hash,
             "model_type": folder.kind.model_type,
             "num_layers": folder.kind.config.decoder.num_layers,
+            "not_applied": list(model.generation.not_applied),
         },
         "device": jax.devices()[0].device_kind,
         "dtype": str(model.programs.dtype),
@@ -199,6 +201,7 @@ def _fields(
                 "questions": len(each.dataset.indices),
                 "unusable": len(each.unusable),
                 "images": len(set(each.images)),
+                "asked": each.manner.fields(),
             }
             for each in questions
         },

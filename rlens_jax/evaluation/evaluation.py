@@ -5,16 +5,17 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, no_type_check
 
-from rlens_jax.config import Dtype
+from rlens_jax.config import LIMITS, Dtype
 from rlens_jax.data.images import Transparency
 from rlens_jax.engine.preparing import Resize, as_it_is
 from rlens_jax.errors import UserError, suggest
+from rlens_jax.evaluation.profiles import Entry, Manner, check_profile, find_entry
 from rlens_jax.files import json_text
 from rlens_jax.metrics.score import CURRENT, RULES, Score
 from rlens_jax.plan_file import PlanFile
@@ -25,6 +26,8 @@ BenchmarkImages = Literal["as_published", "recompressed"]
 
 SCHEMA = "rlens-evaluation/1"
 TIMING_SCHEMA = "rlens-evaluation-timing/1"
+NEW_TOKENS = 512
+"""Default max length of an answer, where the checkpoint says none."""
 
 
 @no_type_check  # user input: __post_init__ checks it and raises UserError
@@ -40,7 +43,12 @@ class EvaluationConfig:
         baseline: also evaluate the dense model, and report the differences.
         limit: use at most this many questions of each dataset, the first ones.
         md5: MD5 sums of TSV files that are not the published ones, by dataset.
-        max_new_tokens: maximum length of an answer.
+        max_new_tokens: maximum length of an answer; None is the checkpoint's, or else `NEW_TOKENS`.
+        repetition_penalty: None is the checkpoint's; 1 applies none.
+        profile: another harness' settings by name, for what is not given here; see `evaluation.profiles`.
+        system: the system prompt; None leaves it to the profile, or else to the chat template.
+        min_pixels, max_pixels, max_tiles, total_tiles, max_slices: limits of the sizes of images, as in `config.LIMITS`;
+            None leaves them to the profile, or else to the checkpoint.
         batch_size: prompts per batch of a work group.
         dtype: type of weights and computation; None means bfloat16 on an accelerator and float32 on a CPU.
         chunk: tokens of a prompt per FFN call; None chooses by size.
@@ -65,7 +73,15 @@ class EvaluationConfig:
     baseline: bool = False
     limit: int | None = None
     md5: Mapping[str, str] = field(default_factory=dict)
-    max_new_tokens: int = 512
+    max_new_tokens: int | None = None
+    repetition_penalty: float | None = None
+    profile: str | None = None
+    system: str | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_tiles: int | None = None
+    total_tiles: int | None = None
+    max_slices: int | None = None
     batch_size: int = 8
     dtype: Dtype | None = None
     chunk: int | None = None
@@ -80,15 +96,31 @@ class EvaluationConfig:
     restart: bool = False
 
     def __post_init__(self) -> None:
-        positive = ("limit", "max_new_tokens", "batch_size", "chunk", "model_shards", "bootstrap_samples")
+        positive = ("limit", "max_new_tokens", "batch_size", "chunk", "model_shards", "bootstrap_samples", *LIMITS)
         for name, bound in {**dict.fromkeys(positive, 1), "seed": 0, "timing_repeats": 0}.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
+        if (penalty := self.repetition_penalty) is not None and not 0 < penalty < float("inf"):
+            raise UserError(f"--repetition-penalty must be a positive number, not {penalty}")
+        if self.profile is not None:
+            check_profile(self.profile)
         if self.rules not in RULES:
             raise UserError(
                 f"--rules {self.rules}: there are no such rules{suggest(self.rules, RULES)}; known: {', '.join(RULES)}"
             )
+
+    def entry(self, model_type: str, dataset: str) -> Entry:
+        """What is asked otherwise than a checkpoint of this type says, on a dataset: what is given, else what the profile says.
+
+        Raises:
+            UserError: the profile does not know the model.
+        """
+        known = Entry() if self.profile is None else find_entry(self.profile, model_type, dataset)
+        limits = {name: value for name in LIMITS if (value := getattr(self, name)) is not None}
+        names = ("max_new_tokens", "repetition_penalty", "system")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return dataclasses.replace(known, limits={**known.limits, **limits}, **given)
 
     @property
     def variants(self) -> dict[str, PlanFile]:
@@ -99,11 +131,12 @@ class EvaluationConfig:
     @property
     def asking(self) -> "Asking":
         """How the questions are asked."""
-        return Asking(self.variants, self.sharing, self.batch_size, self.max_new_tokens, self.skip_unusable)
+        return Asking(self.variants, self.sharing, self.batch_size, self.skip_unusable)
 
     def settings(self) -> dict[str, Any]:
         """The settings that determine answers, as JSON values. The mesh is left out: it changes rounding at most."""
-        names = ("max_new_tokens", "batch_size", "dtype", "chunk", "sharing", "seed")
+        names = ("max_new_tokens", "repetition_penalty", "profile", "system", *LIMITS)
+        names = (*names, "batch_size", "dtype", "chunk", "sharing", "seed")
         return {"plan": self.plan.fields(), **{name: getattr(self, name) for name in names}}
 
 
@@ -114,7 +147,7 @@ class Asking:
     Attributes:
         variants: the plans, by name.
         sharing: questions about the same images share what is computed for these, unless a plan prunes visual tokens.
-        batch_size, max_new_tokens, skip_unusable: as in `EvaluationConfig`.
+        batch_size, skip_unusable: as in `EvaluationConfig`.
         resized: what the model gets in place of an image.
         described: an addition to the label of the progress.
     """
@@ -122,7 +155,6 @@ class Asking:
     variants: Mapping[str, PlanFile]
     sharing: bool
     batch_size: int
-    max_new_tokens: int
     skip_unusable: bool
     resized: Resize = as_it_is
     described: str = ""
@@ -205,6 +237,8 @@ class DatasetResult:
     """Mean visual tokens in the last layer under the plan."""
     mean_tokens: float
     """Mean visual tokens that enter a layer under the plan, over layers and prompts."""
+    manner: Manner
+    """How its questions were asked and answered."""
     cost: Cost
     """Cost of the plan."""
     variants: Mapping[str, VariantResult]
@@ -255,6 +289,8 @@ class Evaluation:
     versions: Mapping[str, str]
     datasets: Mapping[str, DatasetResult]
     times: Times | None
+    not_applied: Sequence[str]
+    """What the checkpoint asks for that greedy decoding does not do, in words."""
 
 
 def evaluation_json(result: Evaluation) -> str:
@@ -268,6 +304,7 @@ def evaluation_json(result: Evaluation) -> str:
                 "hash": result.model_hash,
                 "model_type": result.model_type,
                 "num_layers": result.num_layers,
+                "not_applied": list(result.not_applied),
             },
             "plan": {"label": config.plan.label(), **config.settings()["plan"]},
             "datasets": {name: _dataset(name, part) for name, part in result.datasets.items()},
@@ -302,6 +339,8 @@ def tokens_per_second(times: Times, variant: VariantTime) -> float:
 def summary(result: Evaluation) -> str:
     """The text for the terminal."""
     lines = [f"{result.config.model}, plan: {result.config.plan.label()}"]
+    if result.not_applied:
+        lines.append(f"answers are greedy, without what the checkpoint asks for: {', '.join(result.not_applied)}")
     for name, part in result.datasets.items():
         lines.append(
             f"{name}: {part.questions} questions, FLOPs saved {part.cost.saved:.1%} "
@@ -315,6 +354,8 @@ def summary(result: Evaluation) -> str:
                 f"  of {part.visual_tokens:.1f} visual tokens {part.kept_tokens:.1f} are kept, {part.mean_tokens:.1f} a layer; "
                 f"choosing them takes {part.cost.selection / part.cost.dense:.2%} of the dense FLOPs in addition"
             )
+        if notes := part.manner.entry.not_reproduced:
+            lines.append(f"  not as in {result.config.profile}: {'; '.join(notes)}")
         if part.unusable:
             lines.append(f"  {part.unusable} of them could not be asked and count as wrong")
         for variant, scored in part.variants.items():
@@ -353,6 +394,7 @@ def _dataset(name: str, part: DatasetResult) -> dict[str, Any]:
         "visual_tokens": part.visual_tokens,
         "kept_visual_tokens": part.kept_tokens,
         "mean_visual_tokens": part.mean_tokens,
+        "asked": part.manner.fields(),
         "multiply_adds": dataclasses.asdict(part.cost),
         "variants": {
             variant: {

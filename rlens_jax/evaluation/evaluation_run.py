@@ -1,7 +1,9 @@
 """Runs an evaluation: answer all questions, write predictions, score, count costs, measure times."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import starmap
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from rlens_jax.evaluation.answering import Questions, answer_questions
 from rlens_jax.evaluation.answers import Answers, LoggedAnswer, write_predictions
 from rlens_jax.evaluation.datasets import Dataset, load_datasets
 from rlens_jax.evaluation.evaluation import (
+    NEW_TOKENS,
     Cost,
     DatasetResult,
     Evaluation,
@@ -28,10 +31,13 @@ from rlens_jax.evaluation.evaluation import (
     evaluation_json,
     timing_json,
 )
+from rlens_jax.evaluation.profiles import Manner
 from rlens_jax.evaluation.timed import measure_times, timed_pair
+from rlens_jax.families.generation_config import read_generation_config
 from rlens_jax.files import replace_file
 from rlens_jax.flops import TowerAttention, prefill_cost, selection_cost, shared_prefill_cost, visual_in_layer
 from rlens_jax.models.decoder import DecoderConfig
+from rlens_jax.models.prompt import Preparer
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.resources import cache_folder, versions
 from rlens_jax.search.bootstrap import difference_interval, score_interval
@@ -51,9 +57,9 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     folder = ModelFolder.find(config.model)
     config.plan.validate(folder.kind.config.decoder, folder.kind.model_type)
     folder.kind.check_pruning(config.plan.pruning)
-    questions = [Questions.of(dataset) for dataset in datasets_of(config, folder)]
+    questions = list(starmap(Questions.of, prepared_datasets(config, folder)))
     # Each answer names its question, so the log is not bound to the data.
-    with Answers.open(config.output, folder.identity(config.settings()), restart=config.restart) as answers:
+    with Answers.open(config.output, answers_identity(folder, config.settings()), restart=config.restart) as answers:
         if answers.repaired:
             say(answers.repaired)
         model = loaded(config, folder)
@@ -73,6 +79,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
             versions=versions(),
             datasets={each.dataset.name: _result(config, model, each, answers) for each in questions},
             times=times,
+            not_applied=model.generation.not_applied,
         )
         if times is not None:
             replace_file(config.output / "timing.json", timing_json(times).encode())
@@ -81,8 +88,12 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     return evaluation
 
 
-def datasets_of(config: EvaluationConfig, folder: ModelFolder) -> list[Dataset]:
-    """The datasets to score the model of a folder on. UserError if one cannot be read, or its questions have no score."""
+def prepared_datasets(config: EvaluationConfig, folder: ModelFolder) -> list[tuple[Dataset, Manner, Preparer]]:
+    """The datasets to score the model of a folder on, how each is asked, and what prepares its images and prompts.
+
+    Raises:
+        UserError: a dataset cannot be read, its questions have no score, or the profile or a limit is not for this model.
+    """
     datasets = load_datasets(
         config.data,
         cache_folder() / "data",
@@ -94,7 +105,19 @@ def datasets_of(config: EvaluationConfig, folder: ModelFolder) -> list[Dataset]:
     )
     for dataset in datasets:
         _check_scores(dataset, config.limit)
-    return datasets
+    generation, kind = read_generation_config(folder.path), folder.kind
+    entries = [config.entry(kind.model_type, dataset.name) for dataset in datasets]
+    manners = [
+        Manner(generation.decoding(NEW_TOKENS, entry.max_new_tokens, entry.repetition_penalty), entry) for entry in entries
+    ]
+    preparers = [kind.preparer(folder.path, entry.limits) for entry in entries]
+    return list(zip(datasets, manners, preparers, strict=True))
+
+
+def answers_identity(folder: ModelFolder, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a log of answers belongs to: the model, these settings of a run, and what the checkpoint says of decoding."""
+    own = read_generation_config(folder.path).decoding(NEW_TOKENS)
+    return folder.identity({**settings, "checkpoint": dataclasses.asdict(own)})
 
 
 def loaded(config: EvaluationConfig, folder: ModelFolder) -> DeployedModel:
@@ -151,6 +174,7 @@ def _result(config: EvaluationConfig, model: DeployedModel, questions: Questions
         visual_tokens=float(np.mean([answer.prompt[1] for answer in answered])),
         kept_tokens=float(np.mean([layers[-1] for layers in per_layer])),
         mean_tokens=float(np.mean(per_layer)),
+        manner=questions.manner,
         cost=_cost(config, model.programs.config, model.kind.tower_attention, answered),
         variants=variants,
         difference=difference,
@@ -191,12 +215,12 @@ def timed_samples(batch_size: int, model: DeployedModel, questions: Questions) -
     """The first questions of a dataset, as many as fill a batch."""
     count = batch_size * model.programs.groups
     usable = [place for window in questions.windows(count) for place in window if place not in questions.unusable]
-    return [questions.dataset.sample(place) for place in usable[:count]]
+    return [questions.sample(place) for place in usable[:count]]
 
 
 def _times(config: EvaluationConfig, model: DeployedModel, questions: Questions) -> Times:
     """Times of both variants on the fullest batch of the first questions of a dataset."""
     samples = timed_samples(config.batch_size, model, questions)
     say(f"timing {len(samples)} prompts of {questions.dataset.name}")
-    pair = timed_pair(model, samples, config.plan, sharing=config.asking.shares)
+    pair = timed_pair(model.prepared_by(questions.preparer), samples, config.plan, sharing=config.asking.shares)
     return measure_times(*pair, config.timing_repeats)

@@ -69,14 +69,18 @@ class Method:
         return as_it_is if self.image_share is None else partial(down_sampled, self.image_share, measure)
 
 
-def read_methods(texts: Sequence[str], budgets: Sequence[str], model: ModelFolder, images: Sequence[Grid]) -> list[Method]:
+Sizes = Sequence[tuple[Measure, Sequence[Grid]]]
+"""Widths and heights of some images, with the rule by which the model sizes them."""
+
+
+def read_methods(texts: Sequence[str], budgets: Sequence[str], model: ModelFolder, images: Sizes) -> list[Method]:
     """The dense model and the methods of `texts`, in order.
 
     Args:
         texts: see above.
         budgets: of the methods without one of their own.
         model: the model, whose weights are not read.
-        images: widths and heights of some images, for what down-sampling reaches.
+        images: of the data, for what down-sampling reaches.
 
     Raises:
         UserError: a method is unknown or cannot be had by the model, a budget is out of range or below what the model's images
@@ -98,7 +102,7 @@ def read_methods(texts: Sequence[str], budgets: Sequence[str], model: ModelFolde
 @dataclass(frozen=True)
 class _Reader:
     model: ModelFolder
-    images: Sequence[Grid]
+    images: Sizes
 
     def read_all(self, texts: Sequence[str], budgets: Sequence[str]) -> Iterator[Method]:
         for text in texts:
@@ -160,7 +164,8 @@ class _Reader:
     @cached_property
     def _least_share(self) -> float:
         """The least share of visual tokens that the images can have."""
-        fewest, whole = share_reached(0.0, self.model.kind.measure(self.model.path, {}), self.images)
+        reached = [share_reached(0.0, measure, sizes) for measure, sizes in self.images]
+        fewest, whole = (sum(counts) for counts in zip(*reached, strict=True))
         return fewest / whole if whole else 1.0
 
     def _checked(self, method: Method) -> Method:

@@ -14,10 +14,13 @@ from rlens_jax.engine.pools import Batch
 from rlens_jax.engine.preparing import Resize, as_it_is
 from rlens_jax.engine.timing import time_side_by_side
 from rlens_jax.evaluation.evaluation import Times, VariantTime
+from rlens_jax.families.generation_config import Decoding
 from rlens_jax.plan_file import PlanFile
 
 TIMED_TOKENS = 32
 """New tokens in the timed decoding, even if the answers end earlier."""
+TIMED = Decoding(TIMED_TOKENS)
+"""Without a repetition penalty, whatever the answers have."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,7 @@ class Timed:
 
     def first_token(self) -> list[jax.Array]:
         """From image files and texts to the first new token."""
-        prepared = self.model.prepare(
-            self.samples, TIMED_TOKENS, sharing=self.sharing, marked=self.plan.marked, resized=self.resized
-        )
+        prepared = self.model.prepare(self.samples, TIMED, sharing=self.sharing, marked=self.plan.marked, resized=self.resized)
         return [self._prefilled(batch).first for batch in prepared.batches]
 
     def decode(self, prefilled: Sequence[Prefilled]) -> list[Any]:
@@ -66,13 +67,13 @@ def timed_pair(
     model: DeployedModel, samples: Sequence[Sample], plan: PlanFile, *, sharing: bool, resized: Resize = as_it_is
 ) -> tuple[Timed, Timed]:
     """The samples of the fullest batch under the dense model, and under the plan with images resized."""
-    prompts = model.prepare(samples, TIMED_TOKENS, sharing=sharing)
+    prompts = model.prepare(samples, TIMED, sharing=sharing)
     batch = max(prompts.batches, key=lambda batch: len(batch.members))
     members = [samples[number] for number in batch.members]
     dense = Timed(model, PlanFile(), members, [batch], sharing)
     if resized is as_it_is and not plan.marked:
         return dense, Timed(model, plan, members, [batch], sharing)
-    own = model.prepare(members, TIMED_TOKENS, sharing=sharing, marked=plan.marked, resized=resized).batches
+    own = model.prepare(members, TIMED, sharing=sharing, marked=plan.marked, resized=resized).batches
     return dense, Timed(model, plan, members, own, sharing, resized)
 
 

@@ -45,7 +45,7 @@ class Family(Generic[ConfigT]):
     """`image_arrays(config, size)`: the arrays of a prepared image, padded to a bucket of this size."""
     measure: Callable[[ConfigT, Mapping[str, Any]], Measure]
     """`measure(config, fields)`: the rule that sizes images. `fields` are those of the image processor; the published values
-    stand for missing ones."""
+    stand for missing ones, and `limits` among them take the place of others."""
     table: Callable[[ConfigT], Table]
     """Mapping between published tensors and our parameters."""
     reference: ReferenceInputs[ConfigT]
@@ -58,6 +58,9 @@ class Family(Generic[ConfigT]):
     """`grid(config)`: visual tokens per side of the square grid that each image or tile becomes; None if they differ in size."""
     attention: Callable[[ConfigT], TowerAttention | None] = lambda config: None
     """`attention(config)`: the attention by which FasterVLM and VisionZip may choose; None if visual tokens are no patches."""
+    penalises_prompt: Callable[[ConfigT], bool] = lambda config: True
+    """`penalises_prompt(config)`: whether a repetition penalty counts the prompt's tokens. It does in transformers, unless the
+    published code hands over embeddings alone; then new tokens count only."""
     limits: Sequence[str] = ()
     """The names in `config.LIMITS` that the family has settings for."""
     refused: Mapping[str, str] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """The supported model families, and the reading of a config.json as one of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from rlens_jax.errors import UserError, foreign, suggest
 from rlens_jax.families import internvl, llava, llava_next, llava_onevision, minicpm_v, qwen2_5_vl, qwen2_vl, qwen3_vl
 from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.family import Family
+from rlens_jax.families.generation_config import NEUTRAL
 from rlens_jax.families.image_files import MOST_PIXELS, NESTED_FILE, PROCESSOR_FILE, read_processor_fields
 from rlens_jax.families.refusals import refuse_unsupported
 from rlens_jax.families.table import Table
@@ -23,6 +24,7 @@ from rlens_jax.files import quoted
 from rlens_jax.flops import TowerAttention
 from rlens_jax.kept_tokens import Pooling, TowerSelection
 from rlens_jax.models.forward import FamilyConfig, VisionLanguageModel
+from rlens_jax.models.generation import Penalty
 from rlens_jax.models.prompt import ImageArrays, ImageSize, Measure, Preparer
 from rlens_jax.pruning import Pruning
 
@@ -124,6 +126,12 @@ class ModelKind:
     def tower_attention(self) -> TowerAttention | None:
         """The attention in the tower by which visual tokens may be chosen."""
         return self.family.attention(self.config)
+
+    def penalty(self, factor: float, placeholders: Collection[int]) -> Penalty | None:
+        """The repetition penalty of this factor for a chat with these placeholders, None if it changes nothing."""
+        if factor == NEUTRAL:
+            return None
+        return Penalty(factor, self.family.penalises_prompt(self.config), tuple(sorted(placeholders)))
 
     def table(self) -> Table:
         """The mapping of the published tensors."""

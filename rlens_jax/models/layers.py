@@ -146,6 +146,21 @@ def best_token(logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
     return jnp.take_along_axis(ids, winner, axis=0)[0]
 
 
+def penalised(logits: Float[Array, "*B V"], seen: Bool[Array, "*B V"], factor: float) -> Float[Array, "*B V"]:
+    """Logits after a repetition penalty: those of `seen` tokens are divided by `factor`, or multiplied if negative."""
+    return jnp.where(seen, jnp.where(logits < 0, logits * factor, logits / factor), logits)
+
+
+def mark_tokens(
+    seen: Bool[Array, "B Q V"], ids: Int[Array, "B Q C"] | Int[Array, "B 1 C"], counts: Bool[Array, "B Q C"]
+) -> Bool[Array, "B Q V"]:
+    """`seen` with those `ids` that count; each is marked on the shard that holds its part of the vocabulary."""
+    rows, branches, size = seen.shape
+    row, held = _local_rows(ids, size)
+    place = jnp.arange(rows)[:, None, None], jnp.arange(branches)[None, :, None], row
+    return seen.at[place].max(held & counts)
+
+
 def all_finite(logits: Float[Array, "*B V"]) -> Bool[Array, "*B"]:
     """Whether logits are finite, judged by the largest: it is not a number if any of them is not."""
     infinite = ~jnp.isfinite(logits.max(axis=-1))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from rlens_jax.data.images import Transparency, check_image, image_file, load_image, load_images
+from rlens_jax.data.images import Transparency, check_image, doubled, enlarged, image_file, load_image, load_images
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
 
@@ -139,6 +139,25 @@ def test_a_sample_of_a_benchmark_is_read_as_stored():
         first, second = load_images(sample, transparency)
         assert first.size == size
         assert second.tobytes() == load(transparent, read).tobytes()
+
+
+def test_images_of_another_size(monkeypatch: pytest.MonkeyPatch):
+    """Doubled, bilinear; or with a random larger width of the seed's, with about the same sides' ratio, below 1344² pixels."""
+    image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (30, 50, 3), np.uint8))
+    file = encoded(image)
+    twice = load(doubled(file, "a"))
+    np.testing.assert_array_equal(np.asarray(twice), np.asarray(image.resize((100, 60), Image.Resampling.BILINEAR)))
+    sizes = [load(enlarged(file, "a", str(seed))).size for seed in range(40)]
+    widths = {width for width, _ in sizes}
+    assert len(widths) > 30 and min(widths) >= 50 and 1000 < max(widths) <= int(50 * (1344**2 / 1500) ** 0.5)
+    assert all(height == int(width / 50 * 30) for width, height in sizes)
+    shown = load(enlarged(file, "a", "7"))
+    np.testing.assert_array_equal(np.asarray(shown), np.asarray(image.resize(shown.size, Image.Resampling.BICUBIC)))
+    large = Image.new("RGB", (1344, 1344))
+    assert load(enlarged(encoded(large), "a", "7")).size == large.size
+    monkeypatch.setattr("rlens_jax.data.images.MAX_IMAGE_PIXELS", 5000)
+    with pytest.raises(UserError, match="a has 100 x 60 pixels when enlarged, more than the 5000 allowed"):
+        doubled(file, "a")
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "png"])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 import rlens_jax
+from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.commands.generate import main
 from rlens_jax.console import run_command
 from rlens_jax.data.pages import make_page
@@ -20,6 +22,7 @@ from rlens_jax.drops import DART, PyramidDrop, SparseVLM
 from rlens_jax.engine.deployed_model import DeployedModel, automatic_chunk, make_sample
 from rlens_jax.engine.shapes import row_buckets, slot_sizes
 from rlens_jax.errors import UserError
+from rlens_jax.families.generation_config import Decoding, GenerationConfig
 from rlens_jax.kept_tokens import DivPrune, Pooling, StridedTokens, VisionZip
 from rlens_jax.plan_file import FORMAT, PlanFile
 from rlens_jax.pruning import VTW, FastV
@@ -90,13 +93,13 @@ def test_prompts_about_the_same_images_share_a_row(model: DeployedModel, page: P
     images = [page, tmp_path / page.name, tmp_path / "copy.png", page]
     asked = [QUESTIONS[0], QUESTIONS[0], QUESTIONS[2], QUESTIONS[1]]
     samples = [make_sample("a prompt", [image], text, False) for image, text in zip(images, asked, strict=True)]
-    together, alone = (model.prepare(samples, TOKENS, sharing=sharing) for sharing in (True, False))
+    together, alone = (model.prepare(samples, Decoding(TOKENS), sharing=sharing) for sharing in (True, False))
     assert [size.sharers for size in together.sizes] == [3, 1, 3, 3]
     assert [size.sharers for size in alone.sizes] == [1, 1, 1, 1]
     for plan in (PlanFile(), rlens_jax.read_plan(plan_path)):
         answers = {}
         for batch in alone.batches:
-            answers |= model.answer_batch(alone, batch, plan, TOKENS)
+            answers |= model.answer_batch(alone, batch, plan, Decoding(TOKENS))[0]
         shared = model.generate([[image] for image in images], asked, plan, max_new_tokens=TOKENS)
         assert shared == [answers[number].text for number in range(len(samples))]
         assert len(set(shared)) > 1
@@ -117,12 +120,13 @@ def test_what_cannot_share_a_row(model: DeployedModel, page: Path) -> None:
 
     def sharers(model: DeployedModel, questions: Sequence[str], marks: bool) -> list[int]:
         samples = [make_sample("a prompt", [page], text, marks) for text in questions]
-        return [size.sharers for size in model.prepare(samples, TOKENS, sharing=True).sizes]
+        return [size.sharers for size in model.prepare(samples, Decoding(TOKENS), sharing=True).sizes]
 
     assert sharers(model, [f"{question} <image>" for question in QUESTIONS], True) == [1, 1, 1]
     small = replace(model.shapes, rows=row_buckets((32,), (128,)))
     assert sharers(model, QUESTIONS, False) == [3, 3, 3]
-    assert sharers(DeployedModel(model.programs, model.preparer, small, model.kind), QUESTIONS, False) == [2, 2, 1]
+    smaller = DeployedModel(model.programs, model.preparer, small, model.kind, model.generation)
+    assert sharers(smaller, QUESTIONS, False) == [2, 2, 1]
 
 
 def test_with_token_pruning(model: DeployedModel, page: Path, tmp_path: Path) -> None:
@@ -153,7 +157,7 @@ def test_methods_before_the_first_layer(model: DeployedModel, page: Path) -> Non
 def test_one_program_decodes_after_all_methods_of_one_cache_length(model: DeployedModel, page: Path) -> None:
     """Where a layer begins and ends in the cache is data. The cache is smaller than the dense one all the same."""
     methods = [FastV(2, 0.6), DART(0.4), PyramidDrop((2, 5), (0.5, 0.3)), SparseVLM((0.6, 0.4, 0.3)), VTW(5), DivPrune(0.5)]
-    prompts = model.prepare([make_sample("a prompt", [page], QUESTIONS[0], False)], TOKENS, sharing=False)
+    prompts = model.prepare([make_sample("a prompt", [page], QUESTIONS[0], False)], Decoding(TOKENS), sharing=False)
     (batch,), slots, tokens = prompts.batches, {}, {}
     for pruning in (None, *methods):
         before = model.programs.traces["decode"]
@@ -164,6 +168,68 @@ def test_one_program_decodes_after_all_methods_of_one_cache_length(model: Deploy
     assert [slots[pruning][1] for pruning in methods[1:]] == [0] * 5
     assert slots[methods[0]][0] < 0.8 * slots[None][0]
     assert len({str(np.asarray(row)) for row in tokens.values()}) > 1
+
+
+def test_answers_have_numbers_of_tokens_and_times(model: DeployedModel, page: Path) -> None:
+    asked = [[page], [png(1)], [png(2)]], QUESTIONS
+    answers = model.answers(*asked, max_new_tokens=TOKENS)
+    assert answers.texts == model.generate(*asked, max_new_tokens=TOKENS)
+    assert answers.num_tokens == [answer.num_tokens for answer in answers.answers] and all(a.ended for a in answers.answers)
+    assert min(answers.prepare_seconds, answers.prefill_seconds, answers.decode_seconds) > 0
+    cut = model.answers(*asked, max_new_tokens=1)
+    assert (cut.num_tokens, [answer.ended for answer in cut.answers]) == ([1, 1, 1], [False, False, False])
+
+
+def test_a_conversation(model: DeployedModel, page: Path) -> None:
+    """What was said before is in the prompt; each prompt of a batch has turns of its own."""
+    turns = [("digit at row 1 column 1 ?", "7")]
+    spoken = {"system": "row 1", "max_new_tokens": TOKENS}
+    samples = [make_sample("s", [page], QUESTIONS[0], False, "row 1", given) for given in (turns, ())]
+    longer, shorter = (size.text for size in model.prepare(samples, Decoding(TOKENS), sharing=False).sizes)
+    assert longer > shorter + 5
+    alone = [model.generate([page], QUESTIONS[0], turns=given, **spoken) for given in (turns, ())]
+    assert model.generate([[page]] * 2, [QUESTIONS[0]] * 2, turns=[turns, ()], **spoken) == alone
+
+
+def test_a_repetition_penalty(model: DeployedModel, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint's, unless one is given; the shards of a vocabulary agree on it. Half of it is on each device."""
+    asked, spoken = ([[page], [png(1)]], QUESTIONS[:2]), {"system": "0 1 2 3 4 5 6 7 8 9", "max_new_tokens": TOKENS}
+    penalised = model.generate(*asked, repetition_penalty=50, **spoken)
+    plain = model.generate(*asked, **spoken)
+    assert penalised != plain
+    own = DeployedModel(model.programs, model.preparer, model.shapes, model.kind, GenerationConfig(50.0))
+    assert own.generate(*asked, **spoken) == penalised
+    assert own.generate(*asked, repetition_penalty=1, **spoken) == plain
+    devices = model.programs.mesh.devices.flat[0].client.local_devices()[:2]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    halves = rlens_jax.load("embedded", batch_size=4, model_shards=2)
+    assert halves.generate(*asked, repetition_penalty=50, **spoken) == penalised
+
+
+def test_the_checkpoints_bound_of_prompt_and_answer(model: DeployedModel, page: Path) -> None:
+    plain = model.answers([[page]], QUESTIONS[:1], max_new_tokens=TOKENS)
+    (size,) = model.prepare([make_sample("s", [page], QUESTIONS[0], False)], Decoding(TOKENS), sharing=False).sizes
+    bounded = replace(model.generation, max_length=size.tokens + 1)
+    own = DeployedModel(model.programs, model.preparer, model.shapes, model.kind, bounded)
+    (cut,) = own.answers([[page]], QUESTIONS[:1]).answers
+    assert plain.answers[0].text.startswith(cut.text) and (cut.num_tokens, cut.ended) == (1, False)
+    assert own.generate([page], QUESTIONS[0], max_new_tokens=TOKENS) == plain.texts[0]
+    own = DeployedModel(model.programs, model.preparer, model.shapes, model.kind, replace(bounded, max_length=9))
+    with pytest.raises(
+        UserError, match=f"the prompt: {size.tokens} tokens, but max_length 9 of the checkpoint's generation_config"
+    ):
+        own.generate([page], QUESTIONS[0])
+
+
+def test_what_a_checkpoint_asks_for_in_vain_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(find_model("embedded"), tmp_path / "model")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"do_sample": True, "top_k": 20, "max_new_tokens": TOKENS}))
+    rlens_jax.load(folder)
+    assert capsys.readouterr().err == f"note: answers are greedy; of {path} this is not applied: sampling (top_k 20)\n"
+    path.write_text(json.dumps({"repetition_penalty": "much"}))
+    assert run([str(folder), "--prompt=x"]) == 2
+    assert capsys.readouterr().err == f"error: {path}: repetition_penalty must be a positive number, not 'much'\n"
 
 
 def test_in_chunks_the_answers_are_the_same(model: DeployedModel, page: Path, plan_path: Path) -> None:
@@ -178,10 +244,10 @@ def test_the_command_prints_what_the_model_says(
     model: DeployedModel, page: Path, plan_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [f"--image={page}", f"--prompt={QUESTIONS[0]}", f"--plan={plan_path}", f"--max-new-tokens={TOKENS}"]
-    options += ["--system=row 1", "--turn", QUESTIONS[1], "9"]
+    options += ["--system=row 1", "--turn", QUESTIONS[1], "9", "--repetition-penalty=2"]
     assert run(["embedded", *options]) == 0
     plan, spoken = rlens_jax.read_plan(plan_path), {"system": "row 1", "turns": [(QUESTIONS[1], "9")]}
-    expected = model.generate([page], QUESTIONS[0], plan, max_new_tokens=TOKENS, **spoken)
+    expected = model.generate([page], QUESTIONS[0], plan, max_new_tokens=TOKENS, repetition_penalty=2.0, **spoken)
     assert capsys.readouterr().out == expected + "\n"
 
 
@@ -216,6 +282,8 @@ def test_bad_input(model: DeployedModel, page: Path, tmp_path: Path) -> None:
         model.generate([page], QUESTIONS[0], turns=["a b"])
     with pytest.raises(UserError, match="max_tiles: a model of the type qwen2_vl has no such setting"):
         rlens_jax.load("embedded", limits={"max_tiles": 4})
+    with pytest.raises(UserError, match=r"unknown option max_tokens \(did you mean 'max_new_tokens'\?\)"):
+        model.generate([page], QUESTIONS[0], max_tokens=4)
     with pytest.raises(UserError, match="must be a list of files"):
         model.generate(str(page), QUESTIONS[0])
     with pytest.raises(UserError, match=r"2 <image> mark\(s\) for 1 image"):
@@ -247,6 +315,8 @@ def test_a_plan_for_another_model(model: DeployedModel, page: Path, tmp_path: Pa
     [
         (["--promt=x"], "did you mean '--prompt'"),
         (["--prompt=x", "--plam=y"], "unknown option --plam=y (did you mean '--plan'?)"),
+        (["--prompt=x", "--max-new-tokens=0"], "--max-new-tokens must be at least 1, not 0"),
+        (["--prompt=x", "--repetition-penalty=nan"], "--repetition-penalty must be a positive number, not nan"),
         (["--prompt=x", "--first=ffn=3"], "--first needs a --plan"),
         (["--prompt=x", "--plan=none.json"], "cannot read none.json: No such file"),
         ([], "--prompt TEXT is missing"),

@@ -19,6 +19,9 @@ from rlens_jax.evaluation.answering import Questions, answer_questions
 from rlens_jax.evaluation.answers import Answers
 from rlens_jax.evaluation.datasets import ExactMatch
 from rlens_jax.evaluation.evaluation import EvaluationConfig
+from rlens_jax.evaluation.profiles import Manner
+from rlens_jax.families.generation_config import Decoding
+from rlens_jax.models.prompt import Preparer
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.pruning import FastV
 
@@ -36,22 +39,27 @@ class FakeModel(DeployedModel):
         self.windows: list[str] = []
         self.sharing: set[bool] = set()
 
+    def prepared_by(self, preparer: Preparer) -> DeployedModel:
+        return self
+
     def prepare(
-        self, samples: Sequence[Sample], max_new_tokens: int, *, sharing: bool, marked: bool = False, resized: Resize = as_it_is
+        self, samples: Sequence[Sample], decoding: Decoding, *, sharing: bool, marked: bool = False, resized: Resize = as_it_is
     ) -> AskedPrompts:
         self.windows.append("".join(sample.images[0].decode() for sample in samples if isinstance(sample.images[0], bytes)))
         self.sharing.add(sharing)
         batch = Mock(spec=Batch, members=np.arange(len(samples)))
         return AskedPrompts(tuple(samples), (PromptSize(9, 20, 7, self.sharers),) * len(samples), (batch,))
 
-    def answer_batch(self, asked: AskedPrompts, batch: Batch, plan: PlanFile, max_new_tokens: int) -> dict[int, Answer]:
-        return {number: Answer(sample.question, 1, True) for number, sample in enumerate(asked.samples)}
+    def answer_batch(
+        self, asked: AskedPrompts, batch: Batch, plan: PlanFile, decoding: Decoding
+    ) -> tuple[dict[int, Answer], float, float]:
+        return {number: Answer(sample.question, 1, True) for number, sample in enumerate(asked.samples)}, 0.0, 0.0
 
 
 def answered(folder: Path, model: FakeModel, **options: Any) -> list[str]:
     """The answers to questions about `IMAGES`, in their order, in two equal datasets of which the second is returned."""
     samples = [Sample(str(n), "d", (image.encode(),), f"question {n}", ("x",)) for n, image in enumerate(IMAGES)]
-    first, second = (Questions.of(ExactMatch(name, samples)) for name in "de")
+    first, second = (Questions.of(ExactMatch(name, samples), Manner(Decoding(4)), Mock()) for name in "de")
     config = EvaluationConfig("m", options.pop("plan", PlanFile()), ("d",), folder, batch_size=2, **options)
     with Answers.open(folder, {}) as answers:
         answer_questions(config.asking, model, [first, second], answers)

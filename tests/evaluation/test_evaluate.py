@@ -191,15 +191,24 @@ def test_five_rows_of_pope_and_mmbench(tmp_path: Path) -> None:
         "--timing-repeats=0",
         "--rules=2025-01",
         "--images=recompressed",
+        "--profile=vlmevalkit@e8e78f05",
+        "--min-pixels=6400",
+        "--system=Look.",
         f"--output={tmp_path / 'run'}",
     )
     assert evaluate(["embedded", *options, *sums, "--data", *sources]) == 0
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     jsonschema.validate(result, SCHEMA)
-    assert (result["configuration"]["rules"], result["configuration"]["images"]) == ("2025-01", "recompressed")
+    given = {name: result["configuration"][name] for name in ("rules", "images", "profile", "min_pixels", "max_pixels")}
+    assert list(given.values()) == ["2025-01", "recompressed", "vlmevalkit@e8e78f05", 6400, None]
     for name, part in result["datasets"].items():
         assert part["questions"] == 5
         assert part["digest"].endswith(", images recompressed")
+        asked = part["asked"]
+        assert asked["limits"] == {"min_pixels": 6400, "max_pixels": 12845056}
+        assert (asked["max_new_tokens"], asked["repetition_penalty"], asked["system"]) == (1, 1.0, "Look.")
+        assert (asked["entry"], asked["not_reproduced"]) == ("Qwen2-VL-2B, 7B and 72B Instruct", [])
+        assert asked["prompt"].startswith("{question} Please" if name == "POPE" else "Question: {question}")
         scored = part["variants"]["plan"]["score"]
         assert scored["harness"].startswith("VLMEvalKit rules of 2025-01")
         assert 0 <= scored["low"] <= scored["value"] <= scored["high"] <= 100, name
@@ -350,6 +359,11 @@ def test_names_that_are_no_file_names(name: str, complaint: str, tmp_path: Path,
         (["--data", "none/MMStar.tsv"], "no such file"),
         (["--batch-size=0"], "--batch-size must be at least 1, not 0"),
         (["--md5=MMStar=1"], "must be NAME=SUM"),
+        (["--profile=vlmevalkit"], "--profile vlmevalkit: there is no such profile (did you mean 'vlmevalkit@e8e78f05'?)"),
+        (["--limit=1", "--max-tiles=6"], "max_tiles: a model of the type qwen2_vl has no such setting; it has min_pixels"),
+        (["--limit=1", "--min-pixels=10000", "--max-pixels=999"], "with min_pixels 10000 with max_pixels 999: size must be"),
+        (["--min-pixels=0"], "--min-pixels must be at least 1, not 0"),
+        (["--repetition-penalty=0"], "--repetition-penalty must be a positive number, not 0.0"),
         (["--first=ffn=2"], "--first needs a --plan"),
         (["--rules=2025-02"], "--rules 2025-02: there are no such rules (did you mean '2025-01'?); known: 2026-08, 2025-01"),
         (["--data", "LMUData/MMVet.tsv"], "MMVet cannot be scored here: only a judge model (gpt-4-turbo) scores its answers"),

@@ -46,7 +46,7 @@ def plan_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def read(model: ModelFolder, *texts: str, budgets: Sequence[str] = ("0.75", "0.5", "0.25")) -> list[Method]:
-    return read_methods(texts, budgets, model, [PAGE])
+    return read_methods(texts, budgets, model, [(model.kind.measure(model.path, {}), [PAGE])])
 
 
 def test_methods_of_every_form(embedded: ModelFolder, plan_path: Path) -> None:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from rlens_jax.models.decoder import TracedPlan, as_data
 from rlens_jax.models.forward import VisionLanguageModel
-from rlens_jax.models.generation import decode, prefill
+from rlens_jax.models.generation import Penalty, decode, prefill
 from rlens_jax.models.prompt import FILLER, Branches, Places, Prompt, PromptBatch, collate
 from rlens_jax.models.pruned import run_prompt
 from rlens_jax.plans import Plan, Reduction
@@ -24,6 +24,8 @@ from tests.sequences import branch_tokens, bucket_for, pack, unpack
 BRANCHES = ((5, 12), (3, 9, 0, 17, 6), (8,))
 """Text tokens of the branches of each row; the trunks hold one image, several images with text between, and none."""
 NEW_TOKENS = 16
+PENALTY = Penalty(1.2, True, (4,))
+"""It counts the tokens of a branch, not those of the others in its row."""
 KEY = jax.random.key(0)
 Outputs = tuple[list[np.ndarray], list[list[int]]]
 """Logits of all tokens of each prompt, and the greedy tokens after it."""
@@ -69,8 +71,8 @@ def run(graph: Any, state: Any, batch: PromptBatch, visual: Any, plan: TracedPla
     """Logits of all slots, the greedy tokens of each branch, and were all its numbers finite."""
     decoder = nnx.merge(graph, state)
     logits = decoder.logits(run_prompt(decoder, visual, batch, plan, reduction, KEY).x)
-    first, caches, finite = prefill(decoder, visual, batch, plan, reduction, NEW_TOKENS, KEY)
-    return logits, decode(decoder, first, caches, batch, NEW_TOKENS, ())[0], finite
+    first, caches, finite = prefill(decoder, visual, batch, plan, reduction, NEW_TOKENS, KEY, penalty=PENALTY)
+    return logits, decode(decoder, first, caches, batch, NEW_TOKENS, (), PENALTY)[0], finite
 
 
 def outputs(model: VisionLanguageModel, given: Rows, plan: Plan, reduction: Reduction) -> Outputs:

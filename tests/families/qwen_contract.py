@@ -14,6 +14,7 @@ from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig
 from rlens_jax.families.qwen2_vl.preparer import rope_positions
 from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.forward import VisionLanguageModel
+from rlens_jax.models.generation import Penalty, decode, prefill
 from rlens_jax.models.prompt import Prompt
 from rlens_jax.plans import Plan, Reduction
 from tests.families.contract import DENSE, PAPER, SIMPLE, ForwardContract, Logits
@@ -62,6 +63,14 @@ def run_prefill(graph, state, batch, visual, plan: Plan, reduction: Reduction, n
     x, record = decoder.prefill(decoder.embed(batch.text_ids, visual), context, plan, reduction)
     cache = decoder.make_cache(record, batch.layout, new_tokens)
     return decoder.logits(x), record.kept.scored.all(), cache
+
+
+@partial(jax.jit, static_argnames=("graph", "stops", "penalty"))
+def run_greedy(graph, state, batch, visual, stops: tuple[int, ...], penalty: Penalty):
+    """The greedy tokens under a penalty, [B, Q, Y]."""
+    decoder = nnx.merge(graph, state)
+    first, caches, _ = prefill(decoder, visual, batch, DENSE, PAPER, NEW_TOKENS, KEY, penalty=penalty)
+    return decode(decoder, first, caches, batch, NEW_TOKENS, stops, penalty)[0]
 
 
 @partial(jax.jit, static_argnames=("graph", "reduction"))
@@ -178,3 +187,23 @@ class QwenContract(ForwardContract):
                 row, cache = decode(jnp.asarray([tokens[-1:]], jnp.int32), cache, *step_inputs(batch, step, NEW_TOKENS))
                 tokens.append(int(row[0, 0].argmax()))
             assert tokens == expected
+
+    def test_a_penalty_and_several_end_tokens(self, pair: Pair) -> None:
+        """As generation_config.json of Qwen2.5-VL: a penalty of 1.05, and a list of end tokens. With 2, the prompt decides."""
+        (example,), length = self.examples(pair, self.mutated), NEW_TOKENS
+        generate = partial(pair.theirs.generate, **hf_inputs([example]), max_new_tokens=length, do_sample=False, pad_token_id=0)
+        plain = generate(eos_token_id=None, repetition_penalty=1.0)[0, -length:].tolist()
+        endless = {factor: generate(eos_token_id=None, repetition_penalty=factor)[0, -length:].tolist() for factor in (1.05, 2.0)}
+        assert plain not in endless.values()
+        late = next(token for place, token in enumerate(endless[1.05]) if place >= 32 and token not in endless[1.05][:place])
+        for factor, stops in ((2.0, ()), (1.05, (late, 0))):
+            expected = endless[factor]
+            if stops:
+                theirs = generate(eos_token_id=list(stops), repetition_penalty=factor)[0, len(example.token_ids) :].tolist()
+                expected = expected[: expected.index(late) + 1]
+                assert theirs == expected
+            penalty = Penalty(factor, True, (pair.config.image_token,))
+            batch, images = our_batch([example], pair.config), our_images([example], pair.config)
+            tokens = run_greedy(*nnx.split(pair.ours.decoder), batch, visual_of(pair.ours, images), stops, penalty)
+            assert np.asarray(tokens)[0, 0, : len(expected)].tolist() == expected
+            assert set(np.asarray(tokens)[0, 0, len(expected) :].tolist()) <= {late}

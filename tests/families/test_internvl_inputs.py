@@ -222,6 +222,7 @@ def test_limits_of_tiles(layout, request):
     assert counts(3, max_tiles=4, total_tiles=64) == [5] * 3
     assert counts(3, max_tiles=4, total_tiles=7) == [3] * 3
     assert counts(3, total_tiles=2) == [1] * 3
+    check_measured(folder, kind.preparer(folder, {"max_tiles": 3}), max_tiles=3)
     assert "max_tiles must be from 1, the checkpoint's least, to 128, not 500" in refusal(
         kind.preparer, folder, {"max_tiles": 500}
     )

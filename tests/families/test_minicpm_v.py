@@ -98,6 +98,7 @@ def test_images_are_sized_without_being_prepared(pair, tmp_path):
     folder = save_processing(tmp_path)
     (folder / "config.json").write_text(json.dumps(pair.kind.fields))
     check_measured(folder, pair.preparer)
+    check_measured(folder, pair.kind.preparer(folder, {"max_slices": 3}), max_slices=3)
 
 
 LARGE, TALL, WIDE, LITTLE = (250, 240), (61, 150), (203, 90), (70, 40)

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 from transformers.vision_utils import get_vision_window_index
 
 from rlens_jax.errors import UserError
 from rlens_jax.families.qwen2_5_vl.model import attend_windows, windows
 from rlens_jax.families.qwen2_vl.preparer import patch_places
 from rlens_jax.models.forward import VisionLanguageModel
+from rlens_jax.models.layers import mark_tokens, penalised
 from rlens_jax.ops.attention import masked_attention
 from tests.families.contract import BOTH, SIMPLE, WHOLE, set_to, swap
 from tests.families.pair import Pair, make_pair
@@ -174,3 +176,16 @@ def test_videos_are_refused(pair: Pair) -> None:
     video = inputs | {"input_ids": np.where(inputs["input_ids"] == 195, 196, inputs["input_ids"])}
     with pytest.raises(UserError, match=r"^bundle: input_ids has video tokens; only images are supported$"):
         read("bundle", video, pair.config, Path())
+
+
+def test_a_penalty_of_negative_logits_and_of_tokens_seen_twice() -> None:
+    rng = np.random.default_rng(5)
+    logits, ids = rng.normal(size=(2, 1, 30)).astype(np.float32), np.array([[[3, 9, 3, 28]], [[0, 0, 29, 1]]], np.int32)
+    counts = np.ones(ids.shape, bool)
+    counts[1, 0, 3] = False
+    seen = mark_tokens(jnp.zeros(logits.shape, bool), jnp.asarray(ids), jnp.asarray(counts))
+    theirs = RepetitionPenaltyLogitsProcessor(1.3)
+    for row, count in ((0, 4), (1, 3)):
+        expected = theirs(torch.tensor(ids[row, :, :count], dtype=torch.int64), torch.tensor(logits[row]))
+        np.testing.assert_array_equal(penalised(jnp.asarray(logits), seen, 1.3)[row], expected)
+    assert (logits[0, 0, ids[0, 0]] < 0).any() and (logits[0, 0, ids[0, 0]] > 0).any()

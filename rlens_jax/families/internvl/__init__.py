@@ -17,6 +17,8 @@ FAMILY = Family[InternVLConfig](
     table=table,
     reference=REFERENCE,
     benchmark_prompt=benchmark_prompt,
+    # The code of the checkpoint gives its text model embeddings.
+    penalises_prompt=lambda config: config.native is None,
     limits=("max_tiles", "total_tiles"),
     preset="internvl2_8b",
     attention=lambda config: tower_attention(config.vision, class_token=True, patches=MERGE**2, view=config.vision.num_patches),

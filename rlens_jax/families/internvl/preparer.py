@@ -228,9 +228,13 @@ def image_arrays(config: InternVLConfig, size: ImageSize) -> ImageArrays:
 
 
 def measure(config: InternVLConfig, fields: Mapping[str, Any]) -> Measure:
-    """See `Family.measure`. `min_patches` and `max_patches` of `fields` replace the numbers of tiles in a native config.json."""
+    """See `Family.measure`. `min_patches` and `max_patches` of `fields` replace the numbers of tiles in a native config.json.
+
+    Of an image alone, for which `total_tiles` is no limit.
+    """
     vision, native = config.vision, config.native or Native(1, 12, True, "")
     least, most = fields.get("min_patches", native.min_tiles), fields.get("max_patches", native.max_tiles)
+    most = fields.get("max_tiles", most)
 
     def measured(width: int, height: int) -> tuple[ImageSize, ImageTokens]:
         tiles = math.prod(closest_grid(width, height, vision.image_size, least, most))

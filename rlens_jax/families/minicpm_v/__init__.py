@@ -16,6 +16,8 @@ FAMILY = Family[MiniCPMVConfig](
     table=table,
     reference=REFERENCE,
     benchmark_prompt=benchmark_prompt,
+    # The code of the checkpoint gives its text model embeddings.
+    penalises_prompt=lambda config: False,
     limits=("max_slices",),
     preset="minicpm_v_2_6",
 )

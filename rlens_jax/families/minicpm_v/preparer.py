@@ -280,7 +280,8 @@ def measure(config: MiniCPMVConfig, fields: Mapping[str, Any]) -> Measure:
         "image_feature_size": config.resampler.num_queries,
         "patch_size": config.vision.patch_size,
     }
-    slicing = read_slicing(ConfigReader({**published, **fields}, PROCESSOR_FILE), config)
+    limit = {"max_slice_nums": fields["max_slices"]} if "max_slices" in fields else {}
+    slicing = read_slicing(ConfigReader({**published, **fields, **limit}, PROCESSOR_FILE), config)
 
     def measured(width: int, height: int) -> tuple[ImageSize, ImageTokens]:
         grid = slicing.grid((width, height))
