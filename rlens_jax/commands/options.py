@@ -200,6 +200,11 @@ def add_decoding_options(parser: ArgumentParser, default: str) -> None:
     """How greedy answers are decoded; `default` is the max length where the checkpoint says none, in words."""
     length_help = f"max tokens per answer (default: the checkpoint's, or else {default})"
     parser.add_argument("--max-new-tokens", metavar="N", type=int, help=length_help)
+    add_penalty_option(parser)
+
+
+def add_penalty_option(parser: ArgumentParser) -> None:
+    """--repetition-penalty."""
     penalty_help = "divides the logits of tokens that are there already; 1 is none (default: the checkpoint's)"
     parser.add_argument("--repetition-penalty", metavar="X", type=float, help=penalty_help)
 
@@ -217,7 +222,7 @@ def given_limits(options: argparse.Namespace) -> dict[str, int]:
 
 
 def check_decoding_options(parser: ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuse values of `add_decoding_options` that are out of range."""
+    """Refuse a max length or a penalty out of range."""
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         parser.error(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")
     if options.repetition_penalty is not None and not 0 < options.repetition_penalty < float("inf"):

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -32,10 +33,12 @@ class Question:
     Attributes:
         parts: texts and images in order. Texts that follow each other are joined as they are.
         max_new_tokens: max length of the answer.
+        repetition_penalty: None is the checkpoint's; 1 applies none.
     """
 
     parts: tuple[Part, ...]
     max_new_tokens: int = MAX_NEW_TOKENS
+    repetition_penalty: float | None = None
 
     @property
     def images(self) -> list[Path | bytes]:
@@ -115,16 +118,16 @@ class JaxBackend:
 
     def answer(self, questions: Sequence[Question]) -> list[str]:
         """See `Backend.answer`."""
-        groups: dict[tuple[bool, int], list[tuple[int, str]]] = defaultdict(list)
+        groups: dict[tuple[bool, int, float | None], list[tuple[int, str]]] = defaultdict(list)
         for place, question in enumerate(questions):
             text, marked = question.prompt()
-            groups[marked, question.max_new_tokens].append((place, text))
+            groups[marked, question.max_new_tokens, question.repetition_penalty].append((place, text))
         answers = [""] * len(questions)
-        for (marked, length), members in groups.items():
+        for (marked, length, penalty), members in groups.items():
+            generate = partial(self._model.generate, max_new_tokens=length, repetition_penalty=penalty, marks=marked)
             for first in range(0, len(members), _WINDOW):
                 places, texts = zip(*members[first : first + _WINDOW], strict=True)
                 images = [questions[place].images for place in places]
-                found = self._model.generate(images, texts, self._plan, max_new_tokens=length, marks=marked)
-                for place, text in zip(places, found, strict=True):
+                for place, text in zip(places, generate(images, texts, self._plan), strict=True):
                     answers[place] = text
         return answers

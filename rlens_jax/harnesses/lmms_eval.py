@@ -20,11 +20,24 @@ from PIL import Image
 from rlens_jax.config import Dtype
 from rlens_jax.console import BAD_INPUT, say
 from rlens_jax.errors import UserError, suggest
+from rlens_jax.families.generation_config import GenerationConfig
 from rlens_jax.harnesses.backends import MAX_NEW_TOKENS, Part, Question, open_backend
 from rlens_jax.plan_file import PlanFile, read_plan
 from rlens_jax.plans import Operator
 
-_OPTIONS = ("model", "plan", "attention", "ffn", "backend", "dtype", "max_new_tokens", "seed", "batch_size", "device")
+_OPTIONS = (
+    "model",
+    "plan",
+    "attention",
+    "ffn",
+    "backend",
+    "dtype",
+    "max_new_tokens",
+    "repetition_penalty",
+    "seed",
+    "batch_size",
+    "device",
+)
 
 
 class PlanModel(lmms):
@@ -37,6 +50,7 @@ class PlanModel(lmms):
         backend: "jax", or "torch" for the Hugging Face model in PyTorch.
         dtype: of weights and computation.
         max_new_tokens: max length of an answer where the task says none.
+        repetition_penalty: where the task says none; None is the checkpoint's, and 1 applies none.
         seed: of random probes.
         batch_size: prompts per batch of the back end jax; lmms-eval passes it.
         max_batch_size: of a batch size that lmms-eval calls "auto", which is not supported.
@@ -57,6 +71,7 @@ class PlanModel(lmms):
         backend: str = "jax",
         dtype: Dtype | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        repetition_penalty: float | None = None,
         seed: int = 0,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
@@ -70,13 +85,14 @@ class PlanModel(lmms):
             raise UserError(f"the batch size must be a whole number of at least 1, not {batch_size}")
         if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens}")
+        GenerationConfig().decoding(max_new_tokens, max_new_tokens, repetition_penalty)  # refuses a penalty out of range
         given: dict[Operator, int | None] = {"attention": attention, "ffn": ffn}
         first = {operator: count for operator, count in given.items() if count is not None}
         if first and plan is None:
             raise UserError("attention and ffn need a plan that is a ranking.json")
         read = PlanFile() if plan is None else read_plan(plan, first or None)
         options = {"device": device} if backend == "torch" else {"batch_size": int(batch_size)}
-        self._max_new_tokens = max_new_tokens
+        self._decoding = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
         self._backend = open_backend(backend, str(model), read, seed=seed, dtype=dtype, **options)
 
     @classmethod
@@ -99,7 +115,8 @@ class PlanModel(lmms):
         for request in requests:
             _, doc_to_messages, settings, doc_id, task, split = request.args
             messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
-            questions.append(Question(_parts(messages, task), settings.get("max_new_tokens", self._max_new_tokens)))
+            decoding = {name: settings.get(name, value) for name, value in self._decoding.items()}
+            questions.append(Question(_parts(messages, task), **decoding))
             ends.append(_ends(settings))
             if settings.get("do_sample") or settings.get("temperature") or (settings.get("num_beams") or 1) > 1:
                 sampled.add(task)

@@ -10,7 +10,8 @@ from rlens_jax.checkpoints import orbax_store
 from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.config import Dtype
 from rlens_jax.errors import UserError, foreign
-from rlens_jax.harnesses.backends import Question
+from rlens_jax.families.generation_config import read_generation_config
+from rlens_jax.harnesses.backends import MAX_NEW_TOKENS, Question
 from rlens_jax.parity.dump import load_processor, load_torch_model
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.torch_twin import reduced
@@ -38,7 +39,7 @@ class TorchBackend:
             raise UserError(f"{folder}: is a converted folder, which PyTorch cannot read; convert it back with --to-hf")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-        self._processor = load_processor(folder)
+        self._processor, self._generation = load_processor(folder), read_generation_config(folder)
         with foreign(f"the device {device} is not usable"):
             self._model = load_torch_model(folder, dtype, "sdpa").to(device)
         self._plan, self._seed = plan, seed
@@ -58,6 +59,8 @@ class TorchBackend:
             ]
             inputs = self._processor(text=[text], images=images or None, return_tensors="pt")
             inputs = inputs.to(self._model.device, self._model.dtype)
-        # The penalty for repetition stays the checkpoint's, as in this package's own decoding.
-        tokens = self._model.generate(**inputs, max_new_tokens=question.max_new_tokens, do_sample=False, num_beams=1)
+        # The penalty is said, so that the back ends agree on it whatever transformers has read of the folder.
+        decoding = self._generation.decoding(MAX_NEW_TOKENS, question.max_new_tokens, question.repetition_penalty)
+        options = {"max_new_tokens": decoding.max_new_tokens, "repetition_penalty": decoding.repetition_penalty}
+        tokens = self._model.generate(**inputs, **options, do_sample=False, num_beams=1)
         return str(self._processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -15,7 +15,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from rlens_jax.commands.options import add_model_options, read_plan_options, required_model
+from rlens_jax.commands.options import (
+    add_model_options,
+    add_penalty_option,
+    check_decoding_options,
+    read_plan_options,
+    required_model,
+)
 from rlens_jax.console import ArgumentParser, run_command
 from rlens_jax.errors import UserError
 from rlens_jax.harnesses.backends import BACKENDS, MAX_NEW_TOKENS
@@ -35,6 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="jax", help="what computes (default: %(default)s)")
     length_help = "max tokens per answer (default: %(default)s)"
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=MAX_NEW_TOKENS, help=length_help)
+    add_penalty_option(parser)
     name_help = "the model's name in VLMEvalKit, and so in its files (default: %(default)s)"
     parser.add_argument("--name", default=NAME, help=name_help)
     run_help = "VLMEvalKit's run.py, if it is a checkout and not a package (default: that of the package)"
@@ -42,8 +49,7 @@ def main(arguments: Sequence[str]) -> None:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options, theirs = parser.parse_args(arguments[:end]), arguments[end + 1 :]
     model, plan = required_model(parser, options), read_plan_options(parser, options)
-    if options.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")
+    check_decoding_options(parser, options)
     if not _NAME.fullmatch(options.name) or any(part in options.name for part in _TAKEN):
         taken = f"{', '.join(_TAKEN[:-1])} and {_TAKEN[-1]}"
         parser.error(f"--name {options.name!r} must have letters, digits, . _ and - only, and none of {taken}")
@@ -66,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
 
     from rlens_jax.harnesses.vlmevalkit_model import PlanModel
 
-    supported_VLM[options.name] = partial(PlanModel, backend, kind, options.max_new_tokens)
+    supported_VLM[options.name] = partial(PlanModel, backend, kind, options.max_new_tokens, options.repetition_penalty)
     sys.argv = ["run.py", "--model", options.name, *theirs]
     if options.run is None:
         runpy.run_module(PACKAGED, run_name="__main__")

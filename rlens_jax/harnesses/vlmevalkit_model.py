@@ -24,13 +24,14 @@ class PlanModel(BaseModel):
         backend: answers.
         kind: the model, which selects the prompts.
         max_new_tokens: max length of an answer.
+        repetition_penalty: None is the checkpoint's; 1 applies none.
     """
 
     INTERLEAVE = True
 
-    def __init__(self, backend: Backend, kind: ModelKind, max_new_tokens: int):
+    def __init__(self, backend: Backend, kind: ModelKind, max_new_tokens: int, repetition_penalty: float | None):
         super().__init__()
-        self._backend, self._kind, self._max_new_tokens = backend, kind, max_new_tokens
+        self._backend, self._kind, self._decoding = backend, kind, (max_new_tokens, repetition_penalty)
 
     def use_custom_prompt(self, dataset: str | None) -> bool:
         """Whether `build_prompt` writes the prompts of a data set."""
@@ -50,7 +51,7 @@ class PlanModel(BaseModel):
             if part["type"] not in ("text", "image"):
                 raise UserError(f"{dataset}: a {part['type']} is not supported, only images")
         parts: tuple[Part, ...] = tuple(part["value"] if part["type"] == "text" else Path(part["value"]) for part in message)
-        return self._backend.answer([Question(parts, self._max_new_tokens)])[0]
+        return self._backend.answer([Question(parts, *self._decoding)])[0]
 
 
 def row_instance(line: Any, dataset: str, images: tuple[bytes, ...]) -> Instance:

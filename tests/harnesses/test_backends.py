@@ -51,23 +51,29 @@ def test_what_cannot_be_opened(name: str, plan: PlanFile, complaint: str) -> Non
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_both_answer_alike() -> None:
-    """Under a plan that changes an answer, in the order of the questions."""
+    """Under a plan that changes an answer, in the order of the questions; without a repetition penalty, and with one."""
     samples = read_pages("test", 12)["pages_read"]
-    questions = [Question((sample.images[0], sample.question), 4) for sample in samples]
+    questions, penalised = ([Question((each.images[0], each.question), 4, factor) for each in samples] for factor in (1.0, 20.0))
     plan = PlanFile(Plan(attention=(0, 1, 2, 3), ffn=(0, 1, 2)), Reduction(attention_range=4, active_fraction=0.1))
-    ours = open_backend("jax", "embedded", plan).answer(questions)
-    assert ours == open_backend("torch", "embedded", plan).answer(questions)
+    jax_backend, torch_backend = (open_backend(name, "embedded", plan) for name in ("jax", "torch"))
+    ours = jax_backend.answer(questions)
+    assert ours == torch_backend.answer(questions)
     assert ours != open_backend("torch", "embedded", PlanFile()).answer(questions)
     assert len(set(ours)) > 2
+    less_repeated = jax_backend.answer(penalised)
+    assert less_repeated == torch_backend.answer(penalised) and less_repeated != ours
 
 
 def test_questions_of_different_lengths_come_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     class Model:
-        def generate(self, images, prompts, plan, *, max_new_tokens, marks):
-            return [f"{text} {len(mine)} {max_new_tokens} {marks}" for text, mine in zip(prompts, images, strict=True)]
+        def generate(self, images, prompts, plan, *, max_new_tokens, repetition_penalty, marks):
+            said = f"{max_new_tokens} {repetition_penalty} {marks}"
+            return [f"{text} {len(mine)} {said}" for text, mine in zip(prompts, images, strict=True)]
 
     backend = JaxBackend.__new__(JaxBackend)
     backend._model, backend._plan = Model(), PlanFile()
-    questions = [Question((A, f"{number}", *([B] if number % 3 == 0 else [])), 4 + number % 2) for number in range(140)]
-    expected = [f"{n}<image> 2 {4 + n % 2} True" if n % 3 == 0 else f"{n} 1 {4 + n % 2} False" for n in range(140)]
+    lengths, penalties = [4 + n % 2 for n in range(140)], [(None, 1.0)[n // 70] for n in range(140)]
+    questions = [Question((A, f"{n}", *([B] if n % 3 == 0 else [])), lengths[n], penalties[n]) for n in range(140)]
+    said = [f"{length} {penalty}" for length, penalty in zip(lengths, penalties, strict=True)]
+    expected = [f"{n}<image> 2 {said[n]} True" if n % 3 == 0 else f"{n} 1 {said[n]} False" for n in range(140)]
     assert backend.answer(questions) == [f"<image>{text}" if "True" in text else text for text in expected]

@@ -73,7 +73,10 @@ def test_answers(adapter: ModuleType, recorder: Recorder, capsys: pytest.Capture
     assert capsys.readouterr().err == ""
     assert asked(model, first, until=["er", "ans"], do_sample=True) == [""]
     assert asked(model, first, until="er", num_beams=3) == ["answ"]
-    assert recorder.asked[-1].max_new_tokens == 512
+    assert (recorder.asked[-1].max_new_tokens, recorder.asked[-1].repetition_penalty) == (512, None)
+    model = adapter.PlanModel(repetition_penalty=1)
+    assert asked(model, first) == ["answer 4"] and recorder.asked[-1].repetition_penalty == 1
+    assert asked(model, first, repetition_penalty=1.1) == ["answer 5"] and recorder.asked[-1].repetition_penalty == 1.1
     assert capsys.readouterr().err == "note: it asks for sampling or beams; the answers are greedy\n" * 2
     for method in (model.loglikelihood, model.generate_until_multi_round):
         with pytest.raises(NotImplementedError, match="are not supported"):
@@ -112,6 +115,7 @@ def test_model_arguments(adapter: ModuleType, tmp_path: Path, monkeypatch: pytes
         ({"ffn": 3}, "attention and ffn need a plan that is a ranking.json"),
         ({"backend": "torhc"}, "unknown back end 'torhc'"),
         ({"batch_size": "auto"}, "the batch size must be a whole number of at least 1, not auto"),
+        ({"repetition_penalty": "much"}, "repetition_penalty must be a positive number, not much"),
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, not 0"),
     ],
 )

@@ -65,7 +65,7 @@ def test_asks_what_an_evaluation_asks(name: str, model_type: str, recorder: Reco
         rows[1] |= dict.fromkeys("ABCD", "")
     path = write_tsv(tmp_path / f"{name}.tsv", rows)
     expected = Benchmark(read_benchmark(name, tmp_path, tmp_path / "data", md5_of(path)), "", kind_of(model_type), None)
-    model = importlib.import_module("rlens_jax.harnesses.vlmevalkit_model").PlanModel(recorder, kind_of(model_type), 7)
+    model = importlib.import_module("rlens_jax.harnesses.vlmevalkit_model").PlanModel(recorder, kind_of(model_type), 7, None)
     files = []
 
     def dump_image(line: Any) -> list[str]:
@@ -99,13 +99,14 @@ def test_a_run(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("LMUData", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["it"])
     plan = ["--plan", str(tmp_path / "plan.json"), "--seed", "3", "--name", "rlens-x", "--max-new-tokens", "9"]
+    plan += ["--repetition-penalty", "1"]
     main(["embedded", *plan, "--", "--data", "POPE", "--work-dir", str(tmp_path / "out")])
     (given, options), *_ = opened
     assert given == ("jax", "embedded", read_plan(tmp_path / "plan.json"))
     assert options == {"seed": 3, "dtype": None, "chunk": None, "model_shards": 1}
     with (tmp_path / "out" / "rlens-x_POPE.tsv").open(newline="") as file:
         assert [row["prediction"] for row in csv.DictReader(file, delimiter="\t")] == [f"answer {n}" for n in range(5)]
-    assert [question.max_new_tokens for question in recorder.asked] == [9] * 5
+    assert [(question.max_new_tokens, question.repetition_penalty) for question in recorder.asked] == [(9, 1.0)] * 5
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,7 @@ def test_a_run(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["embedded", "--plan", "opskip:no-model/1", "--", "--data", "POPE"], "opskip has no policy for 'no-model'"),
         (["embedded", "--backend", "torhc", "--", "--data", "POPE"], "invalid choice: 'torhc'"),
         (["embedded", "--max-new-tokens", "0", "--", "--data", "POPE"], "--max-new-tokens must be at least 1, not 0"),
+        (["embedded", "--repetition-penalty", "0", "--", "--data", "POPE"], "--repetition-penalty must be a positive number"),
         (["embedded", "--backend", "torch", "--chunk", "8", "--", "--data", "POPE"], "options of the back end jax"),
         (["embedded", "--run", "none.py", "--", "--data", "POPE"], "--run none.py: no such file"),
         (["embedded", "--paln", "p.json", "--", "--data", "POPE"], "unknown option --paln (did you mean '--plan'?)"),
