@@ -157,15 +157,26 @@ def verdicts(fields: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
+def not_as_asked(fields: Mapping[str, Any]) -> list[str]:
+    """What answers are without, of all that the checkpoint and the profile ask for, a sentence each."""
+    missing, profile = fields["model"]["not_applied"], fields["configuration"]["profile"]
+    sentences = [f"Answers are greedy, without what the checkpoint asks for: {', '.join(missing)}."] if missing else []
+    for name, each in fields["datasets"].items():
+        if notes := each["asked"]["not_reproduced"]:
+            sentences.append(f"{name} is not asked as in {profile}: {'; '.join(notes)}.")
+    return sentences
+
+
 def comparison_summary(fields: Mapping[str, Any], folder: Path) -> str:
-    """The table for the terminal, the verdicts, and where the files are."""
+    """The table for the terminal, the verdicts, what is not as asked, and where the files are."""
     rows = [[_COLUMNS[name](row) for name in _SHORT] for row in fields["methods"]]
     widths = [max(map(len, column)) for column in zip(_SHORT, *rows, strict=True)]
     lines = []
     for first, *others in [_SHORT, *rows]:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
         lines.append("  ".join(cells))
-    return "\n".join([*lines, "", *verdicts(fields), "", f"Report: {folder / 'report.html'}; numbers: {folder / COMPARISON}"])
+    said = [*verdicts(fields), *not_as_asked(fields)]
+    return "\n".join([*lines, "", *said, "", f"Report: {folder / 'report.html'}; numbers: {folder / COMPARISON}"])
 
 
 def _page(fields: Mapping[str, Any], png: bytes) -> str:
@@ -175,7 +186,7 @@ def _page(fields: Mapping[str, Any], png: bytes) -> str:
     scores = [(row["name"], [cell for name in datasets for cell in _score_cells(row["datasets"][name])]) for row in methods]
     rendered = section.render(
         picture=base64.b64encode(png).decode(),
-        verdicts=verdicts(fields),
+        sentences=[*verdicts(fields), *not_as_asked(fields)],
         columns=list(_COLUMNS),
         rows=_cells(methods),
         fields=fields,

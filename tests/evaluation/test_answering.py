@@ -27,6 +27,8 @@ from rlens_jax.pruning import FastV
 
 IMAGES = "ABACCBABC"
 """The image of each question, by a letter."""
+PREPARERS = Mock(), Mock()
+"""Of the two datasets."""
 
 
 class FakeModel(DeployedModel):
@@ -38,8 +40,10 @@ class FakeModel(DeployedModel):
         self.sharers = sharers
         self.windows: list[str] = []
         self.sharing: set[bool] = set()
+        self.asked: list[tuple[Preparer, Decoding]] = []
 
     def prepared_by(self, preparer: Preparer) -> DeployedModel:
+        self.preparer = preparer
         return self
 
     def prepare(
@@ -53,13 +57,17 @@ class FakeModel(DeployedModel):
     def answer_batch(
         self, asked: AskedPrompts, batch: Batch, plan: PlanFile, decoding: Decoding
     ) -> tuple[dict[int, Answer], float, float]:
+        self.asked.append((self.preparer, decoding))
         return {number: Answer(sample.question, 1, True) for number, sample in enumerate(asked.samples)}, 0.0, 0.0
 
 
 def answered(folder: Path, model: FakeModel, **options: Any) -> list[str]:
     """The answers to questions about `IMAGES`, in their order, in two equal datasets of which the second is returned."""
     samples = [Sample(str(n), "d", (image.encode(),), f"question {n}", ("x",)) for n, image in enumerate(IMAGES)]
-    first, second = (Questions.of(ExactMatch(name, samples), Manner(Decoding(4)), Mock()) for name in "de")
+    first, second = (
+        Questions.of(ExactMatch(name, samples), Manner(Decoding(length)), preparer)
+        for name, length, preparer in zip("de", (4, 5), PREPARERS, strict=True)
+    )
     config = EvaluationConfig("m", options.pop("plan", PlanFile()), ("d",), folder, batch_size=2, **options)
     with Answers.open(folder, {}) as answers:
         answer_questions(config.asking, model, [first, second], answers)
@@ -72,6 +80,7 @@ def test_questions_about_one_image_are_in_one_window(tmp_path: Path, monkeypatch
     assert answered(tmp_path, model) == [f"question {n}" for n in range(len(IMAGES))]
     assert model.windows == ["AAABBB", "CCC"] * 2
     assert model.sharing == {True}
+    assert model.asked == [*[(PREPARERS[0], Decoding(4))] * 2, *[(PREPARERS[1], Decoding(5))] * 2]
 
 
 @pytest.mark.parametrize("sharers", [1, 2])

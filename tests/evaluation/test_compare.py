@@ -88,6 +88,8 @@ def test_the_table(finished: Path) -> None:
     assert 0 < dense["datasets"]["digits"]["value"] < 100
     assert (dense["visual_tokens"]["first"], plan["visual_tokens"]["mean"]) == (128, 128)
     assert 66 <= smaller["visual_tokens"]["first"] <= 96
+    asked = fields["datasets"]["digits"]["asked"]
+    assert (asked["max_new_tokens"], asked["repetition_penalty"], asked["limits"]) == (1, 1.0, {})
     assert plan["costs"]["multiply_adds"] < 1 and plan["costs"]["kv_bytes"] == 1
     assert smaller["kv_bytes"] < dense["kv_bytes"]
     for row in fields["methods"]:
@@ -116,6 +118,13 @@ def test_a_method_is_added(finished: Path, capsys: pytest.CaptureFixture[str]) -
     assert (folder["visual_tokens"]["first"], folder["costs"]["kv_bytes"] < 1) == (64, True)
     assert folder["multiply_adds"]["selection"] > 0
     assert "Report: " in capsys.readouterr().out
+
+
+def test_limits_of_images_bound_down_sampling(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pages have 8192 pixels: smaller images would be enlarged to as many."""
+    assert compare(*arguments(here / "bounded", "downsample@0.75", "--min-pixels=8192")) == 2
+    assert "all images of this model have as many visual tokens" in capsys.readouterr().err
+    assert not (here / "bounded").exists()
 
 
 def test_the_folder_of_another_comparison(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,8 @@ from rlens_jax.evaluation.evaluation import Times, VariantTime
 from rlens_jax.evaluation.measured import Measured
 from rlens_jax.evaluation.method_table import Answered, Table, check_relative
 from rlens_jax.evaluation.methods import Method, read_methods
+from rlens_jax.evaluation.profiles import Entry, Manner
+from rlens_jax.families.generation_config import Decoding
 from rlens_jax.flops import prefill_cost, selection_cost
 from rlens_jax.metrics.score import Score, mean_ratio
 from rlens_jax.plan_file import FORMAT, PlanFile, read_plan
@@ -135,6 +137,7 @@ COMPARED = (
 )
 RIGHT = {"read": (40, 20, 30, 40), "compare": (20, 20, 15, 10)}
 """Of 40 answers of each method."""
+ASKED = {"read": Manner(Decoding(4)), "compare": Manner(Decoding(4, 1.2, 50), Entry(not_reproduced=("3 beams",)))}
 SECONDS = (1.0, 0.75, 0.5, 0.25)
 
 
@@ -167,16 +170,19 @@ def fields(embedded: ModelFolder) -> dict:
     tokens = {"mean": 20.0, "least": 20, "most": 24}
     return {
         "schema": "rlens-comparison/1",
-        "model": {"path": "my_model", "hash": "h", "model_type": "qwen2_vl", "num_layers": 12},
+        "model": {"path": "my_model", "hash": "h", "model_type": "qwen2_vl", "num_layers": 12, "not_applied": ["sampling"]},
         "device": "cpu",
         "dtype": "float32",
         "kernel": "packed",
         "versions": {"jax": "1"},
-        "datasets": {name: {"digest": "d", "questions": QUESTIONS, "unusable": 0, "images": 10} for name in RIGHT},
+        "datasets": {
+            name: {"digest": "d", "questions": QUESTIONS, "unusable": 0, "images": 10, "asked": asked.fields()}
+            for name, asked in ASKED.items()
+        },
         "prompts": {"text_tokens": tokens, "visual_tokens": tokens},
         "timed": {"prompts": 8, "rows": 8, "text_slots": 32, "visual_slots": 128, "new_tokens": 32, "repeats": 3},
         "methods": table.rows(),
-        "configuration": {},
+        "configuration": {"profile": "kit@1"},
     }
 
 
@@ -251,6 +257,7 @@ def test_the_files(fields: dict, tmp_path: Path) -> None:
     assert float(rows[3]["visual_tokens.mean"]) == 50 and float(rows[2]["datasets.read.value"]) == 75
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 1 and "<script" not in page and "http" not in page.replace("http-equiv", "")
+    assert "compare is not asked as in kit@1: 3 beams." in page
     assert "plan_{}%.json" in page and len(page) < 3_000_000
     svg = (tmp_path / "comparison.svg").read_text()
     assert svg.startswith("<?xml") and "measured prefill time" in svg
@@ -271,6 +278,10 @@ def test_the_text_for_the_terminal(fields: dict) -> None:
     assert lines[0].split()[0] == "method"
     assert [line.split()[0] for line in lines[1:5]] == [method.name for method in COMPARED]
     assert lines[-1] == "Report: runs/x/report.html; numbers: runs/x/comparison.json"
+    assert lines[-4:-2] == [
+        "Answers are greedy, without what the checkpoint asks for: sampling.",
+        "compare is not asked as in kit@1: 3 beams.",
+    ]
 
 
 def test_a_dense_model_that_is_never_right_has_no_shares() -> None:
