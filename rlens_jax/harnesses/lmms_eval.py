@@ -71,7 +71,7 @@ class PlanModel(lmms):
         backend: str = "jax",
         dtype: Dtype | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
-        repetition_penalty: float | None = None,
+        repetition_penalty: float | str | None = None,
         seed: int = 0,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
@@ -85,6 +85,8 @@ class PlanModel(lmms):
             raise UserError(f"the batch size must be a whole number of at least 1, not {batch_size}")
         if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens}")
+        if isinstance(repetition_penalty, str):
+            raise UserError(f"repetition_penalty must be a positive number, not {repetition_penalty}")
         GenerationConfig().decoding(max_new_tokens, max_new_tokens, repetition_penalty)  # refuses a penalty out of range
         given: dict[Operator, int | None] = {"attention": attention, "ffn": ffn}
         first = {operator: count for operator, count in given.items() if count is not None}
