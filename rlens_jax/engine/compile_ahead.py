@@ -1,7 +1,7 @@
 """Compiles all programs of a run before the first is used, side by side: one after another, they take minutes on a slice."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,12 +18,15 @@ TOGETHER = 16
 
 
 def compile_ahead(programs: Programs, shapes: Shapes, blocks: Mapping[Bucket, Block], *, forced: bool) -> None:
-    """Compile the programs for every bucket; `forced` says whether answers are teacher-forced, else they are generated.
+    """Compile the programs for every bucket; `forced` says whether answers are teacher-forced, else they are generated."""
+    with part("compile"):
+        compile_together(_all(programs, shapes, blocks, forced))
 
-    Python traces one program after another, while XLA compiles those before.
-    """
-    with part("compile"), ThreadPoolExecutor(TOGETHER) as pool:
-        started = [pool.submit(program.ahead(*arguments)) for program, arguments in _all(programs, shapes, blocks, forced)]
+
+def compile_together(calls: Iterable[tuple[Program, tuple[Any, ...]]]) -> None:
+    """Compile programs for their arguments. Python traces one program after another, while XLA compiles those before."""
+    with ThreadPoolExecutor(TOGETHER) as pool:
+        started = [pool.submit(program.ahead(*arguments)) for program, arguments in calls]
         for each in started:
             each.result()
 

@@ -33,25 +33,31 @@ class Program:
         self._leaves = leaves
         self._ahead: dict[Hashable, Any] = {}
         """Executables that were compiled ahead, by the shapes of their arguments."""
+        self._traced: set[Hashable] = set()
+        """Shapes that are compiled ahead, or are about to be."""
 
     def __call__(self, *arguments: Any) -> Any:
         run = self._ahead.get(_shapes(arguments), self._jitted) if self._ahead else self._jitted
         return profile.run(self.name, arguments, lambda: run(self._leaves, *arguments))
 
     def ahead(self, *arguments: Any) -> Callable[[], None]:
-        """Trace for abstract arguments as of `lower`; calling what is returned compiles, and later runs use the result.
+        """Trace for arguments as of `lower`, once; calling what is returned compiles, and later runs use the result.
 
-        Arguments of later runs must lie on the devices as the abstract ones do.
+        Arguments of later runs must lie on the devices as these do.
         """
+        shapes = _shapes(arguments)
+        if shapes in self._traced:
+            return lambda: None
         lowered = self.lower(*arguments)
+        self._traced.add(shapes)
 
         def compile_it() -> None:
-            self._ahead[_shapes(arguments)] = lowered.compile()
+            self._ahead[shapes] = lowered.compile()
 
         return compile_it
 
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
-        """The program, traced for abstract arguments (shape, dtype, sharding); nothing runs."""
+        """The program, traced for arguments, of which only shape, dtype and sharding count; nothing runs."""
         return self._jitted.lower(self._leaves, *arguments)
 
 

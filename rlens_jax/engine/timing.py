@@ -22,14 +22,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from rlens_jax.console import say
-from rlens_jax.engine.model_programs import ROWS, Program
+from rlens_jax.engine.compile_ahead import compile_together
 from rlens_jax.engine.pools import Batch
 from rlens_jax.engine.programs import Programs
 from rlens_jax.flops import DecoderSizes, layer_cost
 from rlens_jax.layout import Bucket, Tokens, pack_layout, pack_rows
 from rlens_jax.models.decoder import Context, Decoder, DecoderConfig
-from rlens_jax.models.generation import prefill
-from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.ops.attention import masked_attention
 from rlens_jax.ops.ffn import dense_ffn
 from rlens_jax.plans import FULL, STANDARD, Level, Plan, Reduction
@@ -80,28 +78,16 @@ def time_plans(
     `batches` are those that some plans run on in place of `batch`, such as the same samples with smaller images.
     """
     baseline, times = baseline or Plan(), {}
-    prefills = {plan: static_prefill(programs, plan) for plan in {baseline, *plans.values()}}
-
-    def call(plan: Plan, run_on: Batch) -> Callable[[], Array]:
-        return partial(prefills[plan], programs.put(run_on.visual), run_on.inputs)
-
-    dense = call(baseline, batch)
-    for name, plan in plans.items():
+    put = {id(each): (programs.put(each.visual), each.inputs) for each in (batch, *batches.values())}
+    calls = {name: (programs.static_prefill(plan), put[id(batches.get(name, batch))]) for name, plan in plans.items()}
+    dense = programs.static_prefill(baseline), put[id(batch)]
+    compile_together([dense, *calls.values()])
+    for name, call in calls.items():
+        whole, reduced = time_side_by_side([partial(program, *arguments) for program, arguments in (dense, call)], repeats)
         own = batches.get(name, batch)
-        whole, reduced = time_side_by_side([dense, call(plan, own)], repeats)
         bucket = own.inputs.layout.bucket
         times[name] = PrefillTime(whole, reduced, len(own.inputs.samples), bucket.text, bucket.visual)
     return times
-
-
-def static_prefill(programs: Programs, plan: Plan) -> Program:
-    """A prefill up to the first new token that is compiled for one plan alone."""
-
-    def run(model: Any, visual: Array, batch: PromptBatch) -> Array:
-        key = programs.random_key()
-        return prefill(model.decoder, visual, batch, plan, programs.reduction, 1, key, programs.kernel)[0]
-
-    return programs.program("static prefill", run, (ROWS, ROWS), ROWS)
 
 
 def time_layer(model: str, decoder: DecoderSizes, repeats: int) -> dict[str, Any]:

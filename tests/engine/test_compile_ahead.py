@@ -5,6 +5,7 @@ import pytest
 
 from rlens_jax.engine.compile_ahead import compile_ahead
 from rlens_jax.engine.shapes import Block
+from rlens_jax.engine.timing import time_plans
 from rlens_jax.models.prompt import Places
 from rlens_jax.plans import Plan
 from tests.engine.toy import LAYERS, SHAPES, toy_programs, toy_split
@@ -29,3 +30,15 @@ def test_a_run_uses_what_was_compiled_ahead() -> None:
         _, _, values, finite = map(np.asarray, programs.outcome(states, batch.inputs))
         assert np.isfinite(values).all() and finite.all()
     assert dict(programs.traces) == traces
+
+
+def test_each_plan_is_compiled_once_for_all_timings() -> None:
+    programs = toy_programs()
+    batch = toy_split(programs).batches[0]
+    plans = {"ffn": Plan(ffn=(1, 3)), "nothing": Plan(), "again": Plan(ffn=(1, 3))}
+    for repeats in (1, 2):
+        times = time_plans(programs, batch, plans, repeats)
+        assert {name: (len(each.dense), len(each.reduced)) for name, each in times.items()} == dict.fromkeys(
+            plans, (repeats,) * 2
+        )
+        assert programs.traces["static prefill"] == 2
