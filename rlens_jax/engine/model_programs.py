@@ -90,6 +90,7 @@ class ModelPrograms:
         """The attention kernel of a prefill."""
         self.traces: Counter[str] = Counter()
         """How often each program was traced: once per bucket."""
+        self._made: dict[Hashable, Program] = {}
         # A tower may go image by image, so each group takes its own images. XLA cuts the tower along `model`.
         self.encode_program = self.program("encode", _encode, (ROWS,), ROWS, cut=False)
         self._marked_encode = self.program("encode", _encode_marked, (ROWS,), ROWS, cut=False)
@@ -137,6 +138,12 @@ class ModelPrograms:
         axes = (WORK, MODEL) if cut else (WORK,)
         jitted = jax.jit(split_over(counted, self.mesh, axes, (model_specs, *in_specs), out_specs))
         return Program(name, jitted, self.leaves)
+
+    def once(self, key: Hashable, make: Callable[[], Program]) -> Program:
+        """The program of a key, which `make` returns when it is first asked for."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def model(self) -> VisionLanguageModel:
         """The whole model, as laid out on the mesh."""

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from rlens_jax.engine.model_programs import EVERYWHERE, ROWS, ModelPrograms, Program
+from rlens_jax.engine.model_programs import EVERYWHERE, ROWS, ModelPrograms
 from rlens_jax.models.decoder import Context, Decoder, TracedPlan
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import Tokens, decode, is_any, prefill
@@ -69,7 +69,6 @@ class Programs(ModelPrograms):
         self.last_layer_program = self.program("last layer", self._last_layer, (ROWS,) * 2, ROWS)
         self.outcome_program = self.program("outcome", self._outcome, (ROWS,) * 2, EVERYWHERE)
         self.generate_program = self.program("generate", self._generate, (ROWS, ROWS, EVERYWHERE), EVERYWHERE)
-        self._static_prefills: dict[Plan, Program] = {}
 
     def embed(self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[np.ndarray, "rows P visual_width"]) -> States:
         """The states before the first layer; the visual tokens come from the host."""
@@ -102,16 +101,6 @@ class Programs(ModelPrograms):
     ) -> tuple[Int[Array, "B Q"], Int[Array, "B Q Y"], Bool[Array, "B Q"]]:
         """For each branch, on every device: its sample; the greedy new tokens; whether all scores and logits are finite."""
         return self.generate_program(visual, batch, self.traced(plan))
-
-    def static_prefill(self, plan: Plan) -> Program:
-        """A prefill up to the first new token that is compiled for one plan alone, as a deployed model runs it; to be timed."""
-        if plan not in self._static_prefills:
-
-            def run(model: VisionLanguageModel, visual: Array, batch: PromptBatch) -> Array:
-                return prefill(model.decoder, visual, batch, plan, self.reduction, 1, self.random_key(), self.kernel)[0]
-
-            self._static_prefills[plan] = self.program("static prefill", run, (ROWS, ROWS), ROWS)
-        return self._static_prefills[plan]
 
     def traced(self, plan: Plan) -> TracedPlan:
         """A plan as data on the devices."""

@@ -23,11 +23,14 @@ from jaxtyping import Array, Bool, Float
 
 from rlens_jax.console import say
 from rlens_jax.engine.compile_ahead import compile_together
+from rlens_jax.engine.model_programs import ROWS, Program
 from rlens_jax.engine.pools import Batch
 from rlens_jax.engine.programs import Programs
 from rlens_jax.flops import DecoderSizes, layer_cost
 from rlens_jax.layout import Bucket, Tokens, pack_layout, pack_rows
 from rlens_jax.models.decoder import Context, Decoder, DecoderConfig
+from rlens_jax.models.generation import prefill
+from rlens_jax.models.prompt import PromptBatch
 from rlens_jax.ops.attention import masked_attention
 from rlens_jax.ops.ffn import dense_ffn
 from rlens_jax.plans import FULL, STANDARD, Level, Plan, Reduction
@@ -79,8 +82,8 @@ def time_plans(
     """
     baseline, times = baseline or Plan(), {}
     put = {id(each): (programs.put(each.visual), each.inputs) for each in (batch, *batches.values())}
-    calls = {name: (programs.static_prefill(plan), put[id(batches.get(name, batch))]) for name, plan in plans.items()}
-    dense = programs.static_prefill(baseline), put[id(batch)]
+    calls = {name: (static_prefill(programs, plan), put[id(batches.get(name, batch))]) for name, plan in plans.items()}
+    dense = static_prefill(programs, baseline), put[id(batch)]
     compile_together([dense, *calls.values()])
     for name, call in calls.items():
         whole, reduced = time_side_by_side([partial(program, *arguments) for program, arguments in (dense, call)], repeats)
@@ -88,6 +91,16 @@ def time_plans(
         bucket = own.inputs.layout.bucket
         times[name] = PrefillTime(whole, reduced, len(own.inputs.samples), bucket.text, bucket.visual)
     return times
+
+
+def static_prefill(programs: Programs, plan: Plan) -> Program:
+    """A prefill up to the first new token that is compiled for one plan alone, as a deployed model runs it."""
+
+    def run(model: Any, visual: Array, batch: PromptBatch) -> Array:
+        key = programs.random_key()
+        return prefill(model.decoder, visual, batch, plan, programs.reduction, 1, key, programs.kernel)[0]
+
+    return programs.once(("static prefill", plan), lambda: programs.program("static prefill", run, (ROWS, ROWS), ROWS))
 
 
 def time_layer(model: str, decoder: DecoderSizes, repeats: int) -> dict[str, Any]:

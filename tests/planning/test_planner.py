@@ -361,7 +361,7 @@ def test_a_time_table_has_the_levels_of_attention_as_rows(programs, monkeypatch)
         return [(10.0 * a + f + 8, 99.0, 10.0 * a + f) for a, f in pairs] + [(53.0, 51.0, 60.0)]
 
     monkeypatch.setattr(level_times, "_layers", layers)
-    monkeypatch.setattr(programs, "static_prefill", lambda plan: plan)
+    monkeypatch.setattr(level_times, "static_prefill", lambda programs, plan: plan)
     monkeypatch.setattr(level_times, "time_side_by_side", side_by_side)
     monkeypatch.setattr(level_times, "partial", lambda *call: SimpleNamespace(func=call[0]))
     times = level_times.time_levels(programs, split.pools, LEVELS, Plan(), 3)
