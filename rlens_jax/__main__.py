@@ -8,7 +8,20 @@ from typing import NoReturn
 from rlens_jax.console import BAD_INPUT
 from rlens_jax.errors import suggest
 
-COMMANDS = ("rank", "plan", "evaluate", "compare", "generate", "report", "studies", "cost", "bench", "convert", "validate")
+COMMANDS = (
+    "rank",
+    "plan",
+    "evaluate",
+    "compare",
+    "generate",
+    "report",
+    "studies",
+    "cost",
+    "bench",
+    "doctor",
+    "convert",
+    "validate",
+)
 
 
 def main() -> NoReturn:

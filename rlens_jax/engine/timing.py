@@ -31,7 +31,7 @@ from rlens_jax.layout import Bucket, Tokens, pack_layout, pack_rows
 from rlens_jax.models.decoder import Context, Decoder, DecoderConfig
 from rlens_jax.models.generation import prefill
 from rlens_jax.models.prompt import PromptBatch
-from rlens_jax.ops.attention import masked_attention
+from rlens_jax.ops.attention import Kernel, masked_attention
 from rlens_jax.ops.ffn import dense_ffn
 from rlens_jax.plans import FULL, STANDARD, Level, Plan, Reduction
 from rlens_jax.search.front import PrefillTime
@@ -175,7 +175,7 @@ def layer_programs(
 
 
 def decoder_inputs(
-    published: DecoderSizes, num_layers: int, num_visual: int = VISUAL
+    published: DecoderSizes, num_layers: int, num_visual: int = VISUAL, dtype: str = "float32", kernel: Kernel = "packed"
 ) -> tuple[Decoder, Float[Array, "1 T D"], Context, Context]:
     """A random decoder with such layers, states, and the contexts of packed tokens and of tokens in sequence order."""
     length = TEXT_BEFORE + num_visual + TEXT_AFTER
@@ -199,11 +199,11 @@ def decoder_inputs(
     is_visual[TEXT_BEFORE : TEXT_BEFORE + num_visual] = True
     layout = pack_layout([Tokens.sequence(is_visual)], Bucket(TEXT_BEFORE + TEXT_AFTER, num_visual), [0])
     in_order = np.arange(length, dtype=np.int32)[:, None]
-    decoder = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (1, length, config.width))
+    decoder = Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, length, config.width), dtype)
     layout = jax.tree.map(jnp.asarray, layout)
     packed, ordered = (
-        decoder.context(layout, jnp.asarray(positions), jax.random.key(0))
+        decoder.context(layout, jnp.asarray(positions), jax.random.key(0), kernel)
         for positions in (pack_rows([in_order], layout).transpose(0, 2, 1), in_order.T[None])
     )
     return decoder, x, packed, ordered

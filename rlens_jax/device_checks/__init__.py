@@ -1,0 +1,1 @@
+"""What works on the devices that JAX has, and how fast: the parts of `rlens_jax.doctor`."""

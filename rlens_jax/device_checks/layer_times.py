@@ -1,0 +1,145 @@
+"""Times of one decoder layer of a published model at each operator setting, beside what the dry run predicts."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+
+from rlens_jax.dry_run.costs import Cost
+from rlens_jax.dry_run.estimate import roofline_seconds
+from rlens_jax.dry_run.topology import CHIP_KINDS, Slice
+from rlens_jax.engine.timing import TEXT_AFTER, TEXT_BEFORE, decoder_inputs, time_side_by_side
+from rlens_jax.errors import UserError, foreign
+from rlens_jax.flops import DecoderSizes, layer_cost
+from rlens_jax.models.decoder import Context
+from rlens_jax.ops.attention import Kernel
+from rlens_jax.plans import FULL, SKIP, STANDARD, Level, Reduction
+
+SETTINGS: dict[str, tuple[Level, Level]] = {
+    "dense": (FULL, FULL),
+    "attention": (STANDARD, FULL),
+    "ffn": (FULL, STANDARD),
+    "both": (STANDARD, STANDARD),
+    "skip attention": (SKIP, FULL),
+    "skip ffn": (FULL, SKIP),
+    "freeze": (SKIP, SKIP),
+}
+"""Name -> levels of attention and FFN."""
+MOST_REPEATS = 20
+CHIPS = {
+    "TPU v2": "v2",
+    "TPU v3": "v3",
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+"""JAX's name of a device kind -> its chip kind in the dry run."""
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """A layer at one setting.
+
+    Attributes:
+        setting: its name in `SETTINGS`.
+        seconds: of each repeat; the least one counts, because other work can only add to it.
+        flops: multiplications and additions by the usual formula, probes included.
+        predicted: the dry run's seconds at peak rates, None for a device whose rates it does not know.
+    """
+
+    setting: str
+    seconds: tuple[float, ...]
+    flops: int
+    predicted: float | None
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """All settings with a number of visual tokens; `left_out` says why there are no times."""
+
+    visual_tokens: int
+    kernel: Kernel
+    dtype: str
+    times: tuple[LayerTime, ...]
+    left_out: str | None = None
+
+
+def time_settings(
+    sizes: DecoderSizes, visual_tokens: Sequence[int], dtype: str, kernel: Kernel, deadline: float, note: Callable[[str], None]
+) -> list[LayerTimes]:
+    """Times for each number of visual tokens, in order; those that would end after the `deadline` are left out.
+
+    Args:
+        sizes: widths of the layer.
+        visual_tokens: numbers of visual tokens, between 64 and 64 text tokens, ascending.
+        dtype: of weights and states.
+        kernel: of the attention.
+        deadline: a time of `time.monotonic`.
+        note: is told what is being done.
+    """
+    found: list[LayerTimes] = []
+    for count in visual_tokens:
+        table, left = partial(LayerTimes, count, kernel, dtype), deadline - time.monotonic()
+        expected = _expected(sizes, found, count)
+        if found and expected > left:
+            found.append(table((), f"would take about {expected:.0f} s, and {max(0, left):.0f} s are left"))
+            continue
+        note(f"timing a layer with {count} visual tokens")
+        try:
+            with foreign(f"{count} visual tokens"):
+                found.append(table(tuple(_times(sizes, count, dtype, kernel, deadline))))
+        except UserError as error:
+            found.append(table((), str(error)))
+    return found
+
+
+def _expected(sizes: DecoderSizes, found: Sequence[LayerTimes], visual: int) -> float:
+    """Seconds for all settings once, and once more for the first call, by the last times; 0 without any."""
+    timed = [table for table in found if table.times]
+    if not timed:
+        return 0.0
+    last = timed[-1]
+    growth = _flops(sizes, visual, FULL, FULL) / _flops(sizes, last.visual_tokens, FULL, FULL)
+    return 2 * growth * sum(min(each.seconds) for each in last.times)
+
+
+def _times(sizes: DecoderSizes, visual: int, dtype: str, kernel: Kernel, deadline: float) -> list[LayerTime]:
+    decoder, x, context, _ = decoder_inputs(sizes, 1, visual, dtype, kernel)
+    graph, state = nnx.split(decoder.layer(0))
+
+    def run(attention: Level, ffn: Level, state: Any, x: Any, context: Context) -> Any:
+        return nnx.merge(graph, state)(x, context, Reduction(), attention, ffn, jax.numpy.int32(0))[0]
+
+    programs = [jax.jit(partial(run, *levels)).lower(state, x, context).compile() for levels in SETTINGS.values()]
+    calls = [partial(program, state, x, context) for program in programs]
+    first = time_side_by_side(calls, 1)
+    once = sum(seconds for (seconds,) in first)
+    repeats = min(MOST_REPEATS, int((deadline - time.monotonic()) / 2 / once))
+    # Another call before the repeats: `time_side_by_side` calls each once.
+    seconds = time_side_by_side(calls, repeats - 1) if repeats > 1 else [()] * len(calls)
+    return [
+        LayerTime(name, (*once, *more), flops := _flops(sizes, visual, *levels), _predicted(flops, program))
+        for (name, levels), once, more, program in zip(SETTINGS.items(), first, seconds, programs, strict=True)
+    ]
+
+
+def _flops(sizes: DecoderSizes, visual: int, attention: Level, ffn: Level) -> int:
+    cost = partial(layer_cost, sizes.layer_sizes, TEXT_BEFORE + TEXT_AFTER, visual, Reduction(), with_probes=True)
+    return 2 * cost(attention=attention, ffn=ffn)
+
+
+def _predicted(flops: int, program: Any) -> float | None:
+    chip = CHIPS.get(jax.devices()[0].device_kind)
+    if chip is None:
+        return None
+    traffic = (program.cost_analysis() or {}).get("bytes accessed", 0.0)
+    kind = CHIP_KINDS[chip]
+    return roofline_seconds(Cost(flops, traffic), Slice(kind, (1,) * len(kind.shapes[0].split("x"))))
