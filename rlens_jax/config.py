@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, no_type_check
 
 from rlens_jax.budget import parse_budget
 from rlens_jax.errors import UserError, suggest
-from rlens_jax.files import quoted
+from rlens_jax.files import check_local, quoted
 from rlens_jax.plans import FULL, OPERATORS, SKIP, Levels, Operator, Plan, Reduction, parse_level
 
 Dtype = Literal["float32", "bfloat16"]
@@ -365,6 +365,8 @@ class RunConfig:
         for name in ("model", "output"):
             if not getattr(self, name):
                 raise UserError(f"{name} must not be empty")
+        check_local("output", self.output)
+        check_local("compute.compilation_cache", self.compute.compilation_cache or "")
 
     @property
     def held_out_measure(self) -> Measure:

@@ -28,6 +28,8 @@ _LARGEST_NUMBER, _MOST_ITEMS, _MOST_ERRORS = 1e15, 300_000, 100
 _DEEPEST = 64
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "a truth value", type(None): "null"}
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""A scheme of two or more letters, also where pathlib has joined the slashes behind it."""
 _UNFINISHED = ".partial"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -231,6 +233,12 @@ def json_leaves(value: Any, name: str = "") -> dict[str, str]:
             leaves |= json_leaves(child, f"{name}.{key}" if name else key)
         return leaves
     return {name: json.dumps(value)}
+
+
+def check_local(name: str, place: str | Path) -> None:
+    """Raise UserError for an address such as gs://bucket/folder, of which a local folder called `gs:` would be made."""
+    if _ADDRESS.match(str(place)):
+        raise UserError(f"{name} is {place}, on a remote store, where nothing is written; name a local folder, and copy it there")
 
 
 @contextmanager

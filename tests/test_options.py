@@ -68,6 +68,8 @@ def test_short_spellings_of_a_run() -> None:
         (["--compute.batch_size=2", "--batch-size=4"], "--compute.batch_size 2 and --batch-size 4 differ; give one"),
         (["--data.source=a.jsonl", "--data=b.jsonl"], "--data.source a.jsonl and --data b.jsonl differ; give one"),
         (["--dtype", "float8"], "compute.dtype must be .*, not float8"),
+        (["--output", "gs://bucket/run"], "output is gs://bucket/run, on a remote store, where nothing is written"),
+        (["--compute.compilation_cache=gs://b"], "compute.compilation_cache is gs://b, on a remote store"),
         (["--revision", "v1"], "embedded: only a name on the hub has a --revision"),
     ],
 )
@@ -98,6 +100,8 @@ def test_model_as_argument_and_as_option(capsys: pytest.CaptureFixture[str]) -> 
         ("generate", ["--prompt", "x"], "MODEL is missing"),
         ("convert", [], "SRC is missing"),
         ("convert", ["--model", "embedded"], "DST is missing"),
+        ("evaluate", ["embedded", "--output=s3://b/c"], "the output is s3://b/c, on a remote store, where nothing is written"),
+        ("cost", ["qwen2-vl-7b", "--json=gs://b/c.json"], "the output is gs:/b, on a remote store"),
         ("convert", ["embedded", "a", "--output", "b"], "DST a and --output b differ; give one"),
         ("convert", ["--dtype", "float32", "a", "--model=b", "c"], "SRC a and --model b differ; give one"),
         ("validate", ["--revision=v1", "--rankings", "1,0", "0,1"], "--revision needs a MODEL"),

@@ -32,6 +32,7 @@ from rlens_jax.config import (
 )
 from rlens_jax.console import ArgumentParser, say
 from rlens_jax.errors import UserError, suggest
+from rlens_jax.files import check_local
 from rlens_jax.flops import PUBLISHED_DECODERS, DecoderSizes
 from rlens_jax.metrics.score import CURRENT, RULES
 from rlens_jax.plan_file import PlanFile, parse_first, parse_pruning, read_plan
@@ -268,6 +269,7 @@ def new_file(text: str) -> Path:
 
 def new_folder(text: str | Path) -> Path:
     """The path of a folder to write to, which may not exist yet. UserError, before any work is done, if it cannot be made."""
+    check_local("the output", text)
     folder = Path(text)
     try:
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
