@@ -151,7 +151,7 @@ def parse_module(text: str) -> Module:
     entry = ""
     instructions: dict[str, Instruction] | None = None
     name = ""
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         if instructions is None:
             if header := _HEADER.match(line):
                 name, instructions = header[2], {}
@@ -165,6 +165,16 @@ def parse_module(text: str) -> Module:
     if entry not in computations:
         raise ValueError("no ENTRY computation in the text of the compiled program")
     return Module(computations, computations[entry])
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """The lines of a module; those of a Pallas kernel's metadata, up to one with `}}`, are joined to its instruction."""
+    opened = ""
+    for line in text.splitlines():
+        whole = opened + line
+        opened = whole if whole.endswith("kernel_metadata={") or (opened and not line.startswith("}}")) else ""
+        if not opened:
+            yield whole
 
 
 def parse_instruction(line: str) -> Instruction:

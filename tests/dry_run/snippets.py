@@ -105,3 +105,23 @@ ENTRY %main (x: f32[4,4]) -> (f32[4,4]) {
 }
 """
 """Decoding: a loop of unknown length around one over 5 layers, in which a loop of unknown length handles what overflows."""
+
+TOWER_KERNEL = """HloModule jit_encode, is_scheduled=true
+
+ENTRY %main (m: s32[1,3,2], w: s32[1,3,2], q: bf16[2,384,80], k: bf16[2,512,80], a: s32[384,128], s: s32[8,512]) -> bf16[2,384,80] {
+  %m = s32[1,3,2]{2,1,0:T(4,128)} parameter(0)
+  %w = s32[1,3,2]{2,1,0:T(4,128)} parameter(1)
+  %q = bf16[2,384,80]{2,1,0:T(8,128)(2,1)} parameter(2)
+  %k = bf16[2,512,80]{2,1,0:T(8,128)(2,1)} parameter(3)
+  %a = s32[384,128]{1,0:T(8,128)S(1)} parameter(4)
+  %s = s32[8,512]{1,0:T(8,128)} parameter(5)
+  %kernel = (f32[128,80]{1,0:T(8,128)S(1)}, bf16[2,384,80]{2,1,0:T(8,128)(2,1)}) custom-call(%m, %w, %q, %k, %k, /*index=5*/%a, %s), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128, \\"block_kv\\": 128, \\"block_kv_compute\\": 128}"
+}}, metadata={op_name="jit(encode)/tower_attention/splash/pallas_call"}, backend_config={"custom_call_config":{"body":"TUz"}}
+  %out = bf16[2,384,80]{2,1,0:T(8,128)(2,1)} get-tuple-element(%kernel), index=1, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}
+  ROOT %copy.1 = bf16[2,384,80]{1,2,0:T(8,128)(2,1)} copy(%out)
+}
+"""
+"""Three blocks of queries, each of which visits two of four blocks of keys."""

@@ -1,7 +1,7 @@
 import pytest
 
 from rlens_jax.dry_run.hlo import Shape, element_bits, parse_instruction, parse_module, parse_shapes
-from tests.dry_run.snippets import LOOP
+from tests.dry_run.snippets import LOOP, TOWER_KERNEL
 
 
 def test_computations_and_entry() -> None:
@@ -39,6 +39,14 @@ def test_parentheses_and_quotes_inside_of_attributes() -> None:
     assert item.opcode == "custom-call"
     assert item.operands == ("gte.2",)
     assert item.attribute("custom_call_target") == '"tpu_custom_call"'
+
+
+def test_lines_of_metadata_belong_to_their_instruction() -> None:
+    """They begin with a brace, as the end of a computation does."""
+    entry = parse_module(TOWER_KERNEL).entry
+    assert list(entry.instructions) == ["m", "w", "q", "k", "a", "s", "kernel", "out", "copy.1"]
+    assert entry.root.opcode == "copy"
+    assert "/tower_attention/" in entry.instructions["kernel"].attributes
 
 
 def test_what_an_instruction_calls() -> None:
