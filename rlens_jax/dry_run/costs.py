@@ -5,13 +5,13 @@ declares. Nothing else counts, because the result is compared with the peak rate
 
 Traffic: the bytes that every scheduled instruction reads and writes in HBM. Arrays in on-chip memory are free. An array that is
 only sliced or gathered counts the rows taken; an array that is updated in place counts the update. A kernel without a
-CostEstimate counts its operands and results.
+CostEstimate counts its operands and results; that of vision towers counts what it fetches again for each block of queries, too.
 
 Collectives: each with its size, the mesh axis whose devices exchange, and its number of runs.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -20,9 +20,11 @@ from typing import Literal, get_args
 import numpy as np
 
 from rlens_jax.dry_run.hlo import Computation, Instruction, Loops, Module, Shape, device_groups
+from rlens_jax.ops.tower_attention import SCOPE as TOWER_SCOPE
 from rlens_jax.plans import OPERATORS
 
 _DECLARED = re.compile(r'\\?"cost_estimate\\?":\s*\{([^}]*)\}')
+_KEY_BLOCK = re.compile(r'\\"block_kv\\": (\d+)')
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _FREE = frozenset((
     "parameter", "get-tuple-element", "tuple", "bitcast", "constant",
@@ -189,12 +191,29 @@ def _numbers(braces: str | None) -> list[int]:
 
 
 def custom_call_cost(item: Instruction, computation: Computation) -> Cost:
-    """The cost that a kernel declares, else the bytes of its operands and results."""
+    """The cost that a kernel declares or that is known, else the bytes of its operands and results."""
     declared = _DECLARED.search(item.attributes)
+    scope, block = _SCOPE.search(item.attributes), _KEY_BLOCK.search(item.attributes)
+    if scope and block and f"/{TOWER_SCOPE}/" in scope[1]:
+        return tower_kernel_cost(computation.operand_shapes(item), int(block[1])) + Cost(0.0, sum(map(_hbm, item.shapes)))
     if declared is None:
         return Cost(0.0, instruction_bytes(item, computation))
     values = dict(re.findall(r'\\?"(\w+)\\?":\s*\\?"?(\d+)', declared[1]))
     return Cost(float(values.get("flops", 0)), float(values.get("bytes_accessed", 0)))
+
+
+def tower_kernel_cost(operands: Sequence[Shape], block: int) -> Cost:
+    """The cost of the splash kernel of a vision tower with this many keys per block, as if no block were padding.
+
+    `operands` are two block maps, queries, keys, values, and the segments of queries and keys. For every block of queries it
+    fetches the blocks of keys and values that its map names, and for every head the segments.
+    """
+    steps, _, queries, keys, values, of_queries, of_keys = operands
+    heads, num_queries, head_dim = queries.dims
+    _, query_blocks, key_blocks = steps.dims
+    visits = query_blocks * key_blocks * block / keys.dims[1]
+    again = visits * (_hbm(keys) + _hbm(values) + heads * _hbm(of_keys)) + heads * _hbm(of_queries)
+    return Cost(4.0 * heads * num_queries * key_blocks * block * head_dim, again + _hbm(queries))
 
 
 def instruction_bytes(item: Instruction, computation: Computation) -> float:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from rlens_jax.errors import UserError
 from rlens_jax.families.config_reader import MOST_LAYERS, MOST_PIXELS, ConfigReader
@@ -83,8 +83,8 @@ class ClipLayer(TowerLayer):
         norm = partial(LayerNorm, config.width, eps=config.norm_eps, dtype=dtype)
         super().__init__(config, norm, qkv_bias=True, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "I J E"], is_patch: Bool[Array, "I J"]) -> Float[Array, "I J E"]:
-        x = self.attend(x, is_patch)
+    def __call__(self, x: Float[Array, "I J E"], group: Int[Array, "I J"]) -> Float[Array, "I J E"]:
+        x = self.attend(x, group)
         return x + self.fc2(quick_gelu(self.fc1(self.mlp_norm(x))))
 
 
@@ -108,17 +108,17 @@ class ClipTower(nnx.Module):
             patches: pixel values of all patches, row by row, each in (channel, row, column) order.
         """
         x = self._entering(patches)
-        return run_layers(self.layers, x, jnp.ones(x.shape[:2], bool))[:, 1:]
+        return run_layers(self.layers, x, jnp.zeros(x.shape[:2], jnp.int32))[:, 1:]
 
     def marked(self, patches: Float[Array | np.ndarray, "I J c"]) -> tuple[Float[Array, "I J E"], Marks]:
         """The same states, and marks by the class token's attention in the last block that is computed."""
         x, last = self._entering(patches), self.depth - 1
-        is_patch = jnp.ones(x.shape[:2], bool)
-        x = run_span(self.layers, (0, last), x, is_patch)
+        group = jnp.zeros(x.shape[:2], jnp.int32)
+        x = run_span(self.layers, (0, last), x, group)
         layer = tower_layer(self.layers, last)
         y = layer.attention_norm(x)
         marks = class_token_marks(layer.q_proj(y[:, :1]).swapaxes(1, 2), layer.k_proj(y).swapaxes(1, 2))
-        return layer(x, is_patch)[:, 1:], marks
+        return layer(x, group)[:, 1:], marks
 
     def _entering(self, patches: Float[Array | np.ndarray, "I J c"]) -> Float[Array, "I J_and_class E"]:
         """States of the class token and the patches before the first block."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from rlens_jax.errors import UserError
 from rlens_jax.families.config_reader import MOST_CHANNELS, MOST_LAYERS, MOST_PIXELS, ConfigReader
@@ -23,10 +23,7 @@ from rlens_jax.families.tower_marks import Marks, marked_layer, received_marks, 
 from rlens_jax.flops import TowerAttention
 from rlens_jax.models.decoder import layer_at
 from rlens_jax.models.layers import LayerNorm, Linear, RMSNorm
-from rlens_jax.ops.attention import masked_attention
-
-MAX_SCORES, MIN_QUERIES = 1 << 26, 64
-"""Attention scores computed at a time (256 MB), and the fewest queries per block: each block is compiled separately."""
+from rlens_jax.ops.tower_attention import attend_groups
 
 
 @dataclass(frozen=True)
@@ -81,18 +78,16 @@ class TowerLayer(nnx.Module):
         self.fc1 = Linear("IJE,EF->IJF", sizes, bias="F", dtype=dtype, rngs=rngs)
         self.fc2 = Linear("IJF,FE->IJE", sizes, bias="E", dtype=dtype, rngs=rngs)
 
-    def attend(self, x: Float[Array, "I J E"], is_patch: Bool[Array, "I J"]) -> Float[Array, "I J E"]:
-        """Add attention to the real patches of the same image, with the queries of a large image in blocks."""
+    def attend(self, x: Float[Array, "I J E"], group: Int[Array, "I J"]) -> Float[Array, "I J E"]:
+        """Add attention to the patches of the same image with the same `group` number."""
         y = self.attention_norm(x)
         q, k, v = (project(y).swapaxes(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
-        images, heads, patches, _ = q.shape
-        block = max(MIN_QUERIES, MAX_SCORES // (images * heads * patches))
-        attended = []
-        for start in range(0, patches, block):
-            queries = q[:, :, start : start + block]
-            mask = jnp.broadcast_to(is_patch[:, None], (images, queries.shape[2], patches))
-            attended.append(masked_attention(queries, k, v, mask))
-        return x + self.o_proj(jnp.concatenate(attended, axis=2))
+        return x + self.o_proj(attend_groups(q, k, v, group))
+
+
+def image_groups(num_patches: Int[Array | np.ndarray, " I"], slots: int) -> Int[Array, "I slots"]:
+    """The group numbers of padded images: 0 for their patches, which come first, 1 for padding."""
+    return (jnp.arange(slots)[None] >= num_patches[:, None]).astype(jnp.int32)
 
 
 def run_layers(layers: nnx.Module, x: Float[Array, "I J E"], *inputs: PyTree) -> Float[Array, "I J E"]:
@@ -169,8 +164,8 @@ class SiglipLayer(TowerLayer):
         norm = partial(LayerNorm, config.width, eps=config.norm_eps, dtype=dtype)
         super().__init__(config, norm, qkv_bias=True, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "I J E"], is_patch: Bool[Array, "I J"]) -> Float[Array, "I J E"]:
-        x = self.attend(x, is_patch)
+    def __call__(self, x: Float[Array, "I J E"], group: Int[Array, "I J"]) -> Float[Array, "I J E"]:
+        x = self.attend(x, group)
         return x + self.fc2(jax.nn.gelu(self.fc1(self.mlp_norm(x)), approximate=True))
 
 
@@ -209,25 +204,24 @@ class SiglipTower(nnx.Module):
         num_patches: Int[Array | np.ndarray, " I"],
     ) -> tuple[Float[Array, "I J E"], Marks]:
         """The same states, and marks by the attention that patches receive in the block before the last."""
-        x, is_patch = self._entering(patches, position_ids, num_patches)
+        x, group = self._entering(patches, position_ids, num_patches)
 
         def marks(layer: Any, x: Float[Array, "I J E"]) -> Marks:
             y = layer.attention_norm(x)
             q, k = (project(y).swapaxes(1, 2) for project in (layer.q_proj, layer.k_proj))
-            return received_marks(q, k, jnp.where(is_patch, 0, 1), jnp.asarray(num_patches))
+            return received_marks(q, k, group, jnp.asarray(num_patches))
 
-        return run_marked(self.layers, self.depth, x, (is_patch,), marks)
+        return run_marked(self.layers, self.depth, x, (group,), marks)
 
     def _entering(
         self,
         patches: Float[Array | np.ndarray, "I J c"],
         position_ids: Int[Array | np.ndarray, "I J"],
         num_patches: Int[Array | np.ndarray, " I"],
-    ) -> tuple[Float[Array, "I J E"], Bool[Array, "I J"]]:
-        """States before the first layer, and which of them are real patches."""
-        is_patch = jnp.arange(patches.shape[1])[None] < num_patches[:, None]
+    ) -> tuple[Float[Array, "I J E"], Int[Array, "I J"]]:
+        """States before the first layer, and their group numbers."""
         x = self.patch_embed(jnp.asarray(patches, self.patch_embed.kernel.dtype))
-        return x + self.position_embedding[...][position_ids], is_patch
+        return x + self.position_embedding[...][position_ids], image_groups(num_patches, patches.shape[1])
 
 
 def siglip_parts(config: SiglipConfig, source: str, target: str) -> tuple[Part, ...]:

@@ -4,8 +4,11 @@ A decoder runs inside one `jax.shard_map` over the mesh (our decision), so every
 these functions only. Outside a `shard_map` there is one shard, and each function is the identity.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 WORK, MODEL = "work", "model"
@@ -52,3 +55,22 @@ def on_any_shard(flag: Bool[Array, ""]) -> Bool[Array, ""]:
     if not model_axes():
         return flag
     return jax.lax.pmax(flag.astype(jnp.int32), (WORK, MODEL)) > 0
+
+
+def split_heads(function: Callable[..., Array], heads: int) -> Callable[..., Array]:
+    """`function` on shards of the heads, in a program that XLA cuts along `model`; elsewhere it is the same.
+
+    XLA cannot cut a TPU kernel. Arrays with more than two axes, and the result, are [rows, heads, ...]; others are whole. Heads
+    that do not divide are whole on every shard.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if MODEL not in mesh.axis_names or MODEL in mesh.manual_axes:
+        return function
+    cut = PartitionSpec(None, MODEL) if heads % mesh.shape[MODEL] == 0 else PartitionSpec()
+
+    def on_shards(*arrays: Array) -> Array:
+        specs = tuple(cut if array.ndim > 2 else PartitionSpec() for array in arrays)
+        # A TPU kernel does not declare over which axes its outputs vary.
+        return jax.shard_map(function, in_specs=specs, out_specs=cut, axis_names={MODEL}, check_vma=False)(*arrays)
+
+    return on_shards

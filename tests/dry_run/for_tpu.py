@@ -1,8 +1,10 @@
-"""Run by test_for_tpu.py in a process of its own: compiles the decoder's layers of the paper's models for a v5e:16x16 slice.
+"""Run by test_for_tpu.py in a process of its own: compiles the decoder's layers of the paper's models for a v5e:16x16 slice, and
+the vision tower of one.
 
 Prints a JSON line a model: every collective of the program, and whether it is in the loop over layers; whether a kernel fetches
 the units of reduced layers; and what is made in HBM that is as large as an FFN's matrix, of one layer or of all. Models have two
-layers, since the loop's body is the same whatever their number.
+layers, since the loop's body is the same whatever their number. Of the tower the last line has the HBM traffic of a layer, the
+kernel's share of it, and the largest array.
 """
 
 import json
@@ -12,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from rlens_jax.config import ComputeConfig, RunConfig
+from rlens_jax.dry_run.costs import custom_call_cost
 from rlens_jax.dry_run.hlo import parse_module
 from rlens_jax.dry_run.program import CompiledProgram, compile_program, program_specs
 from rlens_jax.dry_run.topology import find_slice, slice_devices
@@ -22,6 +25,8 @@ from rlens_jax.sharding.mesh import make_mesh
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 CASES = (("qwen2_vl_7b", 4), ("internvl2_8b", 8))
 """Models and sizes of the `model` axis. LLaVA-OneVision-7B and MiniCPM-V 2.6 have the decoder layers of Qwen2-VL-7B."""
+PATCHES = 65536
+"""The largest image of the published settings of Qwen2-VL."""
 
 
 def short(fields: dict) -> dict:
@@ -45,6 +50,29 @@ def copies_of_matrices(text: str, layers: int, numbers: int) -> list[str]:
         for shape in item.shapes[:1]
         if shape.in_hbm and shape.elements in (numbers, layers * numbers)
     ]
+
+
+def tower(devices: list, memory_limit: int) -> dict:
+    """Qwen2-VL-7B's tower, two layers of it, for an image of PATCHES patches on four shards."""
+    name, shards = CASES[0]
+    fields = short(json.loads((MODELS / name / "config.json").read_text()))
+    fields["vision_config"]["depth"] = 2
+    config = RunConfig(compute=ComputeConfig(dtype="bfloat16", model_shards=shards))
+    (spec,) = program_specs(config, read_kind(fields, name), make_mesh(devices, shards), {}, {(PATCHES,): 1})
+    compiled = spec.lower().compile()
+    once = SimpleNamespace(compile=lambda: compiled)
+    found = compile_program(replace(spec, lower=lambda: once), (256 // shards, shards), 0, memory_limit)
+    assert isinstance(found, CompiledProgram), found
+    assert found.costs["dense"].layer is not None
+    module = parse_module(compiled.as_text()).computations
+    kernels = [(item, body) for body in module.values() for item in body if "/tower_attention/" in item.attributes]
+    return {
+        "model": "tower",
+        "shards": shards,
+        "traffic": found.costs["dense"].layer.bytes,
+        "of_kernels": [custom_call_cost(item, body).bytes for item, body in kernels if item.opcode == "custom-call"],
+        "largest": max(shape.elements for body in module.values() for item in body for shape in item.shapes),
+    }
 
 
 def main() -> None:
@@ -92,6 +120,7 @@ def main() -> None:
             ),
             flush=True,
         )
+    print(json.dumps(tower(devices, where.memory_limit)), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@ import pytest
 
 from rlens_jax.dry_run.costs import Cost, LayerKind, flops, fusion_bytes, instruction_bytes, program_cost
 from rlens_jax.dry_run.hlo import Loops, Module, parse_module
-from tests.dry_run.snippets import LOOP, NESTED
+from tests.dry_run.snippets import LOOP, NESTED, TOWER_KERNEL
 
 PRODUCT = 2 * (2 * 16) * 64 * 32
 STATES = 2 * 16 * 64 * 2
@@ -30,6 +30,14 @@ def test_a_dense_layer() -> None:
 def test_a_reduced_layer_counts_what_its_kernel_declares() -> None:
     cost = costs(parse_module(LOOP), "both").layer
     assert cost == Cost(PRODUCT + 1000, STATES + LAYER + 4 + 500 + 2 * STATES)
+
+
+def test_the_kernel_of_towers_counts_the_keys_that_it_fetches_for_each_block_of_queries() -> None:
+    queries, keys, segments = 2 * 384 * 80 * 2, 2 * 512 * 80 * 2, 8 * 512 * 4
+    visited = 3 * 2 * 128 / 512
+    # Four times: the kernel's queries and its result, and the copy of this.
+    traffic = 4 * queries + visited * (2 * keys + 2 * segments)
+    assert costs(parse_module(TOWER_KERNEL), "dense").total == Cost(4 * 2 * 384 * 2 * 128 * 80, traffic)
 
 
 def test_trip_counts_are_multiplied_in_and_a_copy_to_the_chip_is_read_once() -> None:

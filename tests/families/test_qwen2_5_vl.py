@@ -13,11 +13,12 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from transformers.vision_utils import get_vision_window_index
 
 from rlens_jax.errors import UserError
-from rlens_jax.families.qwen2_5_vl.model import attend_windows, windows
+from rlens_jax.families.qwen2_5_vl.model import windows
 from rlens_jax.families.qwen2_vl.preparer import patch_places
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.layers import mark_tokens, penalised
 from rlens_jax.ops.attention import masked_attention
+from rlens_jax.ops.tower_attention import attend_groups
 from tests.families.contract import BOTH, SIMPLE, WHOLE, set_to, swap
 from tests.families.pair import Pair, make_pair
 from tests.families.published import kind_of
@@ -148,7 +149,7 @@ def test_attention_within_windows_equals_its_mask() -> None:
         numbers.append(np.sort(numbered(jnp.asarray(places)[None], jnp.asarray(is_patch)[None], side)[0]))
     window = jnp.asarray(np.stack(numbers))
     q, k, v = jnp.asarray(rng.standard_normal((3, 2, 3, slots, 4)), jnp.float32)
-    measured = jax.jit(attend_windows, static_argnames="most")(q, k, v, window, most=side**2)
+    measured = jax.jit(attend_groups, static_argnames="most")(q, k, v, window, most=side**2)
     plain = jax.jit(lambda: masked_attention(q, k, v, window[:, :, None] == window[:, None]))()
     real = np.asarray(window) < 10**6
     for ours, expected, mask in zip(measured, plain, real, strict=True):

@@ -9,10 +9,10 @@ from flax import nnx
 
 from rlens_jax.checkpoints.leaves import Filler, shapes_of
 from rlens_jax.errors import UserError
-from rlens_jax.families import siglip
 from rlens_jax.families.config_reader import ConfigReader
 from rlens_jax.families.siglip import SiglipTower, read_siglip, siglip_parts
 from rlens_jax.families.table import Table
+from rlens_jax.ops import tower_attention
 from tests.numerics import assert_close, error
 from tests.torch_support import redraw
 
@@ -96,8 +96,8 @@ def test_features(theirs, ours, padding):
 
 
 def test_blocks_of_queries_do_not_matter(theirs, ours, monkeypatch):
-    monkeypatch.setattr(siglip, "MAX_SCORES", 1)
-    monkeypatch.setattr(siglip, "MIN_QUERIES", 9)
+    monkeypatch.setattr(tower_attention, "WHOLE", 8)
+    monkeypatch.setattr(tower_attention, "CPU_QUERIES", 9)
     assert_close(our_features(ours), their_features(theirs), TOLERANCE)
 
 

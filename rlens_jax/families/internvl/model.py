@@ -26,7 +26,7 @@ from rlens_jax.families.tower_marks import Marks, class_token_marks, with_marks
 from rlens_jax.files import quoted
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import LayerNorm, Linear, RMSNorm
-from rlens_jax.ops.attention import masked_attention
+from rlens_jax.ops.tower_attention import attend_groups
 
 MERGE = 2
 """Patches per side of the square that becomes one visual token (downsample_ratio 0.5)."""
@@ -316,8 +316,8 @@ class VisionLayer(TowerLayer):
     def __call__(self, x: Float[Array, "I J E"]) -> Float[Array, "I J E"]:
         y = self.attention_norm(x)
         q, k, v = self.queries(y), self.keys(y), self.v_proj(y).swapaxes(1, 2)
-        mask = jnp.ones((x.shape[0], x.shape[1], x.shape[1]), bool)
-        x = x + self.o_proj(masked_attention(q, k, v, mask)) * self.attention_scale[...][None, None]
+        attended = attend_groups(q, k, v, jnp.zeros(x.shape[:2], jnp.int32))
+        x = x + self.o_proj(attended) * self.attention_scale[...][None, None]
         hidden = jax.nn.gelu(self.fc1(self.mlp_norm(x)), approximate=False)
         return x + self.fc2(hidden) * self.mlp_scale[...][None, None]
 
@@ -355,7 +355,7 @@ class VisionTower(nnx.Module):
     def __call__(self, patches: Float[Array | np.ndarray, "I v J c"]) -> Float[Array, "I Z D"]:
         """Visual tokens of each image, tile by tile; those of padding tiles are meaningless.
 
-        One image at a time: the attention scores of all tiles of a batch would not fit in memory.
+        One image at a time: a batch of many tiles would take much memory.
         """
 
         def image(tiles: Array) -> Array:

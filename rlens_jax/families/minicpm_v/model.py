@@ -154,7 +154,7 @@ class VisionTower(nnx.Module):
             patches, position_ids, places, num_patches = view
             return self.resampler(self.features(patches, position_ids, num_patches), places, num_patches)
 
-        # One view of each image at a time: ten views together would need ten times the memory for attention scores.
+        # One view of each image at a time: ten views together would need ten times the memory.
         arrays = (jnp.asarray(array) for array in (patches, position_ids, places, num_patches))
         tokens = jax.lax.map(encode, tuple(array.swapaxes(0, 1) for array in arrays)).swapaxes(0, 1)
         return tokens.reshape(len(tokens), -1, tokens.shape[-1])

@@ -19,13 +19,11 @@ from rlens_jax.families.config_reader import MOST_PIXELS, ConfigReader
 from rlens_jax.families.qwen2_vl.model import (
     VISION_NORM_EPS,
     VISION_ROPE_THETA,
-    Attention,
-    Heads,
+    Groups,
     Qwen2VLConfig,
     RotaryLayer,
     States,
     VisionConfig,
-    attend_image,
     patch_sizes,
     read_qwen2_text,
     read_tokens,
@@ -33,10 +31,9 @@ from rlens_jax.families.qwen2_vl.model import (
     spatial_rotation,
 )
 from rlens_jax.families.qwen2_vl.model import VisionTower as FullTower
-from rlens_jax.families.siglip import run_span
+from rlens_jax.families.siglip import image_groups, run_span
 from rlens_jax.families.tower_marks import Marks, marked_layer, tower_layer
 from rlens_jax.models.layers import Linear, RMSNorm, Rotary
-from rlens_jax.ops.attention import masked_attention
 
 
 @dataclass(frozen=True)
@@ -110,8 +107,8 @@ class VisionLayer(RotaryLayer):
         super().__init__(config, norm, qkv_bias=True, dtype=dtype, rngs=rngs)
         self.gate = Linear("IJE,EF->IJF", config.sizes, bias="F", dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: States, rotary: Rotary, attention: Attention) -> States:
-        x = self.mix(x, rotary, attention)
+    def __call__(self, x: States, rotary: Rotary, group: Groups, most: int | None) -> States:
+        x = self.mix(x, rotary, group, most)
         y = self.mlp_norm(x)
         return x + self.fc2(jax.nn.silu(self.gate(y)) * self.fc1(y))
 
@@ -153,20 +150,19 @@ class VisionTower(FullTower):
     ) -> tuple[Float[Array, "I J E"], Marks | None]:
         config, places = self.config, jnp.asarray(places)
         side = config.window * config.merge_size
-        is_patch = jnp.arange(patches.shape[1])[None] < num_patches[:, None]
-        window = windows(places, is_patch, side)
+        group = image_groups(num_patches, patches.shape[1])
+        window = windows(places, group == 0, side)
         # Padding has the last window, so it stays behind the patches of each image.
         order = jnp.argsort(window, axis=1, stable=True)
         window = jnp.take_along_axis(window, order, axis=1)
         x = self.patch_embed(_ordered(jnp.asarray(patches, self.patch_embed.kernel.dtype), order))
         rotary = spatial_rotation(_ordered(places, order), config.width // config.num_heads)
-        inside = partial(attend_windows, window=window, most=side**2)
-        whole = partial(attend_image, is_patch=is_patch)
+        inside, whole = (window, side**2), (group, None)
 
         def run(x: States, layers: range) -> States:
             for full, members in groupby(layers, lambda layer: layer in config.full_layers):
                 span = list(members)
-                x = run_span(self.layers, (span[0], span[-1] + 1), x, rotary, whole if full else inside)
+                x = run_span(self.layers, (span[0], span[-1] + 1), x, rotary, *(whole if full else inside))
             return x
 
         back = jnp.argsort(order, axis=1)
@@ -174,8 +170,8 @@ class VisionTower(FullTower):
             return _ordered(run(x, range(config.depth)), back), None
         number = marked_layer(config.depth)
         x = run(x, range(number))
-        group = jnp.where(is_patch, 0, 1) if number in config.full_layers else window
-        made = rotary_marks(tower_layer(self.layers, number), x, rotary, group, num_patches)
+        seen, _ = whole if number in config.full_layers else inside
+        made = rotary_marks(tower_layer(self.layers, number), x, rotary, seen, num_patches)
         return _ordered(run(x, range(number, config.depth)), back), _ordered(made, back)
 
 
@@ -188,31 +184,3 @@ def windows(places: Int[Array, "I J 2"], is_patch: Bool[Array, "I J"], side: int
     window = places // side
     number = window[..., 0] * (places.shape[1] // side + 1) + window[..., 1]
     return jnp.where(is_patch, number, jnp.iinfo(jnp.int32).max)
-
-
-def attend_windows(q: Heads, k: Heads, v: Heads, window: Int[Array, "I J"], most: int) -> Heads:
-    """Attention of every patch to those of its window, measured.
-
-    The patches stand window by window, with at most `most` patches in each. So a block of 2 x `most` queries meets the keys from
-    `most` before it to `most` behind it: each half of that is a block of keys, `most` places off the queries'.
-    """
-    images, heads, patches, head_dim = q.shape
-    block, count = 2 * most, -(-patches // (2 * most))
-
-    def cut(x: Float[Array, "I n J h"] | Int[Array, "I n J h"], before: int, count: int, fill: int) -> Array:
-        """Blocks [I, count, n, block, h] of `x` between padding."""
-        padded = jnp.pad(x, ((0, 0), (0, 0), (before, count * block - before - patches), (0, 0)), constant_values=fill)
-        return jnp.moveaxis(padded.reshape(*x.shape[:2], count, block, x.shape[3]), 2, 1)
-
-    def queries(x: Array, fill: int = 0) -> Array:
-        return cut(x, 0, count, fill).reshape(images * count, x.shape[1], block, x.shape[3])
-
-    def keys(x: Array, fill: int = 0) -> Array:
-        halves = cut(x, most, count + 1, fill)
-        around = jnp.concatenate([halves[:, :-1], halves[:, 1:]], axis=3)
-        return around.reshape(images * count, x.shape[1], 2 * block, x.shape[3])
-
-    number = window[:, None, :, None]
-    mask = queries(number, -1)[:, 0] == keys(number, -2)[:, 0].swapaxes(1, 2)
-    attended = masked_attention(queries(q), keys(k), keys(v), mask).reshape(images, count, heads, block, head_dim)
-    return jnp.moveaxis(attended, 1, 2).reshape(images, heads, count * block, head_dim)[:, :, :patches]

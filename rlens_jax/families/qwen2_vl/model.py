@@ -15,21 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from rlens_jax.errors import UserError
 from rlens_jax.families.config_reader import MOST_CHANNELS, MOST_LAYERS, MOST_PIXELS, ConfigReader
 from rlens_jax.families.decoder_fields import read_decoder, rope_fields
-from rlens_jax.families.siglip import TowerConfig, TowerLayer, run_layers, run_marked
+from rlens_jax.families.siglip import TowerConfig, TowerLayer, image_groups, run_layers, run_marked
 from rlens_jax.families.tower_marks import Marks, merged_marks, received_marks, with_marks
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import LayerNorm, Linear, RMSNorm, Rotary, rotate, rotation
-from rlens_jax.ops.attention import masked_attention
+from rlens_jax.ops.tower_attention import attend_groups
 
 VISION_ROPE_THETA = 10000.0
 VISION_NORM_EPS = 1e-6
-QUERY_BLOCK = 1024
-"""Max queries per step of attention: the score matrix of a large image would not fit in memory."""
 
 
 @dataclass(frozen=True)
@@ -150,24 +148,21 @@ def patch_sizes(vision: ConfigReader, width_name: str) -> dict[str, int]:
 
 
 States = Float[Array, "I J E"]
-Heads = Float[Array, "I N J H"]
-Attention = Callable[[Heads, Heads, Heads], Heads]
-"""Attention of queries to keys and values."""
+Groups = Int[Array, "I J"]
+"""See `rlens_jax.ops.tower_attention`."""
 
 
 class RotaryLayer(TowerLayer):
     """Parameters of a layer whose attention turns queries and keys by the places of their patches."""
 
-    def mix(self, x: States, rotary: Rotary, attention: Attention) -> States:
-        """Add attention."""
+    def mix(self, x: States, rotary: Rotary, group: Groups, most: int | None = None) -> States:
+        """Add attention; `group` and `most` are those of `attend_groups`."""
         y = self.attention_norm(x)
         q, k, v = rotate(self.q_proj(y), rotary), rotate(self.k_proj(y), rotary), self.v_proj(y)
-        return x + self.o_proj(attention(*(z.swapaxes(1, 2) for z in (q, k, v))))
+        return x + self.o_proj(attend_groups(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), group, most))
 
 
-def rotary_marks(
-    layer: Any, x: States, rotary: Rotary, group: Int[Array, "I J"], num_patches: Int[Array | np.ndarray, " I"]
-) -> Marks:
+def rotary_marks(layer: Any, x: States, rotary: Rotary, group: Groups, num_patches: Int[Array | np.ndarray, " I"]) -> Marks:
     """Marks by the attention that patches receive in a `RotaryLayer` that states `x` enter; as `received_marks`."""
     y = layer.attention_norm(x)
     q, k = (rotate(project(y), rotary).swapaxes(1, 2) for project in (layer.q_proj, layer.k_proj))
@@ -181,31 +176,10 @@ class VisionLayer(RotaryLayer):
         norm = partial(LayerNorm, config.width, eps=VISION_NORM_EPS, dtype=dtype)
         super().__init__(config, norm, qkv_bias=True, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: States, rotary: Rotary, is_patch: Bool[Array, "I J"]) -> States:
-        x = self.mix(x, rotary, partial(attend_image, is_patch=is_patch))
+    def __call__(self, x: States, rotary: Rotary, group: Groups) -> States:
+        x = self.mix(x, rotary, group)
         hidden = self.fc1(self.mlp_norm(x))
         return x + self.fc2(hidden * jax.nn.sigmoid(1.702 * hidden))
-
-
-def attend_image(q: Heads, k: Heads, v: Heads, is_patch: Bool[Array, "I J"]) -> Heads:
-    """Attention of every patch to all patches of its image; the queries of a large image go block by block.
-
-    The blocks are a loop, so 64 of them compile as fast as one.
-    """
-    images, heads, patches, head_dim = q.shape
-    count = -(-patches // QUERY_BLOCK)
-    size = -(-patches // count)
-
-    def attend(block: Float[Array, "I N block H"]) -> Float[Array, "I N block H"]:
-        mask = jnp.broadcast_to(is_patch[:, None], (images, block.shape[2], patches))
-        return masked_attention(block, k, v, mask)
-
-    if count == 1:
-        return attend(q)
-    filled = jnp.pad(q, ((0, 0), (0, 0), (0, count * size - patches), (0, 0)))
-    blocks = jnp.moveaxis(filled.reshape(images, heads, count, size, head_dim), 2, 0)
-    attended = jnp.moveaxis(jax.lax.map(attend, blocks), 0, 2)
-    return attended.reshape(images, heads, count * size, head_dim)[:, :, :patches]
 
 
 def spatial_rotation(places: Int[Array | np.ndarray, "I J 2"], head_dim: int) -> Rotary:
@@ -252,11 +226,11 @@ class VisionTower(nnx.Module):
         patches: Float[Array | np.ndarray, "I J c"],
         places: Int[Array | np.ndarray, "I J 2"],
         num_patches: Int[Array | np.ndarray, " I"],
-    ) -> tuple[States, Rotary, Bool[Array, "I J"]]:
+    ) -> tuple[States, Rotary, Groups]:
         """States before the first layer, and what all layers share."""
         rotary = spatial_rotation(places, self.config.width // self.config.num_heads)
-        is_patch = jnp.arange(patches.shape[1])[None] < num_patches[:, None]
-        return self.patch_embed(jnp.asarray(patches, self.patch_embed.kernel.dtype)), rotary, is_patch
+        x = self.patch_embed(jnp.asarray(patches, self.patch_embed.kernel.dtype))
+        return x, rotary, image_groups(num_patches, patches.shape[1])
 
     def marked_features(
         self,
@@ -265,9 +239,9 @@ class VisionTower(nnx.Module):
         num_patches: Int[Array | np.ndarray, " I"],
     ) -> tuple[Float[Array, "I J E"], Marks]:
         """As `features`, and marks by the attention that patches receive in the layer before the last."""
-        x, rotary, is_patch = self._entering(patches, places, num_patches)
-        marks = partial(rotary_marks, rotary=rotary, group=jnp.where(is_patch, 0, 1), num_patches=num_patches)
-        return run_marked(self.layers, self.config.depth, x, (rotary, is_patch), marks)
+        x, rotary, group = self._entering(patches, places, num_patches)
+        marks = partial(rotary_marks, rotary=rotary, group=group, num_patches=num_patches)
+        return run_marked(self.layers, self.config.depth, x, (rotary, group), marks)
 
     def merge(self, x: Float[Array, "I J E"]) -> Float[Array, "I Z D"]:
         """Apply the connector: merge_size ** 2 consecutive patches become one visual token."""

@@ -22,7 +22,6 @@ from rlens_jax.families.qwen2_vl.model import (
     VISION_ROPE_THETA,
     Qwen2VLConfig,
     RotaryLayer,
-    attend_image,
     patch_sizes,
     read_tokens,
     rotary_marks,
@@ -30,7 +29,7 @@ from rlens_jax.families.qwen2_vl.model import (
     text_fields,
 )
 from rlens_jax.families.qwen2_vl.model import VisionConfig as Qwen2VisionConfig
-from rlens_jax.families.siglip import run_span
+from rlens_jax.families.siglip import image_groups, run_span
 from rlens_jax.families.tower_marks import Marks, marked_layer, merged_marks, tower_layer, with_marks
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.layers import LayerNorm, Linear, Rotary
@@ -126,8 +125,8 @@ class VisionLayer(RotaryLayer):
         norm = partial(LayerNorm, config.width, eps=VISION_NORM_EPS, dtype=dtype)
         super().__init__(config, norm, qkv_bias=True, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "I J E"], rotary: Rotary, is_patch: Bool[Array, "I J"]) -> Float[Array, "I J E"]:
-        x = self.mix(x, rotary, partial(attend_image, is_patch=is_patch))
+    def __call__(self, x: Float[Array, "I J E"], rotary: Rotary, group: Int[Array, "I J"]) -> Float[Array, "I J E"]:
+        x = self.mix(x, rotary, group)
         return x + self.fc2(jax.nn.gelu(self.fc1(self.mlp_norm(x)), approximate=True))
 
 
@@ -190,17 +189,17 @@ class VisionTower(nnx.Module):
     ) -> tuple[list[Float[Array, "I J E"]], Marks | None]:
         """`features`, and marks by the attention that patches receive in the block before the last."""
         vision, made = self.config, None
-        is_patch = jnp.arange(patches.shape[1])[None] < num_patches[:, None]
+        group = image_groups(num_patches, patches.shape[1])
         rotary = spatial_rotation(places, vision.width // vision.num_heads)
         x = self.patch_embed(jnp.asarray(patches, self.patch_embed.kernel.dtype))
-        x = x + interpolated(self.position_embedding[...], jnp.asarray(places), is_patch, vision.positions_per_side)
+        x = x + interpolated(self.position_embedding[...], jnp.asarray(places), group == 0, vision.positions_per_side)
         states, first, number = [], 0, marked_layer(vision.depth)
         for after in (*(block + 1 for block in vision.deepstack), vision.depth):
             if marks and first <= number < after:
-                x = run_span(self.layers, (first, number), x, rotary, is_patch)
+                x = run_span(self.layers, (first, number), x, rotary, group)
                 layer, first = tower_layer(self.layers, number), number
-                made = rotary_marks(layer, x, rotary, jnp.where(is_patch, 0, 1), num_patches)
-            x = run_span(self.layers, (first, after), x, rotary, is_patch)
+                made = rotary_marks(layer, x, rotary, group, num_patches)
+            x = run_span(self.layers, (first, after), x, rotary, group)
             states.append(x)
             first = after
         return states, made
