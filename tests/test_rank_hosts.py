@@ -16,10 +16,10 @@ from rlens_jax.hosts.supervisor import LOST
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 SMALL = (
-    "--data.validation_samples=6",
+    "--data.validation_samples=2",
     "--data.confirmation_samples=0",
     "--joint.budget=null",
-    "--data.test_samples=4",
+    "--data.test_samples=2",
     "--search.position_layers=9",
     "--search.operators=ffn",
     "--report.random_rankings=1",
