@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from rlens_jax.checkpoints.checkpoint import load_model, read_model_kind
 from rlens_jax.data.samples import Sample
 from rlens_jax.families.minicpm_v.preparer import MiniCPMVPreparer
 from rlens_jax.families.registry import read_kind
+from rlens_jax.parity import comparison
 from rlens_jax.parity.bundle import new_bundle
 from rlens_jax.parity.dump import run_case
 from rlens_jax.plans import Plan, Reduction
@@ -183,6 +184,14 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Refe
         return made[family]
 
     return get
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once() -> Iterator[None]:
+    """Read a folder's weights for its first bundle only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "load_model", cache(comparison.load_model))
+        yield
 
 
 @pytest.mark.parametrize("family", MAKE)
