@@ -194,11 +194,13 @@ def test_killed_at_random_moments_stopped_and_restarted(
     record_of(process, journal)
     process.send_signal(signal.SIGSTOP)  # it keeps the folder until it goes on
     capsys.readouterr()
-    assert rank(arguments) == 2
+    try:
+        assert rank(arguments) == 2
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
     (refusal,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert "another run is using" in refusal
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGCONT)
     _, message = process.communicate()
     assert process.returncode == 130, message
     assert "Traceback" not in message
