@@ -1,5 +1,6 @@
 """Tests run offline, with strict JAX on eight simulated CPU devices and a temporary cache folder."""
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -40,6 +41,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the files with slow tests first: a long file that starts last leaves the other workers idle."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage rarely: JAX's tracing makes many objects and few cycles. What the imports made is never looked at again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 50, 100)
 
 
 @pytest.fixture(scope="module")
