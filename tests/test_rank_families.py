@@ -130,7 +130,7 @@ def test_a_folder_and_a_file_are_enough(
     data = write_data(tmp_path, MANY)
     folder, output = save_qwen(tmp_path / "model"), tmp_path / "out"
     cheap = ["--search.position_layers=10", "--search.operators=ffn", "--search.change=absolute"]
-    cheap += ["--report.random_rankings=1", "--report.timing_repeats=1", "--report.bootstrap_samples=20"]
+    cheap += ["--report.timing_repeats=1", "--report.bootstrap_samples=20"]
     places = [f"--output={output}", f"--compute.compilation_cache={tmp_path / 'compiled'}"]
     assert run(rank.main, f"--model={folder}", f"--data={data}", *places, *cheap) == 0
     said = capsys.readouterr().err
