@@ -1,5 +1,6 @@
 """A run of several processes has the results of one process, keeps its work if a process dies, and resumes with fewer."""
 
+import json
 import os
 import signal
 import socket
@@ -26,10 +27,13 @@ SMALL = (
     "--report.timing_repeats=1",
     "--report.bootstrap_samples=50",
 )
+RANKINGS = "--report=none"
+FOUND = ("rankings", "search")
+"""The fields of ranking.json that a run has with its rankings."""
 
 
-def start(folder: Path, output: Path, hosts: Sequence[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "rlens_jax.rank", f"--output={output}", *SMALL, *hosts]
+def start(folder: Path, output: Path, more: Sequence[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "rlens_jax.rank", f"--output={output}", *SMALL, *more]
     command += [f"--data.cache={folder / 'data'}", f"--compute.compilation_cache={folder / 'compiled'}"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -73,10 +77,11 @@ def test_three_processes_rank_as_one(alone: tuple[Path, bytes]) -> None:
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_one_lost_and_resumed_by_one(alone: tuple[Path, bytes], lost: int) -> None:
-    folder, expected = alone
+    """To the rankings: what follows them is evaluated and written in the same way."""
+    folder, whole = alone
     output = folder / f"{lost} lost"
     journal = output / "journal.jsonl"
-    processes = start_all(folder, output, 2)
+    processes = start_all(folder, output, 2, [RANKINGS], [RANKINGS])
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
         assert processes[0].poll() is None, processes[0].communicate()[1]
         time.sleep(0.01)
@@ -90,10 +95,11 @@ def test_one_lost_and_resumed_by_one(alone: tuple[Path, bytes], lost: int) -> No
     assert code == LOST
     assert f"process {lost} of 2 was lost" in message.splitlines()[-1]
     kept = journal.read_bytes()
-    ((code, _, message),) = ends([start(folder, output, [])])
+    ((code, _, message),) = ends([start(folder, output, [RANKINGS])])
     assert code == 0, message
     assert journal.read_bytes().startswith(kept)
-    assert (output / "ranking.json").read_bytes() == expected
+    expected, resumed = json.loads(whole), json.loads((output / "ranking.json").read_bytes())
+    assert [resumed[name] for name in FOUND] == [expected[name] for name in FOUND]
 
 
 def test_hosts_with_different_configurations(alone: tuple[Path, bytes]) -> None:
