@@ -124,7 +124,7 @@ def explained(log: str, number: int) -> tuple[str, int]:
     if member is None and "RegisterTask" in log:
         return (
             "not all processes of the run joined within hosts.wait_seconds; start the same command on every host, with the "
-            "same hosts.coordinator (reachable from all hosts) and hosts.num_processes",
+            "same hosts.num_processes and hosts.coordinator (its port, on Cloud TPUs 8482, must be open between the hosts)",
             LOST,
         )
     count = f" of {member[1]}" if member else ""
