@@ -26,7 +26,7 @@ TOLERANCE = 1e-4
 def questions() -> list[tuple[Image.Image, str]]:
     rng = np.random.default_rng(12)
     asked = []
-    for dataset in (*DATASETS, *DATASETS):
+    for dataset in DATASETS:
         page = make_page(rng, "test", augment=False)
         asked.append((Image.fromarray(page.pixels), make_question(rng, page, dataset).text))
     return asked

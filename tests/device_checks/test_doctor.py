@@ -27,7 +27,7 @@ SCHEMA = Path(examination.__file__).with_name("doctor.schema.json")
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small layer, small collectives, and what `start_jax` and `clear_caches` would change for other tests."""
     monkeypatch.setattr(doctor, "find_decoder", lambda model: SIZES)
-    monkeypatch.setattr(doctor, "VISUAL_TOKENS", (96, 192))
+    monkeypatch.setattr(doctor, "VISUAL_TOKENS", (96,))
     monkeypatch.setattr(machine, "COLLECTIVE_BYTES", 64)
     monkeypatch.setattr("rlens_jax.engine.startup.start_jax", lambda: None)
     monkeypatch.setattr(examination, "check_cache", lambda: machine.CacheCheck("folder", written=True, read=True))
@@ -56,7 +56,7 @@ def test_all_passes_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert kernels == {("splash", "float32"), ("splash", "bfloat16"), ("fetched ffn", "bfloat16")}
     assert [(each["name"], each["right"]) for each in report["collectives"]] == [("sum", True), ("gather", True)]
     assert report["collectives"][0]["devices"] == len(jax.devices())
-    assert [table["visual_tokens"] for table in report["layer"]["tables"]] == [96, 192]
+    assert [table["visual_tokens"] for table in report["layer"]["tables"]] == [96]
     for table in report["layer"]["tables"]:
         rows = {row["setting"]: row for row in table["times"]}
         assert list(rows) == list(layer_times.SETTINGS) and rows["dense"]["time_saved"] == 0
