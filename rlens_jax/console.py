@@ -151,7 +151,7 @@ class Progress:
 
     Args:
         label: what is done.
-        total: items to do.
+        total: items to do, as far as is known: it grows with what is done.
         unit: their name, in the plural.
         forecast: knows the items of all phases of the command, of this one under `label`, and counts them; then the time left
             of the whole command is shown, too.
@@ -180,10 +180,12 @@ class Progress:
     def advance(self, items: int = 1, *, resumed: bool = False) -> None:
         """Count `items` more as done. Items `resumed` from an earlier run do not count for the rate."""
         self._done += items
+        self._total = max(self._total, self._done)
         self._before += items if resumed else 0
         if self._forecast is not None:
             self._forecast.advance(self._name, items, resumed=resumed)
         if self._bar is not None:
+            self._bar.total = self._total
             self._bar.set_postfix_str(self._time().removeprefix(", "), refresh=False)
             self._bar.update(items)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES and self._done < self._total:

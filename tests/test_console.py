@@ -208,6 +208,9 @@ def test_without_a_terminal_progress_is_a_line_every_few_seconds(monkeypatch):
         clock.now += 200
         progress.advance(100)
     assert stream.getvalue().splitlines()[-1] == "ranking ffn: 240/240 plans, 1.1 s each, took 3 min 40 s"
+    with Progress("joint search", 2, "steps") as progress:
+        progress.advance(3)  # more than was expected
+    assert stream.getvalue().splitlines()[-1] == "joint search: 3/3 steps"
 
 
 def test_the_time_left_of_the_whole_run_is_shown(monkeypatch):

@@ -162,7 +162,7 @@ class Planner:
         """The path of the configured search."""
         joint = self.config.joint
         most = sum(self.space.lowest.values()) * self.num_layers
-        with Progress(label, most, "rounds") as progress:
+        with Progress(label, most, "steps") as progress:
             score = self._scorer(progress.advance)
             if joint.method == "additive":
                 return self._additive(space, score)
