@@ -7,8 +7,9 @@ or a JSONL file (exact match).
 
 The output folder gets evaluation.json (scores with 95 % intervals and FLOPs; schema:
 rlens_jax/evaluation/evaluation.schema.json), timing.json (prefill, time to first token and tokens per second, dense and reduced
-in the same run) and plan/NAME.tsv, predictions in VLMEvalKit's format. Answers are kept: after an interruption the same command
-resumes. Questions about the same images share what is computed for these, unless the plan prunes visual tokens.
+in the same run), report.html with both, and plan/NAME.tsv, predictions in VLMEvalKit's format. Answers are kept: after an
+interruption the same command resumes. Questions about the same images share what is computed for these, unless the plan prunes
+visual tokens.
 """
 
 import dataclasses

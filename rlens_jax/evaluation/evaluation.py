@@ -16,7 +16,6 @@ from rlens_jax.data.images import Transparency
 from rlens_jax.engine.preparing import Resize, as_it_is
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.evaluation.profiles import Entry, Manner, check_profile, find_entry
-from rlens_jax.files import json_text
 from rlens_jax.metrics.score import CURRENT, RULES, Score
 from rlens_jax.plan_file import PlanFile
 from rlens_jax.search.bootstrap import Interval
@@ -293,42 +292,40 @@ class Evaluation:
     """What the checkpoint asks for that greedy decoding does not do, in words."""
 
 
-def evaluation_json(result: Evaluation) -> str:
-    """The text of evaluation.json."""
+def evaluation_fields(result: Evaluation) -> dict[str, Any]:
+    """The fields of evaluation.json."""
     config = result.config
-    return json_text(
-        {
-            "schema": SCHEMA,
-            "model": {
-                "path": config.model,
-                "hash": result.model_hash,
-                "model_type": result.model_type,
-                "num_layers": result.num_layers,
-                "not_applied": list(result.not_applied),
-            },
-            "plan": {"label": config.plan.label(), **config.settings()["plan"]},
-            "datasets": {name: _dataset(name, part) for name, part in result.datasets.items()},
-            "configuration": {
-                **config.settings(),
-                "data": list(config.data),
-                "limit": config.limit,
-                "skip_unusable": config.skip_unusable,
-                "rules": config.rules,
-                "images": config.images,
-                "bootstrap_samples": config.bootstrap_samples,
-            },
-            "device": result.device,
-            "versions": dict(result.versions),
-        }
-    )
+    return {
+        "schema": SCHEMA,
+        "model": {
+            "path": config.model,
+            "hash": result.model_hash,
+            "model_type": result.model_type,
+            "num_layers": result.num_layers,
+            "not_applied": list(result.not_applied),
+        },
+        "plan": {"label": config.plan.label(), **config.settings()["plan"]},
+        "datasets": {name: _dataset(name, part) for name, part in result.datasets.items()},
+        "configuration": {
+            **config.settings(),
+            "data": list(config.data),
+            "limit": config.limit,
+            "skip_unusable": config.skip_unusable,
+            "rules": config.rules,
+            "images": config.images,
+            "bootstrap_samples": config.bootstrap_samples,
+        },
+        "device": result.device,
+        "versions": dict(result.versions),
+    }
 
 
-def timing_json(times: Times) -> str:
-    """The text of timing.json."""
+def timing_fields(times: Times) -> dict[str, Any]:
+    """The fields of timing.json."""
     fields = dataclasses.asdict(times)
     for name, variant in (("dense", times.dense), ("plan", times.plan)):
         fields[name]["tokens_per_second"] = tokens_per_second(times, variant)
-    return json_text({"schema": TIMING_SCHEMA, **fields})
+    return {"schema": TIMING_SCHEMA, **fields}
 
 
 def tokens_per_second(times: Times, variant: VariantTime) -> float:

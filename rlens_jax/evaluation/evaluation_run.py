@@ -28,17 +28,18 @@ from rlens_jax.evaluation.evaluation import (
     SharedCost,
     Times,
     VariantResult,
-    evaluation_json,
-    timing_json,
+    evaluation_fields,
+    timing_fields,
 )
 from rlens_jax.evaluation.profiles import Manner
 from rlens_jax.evaluation.timed import measure_times, timed_pair
 from rlens_jax.families.generation_config import read_generation_config
-from rlens_jax.files import replace_file
+from rlens_jax.files import json_text, replace_file
 from rlens_jax.flops import TowerAttention, prefill_cost, selection_cost, shared_prefill_cost, visual_in_layer
 from rlens_jax.models.decoder import DecoderConfig
 from rlens_jax.models.prompt import Preparer
 from rlens_jax.plan_file import PlanFile
+from rlens_jax.reporting.evaluation_report import evaluation_page
 from rlens_jax.resources import cache_folder, versions
 from rlens_jax.search.bootstrap import difference_interval, score_interval
 
@@ -81,10 +82,13 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
             times=times,
             not_applied=model.generation.not_applied,
         )
+        fields, timing = evaluation_fields(evaluation), None
         if times is not None:
-            replace_file(config.output / "timing.json", timing_json(times).encode())
+            timing = timing_fields(times)
+            replace_file(config.output / "timing.json", json_text(timing).encode())
+        replace_file(config.output / "report.html", evaluation_page(fields, timing).encode())
         # Written last: its presence means that the evaluation is complete.
-        replace_file(config.output / "evaluation.json", evaluation_json(evaluation).encode())
+        replace_file(config.output / "evaluation.json", json_text(fields).encode())
     return evaluation
 
 

@@ -26,6 +26,7 @@ from rlens_jax.evaluation import answers as answers_module
 from rlens_jax.evaluation.answers import FILE_NAME, Answers
 from rlens_jax.flops import prefill_summary
 from rlens_jax.plan_file import FORMAT, read_plan
+from rlens_jax.reporting.evaluation_report import evaluation_page
 from tests.data.benchmarks.files import benchmark_rows, five_rows, md5_of, write_tsv
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
@@ -224,6 +225,46 @@ def test_times_have_their_baseline(finished: Path) -> None:
             assert times[variant][name][0] > 0
         assert times[variant]["tokens_per_second"] == 8 * 31 / times[variant]["decode"][0]
     assert (times["rows"], times["branches"], times["prompts"]) == (1, 8, 6)
+
+
+def test_the_report_shows_scores_costs_and_times(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    result, times = (json.loads((finished / name).read_text()) for name in ("evaluation.json", "timing.json"))
+    own = result["datasets"]["digits"]
+    shown = [own["variants"][variant]["score"] for variant in ("dense", "plan")]
+    for score in shown:
+        assert f"{score['value']:.2f} ({score['low']:.2f} to {score['high']:.2f})" in page
+    assert f"{own['difference']['value']:+.2f} (" in page
+    assert f"{100 * own['multiply_adds']['saved']:.1f}" in page
+    for variant in ("dense", "plan"):
+        assert f"{1e3 * times[variant]['prefill'][0]:.1f} (" in page
+    for name in result["datasets"]:
+        assert f'<th scope="row">{name}</th>' in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert "<script" not in page
+
+
+def test_the_report_says_what_was_not_asked_as_published(finished: Path) -> None:
+    """Also where nothing was timed, answers are withheld, and names have the characters of HTML."""
+    result = json.loads((finished / "evaluation.json").read_text())
+    own = result["datasets"].pop("digits")
+    own["asked"]["not_reproduced"] = ["beams"]
+    own["variants"]["plan"] |= {"score": None, "unended": 3}
+    own |= {"unusable": 2, "difference": None}
+    result["model"]["not_applied"] = ["num_beams 3"]
+    result["datasets"] = {"<b>": own}
+    page = evaluation_page(result, None)
+    for sentence in (
+        "what the checkpoint asks for: num_beams 3.",
+        "&lt;b&gt; is not asked as in",
+        "beams.",
+        "2 questions could not",
+    ):
+        assert sentence in page
+    assert "3 answers of plan were cut off" in page
+    assert "answers withheld" in page
+    assert "<b>" not in page
+    assert "Measured times" not in page
 
 
 def test_interrupted_anywhere_and_resumed(
