@@ -1,15 +1,14 @@
 """Baselines that choose visual tokens before the first layer, as immutable and hashable values.
 
 A method keeps some of the connector's outputs of each sample, or makes fewer of them. So the whole prefill and the cache of all
-layers shrink. All visual tokens of a sample compete. Survivors keep their order and their rotary positions. A value out of range
-raises UserError.
+layers shrink. All visual tokens of a sample compete. Survivors keep their order. A value out of range raises UserError.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isqrt
 from typing import ClassVar, Literal, no_type_check
 
-from rlens_jax.drops import Stage, checked_keep
+from rlens_jax.drops import Positions, Stage, check_positions, checked_keep, position_label
 from rlens_jax.errors import UserError
 from rlens_jax.files import quoted
 from rlens_jax.plans import exact
@@ -25,11 +24,14 @@ class Selection:
 
     So 1 is one token, and 1.0 is all. A share is rounded half to even, as DivPrune's code does; at least one token stays.
     """
+    positions: Positions = field(default="kept", kw_only=True)
+    """On LLaVA models the authors of DivPrune, CDPruner, FasterVLM and VisionZip renumber; with M-RoPE positions are kept."""
 
     title: ClassVar[str]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", checked_keep(f"{self.title}: keep", self.keep))
+        check_positions(self.title, self.positions)
 
     def kept(self, num_visual: int) -> int:
         """Number of tokens left of a sample's `num_visual`."""
@@ -53,7 +55,8 @@ class Selection:
     def label(self) -> str:
         """A short text for tables and messages."""
         whole = isinstance(self.keep, int)
-        return f"{self.title} keeps {self.keep if whole else f'{100 * self.keep:g} % of the'} visual tokens"
+        amount = self.keep if whole else f"{100 * self.keep:g} % of the"
+        return f"{self.title} keeps {amount} visual tokens{position_label(self.positions)}"
 
 
 class RandomTokens(Selection):

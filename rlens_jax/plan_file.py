@@ -40,7 +40,7 @@ Pruning is one of (shares are exact decimals; `layer` is the number of layers th
                                                       "version": "1.5" merges dropped tokens as well
     {"method": "dart", "layer": 2, "keep": 192}       DART: keep the tokens least like a few pivots
 
-Those that drop tokens between layers take "positions": "kept" (default), or "renumbered", which models with M-RoPE cannot have.
+All but FOLDER take "positions": "kept" (default), or "renumbered", which models with M-RoPE cannot have.
 
 These keep so many of each sample's visual tokens before the first layer (rlens_jax/kept_tokens.py): `keep` is a number of tokens
 if it is a whole number, and a share of them if it is a decimal number above 0 and at most 1. So 1 is one token, 1.0 is all.

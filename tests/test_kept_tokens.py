@@ -71,3 +71,6 @@ def test_labels() -> None:
         "FasterVLM keeps 2 visual tokens",
         "VisionZip keeps 3 visual tokens",
     ]
+    assert DivPrune(64, positions="renumbered").label() == "DivPrune keeps 64 visual tokens, positions renumbered"
+    with pytest.raises(UserError, match="VisionZip: positions must be one of kept, renumbered, not 'keep'"):
+        VisionZip(64, positions="keep")

@@ -64,17 +64,18 @@ def run_prompt(
         UserError: a layer to prune after does not exist.
     """
     layout, rope = batch.layout, jnp.asarray(batch.rope_positions)
-    scored: Bool[Array, " B"] | bool = True
+    shift, scored = jnp.zeros(visual.shape[0], jnp.int32), jnp.ones(visual.shape[0], bool)
     if isinstance(pruning, Folder | Selection) and layout.bucket.visual:
         visual, ordinals, num_kept, scored = survivors(decoder, visual, batch, pruning, random_key)
         rope = jnp.take_along_axis(rope, _slots(layout, ordinals)[:, None], axis=2, mode="clip")
-        layout = keep_visual(layout, ordinals, num_kept)
+        whole, layout = layout, keep_visual(layout, ordinals, num_kept)
+        if isinstance(pruning, Selection) and pruning.positions == "renumbered":
+            rope, shift = layout.slots.position[:, None], jnp.asarray(whole.num_visual) - num_kept
     context = decoder.context(layout, rope, random_key, kernel, chunk, decoder.features(visual))
     x = decoder.embed(batch.text_ids, visual)
     if isinstance(pruning, Dropping):
         return _run_parts(decoder, x, context, plan, reduction, pruning, batch)
     x, record = decoder.prefill(x, context, plan, reduction)
-    shift = jnp.zeros(x.shape[0], jnp.int32)
     return PromptStates(x, (Part(record, layout, shift),), record.kept.scored.all(axis=0) & scored)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 import torch
 from flax import nnx
 
+from rlens_jax.drops import Positions
 from rlens_jax.kept_tokens import CDPruner, DivPrune, FasterVLM, Pooling, RandomTokens, Selection, StridedTokens, VisionZip
 from rlens_jax.models.generation import decode, prefill
 from rlens_jax.models.pruned import run_prompt
@@ -156,9 +157,8 @@ def left_of(case: Case, example: Any, pruning: Selection, drawn: list[int]) -> L
         tokens, ordinals = chosen(case, example, x[places], pruning, drawn)
         x[places[ordinals]] = tokens
         left = torch.tensor(sorted(np.flatnonzero(~example.is_visual).tolist() + places[ordinals].tolist()))
-    return Left(
-        x[left], position[left][None] if position.ndim == 1 else position[..., left], torch.tensor(example.is_visual)[left]
-    )
+    position = torch.arange(len(left)) if pruning.positions == "renumbered" else position[..., left]
+    return Left(x[left], position[None] if position.ndim == 1 else position, torch.tensor(example.is_visual)[left])
 
 
 @torch.no_grad()
@@ -181,14 +181,15 @@ METHODS = [
     (BOTH, FasterVLM(0.4)),
     (DENSE, VisionZip(14)),
     (BOTH, VisionZip(14, "mean")),
+    (BOTH, DivPrune(0.5, positions="renumbered")),
 ]
 
 
 @pytest.mark.parametrize(("plan", "pruning"), METHODS, ids=lambda value: value.label())
 def test_logits(case: Case, plan: Plan, pruning: Selection) -> None:
     """Ragged samples together, alone and on top of a plan; the token counts are those of the budget."""
-    if isinstance(pruning, Pooling) and case.inputs is qwen2_vl.hf_inputs:
-        pytest.skip("refused: its images are no grids of one size")
+    if case.inputs is qwen2_vl.hf_inputs and (isinstance(pruning, Pooling) or pruning.positions == "renumbered"):
+        pytest.skip("refused: its images are no grids of one size, and its positions have three parts")
     logits, layout, scored = run(*nnx.split(case.pair.ours.decoder), case.visual, case.batch, plan, pruning)
     assert scored
     draws = drawn_tokens(
@@ -212,9 +213,12 @@ def run_greedy(graph, state, visual, batch, pruning: Selection):
     return decode(decoder, first, cache, batch, NEW_TOKENS, ())[0], cache
 
 
-def test_greedy_tokens_with_a_cache_of_the_survivors(case: Case) -> None:
+@pytest.mark.parametrize("positions", get_args(Positions))
+def test_greedy_tokens_with_a_cache_of_the_survivors(case: Case, positions: Positions) -> None:
     """Merged tokens on top of a plan, in a batch, against whole passes of PyTorch; each layer holds the survivors."""
-    pruning, bucket = VisionZip(14), case.batch.layout.bucket
+    if case.inputs is qwen2_vl.hf_inputs and positions == "renumbered":
+        pytest.skip("refused: its positions have three parts")
+    pruning, bucket = VisionZip(14, positions=positions), case.batch.layout.bucket
     tokens, cache = run_greedy(*nnx.split(case.pair.ours.decoder), case.visual, case.batch, pruning)
     assert set(np.asarray(cache.stop - cache.start - NEW_TOKENS).tolist()) == {bucket.text + 14}
     embedding = case.pair.theirs.get_input_embeddings().weight.detach()
@@ -222,6 +226,7 @@ def test_greedy_tokens_with_a_cache_of_the_survivors(case: Case) -> None:
         left, expected = left_of(case, case.examples[row], pruning, []), []
         for step in range(NEW_TOKENS):
             expected.append(int(theirs(case, left, BOTH)[-1].argmax()))
-            left = left.followed_by(embedding[expected[-1]], int(case.batch.next_rope[row, 0]) + step)
+            position = int(case.batch.next_rope[row, 0]) + step if positions == "kept" else len(left.x)
+            left = left.followed_by(embedding[expected[-1]], position)
         assert tokens[row].tolist() == [expected]
     assert len(set(np.asarray(tokens).ravel().tolist())) > 3
