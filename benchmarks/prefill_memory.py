@@ -1,12 +1,13 @@
 """Compare the temporary memory of a prefill in one piece and in chunks, as planned by the compiler.
 
-    python benchmarks/prefill_memory.py
+    python benchmarks/prefill_memory.py [--visual 16384]
 
-Four layers with the widths of Qwen2-VL-7B, a prompt of 256 text and 7936 visual tokens, float32, batch 1. Nothing is computed;
-it takes a minute. Expect 5.5 GB for the dense plan in one piece and 1.6 GB in
-chunks; 1.7 GB and 1.6 GB for the reduced plan.
+Four layers with the widths of Qwen2-VL-7B, a prompt of 256 text and 7936 visual tokens, float32, batch 1. How many images the
+visual tokens belong to changes nothing. Nothing is computed; it takes a minute. Expect 5.5 GB for the dense plan in one piece and
+1.6 GB in chunks; 1.7 GB and 1.6 GB for the reduced plan.
 """
 
+import argparse
 from typing import Any
 
 import jax
@@ -18,9 +19,9 @@ from rlens_jax.layout import TokenLayout
 from rlens_jax.models.decoder import Decoder, DecoderConfig
 from rlens_jax.models.generation import prefill
 from rlens_jax.models.prompt import PromptBatch
-from rlens_jax.plans import Plan, Reduction
+from rlens_jax.plans import SKIP, Plan, Reduction
 
-TEXT, VISUAL = 256, 7936
+TEXT = 256
 CONFIG = DecoderConfig(
     num_layers=4,
     width=3584,
@@ -38,7 +39,14 @@ CONFIG = DecoderConfig(
 )
 
 
-def temporary_bytes(plan: Plan, chunk: int | None) -> int:
+PLANS = {
+    "dense": Plan(),
+    "reduced": Plan((0, 1, 2, 3), (0, 1, 2, 3)),
+    "frozen": Plan.of(dict.fromkeys(range(4), SKIP), dict.fromkeys(range(4), SKIP)),
+}
+
+
+def temporary_bytes(plan: Plan, visual_tokens: int, chunk: int | None) -> int:
     """Memory of a compiled prefill without its arguments and results."""
     module = nnx.eval_shape(lambda: Decoder(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(module)
@@ -46,10 +54,10 @@ def temporary_bytes(plan: Plan, chunk: int | None) -> int:
     def integers(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    layout = TokenLayout(integers(1, TEXT), integers(1, VISUAL), integers(1, TEXT), *[integers(1)] * 3)
-    rope = integers(1, len(CONFIG.rope_sections), TEXT + VISUAL)
+    layout = TokenLayout(integers(1, TEXT), integers(1, visual_tokens), integers(1, TEXT), *[integers(1)] * 3)
+    rope = integers(1, len(CONFIG.rope_sections), TEXT + visual_tokens)
     batch = PromptBatch(integers(1, TEXT), layout, rope, *[integers(1, 1)] * 7)
-    visual = jax.ShapeDtypeStruct((1, VISUAL, CONFIG.width), jnp.float32)
+    visual = jax.ShapeDtypeStruct((1, visual_tokens, CONFIG.width), jnp.float32)
 
     def run(state: Any, visual: Any, batch: PromptBatch) -> Any:
         decoder = nnx.merge(graph, state)
@@ -60,9 +68,12 @@ def temporary_bytes(plan: Plan, chunk: int | None) -> int:
 
 
 def main() -> None:
-    chunk = automatic_chunk(1, TEXT + VISUAL, CONFIG.ffn_width, itemsize=4)
-    for name, plan in (("dense", Plan()), ("reduced", Plan((0, 1, 2, 3), (0, 1, 2, 3)))):
-        whole, parts = (temporary_bytes(plan, size) / 1e6 for size in (None, chunk))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--visual", type=int, default=7936, help="visual tokens")
+    visual_tokens = parser.parse_args().visual
+    chunk = automatic_chunk(1, TEXT + visual_tokens, CONFIG.ffn_width, itemsize=4)
+    for name, plan in PLANS.items():
+        whole, parts = (temporary_bytes(plan, visual_tokens, size) / 1e6 for size in (None, chunk))
         print(f"{name:<8} in one piece {whole:8.0f} MB, in chunks of {chunk} tokens {parts:8.0f} MB", flush=True)
 
 
