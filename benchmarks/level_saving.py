@@ -38,7 +38,9 @@ def main() -> None:
         load = os.getloadavg()[0]
         programs = timing.layer_programs(MODELS[model], CASES, options.visual)
         programs.pop(timing.NO_ATTENTION)
-        measured = timing.time_turns(list(programs.values()), options.repeats)
+        calls = list(programs.values())
+        timing.warm_up(calls)
+        measured = timing.time_turns(calls, options.repeats)
         seconds = {name: timing.deciding_seconds(turns) for name, turns in zip(programs, measured, strict=True)}
         fastest = min((name for name in seconds if name not in CASES), key=lambda name: seconds[name])
         dense = seconds[fastest]

@@ -12,7 +12,7 @@ from flax import nnx
 from rlens_jax.dry_run.costs import Cost
 from rlens_jax.dry_run.estimate import roofline_seconds
 from rlens_jax.dry_run.topology import CHIP_KINDS, Slice
-from rlens_jax.engine.timing import TEXT_AFTER, TEXT_BEFORE, decoder_inputs, time_side_by_side
+from rlens_jax.engine.timing import TEXT_AFTER, TEXT_BEFORE, Turn, deciding_seconds, decoder_inputs, time_turns, warm_up
 from rlens_jax.errors import UserError, foreign
 from rlens_jax.flops import DecoderSizes, layer_cost
 from rlens_jax.models.decoder import Context
@@ -50,15 +50,20 @@ class LayerTime:
 
     Attributes:
         setting: its name in `SETTINGS`.
-        seconds: of each repeat; the least one counts, because other work can only add to it.
+        turns: the repeats.
         flops: multiplications and additions by the usual formula, probes included.
         predicted: the dry run's seconds at peak rates, None for a device whose rates it does not know.
     """
 
     setting: str
-    seconds: tuple[float, ...]
+    turns: tuple[Turn, ...]
     flops: int
     predicted: float | None
+
+    @property
+    def seconds(self) -> float:
+        """The time that decides."""
+        return deciding_seconds(self.turns)
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ def _expected(sizes: DecoderSizes, found: Sequence[LayerTimes], visual: int) -> 
         return 0.0
     last = timed[-1]
     growth = _flops(sizes, visual, FULL, FULL) / _flops(sizes, last.visual_tokens, FULL, FULL)
-    return 2 * growth * sum(min(each.seconds) for each in last.times)
+    return 2 * growth * sum(min(turn.wall for turn in each.turns) for each in last.times)
 
 
 def _times(sizes: DecoderSizes, visual: int, dtype: str, kernel: Kernel, deadline: float) -> list[LayerTime]:
@@ -120,14 +125,14 @@ def _times(sizes: DecoderSizes, visual: int, dtype: str, kernel: Kernel, deadlin
 
     programs = [jax.jit(partial(run, *levels)).lower(state, x, context).compile() for levels in SETTINGS.values()]
     calls = [partial(program, state, x, context) for program in programs]
-    first = time_side_by_side(calls, 1)
-    once = sum(seconds for (seconds,) in first)
+    warm_up(calls)
+    first = time_turns(calls, 1)
+    once = sum(turn.wall for (turn,) in first)
     repeats = min(MOST_REPEATS, int((deadline - time.monotonic()) / 2 / once))
-    # Another call before the repeats: `time_side_by_side` calls each once.
-    seconds = time_side_by_side(calls, repeats - 1) if repeats > 1 else [()] * len(calls)
+    others = time_turns(calls, max(0, repeats - 1))
     return [
-        LayerTime(name, (*once, *more), flops := _flops(sizes, visual, *levels), _predicted(flops, program))
-        for (name, levels), once, more, program in zip(SETTINGS.items(), first, seconds, programs, strict=True)
+        LayerTime(name, (*one, *more), flops := _flops(sizes, visual, *levels), _predicted(flops, program))
+        for (name, levels), one, more, program in zip(SETTINGS.items(), first, others, programs, strict=True)
     ]
 
 

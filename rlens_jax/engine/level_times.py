@@ -18,7 +18,7 @@ from rlens_jax.console import Progress
 from rlens_jax.engine.model_programs import ROWS
 from rlens_jax.engine.pools import Batch, Pool
 from rlens_jax.engine.programs import Programs, States
-from rlens_jax.engine.timing import static_prefill, time_side_by_side
+from rlens_jax.engine.timing import static_prefill, time_turns, warm_up
 from rlens_jax.errors import UserError
 from rlens_jax.files import check_schema, json_text, read_json_object, replace_file
 from rlens_jax.hosts.processes import Processes
@@ -75,8 +75,11 @@ def time_levels(programs: Programs, pools: Sequence[Pool], levels: Levels, dense
             batch = pool.batches()[0]
             calls = [_layers(programs, batch, *pair) for pair in pairs]
             calls.append(partial(static_prefill(programs, dense), programs.put(batch.visual), batch.inputs))
-            once = sum(seconds for (seconds,) in time_side_by_side(calls, 1, progress.advance))
-            *layers, whole = map(min, time_side_by_side(calls, max(repeats, round(SECONDS / once))))
+            warm_up(calls, progress.advance)
+            once = sum(turn.wall for (turn,) in time_turns(calls, 1))
+            *layers, whole = (
+                min(turn.wall for turn in turns) for turns in time_turns(calls, max(repeats, round(SECONDS / once)))
+            )
             width, run = len(levels.ffn), min(TIMED_LAYERS, programs.config.num_layers)
             table = tuple(
                 tuple(seconds / run for seconds in layers[first : first + width]) for first in range(0, len(layers), width)

@@ -37,9 +37,9 @@ def peak_memory(run: Callable[[], Any], analyses: Callable[[], list[Any]]) -> Pe
     """
     if jax.default_backend() == "cpu":
         return _resident(run)
-    before = _device_peak()
+    before = device_peak()
     jax.block_until_ready(run())
-    after = _device_peak()
+    after = device_peak()
     if before is not None and after is not None and after > before:
         return PeakMemory(after, "device")
     return PeakMemory(max(map(_needed, analyses())), "analysis")
@@ -50,8 +50,8 @@ def _needed(sizes: Any) -> int:
     return sum(parts) - int(sizes.alias_size_in_bytes)
 
 
-def _device_peak() -> int | None:
-    """Bytes of the device that has most, None if the devices tell nothing."""
+def device_peak() -> int | None:
+    """The most bytes in use so far on a device of this process, None if the devices tell nothing."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     return max((int(peak) for peak in peaks if peak is not None), default=None)
 

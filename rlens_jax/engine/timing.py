@@ -26,11 +26,11 @@ from rlens_jax.engine.compile_ahead import compile_together
 from rlens_jax.engine.model_programs import ROWS, Program
 from rlens_jax.engine.pools import Batch
 from rlens_jax.engine.programs import Programs
-from rlens_jax.flops import DecoderSizes, layer_cost
+from rlens_jax.flops import DecoderSizes, layer_cost, shared_prefill_cost
 from rlens_jax.layout import Bucket, Tokens, pack_layout, pack_rows
 from rlens_jax.models.decoder import Context, Decoder, DecoderConfig
 from rlens_jax.models.generation import prefill
-from rlens_jax.models.prompt import PromptBatch
+from rlens_jax.models.prompt import FILLER, PromptBatch
 from rlens_jax.ops.attention import Kernel, masked_attention
 from rlens_jax.ops.ffn import dense_ffn
 from rlens_jax.plans import FULL, STANDARD, Level, Plan, Reduction
@@ -54,18 +54,19 @@ class Turn(NamedTuple):
     cpu: float
 
 
-def time_turns(
-    functions: Sequence[Callable[[], Any]], repeats: int, advance: Callable[[], None] = lambda: None
-) -> list[tuple[Turn, ...]]:
-    """The repeats of each function; they take turns, so that a slow moment of the machine hits all of them.
-
-    The turns have another order each time: what ran before leaves the caches in a state of its own.
-
-    Each function is called once before, so that nothing is compiled while it is timed; `advance` is called after that.
-    """
+def warm_up(functions: Sequence[Callable[[], Any]], advance: Callable[[], None] = lambda: None) -> None:
+    """Call each function once, so that nothing is compiled when it is timed, and `advance` after each."""
     for function in functions:
         jax.block_until_ready(function())
         advance()
+
+
+def time_turns(functions: Sequence[Callable[[], Any]], repeats: int) -> list[tuple[Turn, ...]]:
+    """The repeats of each function; they take turns, so that a slow moment of the machine hits all of them.
+
+    The turns have another order each time: what ran before leaves the caches in a state of its own. The functions have run
+    before (`warm_up`).
+    """
     turns: list[list[Turn]] = [[] for _ in functions]
     for repeat in range(repeats):
         for place in random.Random(repeat).sample(range(len(functions)), len(functions)):
@@ -75,11 +76,10 @@ def time_turns(
     return [tuple(each) for each in turns]
 
 
-def time_side_by_side(
-    functions: Sequence[Callable[[], Any]], repeats: int, advance: Callable[[], None] = lambda: None
-) -> list[tuple[float, ...]]:
-    """Seconds by the clock of each function's repeats, as `time_turns`."""
-    return [tuple(turn.wall for turn in turns) for turns in time_turns(functions, repeats, advance)]
+def time_side_by_side(functions: Sequence[Callable[[], Any]], repeats: int) -> list[tuple[float, ...]]:
+    """Seconds by the clock of each function's repeats, as `time_turns`, after a call of each."""
+    warm_up(functions)
+    return [tuple(turn.wall for turn in turns) for turns in time_turns(functions, repeats)]
 
 
 def deciding_seconds(turns: Sequence[Turn]) -> float:
@@ -119,9 +119,23 @@ def time_plans(
     for name, call in calls.items():
         whole, reduced = time_side_by_side([partial(program, *arguments) for program, arguments in (dense, call)], repeats)
         own = batches.get(name, batch)
-        bucket = own.inputs.layout.bucket
-        times[name] = PrefillTime(whole, reduced, len(own.inputs.samples), bucket.text, bucket.visual)
+        flops = layer_flops(programs, batch, baseline), layer_flops(programs, own, plans[name])
+        times[name] = PrefillTime(whole, reduced, *flops, len(own.inputs.samples), *own.inputs.layout.bucket.size)
     return times
+
+
+def layer_flops(programs: Programs, batch: Batch, plan: Plan) -> int:
+    """Multiplications and additions of the decoder layers for the tokens of a batch, its prompts as branches, with probes."""
+    layout, sizes, num_layers = batch.inputs.layout, programs.config.layer_sizes, programs.config.num_layers
+    total = 0.0
+    for row in np.flatnonzero((np.asarray(batch.inputs.samples) != FILLER).any(axis=1)):
+        branches = np.bincount(np.asarray(layout.text_branch)[row, : int(layout.num_text[row])])
+        trunk, *own = map(int, branches)
+        own = own or [0]  # a single prompt may have no branch
+        visual = [int(layout.num_visual[row])] * num_layers
+        cost = partial(shared_prefill_cost, sizes, visual_in_layer=visual, plan=plan, reduction=programs.reduction)
+        total += sum(cost(trunk + text, trunk_text=trunk, sharers=len(own), with_probes=True) for text in own)
+    return 2 * round(total)
 
 
 def static_prefill(programs: Programs, plan: Plan) -> Program:
@@ -141,7 +155,9 @@ def time_layer(model: str, decoder: DecoderSizes, visual_tokens: int, repeats: i
     torch_program = torch_layer(decoder, visual_tokens)
     if torch_program is not None:
         programs[TORCH] = torch_program
-    measured = dict(zip(programs, time_turns(list(programs.values()), repeats), strict=True))
+    calls = list(programs.values())
+    warm_up(calls)
+    measured = dict(zip(programs, time_turns(calls, repeats), strict=True))
     seconds = {name: deciding_seconds(turns) for name, turns in measured.items()}
     dense = {name: seconds[name] for name in measured if name not in (*CASES, NO_ATTENTION)}
     fastest = min((name for name in dense if name != TORCH), key=lambda name: dense[name])

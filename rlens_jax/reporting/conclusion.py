@@ -15,6 +15,7 @@ from rlens_jax.data.images import load_images
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.generating import generated_texts
 from rlens_jax.engine.inputs import build_split
+from rlens_jax.engine.peak_memory import device_peak
 from rlens_jax.engine.preparing import prompts_of
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.seen import overlaps, see, token_grid
@@ -88,6 +89,7 @@ class Conclusion:
             seconds=self.clock.so_far,
             evaluations=session.journal.num_outcomes - session.resumed,
             resumed=session.resumed,
+            peak_memory_bytes=device_peak(),
             compilations=self.compilations.compiled,
             batch_size=self.batch_size,
             prefill={},

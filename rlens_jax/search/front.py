@@ -28,11 +28,15 @@ class PrefillTime:
 
     Attributes:
         dense, reduced: seconds, one value per repeat.
+        dense_flops, reduced_flops: multiplications and additions of the decoder layers for the batch's tokens, probes included.
+            Padding is not counted, so flops / seconds is the useful rate.
         samples, text_slots, visual_slots: shape of the timed batch, padding included.
     """
 
     dense: tuple[float, ...]
     reduced: tuple[float, ...]
+    dense_flops: int
+    reduced_flops: int
     samples: int
     text_slots: int
     visual_slots: int

@@ -146,6 +146,7 @@ class Timing:
         seconds: seconds per phase; of this process only, if the run was resumed.
         evaluations: number of samples that this process evaluated, counted once per plan.
         resumed: number of those that it read from the journal.
+        peak_memory_bytes: the most memory in use so far on a device of this process; None where devices do not tell.
         compilations: number of programs compiled by this process.
         batch_size: rows per batch of a work group.
         prefill: prefill times per plan of `Results.savings`, if measured.
@@ -158,6 +159,7 @@ class Timing:
     seconds: Mapping[str, float]
     evaluations: int
     resumed: int
+    peak_memory_bytes: int | None
     compilations: int
     batch_size: int
     prefill: Mapping[str, PrefillTime]

@@ -14,6 +14,7 @@ import pytest
 from rlens_jax.commands import doctor
 from rlens_jax.console import run_command
 from rlens_jax.device_checks import examination, layer_times, machine, numerics
+from rlens_jax.engine.timing import Turn
 from rlens_jax.errors import UserError
 from rlens_jax.files import check_schema, read_json_object
 from rlens_jax.flops import DecoderSizes
@@ -60,7 +61,7 @@ def test_all_passes_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for table in report["layer"]["tables"]:
         rows = {row["setting"]: row for row in table["times"]}
         assert list(rows) == list(layer_times.SETTINGS) and rows["dense"]["time_saved"] == 0
-        assert all(row["least_seconds"] == min(row["seconds"]) for row in table["times"])
+        assert all(row["deciding_seconds"] == min(row["cpu_seconds"]) for row in table["times"])
         assert rows["freeze"]["flops"] < rows["skip ffn"]["flops"] < rows["ffn"]["flops"] < rows["dense"]["flops"]
     out = capsys.readouterr().out
     assert "FAIL" not in out and "skip attention" in out
@@ -124,7 +125,7 @@ def test_devices_of_two_kinds_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_timings_that_would_end_too_late_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = [layer_times.LayerTime("dense", (3.0, 2.0), 100, None)]
+    times = [layer_times.LayerTime("dense", (Turn(3.0, 1.0), Turn(2.0, 1.5)), 100, None)]
     monkeypatch.setattr(layer_times, "_times", lambda *_: times)
     monkeypatch.setattr(layer_times.time, "monotonic", lambda: 90.0)
     small, large = layer_times.time_settings(SIZES, (100, 200), "float32", "packed", 92.0, lambda text: None)

@@ -1,14 +1,20 @@
-"""The benchmark command, on a small layer and a short run of visual tokens: what it writes, not how fast it was."""
+"""What timings count and write, not how fast anything was: of the benchmark command, and of prefills of a toy model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rlens_jax.commands import bench
 from rlens_jax.console import run_command
 from rlens_jax.engine import timing
-from rlens_jax.flops import DecoderSizes
+from rlens_jax.engine.inputs import build_split
+from rlens_jax.flops import DecoderSizes, prefill_cost
+from rlens_jax.models.prompt import FILLER
+from rlens_jax.plans import Plan
+from tests.engine.toy import LAYERS, REDUCTION, SHAPES, ToyPreparer, toy_programs, toy_samples
 
 pytestmark = pytest.mark.slow
 
@@ -41,3 +47,23 @@ def test_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         assert case["realised_saving"] == pytest.approx(case["time_saved"] / case["flops_saved"])
         assert name in printed
     assert results["cases"]["both"]["flops_saved"] > results["cases"]["ffn"]["flops_saved"] > 0.3
+
+
+@pytest.mark.usefixtures("one_device")
+def test_flops_of_a_batch_are_those_of_its_prompts_without_padding() -> None:
+    """What questions about one image share counts once."""
+    programs, plan = toy_programs(), Plan((1, 2), (0, 3))
+    sizes, samples = programs.config.layer_sizes, toy_samples()
+    twins = [replace(sample, id=f"{sample.id} again", question=sample.question + "xy") for sample in samples]
+    flops = {}
+    for sharing in (False, True):
+        split = build_split([*samples, *twins], ToyPreparer(), programs, SHAPES, False, sharing=sharing)
+        flops[sharing] = [timing.layer_flops(programs, batch, plan) for batch in split.batches]
+        assert any((batch.inputs.samples == FILLER).any() for batch in split.batches)
+    alone = sum(
+        prefill_cost(sizes, int(text), [int(visual)] * LAYERS, plan, REDUCTION, with_probes=True)
+        for text, visual in zip(split.num_text, split.num_visual, strict=True)
+    )
+    assert sum(flops[False]) == 2 * alone
+    assert alone < sum(flops[True]) < 1.8 * alone
+    assert np.ptp(flops[True]) > 0

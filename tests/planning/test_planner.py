@@ -20,6 +20,7 @@ from rlens_jax.engine.level_times import BucketTimes, LevelTimes, kept_level_tim
 from rlens_jax.engine.preparing import down_sampled
 from rlens_jax.engine.scoring import TeacherForcing
 from rlens_jax.engine.session import LoadedModel, ModelFolder, Session
+from rlens_jax.engine.timing import Turn
 from rlens_jax.errors import UserError
 from rlens_jax.families import qwen2_vl
 from rlens_jax.families.registry import ModelKind
@@ -195,7 +196,7 @@ def test_a_reached_budget_is_published_beside_its_controls_and_smaller_images(pr
 
     def time_plans(programs, batch, plans, repeats, baseline, batches):
         timed.update({name: (plan, batches.get(name, batch)) for name, plan in plans.items()})
-        return {name: PrefillTime((2.0, 2.0), (2.0 - int(name) / 8,) * 2, 1, 1, 1) for name in plans}
+        return {name: PrefillTime((2.0, 2.0), (2.0 - int(name) / 8,) * 2, 8, 4, 1, 1, 1) for name in plans}
 
     monkeypatch.setattr(frontier, "time_plans", time_plans)
     front = Frontier(planner, planner.evaluator, "test", "model", "data", [half]).front(path)
@@ -352,17 +353,20 @@ def test_a_time_table_has_the_levels_of_attention_as_rows(programs, monkeypatch)
 
     asked = []
 
-    def side_by_side(calls, repeats, advance=None):
+    def turns(calls, repeats):
         *pairs, whole = calls
         assert whole.func == Plan()
         asked.append(repeats)
         if repeats == 1:
-            return [(level_times.SECONDS / 70,) for _ in calls]
-        return [(10.0 * a + f + 8, 99.0, 10.0 * a + f) for a, f in pairs] + [(53.0, 51.0, 60.0)]
+            walls = [(level_times.SECONDS / 70,) for _ in calls]
+        else:
+            walls = [(10.0 * a + f + 8, 99.0, 10.0 * a + f) for a, f in pairs] + [(53.0, 51.0, 60.0)]
+        return [tuple(Turn(wall, 0.0) for wall in each) for each in walls]
 
     monkeypatch.setattr(level_times, "_layers", layers)
     monkeypatch.setattr(level_times, "static_prefill", lambda programs, plan: plan)
-    monkeypatch.setattr(level_times, "time_side_by_side", side_by_side)
+    monkeypatch.setattr(level_times, "warm_up", lambda calls, advance: None)
+    monkeypatch.setattr(level_times, "time_turns", turns)
     monkeypatch.setattr(level_times, "partial", lambda *call: SimpleNamespace(func=call[0]))
     times = level_times.time_levels(programs, split.pools, LEVELS, Plan(), 3)
     assert asked == [1, 7] * len(split.pools)  # ten programs a turn

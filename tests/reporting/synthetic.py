@@ -82,7 +82,7 @@ def synthetic_results(num_layers=12, samples=60, with_search_all=False, operator
     if len(operators) == 2:
         plan = Plan(*(results[operator].saving.plan.layers(operator) for operator in OPERATORS))
         combined = plan_saving(plan, test.metrics(plan), dense_test, flops_saved, relative=True)
-    prefill = PrefillTime((0.1, 0.12, 0.11), (0.08, 0.07, 0.09), 16, 32, 128)
+    prefill = PrefillTime((0.1, 0.12, 0.11), (0.08, 0.07, 0.09), 4000, 3000, 16, 32, 128)
     return Results(
         config=config,
         model_hash="sha256:5f1c",
@@ -103,6 +103,7 @@ def synthetic_results(num_layers=12, samples=60, with_search_all=False, operator
             device="cpu",
             num_devices=1,
             num_cores=2,
+            peak_memory_bytes=None,
             seconds={"search": 100.0, "curves": 60.0, "timing": 10.0},
             evaluations=500,
             resumed=0,

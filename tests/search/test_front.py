@@ -37,7 +37,7 @@ PLAN = Plan.of({3: SKIP}, {2: SKIP, 3: SKIP})
 
 
 def point(kind, plan, score, loss, seconds, **fields):
-    time = None if seconds is None else PrefillTime((4.0, 5.0, 4.0), (seconds,) * 3, 2, 16, 64)
+    time = None if seconds is None else PrefillTime((4.0, 5.0, 4.0), (seconds,) * 3, 8, 4, 2, 16, 64)
     interval = Interval(*(np.array(score + spread) for spread in (0.0, -0.02, 0.02)))
     return FrontPoint(kind, plan, None, 0.5, 64.0, interval, HeldOutLoss(loss, loss + 0.01), None, time, **fields)
 
