@@ -25,7 +25,9 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, run, print."""
     parser = RunParser("python -m rlens_jax.rank", "[--model FOLDER] [--data FILE.jsonl] [--output DIR]", __doc__)
     add_restart_option(parser)
-    parser.add_argument("--profile", action="store_true", help="also write where the time of the run goes to profile.json")
+    parser.add_argument(
+        "--profile", metavar="DIR", nargs="?", const="", help="write profile.json, and with DIR also traces there"
+    )
     group = parser.add_argument_group("dry run")
     group.add_argument(
         "--dry-run",
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     group.add_argument("--within", metavar="MINUTES", type=_minutes, help="also say what to change for the run to take less time")
     options, config = parser.parse_run(arguments)
     if options.dry_run is not None:
-        if options.profile:
+        if options.profile is not None:
             parser.error("--profile needs a run, not a dry run")
         target = find_slice(options.dry_run)
         text, document = run_job(Job(config, target, options.all_buckets, options.within))

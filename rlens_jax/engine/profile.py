@@ -1,4 +1,4 @@
-"""Where the time of a run goes: `profile.json`, written on request.
+"""Where the time of a run goes: `profile.json`, and traces of JAX's profiler, written on request.
 
 The parts of a run exclude each other, so they add up to its time. While a profile is taken, each program's result is waited for,
 so that its time is its own: the run is then slower, as host and device do not work at the same time.
@@ -8,7 +8,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,22 +25,31 @@ PARTS = ("compile", "data", "load", "vision", "base states", "candidates", "outc
 from; the layers of candidates, and generation; answers from last states; the timed prefills; all else."""
 _OF_PROGRAM = {"encode": "vision", "embed": "base states", "outcome": "outcomes", "static prefill": "timing"}
 _COMPILING = "/jax/core/compile/"
+TRACED = 3
+"""Calls of each program that are traced, after the first one, which compiles."""
 
 
 @dataclass
-class _Compiled:
-    """The compilations of one program for one shape."""
+class _Runs:
+    """The compilations of one program for one shape, and its calls."""
 
-    count: int = 0
+    compilations: int = 0
     seconds: float = 0.0
+    """Of the compilations."""
+    calls: list[float] = field(default_factory=list)
+    """Seconds of each, compilation included."""
 
 
 @dataclass(eq=False)
 class Profile:
-    """Seconds per part, and the compilations of each program, of a run that is in progress."""
+    """Seconds per part, and the compilations and calls of each program, of a run that is in progress.
 
+    With a folder for `traces`, it gets a trace of some calls of each program: DIR/PROGRAM, for TensorBoard or XProf.
+    """
+
+    traces: Path | None = None
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
-    compiled: dict[tuple[str, tuple[int, ...]], _Compiled] = field(default_factory=lambda: defaultdict(_Compiled))
+    programs: dict[tuple[str, tuple[int, ...]], _Runs] = field(default_factory=lambda: defaultdict(_Runs))
     _within: list[str] = field(default_factory=lambda: ["host"])
     _since: float = field(default_factory=time.perf_counter)
     _thread: int = field(default_factory=threading.get_ident)
@@ -64,10 +73,14 @@ class Profile:
         outer = self._within[-1]
         part = _OF_PROGRAM.get(name, outer if outer in ("base states", "candidates") else "candidates")
         self._program = name, program_shape(arguments)
+        calls = sum(len(runs.calls) for (known, _), runs in self.programs.items() if known == name)
+        folder = self.traces / name if self.traces is not None and 0 < calls <= TRACED else None
+        began = time.perf_counter()
         try:
-            with self.part(part):
+            with self.part(part), jax.profiler.trace(str(folder)) if folder else nullcontext():
                 return jax.block_until_ready(call())
         finally:
+            self.programs[self._program].calls.append(time.perf_counter() - began)
             self._program = None
 
     def on_event(self, event: str, duration_secs: float, **facts: str | int) -> None:
@@ -76,9 +89,9 @@ class Profile:
             return
         name = str(facts.get("fun_name", "unknown"))
         if threading.get_ident() != self._thread:  # side by side with others: their time is that of the part that waits for them
-            entry = self.compiled[name, ()]
+            entry = self.programs[name, ()]
             entry.seconds += duration_secs
-            entry.count += event.endswith("backend_compile_duration")
+            entry.compilations += event.endswith("backend_compile_duration")
             return
         began, own = time.perf_counter() - duration_secs, duration_secs
         while self._events and self._events[-1][0] >= began:  # it happened inside this one
@@ -86,17 +99,24 @@ class Profile:
         self._events.append((began, duration_secs))
         self.seconds["compile"] += own
         self.seconds[self._within[-1]] -= own
-        entry = self.compiled[self._program or (name, ())]
+        entry = self.programs[self._program or (name, ())]
         entry.seconds += own
-        entry.count += event.endswith("backend_compile_duration")
+        entry.compilations += event.endswith("backend_compile_duration")
 
     def fields(self) -> dict[str, Any]:
         """The fields of profile.json, as JSON values."""
         self._count()
         programs = [
-            {"program": name, "shape": list(shape), "compilations": entry.count, "seconds": entry.seconds}
-            for (name, shape), entry in self.compiled.items()
-            if entry.count
+            {
+                "program": name,
+                "shape": list(shape),
+                "compilations": runs.compilations,
+                "seconds": runs.seconds,
+                "calls": len(runs.calls),
+                "least_call": min(runs.calls, default=None),
+            }
+            for (name, shape), runs in self.programs.items()
+            if runs.compilations or runs.calls
         ]
         return {
             "schema": SCHEMA,
@@ -114,12 +134,15 @@ _current: ContextVar[Profile | None] = ContextVar("profile", default=None)
 
 
 @contextmanager
-def profiled(folder: Path | None) -> Iterator[None]:
-    """Profile all that happens inside and write profile.json into `folder` when it ends well; None does nothing."""
-    if folder is None:
+def profiled(folder: Path | None, traces: str | None) -> Iterator[None]:
+    """Profile all that happens inside and write profile.json into `folder` when it ends well.
+
+    Some calls of each program are traced into the folder `traces`, unless it is "". If either is None, nothing is done.
+    """
+    if folder is None or traces is None:
         yield
         return
-    profile = Profile()
+    profile = Profile(Path(traces) if traces else None)
     token = _current.set(profile)
     jax.monitoring.register_event_duration_secs_listener(profile.on_event)
     try:

@@ -381,6 +381,7 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
         self.head = None if config.tied_head else nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale, axes="VD")
 
+    @jax.named_scope("embed")
     def embed(self, text_ids: Int[Array | np.ndarray, "B X"], visual: Float[Array, "B P visual_width"]) -> States:
         """Packed states: embeddings of the text tokens, then the connector's outputs without deepstack features."""
         text = embed_tokens(self.embedding[...], jnp.asarray(text_ids))
@@ -418,6 +419,7 @@ class Decoder(nnx.Module):
         """Final norm and head, in float32; on a mesh, the logits of this shard's part of the vocabulary."""
         return self.read_out(self.norm(x))
 
+    @jax.named_scope("head")
     def read_out(self, normed: States) -> Float[Array, "B T V"]:
         """The head: `logits` of states behind the final norm."""
         head = self.embedding if self.head is None else self.head

@@ -36,15 +36,15 @@ from rlens_jax.search.results import Results, Searched
 from rlens_jax.search.search import Ranking
 
 
-def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool = False, profile: bool = False) -> Searched:
+def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool = False, profile: str | None = None) -> Searched:
     """Rank layers: search, compare on held-out samples, time, and write all results to `config.output`.
 
     Each ranking is shown and written, marked as provisional, as soon as it is found. The run ends with the rankings if
     `config.report.extent` is `none`; otherwise the value returned is a `Results`.
 
     Evaluations in the journal of that folder are not made again. `restart` is as of `open_log`. If the run has several
-    `processes`, each prepares its share of the samples, all decide alike, and process 0 writes. `profile` also writes
-    profile.json; see `rlens_jax.engine.profile`.
+    `processes`, each prepares its share of the samples, all decide alike, and process 0 writes. `profile` writes
+    profile.json, too, and is the folder of traces, or "" for none; see `rlens_jax.engine.profile`.
 
     Raises:
         UserError: bad input of any kind.
@@ -54,7 +54,7 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
     processes.check_same(config.portable() | {"output": config.output})
     folder = processes.agreed(lambda: ModelFolder.find(config.model))
     compilations = start(config.compute, output, processes, folder.path)
-    with profiled(output if profile and processes.leads else None), memory_explained(config.compute), ExitStack() as opened:
+    with profiled(output if processes.leads else None, profile), memory_explained(config.compute), ExitStack() as opened:
         with part("data"):
             own = own_answers(folder, config, processes) if config.search.own_answers else {}
             session = opened.enter_context(Session.open(folder, config, processes, restart=restart, own=own))

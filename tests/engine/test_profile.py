@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ class Clock:
 
 def test_parts_exclude_each_other_and_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, clock = jnp.zeros(3), Clock(monkeypatch)
-    with profiled(tmp_path):
+    with profiled(tmp_path, ""):
         with part("data"):
             clock.wait(5)
             with part("load"):
@@ -49,14 +50,35 @@ def test_parts_exclude_each_other_and_add_up(tmp_path: Path, monkeypatch: pytest
 def test_compilations_are_counted_by_program_and_shape(tmp_path: Path) -> None:
     """Once per shape, and not as time of the part in which they happen."""
     function = jax.jit(lambda x: jnp.sort(x) @ x)
-    with profiled(tmp_path):
+    with profiled(tmp_path, ""):
         for size in (5, 5, 6):
             x = jnp.zeros(size)
             profile.run("layers", (x,), lambda x=x: function(x))
     fields = json.loads((tmp_path / "profile.json").read_text())
     found = {(item["program"], *item["shape"]): item["compilations"] for item in fields["programs"]}
     assert found["layers", 5] == found["layers", 6] == 1
+    calls = {tuple(item["shape"]): item["calls"] for item in fields["programs"] if item["program"] == "layers"}
+    assert calls == {(5,): 2, (6,): 1}
     assert fields["seconds"]["compile"] > 0.99 * sum(item["seconds"] for item in fields["programs"])
+
+
+def test_a_few_calls_of_each_program_are_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the first call, which compiles; on request only."""
+    traced: list[str] = []
+    monkeypatch.setattr(jax.profiler, "trace", lambda folder: traced.append(folder) or nullcontext())
+    for traces in (str(tmp_path / "traces"), ""):
+        with profiled(tmp_path, traces):
+            for name in ("layers", "outcome", *["layers"] * profile.TRACED, "layers", "outcome"):
+                profile.run(name, (), lambda: None)
+    assert traced == [str(tmp_path / "traces" / name) for name in [*["layers"] * profile.TRACED, "outcome"]]
+
+
+def test_a_trace_is_written(tmp_path: Path) -> None:
+    function, x = jax.jit(lambda x: x + 1), jnp.zeros(3)
+    with profiled(tmp_path, str(tmp_path / "traces")):
+        for _ in range(2):
+            profile.run("layers", (x,), lambda: function(x))
+    assert list((tmp_path / "traces" / "layers").rglob("*.xplane.pb"))
 
 
 def test_a_compilation_within_another_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +111,7 @@ def test_the_shape_of_a_program_over_prompts_is_its_rows_and_slots() -> None:
 
 
 def test_without_a_profile_nothing_is_waited_for_or_written(tmp_path: Path) -> None:
-    with profiled(None), part("data"):
-        assert profile.run("layers", (), lambda: 7) == 7
+    for folder, traces in ((None, str(tmp_path)), (tmp_path, None)):
+        with profiled(folder, traces), part("data"):
+            assert profile.run("layers", (), lambda: 7) == 7
     assert not list(tmp_path.iterdir())
