@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from rlens_jax.checkpoints.leaves import axes_of
 from rlens_jax.engine import profile
 from rlens_jax.models.forward import VisionLanguageModel
-from rlens_jax.ops.attention import Kernel
+from rlens_jax.ops.attention import Kernel, suited_kernel
 from rlens_jax.sharding.mesh import ParameterLayout, groups_of, put_rows, split_over
 from rlens_jax.sharding.model_axis import MODEL, WORK
 
@@ -86,7 +86,7 @@ class ModelPrograms:
         self.config = model.decoder.config
         self.dtype = model.decoder.embedding.get_value().dtype
         self.mesh = mesh
-        self.kernel: Kernel = "splash" if mesh.devices.flat[0].platform == "tpu" else "packed"
+        self.kernel: Kernel = suited_kernel(mesh.devices.flat[0], self.dtype, self.config.head_dim)
         """The attention kernel of a prefill."""
         self.traces: Counter[str] = Counter()
         """How often each program was traced: once per bucket."""

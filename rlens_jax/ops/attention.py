@@ -6,27 +6,31 @@ token without text before it is 0. Attention that visual tokens skip is that of 
 `masked_attention` is the plain reference. It forms the whole score matrix, so its Hollow form is *simulated*. The other paths
 have the same result and are *measured*. They compute queries block by block, and each block of visual queries meets one static
 slice of visual keys and the text keys. No T x S matrix is formed. In dense attention the slice begins at the first visual key.
-`attend` chooses between these paths and the TPU's kernel (`rlens_jax.ops.attention_tpu`).
+`attend` chooses between these paths and the kernels of TPUs (`rlens_jax.ops.attention_tpu`) and NVIDIA GPUs
+(`rlens_jax.ops.attention_gpu`).
 """
 
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from rlens_jax.console import say
 from rlens_jax.layout import KV, Queries, Range, Slots, TokenLayout, Window, visible
+from rlens_jax.ops.attention_gpu import compile_error, cudnn_attention, cudnn_text_attention, refusal
 from rlens_jax.ops.attention_tpu import splash_attention, splash_text_attention
 from rlens_jax.plans import TEXT
 
 TextQueries = Float[Array, "B N X H"]
 """Queries, or outputs of attention, of the text slots or of any others."""
 
-Kernel = Literal["packed", "splash"]
-"""What computes the attention of a prefill: plain XLA, or the TPU's Pallas kernel."""
+Kernel = Literal["packed", "splash", "cudnn"]
+"""What computes the attention of a prefill: plain XLA, the TPU's Pallas kernel, or cuDNN's on an NVIDIA GPU."""
 
 MASKED = -1e30
 """Score of an invisible key. It is far below every real score, and finite, so rows without visible keys stay finite."""
@@ -43,6 +47,23 @@ MAX_BLOCKS = 64
 """Max blocks per prompt in `packed_attention`, which compiles each block separately. Longer prompts use larger blocks."""
 
 
+def suited_kernel(device: Any, dtype: DTypeLike, head_dim: int) -> Kernel:
+    """The kernel for a prefill on such a device of JAX; where cuDNN refuses or fails to compile, a line says so once."""
+    if device.platform == "tpu":
+        return "splash"
+    if device.platform != "gpu":
+        return "packed"
+    if (why := refusal(dtype, head_dim) or compile_error(head_dim)) is None:
+        return "cudnn"
+    _say_once(f"attention by plain XLA, not by cuDNN: {why}")
+    return "packed"
+
+
+@cache
+def _say_once(line: str) -> None:
+    say(line)
+
+
 def attend(
     q: Queries,
     k: KV,
@@ -57,13 +78,19 @@ def attend(
     """Dense (`attention_range` None) or Hollow Attention of a packed batch.
 
     The result is the same for each kernel. `splash` runs on a TPU (in tests under `pltpu.force_tpu_interpret_mode`) and has no
-    gradient. `chunked` saves memory in plain XLA for long prompts; the splash kernel holds no scores in memory anyway. A range
-    that all visual slots lie in takes the program of dense attention.
+    gradient. `cudnn` has none either, and computes the same pieces in plain XLA where there is no cuDNN; for the position window
+    plain XLA takes its place. `chunked` saves memory in plain XLA for long prompts; the kernels hold no scores in memory
+    anyway. A range that all visual slots lie in takes the program of dense attention.
     """
     if attention_range is not None and attention_range >= layout.bucket.visual and window == "ordinal":
         attention_range = None
     if kernel == "splash":
         return splash_attention(q, k, v, layout, attention_range, window)
+    if kernel == "cudnn":
+        if window == "ordinal" or attention_range in (None, TEXT):
+            return cudnn_attention(q, k, v, layout, attention_range)
+        # Its band counts slots. In positions the band of a token is as much narrower as there is text between its images.
+        _say_once("attention by plain XLA, not by cuDNN: its window counts visual tokens, not positions")
     attention = chunked_attention if chunked else packed_attention
     return attention(q, k, v, layout, attention_range, window)
 
@@ -72,6 +99,8 @@ def attend_text(q: TextQueries, k: KV, v: KV, layout: TokenLayout, *, kernel: Ke
     """The rows of dense attention in text slots alone, from the queries of these slots; otherwise as `attend`."""
     if kernel == "splash":
         return splash_text_attention(q, k, v, layout)
+    if kernel == "cudnn":
+        return cudnn_text_attention(q, k, v, layout)
     return (chunked_text_attention if chunked else packed_text_attention)(q, k, v, layout)
 
 

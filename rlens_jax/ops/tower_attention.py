@@ -7,8 +7,11 @@
                     forms those of one block of queries of one image at a time. With windows a block meets the keys around it.
     splash_tower_attention
                     is JAX's Pallas splash kernel for TPUs, which forms them on the chip only. Groups are its segments.
+    cudnn_tower_attention
+                    is cuDNN's for NVIDIA GPUs, likewise, for images without windows. Sequence lengths say where the image ends.
+                    Windows would be segments there, which cuDNN takes from Hopper on; they go in chunks, which are small.
 
-The platform that a program is compiled for decides between the last two, so towers need not know of it. A batch pads its images
+The platform that a program is compiled for decides between the last three, so towers need not know of it. A batch pads its images
 to one size, so they are a leading axis and not more segments of one sequence: no block of one image meets a block of another.
 """
 
@@ -23,6 +26,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from jaxtyping import Array, Float, Int
 
 from rlens_jax.ops.attention import equal_parts, masked_attention
+from rlens_jax.ops.attention_gpu import cudnn_first_keys, refusal
 from rlens_jax.ops.attention_tpu import block_size
 from rlens_jax.sharding.model_axis import split_heads
 
@@ -58,22 +62,18 @@ def attend_groups(q: Heads, k: Heads, v: Heads, group: Groups, most: int | None 
         q, k, v: float32 or bfloat16, the heads of the whole model or of one shard. Padding may hold any finite numbers.
         group: the numbers.
         most: max patches in a group, if the patches stand group by group; the last group, of padding, may have more. None if
-            every group may be all over the image.
+            an image's patches are one group, and padding follows them.
 
     Returns:
         Outputs in the dtype of `q`; those of padding are finite and have no meaning.
     """
     if q.shape[2] <= (WHOLE if most is None else 2 * most):
         return masked_attention(q, k, v, group[:, :, None] == group[:, None])
-    return jax.lax.platform_dependent(
-        q,
-        k,
-        v,
-        group,
-        cpu=partial(attend_in_chunks, most=most, queries=CPU_QUERIES),
-        tpu=partial(splash_tower_attention, most=most),
-        default=partial(attend_in_chunks, most=most, queries=QUERIES),
-    )
+    ways: dict[str, Any] = {"cpu": partial(attend_in_chunks, most=most, queries=CPU_QUERIES)}
+    ways["tpu"] = partial(splash_tower_attention, most=most)
+    if most is None and refusal(q.dtype, q.shape[-1]) is None:
+        ways["cuda"] = cudnn_tower_attention
+    return jax.lax.platform_dependent(q, k, v, group, **ways, default=partial(attend_in_chunks, most=most, queries=QUERIES))
 
 
 def attend_in_chunks(q: Heads, k: Heads, v: Heads, group: Groups, most: int | None, queries: int) -> Heads:
@@ -98,6 +98,18 @@ def attend_in_chunks(q: Heads, k: Heads, v: Heads, group: Groups, most: int | No
         return jax.lax.scan(attend_block, jnp.zeros_like(q), jnp.asarray(starts))[0][0]
 
     return jax.lax.map(attend_image, (q, k, v, group))
+
+
+def cudnn_tower_attention(q: Heads, k: Heads, v: Heads, group: Groups) -> Heads:
+    """As `attend_groups` without windows, by cuDNN, or its pieces in plain XLA (`rlens_jax.ops.attention_gpu`).
+
+    In a program that XLA cuts along `model`, each shard computes its own heads, or all of them if they do not divide.
+    """
+
+    def attend(q: Heads, k: Heads, v: Heads, group: Groups) -> Heads:
+        return cudnn_first_keys(q, k, v, (group == group[:, :1]).sum(axis=1, dtype=jnp.int32))
+
+    return split_heads(attend, q.shape[1])(q, k, v, group)
 
 
 def splash_tower_attention(

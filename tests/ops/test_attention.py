@@ -14,6 +14,8 @@ from jax.extend.core import jaxprs_in_params
 
 from rlens_jax.layout import PADDING_POSITION, visible
 from rlens_jax.ops.attention import (
+    attend,
+    attend_text,
     chunked_attention,
     chunked_text_attention,
     packed_attention,
@@ -107,8 +109,17 @@ PATHS = {
         small=(run_length(2, 131, 3, 67, 1), 128),
         bfloat16=2e-2,
     ),
+    "cudnn": Path(  # its pieces in plain XLA
+        partial(attend, kernel="cudnn"),
+        RAGGED,
+        (*((r, "ordinal", None) for r in (None, 1, 2, 11, 50, 51, ABUNDANT)), (11, "position", None)),
+        11,
+        None,
+        small=(run_length(2, 7, 2, 6, 3), None),
+        rounding=1e-6,
+    ),
 }
-DIFFERENTIABLE = [name for name in PATHS if name != "splash"]
+DIFFERENTIABLE = [name for name in PATHS if name not in ("splash", "cudnn")]
 MARKS = {"splash": [pytest.mark.slow]}  # a kernel for TPUs, interpreted on CPU
 
 
@@ -157,6 +168,7 @@ TEXT_ROWS = {
     "packed": packed_text_attention,
     "chunked": chunked_text_attention,
     "splash": partial(splash_text_attention, interpret=True),
+    "cudnn": partial(attend_text, kernel="cudnn"),
 }
 """The paths that compute the rows of text slots alone."""
 

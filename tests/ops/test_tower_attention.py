@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from rlens_jax.checkpoints.checkpoint import read_model_kind
 from rlens_jax.ops.attention import masked_attention
-from rlens_jax.ops.tower_attention import WHOLE, attend_groups, attend_in_chunks, splash_tower_attention
+from rlens_jax.ops.tower_attention import WHOLE, attend_groups, attend_in_chunks, cudnn_tower_attention, splash_tower_attention
 from rlens_jax.sharding.mesh import make_mesh, split_over
 from rlens_jax.sharding.model_axis import WORK, split_heads
 from tests.numerics import assert_close
@@ -54,12 +55,15 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, group: np.ndarray) -> jax.Ar
     return masked_attention(q, k, v, jnp.asarray(group[:, :, None] == group[:, None]))
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("way", "case"),
+    [*((way, case) for way in WAYS for case in CASES), *(("cudnn", case) for case in CASES if CASES[case][1] is None)],
+)
 def test_patches_attend_to_their_group(way: str, case: str) -> None:
     group, most, size = CASES[case]
     q, k, v = heads(group, size)
-    ours = np.asarray(jax.jit(partial(WAYS[way], most=most))(q, k, v, jnp.asarray(group)))
+    attend = cudnn_tower_attention if way == "cudnn" else partial(WAYS[way], most=most)
+    ours = np.asarray(jax.jit(attend)(q, k, v, jnp.asarray(group)))
     assert np.isfinite(ours).all()
     real = np.broadcast_to((group < group.max(axis=1, keepdims=True) if group.any() else group == 0)[:, None, :, None], q.shape)
     assert_close(ours[real], np.asarray(plain(q, k, v, group))[real], 1e-5)
@@ -115,6 +119,22 @@ def test_the_platform_decides() -> None:
     assert "tpu_custom_call" in lowered(WHOLE + 1, "tpu")
     assert "tpu_custom_call" not in lowered(WHOLE + 1, "cpu") + lowered(WHOLE + 1, "cuda") + lowered(WHOLE, "tpu")
     assert "while" not in lowered(WHOLE, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most", "found"), [(jnp.bfloat16, None, True), (jnp.float32, None, False), (jnp.bfloat16, 9, False)]
+)
+def test_a_tower_in_bfloat16_without_windows_is_lowered_to_cudnn(
+    dtype: jnp.dtype, most: int | None, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200)
+    group = jnp.asarray(images(WHOLE + 1, 131))
+    program = jax.jit(partial(attend_groups, most=most)).trace(*(x.astype(dtype) for x in heads(group, 80)), group)
+    text = program.lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "custom_call @__cudnn$fmhaSoftmax(" in line]
+    assert len(calls) == found and ("while" in text) == (not found)
+    # Queries, keys and values, and the lengths of both.
+    assert all("mask_type\\22: \\22PADDING" in call and "tensor<2xi32>, tensor<2xi32>) ->" in call for call in calls)
 
 
 def test_a_compiled_tower_holds_no_score_matrix() -> None:
