@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlens_jax.engine.timing import time_side_by_side
 from rlens_jax.errors import UserError, foreign
+from rlens_jax.sharding.mesh import one_kind
 
 COLLECTIVE_BYTES = 16 << 20
 """Of each device's array in the timed collectives."""
@@ -46,14 +47,11 @@ def describe_devices() -> dict[str, Any]:
         UserError: the devices are of different kinds, for which no program is made.
     """
     devices = jax.devices()
-    kinds = sorted({device.device_kind for device in devices})
-    if len(kinds) > 1:
-        advice = "select devices of one kind, such as by CUDA_VISIBLE_DEVICES"
-        raise UserError(f"the devices are of different kinds ({', '.join(kinds)}), and a program runs on one kind; {advice}")
+    kind = one_kind(devices)
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
     return {
         "platform": devices[0].platform,
-        "kind": kinds[0],
+        "kind": kind,
         "count": len(devices),
         "processes": jax.process_count(),
         "memory_bytes": min((int(limit) for limit in limits if limit), default=None),

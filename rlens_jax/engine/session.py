@@ -23,7 +23,7 @@ from rlens_jax.engine.inputs import Split, encode_split
 from rlens_jax.engine.preparing import PreparedSplit, prepare
 from rlens_jax.engine.programs import Programs
 from rlens_jax.engine.shapes import Block, Dealt, Shapes, blocks_of, choose_shapes, dealt_rows, row_padding, useful_rows
-from rlens_jax.engine.sizes import device_bytes, fitting_batch_size
+from rlens_jax.engine.sizes import chosen_batch_size
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.hosts.processes import Processes
 from rlens_jax.layout import Bucket
@@ -175,14 +175,10 @@ def load(session: Session) -> LoadedModel:
     """Load the model on all devices; an open batch size becomes the largest useful one that fits into their memory.
 
     Raises:
-        UserError: not one row fits into memory, or the folder is not usable.
+        UserError: the batch size, or not one row, fits into memory, or the folder is not usable.
     """
     folder, config, mesh, shapes = session.folder, session.config, session.mesh, session.shapes
-    rows = config.compute.batch_size
-    if not rows:
-        useful = useful_rows(shapes)
-        rows = fitting_batch_size(config, folder.kind, mesh, device_bytes(mesh), shapes.largest, useful)
-        say(f"batch size: {rows}, {'more would not be faster' if rows == useful else 'as many as fit into memory'}")
+    rows = chosen_batch_size(config, folder.kind, mesh, shapes.largest, useful_rows(shapes))
     _, module = load_model(folder.path, jnp.dtype(dtype_on(mesh, config.compute)), mesh=mesh)
     shapes = replace(shapes, batch_size=rows)
     dealt = {name: dealt_rows(prepared, shapes, mesh.shape[WORK]) for name, prepared in session.splits.items()}

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from rlens_jax.checkpoints.leaves import layout_of, set_ffn_form
 from rlens_jax.config import ComputeConfig, RunConfig
+from rlens_jax.console import say
 from rlens_jax.engine.choices import dtype_on
 from rlens_jax.engine.model_programs import Program
 from rlens_jax.engine.programs import Programs, States
@@ -162,6 +163,29 @@ def fitting_batch_size(config: RunConfig, kind: ModelKind, mesh: Mesh, available
         return held + sizes.temp_size_in_bytes + sizes.output_size_in_bytes + int(compute.state_memory_gb * 1e9)
 
     return max_rows(needed, available, most)
+
+
+def chosen_batch_size(config: RunConfig, kind: ModelKind, mesh: Mesh, bucket: Bucket, useful: int) -> int:
+    """The configured number of rows per work group, or as many as fit and are `useful`; arguments as of `fitting_batch_size`.
+
+    A configured number is checked on accelerators, whose memory does not grow; a CPU takes it as it is.
+
+    Raises:
+        UserError: the configured number does not fit, with one that does; or not even one row fits.
+    """
+    given, device = config.compute.batch_size, mesh.devices.flat[0]
+    if given and device.platform == "cpu":
+        return given
+    available = device_bytes(mesh)
+    rows = fitting_batch_size(config, kind, mesh, available, bucket, given or useful)
+    if not given:
+        say(f"batch size: {rows}, {'more would not be faster' if rows == useful else 'as many as fit into memory'}")
+    elif rows < given:
+        raise UserError(
+            f"compute.batch_size = {given} does not fit into the {available / 1e9:.1f} GB of a {device.device_kind}; "
+            f"{rows} fits, and compute.batch_size = 0 chooses by itself"
+        )
+    return rows
 
 
 def max_rows(needed: Callable[[int], int], available: int, most: int) -> int:

@@ -81,13 +81,23 @@ def padded(size: int, shards: int) -> int:
     return -(-size // shards) * shards
 
 
+def one_kind(devices: Sequence[Any]) -> str:
+    """The kind of the devices; UserError if there are several, because a program runs on one kind."""
+    kinds = sorted({device.device_kind for device in devices})
+    if len(kinds) > 1:
+        advice = "select devices of one kind, such as by CUDA_VISIBLE_DEVICES"
+        raise UserError(f"the devices are of different kinds ({', '.join(kinds)}), and a program runs on one kind; {advice}")
+    return kinds[0]
+
+
 def make_mesh(devices: Sequence[Any], model_shards: int) -> Mesh:
-    """The mesh of these devices; UserError if `model_shards` does not divide them.
+    """The mesh of these devices; UserError if they are of different kinds or `model_shards` does not divide them.
 
     A copy of the model lies on the devices of one host if `model_shards` divides their number, else on those of neighbouring
     hosts: links within a host are as fast as others, so this costs nothing, and each host has whole work groups. The groups are
     in the order of the hosts.
     """
+    one_kind(devices)
     if len(devices) % model_shards:
         raise UserError(
             f"compute.model_shards = {model_shards} does not divide the {len(devices)} devices; "

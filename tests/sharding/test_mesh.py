@@ -16,6 +16,11 @@ def test_devices_that_do_not_divide() -> None:
         make_mesh(jax.devices()[:1], 2)
 
 
+def test_devices_of_two_kinds_make_no_mesh() -> None:
+    with pytest.raises(UserError, match=r"devices are of different kinds \(A100, H100\), and a program runs on one kind"):
+        make_mesh([Chip(0, "gpu", "H100"), Chip(1, "gpu", "A100")], 1)
+
+
 @pytest.mark.parametrize(
     ("shards", "complaint"),
     [
@@ -41,6 +46,7 @@ class Chip:
 
     id: int
     platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
 
     @property
     def coords(self) -> tuple[int, int]:
