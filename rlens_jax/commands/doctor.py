@@ -3,8 +3,8 @@
 It checks every fast path against the plain reference, on this device and against values made on a CPU, collectives between the
 devices, and the compilation cache. Then it times one layer of MODEL's widths, dense and at each operator setting, with 1792 and
 8192 visual tokens, as far as --seconds allow, beside the prediction of the dry run. Send the file of --json back with a report of
-a problem. A Pallas kernel that fails is replaced by plain XLA, with a line; --strict makes that an error. Exit code 1 says that
-something failed.
+a problem. A kernel of Pallas or cuDNN that fails is replaced by plain XLA, with a line; --strict makes that an error. Exit code 1
+says that something failed.
 """
 
 import sys

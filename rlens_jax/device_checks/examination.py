@@ -9,13 +9,16 @@ from typing import Any
 from rlens_jax.console import say
 from rlens_jax.device_checks.layer_times import LayerTime, LayerTimes, time_settings
 from rlens_jax.device_checks.machine import check_cache, check_collectives, describe_devices
-from rlens_jax.device_checks.numerics import Check, run_checks
+from rlens_jax.device_checks.numerics import HEAD_DIM, Check, run_checks
 from rlens_jax.engine.timing import TEXT_AFTER, TEXT_BEFORE
 from rlens_jax.flops import DecoderSizes
 from rlens_jax.ops.attention import Kernel
+from rlens_jax.ops.attention_gpu import refusal
 from rlens_jax.resources import versions
 
 SCHEMA = "rlens-doctor/1"
+DTYPE = "bfloat16"
+"""In which an accelerator computes."""
 
 
 def examine(model: str, sizes: DecoderSizes, visual_tokens: Sequence[int], seconds: float) -> dict[str, Any]:
@@ -32,7 +35,7 @@ def examine(model: str, sizes: DecoderSizes, visual_tokens: Sequence[int], secon
     for line in fallbacks:
         say(line)
     collectives, cache = check_collectives(), check_cache()
-    dtype = "float32" if devices["platform"] == "cpu" else "bfloat16"
+    dtype = "float32" if devices["platform"] == "cpu" else DTYPE
     tables = time_settings(sizes, visual_tokens, dtype, kernel, began + seconds, say)
     return {
         "schema": SCHEMA,
@@ -62,7 +65,12 @@ def _kernel(platform: str, checks: Sequence[Check]) -> tuple[Kernel, list[str]]:
         f"the kernel {name} fails ({check.error or f'{check.name}: off by {check.difference:.1e}'}); plain XLA takes its place"
         for name, check in failed.items()
     ]
-    return ("splash" if platform == "tpu" and "splash" not in failed else "packed"), lines
+    if platform == "gpu" and (why := refusal(DTYPE, HEAD_DIM)) is not None:
+        lines.append(f"attention by plain XLA, not by cuDNN: {why}")
+        return "packed", lines
+    own: dict[str, Kernel] = {"tpu": "splash", "gpu": "cudnn"}
+    kernel = own.get(platform, "packed")
+    return (kernel if kernel not in failed else "packed"), lines
 
 
 def _table(table: LayerTimes) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Every fast path against the plain reference on this device, and the reference against values made on a CPU.
 
-The inputs are small and the same everywhere. Pallas kernels for TPUs run as they are on a TPU, and interpreted on a CPU.
+The inputs are small and the same everywhere. Pallas kernels for TPUs run as they are on a TPU, and interpreted on a CPU. cuDNN's
+attention runs on an NVIDIA GPU, and its pieces in plain XLA on a CPU.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from rlens_jax.errors import UserError, foreign
 from rlens_jax.files import json_text, read_json_object, replace_file
 from rlens_jax.layout import Bucket, TokenLayout, Tokens, pack_layout
 from rlens_jax.ops.attention import chunked_attention, packed_attention, reference_attention
+from rlens_jax.ops.attention_gpu import cudnn_attention, refusal
 from rlens_jax.ops.attention_tpu import splash_attention
 from rlens_jax.ops.ffn import FfnWeights, Units, dense_ffn, dynamic_ffn, simulated_dynamic_ffn
 from rlens_jax.ops.ffn_tpu import HalvedStack, HalvedUnits
@@ -39,6 +41,7 @@ TOLERANCES: Mapping[str, float] = {"float32": 1e-4, "bfloat16": 2e-2}
 """Relative to max(1, largest value)."""
 
 Against = Literal["reference", "cpu"]
+CheckedKernel = Literal["splash", "fetched ffn", "cudnn"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Check:
         name: the path and what it computes.
         dtype: of its inputs.
         against: the plain reference on this device, or values made on a CPU.
-        kernel: the Pallas kernel that was checked, None for paths of plain XLA.
-        interpreted: whether the kernel ran in Pallas' interpreter.
+        kernel: the kernel that was checked, Pallas' or cuDNN's; None for paths of plain XLA.
+        interpreted: whether a Pallas kernel ran in Pallas' interpreter.
         difference: the largest, relative to max(1, largest value); None if the path failed.
         tolerance: the largest that passes.
         error: why the path failed, in one line.
@@ -59,7 +62,7 @@ class Check:
     name: str
     dtype: str
     against: Against
-    kernel: Literal["splash", "fetched ffn"] | None
+    kernel: CheckedKernel | None
     interpreted: bool
     difference: float | None
     tolerance: float
@@ -109,7 +112,7 @@ def _all_checks(known: Mapping[str, Any]) -> Iterator[Check]:
         exact = [part.astype(jnp.float32) for part in (q, k, v)]
         for name, reach in RANGES.items():
             wanted = jax.jit(partial(reference_attention, layout=layout, attention_range=reach))(*exact)
-            for path, kernel, attend in _attentions():
+            for path, kernel, attend in _attentions(dtype):
                 run = jax.jit(partial(attend, layout=layout, attention_range=reach))
                 yield _check(f"{path} attention, {name}", dtype, kernel, partial(run, q, k, v), layout, wanted)
         weights = _weights(dtype)
@@ -121,9 +124,13 @@ def _all_checks(known: Mapping[str, Any]) -> Iterator[Check]:
             yield _check(f"{path} dynamic FFN", dtype, kernel, partial(run, x, units, layout, kept.units), layout, wanted)
 
 
-def _attentions() -> Iterator[tuple[str, Any, Callable[..., Any]]]:
+def _attentions(dtype: str) -> Iterator[tuple[str, Any, Callable[..., Any]]]:
     yield "packed", None, packed_attention
     yield "chunked", None, chunked_attention
+    if jax.default_backend() == "cpu":
+        yield "cuDNN's, in plain XLA,", None, cudnn_attention
+    if jax.default_backend() == "gpu" and refusal(dtype, HEAD_DIM) is None:
+        yield "cuDNN", "cudnn", cudnn_attention
     if _runs_kernels():
         yield "splash", "splash", partial(splash_attention, interpret=_interprets())
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from rlens_jax.commands import doctor
 from rlens_jax.console import run_command
@@ -83,7 +84,7 @@ def test_a_broken_path_is_found(broken: str, monkeypatch: pytest.MonkeyPatch) ->
         return q + 1e-3
 
     kernel = "splash" if broken == "splash" else None
-    monkeypatch.setattr(numerics, "_attentions", lambda: iter([(broken, kernel, attend)]))
+    monkeypatch.setattr(numerics, "_attentions", lambda dtype: iter([(broken, kernel, attend)]))
     monkeypatch.setattr(numerics, "_ffns", lambda weights, dtype: iter([]))
     checks = [check for check in numerics.run_checks() if check.against == "reference"]
     assert checks and not any(check.passed for check in checks)
@@ -91,13 +92,18 @@ def test_a_broken_path_is_found(broken: str, monkeypatch: pytest.MonkeyPatch) ->
         assert checks[0].error == "splash attention, dense (no such instruction)"
 
 
-def test_a_kernel_that_fails_is_replaced_unless_strict() -> None:
+def test_a_kernel_that_fails_is_replaced_unless_strict(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = [passed("packed"), passed("splash attention", kernel="splash", difference=0.5)]
     kernel, lines = examination._kernel("tpu", checks)
     assert kernel == "packed" and lines == [
         "the kernel splash fails (splash attention: off by 5.0e-01); plain XLA takes its place"
     ]
     assert examination._kernel("tpu", checks[:1]) == ("splash", [])
+    assert examination._kernel("gpu", checks[:1]) == ("packed", ["attention by plain XLA, not by cuDNN: cuDNN is not installed"])
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200)
+    assert examination._kernel("gpu", checks[:1]) == ("cudnn", [])
+    wrong = passed("cuDNN attention", kernel="cudnn", difference=None, error="no engine")
+    assert examination._kernel("gpu", [wrong]) == ("packed", ["the kernel cudnn fails (no engine); plain XLA takes its place"])
     report = {
         "checks": [{"name": each.name, "kernel": each.kernel, "passed": each.passed} for each in checks],
         "collectives": [{"name": "sum", "right": False}],
