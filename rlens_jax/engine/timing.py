@@ -223,8 +223,14 @@ def layer_programs(
 
 
 def decoder_inputs(
-    published: DecoderSizes, num_layers: int, num_visual: int = VISUAL, dtype: str = "float32", kernel: Kernel = "packed"
-) -> tuple[Decoder, Float[Array, "1 T D"], Context, Context]:
+    published: DecoderSizes,
+    num_layers: int,
+    num_visual: int = VISUAL,
+    dtype: str = "float32",
+    kernel: Kernel = "packed",
+    batch: int = 1,
+    vocabulary: int = 2,
+) -> tuple[Decoder, Float[Array, "B T D"], Context, Context]:
     """A random decoder with such layers, states, and the contexts of packed tokens and of tokens in sequence order."""
     length = TEXT_BEFORE + num_visual + TEXT_AFTER
     config = DecoderConfig(
@@ -234,7 +240,7 @@ def decoder_inputs(
         num_kv_heads=published.num_kv_heads,
         head_dim=published.head_dim,
         ffn_width=published.ffn_width,
-        vocabulary=2,
+        vocabulary=vocabulary,
         context=length,
         norm_eps=1e-6,
         rope_theta=1e6,
@@ -245,14 +251,15 @@ def decoder_inputs(
     )
     is_visual = np.zeros(length, bool)
     is_visual[TEXT_BEFORE : TEXT_BEFORE + num_visual] = True
-    layout = pack_layout([Tokens.sequence(is_visual)], Bucket(TEXT_BEFORE + TEXT_AFTER, num_visual), [0])
+    bucket = Bucket(TEXT_BEFORE + TEXT_AFTER, num_visual)
+    layout = pack_layout([Tokens.sequence(is_visual)] * batch, bucket, range(batch))
     in_order = np.arange(length, dtype=np.int32)[:, None]
     decoder = Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (1, length, config.width), dtype)
+    x = jax.random.normal(jax.random.key(0), (batch, length, config.width), dtype)
     layout = jax.tree.map(jnp.asarray, layout)
     packed, ordered = (
         decoder.context(layout, jnp.asarray(positions), jax.random.key(0), kernel)
-        for positions in (pack_rows([in_order], layout).transpose(0, 2, 1), in_order.T[None])
+        for positions in (pack_rows([in_order] * batch, layout).transpose(0, 2, 1), np.repeat(in_order.T[None], batch, axis=0))
     )
     return decoder, x, packed, ordered
 
@@ -277,17 +284,25 @@ def dense_kinds(causal: Bool[Array, "1 T T"]) -> dict[str, Attend]:
     return {"einsum": einsum, "jax.nn.dot_product_attention": dot_product, "causal blocks": blocked}
 
 
-def torch_layer(published: DecoderSizes, num_visual: int) -> Callable[[], Any] | None:
-    """The same dense layer in PyTorch, None if PyTorch is not installed."""
+def torch_layer(
+    published: DecoderSizes, num_visual: int, batch: int = 1, count: int = 1, *, on_gpu: bool = False
+) -> Callable[[], None] | None:
+    """`count` times the same dense layer in PyTorch, in float32 on the CPU or in bfloat16 on a GPU.
+
+    None if PyTorch is not installed, or does not have the GPU.
+    """
     if importlib.util.find_spec("torch") is None:
         return None
     torch = importlib.import_module("torch")
+    if on_gpu and not torch.cuda.is_available():
+        return None
+    placed = {"device": "cuda", "dtype": torch.bfloat16} if on_gpu else {}
     functional = torch.nn.functional
     width, ffn_width, head_dim = published.width, published.ffn_width, published.head_dim
     heads, kv_heads = published.num_heads, published.num_kv_heads
     length = TEXT_BEFORE + num_visual + TEXT_AFTER
     q, k, v, o, gate, up, down = (
-        torch.randn(rows, columns) * columns**-0.5
+        torch.randn(rows, columns, **placed) * columns**-0.5
         for rows, columns in (
             (heads * head_dim, width),
             (kv_heads * head_dim, width),
@@ -298,13 +313,13 @@ def torch_layer(published: DecoderSizes, num_visual: int) -> Callable[[], Any] |
             (width, ffn_width),
         )
     )
-    x = torch.randn(1, length, width)
+    x = torch.randn(batch, length, width, **placed)
 
     def layer() -> Any:
         with torch.no_grad():
             y = functional.rms_norm(x, (width,))
             split = [
-                functional.linear(y, w).view(1, length, n, head_dim).transpose(1, 2)
+                functional.linear(y, w).view(batch, length, n, head_dim).transpose(1, 2)
                 for w, n in ((q, heads), (k, kv_heads), (v, kv_heads))
             ]
             if published.qk_norm:
@@ -313,6 +328,12 @@ def torch_layer(published: DecoderSizes, num_visual: int) -> Callable[[], Any] |
             z = x + functional.linear(attended.transpose(1, 2).flatten(2), o)
             y = functional.rms_norm(z, (width,))
             hidden = functional.silu(functional.linear(y, gate)) * functional.linear(y, up)
-            return (z + functional.linear(hidden, down)).numpy()
+            return z + functional.linear(hidden, down)
 
-    return layer
+    def layers() -> None:
+        for _ in range(count):
+            layer()
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    return layers
