@@ -24,9 +24,11 @@ per query are no band and a prefix at once, so the merge would stay, and it is o
 In a vision tower all patches of an image see each other, and padding follows: sequence lengths say it (`cudnn_first_keys`).
 
 `_plainly` computes the same pieces in plain XLA, outputs and log-sum-exp, wherever cuDNN is not: on a CPU everything but speed is
-tested. No GPU was at hand. What is checked without one is that a program lowers for CUDA with the calls that are meant
-(`tests/ops/test_attention_gpu.py`), with masks padded to a multiple of 8 slots in both directions, as a caution. What is not:
-that XLA compiles them, that cuDNN accepts them, its numbers and its times. `rlens_jax.doctor` checks these on a GPU.
+tested. No GPU was at hand. Without one it is checked that whole programs lower for CUDA with the calls that are meant
+(`tests/ops/test_attention_gpu.py`), and that XLA compiles them for an H100 (`benchmarks/gpu_compile.py`). Not checked is whether
+cuDNN accepts the calls, whose kernels XLA builds on the card, what it computes, and how fast; masks are padded to a multiple of 8
+slots in both directions, as a caution. `rlens_jax.doctor` checks these on a GPU, and `suited_kernel` compiles a small program
+first.
 """
 
 from functools import cache, partial
@@ -66,11 +68,11 @@ def refusal(dtype: DTypeLike, head_dim: int) -> str | None:
         return f"it computes in bfloat16, not in {jnp.dtype(dtype).name}"
     if head_dim > MOST_HEAD_DIM or head_dim % HEAD_DIM_UNIT:
         return f"heads of {head_dim} are not a multiple of {HEAD_DIM_UNIT} up to {MOST_HEAD_DIM}"
+    device = jax.local_devices()[0]  # before the next step: JAX loads cuDNN when it looks for devices
     try:
         fused.check_cudnn_version()
     except RuntimeError:
         return "cuDNN is not installed"
-    device = jax.local_devices()[0]
     if device.platform == "gpu" and tuple(map(int, device.compute_capability.split("."))) < LEAST_CAPABILITY:
         return f"a {device.device_kind} is older than Ampere"
     return None

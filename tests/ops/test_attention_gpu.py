@@ -1,7 +1,8 @@
 """What is particular to the GPU's attention, on a machine without one; the contract of its pieces is in test_attention.py.
 
 Programs are lowered for CUDA, and the calls of cuDNN in them are read. What this cannot check: that XLA's compiler for GPUs takes
-the programs, that cuDNN supports these calls, what they compute and how fast. `rlens_jax.doctor` does, where a GPU is.
+the programs (`benchmarks/gpu_compile.py` does), that cuDNN supports these calls, what they compute and how fast
+(`rlens_jax.doctor` does, where a GPU is).
 """
 
 import re
