@@ -36,6 +36,7 @@ from rlens_jax.engine.pools import Batch
 from rlens_jax.engine.preparing import Resize, as_it_is
 from rlens_jax.engine.prompt_batches import AskedPrompts, prompt_batches
 from rlens_jax.engine.shapes import Shapes, row_buckets, slot_sizes
+from rlens_jax.engine.sizes import Placed, bytes_on_device, device_bytes, is_out_of_memory
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.families.generation_config import GENERATION_FILE, Decoding, GenerationConfig, read_generation_config
 from rlens_jax.families.registry import ModelKind
@@ -144,8 +145,37 @@ class DeployedPrograms(ModelPrograms):
         new_tokens: int,
         penalty: Penalty | None = None,
     ) -> Prefilled:
-        """Read all prompts of a batch, in a program for this plan alone; the caches have room for `new_tokens` tokens."""
-        return self.prefill_program(deployed, new_tokens, penalty)(visual, batch)
+        """Read all prompts of a batch, in a program for this plan alone; the caches have room for `new_tokens` tokens.
+
+        Raises:
+            UserError: a device's memory ran out; with the number of rows that fits.
+        """
+        program = self.prefill_program(deployed, new_tokens, penalty)
+        try:
+            return program(visual, batch)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(str(error)):
+                raise
+        rows, available = len(batch.text_ids) // self.groups, device_bytes(self.mesh)
+        what = f"{rows} prompts of {batch.layout.bucket.slots} tokens do not fit into the {available / 1e9:.1f} GB of a device"
+        fits = self._fitting_rows(program, visual, batch, available)
+        advice = f"a batch size of {fits} does" if fits else "nor does one; use more model shards or smaller chunks"
+        raise UserError(f"{what}; {advice}")
+
+    def _fitting_rows(self, program: Program, visual: Array, batch: PromptBatch, available: int) -> int:
+        """The first of a half, a quarter, ... of a work group's rows whose `program` fits; 0 if none does."""
+        place, rows = Placed(self.mesh), len(batch.text_ids) // self.groups
+
+        def of_rows(leaf: Any) -> jax.ShapeDtypeStruct:
+            return place((rows * self.groups, *leaf.shape[1:]), leaf.dtype)
+
+        while rows := rows // 2:
+            arguments = jax.tree.map(of_rows, (visual, batch))
+            sizes: Any = program.lower(*arguments).compile().memory_analysis()
+            temporary = sizes.temp_size_in_bytes + sizes.output_size_in_bytes
+            if bytes_on_device((self.leaves, arguments)) + temporary <= available:
+                break
+        return rows
 
     def prefill_program(self, deployed: PlanFile, new_tokens: int, penalty: Penalty | None = None) -> Program:
         """The program of `prefill`, of its first two arguments."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,9 @@ from rlens_jax.commands.generate import main
 from rlens_jax.console import run_command
 from rlens_jax.data.pages import make_page
 from rlens_jax.drops import DART, PyramidDrop, SparseVLM
+from rlens_jax.engine import deployed_model
 from rlens_jax.engine.deployed_model import DeployedModel, automatic_chunk, make_sample
+from rlens_jax.engine.model_programs import Program
 from rlens_jax.engine.shapes import row_buckets, slot_sizes
 from rlens_jax.errors import UserError
 from rlens_jax.families.generation_config import Decoding, GenerationConfig
@@ -327,6 +330,26 @@ def test_bad_options(options: list[str], complaint: str, capsys: pytest.CaptureF
     error = capsys.readouterr().err
     assert complaint in error
     assert error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("available", "advice"), [(10**12, "a batch size of 2 does"), (1, "nor does one; use more model shards")]
+)
+def test_running_out_of_memory_names_a_batch_that_fits(
+    model: DeployedModel, available: int, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Program.__call__
+
+    def call(program: Program, *arguments: Any) -> Any:
+        if program.name == "prefill":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
+        return real(program, *arguments)
+
+    monkeypatch.setattr(Program, "__call__", call)
+    monkeypatch.setattr(deployed_model, "device_bytes", lambda mesh: available)
+    images = [[png(seed)] for seed in range(4)]
+    with pytest.raises(UserError, match=rf"^4 prompts of \d+ tokens do not fit into the .* GB of a device; {advice}"):
+        model.generate(images=images, prompt=[QUESTIONS[0]] * 4, max_new_tokens=TOKENS)
 
 
 def test_bucket_sizes() -> None:
