@@ -9,12 +9,14 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Union, get_args, get_origin, no_type_check
 
 from rlens_jax.budget import parse_budget
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import check_local, quoted
+from rlens_jax.mirrors import place
 from rlens_jax.plans import FULL, OPERATORS, SKIP, Levels, Operator, Plan, Reduction, parse_level
 
 Dtype = Literal["float32", "bfloat16"]
@@ -253,7 +255,7 @@ class ComputeConfig:
     """Devices that a CPU is divided into, each with a copy of the model; 0 means one per core, as far as a quarter of the memory
     holds the copies."""
     compilation_cache: str | None = None
-    """Folder of the persistent compilation cache; null means the user's cache folder."""
+    """Folder of the persistent compilation cache, also on a store (gs://bucket/folder); null means the user's cache folder."""
 
     def __post_init__(self) -> None:
         _check_types("compute", self)
@@ -346,9 +348,10 @@ class RunConfig:
     """A ranking run."""
 
     model: str = "embedded"
-    """`embedded`, the model that comes with the package; the folder of a checkpoint; or a name on the Hugging Face hub."""
+    """`embedded`, the model that comes with the package; the folder of a checkpoint, also on a store (gs://bucket/folder);
+    or a name on the Hugging Face hub."""
     output: str = "runs/rank"
-    """Folder for the results and the journal; a stopped run resumes from it."""
+    """Folder for the results and the journal, also on a store (gs://bucket/run); a stopped run resumes from it."""
     seed: int = 0
     """Seed of all random draws: samples, random rankings, bootstrap, random probes."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -365,8 +368,14 @@ class RunConfig:
         for name in ("model", "output"):
             if not getattr(self, name):
                 raise UserError(f"{name} must not be empty")
-        check_local("output", self.output)
-        check_local("compute.compilation_cache", self.compute.compilation_cache or "")
+        check_local("output", place(self.output))
+        check_local("compute.compilation_cache", place(self.compute.compilation_cache or ""))
+        check_local("data.cache", self.data.cache or "")
+
+    @property
+    def folder(self) -> Path:
+        """The output folder on this machine: the mirror of an address (`rlens_jax.mirrors`)."""
+        return place(self.output)
 
     @property
     def held_out_measure(self) -> Measure:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from rlens_jax.errors import UserError, printable, suggest
 from rlens_jax.files import shortened
 from rlens_jax.forecast import Forecast
+from rlens_jax.mirrors import with_addresses
 from rlens_jax.quiet import quiet_libraries
 
 RESUMABLE = "interrupted; what is finished is kept, and the same command goes on from there"
@@ -84,14 +85,14 @@ def check_arguments(argv: Sequence[str]) -> None:
 
 
 def _for_terminal(text: str) -> str:
-    """A message with foreign text escaped and overlong lines cut."""
-    return "\n".join(shortened(line, _LONGEST_LINE) for line in printable(text).split("\n"))
+    """A message with foreign text escaped, overlong lines cut, and addresses for the paths that stand for them."""
+    return "\n".join(shortened(line, _LONGEST_LINE) for line in printable(with_addresses(text)).split("\n"))
 
 
 def show(text: str) -> None:
     """Print the result of a command to stdout, with foreign text escaped, and with what stdout's encoding lacks."""
     encoding = sys.stdout.encoding or "utf-8"  # None where a test captures it
-    print(printable(text).encode(encoding, "backslashreplace").decode(encoding))
+    print(printable(with_addresses(text)).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

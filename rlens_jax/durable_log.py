@@ -5,6 +5,9 @@
 A line reaches the disk (one write, one fsync) before `LogWriter.write` returns. A crash can damage only the last line, which is
 cut off when the log is opened again. The folder's lock is held while a log is open for writing. It ends with the process.
 
+In a folder that stands for an address (`rlens_jax.mirrors`), the local files are a copy: the log is on the store as objects that
+are joined (`rlens_jax.store_logs`), and so is the lock. A line is on the store before `LogWriter.write` returns.
+
 A log without a finished line holds no work: it is removed when it is closed, and after a crash it binds no later run.
 """
 
@@ -18,7 +21,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from rlens_jax.errors import UserError
-from rlens_jax.files import json_leaves, open_file, parse_json, replace_file
+from rlens_jax.files import json_leaves, open_file, parse_json, replace_local
+from rlens_jax.mirrors import publish
+from rlens_jax.store_logs import StoreLog, check_unused, pull
 
 Item = TypeVar("Item")
 
@@ -44,12 +49,14 @@ class LogKind(Generic[Item]):
 class LogWriter:
     """A log's file, open for appending, and the folder's lock. `num_items` is the number of finished lines in the file."""
 
-    def __init__(self, path: Path, noun: str, file: int, lock: int, num_items: int):
-        self._path, self._noun, self._file, self._lock = path, noun, file, lock
+    def __init__(self, path: Path, noun: str, file: int, lock: int, num_items: int, store: StoreLog | None):
+        self._path, self._noun, self._file, self._lock, self._store = path, noun, file, lock, store
         self._empty = num_items == 0
 
     def write(self, lines: bytes) -> None:
         """Write whole lines to the disk. If that fails, the file is unchanged, and UserError is raised."""
+        if self._store is not None:
+            self._store.append(lines)
         length = os.fstat(self._file).st_size
         try:
             if os.write(self._file, lines) != len(lines):
@@ -64,6 +71,12 @@ class LogWriter:
         """Close the file, remove it if it has no finished line, and release the folder's lock."""
         if self._empty:
             self._path.unlink(missing_ok=True)
+        if self._store is not None:
+            try:
+                if self._empty:
+                    self._store.settle()
+            finally:
+                self._store.close()
         os.close(self._file)
         os.close(self._lock)
 
@@ -85,13 +98,14 @@ def open_log(
         UserError: the folder cannot be written, another run uses it, the log has another fingerprint, or a line other than an
             unfinished last one cannot be read.
     """
-    path = folder / kind.file_name
+    path, store = folder / kind.file_name, None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder, f"{kind.noun}.lock")
     except OSError as error:
         raise UserError(f"cannot write to the run folder {folder}: {error.strerror}") from error
     try:
+        store = StoreLog.open(path, kind.noun)
         repaired = _make_way(path, kind, fingerprint, restart) if path.exists() else None
         if not path.exists():
             _write_header(path, kind, fingerprint)
@@ -102,17 +116,22 @@ def open_log(
             os.ftruncate(file, length)
             os.fsync(file)
             repaired = f"{path}: cut off an unfinished last line of {excess} bytes; {len(items)} finished {kind.item}s are kept"
+        if store is not None:
+            store.settle()
     except BaseException as error:
+        if store is not None:
+            store.close()
         os.close(lock)
         if isinstance(error, OSError):
             raise UserError(f"cannot use the {kind.noun} {path}: {error.strerror}") from error
         raise
-    return items, LogWriter(path, kind.noun, file, lock, len(items)), repaired
+    return items, LogWriter(path, kind.noun, file, lock, len(items), store), repaired
 
 
 def read_log(folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> dict[Any, Item]:
     """The items of a log by key, without a lock; UserError as `open_log`, or if there is no log."""
     path = folder / kind.file_name
+    pull(path)
     try:
         return _read(path, kind, fingerprint)[0]
     except OSError as error:
@@ -121,6 +140,7 @@ def read_log(folder: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) 
 
 def check_free(folder: Path, kind: LogKind[Any]) -> None:
     """Raise UserError if a process has the log of a folder open for writing."""
+    check_unused(folder / kind.file_name, kind.noun)
     try:
         lock = os.open(folder / f"{kind.noun}.lock", os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:  # there is none, or `open_log` says what is wrong
@@ -168,6 +188,7 @@ def _make_way(path: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any], r
         except UserError:
             names = (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1))
             aside = next(name for name in names if not name.exists())
+            publish(aside, path.read_bytes())
             path.rename(aside)
             return f"{path}: the {kind.noun} of another run is now {aside.name}"
     return None
@@ -176,7 +197,7 @@ def _make_way(path: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any], r
 def _write_header(path: Path, kind: LogKind[Item], fingerprint: Mapping[str, Any]) -> None:
     """Create the log with its header, atomically."""
     header = {"schema": kind.schema, "version": kind.version, "fingerprint": fingerprint}
-    replace_file(path, json.dumps(header, allow_nan=False).encode() + b"\n")
+    replace_local(path, json.dumps(header, allow_nan=False).encode() + b"\n")
     # The new name is on disk only when the folder is.
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from rlens_jax.errors import UserError
+from rlens_jax.mirrors import claimed, publish
 
 _LONGEST_MESSAGE = 160
 LARGEST_TEXT = 32 * 2**20
@@ -42,9 +43,17 @@ def json_text(value: Mapping[str, Any]) -> str:
 def replace_file(path: Path, content: bytes) -> Path:
     """Write a file so that readers find the old content or the new, never a part, even after a crash.
 
+    A path that stands for an address (`rlens_jax.mirrors`) is written on the store first.
+
     Raises:
         UserError: the file cannot be written.
     """
+    publish(path, content)
+    return replace_local(path, content)
+
+
+def replace_local(path: Path, content: bytes) -> Path:
+    """`replace_file` on the local disk alone."""
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         temporary = Path(name)
@@ -238,7 +247,8 @@ def json_leaves(value: Any, name: str = "") -> dict[str, str]:
 def check_local(name: str, place: str | Path) -> None:
     """Raise UserError for an address such as gs://bucket/folder, of which a local folder called `gs:` would be made."""
     if _ADDRESS.match(str(place)):
-        raise UserError(f"{name} is {place}, on a remote store, where nothing is written; name a local folder, and copy it there")
+        whole = "://" in str(place)
+        raise UserError(f"{name} is {place}: " + ("it must be a local folder" if whole else "gs://bucket/folder has two slashes"))
 
 
 @contextmanager
@@ -246,12 +256,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a hidden sibling to write into, which is renamed to `folder` at the end.
 
     The sibling of a killed process stays until the next call for the same folder removes it. A sibling is locked while its
-    process lives, on whatever host.
+    process lives, on whatever host. A folder that stands for an address (`rlens_jax.mirrors`) is uploaded and then removed.
 
     Raises:
         UserError: `folder` exists or cannot be created, or the disk is full.
     """
-    folder = folder.absolute()
+    with claimed(folder), _new_local_folder(folder.absolute()) as partial:
+        yield partial
+
+
+@contextmanager
+def _new_local_folder(folder: Path) -> Iterator[Path]:
     if folder.exists():
         raise UserError(f"{folder}: exists already; name a new folder or remove it")
     partial = folder.parent / f".{folder.name}.{os.getpid()}{_UNFINISHED}"

@@ -67,6 +67,7 @@ from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import quoted, read_json
 from rlens_jax.flops import DecoderSizes
 from rlens_jax.kept_tokens import TowerSelection
+from rlens_jax.mirrors import fetched, place
 from rlens_jax.plans import LEVEL_FIELDS, MOST_LAYERS, OPERATORS, PLAN_FIELDS, Operator, Plan, Reduction
 from rlens_jax.pruning import METHODS, Pruning, pruning_fields
 from rlens_jax.published_policies import MadeFor, Policy, is_policy, is_policy_name, named_policy, policy_of
@@ -151,7 +152,7 @@ def read_plan(path: str | Path, first: Mapping[Operator, int] | None = None) -> 
         if first is not None:
             raise UserError(f"{path}: first layers can be chosen from a ranking.json only, and this is a published policy")
         return _from_policy(named_policy(str(path)))
-    path = Path(path)
+    path = fetched(place(path))
     fields = read_json(path, LARGEST_RANKING)
     if not isinstance(fields, dict) and not is_policy(fields):
         raise UserError(f"{path}: a plan file must hold one JSON object")

@@ -15,6 +15,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind, read_kind
 from rlens_jax.families.table import Problems
 from rlens_jax.files import read_json_object
+from rlens_jax.mirrors import sha256
 from rlens_jax.models.forward import VisionLanguageModel
 
 HEAD_LEAF = "decoder.head"
@@ -92,8 +93,7 @@ def model_hash(model: str | Path) -> str:
     weights = orbax_store.files(folder) if orbax_store.is_store(folder) else weight_files(folder)
     for path in [folder / CONFIG, *weights]:
         try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha256(path)
         except OSError as error:
             raise UserError(f"{path}: not readable ({error.strerror})") from None
         total.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())

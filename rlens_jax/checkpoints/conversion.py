@@ -38,6 +38,7 @@ from rlens_jax.console import say
 from rlens_jax.errors import UserError
 from rlens_jax.families.table import Problems, Table, Tensor
 from rlens_jax.files import json_text, new_folder, read_json_object
+from rlens_jax.mirrors import is_taken, size
 from rlens_jax.resources import versions
 
 CARRIED = "carried.safetensors"
@@ -62,7 +63,7 @@ def source_bytes(source: Path) -> int:
     """Total size of the weight files of a source."""
     files = orbax_store.files(source) if orbax_store.is_store(source) else weight_files(source)
     try:
-        return sum(path.stat().st_size for path in files)
+        return size(*files)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no such file, though {INDEX} names it") from None
     except OSError as error:
@@ -202,7 +203,7 @@ def _carried(source: Path, record: Record) -> list[tuple[str, str]]:
 def _check_folders(source: Path, target: Path) -> None:
     if source.resolve() == target.resolve():
         raise UserError(f"{target}: is the source itself; name a new folder")
-    if target.exists():
+    if is_taken(target):
         raise UserError(f"{target}: exists already; name a new folder or remove it")
 
 

@@ -18,6 +18,7 @@ from rlens_jax.checkpoints.published import CONFIG, INDEX, SINGLE
 from rlens_jax.console import Progress
 from rlens_jax.errors import UserError, foreign, suggest
 from rlens_jax.files import is_unfinished, read_json_object, shortened
+from rlens_jax.mirrors import UNFINISHED, address_of, exists, fetched_folder, place
 from rlens_jax.resources import embedded_model
 
 EMBEDDED = "embedded"
@@ -28,6 +29,8 @@ TEXT_FILES = (
     *("added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
 )
+NOT_READ = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+"""Ends of the names of weights in formats that are not read."""
 _NOT_FROM_HUB = ", and the hub cannot provide it"
 _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w][\w./-]*))?")
 
@@ -47,8 +50,8 @@ def find_source(model: str | Path, *, weights: bool = True) -> Source:
     """The folder of a model and its origin; a repository on the hub is downloaded unless it is in the cache.
 
     Args:
-        model: path of a folder, "embedded", or a repository such as "Qwen/Qwen2-VL-7B-Instruct", with "@" and a branch, tag or
-            commit if it is not the main branch. A local folder of that name comes first.
+        model: path of a folder, address of one on a store, "embedded", or a repository such as "Qwen/Qwen2-VL-7B-Instruct", with
+            "@" and a branch, tag or commit if it is not the main branch. A local folder of that name comes first.
         weights: whether the weights are needed; without them only small files are downloaded.
 
     Raises:
@@ -56,7 +59,9 @@ def find_source(model: str | Path, *, weights: bool = True) -> Source:
     """
     if str(model) == EMBEDDED:
         return Source(embedded_model(), EMBEDDED, None)
-    path = Path(model)
+    path = place(model)
+    if address_of(path) is not None:
+        _stage(path, weights)
     try:
         if path.is_dir():
             if is_unfinished(path.absolute()) or orbax_store.is_unfinished(path):
@@ -99,6 +104,23 @@ def at_revision(model: str, revision: str | None) -> str:
     if on_hub["revision"] not in (None, revision):
         raise UserError(f"{model}: names another revision than --revision {revision}")
     return f"{on_hub['name']}@{revision}"
+
+
+@cache
+def _stage(path: Path, weights: bool) -> None:
+    """Download a folder on a store to the path that stands for it, once per process, so that all callers see one version.
+
+    Orbax reads its store from where it is: the local folder of that name stays empty.
+    """
+    if exists(path / UNFINISHED):
+        raise UserError(f"{path}: a conversion writes this folder or was killed; wait for it to end, or convert again")
+    left_out = NOT_READ if weights else (*NOT_READ, ".safetensors")
+    fetched_folder(path, lambda name: not name.startswith(".") and not name.endswith(left_out))
+    store = path / orbax_store.STORE
+    if exists(store):
+        store.mkdir(parents=True, exist_ok=True)
+    elif store.is_dir():
+        store.rmdir()
 
 
 @cache

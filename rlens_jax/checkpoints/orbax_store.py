@@ -19,6 +19,7 @@ from etils.epath.gpath import PosixGPath
 from rlens_jax.checkpoints.leaves import Filler, by_layer, shapes_of, unstacked
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.families.table import Problems
+from rlens_jax.mirrors import address_of, files_under
 
 Out = TypeVar("Out")
 
@@ -38,15 +39,15 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def files(folder: Path) -> list[Path]:
-    """All files of the store, sorted."""
-    return sorted(path for path in (folder / STORE).rglob("*") if path.is_file())
+    """All files of the store, sorted; those of a folder that stands for an address are not on the disk."""
+    return files_under(folder / STORE)
 
 
 class Writer:
     """Writes a store layer by layer; an unfinished store is not recognised as one."""
 
     def __init__(self, folder: Path):
-        self._path = _path_of(folder)
+        self._path = (folder / STORE).absolute()
         self._context = _context()
         # Weights hardly compress, and compression takes four times as long as writing.
         self._context.array.saving.use_compression = False
@@ -67,7 +68,7 @@ class Reader:
     """Reads the leaves of a store, whose description is read once. UserError when the store is damaged."""
 
     def __init__(self, folder: Path):
-        self._path = _path_of(folder)
+        self._path = _path_to_read(folder)
         self._stored = _metadata(self._path)
 
     @property
@@ -136,9 +137,10 @@ def _context() -> ocp.Context:
     return context
 
 
-def _path_of(folder: Path) -> Path:
-    """The store of a model folder, absolute as Orbax wants it."""
-    return (folder / STORE).absolute()
+def _path_to_read(folder: Path) -> Path:
+    """The store of a model folder, absolute as Orbax wants it; an address if the folder stands for one."""
+    address = address_of(folder / STORE)
+    return (folder / STORE).absolute() if address is None else _LiteralPath(address)
 
 
 def _metadata(path: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import check_local
 from rlens_jax.flops import PUBLISHED_DECODERS, DecoderSizes
 from rlens_jax.metrics.score import CURRENT, RULES
+from rlens_jax.mirrors import address_of, fetched, fetched_run, place
 from rlens_jax.plan_file import PlanFile, parse_first, parse_pruning, read_plan
 from rlens_jax.resources import preset_path
 from rlens_jax.yaml_file import read_yaml
@@ -158,7 +159,7 @@ def add_scoring_options(parser: ArgumentParser, output: str, new_tokens: str) ->
     """The data to score a model on, and how; `scoring_values` reads them. `new_tokens` is `default` of `add_decoding_options`."""
     parser.add_argument("--data", metavar="DATA", nargs="+", help="data sets (default for the embedded model: pages)")
     output_help = "folder for results (default: %(default)s)"
-    parser.add_argument("--output", metavar="DIR", type=new_folder, default=Path(output), help=output_help)
+    parser.add_argument("--output", metavar="DIR", type=run_folder, default=Path(output), help=output_help)
     parser.add_argument("--limit", metavar="N", type=int, help="use only the first N questions of each data set")
     md5_help = "use a version of NAME.tsv that is not the published one; repeat for further files"
     parser.add_argument("--md5", metavar="NAME=SUM", action="append", default=[], help=md5_help)
@@ -258,8 +259,10 @@ def add_json_option(parser: ArgumentParser) -> None:
 
 def new_file(text: str) -> Path:
     """The path of a file to write. UserError, before any work is done, if it cannot be written."""
-    path = Path(text)
+    path = place(text)
     folder = new_folder(path.parent)
+    if address_of(path) is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     if not folder.is_dir():
         raise UserError(f"cannot write {path}: the folder {folder} does not exist")
     if path.is_dir():
@@ -269,8 +272,8 @@ def new_file(text: str) -> Path:
 
 def new_folder(text: str | Path) -> Path:
     """The path of a folder to write to, which may not exist yet. UserError, before any work is done, if it cannot be made."""
-    check_local("the output", text)
-    folder = Path(text)
+    folder = place(text)
+    check_local("the output", folder)
     try:
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     except (OSError, ValueError) as error:  # a name that no file system takes
@@ -280,6 +283,16 @@ def new_folder(text: str | Path) -> Path:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {folder}: no permission to write to {existing}")
     return folder
+
+
+def run_folder(text: str) -> Path:
+    """The path of a folder that a run writes to and resumes from, with what a store has of it. UserError as `new_folder`."""
+    return fetched_run(new_folder(text))
+
+
+def input_file(text: str) -> Path:
+    """The path of a file to read, which is downloaded if it is on a store; it may not exist. UserError if the store fails."""
+    return fetched(place(text))
 
 
 class _AddSetting(argparse.Action):
@@ -345,7 +358,7 @@ class RunParser(ArgumentParser):
         if options.help:
             self._explain(config)
             sys.exit(0)
-        new_folder(config.output)
+        run_folder(config.output)
         if options.revision is not None:
             # Imported here: the reader of checkpoints imports JAX.
             from rlens_jax.checkpoints.model_folder import at_revision

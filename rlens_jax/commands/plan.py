@@ -11,7 +11,6 @@ interrupted run resumes.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rlens_jax.commands.options import RunParser, add_restart_option
 from rlens_jax.console import run_command, show
@@ -28,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     if config.joint.budget is None:
         parser.error("--budget is missing: name what the plan may cost, such as loss=1%, flops=60% or time=0.7")
     if is_distributed(config.hosts):
-        supervised(Path(config.output))
+        supervised(config.folder)
     from rlens_jax.hosts.processes import joined
     from rlens_jax.planning.plan_run import make_plan
     from rlens_jax.reporting.front_report import front_summary
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     with joined(config.hosts) as processes:
         front = make_plan(config, processes, restart=options.restart)
         if processes.leads:
-            show(front_summary(front, Path(config.output)))
+            show(front_summary(front, config.folder))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Exit codes: 0 done; 2 bad input; 130 after Ctrl-C and 143 after SIGTERM (resumab
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from rlens_jax.commands.options import RunParser, add_restart_option, new_file
 from rlens_jax.console import run_command, show
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     if lonely := [name for name, value in only_dry.items() if value is not None]:
         parser.error(f"{lonely[0]} needs --dry-run TOPOLOGY")
     if is_distributed(config.hosts):
-        supervised(Path(config.output))
+        supervised(config.folder)
     from rlens_jax.hosts.processes import joined
     from rlens_jax.ranking.ranking_run import rank
     from rlens_jax.reporting.front_report import front_summary
@@ -62,9 +61,9 @@ def main(arguments: Sequence[str]) -> None:
     with joined(config.hosts) as processes:
         results = rank(config, processes, restart=options.restart, profile=options.profile)
         if processes.leads:
-            show(summary(results, Path(config.output)))
+            show(summary(results, config.folder))
             if isinstance(results, Results) and results.front is not None:
-                show("\n" + front_summary(results.front, Path(config.output)))
+                show("\n" + front_summary(results.front, config.folder))
 
 
 def _minutes(text: str) -> float:

@@ -17,9 +17,8 @@ options the preset `studies` is used: the embedded model.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from rlens_jax.commands.options import RunParser, add_restart_option
+from rlens_jax.commands.options import RunParser, add_restart_option, input_file
 from rlens_jax.config import RunConfig
 from rlens_jax.console import run_command, show
 from rlens_jax.errors import UserError, suggest
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = RunParser("python -m rlens_jax.studies", usage, __doc__, preset="studies", output="runs/studies")
     parser.add_argument("name", metavar="NAME", nargs="?", help="the study, or `all`")
     ranking_help = "ranking.json of a finished run of the same model, with the orders of layers (default: search for them)"
-    parser.add_argument("--ranking", metavar="FILE", type=Path, help=ranking_help)
+    parser.add_argument("--ranking", metavar="FILE", type=input_file, help=ranking_help)
     add_restart_option(parser)
     options, config = parser.parse_run(arguments)
     known = (*STUDY_NAMES, ALL)
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     from rlens_jax.paper_studies.studies_run import run_studies
     from rlens_jax.paper_studies.study import summary
 
-    show(summary(run_studies(names, config, options.ranking, restart=options.restart), Path(config.output)))
+    show(summary(run_studies(names, config, options.ranking, restart=options.restart), config.folder))
 
 
 def _check(config: RunConfig, names: Sequence[str]) -> None:

@@ -17,7 +17,10 @@ The format is our decision. Unknown fields are errors, so that a misspelt field 
 supported: a row with a field or a part of a chat that holds one is an error.
 """
 
+import json
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from rlens_jax.data.images import image_file
 from rlens_jax.data.samples import IMAGE_MARK, VIDEO_MARK, Sample, normalised
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import LARGEST_TEXT, open_file, parse_json, quoted
+from rlens_jax.mirrors import address_of, fetched, fetched_files
 
 _FIELDS = ("image", "images", "question", "answer", "answers", "dataset", "marks", "id")
 _VIDEO_PREFIX = "video"
@@ -39,6 +43,7 @@ class _Number(str):
 
 def read_jsonl(path: Path) -> list[Sample]:
     """All rows of the file in order, without blank lines. UserError, naming file, line and field, for the first wrong row."""
+    _fetch(path)
     samples: list[Sample] = []
     line_of_id: dict[str, int] = {}
     for number, line in _lines(path):
@@ -55,6 +60,21 @@ def read_jsonl(path: Path) -> list[Sample]:
     if videos := sum(VIDEO_MARK in sample.question for sample in samples):
         say(f"note: {path}: {VIDEO_MARK} is text in {videos} question(s); videos are not supported, only images")
     return samples
+
+
+def _fetch(path: Path) -> None:
+    """Download the file, and the images that it names, if the path stands for an address."""
+    if address_of(fetched(path)) is None:
+        return
+    names: dict[str, None] = {}
+    for _, line in _lines(path):
+        with suppress(ValueError):  # `_row` says what is wrong
+            row = json.loads(line)
+            fields = [row[name] for name in ("image", "images") if name in row] if isinstance(row, dict) else []
+            for field in fields:
+                names |= {name: None for name in (field if isinstance(field, list) else [field]) if isinstance(name, str)}
+    # As the file system reads a name with `..`; a store takes it literally.
+    fetched_files([Path(os.path.normpath(path.parent / name)) for name in names if "\0" not in name])
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

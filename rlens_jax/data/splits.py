@@ -13,12 +13,13 @@ from rlens_jax.config import OWN_ANSWERS, PAGES, DataConfig, RunConfig
 from rlens_jax.data.benchmarks.catalogue import Instance, Turn
 from rlens_jax.data.benchmarks.mixture import mixture_samples
 from rlens_jax.data.components import components
-from rlens_jax.data.image_folder import read_image_folder
+from rlens_jax.data.image_folder import SUFFIXES, read_image_folder
 from rlens_jax.data.images import image_hash, image_size
 from rlens_jax.data.jsonl import read_jsonl
 from rlens_jax.data.page_samples import read_pages
 from rlens_jax.data.samples import Sample
 from rlens_jax.errors import UserError
+from rlens_jax.mirrors import fetched, fetched_folder, place
 from rlens_jax.resources import cache_folder
 
 Splits = Mapping[str, Sequence[Sample]]
@@ -46,12 +47,13 @@ def load_splits(data: DataConfig, prompt: Callable[[Instance], Turn], *, seed: i
         if data.benchmarks is None:
             raise UserError(f"data.benchmarks must name the folder of the TSV files of {source}")
         cache = Path(data.cache or cache_folder() / "data")
-        return mixture_samples(Path(source), Path(data.benchmarks), cache / "benchmarks", prompt)
+        return mixture_samples(fetched(place(source)), place(data.benchmarks), cache / "benchmarks", prompt)
     if source.endswith(".jsonl"):
-        return split_samples(read_jsonl(Path(source)), data, seed)
-    if not Path(source).is_dir():
+        return split_samples(read_jsonl(place(source)), data, seed)
+    folder = fetched_folder(place(source), lambda name: name.lower().endswith(SUFFIXES))
+    if not folder.is_dir():
         raise UserError(f"data.source: {source!r} is neither {PAGES!r} nor a .jsonl or .json file nor a folder of images")
-    return split_samples(read_image_folder(Path(source)), data, seed)
+    return split_samples(read_image_folder(folder), data, seed)
 
 
 def asked_samples(samples: Splits, config: RunConfig) -> Splits:

@@ -23,6 +23,7 @@ from rlens_jax.engine.trunks import SamplePrompts
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind
 from rlens_jax.files import read_json_object
+from rlens_jax.mirrors import exists, place
 from rlens_jax.models.prompt import ImageSize, ImageTokens, Measure, Preparer
 from rlens_jax.resources import benchmark_sizes
 
@@ -83,7 +84,7 @@ def data_sizes(config: RunConfig, kind: ModelKind, folder: Path) -> DataSizes:
         UserError: data that the run would refuse too, as far as their headers and texts tell.
     """
     source = config.data.source
-    missing = source is not None and source != PAGES and not Path(source).exists()
+    missing = source is not None and source != PAGES and not exists(place(source))
     lacks_benchmarks = config.data.is_mixture and config.data.benchmarks is None
     if source is not None and not missing and not lacks_benchmarks:
         return _of_samples(config, kind, folder)

@@ -36,9 +36,9 @@ def own_answers(folder: ModelFolder, config: RunConfig, processes: Processes) ->
     Raises:
         UserError: as `Session.open` and `load`, or the file is damaged.
     """
-    path = Path(config.output) / OWN_ANSWERS_FILE
+    path = config.folder / OWN_ANSWERS_FILE
     search = replace(config.search, objective="generation", method="greedy", one_shot_by="outcome")
-    asking = replace(config, output=str(Path(config.output) / "own_answers"), search=search)
+    asking = replace(config, output=f"{config.output}/own_answers", search=search)
     with Session.open(folder, asking, processes, bare=True) as session:
         settings = {"data_hash": session.data_hash, "processor_hash": _processor_hash(folder.path)}
         identity = folder.identity({**settings, "dtype": session.config.compute.dtype, "most_tokens": search.max_new_tokens})

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from rlens_jax.files import json_text, replace_file
+from rlens_jax.files import check_local, json_text, replace_file
 
 PROFILE = "profile.json"
 SCHEMA = "rlens-profile/1"
@@ -142,6 +142,7 @@ def profiled(folder: Path | None, traces: str | None) -> Iterator[None]:
     if folder is None or traces is None:
         yield
         return
+    check_local("--profile", traces)
     profile = Profile(Path(traces) if traces else None)
     token = _current.set(profile)
     jax.monitoring.register_event_duration_secs_listener(profile.on_event)

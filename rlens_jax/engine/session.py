@@ -116,7 +116,7 @@ class Session:
             UserError: a mesh that does not divide devices or model, unusable samples, or a journal that belongs to other inputs
                 or settings.
         """
-        output, kind, compute = Path(config.output), folder.kind, config.compute
+        output, kind, compute = config.folder, folder.kind, config.compute
         processes.check_shared(output)
         processes.agreed(lambda: Journal.check_free(output))
         check_fits(kind.config.decoder.sizes, compute.model_shards)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import jax
 
+from rlens_jax import stores
 from rlens_jax.config import ComputeConfig
 from rlens_jax.errors import UserError
 from rlens_jax.hosts.processes import Processes
+from rlens_jax.mirrors import address_of, files_under, place, size
 from rlens_jax.resources import cache_folder
 
 _UNSET = -1
@@ -36,9 +38,10 @@ def start_jax(matmul_precision: str = "highest", compilation_cache: Path | None 
     Raises:
         UserError: there is no usable device, or the cache folder cannot be created or can be written by others.
     """
-    cache = _own_folder(compilation_cache or cache_folder() / "compiled")
+    cache = compilation_cache or cache_folder() / "compiled"
+    address = address_of(cache)
     jax.config.update("jax_default_matmul_precision", matmul_precision)
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_compilation_cache_dir", str(_own_folder(cache)) if address is None else _writable(address))
     # Small programs too, so that a restart compiles nothing.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -90,6 +93,15 @@ def _own_folder(cache: Path) -> Path:
     return cache
 
 
+def _writable(address: str) -> str:
+    """The address of the compilation cache, where JAX itself would only warn of each program. UserError if it cannot be written.
+
+    Whoever may write there can put programs into the cache.
+    """
+    stores.put(f"{address}/.writable", b"")
+    return address
+
+
 def start(compute: ComputeConfig, output: Path, processes: Processes, model: Path) -> CompilationCounter:
     """Start JAX as `start_jax` for a search with the model of a folder, on a CPU with one device per core.
 
@@ -98,8 +110,8 @@ def start(compute: ComputeConfig, output: Path, processes: Processes, model: Pat
     JAX lets only process 0 write compiled programs. The other processes read them from the shared output folder.
     """
     if processes.count == 1:
-        published = sum(file.stat().st_size for file in model.rglob("*") if file.is_file())
+        published = size(*files_under(model))
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         _divide_cpu(chosen_cpu_devices(compute, published, len(os.sched_getaffinity(0)), memory))
     shared = cache_folder() if processes.count == 1 else output
-    return start_jax(compute.matmul_precision, Path(compute.compilation_cache or shared / "compiled"))
+    return start_jax(compute.matmul_precision, place(compute.compilation_cache or shared / "compiled"))

@@ -22,6 +22,7 @@ from rlens_jax.families.registry import ModelKind
 from rlens_jax.files import quoted
 from rlens_jax.metrics.score import CURRENT, Row, Score, mean_ratio
 from rlens_jax.metrics.scorers import score
+from rlens_jax.mirrors import place
 
 EXACT_MATCH = "exact match with any reference answer, rlens_jax"
 """The scoring rule of datasets that are not benchmarks; answers are compared as `data.samples.normalised` returns them."""
@@ -128,8 +129,8 @@ def _first(source: BenchmarkSource, circular: bool, limit: int | None) -> Sequen
     if limit is None or not circular:
         return places[:limit]
     groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for place in places:
-        groups[tuple(source.groups[place])].append(place)
+    for row in places:
+        groups[tuple(source.groups[row])].append(row)
     chosen: list[int] = []
     for members in groups.values():
         if len(chosen) + len(members) > limit:
@@ -223,7 +224,7 @@ def _load(
     if source == PAGES:
         pages = read_pages("test", min(limit or TEST_SAMPLES, TEST_SAMPLES))
         return [ExactMatch(name, samples) for name, samples in pages.items()]
-    path = Path(source)
+    path = place(source)
     if path.suffix == ".tsv":
         benchmark = find_benchmark(path.stem)
         known = md5.get(benchmark.name)

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, get_origin
 
 from rlens_jax.console import say
@@ -28,6 +27,7 @@ from rlens_jax.engine.preparing import Resize, as_it_is, down_sampled, share_rea
 from rlens_jax.engine.session import ModelFolder
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import quoted
+from rlens_jax.mirrors import exists, place
 from rlens_jax.models.prompt import Grid, Measure
 from rlens_jax.plan_file import PlanFile, read_plan, read_pruning
 from rlens_jax.pruning import METHODS, Pruning
@@ -179,7 +179,7 @@ class _Reader:
             return PlanFile()
         if text == EMBEDDED_PLAN:
             return read_plan(embedded_plan())
-        if not is_policy_name(text) and not Path(text).exists():
+        if not is_policy_name(text) and not exists(place(text)):
             family, _, _ = text.partition("@")
             near, known = suggest(family, (*FAMILIES, ALL, EMBEDDED_PLAN)), ", ".join(FAMILIES)
             raise UserError(f"--methods: {quoted(text)} is no plan file, no published policy, and none of {known}{near}")

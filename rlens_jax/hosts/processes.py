@@ -28,6 +28,7 @@ from rlens_jax.errors import UserError, printable
 from rlens_jax.files import json_leaves
 from rlens_jax.hosts.cluster import cluster_type, is_distributed, tpu_workers
 from rlens_jax.hosts.supervisor import PORT_TAKEN, mark_joined
+from rlens_jax.mirrors import address_of
 
 T = TypeVar("T")
 
@@ -112,6 +113,8 @@ class Processes:
             AgreedError: process 0 cannot write the file, or others do not see it.
         """
         if self.count == 1:
+            return
+        if address_of(folder) is not None:  # a store is shared, and whoever may not read it says so
             return
         token: Path = folder / self.gather(f".shared-{secrets.token_hex(8)}")[0]
         self.agreed(lambda: _write_token(token) if self.leads else None)

@@ -18,6 +18,8 @@ from types import FrameType
 from typing import IO, NoReturn
 
 from rlens_jax.console import BAD_INPUT, INTERRUPTED, RESUMABLE, STOPPED
+from rlens_jax.errors import UserError
+from rlens_jax.files import replace_file
 from rlens_jax.quiet import TERMINAL
 
 LOST = os.EX_TEMPFAIL
@@ -109,8 +111,8 @@ class _Parent:
         path = self._folder / name
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        except OSError:
+            replace_file(path, text.encode())
+        except (OSError, UserError):
             path = Path(tempfile.mkdtemp(prefix="rlens_jax_")) / name
             path.write_text(text)
         return f" (its log: {path})"

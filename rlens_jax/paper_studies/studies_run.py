@@ -65,7 +65,7 @@ def run_studies(names: Sequence[StudyName], config: RunConfig, ranking: Path | N
     Raises:
         UserError: bad input of any kind.
     """
-    output, processes = Path(config.output), Processes()
+    output, processes = config.folder, Processes()
     # The text control and token pruning need prompts in rows of their own.
     config = replace(config, compute=replace(config.compute, sharing=False))
     folder = ModelFolder.find(config.model)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
 
 from rlens_jax.budget import parse_budget
 from rlens_jax.config import ComputeConfig, Measure, RunConfig
@@ -45,7 +44,7 @@ def make_plan(config: RunConfig, processes: Processes | None = None, *, restart:
     Raises:
         UserError: bad input of any kind.
     """
-    processes, output = processes or Processes(), Path(config.output)
+    processes, output = processes or Processes(), config.folder
     if config.search.objective == "generation":
         raise UserError("search.objective must not be generation: the joint search scores answers in one pass")
     processes.check_same(config.portable() | {"output": config.output})
@@ -130,7 +129,7 @@ def planner_of(session: Session, evaluator: Evaluator, levels: Levels) -> Planne
         def measure() -> LevelTimes:
             return time_levels(programs, split.pools, levels, dense, config.report.timing_repeats)
 
-        path = Path(config.output) / LEVEL_TIMES
+        path = config.folder / LEVEL_TIMES
         times = kept_level_times(path, session.folder.weights_hash, levels, session.processes, measure)
         planner = replace(planner, costs=time_costs(times, length))
     planner.check_reachable()

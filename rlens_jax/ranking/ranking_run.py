@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from rlens_jax.config import RunConfig
 from rlens_jax.console import say
@@ -50,7 +49,7 @@ def rank(config: RunConfig, processes: Processes | None = None, *, restart: bool
         UserError: bad input of any kind.
     """
     processes, clock = processes or Processes(), Clock("data")
-    output, report = Path(config.output), config.report
+    output, report = config.folder, config.report
     processes.check_same(config.portable() | {"output": config.output})
     folder = processes.agreed(lambda: ModelFolder.find(config.model))
     compilations = start(config.compute, output, processes, folder.path)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -102,7 +101,7 @@ def write_samples(session: Session, loaded: LoadedModel, programs: Programs, pla
     UserError if a file cannot be written.
     """
     config, processes = session.config, session.processes
-    hashes, output = {"model_hash": session.folder.weights_hash, "data_hash": session.data_hash}, Path(config.output)
+    hashes, output = {"model_hash": session.folder.weights_hash, "data_hash": session.data_hash}, config.folder
     examples = answer_examples(session, loaded, programs, plan, name)
     if processes.leads:
         write_examples(output, examples, plan, **hashes)

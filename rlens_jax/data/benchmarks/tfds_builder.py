@@ -26,6 +26,7 @@ from rlens_jax.console import Progress
 from rlens_jax.data.benchmarks.catalogue import BENCHMARKS, Benchmark, Instance, all_instances, find_benchmark
 from rlens_jax.data.benchmarks.tsv import TsvTable, scan
 from rlens_jax.errors import UserError
+from rlens_jax.mirrors import fetched
 
 ROWS = "rows"
 """The only split: each file is one split of its benchmark."""
@@ -198,7 +199,7 @@ def read_benchmark(dataset: str, folder: Path, data_dir: Path, md5: str | None =
     def make() -> Benchmarks:
         builder = Benchmarks(md5=md5, config=dataset, data_dir=os.fspath(place), file_format="array_record")
         if not Path(builder.data_path).exists():
-            _check_there(folder / f"{dataset}.tsv")
+            _check_there(fetched(folder / f"{dataset}.tsv"))
         return builder
 
     return BenchmarkSource(dataset, prepared(make, dataset, place, folder))
