@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float
 
 from rlens_jax.console import say
@@ -125,14 +126,19 @@ def time_plans(
 
 
 def layer_flops(programs: Programs, batch: Batch, plan: Plan) -> int:
-    """Multiplications and additions of the decoder layers for the tokens of a batch, its prompts as branches, with probes."""
+    """Multiplications and additions of the decoder layers for the tokens of a batch, its prompts as branches, with probes.
+
+    The batch is that of all processes, which call this together.
+    """
     layout, sizes, num_layers = batch.inputs.layout, programs.config.layer_sizes, programs.config.num_layers
+    arrays = batch.inputs.samples, layout.text_branch, layout.num_text, layout.num_visual
+    samples, text_branch, num_text, num_visual = multihost_utils.process_allgather(arrays, tiled=True)
     total = 0.0
-    for row in np.flatnonzero((np.asarray(batch.inputs.samples) != FILLER).any(axis=1)):
-        branches = np.bincount(np.asarray(layout.text_branch)[row, : int(layout.num_text[row])])
+    for row in np.flatnonzero((samples != FILLER).any(axis=1)):
+        branches = np.bincount(text_branch[row, : num_text[row]])
         trunk, *own = map(int, branches)
         own = own or [0]  # a single prompt may have no branch
-        visual = [int(layout.num_visual[row])] * num_layers
+        visual = [int(num_visual[row])] * num_layers
         cost = partial(shared_prefill_cost, sizes, visual_in_layer=visual, plan=plan, reduction=programs.reduction)
         total += sum(cost(trunk + text, trunk_text=trunk, sharers=len(own), with_probes=True) for text in own)
     return 2 * round(total)
