@@ -2,8 +2,10 @@
 
 import gc
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -29,8 +31,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+PLAIN_INSTALL = str(Path(__file__).parent / "plain_install")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the cache folder; the workers of xdist start later and inherit it."""
+    """Make the cache folder; the workers of xdist start later and inherit it. Processes that tests start see no torch."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        # Some tests hand on their own path, others the variable.
+        sys.path.insert(0, PLAIN_INSTALL)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [PLAIN_INSTALL, os.environ.get("PYTHONPATH")]))
     if not hasattr(config, "workerinput"):
         folder = tempfile.TemporaryDirectory(prefix="rlens_jax_tests_")
         config.add_cleanup(folder.cleanup)

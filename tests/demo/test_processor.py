@@ -1,6 +1,7 @@
 """The processor files, as transformers reads them."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -120,7 +121,9 @@ def test_chat_refuses_what_the_model_cannot_do(tokenizer: PreTrainedTokenizerBas
 
 def run(program: str, folder: Path) -> None:
     """In a process of its own, because transformers chooses its image backend once in a process."""
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(folder)], capture_output=True, text=True)
+    command = [sys.executable, "-c", textwrap.dedent(program), str(folder)]
+    with_torch = {**os.environ, "PYTHONPATH": ""}  # tests/conftest.py hides it
+    result = subprocess.run(command, env=with_torch, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 

@@ -147,7 +147,7 @@ def test_lmms_eval_itself(tmp_path: Path) -> None:
         (tmp_path / "tasks" / name).write_text(block.replace("LMUData/POPE.tsv", str(path)))
     arguments = ["--model", "rlens_jax", "--model_args", f"model=embedded,plan={plan}", "--tasks", "pope_tsv"]
     folders = ["--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "out"), "--log_samples"]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub")}
+    environment = {**os.environ, "PYTHONPATH": "", "HF_HOME": str(tmp_path / "hub")}
     command = [sys.executable, "-m", "lmms_eval", *arguments, *folders, "--batch_size", "5"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

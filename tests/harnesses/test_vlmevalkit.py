@@ -175,7 +175,7 @@ def run_kit(path: Path, ours: Sequence[str] | None, theirs: Sequence[str]) -> No
         code += f"sys.argv = ['run.py', *{options!r}]; runpy.run_module('vlmeval.run', run_name='__main__')"
     else:
         code += f"from rlens_jax.harnesses.vlmevalkit import main; main({[*ours, *options]!r})"
-    environment = {**os.environ, "LMUData": str(path.parent), "PRED_FORMAT": "tsv"}
+    environment = {**os.environ, "PYTHONPATH": "", "LMUData": str(path.parent), "PRED_FORMAT": "tsv"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
