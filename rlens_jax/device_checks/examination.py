@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rlens_jax.console import say
+from rlens_jax.device_checks.ffn_ways import BATCHES, VISUAL_TOKENS, time_ways
 from rlens_jax.device_checks.layer_times import LayerTime, LayerTimes, time_settings
 from rlens_jax.device_checks.machine import check_cache, check_collectives, describe_devices
 from rlens_jax.device_checks.numerics import HEAD_DIM, Check, run_checks
@@ -36,6 +37,8 @@ def examine(model: str, sizes: DecoderSizes, visual_tokens: Sequence[int], secon
         say(line)
     collectives, cache = check_collectives(), check_cache()
     dtype = "float32" if devices["platform"] == "cpu" else DTYPE
+    # The way is a choice on GPUs alone.
+    ways = time_ways(sizes, VISUAL_TOKENS, BATCHES, dtype, began + seconds / 2) if devices["platform"] == "gpu" else []
     tables = time_settings(sizes, visual_tokens, dtype, kernel, began + seconds, say)
     return {
         "schema": SCHEMA,
@@ -47,6 +50,7 @@ def examine(model: str, sizes: DecoderSizes, visual_tokens: Sequence[int], secon
         "fallbacks": fallbacks,
         "collectives": [asdict(each) for each in collectives],
         "cache": asdict(cache),
+        "ffn_ways": [asdict(each) for each in ways],
         "layer": {"model": model, "text_tokens": TEXT_BEFORE + TEXT_AFTER, "tables": [_table(each) for each in tables]},
     }
 

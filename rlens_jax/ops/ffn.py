@@ -12,7 +12,8 @@ tiles the rest, so that any distribution is exact (our decision). With one shard
 
 import math
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from functools import partial
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,13 @@ from rlens_jax.sharding.model_axis import join_shards, num_shards, shard_index
 HEADROOM = 1.05
 """Capacity of a shard before the loop, relative to its even share of the kept units. If units are spread at random, a shard of a
 published model exceeds it in 0.1 % (7B over 4) to 24 % (0.5B over 8) of all cases, and then computes one more tile."""
+FfnWay = Literal["gathered", "masked"]
+"""How the visual tokens of a batch go through their kept units: copies of these, or all units, of which the others count 0."""
+
+GPU_BALANCE, GATHER_PASSES = 200, 3
+"""What `suited_way` reckons with on a GPU: the multiply-adds in bfloat16 in the time of one number from memory (A100 156, H100
+295, at peak rates), and how often gathered rows move: they are read, written and read. By arithmetic, not timed;
+`rlens_jax.doctor` times both ways beside it."""
 TILE = 128
 """Kept units per step of the loop: the rows of a TPU's matrix unit. A smaller tile would take as long."""
 
@@ -90,9 +98,37 @@ class FfnWeights:
         return jax.lax.scan(step, no_scores, jnp.asarray(starts))[0]
 
     def through_rows(self, x: Float[Array, "B P D"], rows: Int[Array, "B rows"], num_units: int) -> Float[Array, "B P D"]:
+        gathered = partial(self.through_gathered, num_units=num_units)
+        # A CPU computes in float32, and gathers; so do TPUs without the kernel.
+        batch, tokens, _ = x.shape
+        if x.dtype != jnp.bfloat16 or suited_way(batch, tokens, self.number, num_units // num_shards()) == "gathered":
+            return gathered(x, rows)
+        return jax.lax.platform_dependent(x, rows, cuda=self.through_masked, default=gathered)
+
+    def through_masked(self, x: Float[Array, "B P D"], rows: Int[Array, "B rows"]) -> Float[Array, "B P D"]:
+        """Each sample's tokens through all units, of which those outside its `rows` count 0."""
+        keep = jnp.zeros((x.shape[0], self.number), bool)
+        keep = keep.at[jnp.arange(x.shape[0])[:, None], rows].set(True, mode="drop")  # rows past the last unit are none
+        hidden = hidden_units(x, self)
+        return jnp.tensordot(jnp.where(keep[:, None], hidden, jnp.zeros((), hidden.dtype)), self.down, 1)
+
+    def through_gathered(self, x: Float[Array, "B P D"], rows: Int[Array, "B rows"], num_units: int) -> Float[Array, "B P D"]:
+        """Each sample's tokens through copies of its kept units; arguments as of `through_rows`."""
         capacity = shard_capacity(num_units, num_shards(), HEADROOM)
         batched = jax.vmap(reduced_ffn, in_axes=(0, None, 0))
         return in_tiles(x, rows, self.number, capacity, lambda x, rows: batched(x, self, rows))
+
+
+def suited_way(batch: int, tokens: int, units: int, kept: int) -> FfnWay:
+    """The faster way on a GPU for `batch` samples of `tokens` visual tokens, by arithmetic and memory traffic.
+
+    Each sample gathers rows of its own and then multiplies; all samples share one pass over all units, which multiplies
+    meanwhile. So few tokens of several samples take all units: up to 150 with the sizes of Qwen2-VL-7B (18,944 units, 3789
+    kept), from two samples on. A TPU's kernel would be a third way, whose rows move once (`rlens_jax.ops.ffn_tpu`).
+    """
+    gathered = batch * kept * (GATHER_PASSES * GPU_BALANCE + tokens)
+    masked = units * max(GPU_BALANCE, batch * tokens)
+    return "masked" if masked < gathered else "gathered"
 
 
 @pytree

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from rlens_jax.commands import doctor
 from rlens_jax.console import run_command
-from rlens_jax.device_checks import examination, layer_times, machine, numerics
+from rlens_jax.device_checks import examination, ffn_ways, layer_times, machine, numerics
 from rlens_jax.engine.timing import Turn
 from rlens_jax.errors import UserError
 from rlens_jax.files import check_schema, read_json_object
@@ -156,6 +157,20 @@ def test_the_cache_is_written_and_read(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "cache")], capture_output=True, text=True)
     assert json.loads(done.stdout) == {"folder": str(tmp_path / "cache"), "written": True, "read": True}, done.stderr
+
+
+def test_ways_through_kept_units_are_timed_until_the_deadline() -> None:
+    found = ffn_ways.time_ways(
+        DecoderSizes(1, 16, 1, 1, 16, 64, qkv_bias=False), (3, 5), (1, 2), "float32", time.monotonic() + 60
+    )
+    assert [(each.batch, each.visual_tokens, each.taken) for each in found] == [
+        (1, 3, "gathered"),
+        (1, 5, "gathered"),
+        (2, 3, "masked"),
+        (2, 5, "masked"),
+    ]
+    assert all(each.gathered > 0 and each.masked > 0 for each in found)
+    assert ffn_ways.time_ways(SIZES, (3,), (1,), "float32", time.monotonic() - 1) == []
 
 
 def test_an_unknown_device_has_no_prediction(monkeypatch: pytest.MonkeyPatch) -> None:

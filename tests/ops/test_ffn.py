@@ -1,3 +1,6 @@
+import re
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from rlens_jax.ops.ffn import (
     hidden_units,
     probe_slots,
     simulated_dynamic_ffn,
+    suited_way,
     unit_scores,
 )
 from rlens_jax.plans import Reduction
@@ -242,6 +246,36 @@ def test_samples_keep_different_units():
     rows, weights = random_rows(np.random.default_rng(19), RAGGED, WIDTH), make_weights(20)
     _, kept = run(dynamic_ffn, rows, make_layout(RAGGED), weights, Reduction())
     assert len({tuple(sorted(kept.units[i].tolist())) for i in (0, 1, 3)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "way"), [(1, 3, "gathered"), (2, 150, "masked"), (2, 151, "gathered"), (8, 150, "masked")]
+)
+def test_few_tokens_of_several_samples_mask_all_units_on_a_gpu(batch: int, tokens: int, way: str) -> None:
+    """As `suited_way` says with the sizes of Qwen2-VL-7B; elsewhere, and in float32, units are gathered."""
+    kept, units, width = 3789, 18944, 8
+    assert suited_way(batch, tokens, units, kept) == way
+
+    def gathers(platform: str, dtype: Any = jnp.bfloat16) -> bool:
+        weights = FfnWeights(*(jnp.zeros((units, width), dtype) for _ in range(3)))
+        x, rows = jnp.zeros((batch, tokens, width), dtype), jnp.zeros((batch, kept), jnp.int32)
+        program = jax.jit(lambda weights, x, rows: weights.through_rows(x, rows, kept)).trace(weights, x, rows)
+        # The products of gathered rows alone have as many units.
+        return bool(re.search(rf"x{tokens}x{kept}x(bf16|f32)", program.lower(lowering_platforms=(platform,)).as_text()))
+
+    assert gathers("cuda") == (way == "gathered")
+    assert gathers("cpu") and gathers("cuda", jnp.float32)
+
+
+def test_masked_units_are_the_gathered_ones() -> None:
+    """Rows past the last unit, which other shards have, add nothing in both."""
+    rng, weights = np.random.default_rng(4), make_weights(3)
+    rows = np.sort([np.append(rng.permutation(UNITS)[:11], [UNITS, UNITS]) for _ in range(3)]).astype(np.int32)
+    x = jnp.asarray(rng.standard_normal((3, 7, WIDTH)), jnp.float32)
+    masked = jax.jit(weights.through_masked)(x, rows)
+    assert_close(masked, jax.jit(lambda x, rows: weights.through_gathered(x, rows, 13))(x, rows), 1e-5)
+    one = jax.jit(weights.through_masked)(x[:1], rows[1:2])
+    assert np.abs(one - masked[:1]).max() > 1e-2  # each sample has its own
 
 
 def test_hidden_units_are_silu_of_gate_times_up():
