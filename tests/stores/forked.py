@@ -9,10 +9,13 @@ import json
 import os
 import sys
 
+from rlens_jax.checkpoints.checkpoint import read_model_kind
 from rlens_jax.console import run_command
+from rlens_jax.resources import embedded_model
 
-for name in ("evaluation.evaluation_run", "ranking.ranking_run", "checkpoints.conversion", "reporting.plots"):
-    importlib.import_module(f"rlens_jax.{name}")
+for name in ("gcsfs", "rlens_jax.evaluation.evaluation_run", "rlens_jax.ranking.ranking_run", "rlens_jax.checkpoints.conversion"):
+    importlib.import_module(name)
+read_model_kind(embedded_model()).preparer(embedded_model())  # imports the processors of transformers
 mains = {name: importlib.import_module(f"rlens_jax.commands.{name}").main for name in ("convert", "evaluate", "rank")}
 
 for line in sys.stdin:
