@@ -5,7 +5,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jsonschema
@@ -147,26 +147,32 @@ def score(name: str, right: int) -> Score:
     return Score((ratio,), {}, groups, ("",) * QUESTIONS, name, ratio.value, "%", tuple(outcomes), "rules")
 
 
-@pytest.fixture(scope="module")
-def fields(embedded: ModelFolder) -> dict:
-    """The fields of a comparison.json, with a table whose numbers are known."""
+def rows_of(
+    embedded: ModelFolder, compared: Sequence[Method], right: Mapping[str, Sequence[int]], seconds: Sequence[float]
+) -> list[dict]:
+    """The rows of a table, from how many answers of each method are right, and its times."""
 
     def prompts(place: int) -> Counter[tuple[int, int]]:
-        visual = VISUAL // 2 if COMPARED[place].image_share else VISUAL
+        visual = round(VISUAL * (compared[place].image_share or 1))
         return Counter({(TEXT, visual): 30, (TEXT + 4, visual): 10})
 
     def measured(place: int) -> Measured:
-        own, dense = (VariantTime((2 * each, each, each), (each,) * 3, (each,) * 3) for each in (SECONDS[place], 1.0))
+        own, dense = (VariantTime((2 * each, each, each), (each,) * 3, (each,) * 3) for each in (seconds[place], 1.0))
         times = Times(8, 1, 8, 32, 128, dense, own, 31)
-        return Measured(COMPARED[place].key, COMPARED[place].name, times, PeakMemory(10**9, "resident"))
+        return Measured(compared[place].key, compared[place].name, times, PeakMemory(10**9, "resident"))
 
     def answered_by(place: int) -> dict[str, Answered]:
-        return {name: Answered(score(name, right[place]), prompts(place), 0) for name, right in RIGHT.items()}
+        return {name: Answered(score(name, counts[place]), prompts(place), 0) for name, counts in right.items()}
 
-    places = range(len(COMPARED))
+    places = range(len(compared))
     answered = list(map(answered_by, places))
-    images = {name: [place // 4 for place in range(QUESTIONS)] for name in RIGHT}
-    table = Table(COMPARED, answered, [*map(measured, places)], images, embedded.kind.config.decoder, None, 4, 200, 0)
+    images = {name: [place // 4 for place in range(QUESTIONS)] for name in right}
+    return Table(compared, answered, [*map(measured, places)], images, embedded.kind.config.decoder, None, 4, 200, 0).rows()
+
+
+@pytest.fixture(scope="module")
+def fields(embedded: ModelFolder) -> dict:
+    """The fields of a comparison.json, with a table whose numbers are known."""
     tokens = {"mean": 20.0, "least": 20, "most": 24}
     return {
         "schema": "rlens-comparison/1",
@@ -181,7 +187,7 @@ def fields(embedded: ModelFolder) -> dict:
         },
         "prompts": {"text_tokens": tokens, "visual_tokens": tokens},
         "timed": {"prompts": 8, "rows": 8, "text_slots": 32, "visual_slots": 128, "new_tokens": 32, "repeats": 3},
-        "methods": table.rows(),
+        "methods": rows_of(embedded, COMPARED, RIGHT, SECONDS),
         "configuration": {"profile": "kit@1"},
     }
 
@@ -193,6 +199,7 @@ def test_the_rows(fields: dict, embedded: ModelFolder) -> None:
     decoder = embedded.kind.config.decoder
     # Each dataset's score as a share of dense, then their mean.
     assert [row["score"]["value"] for row in fields["methods"]] == [1.0, 0.75, 0.75, 0.75]
+    assert [row["change"]["value"] for row in fields["methods"]] == [0.0, -0.25, -0.25, -0.25]
     assert (dense["change"]["low"], dense["change"]["high"]) == (0, 0)
     assert dense["score"]["low"] < 1 < dense["score"]["high"]
     assert vtw["datasets"]["compare"]["change"]["value"] == -25
@@ -245,6 +252,15 @@ def test_what_dominates_and_what_loses(fields: dict) -> None:
     ]
     without = {**fields, "methods": [*fields["methods"][:2], fields["methods"][3]]}
     assert verdicts(without)[0].startswith("Down-sampled images are not among the methods")
+
+
+def test_a_method_stands_beside_the_best_of_the_down_sampled_images_that_cost_no_more(embedded: ModelFolder) -> None:
+    compared = [Method("dense"), Method("vtw@6", PlanFile(pruning=VTW(6)))]
+    compared += [Method(f"downsample@{share}", DENSE, share) for share in (0.75, 0.5, 0.25)]
+    rows = rows_of(embedded, compared, {"read": (40, 20, 40, 32, 24)}, (1.0, 0.6, 0.75, 0.5, 0.25))
+    beside = rows[1]["beside_down_sampled"]["prefill"]
+    assert beside["name"] == "downsample@0.5"
+    assert beside["score_above"]["value"] == pytest.approx(0.3)
 
 
 def test_the_files(fields: dict, tmp_path: Path) -> None:
