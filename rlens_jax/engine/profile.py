@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from rlens_jax.errors import UserError
 from rlens_jax.files import check_local, json_text, replace_file
 
 PROFILE = "profile.json"
@@ -138,11 +139,19 @@ def profiled(folder: Path | None, traces: str | None) -> Iterator[None]:
     """Profile all that happens inside and write profile.json into `folder` when it ends well.
 
     Some calls of each program are traced into the folder `traces`, unless it is "". If either is None, nothing is done.
+
+    Raises:
+        UserError: the folder of traces cannot be made, or is on a store.
     """
     if folder is None or traces is None:
         yield
         return
-    check_local("--profile", traces)
+    if traces:
+        check_local("--profile", traces)
+        try:
+            Path(traces).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--profile: cannot write to {traces} ({error.strerror}); name a folder for the traces") from None
     profile = Profile(Path(traces) if traces else None)
     token = _current.set(profile)
     jax.monitoring.register_event_duration_secs_listener(profile.on_event)

@@ -13,6 +13,7 @@ import pytest
 
 from rlens_jax.engine import profile
 from rlens_jax.engine.profile import PARTS, Profile, part, profiled, program_shape
+from rlens_jax.errors import UserError
 from rlens_jax.files import check_schema
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -79,6 +80,16 @@ def test_a_trace_is_written(tmp_path: Path) -> None:
         for _ in range(2):
             profile.run("layers", (x,), lambda: function(x))
     assert list((tmp_path / "traces" / "layers").rglob("*.xplane.pb"))
+
+
+def test_a_folder_of_traces_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for traces, complaint in (
+        (str(tmp_path / "file"), "--profile: cannot write to .*file"),
+        ("gs://bucket/traces", "a local folder"),
+    ):
+        with pytest.raises(UserError, match=complaint), profiled(tmp_path, traces):
+            pass
 
 
 def test_a_compilation_within_another_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
