@@ -114,7 +114,7 @@ class ClipTower(nnx.Module):
         """The same states, and marks by the class token's attention in the last block that is computed."""
         x, last = self._entering(patches), self.depth - 1
         group = jnp.zeros(x.shape[:2], jnp.int32)
-        x = run_span(self.layers, (0, last), x, group)
+        x = run_span(self.layers, 0, last, x, group)
         layer = tower_layer(self.layers, last)
         y = layer.attention_norm(x)
         marks = class_token_marks(layer.q_proj(y[:, :1]).swapaxes(1, 2), layer.k_proj(y).swapaxes(1, 2))

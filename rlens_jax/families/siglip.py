@@ -100,10 +100,12 @@ def run_layers(layers: nnx.Module, x: Float[Array, "I J E"], *inputs: PyTree) ->
     return jax.lax.scan(body, x, stack)[0]
 
 
-def run_span(layers: nnx.Module, span: tuple[int, int], x: Float[Array, "I J E"], *inputs: PyTree) -> Float[Array, "I J E"]:
-    """As `run_layers`, from the first to before the second layer of `span`; they are read where they are in the stack."""
+def run_span(
+    layers: nnx.Module, first: int | Int[Array, ""], count: int, x: Float[Array, "I J E"], *inputs: PyTree
+) -> Float[Array, "I J E"]:
+    """As `run_layers`, of `count` layers from number `first` on; they are read where they are in the stack."""
     graph, stack = nnx.split(layers)
-    return jax.lax.fori_loop(*span, lambda layer, x: nnx.merge(graph, layer_at(stack, layer))(x, *inputs), x)
+    return jax.lax.fori_loop(0, count, lambda i, x: nnx.merge(graph, layer_at(stack, first + i))(x, *inputs), x)
 
 
 def run_marked(
@@ -115,9 +117,9 @@ def run_marked(
 ) -> tuple[Float[Array, "I J E"], Float[Array, "I patches marks"]]:
     """As `run_layers`, and `marks(layer, x)` of the marked layer and the states that enter it; a class token has no marks."""
     number = marked_layer(depth)
-    x = run_span(layers, (0, number), x, *inputs)
+    x = run_span(layers, 0, number, x, *inputs)
     made = marks(tower_layer(layers, number), x)
-    return run_span(layers, (number, depth), x, *inputs), made
+    return run_span(layers, number, depth - number, x, *inputs), made
 
 
 @dataclass(frozen=True)

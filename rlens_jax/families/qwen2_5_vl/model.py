@@ -159,11 +159,18 @@ class VisionTower(FullTower):
         rotary = spatial_rotation(_ordered(places, order), config.width // config.num_heads)
         inside, whole = (window, side**2), (group, None)
 
+        def period(x: States, first: int | Array, count: int) -> States:
+            x = run_span(self.layers, first, count, x, rotary, *inside)
+            return run_span(self.layers, first + count, 1, x, rotary, *whole)
+
         def run(x: States, layers: range) -> States:
-            for full, members in groupby(layers, lambda layer: layer in config.full_layers):
-                span = list(members)
-                x = run_span(self.layers, (span[0], span[-1] + 1), x, rotary, *(whole if full else inside))
-            return x
+            # Published towers repeat one period: a loop of it is compiled once, where a loop of each span takes minutes.
+            first, full = layers.start, [layer for layer in config.full_layers if layer in layers]
+            for count, alike in groupby(np.diff([first - 1, *full]).tolist()):
+                times, begin = len(list(alike)), first
+                x = jax.lax.fori_loop(0, times, lambda i, x, begin=begin, count=count: period(x, begin + i * count, count - 1), x)
+                first += times * count
+            return run_span(self.layers, first, layers.stop - first, x, rotary, *inside)
 
         back = jnp.argsort(order, axis=1)
         if not marks:

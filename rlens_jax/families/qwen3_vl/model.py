@@ -196,10 +196,10 @@ class VisionTower(nnx.Module):
         states, first, number = [], 0, marked_layer(vision.depth)
         for after in (*(block + 1 for block in vision.deepstack), vision.depth):
             if marks and first <= number < after:
-                x = run_span(self.layers, (first, number), x, rotary, group)
+                x = run_span(self.layers, first, number - first, x, rotary, group)
                 layer, first = tower_layer(self.layers, number), number
                 made = rotary_marks(layer, x, rotary, group, num_patches)
-            x = run_span(self.layers, (first, after), x, rotary, group)
+            x = run_span(self.layers, first, after - first, x, rotary, group)
             states.append(x)
             first = after
         return states, made
