@@ -135,7 +135,6 @@ class DeployedPrograms(ModelPrograms):
         self._stop_tokens = stop_tokens
         self._chunk = chunk
         self._prefills: dict[tuple[Plan, Reduction, Pruning | None, int, Penalty | None], Program] = {}
-        self._decoders: dict[tuple[int, Penalty | None], Program] = {}
 
     def prefill(
         self,
@@ -227,16 +226,15 @@ class DeployedPrograms(ModelPrograms):
             to_the_end: generate all new tokens even if all answers have ended, for measurements.
             penalty: the one of `prefill`.
         """
-        key = new_tokens, penalty
-        if key not in self._decoders:
 
-            def run(model: VisionLanguageModel, prefilled: Prefilled, batch: PromptBatch, stop: Array) -> tuple[Array, Array]:
-                return decode(model.decoder, prefilled.first, prefilled.cache, batch, new_tokens, stop, penalty)
+        def run(model: VisionLanguageModel, prefilled: Prefilled, batch: PromptBatch, stop: Array) -> tuple[Array, Array]:
+            return decode(model.decoder, prefilled.first, prefilled.cache, batch, new_tokens, stop, penalty)
 
-            self._decoders[key] = self.program("decode", run, (_PREFILLED, ROWS, EVERYWHERE), ROWS)
+        specs = (_PREFILLED, ROWS, EVERYWHERE), ROWS
+        program = self.once(("decode", new_tokens, penalty), lambda: self.program("decode", run, *specs))
         # Data, so that measurements run the program that made the answers. No token has the number -1.
         stop = np.array(self._stop_tokens or (-1,), np.int32)
-        return self._decoders[key](prefilled, batch, np.full_like(stop, -1) if to_the_end else stop)
+        return program(prefilled, batch, np.full_like(stop, -1) if to_the_end else stop)
 
     def _chunk_of(self, model: VisionLanguageModel, batch: PromptBatch) -> int | None:
         if self._chunk is not None:
