@@ -1,4 +1,4 @@
-"""Tests of rlens_jax; `typechecked` checks the annotations of arrays when a function is called (pyproject.toml)."""
+"""Tests of rlens_jax; `typechecked` checks the annotations of arrays when a function is called (tests/conftest.py)."""
 
 from beartype import BeartypeConf, beartype
 

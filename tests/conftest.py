@@ -1,4 +1,7 @@
-"""Tests run offline, with strict JAX on eight simulated CPU devices and a temporary cache folder."""
+"""Tests run offline, with strict JAX on eight simulated CPU devices and a temporary cache folder.
+
+The annotations of arrays are checked when a function is called.
+"""
 
 import gc
 import os
@@ -22,6 +25,13 @@ os.environ.setdefault(
 )
 
 import jax
+from jaxtyping import install_import_hook
+
+PACKAGE = Path(__file__).parents[1] / "rlens_jax"
+ANNOTATED = [file for file in sorted(PACKAGE.rglob("*.py")) if "from jaxtyping import" in file.read_text()]
+# The other modules have plain types, which mypy checks; checks cost time.
+names = (".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in ANNOTATED)
+install_import_hook([name.removesuffix(".__init__") for name in names], "tests.typechecked")
 
 jax.config.update("jax_platforms", "cpu")
 # Not through XLA_FLAGS: processes that tests start inherit those, and have one device each.
@@ -44,6 +54,11 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.TemporaryDirectory(prefix="rlens_jax_tests_")
         config.add_cleanup(folder.cleanup)
         os.environ["XDG_CACHE_HOME"] = folder.name
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: some tests wait for processes that they started."""
+    return len(os.sched_getaffinity(0)) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
