@@ -1,7 +1,8 @@
 """A store in memory that speaks the part of the JSON API of Google Cloud Storage that gcsfs and TensorStore use.
 
 Processes reach it through the variables of `FakeStore.environment`. Objects have generations, and there is neither append nor
-rename. `deny` refuses every request, `fail_every` answers each n-th request with 503.
+rename. `deny` refuses every request, `fail_every` answers each n-th request with 503, `hold_after` makes a moment to kill a
+client.
 """
 
 import json
@@ -27,6 +28,9 @@ class FakeStore:
         self.requests: list[str] = []
         self.written: list[str] = []
         self.deny, self.fail_every = False, 0
+        self._held_prefix, self._held_after = "", 0
+        self._answering = threading.Event()
+        self._answering.set()
         self.lock, self.generations, self.uploads = threading.Lock(), count(1), dict[str, Any]()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.store = self
@@ -50,6 +54,33 @@ class FakeStore:
         """Write an object, "bucket/name"."""
         with self.lock:
             self.objects[name] = content, next(self.generations)
+
+    def hold_after(self, prefix: str, writes: int) -> None:
+        """Answer no request after so many further writes of objects with this prefix, until `drop_held`."""
+        self._held_prefix, self._held_after = prefix, writes
+
+    @property
+    def holds(self) -> bool:
+        """Whether requests are held."""
+        return not self._answering.is_set()
+
+    def drop_held(self) -> None:
+        """Drop what was asked meanwhile, and answer again."""
+        self._answering.set()
+
+    def note_write(self, key: str) -> None:
+        """Take note of a written object; the lock is held."""
+        self.written.append(key)
+        if self._held_after and key.startswith(self._held_prefix):
+            self._held_after -= 1
+            if not self._held_after:
+                self._answering.clear()
+
+    def drop_if_held(self) -> None:
+        """Raise ConnectionAbortedError at `drop_held` for a request that came before it."""
+        if self.holds:
+            self._answering.wait()
+            raise ConnectionAbortedError("its client was killed")
 
     def reset(self) -> None:
         """Delete everything, and answer every request."""
@@ -99,6 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         store, url = self.server.store, urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        store.drop_if_held()
         query = {name: values[-1] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
         with store.lock:
             store.requests.append(f"{self.command} {self.path}")
@@ -206,5 +238,5 @@ class _Handler(BaseHTTPRequestHandler):
             if expected is not None and int(expected) != generation:
                 return self._error(412, "the generation does not match")
             store.objects[key] = body, (generation := next(store.generations))
-            store.written.append(key)
+            store.note_write(key)
         return self._answer(200, self._fields(key, body, generation))

@@ -117,18 +117,17 @@ def saved(store: FakeStore, prefix: str, folder: Path) -> Path:
 def killed(store: FakeStore, commands: Commands, kills: int, prefix: str, most: int, *arguments: object) -> int:
     """Kill a command soon after it wrote a random number of objects, at most `most`, of this prefix; then let it end."""
     rng = random.Random(str(arguments))
-
-    def written() -> int:
-        return sum(name.startswith(f"bucket/{prefix}") for name in store.written)
-
     for number in range(kills):
-        before, process, stop = written(), commands.start(*arguments), rng.randint(1, most)
-        while written() - before < stop:
+        # Held, so that a busy machine does not let the command end first.
+        store.hold_after(f"bucket/{prefix}", rng.randint(1, most))
+        process = commands.start(*arguments)
+        while not store.holds:
             time.sleep(0.002)
             assert os.path.exists(f"/proc/{process}/fd/2"), commands.end()  # noqa: PTH110 - other paths of a dead child remain
         time.sleep(rng.uniform(0, 0.1))
         os.kill(process, signal.SIGKILL)
         code, said = commands.end()
+        store.drop_held()
         assert code == -signal.SIGKILL, said
         if number % 2:
             commands.forget()
