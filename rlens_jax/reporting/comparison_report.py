@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from rlens_jax.files import json_text, replace_file
-from rlens_jax.reporting.page_parts import environment, plain_page
+from rlens_jax.reporting.page_parts import environment, interval_text, plain_page
 
 COMPARISON = "comparison.json"
 COST_NAMES = {
@@ -204,11 +204,7 @@ def _cells(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _score_cells(scored: Row) -> tuple[str, str]:
-    change = scored["change"]
-    return (
-        f"{scored['value']:.2f} ({scored['low']:.2f} to {scored['high']:.2f})",
-        f"{change['value']:+.2f} ({change['low']:+.2f} to {change['high']:+.2f})",
-    )
+    return interval_text(scored), interval_text(scored["change"], "+")
 
 
 def _interval(interval: Mapping[str, float], *, signed: bool = False) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from rlens_jax.reporting.comparison_report import not_as_asked
-from rlens_jax.reporting.page_parts import environment, percent, plain_page
+from rlens_jax.reporting.page_parts import environment, interval_text, percent, plain_page
 
 Fields = Mapping[str, Any]
 _COSTS = (
@@ -61,10 +61,10 @@ def _sentences(fields: Fields) -> list[str]:
 
 def _scores(name: str, dataset: Fields, compared: bool) -> dict[str, Any]:
     scores = [variant["score"] for variant in dataset["variants"].values()]
-    cells = [_WITHHELD if score is None else _interval(score) for score in scores]
+    cells = [_WITHHELD if score is None else interval_text(score) for score in scores]
     if compared:
         change = dataset["difference"]
-        cells.append("" if change is None else _interval(change, "+"))
+        cells.append("" if change is None else interval_text(change, "+"))
     own: Fields = scores[0] or {"unit": "", "harness": ""}
     return {"name": name, "questions": dataset["questions"], "cells": cells, "unit": own["unit"], "harness": own["harness"]}
 
@@ -96,11 +96,6 @@ def _parts(dataset: Fields) -> list[tuple[str, list[str]]]:
     breakdowns = [variant["score"]["breakdown"] for variant in dataset["variants"].values() if variant["score"] is not None]
     names = dict.fromkeys(name for breakdown in breakdowns for name in breakdown)
     return [(name, [f"{breakdown[name]:.2f}" if name in breakdown else "" for breakdown in breakdowns]) for name in names]
-
-
-def _interval(interval: Fields, sign: str = "") -> str:
-    value, low, high = (format(interval[name], f"{sign}.2f") for name in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
 
 
 def _range(seconds: Sequence[float]) -> str:

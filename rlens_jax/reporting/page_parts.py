@@ -53,6 +53,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}\N{NO-BREAK SPACE}%".replace("-", MINUS)
 
 
+def interval_text(interval: Mapping[str, float], sign: str = "") -> str:
+    """A value in its own unit, and the interval around it; `sign` "+" also marks what is not negative."""
+    value, low, high = (format(interval[name], f"{sign}.2f") for name in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
 def _points(margin: Mapping[str, float]) -> str:
     value, low, high = (f"{100 * margin[name]:+.1f}".replace("-", MINUS) for name in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
