@@ -36,7 +36,7 @@ from rlens_jax.engine.pools import Batch
 from rlens_jax.engine.preparing import Resize, as_it_is
 from rlens_jax.engine.prompt_batches import AskedPrompts, prompt_batches
 from rlens_jax.engine.shapes import Shapes, row_buckets, slot_sizes
-from rlens_jax.engine.sizes import Placed, bytes_on_device, device_bytes, is_out_of_memory
+from rlens_jax.engine.sizes import Placed, bytes_on_device, device_bytes, is_out_of_memory, out_of_memory_says
 from rlens_jax.errors import UserError, suggest
 from rlens_jax.families.generation_config import GENERATION_FILE, Decoding, GenerationConfig, read_generation_config
 from rlens_jax.families.registry import ModelKind
@@ -77,6 +77,7 @@ class Options(TypedDict, total=False):
     """The system prompt of all prompts; None leaves it to the checkpoint's chat template."""
 
 
+_LESS_MEMORY = "a smaller batch size or more model shards"
 HIDDEN_BYTES = 64_000_000
 """Bytes of the hidden units of a chunk of tokens on a device (our decision): larger chunks are not faster."""
 LEAST_TOKENS = 1024
@@ -151,7 +152,7 @@ class DeployedPrograms(ModelPrograms):
         """
         program = self.prefill_program(deployed, new_tokens, penalty)
         try:
-            return program(visual, batch)
+            return jax.block_until_ready(program(visual, batch))  # an accelerator may run out only when it runs
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(str(error)):
                 raise
@@ -418,7 +419,8 @@ class DeployedModel:
             UserError: as `prompt_batches`, or the checkpoint's `max_length` leaves a prompt no room for an answer.
         """
         batches = partial(prompt_batches, sharing=sharing, marked=marked, resized=resized)
-        asked = batches(samples, self.preparer, self.programs, self.shapes, decoding.max_new_tokens)
+        with out_of_memory_says(f"the vision tower runs out of memory; use smaller images, {_LESS_MEMORY}"):
+            asked = batches(samples, self.preparer, self.programs, self.shapes, decoding.max_new_tokens)
         for sample, size in zip(samples, asked.sizes, strict=True):
             if decoding.room(size.tokens) < 1:
                 raise UserError(
@@ -438,9 +440,11 @@ class DeployedModel:
                 plan.pruning.check_sample(asked.samples[number].id, asked.sizes[number].visual)
         start = time.perf_counter()
         visual = self.programs.put(batch.visual)
-        prefilled = jax.block_until_ready(self.programs.prefill(visual, batch.inputs, plan, new_tokens, penalty))
+        prefilled = self.programs.prefill(visual, batch.inputs, plan, new_tokens, penalty)
         between = time.perf_counter()
-        tokens, finite = map(np.asarray, self.programs.decode(prefilled, batch.inputs, new_tokens, penalty=penalty))
+        what = f"decoding {len(batch.inputs.text_ids)} rows with {new_tokens} new tokens"
+        with out_of_memory_says(f"{what} runs out of memory; use {_LESS_MEMORY}"):
+            tokens, finite = map(np.asarray, self.programs.decode(prefilled, batch.inputs, new_tokens, penalty=penalty))
         end = time.perf_counter()
         good, numbers = finite & np.asarray(prefilled.finite), np.asarray(batch.inputs.samples)
         for number in numbers[(numbers != FILLER) & ~good].tolist():

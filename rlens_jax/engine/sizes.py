@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,19 +232,24 @@ def bytes_refused(message: str) -> int | None:
     return round(float(match[1]) * _UNITS[match[2]]) if match else None
 
 
+def memory_explained(compute: ComputeConfig) -> AbstractContextManager[None]:
+    """As `out_of_memory_says`, with the fields that decide the memory need."""
+    return out_of_memory_says(
+        f"out of memory with compute.batch_size = {compute.batch_size} and compute.model_shards = {compute.model_shards}; "
+        "lower compute.batch_size or compute.state_memory_gb, or raise compute.model_shards"
+    )
+
+
 @contextmanager
-def memory_explained(compute: ComputeConfig) -> Iterator[None]:
+def out_of_memory_says(line: str) -> Iterator[None]:
     """Turn a device's running out of memory into one line.
 
     Raises:
-        UserError: naming the fields that decide the memory need.
+        UserError: with `line`.
     """
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and not is_out_of_memory(str(error)):
             raise
-        raise UserError(
-            f"out of memory with compute.batch_size = {compute.batch_size} and compute.model_shards = {compute.model_shards}; "
-            "lower compute.batch_size or compute.state_memory_gb, or raise compute.model_shards"
-        ) from None
+        raise UserError(line) from None

@@ -352,6 +352,28 @@ def test_running_out_of_memory_names_a_batch_that_fits(
         model.generate(images=images, prompt=[QUESTIONS[0]] * 4, max_new_tokens=TOKENS)
 
 
+@pytest.mark.parametrize(
+    ("part", "complaint"),
+    [
+        ("encode", "the vision tower runs out of memory; use smaller images, a smaller batch size or more model shards"),
+        ("decode", "decoding 1 rows with 8 new tokens runs out of memory; use a smaller batch size or more model shards"),
+    ],
+)
+def test_running_out_of_memory_beside_the_prefill_is_one_line(
+    model: DeployedModel, part: str, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Program.__call__
+
+    def call(program: Program, *arguments: Any) -> Any:
+        if program.name == part:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
+        return real(program, *arguments)
+
+    monkeypatch.setattr(Program, "__call__", call)
+    with pytest.raises(UserError, match=f"^{complaint}$"):
+        model.generate(images=[png(0)], prompt=QUESTIONS[0], max_new_tokens=8)
+
+
 def test_bucket_sizes() -> None:
     assert slot_sizes(32, 200) == (32, 48, 64, 96, 128, 192, 200)
     assert slot_sizes(64, 64) == (64,)
