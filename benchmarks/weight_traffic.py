@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 
 from layer_program import LAYERS, layer_program, model_kind
 
+from rlens_jax.config import FfnPath
 from rlens_jax.dry_run.costs import bytes_read
 from rlens_jax.dry_run.hlo import Computation, Instruction, Loops, Module, Shape, parse_module
 from rlens_jax.ops.ffn_tpu import TILE
 from rlens_jax.plans import Reduction
-from rlens_jax.sharding.mesh import FfnForm
 
 DECODER = model_kind().config.decoder
 
@@ -41,9 +41,9 @@ def main() -> None:
         weights = weight_size() / model
         print(f"\n{options.topology}, model = {model}: {weights / 1e6:.1f} MB of weights per layer and chip")
         for batch in options.batch:
-            report(options.topology, model, batch, None, weights, options.verbose)
+            report(options.topology, model, batch, "auto", weights, options.verbose)
             if options.rows:
-                report(options.topology, model, batch, "rows", weights, options.verbose)
+                report(options.topology, model, batch, "gathered", weights, options.verbose)
 
 
 def weight_size() -> int:
@@ -53,9 +53,9 @@ def weight_size() -> int:
     return 2 * sizes["D"] * (heads + 3 * sizes["F"])
 
 
-def report(topology: str, model: int, batch: int, ffn_form: FfnForm | None, weights: float, verbose: bool) -> None:
+def report(topology: str, model: int, batch: int, ffn_path: FfnPath, weights: float, verbose: bool) -> None:
     """Compile the program and print the bytes that its dense and reduced layers move."""
-    spec, _ = layer_program(topology, model, batch, ffn_form=ffn_form)
+    spec, _ = layer_program(topology, model, batch, ffn_path=ffn_path)
     text = spec.lower().compile().as_text()
     module = parse_module(text)
     kernel = "fetched_ffn" in text

@@ -21,6 +21,8 @@ from rlens_jax.plans import FULL, OPERATORS, SKIP, Levels, Operator, Plan, Reduc
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+FfnPath = Literal["auto", "gathered", "masked", "kernel"]
+"""How the visual tokens of a layer with the Dynamic FFN go through its units; `rlens_jax.ops.ffn_paths` has them all."""
 PAGES = "pages"
 MAX_SEEN = 6
 """Most samples whose pictures a report holds."""
@@ -254,6 +256,10 @@ class ComputeConfig:
     cpu_devices: int = 0
     """Devices that a CPU is divided into, each with a copy of the model; 0 means one per core, as far as a quarter of the memory
     holds the copies."""
+    ffn_path: FfnPath = "auto"
+    """How layers with the Dynamic FFN compute visual tokens: `gathered`, by copies of the kept units; `masked`, by all units, of
+    which the others count 0; `kernel`, which fetches the kept units on a TPU; `auto` takes the fastest by arithmetic for the
+    device, the tokens and the batch. All compute the same, in sums of another order."""
     compilation_cache: str | None = None
     """Folder of the persistent compilation cache, also on a store (gs://bucket/folder); null means the user's cache folder."""
 
@@ -405,8 +411,8 @@ class RunConfig:
         """The values that must agree for a journal to be resumed: a run's folder holds one search.
 
         This leaves out what changes neither outcome nor ranking: folders, early stopping, the memory for base states, the joint
-        search, the report's options, and the mesh (with another mesh, outcomes differ in rounding at most). The model and the
-        samples are compared by hash, and the buckets as they are used (`rlens_jax.engine.session`).
+        search, the report's options, the mesh and the path of the FFN (with another, outcomes differ in rounding at most). The
+        model and the samples are compared by hash, and the buckets as they are used (`rlens_jax.engine.session`).
         """
         values = self.portable()
         del values["model"], values["report"], values["joint"], values["search"]["stopping"]
@@ -415,6 +421,7 @@ class RunConfig:
             "state_memory_gb",
             "model_shards",
             "cpu_devices",
+            "ffn_path",
             "text_slots",
             "visual_slots",
             "patch_slots",

@@ -196,6 +196,7 @@ def test_a_journal_depends_on_what_decides_results_and_on_nothing_else():
         ["--compute.compilation_cache", "c"],
         ["--compute.state_memory_gb", "9"],
         ["--compute.cpu_devices", "3"],
+        ["--compute.ffn_path", "masked"],
         ["--report.random_rankings", "3"],
         ["--report.bootstrap_samples", "9"],
         ["--hosts.coordinator", "h:80", "--hosts.num_processes", "2", "--hosts.process_id", "0"],

@@ -313,6 +313,7 @@ BAD = {
     "empty dataset": (no_rows, "empty"),
     "no image": (one_row({"question": "what ?", "answer": "7"}), "own.jsonl:1"),
     "no answer": (one_row({"image": "a.png", "question": "what ?"}), "own.jsonl:1"),
+    "a kernel that no CPU has": (lambda _: ["--compute.ffn_path=kernel"], "the FFN path kernel needs a TPU"),
     "too small a bucket": (lambda _: ["--compute.text_slots=8"], "compute.text_slots"),
 }
 

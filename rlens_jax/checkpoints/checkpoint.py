@@ -11,6 +11,7 @@ from rlens_jax.checkpoints.conversion_record import verify_store
 from rlens_jax.checkpoints.leaves import Filler, shapes_of
 from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.checkpoints.published import CONFIG, opened, weight_files
+from rlens_jax.config import FfnPath
 from rlens_jax.errors import UserError
 from rlens_jax.families.registry import ModelKind, read_kind
 from rlens_jax.families.table import Problems
@@ -45,7 +46,12 @@ def open_store(folder: Path) -> tuple[ModelKind, orbax_store.Reader]:
 
 
 def load_model(
-    model: str | Path, dtype: DTypeLike, check_finite: bool = True, mesh: Mesh | None = None, verify: bool = False
+    model: str | Path,
+    dtype: DTypeLike,
+    check_finite: bool = True,
+    mesh: Mesh | None = None,
+    verify: bool = False,
+    ffn_path: FfnPath = "auto",
 ) -> tuple[ModelKind, VisionLanguageModel]:
     """Load a model with its weights rounded to `dtype`.
 
@@ -58,10 +64,11 @@ def load_model(
         check_finite: refuse weights that are not finite.
         mesh: parameters are split over it as in `rlens_jax.sharding.mesh`; None puts all on the first device.
         verify: compare a converted folder with the checksums of its conversion first, see `verify_store`.
+        ffn_path: how reduced layers compute visual tokens.
 
     Raises:
-        UserError: the folder does not exist, or its config.json or weights are not usable; one message lists all problems
-            with the weights.
+        UserError: no kernel fetches such units on these devices, the folder does not exist, or its config.json or weights are
+            not usable; one message lists all problems with the weights.
     """
     folder = find_model(model)
     problems = Problems(str(folder))
@@ -69,12 +76,12 @@ def load_model(
         kind, reader = open_store(folder)
         if verify:
             verify_store(folder, reader)
-        filler = Filler(kind.abstract(dtype), mesh)
+        filler = Filler(kind.abstract(dtype), mesh, ffn_path)
         reader.fill(filler, problems, check_finite)
         return kind, filler.model()
     with opened(weight_files(folder), kind_in(folder), problems) as published:
         kind, table = published.kind, published.table
-        filler = Filler(kind.abstract(dtype), mesh)
+        filler = Filler(kind.abstract(dtype), mesh, ffn_path)
         table.check_covers(shapes_of(filler.abstract))
         finite = []
         for name, tensor in table.tensors.items():

@@ -12,11 +12,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rlens_jax.config import FfnPath
 from rlens_jax.families.table import Place
 from rlens_jax.models.decoder import FFN
 from rlens_jax.models.layers import UnitRows
+from rlens_jax.ops.ffn_paths import ways_on
 from rlens_jax.ops.ffn_tpu import suited_form
-from rlens_jax.sharding.mesh import FfnForm, ParameterLayout, make_mesh
+from rlens_jax.sharding.mesh import ParameterLayout, make_mesh, one_kind
 from rlens_jax.sharding.model_axis import MODEL
 
 Item = TypeVar("Item")
@@ -48,28 +50,31 @@ def _variables(model: nnx.Module, kind: type[nnx.Variable]) -> dict[str, nnx.Var
     return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model, kind))}
 
 
-def layout_of(model: nnx.Module, mesh: Mesh, ffn_form: FfnForm | None = None) -> ParameterLayout:
-    """How a model's parameters lie on a mesh; `ffn_form` None is the form that suits the devices, sizes and dtype."""
+def layout_of(model: nnx.Module, mesh: Mesh, ffn_path: FfnPath = "auto") -> ParameterLayout:
+    """How a model's parameters lie on a mesh, with FFN units in the form that its reduced layers read.
+
+    Raises:
+        UserError: the path is the kernel, which cannot read such units on such devices.
+    """
     units = {path: leaf.get_value() for path, leaf in _variables(model, UnitRows).items()}
-    if ffn_form is None:
-        (device_kind,) = {device.device_kind for device in mesh.devices.flat}
-        forms = {
-            suited_form(leaf.shape[1] // mesh.shape[MODEL], leaf.shape[2], leaf.dtype, device_kind) for leaf in units.values()
-        }
-        ffn_form = "halves" if forms == {"halves"} else "rows"
-    return ParameterLayout(mesh, axes_of(model), units.keys(), ffn_form)
+    kind, shards, forms = one_kind(list(mesh.devices.flat)), mesh.shape[MODEL], set()
+    for leaf in units.values():
+        forms.add(suited_form(leaf.shape[1] // shards, leaf.shape[2], leaf.dtype, kind, ffn_path))
+    return ParameterLayout(mesh, axes_of(model), units.keys(), "halves" if forms == {"halves"} else "rows")
 
 
-def set_ffn_form(model: nnx.Module, form: FfnForm) -> None:
-    """Records in the model's FFNs how their units are stored."""
+def set_ffn_form(model: nnx.Module, layout: ParameterLayout, ffn_path: FfnPath = "auto") -> None:
+    """Records in the model's FFNs how their units are stored, and how visual tokens can go through some of them."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, FFN):
-            module.form = form
+            module.form = layout.ffn_form
+            dtype = module.gate_proj.kernel.get_value().dtype
+            module.ways = ways_on(layout.mesh.devices.flat[0], layout.ffn_form, dtype, ffn_path)
 
 
-def place(model: Model, mesh: Mesh, ffn_form: FfnForm | None = None) -> Model:
-    """A model created in memory, with its parameters laid out on a mesh as `load_model` does; `ffn_form` as in `layout_of`."""
-    filler = Filler(nnx.eval_shape(lambda: model), mesh, ffn_form)
+def place(model: Model, mesh: Mesh, ffn_path: FfnPath = "auto") -> Model:
+    """A model created in memory, with its parameters laid out on a mesh as `load_model` does."""
+    filler = Filler(nnx.eval_shape(lambda: model), mesh, ffn_path)
     arrays = arrays_of(model)
     for target in unstacked(shapes_of(model)).values():
         filler.put(target, filler.held(target, read_place(arrays, target)))
@@ -132,13 +137,16 @@ class Filler(Generic[Model]):
     Args:
         abstract: the model, with shapes and dtypes in place of arrays.
         mesh: the devices; None is the first device.
-        ffn_form: as in `layout_of`.
+        ffn_path: how reduced layers compute visual tokens.
+
+    Raises:
+        UserError: as `layout_of`.
     """
 
-    def __init__(self, abstract: Model, mesh: Mesh | None = None, ffn_form: FfnForm | None = None):
-        self.abstract = abstract
+    def __init__(self, abstract: Model, mesh: Mesh | None = None, ffn_path: FfnPath = "auto"):
+        self.abstract, self._ffn_path = abstract, ffn_path
         self.leaves = arrays_of(abstract)
-        self._layout = layout_of(abstract, mesh or make_mesh(jax.devices()[:1], 1), ffn_form)
+        self._layout = layout_of(abstract, mesh or make_mesh(jax.devices()[:1], 1), ffn_path)
         self._filled: dict[str, jax.Array] = {}
         self._open: dict[str, int] = {}
         """Number of missing layers of each stack."""
@@ -201,7 +209,7 @@ class Filler(Generic[Model]):
             _, axes = self._layout.held(name, self.leaves[name].shape)
             filled.append((path, leaf.replace(self._filled[name], axes=axes)))
         model = nnx.merge(graph, nnx.from_flat_state(filled))
-        set_ffn_form(model, self._layout.ffn_form)
+        set_ffn_form(model, self._layout, self._ffn_path)
         return model
 
 

@@ -61,7 +61,8 @@ def _show(report: dict[str, Any]) -> None:
     show(f"{_mark(cache['written'] and cache['read'])}  compilation cache in {cache['folder']}")
     for way in report["ffn_ways"]:
         what = f"kept FFN units, {way['batch']} x {way['visual_tokens']} visual tokens"
-        show(f"{what}: gathered {1e3 * way['gathered']:.3f} ms, masked {1e3 * way['masked']:.3f} ms; taken: {way['taken']}")
+        times = ", ".join(f"{name} {1e3 * seconds:.3f} ms" for name, seconds in way["seconds"].items())
+        show(f"{what}: {times}; taken: {way['taken']}")
     for table in layer["tables"]:
         how = f"{table['dtype']}, {table['kernel']} attention"
         show(f"a layer of {layer['model']}, {table['visual_tokens']} visual tokens, {how}")

@@ -37,8 +37,8 @@ def examine(model: str, sizes: DecoderSizes, visual_tokens: Sequence[int], secon
         say(line)
     collectives, cache = check_collectives(), check_cache()
     dtype = "float32" if devices["platform"] == "cpu" else DTYPE
-    # The way is a choice on GPUs alone.
-    ways = time_ways(sizes, VISUAL_TOKENS, BATCHES, dtype, began + seconds / 2) if devices["platform"] == "gpu" else []
+    # A CPU has no choice.
+    ways = time_ways(sizes, VISUAL_TOKENS, BATCHES, dtype, began + seconds / 2) if devices["platform"] != "cpu" else []
     tables = time_settings(sizes, visual_tokens, dtype, kernel, began + seconds, say)
     return {
         "schema": SCHEMA,

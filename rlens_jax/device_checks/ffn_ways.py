@@ -1,8 +1,8 @@
-"""Times of the two ways of visual tokens through their kept FFN units, beside the way that a GPU takes by arithmetic."""
+"""Times of the ways of a reduced FFN's visual tokens on this device, beside the way that it takes by arithmetic."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlens_jax.engine.timing import deciding_seconds, time_turns, warm_up
+from rlens_jax.engine.timing import TEXT_AFTER, TEXT_BEFORE, deciding_seconds, time_turns, warm_up
 from rlens_jax.flops import DecoderSizes
-from rlens_jax.ops.ffn import FfnWay, FfnWeights, suited_way
+from rlens_jax.layout import Bucket, Tokens, pack_layout
+from rlens_jax.ops.ffn import FfnWeights, Units, dynamic_ffn
+from rlens_jax.ops.ffn_paths import FfnWay, Ways, Work, ways_on
+from rlens_jax.ops.ffn_tpu import HalvedStack, HalvedUnits, suited_form
 from rlens_jax.plans import Reduction
 
 VISUAL_TOKENS, BATCHES = (64, 128, 256, 512), (1, 2, 8)
@@ -21,35 +24,52 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class WayTimes:
-    """Seconds of each way for `batch` samples of `visual_tokens`, and the way that is taken."""
+    """Seconds of a reduced FFN by each way, for `batch` samples of `visual_tokens`, and the way that is taken."""
 
     visual_tokens: int
     batch: int
-    gathered: float
-    masked: float
+    seconds: dict[FfnWay, float]
     taken: FfnWay
 
 
 def time_ways(
     sizes: DecoderSizes, visual_tokens: Sequence[int], batches: Sequence[int], dtype: str, deadline: float
 ) -> list[WayTimes]:
-    """Times for each number of visual tokens and samples, until the `deadline` of `time.monotonic`."""
-    units, kept = sizes.ffn_width, Reduction().kept_units(sizes.ffn_width)
-    rng = np.random.default_rng(0)
+    """Times for each number of visual tokens and samples, until the `deadline` of `time.monotonic`.
+
+    A way is timed in the form of the units that it reads: the kernel in halves, and the others in the form of the device.
+    """
+    reduction, text = Reduction(), TEXT_BEFORE + TEXT_AFTER
+    form = suited_form(sizes.ffn_width, sizes.width, dtype, jax.devices()[0].device_kind)
+    ways = ways_on(jax.devices()[0], form, dtype, "auto")
+    stored = dict(_stored(sizes, dtype, ways))
+    program: Any = jax.jit(lambda units, x, layout: dynamic_ffn(x, units, layout, reduction, jax.random.key(0))[0])
     found: list[WayTimes] = []
-    keys = jax.random.split(jax.random.key(0), 3)
-    weights = FfnWeights(*(jax.random.normal(key, (units, sizes.width), dtype) * sizes.width**-0.5 for key in keys))
-    # The weights are arguments, not constants of the programs.
-    gathered: Any = jax.jit(lambda weights, x, rows: weights.through_gathered(x, rows, kept))
-    masked: Any = jax.jit(lambda weights, x, rows: weights.through_masked(x, rows))
     for batch in batches:
-        rows = jnp.asarray(np.sort([rng.permutation(units)[:kept] for _ in range(batch)]), jnp.int32)
         for tokens in visual_tokens:
             if time.monotonic() > deadline:
                 return found
-            x = jax.random.normal(jax.random.key(1), (batch, tokens, sizes.width), dtype)
-            calls = [partial(way, weights, x, rows) for way in (gathered, masked)]
+            is_visual = np.arange(text + tokens) >= text
+            layout = pack_layout([Tokens.sequence(is_visual)] * batch, Bucket(text, tokens), range(batch))
+            x = jax.random.normal(jax.random.key(1), (batch, text + tokens, sizes.width), dtype)
+            # The weights are arguments, not constants of the programs.
+            calls = [partial(program, units, x, jax.tree.map(jnp.asarray, layout)) for units in stored.values()]
             warm_up(calls)
-            own, all_units = (deciding_seconds(turns) for turns in time_turns(calls, REPEATS))
-            found.append(WayTimes(tokens, batch, own, all_units, suited_way(batch, tokens, units, kept)))
+            seconds = map(deciding_seconds, time_turns(calls, REPEATS))
+            probes, kept = reduction.probe_capacity(tokens), reduction.kept_units(sizes.ffn_width)
+            work = Work(batch, text, probes, tokens, sizes.ffn_width, kept)
+            found.append(WayTimes(tokens, batch, dict(zip(stored, seconds, strict=True)), ways.suited(work)))
     return found
+
+
+def _stored(sizes: DecoderSizes, dtype: str, ways: Ways) -> Iterator[tuple[FfnWay, Units]]:
+    """Random units for each way: those that the device chooses from, and XLA's gather."""
+    keys, shape = jax.random.split(jax.random.key(0), 3), (sizes.ffn_width, sizes.width)
+    rows = [jax.random.normal(key, shape, dtype) * sizes.width**-0.5 for key in keys]
+    yield "gathered", FfnWeights(*rows)
+    halved = HalvedUnits(HalvedStack(*(part.reshape(1, shape[0], 2, -1) for part in rows)), jnp.int32(0))
+    if "kernel" in ways.possible:
+        yield "kernel", halved
+        yield "masked", replace(halved, ways=Ways(("masked",)))
+    else:
+        yield "masked", FfnWeights(*rows, ways=Ways(("masked",)))

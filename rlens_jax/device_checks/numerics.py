@@ -6,7 +6,7 @@ attention runs on an NVIDIA GPU, and its pieces in plain XLA on a CPU.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from rlens_jax.ops.attention import chunked_attention, packed_attention, referen
 from rlens_jax.ops.attention_gpu import cudnn_attention, refusal
 from rlens_jax.ops.attention_tpu import splash_attention
 from rlens_jax.ops.ffn import FfnWeights, Units, dense_ffn, dynamic_ffn, simulated_dynamic_ffn
+from rlens_jax.ops.ffn_paths import Ways
 from rlens_jax.ops.ffn_tpu import HalvedStack, HalvedUnits
 from rlens_jax.plans import TEXT, Reduction
 
@@ -35,6 +36,7 @@ RUNS = ((5, 131, 17), (3, 61, 2, 40, 9), (20,))
 RANGES = {"dense": None, "range 32": 32, "text only": TEXT}
 REDUCTION = Reduction(attention_range=32)
 CHUNK = 64
+MASKED = Ways(("masked",))
 SHOWN = 48
 """Values of each reference that are compared with the CPU's."""
 TOLERANCES: Mapping[str, float] = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -138,9 +140,11 @@ def _attentions(dtype: str) -> Iterator[tuple[str, Any, Callable[..., Any]]]:
 def _ffns(weights: FfnWeights, dtype: str) -> Iterator[tuple[str, Any, Units, int | None]]:
     yield "gathered", None, weights, None
     yield "gathered, chunked", None, weights, CHUNK
+    yield "masked", None, replace(weights, ways=MASKED), None
     if dtype == "bfloat16" and _runs_kernels():
         stack = HalvedStack(*(part.reshape(1, UNITS, 2, WIDTH // 2) for part in (weights.gate, weights.up, weights.down)))
         yield "fetched", "fetched ffn", HalvedUnits(stack, jnp.int32(0)), None
+        yield "masked half rows", None, HalvedUnits(stack, jnp.int32(0), ways=MASKED), None
 
 
 def _check(name: str, dtype: str, kernel: Any, run: Callable[[], Any], layout: TokenLayout, wanted: Any) -> Check:

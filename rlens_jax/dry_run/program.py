@@ -31,7 +31,6 @@ from rlens_jax.families.registry import ModelKind
 from rlens_jax.layout import Bucket
 from rlens_jax.models.prompt import ImageSize
 from rlens_jax.ops.attention_tpu import kernel_flops
-from rlens_jax.sharding.mesh import FfnForm
 
 
 @dataclass(frozen=True)
@@ -126,12 +125,7 @@ Program = CompiledProgram | RefusedProgram
 
 
 def program_specs(
-    config: RunConfig,
-    kind: ModelKind,
-    mesh: Mesh,
-    rows: Mapping[Bucket, int],
-    images: Mapping[ImageSize, int],
-    ffn_form: FfnForm | None = None,
+    config: RunConfig, kind: ModelKind, mesh: Mesh, rows: Mapping[Bucket, int], images: Mapping[ImageSize, int]
 ) -> Iterator[ProgramSpec]:
     """The programs of a run on the slice's mesh.
 
@@ -141,9 +135,8 @@ def program_specs(
         mesh: devices of the slice.
         rows: buckets of the decoder, with the rows of a work group's block.
         images: buckets of the vision tower, with the images that a work group encodes together.
-        ffn_form: how FFN units are stored; None is the form that suits the devices.
     """
-    model = abstract_model(kind, dtype_on(mesh, config.compute), mesh, ffn_form)
+    model = abstract_model(kind, dtype_on(mesh, config.compute), mesh, config.compute.ffn_path)
     weights = bytes_on_device(nnx.state(model))
     programs = Programs(
         model, mesh, config.reduction, seed=config.seed, new_tokens=config.search.max_new_tokens, stop_tokens=(0,)

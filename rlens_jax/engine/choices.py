@@ -1,14 +1,17 @@
 """What a run chooses by itself where its configuration leaves a field open."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import jax
 from jax.sharding import Mesh
 
 from rlens_jax.config import ComputeConfig, Dtype, RunConfig
 from rlens_jax.engine.preparing import PreparedSplit
 from rlens_jax.engine.shapes import Shapes, image_padding, row_padding
+from rlens_jax.ops.ffn_tpu import suited_form
 from rlens_jax.plans import Reduction
+from rlens_jax.sharding.mesh import check_fits, make_mesh, one_kind
 
 
 def chosen_dtype(configured: Dtype | None, platform: str) -> Dtype:
@@ -21,6 +24,19 @@ def chosen_dtype(configured: Dtype | None, platform: str) -> Dtype:
 def dtype_on(mesh: Mesh, compute: ComputeConfig) -> Dtype:
     """The dtype of a run on these devices."""
     return chosen_dtype(compute.dtype, mesh.devices.flat[0].platform)
+
+
+def mesh_of(compute: ComputeConfig, sizes: Mapping[str, int]) -> Mesh:
+    """The mesh of a run on all devices, for a decoder with these sizes of axes.
+
+    Raises:
+        UserError: devices or decoder do not divide over it, or no kernel fetches the decoder's FFN units there.
+    """
+    check_fits(sizes, compute.model_shards)
+    mesh = make_mesh(jax.devices(), compute.model_shards)
+    units, kind = sizes["F"] // compute.model_shards, one_kind(jax.devices())
+    suited_form(units, sizes["D"], dtype_on(mesh, compute), kind, compute.ffn_path)  # the form is chosen with the model's arrays
+    return mesh
 
 
 def described(given: RunConfig, config: RunConfig, shapes: Shapes, splits: Sequence[PreparedSplit]) -> str:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.checkpoints.checkpoint import kind_in, load_model
 from rlens_jax.checkpoints.model_folder import find_model
-from rlens_jax.config import Dtype
+from rlens_jax.config import Dtype, FfnPath
 from rlens_jax.console import say
 from rlens_jax.data.images import image_file
 from rlens_jax.data.samples import IMAGE_MARK, VIDEO_MARK, Sample
@@ -470,6 +470,7 @@ def load(
     seed: int = 0,
     verify: bool = False,
     limits: Mapping[str, int] = MappingProxyType({}),
+    ffn_path: FfnPath = "auto",
 ) -> DeployedModel:
     """Load a model to generate with.
 
@@ -482,9 +483,10 @@ def load(
         seed: draws random probes, where a plan has them.
         verify: compare a converted folder with the checksums of its conversion first.
         limits: of the sizes of images, in place of the checkpoint's; see `config.LIMITS`.
+        ffn_path: how layers with the Dynamic FFN compute visual tokens; see `config.ComputeConfig`.
 
     Raises:
-        UserError: there is no such model, it is not usable or damaged, or it has no such limit.
+        UserError: there is no such model, it is not usable or damaged, it has no such limit, or the devices have no such kernel.
     """
     for name, value in (("batch_size", batch_size), ("chunk", chunk), ("model_shards", model_shards)):
         if value is not None and value < 1:
@@ -493,7 +495,8 @@ def load(
     check_fits(kind_in(folder).config.decoder.sizes, model_shards)
     mesh, generation = make_mesh(jax.local_devices(), model_shards), read_generation_config(folder)
     preparer = kind_in(folder).preparer(folder, limits)
-    kind, module = load_model(folder, jnp.dtype(chosen_dtype(dtype, jax.default_backend())), mesh=mesh, verify=verify)
+    dtype = chosen_dtype(dtype, jax.default_backend())
+    kind, module = load_model(folder, jnp.dtype(dtype), mesh=mesh, verify=verify, ffn_path=ffn_path)
     context = kind.config.decoder.context
     programs = DeployedPrograms(module, mesh, seed=seed, stop_tokens=preparer.chat.stop_tokens, chunk=chunk)
     shapes = Shapes(

@@ -18,7 +18,7 @@ from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.config import RunConfig
 from rlens_jax.console import Progress, say
 from rlens_jax.data.splits import asked_samples, load_splits, samples_hash, with_own
-from rlens_jax.engine.choices import described, dtype_on, with_dtype
+from rlens_jax.engine.choices import described, dtype_on, mesh_of, with_dtype
 from rlens_jax.engine.inputs import Split, encode_split
 from rlens_jax.engine.preparing import PreparedSplit, prepare
 from rlens_jax.engine.programs import Programs
@@ -32,7 +32,6 @@ from rlens_jax.models.prompt import Preparer
 from rlens_jax.plans import STANDARD_LEVELS, Levels
 from rlens_jax.search.journal import Journal
 from rlens_jax.search.results import Buckets
-from rlens_jax.sharding.mesh import check_fits, make_mesh
 from rlens_jax.sharding.model_axis import WORK
 
 
@@ -119,8 +118,7 @@ class Session:
         output, kind, compute = config.folder, folder.kind, config.compute
         processes.check_shared(output)
         processes.agreed(lambda: Journal.check_free(output))
-        check_fits(kind.config.decoder.sizes, compute.model_shards)
-        mesh = make_mesh(jax.devices(), compute.model_shards)
+        mesh = mesh_of(compute, kind.config.decoder.sizes)
         preparer = processes.agreed(lambda: kind.preparer(folder.path))
         # A model that generates may reason before it answers; teacher forcing scores the bare answer.
         generates = config.search.objective == "generation"
@@ -179,7 +177,7 @@ def load(session: Session) -> LoadedModel:
     """
     folder, config, mesh, shapes = session.folder, session.config, session.mesh, session.shapes
     rows = chosen_batch_size(config, folder.kind, mesh, shapes.largest, useful_rows(shapes))
-    _, module = load_model(folder.path, jnp.dtype(dtype_on(mesh, config.compute)), mesh=mesh)
+    _, module = load_model(folder.path, jnp.dtype(dtype_on(mesh, config.compute)), mesh=mesh, ffn_path=config.compute.ffn_path)
     shapes = replace(shapes, batch_size=rows)
     dealt = {name: dealt_rows(prepared, shapes, mesh.shape[WORK]) for name, prepared in session.splits.items()}
     blocks = blocks_of([(session.splits[name], each) for name, each in dealt.items()], shapes, even=True)

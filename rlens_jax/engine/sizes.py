@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from rlens_jax.checkpoints.leaves import layout_of, set_ffn_form
-from rlens_jax.config import ComputeConfig, RunConfig
+from rlens_jax.config import ComputeConfig, FfnPath, RunConfig
 from rlens_jax.console import say
 from rlens_jax.engine.choices import dtype_on
 from rlens_jax.engine.model_programs import Program
@@ -30,7 +30,7 @@ from rlens_jax.models.decoder import TracedPlan
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import ImageArrays, Places, PromptBatch
 from rlens_jax.pytrees import unchecked
-from rlens_jax.sharding.mesh import FfnForm, rows_sharding
+from rlens_jax.sharding.mesh import rows_sharding
 
 ASSUMED_PLACES = Places(1, 16)
 """Branches and answer tokens of a row whose data are not known (our assumption)."""
@@ -49,11 +49,11 @@ class Placed:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows_sharding(self.mesh))
 
 
-def abstract_model(kind: ModelKind, dtype: DTypeLike, mesh: Mesh, ffn_form: FfnForm | None = None) -> VisionLanguageModel:
+def abstract_model(kind: ModelKind, dtype: DTypeLike, mesh: Mesh, ffn_path: FfnPath = "auto") -> VisionLanguageModel:
     """The model as `load_model` lays it out, with shapes, dtypes and shardings in place of arrays."""
     model = kind.abstract(dtype)
-    layout = layout_of(model, mesh, ffn_form)
-    set_ffn_form(model, layout.ffn_form)
+    layout = layout_of(model, mesh, ffn_path)
+    set_ffn_form(model, layout, ffn_path)
     graph, state = nnx.split(model)
 
     def placed(path: tuple[Any, ...], variable: Any) -> Any:
@@ -144,7 +144,7 @@ def fitting_batch_size(config: RunConfig, kind: ModelKind, mesh: Mesh, available
         UserError: not even one row fits.
     """
     compute, search = config.compute, config.search
-    model = abstract_model(kind, dtype_on(mesh, compute), mesh)
+    model = abstract_model(kind, dtype_on(mesh, compute), mesh, compute.ffn_path)
     weights = bytes_on_device(nnx.state(model))
     programs = Programs(model, mesh, config.reduction, seed=0, new_tokens=search.max_new_tokens, stop_tokens=(0,))
     program = programs.generate_program if search.objective == "generation" else programs.layers_program

@@ -28,6 +28,7 @@ from rlens_jax.models.cache import KVCache, Newest, cache_of
 from rlens_jax.models.layers import Linear, RMSNorm, Rotary, UnitRows, embed_tokens, hide_padding, rope_angles, rotate, rotation
 from rlens_jax.ops.attention import Kernel, attend, attend_text, masked_attention
 from rlens_jax.ops.ffn import FfnWeights, Kept, Units, dense_ffn, dynamic_ffn
+from rlens_jax.ops.ffn_paths import GATHERED, Ways
 from rlens_jax.ops.ffn_tpu import HalvedStack, HalvedUnits
 from rlens_jax.plans import FULL, SKIP, STANDARD_LEVELS, Level, Levels, Plan, Reduction, value_of
 from rlens_jax.pytrees import pytree
@@ -185,6 +186,8 @@ class FFN(nnx.Module):
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.form: FfnForm = "rows"
         """How the rows are stored: [F, D], or [F, 2, D / 2]. Whoever stores them in halves sets it (`checkpoints.leaves`)."""
+        self.ways: Ways = GATHERED
+        """How visual tokens can go through some of the units; set with `form`."""
         sizes = config.sizes
         self.gate_proj = Linear("BTD,FD->BTF", sizes, kind=UnitRows, dtype=dtype, rngs=rngs)
         self.up_proj = Linear("BTD,FD->BTF", sizes, kind=UnitRows, dtype=dtype, rngs=rngs)
@@ -198,11 +201,11 @@ class FFN(nnx.Module):
     @property
     def weights(self) -> FfnWeights:
         """The matrices [F, D] of a single layer."""
-        return FfnWeights(*(kernel.reshape(kernel.shape[0], -1) for kernel in self.kernels))
+        return FfnWeights(*(kernel.reshape(kernel.shape[0], -1) for kernel in self.kernels), ways=self.ways)
 
     def units(self, halved: HalvedStack | None, layer: Layer) -> Units:
         """The units of layer number `layer`: this module's weights, or the layer's place in the stack of half rows."""
-        return self.weights if halved is None else HalvedUnits(halved, layer)
+        return self.weights if halved is None else HalvedUnits(halved, layer, ways=self.ways)
 
 
 class DecoderLayer(nnx.Module):

@@ -4,16 +4,18 @@
 gate, up and down of the visual tokens on the kept units only, and the probes share one pass over all weights with the text.
 
 Weights are stored [F, D], one row per unit, so that selecting units gathers contiguous rows (`FfnWeights`). A TPU may store
-them as half rows, see `rlens_jax.ops.ffn_tpu`. Inside a `jax.shard_map` the same functions work on a shard's rows (F counts the
-shard's units) and return a partial sum. Units are chosen globally: the scores [B, F] are gathered, never weights, and every
-shard runs the same top-U. The number of kept units per shard is data. A static capacity takes the usual share and a loop of
-tiles the rest, so that any distribution is exact (our decision). With one shard nothing is gathered and there is no loop.
+them as half rows, see `rlens_jax.ops.ffn_tpu`. Few visual tokens go through all units, masked, on the devices and at the
+sizes where that is faster (`rlens_jax.ops.ffn_paths`). Inside a `jax.shard_map` the same functions work on a shard's rows (F
+counts the shard's units) and return a partial sum. Units are chosen globally: the scores [B, F] are gathered, never weights,
+and every shard runs the same top-U. The number of kept units per shard is data. A static capacity takes the usual share and a
+loop of tiles the rest, so that any distribution is exact (our decision). With one shard nothing is gathered, and there is no
+loop.
 """
 
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import field
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlens_jax.layout import TokenLayout
 from rlens_jax.ops.attention import equal_parts
+from rlens_jax.ops.ffn_paths import GATHERED, Ways, Work
 from rlens_jax.plans import Reduction
 from rlens_jax.pytrees import pytree
 from rlens_jax.sharding.model_axis import join_shards, num_shards, shard_index
@@ -29,13 +32,6 @@ from rlens_jax.sharding.model_axis import join_shards, num_shards, shard_index
 HEADROOM = 1.05
 """Capacity of a shard before the loop, relative to its even share of the kept units. If units are spread at random, a shard of a
 published model exceeds it in 0.1 % (7B over 4) to 24 % (0.5B over 8) of all cases, and then computes one more tile."""
-FfnWay = Literal["gathered", "masked"]
-"""How the visual tokens of a batch go through their kept units: copies of these, or all units, of which the others count 0."""
-
-GPU_BALANCE, GATHER_PASSES = 200, 3
-"""What `suited_way` reckons with on a GPU: the multiply-adds in bfloat16 in the time of one number from memory (A100 156, H100
-295, at peak rates), and how often gathered rows move: they are read, written and read. By arithmetic, not timed;
-`rlens_jax.doctor` times both ways beside it."""
 TILE = 128
 """Kept units per step of the loop: the rows of a TPU's matrix unit. A smaller tile would take as long."""
 
@@ -43,6 +39,10 @@ TILE = 128
 @runtime_checkable
 class Units(Protocol):
     """The FFN units of one layer (on this shard), in any form of storage."""
+
+    @property
+    def ways(self) -> Ways:
+        """How visual tokens can go through some of the units."""
 
     @property
     def number(self) -> int:
@@ -62,6 +62,12 @@ class Units(Protocol):
     def through_rows(self, x: Float[Array, "B P D"], rows: Int[Array, "B rows"], num_units: int) -> Float[Array, "B P D"]:
         """Each sample's tokens through its kept units on this shard (`local_rows`); `num_units` counts those of all shards."""
 
+    def hidden(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        """`hidden_units` of every token."""
+
+    def output(self, hidden: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
+        """Hidden units through the last matrix."""
+
 
 @pytree
 class FfnWeights:
@@ -70,13 +76,14 @@ class FfnWeights:
     gate: Float[Array, "F D"]
     up: Float[Array, "F D"]
     down: Float[Array, "F D"]
+    ways: Ways = field(default=GATHERED, kw_only=True, metadata={"static": True})
 
     @property
     def number(self) -> int:
         return self.gate.shape[0]
 
     def through_all(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return jnp.tensordot(hidden_units(x, self), self.down, 1)
+        return self.output(self.hidden(x))
 
     def text_and_scores(
         self, x: Float[Array, "B XM D"], is_probe: Bool[Array, "B M"]
@@ -98,37 +105,15 @@ class FfnWeights:
         return jax.lax.scan(step, no_scores, jnp.asarray(starts))[0]
 
     def through_rows(self, x: Float[Array, "B P D"], rows: Int[Array, "B rows"], num_units: int) -> Float[Array, "B P D"]:
-        gathered = partial(self.through_gathered, num_units=num_units)
-        # A CPU computes in float32, and gathers; so do TPUs without the kernel.
-        batch, tokens, _ = x.shape
-        if x.dtype != jnp.bfloat16 or suited_way(batch, tokens, self.number, num_units // num_shards()) == "gathered":
-            return gathered(x, rows)
-        return jax.lax.platform_dependent(x, rows, cuda=self.through_masked, default=gathered)
-
-    def through_masked(self, x: Float[Array, "B P D"], rows: Int[Array, "B rows"]) -> Float[Array, "B P D"]:
-        """Each sample's tokens through all units, of which those outside its `rows` count 0."""
-        keep = jnp.zeros((x.shape[0], self.number), bool)
-        keep = keep.at[jnp.arange(x.shape[0])[:, None], rows].set(True, mode="drop")  # rows past the last unit are none
-        hidden = hidden_units(x, self)
-        return jnp.tensordot(jnp.where(keep[:, None], hidden, jnp.zeros((), hidden.dtype)), self.down, 1)
-
-    def through_gathered(self, x: Float[Array, "B P D"], rows: Int[Array, "B rows"], num_units: int) -> Float[Array, "B P D"]:
-        """Each sample's tokens through copies of its kept units; arguments as of `through_rows`."""
         capacity = shard_capacity(num_units, num_shards(), HEADROOM)
         batched = jax.vmap(reduced_ffn, in_axes=(0, None, 0))
         return in_tiles(x, rows, self.number, capacity, lambda x, rows: batched(x, self, rows))
 
+    def hidden(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        return hidden_units(x, self)
 
-def suited_way(batch: int, tokens: int, units: int, kept: int) -> FfnWay:
-    """The faster way on a GPU for `batch` samples of `tokens` visual tokens, by arithmetic and memory traffic.
-
-    Each sample gathers rows of its own and then multiplies; all samples share one pass over all units, which multiplies
-    meanwhile. So few tokens of several samples take all units: up to 150 with the sizes of Qwen2-VL-7B (18,944 units, 3789
-    kept), from two samples on. A TPU's kernel would be a third way, whose rows move once (`rlens_jax.ops.ffn_tpu`).
-    """
-    gathered = batch * kept * (GATHER_PASSES * GPU_BALANCE + tokens)
-    masked = units * max(GPU_BALANCE, batch * tokens)
-    return "masked" if masked < gathered else "gathered"
+    def output(self, hidden: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
+        return jnp.tensordot(hidden, self.down, 1)
 
 
 @pytree
@@ -241,19 +226,40 @@ def dynamic_ffn(
     Returns:
         The output, with several shards this shard's summand of it; and what the probes chose, the same on all shards.
     """
-    num_text = layout.bucket.text
+    num_text, shards = layout.bucket.text, num_shards()
     text, visual = x[:, :num_text], x[:, num_text:]
     slots, is_probe = probe_slots(layout, reduction, random_key)
-    probes = jnp.take_along_axis(visual, slots[:, :, None], axis=1)
+    num_units = reduction.kept_units(units.number * shards)
+    work = Work(x.shape[0], num_text, slots.shape[1], visual.shape[1], units.number, num_units // shards)
+    masks = units.ways.suited(work) == "masked"
+    if masks and (chunk is None or x.shape[1] <= chunk):
+        hidden = units.hidden(x)
+        kept = best_units(unit_scores(_at(hidden[:, num_text:], slots), is_probe), num_units)
+        rows = local_rows(kept.units if imposed is None else imposed, units.number)
+        return units.output(jnp.concatenate([hidden[:, :num_text], masked(hidden[:, num_text:], rows)], axis=1)), kept
+    probes = _at(visual, slots)
     if chunk is None or num_text + probes.shape[1] <= chunk:
         text, scores = units.text_and_scores(jnp.concatenate([text, probes], axis=1), is_probe)
     else:
         text, scores = dense_ffn(text, units, chunk), units.scores(probes, is_probe, chunk)
-    num_units = reduction.kept_units(units.number * num_shards())
     kept = best_units(scores, num_units)
     rows = local_rows(kept.units if imposed is None else imposed, units.number)
-    visual = over_tokens(lambda part: units.through_rows(part, rows, num_units), visual, chunk)
-    return jnp.concatenate([text, visual], axis=1), kept
+
+    def through(part: Array) -> Array:
+        return units.output(masked(units.hidden(part), rows)) if masks else units.through_rows(part, rows, num_units)
+
+    return jnp.concatenate([text, over_tokens(through, visual, chunk)], axis=1), kept
+
+
+def masked(hidden: Float[Array, "B T F"], rows: Int[Array, "B rows"]) -> Float[Array, "B T F"]:
+    """Hidden units, with 0 for those outside each sample's `rows`; rows past the last unit are none."""
+    keep = jnp.zeros((hidden.shape[0], hidden.shape[2]), bool)
+    keep = keep.at[jnp.arange(hidden.shape[0])[:, None], rows].set(True, mode="drop")
+    return jnp.where(keep[:, None], hidden, jnp.zeros((), hidden.dtype))
+
+
+def _at(tokens: Float[Array, "B P N"], slots: Int[Array, "B M"]) -> Float[Array, "B M N"]:
+    return jnp.take_along_axis(tokens, slots[:, :, None], axis=1)
 
 
 def shard_capacity(num_units: int, shards: int, headroom: float) -> int:

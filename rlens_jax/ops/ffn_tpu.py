@@ -16,6 +16,7 @@ number of shards (benchmarks/weight_traffic.py).
 
 import math
 from collections.abc import Sequence
+from dataclasses import field
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
-from jaxtyping import Array, BFloat16, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from rlens_jax.ops.ffn import FfnWeights, in_tiles, shard_capacity, unit_scores
+from rlens_jax.config import FfnPath
+from rlens_jax.errors import UserError
+from rlens_jax.ops.ffn import FfnWeights, hidden_units, in_tiles, shard_capacity, unit_scores
+from rlens_jax.ops.ffn_paths import BLOCK, FETCHED, Ways
 from rlens_jax.pytrees import pytree
 from rlens_jax.sharding.mesh import FfnForm
 from rlens_jax.sharding.model_axis import num_shards
@@ -40,8 +44,6 @@ HEADROOM = 1.5
 so capacity costs only VMEM. The loop for more runs if units are very unevenly spread."""
 TILE = 128
 """Rows fetched and multiplied at a time."""
-BLOCK = 256
-"""Tokens in VMEM at a time."""
 MAX_ROW_BYTES = 36 << 20
 """Max bytes of chosen rows in VMEM; more rows are processed in several passes."""
 VMEM_LIMIT = 60 << 20
@@ -50,11 +52,21 @@ DEVICE_KINDS = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "T
 """Devices for which the kernel was compiled; JAX has two names for each."""
 
 
-def suited_form(num_units: int, width: int, dtype: DTypeLike, device_kind: str) -> FfnForm:
-    """The form in which a device should store its units of a layer: "halves" where the kernel can fetch them."""
+def suited_form(num_units: int, width: int, dtype: DTypeLike, device_kind: str, path: FfnPath = "auto") -> FfnForm:
+    """The form in which a device should store its units of a layer: "halves" where the kernel can and may fetch them.
+
+    Raises:
+        UserError: the path is the kernel, which cannot.
+    """
     whole_tiles = num_units % 16 == 0 and width % 256 == 0
     fetched = whole_tiles and jnp.dtype(dtype) == jnp.bfloat16 and device_kind in DEVICE_KINDS
-    return "halves" if fetched else "rows"
+    if path == "kernel" and not fetched:
+        raise UserError(
+            "the FFN path kernel needs a TPU v5e, v5p or v6e, bfloat16, and on each device a multiple of 16 FFN units of a "
+            f"width that 256 divides; here are {num_units} units of width {width} in {jnp.dtype(dtype)} on a {device_kind}; "
+            "choose auto, gathered or masked"
+        )
+    return "halves" if fetched and path in ("auto", "kernel") else "rows"
 
 
 @pytree
@@ -76,6 +88,7 @@ class HalvedUnits:
 
     stack: HalvedStack
     layer: Int[Array, ""]
+    ways: Ways = field(default=FETCHED, kw_only=True, metadata={"static": True})
 
     @property
     def number(self) -> int:
@@ -108,43 +121,79 @@ class HalvedUnits:
 
         return in_tiles(x, rows, self.number, shard_capacity(num_units, num_shards(), HEADROOM), through)
 
+    def hidden(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        if x.shape[0] * x.shape[1] > MAX_TOKENS:
+            return hidden_units(x, self._rows())
+        halves, size = self._halves(x), self._size(x)
+
+        def add_part(i: Array, hidden: Array) -> Array:
+            part = self._hidden_part(halves, i * size, size)
+            return jax.lax.dynamic_update_slice_in_dim(hidden, part, i * size, axis=2)
+
+        return jax.lax.fori_loop(0, self.number // size, add_part, jnp.zeros((*x.shape[:2], self.number), x.dtype))
+
+    def output(self, hidden: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
+        """Summed over parts of the units in float32."""
+        if hidden.shape[0] * hidden.shape[1] > MAX_TOKENS:
+            return self._rows().output(hidden)
+        size = self._size(hidden)
+
+        def add_part(i: Array, y: Array) -> Array:
+            return y + self._output_part(jax.lax.dynamic_slice_in_dim(hidden, i * size, size, axis=2), i * size, size)
+
+        no_output = jnp.zeros((2, *hidden.shape[:2], self.stack.down.shape[-1]), jnp.float32)
+        return self._whole(jax.lax.fori_loop(0, self.number // size, add_part, no_output), hidden.dtype)
+
     def _rows(self) -> FfnWeights:
         """A copy of the layer's units as [F, D]."""
-        return FfnWeights(*(matrix.reshape(self.number, -1) for matrix in self._part(0, self.number)))
+        return FfnWeights(*(self._part(matrix, 0, self.number).reshape(self.number, -1) for matrix in self.stack.matrices))
 
     def _in_parts(self, x: Array, is_probe: Array) -> tuple[Array, Array]:
         """`text_and_scores`, one part of the units at a time; the text's output is summed over the parts in float32."""
         batch, tokens, width = x.shape
-        num_text = tokens - is_probe.shape[1]
-        # At least two parts: XLA unrolls a loop of one step, and then copies the whole matrix in HBM.
-        size = part_size(self.number, min(PART_BYTES // (width * x.dtype.itemsize), self.number // 2))
-        halves = jnp.moveaxis(x.reshape(batch, tokens, 2, width // 2), 2, 0)
+        num_text, size, halves = tokens - is_probe.shape[1], self._size(x), self._halves(x)
 
         def add_part(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             y, scores = carry
             start = i * size
-            gate, up, down = self._part(start, size)
-            gated, linear = (jnp.einsum("kbtd,fkd->btf", halves, matrix) for matrix in (gate, up))
-            hidden = jax.nn.silu(gated) * linear
-            y += jnp.einsum("btf,fkd->kbtd", hidden[:, :num_text], down, preferred_element_type=jnp.float32)
+            hidden = self._hidden_part(halves, start, size)
+            y += self._output_part(hidden[:, :num_text], start, size)
             part_scores = unit_scores(hidden[:, num_text:], is_probe)
             return y, jax.lax.dynamic_update_slice_in_dim(scores, part_scores, start, axis=1)
 
         no_output = jnp.zeros((2, batch, num_text, width // 2), jnp.float32)
         no_scores = jnp.zeros((batch, self.number), jnp.float32)
         y, scores = jax.lax.fori_loop(0, self.number // size, add_part, (no_output, no_scores))
-        return jnp.moveaxis(y, 0, 2).reshape(batch, num_text, width).astype(x.dtype), scores
+        return self._whole(y, x.dtype), scores
 
-    def _part(self, start: int | Array, size: int) -> list[Array]:
-        """Gate, up and down of `size` of the layer's units, [size, 2, D / 2], in the memory order of the stack.
+    def _size(self, x: Array) -> int:
+        """Units of a part, for numbers of the type of `x`."""
+        # At least two parts: XLA unrolls a loop of one step, and then copies the whole matrix in HBM.
+        width = 2 * self.stack.gate.shape[-1]
+        return part_size(self.number, min(PART_BYTES // (width * x.dtype.itemsize), self.number // 2))
+
+    def _halves(self, x: Float[Array, "B T D"]) -> Float[Array, "2 B T half"]:
+        return jnp.moveaxis(x.reshape(*x.shape[:2], 2, x.shape[2] // 2), 2, 0)
+
+    def _whole(self, y: Float[Array, "2 B T half"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+        return jnp.moveaxis(y, 0, 2).reshape(*y.shape[1:3], 2 * y.shape[3]).astype(dtype)
+
+    def _hidden_part(self, halves: Array, start: Array, size: int) -> Array:
+        gate, up = (self._part(matrix, start, size) for matrix in (self.stack.gate, self.stack.up))
+        gated, linear = (jnp.einsum("kbtd,fkd->btf", halves, matrix) for matrix in (gate, up))
+        return jax.nn.silu(gated) * linear
+
+    def _output_part(self, hidden: Array, start: Array, size: int) -> Array:
+        down = self._part(self.stack.down, start, size)
+        return jnp.einsum("btf,fkd->kbtd", hidden, down, preferred_element_type=jnp.float32)
+
+    def _part(self, matrix: Float[Array, "L F 2 half"], start: int | Array, size: int) -> Float[Array, "size 2 half"]:
+        """Some of the layer's units in the memory order of the stack.
 
         If XLA chose the order, it would choose the best one for its products and copy the whole stack into it first.
         """
-        at, shape = (self.layer, start, 0, 0), (1, size, *self.stack.gate.shape[2:])
-        return [
-            with_layout_constraint(jax.lax.dynamic_slice(matrix, at, shape)[0], Layout((0, 1, 2)))
-            for matrix in self.stack.matrices
-        ]
+        at, shape = (self.layer, start, 0, 0), (1, size, *matrix.shape[2:])
+        return with_layout_constraint(jax.lax.dynamic_slice(matrix, at, shape)[0], Layout((0, 1, 2)))
 
 
 def part_size(num_units: int, most: int) -> int:
@@ -153,15 +202,15 @@ def part_size(num_units: int, most: int) -> int:
 
 
 def fetched_ffn(
-    x: BFloat16[Array, "B P D"],
-    matrices: Sequence[BFloat16[Array, "LF 2 half"]],
+    x: Float[Array, "B P D"],
+    matrices: Sequence[Float[Array, "LF 2 half"]],
     rows: Int[Array, "B rows"],
     count: Int[Array, " B"],
     typical: int,
-) -> BFloat16[Array, "B P D"]:
+) -> Float[Array, "B P D"]:
     """Each sample's tokens through the first `count` of its `rows`, summed in float32.
 
-    It runs on a TPU, in tests under `pltpu.force_tpu_interpret_mode`.
+    It runs on a TPU in bfloat16, in tests also in float32 under `pltpu.force_tpu_interpret_mode`.
 
     Args:
         matrices: gate, up and down, which remain in HBM, each with rows layer * F + unit.

@@ -10,7 +10,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from rlens_jax.checkpoints import leaves
+from rlens_jax.errors import UserError
 from rlens_jax.models.decoder import Decoder
+from rlens_jax.ops.ffn_paths import FETCHED, GATHERED
 from rlens_jax.ops.ffn_tpu import suited_form
 from rlens_jax.sharding.mesh import make_mesh
 from tests.toy_decoder import TOY
@@ -39,6 +41,12 @@ class Holder(nnx.Module):
 )
 def test_halves_suit_the_devices_whose_kernel_fetches_units(units, width, dtype, device_kind, halves) -> None:
     assert suited_form(units, width, dtype, device_kind) == ("halves" if halves else "rows")
+    assert suited_form(units, width, dtype, device_kind, "masked") == "rows"
+    if halves:
+        assert suited_form(units, width, dtype, device_kind, "kernel") == "halves"
+    else:
+        with pytest.raises(UserError, match=rf"the FFN path kernel needs .* here are {units} units of .* on a {device_kind}; "):
+            suited_form(units, width, dtype, device_kind, "kernel")
 
 
 @pytest.mark.parametrize("host_bytes", [leaves.HOST_BYTES, 0])
@@ -52,8 +60,10 @@ def test_ffn_units_can_be_stored_as_half_rows(host_bytes: int, monkeypatch: pyte
     mesh = make_mesh(jax.devices()[:1], 1)
     rows = leaves.place(given, mesh)
     plain = leaves.arrays_of(rows)
-    placed = leaves.place(given, mesh, "halves")
+    monkeypatch.setattr(leaves, "suited_form", lambda *_: "halves")
+    placed = leaves.place(given, mesh, "kernel")
     assert (rows.decoder.layers.ffn.form, placed.decoder.layers.ffn.form) == ("rows", "halves")
+    assert (rows.decoder.layers.ffn.ways, placed.decoder.layers.ffn.ways) == (GATHERED, FETCHED)
     units = {path for path in plain if ".ffn." in path}
     assert len(units) == 3
     kept, axes = leaves.arrays_of(placed), leaves.axes_of(placed)

@@ -297,6 +297,8 @@ def test_bad_input(model: DeployedModel, page: Path, tmp_path: Path) -> None:
         model.generate([page], QUESTIONS[0], max_new_tokens=5000)
     with pytest.raises(UserError, match="batch_size must be at least 1"):
         rlens_jax.load("embedded", batch_size=0)
+    with pytest.raises(UserError, match="the FFN path kernel needs a TPU"):
+        rlens_jax.load("embedded", ffn_path="kernel")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from flax import nnx
 from PIL import Image
 
 from rlens_jax.checkpoints.leaves import place
+from rlens_jax.config import FfnPath
 from rlens_jax.data.samples import Sample
 from rlens_jax.engine.evaluator import Outcomes
 from rlens_jax.engine.inputs import Split, build_split
@@ -142,10 +143,11 @@ def toy_programs(
     model_shards: int = 1,
     stop_tokens: tuple[int, ...] = (STOP,),
     levels: Levels = STANDARD_LEVELS,
+    ffn_path: FfnPath = "auto",
 ) -> Programs:
     """Programs over the random model."""
     mesh = make_mesh(jax.devices()[:devices], model_shards)
-    model = place(toy_model(), mesh)
+    model = place(toy_model(), mesh, ffn_path)
     return Programs(model, mesh, REDUCTION, seed=0, new_tokens=new_tokens, stop_tokens=stop_tokens, levels=levels)
 
 

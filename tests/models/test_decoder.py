@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
+from rlens_jax.checkpoints import leaves
 from rlens_jax.checkpoints.leaves import place
 from rlens_jax.layout import visible
 from rlens_jax.models.decoder import Context, Decoder, TracedPlan, as_data
@@ -272,12 +273,13 @@ class Holder(nnx.Module):
         self.decoder = decoder
 
 
-def test_units_stored_as_half_rows_are_fetched_by_the_kernel(rows):
+def test_units_stored_as_half_rows_are_fetched_by_the_kernel(rows, monkeypatch):
     """In bfloat16, as on a TPU, and run here by Pallas' interpreter of TPU memory."""
     plain = Decoder(replace(CONFIG, ffn_width=64), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     for linear in (plain.layers.ffn.gate_proj, plain.layers.ffn.up_proj, plain.layers.ffn.down_proj):
         linear.kernel.set_value(linear.kernel[...] * 4)  # the FFN matters
-    halved = place(Holder(plain), make_mesh(jax.devices()[:1], 1), "halves").decoder
+    monkeypatch.setattr(leaves, "suited_form", lambda *_: "halves")
+    halved = place(Holder(plain), make_mesh(jax.devices()[:1], 1), "kernel").decoder
     layout = make_layout(RAGGED, spare=(2, 3))
     x = jnp.asarray(pack(rows, layout), jnp.bfloat16)
 

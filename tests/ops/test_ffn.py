@@ -1,5 +1,7 @@
-import re
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +15,14 @@ from rlens_jax.ops.ffn import (
     dense_ffn,
     dynamic_ffn,
     hidden_units,
+    masked,
     probe_slots,
     simulated_dynamic_ffn,
-    suited_way,
     unit_scores,
 )
+from rlens_jax.ops.ffn_paths import RATES, Ways, Work, ways_on
 from rlens_jax.plans import Reduction
+from rlens_jax.sharding.mesh import FfnForm
 from tests import torch_reductions
 from tests.numerics import assert_close
 from tests.sequences import make_layout, pack, random_rows, run_length, unpack
@@ -28,6 +32,17 @@ pytestmark = pytest.mark.torch
 WIDTH, UNITS = 12, 53
 RAGGED = [run_length(3, 41, 5), run_length(2, 17, 4, 23, 1, 11, 6), run_length(7), run_length(1, 1, 1)]
 KEY = jax.random.key(0)
+
+
+def masked_ffn(x, weights, layout, reduction, random_key, chunk=None):
+    return dynamic_ffn(x, replace(weights, ways=Ways(("masked",))), layout, reduction, random_key, chunk=chunk)
+
+
+EVERY_WAY = pytest.mark.parametrize(
+    "ffn",
+    [dynamic_ffn, simulated_dynamic_ffn, masked_ffn, partial(masked_ffn, chunk=16)],
+    ids=["gathered", "simulated", "masked", "chunks"],
+)
 MEASURED_AND_SIMULATED = pytest.mark.parametrize("ffn", [dynamic_ffn, simulated_dynamic_ffn])
 
 
@@ -61,7 +76,7 @@ def assert_equals_torch(ours, kept, theirs):
     assert kept.scored.all()
 
 
-@MEASURED_AND_SIMULATED
+@EVERY_WAY
 @pytest.mark.parametrize("fraction", ["0.01", "0.2", "0.5", "1"])
 def test_equals_torch_on_a_ragged_batch(ffn, fraction):
     rows, weights = random_rows(np.random.default_rng(0), RAGGED, WIDTH), make_weights(1)
@@ -93,7 +108,7 @@ def test_measured_equals_simulated():
             assert set(kept.units[row].tolist()) == set(expected.units[row].tolist())
 
 
-@MEASURED_AND_SIMULATED
+@EVERY_WAY
 def test_text_and_samples_without_images_use_every_unit(ffn):
     rows, weights = random_rows(np.random.default_rng(5), RAGGED, WIDTH), make_weights(6)
     layout = make_layout(RAGGED)
@@ -112,7 +127,7 @@ def test_all_units_is_the_dense_ffn(ffn):
         assert_close(y, np.asarray(dense_ffn(jnp.asarray(x)[None], weights))[0], 1e-5)
 
 
-@MEASURED_AND_SIMULATED
+@EVERY_WAY
 def test_a_bucket_without_visual_slots(ffn):
     masks, weights = [run_length(5), run_length(3)], make_weights(8)
     rows = random_rows(np.random.default_rng(8), masks, WIDTH)
@@ -200,7 +215,7 @@ def test_scores_are_summed_in_float32():
     assert kept.units.tolist() == [[1]]
 
 
-@MEASURED_AND_SIMULATED
+@EVERY_WAY
 def test_a_score_that_is_no_number_is_marked(ffn):
     masks = [run_length(2, 30, 2)] * 4
     rows = random_rows(np.random.default_rng(12), masks, WIDTH)
@@ -213,7 +228,7 @@ def test_a_score_that_is_no_number_is_marked(ffn):
     assert_close(ours[2], expected.numpy(), 1e-5)
 
 
-@MEASURED_AND_SIMULATED
+@EVERY_WAY
 @pytest.mark.parametrize("probe", ["strided", "random"])
 def test_padding_never_leaks(ffn, probe):
     rows, weights = random_rows(np.random.default_rng(14), RAGGED, WIDTH), make_weights(15)
@@ -232,7 +247,7 @@ def test_padding_never_leaks(ffn, probe):
             np.testing.assert_array_equal(y, expected)
 
 
-@MEASURED_AND_SIMULATED
+@EVERY_WAY
 def test_a_sample_does_not_depend_on_its_batch(ffn):
     rows, weights = random_rows(np.random.default_rng(17), RAGGED, WIDTH), make_weights(18)
     together, kept = run(ffn, rows, make_layout(RAGGED, spare=(1, 4)), weights, Reduction())
@@ -249,33 +264,50 @@ def test_samples_keep_different_units():
 
 
 @pytest.mark.parametrize(
-    ("batch", "tokens", "way"), [(1, 3, "gathered"), (2, 150, "masked"), (2, 151, "gathered"), (8, 150, "masked")]
+    ("device", "form", "most"),
+    [
+        (("gpu", "NVIDIA H100"), "rows", {1: 320, 2: 195, 8: 171}),
+        (("tpu", "TPU v5 lite"), "halves", {1: 433, 2: 257, 8: 222}),
+        (("tpu", "TPU v5 lite"), "rows", {1: 641, 2: 340, 8: 180}),
+        (("tpu", "TPU v5p"), "halves", {1: 240, 2: 157, 8: 153}),
+        (("tpu", "TPU v6 lite"), "halves", {1: 1290, 2: 880, 8: 661}),
+    ],
 )
-def test_few_tokens_of_several_samples_mask_all_units_on_a_gpu(batch: int, tokens: int, way: str) -> None:
-    """As `suited_way` says with the sizes of Qwen2-VL-7B; elsewhere, and in float32, units are gathered."""
-    kept, units, width = 3789, 18944, 8
-    assert suited_way(batch, tokens, units, kept) == way
-
-    def gathers(platform: str, dtype: Any = jnp.bfloat16) -> bool:
-        weights = FfnWeights(*(jnp.zeros((units, width), dtype) for _ in range(3)))
-        x, rows = jnp.zeros((batch, tokens, width), dtype), jnp.zeros((batch, kept), jnp.int32)
-        program = jax.jit(lambda weights, x, rows: weights.through_rows(x, rows, kept)).trace(weights, x, rows)
-        # The products of gathered rows alone have as many units.
-        return bool(re.search(rf"x{tokens}x{kept}x(bf16|f32)", program.lower(lowering_platforms=(platform,)).as_text()))
-
-    assert gathers("cuda") == (way == "gathered")
-    assert gathers("cpu") and gathers("cuda", jnp.float32)
+def test_few_tokens_go_through_all_units(device: tuple[str, str], form: FfnForm, most: dict[int, int]) -> None:
+    """As docs/ffn_paths.md has it: Qwen2-VL-7B's widths and 64 text tokens."""
+    ways = ways_on(SimpleNamespace(platform=device[0], device_kind=device[1]), form, jnp.bfloat16, "auto")
+    for shards, (batch, tokens) in product((1, 4), most.items()):
+        units, kept = 18944 // shards, 3789 // shards
+        taken = [ways.suited(Work(batch, 64, max(1, n // 10), n, units, kept)) for n in (1, tokens - 2, tokens + 4, 10**5)]
+        assert taken == ["masked"] * 2 + ["kernel" if form == "halves" else "gathered"] * 2
 
 
-def test_masked_units_are_the_gathered_ones() -> None:
-    """Rows past the last unit, which other shards have, add nothing in both."""
-    rng, weights = np.random.default_rng(4), make_weights(3)
-    rows = np.sort([np.append(rng.permutation(UNITS)[:11], [UNITS, UNITS]) for _ in range(3)]).astype(np.int32)
-    x = jnp.asarray(rng.standard_normal((3, 7, WIDTH)), jnp.float32)
-    masked = jax.jit(weights.through_masked)(x, rows)
-    assert_close(masked, jax.jit(lambda x, rows: weights.through_gathered(x, rows, 13))(x, rows), 1e-5)
-    one = jax.jit(weights.through_masked)(x[:1], rows[1:2])
-    assert np.abs(one - masked[:1]).max() > 1e-2  # each sample has its own
+def test_units_are_gathered_where_nothing_else_can_be_faster() -> None:
+    cpu, gpu, old = (
+        SimpleNamespace(platform=name, device_kind=kind) for name, kind in (("cpu", "cpu"), ("gpu", "A100"), ("tpu", "TPU v4"))
+    )
+    for device, dtype in ((cpu, jnp.bfloat16), (gpu, jnp.float32), (old, jnp.bfloat16)):
+        assert ways_on(device, "rows", dtype, "auto").possible == ("gathered",)
+    assert ways_on(gpu, "rows", jnp.float32, "masked").possible == ("masked",)
+
+
+def test_the_suited_way_is_taken() -> None:
+    """Hidden units of all tokens are formed by one way alone."""
+    layout, ways = make_layout([run_length(7, 399, 4)]), Ways(("gathered", "masked"), RATES["gpu"])
+    x, weights = jnp.zeros((1, layout.bucket.slots, WIDTH)), replace(make_weights(3), ways=ways)
+
+    def masks(share: str) -> bool:
+        reduction = Reduction(active_fraction=share)
+        return "1x410x53" in jax.jit(lambda x: dynamic_ffn(x, weights, layout, reduction, KEY)).lower(x).as_text()
+
+    assert masks("0.9") and not masks("0.02")
+
+
+def test_a_shard_masks_the_units_that_lie_on_it() -> None:
+    """Rows past the last unit, which other shards have, are none; each sample has its own."""
+    hidden = jnp.ones((2, 3, 5))
+    found = masked(hidden, jnp.asarray([[0, 3, 5, 5], [1, 2, 4, 5]]))
+    np.testing.assert_array_equal(found, np.broadcast_to([[[1, 0, 0, 1, 0]], [[0, 1, 1, 0, 1]]], (2, 3, 5)))
 
 
 def test_hidden_units_are_silu_of_gate_times_up():

@@ -1,5 +1,7 @@
 """FFN units stored as half rows against the same units as [F, D], and the kernel that fetches them."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from rlens_jax.ops import ffn, ffn_tpu
-from rlens_jax.ops.ffn import FfnWeights, dense_ffn, dynamic_ffn, reduced_ffn
+from rlens_jax.ops.ffn import FfnWeights, dense_ffn, dynamic_ffn, reduced_ffn, simulated_dynamic_ffn
+from rlens_jax.ops.ffn_paths import FfnWay, Ways
 from rlens_jax.ops.ffn_tpu import HalvedStack, HalvedUnits, part_size
 from rlens_jax.plans import Reduction
 from tests.numerics import assert_close
@@ -58,6 +61,7 @@ def test_all_units(chunk: int | None) -> None:
     expected = np.asarray(dense_ffn(x, weights))
     assert np.abs(expected).max() > 1
     assert_close(dense_ffn(x, halved, chunk), expected, 1e-5)
+    assert_close(halved.output(halved.hidden(x)), expected, 1e-5)
 
 
 @pytest.mark.usefixtures("small_parts", "max_tokens")
@@ -75,15 +79,24 @@ def test_text_and_scores() -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-@pytest.mark.parametrize("chunk", [None, 7])
-def test_a_reduced_layer(chunk: int | None) -> None:
-    halved, weights = make_both(4, jnp.bfloat16)
-    x = make_states(5, jnp.bfloat16)
+@pytest.mark.parametrize(
+    ("way", "chunk", "dtype", "tolerance"),
+    [
+        ("kernel", None, jnp.float32, 1e-5),
+        ("kernel", 7, jnp.bfloat16, 2e-2),
+        ("masked", None, jnp.float32, 1e-5),
+        ("masked", 7, jnp.float32, 1e-5),
+    ],
+)
+def test_a_reduced_layer(way: FfnWay, chunk: int | None, dtype: type, tolerance: float) -> None:
+    halved, weights = make_both(4, dtype)
+    x = make_states(5, dtype)
     with pltpu.force_tpu_interpret_mode():
-        y, kept = dynamic_ffn(x, halved, LAYOUT, REDUCTION, KEY, chunk=chunk)
-    expected, chosen = dynamic_ffn(x, weights, LAYOUT, REDUCTION, KEY)
-    np.testing.assert_array_equal(kept.units, chosen.units)
-    assert_close(y, np.asarray(expected, np.float32), 2e-2)
+        y, kept = dynamic_ffn(x, replace(halved, ways=Ways((way,))), LAYOUT, REDUCTION, KEY, chunk=chunk)
+    expected, chosen = simulated_dynamic_ffn(x, weights, LAYOUT, REDUCTION, KEY)
+    has_images = np.asarray(LAYOUT.num_visual) > 0
+    np.testing.assert_array_equal(kept.units[has_images], chosen.units[has_images])
+    assert_close(y[has_images], np.asarray(expected[has_images], np.float32), tolerance)
     assert np.abs(np.asarray(expected - dense_ffn(x, weights), np.float32)).max() > 0.1
 
 

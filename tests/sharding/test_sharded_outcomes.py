@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlens_jax.config import FfnPath
 from rlens_jax.engine.generating import Generating
 from rlens_jax.engine.inputs import Split
 from rlens_jax.engine.model_programs import ROWS
@@ -21,7 +22,8 @@ from tests.engine.toy import LAYERS, toy_programs, toy_split, words
 
 pytestmark = pytest.mark.slow
 
-MESHES = {"8x1": (8, 1), "2x4": (8, 4)}
+MESHES: dict[str, tuple[int, int, FfnPath]] = {"8x1": (8, 1, "masked"), "2x4": (8, 4, "auto")}
+"""Devices, those that share a copy, and the path of reduced FFNs; one device takes `auto`."""
 PLAN = Plan(attention=(1, 3), ffn=(0, 3, 4))
 
 
@@ -37,8 +39,8 @@ def expected(one: Programs) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module", params=MESHES.values(), ids=list(MESHES))
 def many(request: pytest.FixtureRequest) -> Programs:
-    devices, model_shards = request.param
-    return toy_programs(devices=devices, model_shards=model_shards)
+    devices, model_shards, ffn_path = request.param
+    return toy_programs(devices=devices, model_shards=model_shards, ffn_path=ffn_path)
 
 
 def log_probabilities(programs: Programs, split: Split, plan: Plan) -> dict[str, np.ndarray]:
