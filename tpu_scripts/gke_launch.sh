@@ -21,7 +21,7 @@ if [[ -n ${opt[docker-image]} ]]; then
 else
     check_config "$config"
     image=(--base-docker-image="${opt[base-docker-image]}" --script-dir="$dist/source")
-    command="pip install --quiet '.[tpu]' && $command"
+    command="pip install --quiet '.[tpu,gcs]' && $command"
     pack_source
     run rm -rf "$dist/source"
     run tar -xzf "$dist/rlens_jax.tar.gz" -C "$dist"

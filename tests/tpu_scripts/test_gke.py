@@ -38,7 +38,7 @@ def workload(name: str, image: Sequence[str], command: str) -> list[str]:
 def gke_run(name: str, config: str, output: str) -> list[list[str]]:
     """The commands that start a workload from the last commit."""
     dist = REPOSITORY / "dist"
-    command = f"pip install --quiet '.[tpu]' && exec python -m rlens_jax.rank --config {config} --output {output}"
+    command = f"pip install --quiet '.[tpu,gcs]' && exec python -m rlens_jax.rank --config {config} --output {output}"
     image = ["--base-docker-image=python:3.11", f"--script-dir={dist}/source"]
     unpack = [["rm", "-rf", f"{dist}/source"], ["tar", "-xzf", f"{dist}/rlens_jax.tar.gz", "-C", str(dist)]]
     return [*pack(), *unpack, workload(name, image, command)]

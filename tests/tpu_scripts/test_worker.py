@@ -53,6 +53,15 @@ def worker(tmp_path: Path) -> Worker:
     return Worker(tmp_path / "home")
 
 
+def test_an_installation_can_read_and_write_buckets(worker: Worker) -> None:
+    stand_in = worker.home / "python3"
+    stand_in.write_text(FAKE_PYTHON)
+    stand_in.chmod(0o755)
+    done = worker.run("PATH=$HOME:$PATH bash rlens_jax/source/tpu_scripts/lib/on_worker.sh install")
+    assert done.returncode == 0, done
+    assert worker.called()[-1] == "./source[tpu,gcs]"
+
+
 def test_arguments_reach_the_run_as_they_were_given(cloud: Cloud, worker: Worker) -> None:
     hard = ["--output", '/mnt/it\'s a "$HOME" `x` * \\ ;&', "--data", "two\nlines", "--empty", ""]
     assert cloud.work("launch.sh", "--", *hard).returncode == 0

@@ -14,7 +14,7 @@ declare -A about=(
     [cluster]="the GKE cluster" [workload]="the GKE workload: lower-case letters, digits, -" [whole-cluster]="the cluster itself"
     [bucket]="Cloud Storage bucket to mount at /shared in every workload"
     [max-restarts]="max restarts of a workload after preemptions"
-    [docker-image]="image with rlens_jax[tpu] inside" [base-docker-image]="image with Python 3.11+ to add the last commit to"
+    [docker-image]="image with rlens_jax[tpu,gcs] inside" [base-docker-image]="image with Python 3.11+ to add the last commit to"
 )
 
 usage() {

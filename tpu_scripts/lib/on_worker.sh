@@ -11,7 +11,7 @@ case $1 in
     install)  # uv brings a Python, for that of a TPU VM can be too old; the variable is for Ubuntu 24.04 and later
         PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
         python3 -m uv venv --quiet --allow-existing --python 3.11 venv
-        python3 -m uv pip install --quiet --python venv/bin/python --reinstall-package rlens-jax './source[tpu]'
+        python3 -m uv pip install --quiet --python venv/bin/python --reinstall-package rlens-jax './source[tpu,gcs]'
         ;;
     start)  # ssh tries again when a connection breaks, so a second start of the same run must do no harm
         for file in *.pid; do
