@@ -374,8 +374,8 @@ class RunConfig:
         for name in ("model", "output"):
             if not getattr(self, name):
                 raise UserError(f"{name} must not be empty")
-        check_local("output", place(self.output))
-        check_local("compute.compilation_cache", place(self.compute.compilation_cache or ""))
+        for text in (self.output, self.compute.compilation_cache or ""):
+            place(text)
         check_local("data.cache", self.data.cache or "")
 
     @property

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from rlens_jax.errors import UserError
 from rlens_jax.mirrors import claimed, publish
+from rlens_jax.stores import split_address
 
 _LONGEST_MESSAGE = 160
 LARGEST_TEXT = 32 * 2**20
@@ -29,8 +30,6 @@ _LARGEST_NUMBER, _MOST_ITEMS, _MOST_ERRORS = 1e15, 300_000, 100
 _DEEPEST = 64
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "a truth value", type(None): "null"}
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-"""A scheme of two or more letters, also where pathlib has joined the slashes behind it."""
 _UNFINISHED = ".partial"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -245,10 +244,9 @@ def json_leaves(value: Any, name: str = "") -> dict[str, str]:
 
 
 def check_local(name: str, place: str | Path) -> None:
-    """Raise UserError for an address such as gs://bucket/folder, of which a local folder called `gs:` would be made."""
-    if _ADDRESS.match(str(place)):
-        whole = "://" in str(place)
-        raise UserError(f"{name} is {place}: " + ("it must be a local folder" if whole else "gs://bucket/folder has two slashes"))
+    """Raise UserError, beginning with `name`, for an address such as gs://bucket/folder."""
+    if split_address(str(place)) is not None:
+        raise UserError(f"{name} is {place}: it must be a local path")
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def place(text: str | Path) -> Path:
     """The local path that stands for an address; any other text is a path itself.
 
     Raises:
-        UserError: the address has no bucket, or a name that no local file can have.
+        UserError: the address has no bucket, a name that no local file can have, or one slash behind its scheme.
     """
     split = stores.split_address(str(text))
     if split is None:
@@ -116,7 +116,7 @@ def fetched_run(path: Path) -> Path:
 def exists(path: Path) -> bool:
     """Whether there is a file or folder, on the store if the path stands for an address."""
     address = address_of(path)
-    return path.exists() if address is None else bool(stores.listed(address))
+    return path.exists() if address is None else bool(stores.found(address) or stores.listed(address))
 
 
 def files_under(path: Path) -> list[Path]:

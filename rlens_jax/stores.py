@@ -21,8 +21,9 @@ from rlens_jax.errors import UserError
 
 T = TypeVar("T")
 
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.+)")
-"""A scheme has two letters or more: one is a drive."""
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)(.*)", re.DOTALL)
+"""A scheme has two letters or more: one is a drive. pathlib joins the slashes behind it."""
+_NO_STORES = ("file", "local", "http", "https")
 _WAITS = (0.2, 0.8, 3.2)
 """Seconds before the second try, and so on."""
 _LONGEST = 20.0
@@ -46,9 +47,16 @@ class Stored:
 
 
 def split_address(text: str) -> tuple[str, str] | None:
-    """The scheme of an address, and what follows it without slashes at the end; None for the name of a local file or folder."""
+    """The scheme of an address, and what follows it without slashes at the end; None for the name of a local file or folder.
+
+    UserError for an address with one slash, of which a local folder called `gs:` would be made.
+    """
     match = _ADDRESS.fullmatch(text)
-    return None if match is None else (match[1], match[2].rstrip("/"))
+    if match is None:
+        return None
+    if match[2] == "/":
+        raise UserError(f"{text}: {match[1]}://bucket/folder has two slashes")
+    return match[1], match[3].rstrip("/")
 
 
 def listed(address: str, *, deep: bool = True) -> list[Stored]:
@@ -158,8 +166,8 @@ def _system(scheme: str) -> Any:
     # Imported here: it takes a second, and only runs with remote data need it.
     import fsspec
 
-    if scheme not in fsspec.available_protocols() or scheme in ("file", "local"):
-        raise UserError(f"{scheme}://: no kind of store that fsspec knows; name a local path without a scheme")
+    if scheme not in fsspec.available_protocols() or scheme in _NO_STORES:
+        raise UserError(f"{scheme}://: not a kind of store that can be used; name a local path, without a scheme")
     try:
         return fsspec.filesystem(scheme, use_listings_cache=False)
     except ImportError as error:

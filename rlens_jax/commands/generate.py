@@ -19,6 +19,7 @@ from rlens_jax.commands.options import (
     add_model_options,
     check_decoding_options,
     given_limits,
+    input_file,
     read_plan_options,
     required_model,
 )
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, generate, print."""
     parser = ArgumentParser("python -m rlens_jax.generate", __doc__)
     add_model_options(parser)
-    parser.add_argument("--image", metavar="FILE", nargs="+", default=[], help="the images, in order")
+    parser.add_argument("--image", metavar="FILE", type=input_file, nargs="+", default=[], help="the images, in order")
     parser.add_argument("--prompt", metavar="TEXT", help="the question")
     parser.add_argument("--marks", action="store_true", help='each "<image>" in TEXT is the place of an image, not text')
     turn_help = (

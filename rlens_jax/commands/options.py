@@ -35,7 +35,7 @@ from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import check_local
 from rlens_jax.flops import PUBLISHED_DECODERS, DecoderSizes
 from rlens_jax.metrics.score import CURRENT, RULES
-from rlens_jax.mirrors import address_of, fetched, fetched_run, place
+from rlens_jax.mirrors import address_of, exists, fetched, fetched_folder, fetched_run, place
 from rlens_jax.plan_file import PlanFile, parse_first, parse_pruning, read_plan
 from rlens_jax.resources import preset_path
 from rlens_jax.yaml_file import read_yaml
@@ -258,11 +258,14 @@ def add_json_option(parser: ArgumentParser) -> None:
 
 
 def new_file(text: str) -> Path:
-    """The path of a file to write. UserError, before any work is done, if it cannot be written."""
+    """The path of a file to write. UserError, before any work is done, if it cannot be written, or its store cannot be read."""
     path = place(text)
-    folder = new_folder(path.parent)
     if address_of(path) is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        if address_of(path.parent) is None:
+            raise UserError(f"cannot write {text}: it is a bucket")
+        exists(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(path.parent)
     if not folder.is_dir():
         raise UserError(f"cannot write {path}: the folder {folder} does not exist")
     if path.is_dir():
@@ -273,7 +276,6 @@ def new_file(text: str) -> Path:
 def new_folder(text: str | Path) -> Path:
     """The path of a folder to write to, which may not exist yet. UserError, before any work is done, if it cannot be made."""
     folder = place(text)
-    check_local("the output", folder)
     try:
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     except (OSError, ValueError) as error:  # a name that no file system takes
@@ -293,6 +295,17 @@ def run_folder(text: str) -> Path:
 def input_file(text: str) -> Path:
     """The path of a file to read, which is downloaded if it is on a store; it may not exist. UserError if the store fails."""
     return fetched(place(text))
+
+
+def input_folder(text: str) -> Path:
+    """The path of a folder to read, with the files that a store has in it; it may not exist. UserError as `input_file`."""
+    return fetched_folder(place(text), lambda name: True)
+
+
+def traces_folder(text: str) -> str:
+    """A folder for JAX's profiler, which writes to the local disk only; "" is none. UserError for an address."""
+    check_local("--profile", text)
+    return text
 
 
 class _AddSetting(argparse.Action):
@@ -437,7 +450,7 @@ def _text(value: Any) -> str:
 def _read_file(name: str) -> dict[str, Any]:
     """The values of a YAML file or preset by dotted name. UserError for a bad file, an unknown field or a wrong type."""
     is_file = "/" in name or name.endswith((".yaml", ".yml"))
-    path = Path(name) if is_file else preset_path(name)
+    path = input_file(name) if is_file else preset_path(name)
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold fields with values, such as `seed: 1`")

@@ -10,7 +10,7 @@ Exit codes: 0 done; 2 bad input; 130 after Ctrl-C and 143 after SIGTERM (resumab
 import math
 from collections.abc import Sequence
 
-from rlens_jax.commands.options import RunParser, add_restart_option, new_file
+from rlens_jax.commands.options import RunParser, add_restart_option, new_file, traces_folder
 from rlens_jax.console import run_command, show
 from rlens_jax.dry_run.process import Job, run_job
 from rlens_jax.dry_run.topology import find_slice
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = RunParser("python -m rlens_jax.rank", "[--model FOLDER] [--data FILE.jsonl] [--output DIR]", __doc__)
     add_restart_option(parser)
     parser.add_argument(
-        "--profile", metavar="DIR", nargs="?", const="", help="write profile.json, and with DIR also traces there"
+        "--profile", metavar="DIR", nargs="?", const="", type=traces_folder, help="write profile.json, and traces to DIR if given"
     )
     group = parser.add_argument_group("dry run")
     group.add_argument(

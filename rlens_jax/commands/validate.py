@@ -17,6 +17,7 @@ from rlens_jax.commands.options import (
     add_json_option,
     add_model_argument,
     add_plan_options,
+    input_folder,
     new_file,
     new_folder,
     read_model,
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, compare, print."""
     parser = ArgumentParser("python -m rlens_jax.validate", __doc__)
     add_model_argument(parser)
-    parser.add_argument("--reference", metavar="BUNDLE", type=Path, help="compare with this bundle")
+    parser.add_argument("--reference", metavar="BUNDLE", type=input_folder, help="compare with this bundle")
     parser.add_argument("--dump", metavar="BUNDLE", type=new_folder, help="write this bundle")
     parser.add_argument("--rankings", metavar=("A", "B"), nargs=2, help="compare two rankings")
     add_json_option(parser)

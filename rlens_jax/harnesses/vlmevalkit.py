@@ -24,6 +24,7 @@ from rlens_jax.commands.options import (
 )
 from rlens_jax.console import ArgumentParser, run_command
 from rlens_jax.errors import UserError
+from rlens_jax.files import check_local
 from rlens_jax.harnesses.backends import BACKENDS, MAX_NEW_TOKENS
 
 NAME = "rlens-plan"
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     name_help = "the model's name in VLMEvalKit, and so in its files (default: %(default)s)"
     parser.add_argument("--name", default=NAME, help=name_help)
     run_help = "VLMEvalKit's run.py, if it is a checkout and not a package (default: that of the package)"
-    parser.add_argument("--run", metavar="FILE", type=Path, help=run_help)
+    parser.add_argument("--run", metavar="FILE", help=run_help)
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options, theirs = parser.parse_args(arguments[:end]), arguments[end + 1 :]
     model, plan = required_model(parser, options), read_plan_options(parser, options)
@@ -77,13 +78,15 @@ def main(arguments: Sequence[str]) -> None:
     if options.run is None:
         runpy.run_module(PACKAGED, run_name="__main__")
     else:
-        runpy.run_path(str(options.run), run_name="__main__")
+        runpy.run_path(options.run, run_name="__main__")
 
 
-def _check_installed(run: Path | None) -> None:
+def _check_installed(run: str | None) -> None:
+    if run is not None:
+        check_local("--run", run)
     if importlib.util.find_spec("vlmeval") is None:
         raise UserError("VLMEvalKit is not installed: install the extra vlmevalkit, or a checkout of it with pip")
-    if run is not None and not run.is_file():
+    if run is not None and not Path(run).is_file():
         raise UserError(f"--run {run}: no such file")
     if run is None and importlib.util.find_spec(PACKAGED) is None:
         raise UserError("this VLMEvalKit has no run.py in its package: name that of its checkout with --run FILE")

@@ -5,11 +5,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from rlens_jax.errors import UserError
 from rlens_jax.files import parse_json, quoted, read_text, shortened
+from rlens_jax.mirrors import fetched, place
 from rlens_jax.plans import MOST_LAYERS
 from rlens_jax.search.ranking_file import check_ranking
 
@@ -71,11 +71,11 @@ def compare_rankings(a: str, b: str, num_layers: int | None) -> list[RankingComp
 
 
 def _read(argument: str) -> Source:
-    if not os.path.isfile(argument):  # noqa: PTH113  (Path.is_file raises OSError for a long list)
+    path = fetched(place(argument))
+    if not os.path.isfile(path):  # noqa: PTH113  (Path.is_file raises OSError for a long list)
         if not re.fullmatch(r"[\s\d,;+-]*", argument):
             raise UserError(f"{shortened(argument)}: neither a file nor a list of layers such as 27,26,25")
         return Source("the list", {"": _parse(argument, "the list")}, None)
-    path = Path(argument)
     text = read_text(path)
     if not text.lstrip().startswith(("{", "[")):
         return Source(argument, {"": _parse(text, argument)}, None)

@@ -86,7 +86,7 @@ def test_a_folder_of_traces_that_cannot_be_made_is_one_line(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     for traces, complaint in (
         (str(tmp_path / "file"), "--profile: cannot write to .*file"),
-        ("gs://bucket/traces", "a local folder"),
+        ("gs://bucket/traces", "a local path"),
     ):
         with pytest.raises(UserError, match=complaint), profiled(tmp_path, traces):
             pass

@@ -121,6 +121,7 @@ def test_a_run(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["embedded", "--repetition-penalty", "0", "--", "--data", "POPE"], "--repetition-penalty must be a positive number"),
         (["embedded", "--backend", "torch", "--chunk", "8", "--", "--data", "POPE"], "options of the back end jax"),
         (["embedded", "--run", "none.py", "--", "--data", "POPE"], "--run none.py: no such file"),
+        (["embedded", "--run", "gs://b/run.py", "--", "--data", "POPE"], "--run is gs://b/run.py: it must be a local path"),
         (["embedded", "--paln", "p.json", "--", "--data", "POPE"], "unknown option --paln (did you mean '--plan'?)"),
         (["nowhere/at-all", "--", "--data", "POPE"], "nowhere/at-all: no such folder"),
     ],

@@ -16,7 +16,8 @@ from rlens_jax.resources import embedded_model
 for name in ("gcsfs", "rlens_jax.evaluation.evaluation_run", "rlens_jax.ranking.ranking_run", "rlens_jax.checkpoints.conversion"):
     importlib.import_module(name)
 read_model_kind(embedded_model()).preparer(embedded_model())  # imports the processors of transformers
-mains = {name: importlib.import_module(f"rlens_jax.commands.{name}").main for name in ("convert", "evaluate", "rank")}
+names = ("convert", "evaluate", "rank", "report")
+mains = {name: importlib.import_module(f"rlens_jax.commands.{name}").main for name in names}
 
 for line in sys.stdin:
     errors, command, *arguments = json.loads(line)

@@ -154,6 +154,9 @@ def test_killed_ten_times_on_a_store(running: FakeStore, commands: Commands, dat
     named = (remote / "ranking.json").read_text().replace("gs://bucket/data", str(data))
     assert named.replace("gs://bucket/model", str(embedded_model())) == (local / "ranking.json").read_text()
     assert not list(remote.glob("*.lock/*"))
+    commands.run("report", "gs://bucket/runs/rank", "--output=gs://bucket/reports")
+    commands.run("report", remote, f"--output={tmp_path}")
+    assert running.objects["bucket/reports/report.html"][0] == (tmp_path / "report.html").read_bytes()
 
     plan = tmp_path / "plan.json"
     plan.write_text('{"format": "rlens-plan/1", "ffn": [10, 11]}')

@@ -15,10 +15,13 @@ import pytest
 
 from rlens_jax import mirrors, store_locks, store_logs, stores
 from rlens_jax.checkpoints.model_folder import find_model
+from rlens_jax.data.benchmarks.catalogue import BENCHMARKS
+from rlens_jax.data.benchmarks.tfds_builder import read_benchmark, read_table
 from rlens_jax.data.jsonl import read_jsonl
 from rlens_jax.durable_log import LogKind, check_free, open_log, read_log
 from rlens_jax.errors import UserError
 from rlens_jax.files import new_folder, replace_file
+from tests.data.benchmarks.files import five_rows, md5_of, write_tsv
 from tests.stores.fake_store import FakeStore
 
 KIND = LogKind[Any]("rlens-test", 1, "steps", "step", lambda fields: (fields["n"], fields))
@@ -55,11 +58,17 @@ def test_addresses_and_paths(store: FakeStore) -> None:
     assert mirrors.address_of(path) == "gs://bucket/a b/c" and mirrors.place(path) == path
     assert mirrors.with_addresses(f"{path}/x: no such file") == "gs://bucket/a b/c/x: no such file"
     assert mirrors.place("runs/a") == Path("runs/a") and mirrors.address_of(Path("runs/a")) is None
-    for bad in ("gs:///x", "gs://bucket/../../x", "gs://bucket/a//b"):
+    for bad in ("gs://", "gs:///x", "gs://bucket/../../x", "gs://bucket/a//b"):
         with pytest.raises(UserError, match="not the address of a folder or an object"):
             mirrors.place(bad)
-    with pytest.raises(UserError, match="no kind of store that fsspec knows"):
-        stores.listed("nosuch://a/b")
+    with pytest.raises(UserError, match="gs:/bucket/a: gs://bucket/folder has two slashes"):
+        mirrors.place(Path("gs://bucket/a"))
+    for address in ("nosuch://a/b", "https://a/b.png"):
+        with pytest.raises(UserError, match="not a kind of store that can be used"):
+            stores.listed(address)
+    store.put("bucket/a/b", b"b")
+    there = [mirrors.exists(mirrors.place(f"gs://bucket/{name}")) for name in ("a/b", "a", "a/c")]
+    assert there == [True, True, False]
 
 
 def test_only_what_changed_is_downloaded(store: FakeStore) -> None:
@@ -94,6 +103,17 @@ def test_a_data_file_brings_its_images(store: FakeStore) -> None:
     store.put("bucket/d/none.png", b"3")
     samples = read_jsonl(mirrors.place("gs://bucket/d/data.jsonl"))
     assert [Path(sample.images[0]).read_bytes() for sample in samples] == [b"1", b"2", b"3"]
+
+
+def test_a_benchmark_is_read_from_the_store(store: FakeStore, tmp_path: Path) -> None:
+    rows = five_rows("MMStar")
+    table = write_tsv(tmp_path / "MMStar.tsv", rows)
+    store.put("bucket/LMUData/MMStar.tsv", table.read_bytes())
+    folder = mirrors.place("gs://bucket/LMUData")
+    assert read_benchmark("MMStar", folder, tmp_path / "prepared", md5_of(table)).indices == [row["index"] for row in rows]
+    store.objects.clear()
+    with pytest.raises(UserError, match=r"MMStar\.tsv: no such file"):
+        read_table(BENCHMARKS["MMStar"], folder)  # also where there is an old copy
 
 
 def test_a_log_is_resumed_on_another_machine(store: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from rlens_jax import mirrors
 from rlens_jax.console import ArgumentParser, run_command, say, show
 from rlens_jax.data.benchmarks.catalogue import (
     BENCHMARKS,
@@ -232,8 +233,8 @@ def to_sample(item: Instance, prompt: Callable[[Instance], Turn]) -> Sample:
 def main(arguments: Sequence[str]) -> None:
     """Parse, draw, write."""
     parser = ArgumentParser(prog="python -m rlens_jax.data.benchmarks.mixture", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of VLMEvalKit's TSV files")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="the file to write")
+    parser.add_argument("--data", type=mirrors.place, required=True, metavar="FOLDER", help="folder of VLMEvalKit's TSV files")
+    parser.add_argument("--output", type=mirrors.place, required=True, metavar="FILE.json", help="the file to write")
     parser.add_argument(
         "--datasets",
         type=lambda text: text.split(","),
@@ -258,7 +259,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.seed < 0:
         parser.error(f"--seed {options.seed} must be at least 0")
-    if options.output.exists():
+    if mirrors.exists(options.output):
         parser.error(f"{options.output} exists already")
     sums = dict(named_sum(text, parser.error) for text in options.md5)
     for name in (*options.datasets, *sums):

@@ -118,7 +118,7 @@ def read_table(benchmark: Benchmark, folder: Path, md5: str | None = None) -> Ts
 
     UserError if `scan` refuses the file, or if its MD5 sum is not `md5` (default: the published one).
     """
-    path = folder / f"{benchmark.name}.tsv"
+    path = fetched(folder / f"{benchmark.name}.tsv")
     _check_there(path)
     with Progress(f"reading {path.name}", math.ceil(path.stat().st_size / MEGABYTE), "MB") as shown:
         done = 0
