@@ -339,8 +339,9 @@ def test_a_run_can_end_with_its_rankings(finished: Path, cache: Path, tmp_path: 
     assert early["rankings"] == whole["rankings"]
     assert early["search"] == whole["search"]
     assert "held_out" not in early
-    programs = [item["program"] for item in json.loads((output / "profile.json").read_text())["programs"]]
-    assert {"encode", "layers", "outcome"} <= set(programs)
+    programs = {item["program"]: item for item in json.loads((output / "profile.json").read_text())["programs"]}
+    assert {"encode", "layers", "outcome"} <= programs.keys()
+    assert programs["encode"]["flops"] > 1e6 and programs["layers"]["flops"] is None
 
 
 def test_progress_counts_to_its_end(finished: Path) -> None:

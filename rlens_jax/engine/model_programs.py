@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from rlens_jax.checkpoints.leaves import axes_of
 from rlens_jax.engine import profile
+from rlens_jax.engine.arithmetic import fixed_flops
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.ops.attention import Kernel, suited_kernel
 from rlens_jax.sharding.mesh import ParameterLayout, groups_of, put_rows, split_over
@@ -35,10 +36,18 @@ class Program:
         """Executables that were compiled ahead, by the shapes of their arguments."""
         self._traced: set[Hashable] = set()
         """Shapes that are compiled ahead, or are about to be."""
+        self._flops: dict[Hashable, int | None] = {}
+        """By the shapes of the arguments; filled while a profile is taken."""
 
     def __call__(self, *arguments: Any) -> Any:
         run = self._ahead.get(_shapes(arguments), self._jitted) if self._ahead else self._jitted
-        return profile.run(self.name, arguments, lambda: run(self._leaves, *arguments))
+        return profile.run(self.name, arguments, lambda: run(self._leaves, *arguments), lambda: self._fixed_flops(*arguments))
+
+    def _fixed_flops(self, *arguments: Any) -> int | None:
+        shapes = _shapes(arguments)
+        if shapes not in self._flops:
+            self._flops[shapes] = fixed_flops(self._jitted.trace(self._leaves, *arguments).jaxpr.jaxpr)
+        return self._flops[shapes]
 
     def ahead(self, *arguments: Any) -> Callable[[], None]:
         """Trace for arguments as of `lower`, once; calling what is returned compiles, and later runs use the result.

@@ -39,6 +39,13 @@ class _Runs:
     """Of the compilations."""
     calls: list[float] = field(default_factory=list)
     """Seconds of each, compilation included."""
+    flops: set[int | None] = field(default_factory=set)
+    """Of the calls; None if they depend on data."""
+
+    def rate(self) -> tuple[int | None, float | None]:
+        """The FLOPs of a call, None unless all calls have the same; and, without the first call, the best rate."""
+        flops = next(iter(self.flops)) if len(self.flops) == 1 else None
+        return flops, flops / min(self.calls[1:]) if flops is not None and len(self.calls) > 1 else None
 
 
 @dataclass(eq=False)
@@ -69,20 +76,22 @@ class Profile:
             self._count()
             self._within.pop()
 
-    def run(self, name: str, arguments: Sequence[Any], call: Callable[[], Any]) -> Any:
-        """Call a program and wait for its result; count the time and the compilations for it."""
+    def run(self, name: str, arguments: Sequence[Any], call: Callable[[], Any], flops: Callable[[], int | None]) -> Any:
+        """Call a program and wait for its result; count the time, the compilations and the FLOPs for it."""
         outer = self._within[-1]
         part = _OF_PROGRAM.get(name, outer if outer in ("base states", "candidates") else "candidates")
-        self._program = name, program_shape(arguments)
+        key = self._program = name, program_shape(arguments)
         calls = sum(len(runs.calls) for (known, _), runs in self.programs.items() if known == name)
         folder = self.traces / name if self.traces is not None and 0 < calls <= TRACED else None
         began = time.perf_counter()
         try:
             with self.part(part), jax.profiler.trace(str(folder)) if folder else nullcontext():
-                return jax.block_until_ready(call())
+                result = jax.block_until_ready(call())
         finally:
-            self.programs[self._program].calls.append(time.perf_counter() - began)
+            self.programs[key].calls.append(time.perf_counter() - began)
             self._program = None
+        self.programs[key].flops.add(flops())  # now, as the program is traced
+        return result
 
     def on_event(self, event: str, duration_secs: float, **facts: str | int) -> None:
         """Take note of a compilation; a listener of `jax.monitoring`."""
@@ -115,6 +124,7 @@ class Profile:
                 "seconds": runs.seconds,
                 "calls": len(runs.calls),
                 "least_call": min(runs.calls, default=None),
+                **dict(zip(("flops", "flops_per_second"), runs.rate(), strict=True)),
             }
             for (name, shape), runs in self.programs.items()
             if runs.compilations or runs.calls
@@ -174,10 +184,10 @@ def part(name: str) -> Iterator[None]:
             yield
 
 
-def run(name: str, arguments: Sequence[Any], call: Callable[[], Any]) -> Any:
-    """Call a program, in the profile if one is taken."""
+def run(name: str, arguments: Sequence[Any], call: Callable[[], Any], flops: Callable[[], int | None] = lambda: None) -> Any:
+    """Call a program, in the profile if one is taken. `flops` tells the arithmetic of this call, None if it depends on data."""
     profile = _current.get()
-    return call() if profile is None else profile.run(name, arguments, call)
+    return call() if profile is None else profile.run(name, arguments, call, flops)
 
 
 def program_shape(arguments: Sequence[Any]) -> tuple[int, ...]:

@@ -4,14 +4,17 @@ import json
 import threading
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.pallas import pallas_call
 
 from rlens_jax.engine import profile
+from rlens_jax.engine.arithmetic import fixed_flops
 from rlens_jax.engine.profile import PARTS, Profile, part, profiled, program_shape
 from rlens_jax.errors import UserError
 from rlens_jax.files import check_schema
@@ -61,6 +64,35 @@ def test_compilations_are_counted_by_program_and_shape(tmp_path: Path) -> None:
     calls = {tuple(item["shape"]): item["calls"] for item in fields["programs"] if item["program"] == "layers"}
     assert calls == {(5,): 2, (6,): 1}
     assert fields["seconds"]["compile"] > 0.99 * sum(item["seconds"] for item in fields["programs"])
+
+
+def test_the_rate_of_a_program_is_of_a_call_that_compiled_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that depends on data, of one that was called once, and of two programs of one name, there is none."""
+    clock = Clock(monkeypatch)
+    calls = {"encode": [(1, 12), (3, 12), (2, 12)], "layers": [(1, None)] * 2, "outcome": [(2, 4)], "prefill": [(1, 4), (1, 6)]}
+    with profiled(tmp_path, ""):
+        for name, times in calls.items():
+            for seconds, flops in times:
+                profile.run(name, (), lambda seconds=seconds: clock.wait(seconds), lambda flops=flops: flops)
+    programs = json.loads((tmp_path / "profile.json").read_text())["programs"]
+    found = {item["program"]: (item["flops"], item["flops_per_second"]) for item in programs}
+    assert found == {"encode": (12, pytest.approx(6)), "layers": (None, None), "outcome": (4, None), "prefill": (None, None)}
+
+
+def test_arithmetic_of_loops_and_of_what_depends_on_data() -> None:
+    x, kernel = jnp.zeros((3, 4)), jnp.zeros((5, 2, 3, 3))
+    conv = partial(jax.lax.conv_general_dilated, window_strides=(1, 1), padding="VALID")
+    for function, expected in (
+        (lambda n: x @ x.T, 2 * 3 * 4 * 3),
+        (lambda n: jax.lax.fori_loop(0, 10, lambda _, y: jax.jit(jnp.dot)(y, x.T @ x), x), 10 * 2 * (4 * 3 * 4 + 3 * 4 * 4)),
+        (lambda n: jax.lax.fori_loop(0, n, lambda _, y: y @ (x.T @ x), x), None),
+        (lambda n: jax.lax.fori_loop(0, n, lambda _, y: y + 1, x) @ x.T, 72),
+        (lambda n: jax.lax.cond(n > 0, lambda: x @ x.T, lambda: jnp.zeros((3, 3))), None),
+        (lambda n: jax.lax.cond(n > 0, lambda: x @ x.T, lambda: 2 * (x @ x.T)), 72),
+        (lambda n: conv(jnp.zeros((1, 2, 8, 8)), kernel), 2 * (5 * 6 * 6) * (2 * 3 * 3)),
+        (lambda n: pallas_call(lambda a, b: None, out_shape=x)(x), None),
+    ):
+        assert fixed_flops(jax.make_jaxpr(function)(1).jaxpr) == expected
 
 
 def test_a_few_calls_of_each_program_are_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
