@@ -45,7 +45,8 @@ def main(arguments: Sequence[str]) -> None:
     for name, case in results["cases"].items():
         by_clock = f"by the clock's median {case['time_saved_by_median_wall']:6.1%}"
         saved = f"FLOPs saved {case['flops_saved']:6.1%}   time saved {case['time_saved']:6.1%} ({by_clock})"
-        show(f"{name:<41}{_times(case)}   {saved}   realised {case['realised_saving']:.2f}")
+        realised = "" if case["realised_saving"] is None else f"   realised {case['realised_saving']:.2f}"
+        show(f"{name:<41}{_times(case)}   {saved}{realised}")
     if options.json:
         replace_file(options.json, json_text(results).encode())
 

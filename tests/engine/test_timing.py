@@ -19,6 +19,20 @@ from tests.engine.toy import LAYERS, REDUCTION, SHAPES, ToyPreparer, toy_program
 pytestmark = pytest.mark.slow
 
 
+def test_a_range_over_all_visual_tokens_saves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So no share of it can be realised."""
+    layers = dict.fromkeys((timing.OURS, timing.NO_ATTENTION, *timing.CASES), lambda: np.zeros(1))
+    monkeypatch.setattr(timing, "layer_programs", lambda *arguments: dict(layers))
+    monkeypatch.setattr(timing, "torch_layer", lambda *arguments: None)
+    bench.main(["qwen2-vl-2b", f"--json={tmp_path / 'bench.json'}", "--repeats=2", "--visual-tokens=16"])
+    cases = json.loads((tmp_path / "bench.json").read_text())["cases"]
+    assert (cases["attention"]["flops_saved"], cases["attention"]["realised_saving"]) == (0, None)
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith(tuple(timing.CASES))]
+    assert ["realised" in line for line in shown] == [False, True, True]
+
+
 def test_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bench, "find_decoder", lambda model: DecoderSizes(4, 256, 4, 2, 64, 1024, qkv_bias=True))
     path = tmp_path / "bench.json"
