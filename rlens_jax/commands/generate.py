@@ -66,6 +66,7 @@ def main(arguments: Sequence[str]) -> None:
         model_shards=options.model_shards,
         seed=options.seed,
         limits=given_limits(options),
+        plan=plan,
     )
     say(f"settings for {model}: {dtype_line(options.dtype, chosen_dtype(options.dtype, jax.default_backend()))}")
     answer = loaded.generate(

@@ -46,8 +46,9 @@ from rlens_jax.models.cache import KVCache
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.generation import Penalty, Tokens, decode, prefill
 from rlens_jax.models.prompt import FILLER, Preparer, PromptBatch
+from rlens_jax.ops.ffn_paths import ways_on
 from rlens_jax.plan_file import PlanFile
-from rlens_jax.plans import Plan, Reduction
+from rlens_jax.plans import FULL, SKIP, Plan, Reduction
 from rlens_jax.pruning import Pruning
 from rlens_jax.pytrees import pytree, unchecked
 from rlens_jax.sharding.mesh import check_fits, make_mesh
@@ -471,6 +472,7 @@ def load(
     verify: bool = False,
     limits: Mapping[str, int] = MappingProxyType({}),
     ffn_path: FfnPath = "auto",
+    plan: PlanFile | None = None,
 ) -> DeployedModel:
     """Load a model to generate with.
 
@@ -484,6 +486,8 @@ def load(
         verify: compare a converted folder with the checksums of its conversion first.
         limits: of the sizes of images, in place of the checkpoint's; see `config.LIMITS`.
         ffn_path: how layers with the Dynamic FFN compute visual tokens; see `config.ComputeConfig`.
+        plan: the plan that the model will mostly run under: layers whose FFN it leaves whole are stored in the form that is
+            fastest for that. All other plans run, too. None stores all layers for plans that reduce any.
 
     Raises:
         UserError: there is no such model, it is not usable or damaged, it has no such limit, or the devices have no such kernel.
@@ -495,8 +499,13 @@ def load(
     check_fits(kind_in(folder).config.decoder.sizes, model_shards)
     mesh, generation = make_mesh(jax.local_devices(), model_shards), read_generation_config(folder)
     preparer = kind_in(folder).preparer(folder, limits)
-    dtype = chosen_dtype(dtype, jax.default_backend())
+    dtype, layers = chosen_dtype(dtype, jax.default_backend()), kind_in(folder).config.decoder.num_layers
+    whole = [] if plan is None else [layer for layer in range(layers) if plan.plan.level("ffn", layer) in (FULL, SKIP)]
+    if len(whole) == layers and ffn_path == "auto":
+        ffn_path = "gathered"  # of rows
     kind, module = load_model(folder, jnp.dtype(dtype), mesh=mesh, verify=verify, ffn_path=ffn_path)
+    if 0 < len(whole) < layers and module.decoder.layers.ffn.form == "halves":
+        module.decoder.keep_rows(whole, ways_on(mesh.devices.flat[0], "rows", dtype, "auto"))
     context = kind.config.decoder.context
     programs = DeployedPrograms(module, mesh, seed=seed, stop_tokens=preparer.chat.stop_tokens, chunk=chunk)
     shapes = Shapes(

@@ -63,7 +63,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     with Answers.open(config.output, answers_identity(folder, config.settings()), restart=config.restart) as answers:
         if answers.repaired:
             say(answers.repaired)
-        model = loaded(config, folder)
+        model = loaded(config, folder, config.plan)
         say(f"settings for {config.model}: {dtype_line(given, config.dtype)}")
         answer_questions(config.asking, model, questions, answers)
         for each in questions:
@@ -124,8 +124,8 @@ def answers_identity(folder: ModelFolder, settings: Mapping[str, Any]) -> dict[s
     return folder.identity({**settings, "checkpoint": dataclasses.asdict(own)})
 
 
-def loaded(config: EvaluationConfig, folder: ModelFolder) -> DeployedModel:
-    """The model of a folder. UserError if it is not usable."""
+def loaded(config: EvaluationConfig, folder: ModelFolder, plan: PlanFile | None = None) -> DeployedModel:
+    """The model of a folder, to run mostly under `plan`. UserError if it is not usable."""
     return load(
         folder.path,
         dtype=config.dtype,
@@ -133,6 +133,7 @@ def loaded(config: EvaluationConfig, folder: ModelFolder) -> DeployedModel:
         chunk=config.chunk,
         model_shards=config.model_shards,
         seed=config.seed,
+        plan=plan,
     )
 
 

@@ -13,6 +13,7 @@ computes the rows of text only; keys and values are made of all tokens at every 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from typing import TypeVar
 
 import jax
@@ -127,7 +128,7 @@ class Context:
     """Max tokens per sample in an FFN at a time, for long prompts; None is all. Attention then runs in chunks too. Chunks are
     processed *within* each layer, because a reduced layer looks at all visual tokens."""
     halved: HalvedStack | None = None
-    """The FFN units of all layers, if they are stored as half rows."""
+    """The FFN units that are stored as half rows."""
     features: Float[Array, "B P features"] | None = None
     """What deepstack adds to the visual tokens after layer 0, then 1, ..., along the last axis; None without deepstack."""
 
@@ -205,7 +206,7 @@ class FFN(nnx.Module):
 
     def units(self, halved: HalvedStack | None, layer: Layer) -> Units:
         """The units of layer number `layer`: this module's weights, or the layer's place in the stack of half rows."""
-        return self.weights if halved is None else HalvedUnits(halved, layer, ways=self.ways)
+        return self.weights if halved is None or self.form == "rows" else HalvedUnits(halved, halved.place(layer), ways=self.ways)
 
 
 class DecoderLayer(nnx.Module):
@@ -381,6 +382,9 @@ class Decoder(nnx.Module):
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale, axes="VD")
         make = nnx.vmap(lambda rngs: DecoderLayer(config, dtype=dtype, rngs=rngs))
         self.layers = make(rngs.split(config.num_layers))
+        self.whole: tuple[int, ...] = ()
+        """Layers whose units are rows in `whole_ffn` where those of all others are half rows (`keep_rows`)."""
+        self.whole_ffn: FFN | None = None
         self.norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
         self.head = None if config.tied_head else nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale, axes="VD")
 
@@ -437,19 +441,26 @@ class Decoder(nnx.Module):
         holds_text = isinstance(plan, Plan) and plan.freeze_text_before
         for run, settings in _runs(plan, range(num_layers) if layers is None else layers, num_layers):
 
-            def body(x: Array, layer: Array, settings: Settings = settings) -> tuple[Array, LayerRecord]:
-                y, record = self.layer(layer)(x, context, reduction, *settings(layer), layer)
+            def body(whole: bool, x: Array, layer: Array, settings: Settings = settings) -> tuple[Array, LayerRecord]:
+                y, record = self._stored_layer(layer, whole)(x, context, reduction, *settings(layer), layer)
                 held = holds_text and settings(layer) == (SKIP, SKIP)
                 return (hold_text_before(y, x, context.layout) if held else y), record
 
-            x, record = jax.lax.scan(body, x, jnp.arange(run.start, run.stop, dtype=jnp.int32))
-            records.append(record)
+            for part, whole in self._stored_alike(run):
+                x, record = jax.lax.scan(partial(body, whole), x, jnp.arange(part.start, part.stop, dtype=jnp.int32))
+                records.append(record)
         return x, join_records(records)
 
     def run_layers(
         self, x: States, context: Context, plan: TracedPlan, reduction: Reduction, start: Layer, stop: Layer
     ) -> tuple[States, Bool[Array, " B"]]:
-        """Layers `start` .. `stop` - 1 under a traced plan: the states, and whether all probe scores were finite."""
+        """Layers `start` .. `stop` - 1 under a traced plan: the states, and whether all probe scores were finite.
+
+        Raises:
+            ValueError: some layers are stored as rows (`keep_rows`), but which ones run is data.
+        """
+        if self.whole:
+            raise ValueError("the units of all layers must be stored alike")
 
         def body(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             x, scored = carry
@@ -493,14 +504,42 @@ class Decoder(nnx.Module):
         slots = Slots(position, jnp.full_like(position, -1), branch)
         newest = Newest(slots, room, longest or cache.k.shape[2] // self.config.num_layers)
 
-        def body(number: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+        def body(whole: bool, number: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
             x, cache = carry
-            module = self.layer(number)
+            module = self._stored_layer(number, whole)
             rotary = self.rotary(rope_position - cache.shift[:, number][:, None, None])
             return module.decode(x, rotary, cache, number, newest, module.ffn.units(halved, number))
 
-        x, cache = jax.lax.fori_loop(0, self.config.num_layers, body, (x, cache))
+        for part, whole in self._stored_alike(range(self.config.num_layers)):
+            x, cache = jax.lax.fori_loop(part.start, part.stop, partial(body, whole), (x, cache))
         return self.logits(x), cache
+
+    def keep_rows(self, whole: Sequence[int], ways: Ways) -> None:
+        """Store the units of some layers as rows, which dense products read fastest; those of the others stay half rows.
+
+        For a deployed model, whose plan says which layers no reduction touches. If it reduces one of them after all, visual
+        tokens go through its units in one of these `ways`. Each matrix is copied once, with all its layers.
+        """
+        halved, rows = self.layers.ffn, nnx.clone(self.layers.ffn)
+        rows.form, rows.ways, self.whole, self.whole_ffn = "rows", ways, tuple(whole), nnx.data(rows)
+        others = [layer for layer in range(self.config.num_layers) if layer not in self.whole]
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            kernel = getattr(halved, name).kernel
+            getattr(rows, name).kernel = UnitRows(_rows_of(kernel.get_value(), self.whole), axes="FD")
+            getattr(halved, name).kernel = kernel.replace(_layers_of(kernel.get_value(), tuple(others)))
+
+    def _stored_alike(self, run: range) -> list[tuple[range, bool]]:
+        """Consecutive layers of a run whose units are stored alike, and whether they are those of `whole`."""
+        parts = [(list(part), whole) for whole, part in groupby(run, lambda layer: layer in self.whole)]
+        return [(range(part[0], part[-1] + 1), whole) for part, whole in parts] or [(run, False)]
+
+    def _stored_layer(self, number: Layer, whole: bool) -> DecoderLayer:
+        """A layer with its units as they are stored."""
+        module = self.layer(number)
+        if whole:
+            place = jnp.searchsorted(jnp.asarray(self.whole, jnp.int32), number)
+            module.ffn = nnx.merge(*layer_at(nnx.split(self.whole_ffn), place))
+        return module
 
     def rotary(self, rope_positions: Int[Array | np.ndarray, "B axes T"]) -> Rotary:
         """Cosine and sine at these positions."""
@@ -509,9 +548,23 @@ class Decoder(nnx.Module):
         return rotation(angles)
 
     def _halved(self) -> HalvedStack | None:
-        """The FFN units of all layers, if they are stored as half rows."""
-        ffn = self.layers.ffn
-        return HalvedStack(*ffn.kernels) if ffn.form == "halves" else None
+        """The FFN units that are stored as half rows, if any are."""
+        ffn, count = self.layers.ffn, self.config.num_layers
+        if ffn.form == "rows":
+            return None
+        places = tuple(layer - sum(other < layer for other in self.whole) for layer in range(count)) if self.whole else ()
+        return HalvedStack(*ffn.kernels, places=places)
+
+
+@partial(jax.jit, static_argnums=1)
+def _layers_of(stack: Array, layers: tuple[int, ...]) -> Array:
+    return stack[jnp.asarray(layers)]
+
+
+@partial(jax.jit, static_argnums=1)
+def _rows_of(stack: Float[Array, "L F 2 half"], layers: tuple[int, ...]) -> Float[Array, "some F D"]:
+    """Some layers of a stack of half rows, as rows."""
+    return stack[jnp.asarray(layers)].reshape(len(layers), stack.shape[1], -1)
 
 
 def _runs(plan: Plan | TracedPlan, layers: range, num_layers: int) -> list[tuple[range, Settings]]:

@@ -71,11 +71,17 @@ def suited_form(num_units: int, width: int, dtype: DTypeLike, device_kind: str, 
 
 @pytree
 class HalvedStack:
-    """The three FFN matrices of all layers, each unit's row in two halves."""
+    """The three FFN matrices of all layers that are stored so, each unit's row in two halves."""
 
-    gate: Float[Array, "L F 2 half"]
-    up: Float[Array, "L F 2 half"]
-    down: Float[Array, "L F 2 half"]
+    gate: Float[Array, "stored F 2 half"]
+    up: Float[Array, "stored F 2 half"]
+    down: Float[Array, "stored F 2 half"]
+    places: tuple[int, ...] = field(default=(), kw_only=True, metadata={"static": True})
+    """Where each layer is in the stack; empty if all layers are there."""
+
+    def place(self, layer: Int[Array, ""]) -> Int[Array, ""]:
+        """Where layer number `layer` is."""
+        return jnp.asarray(self.places, jnp.int32)[layer] if self.places else layer
 
     @property
     def matrices(self) -> tuple[Array, Array, Array]:

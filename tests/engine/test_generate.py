@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import rlens_jax
+from rlens_jax.checkpoints import leaves
 from rlens_jax.checkpoints.model_folder import find_model
 from rlens_jax.commands.generate import main
 from rlens_jax.console import run_command
@@ -28,6 +29,7 @@ from rlens_jax.errors import UserError
 from rlens_jax.families.generation_config import Decoding, GenerationConfig
 from rlens_jax.kept_tokens import DivPrune, Pooling, StridedTokens, VisionZip
 from rlens_jax.plan_file import FORMAT, PlanFile
+from rlens_jax.plans import SKIP, Plan
 from rlens_jax.pruning import VTW, FastV
 from tests.engine.toy import damaged
 
@@ -388,3 +390,13 @@ def test_chunks_are_for_long_prompts_only() -> None:
     # The hidden units of a chunk stay within the bound wherever the least number of tokens allows it.
     assert 1 * 4096 * 4864 * 4 > 64e6 > 1 * 2048 * 4864 * 4
     assert automatic_chunk(rows=1, slots=8192, ffn_width=4864, itemsize=4) == 2048
+
+
+def test_layers_that_the_plan_leaves_whole_are_stored_as_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a kernel reads half rows. Of a plan that reduces no FFN, all layers."""
+    monkeypatch.setattr(leaves, "suited_form", lambda *sizes: "rows" if sizes[-1] == "gathered" else "halves")
+    stored = {}
+    for plan in (Plan(attention=(3,)), Plan(ffn=(3, 5)), Plan.of({}, {3: SKIP, 5: 0.5})):
+        decoder = rlens_jax.load("embedded", plan=PlanFile(plan)).programs.model().decoder
+        stored[plan] = decoder.layers.ffn.form, [layer for layer in range(12) if layer not in decoder.whole]
+    assert list(stored.values()) == [("rows", [*range(12)]), ("halves", [3, 5]), ("halves", [5])]

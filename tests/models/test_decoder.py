@@ -14,6 +14,7 @@ from rlens_jax.checkpoints import leaves
 from rlens_jax.checkpoints.leaves import place
 from rlens_jax.layout import visible
 from rlens_jax.models.decoder import Context, Decoder, TracedPlan, as_data
+from rlens_jax.ops.ffn_paths import GATHERED
 from rlens_jax.plans import FULL, SKIP, STANDARD, Plan, Reduction
 from rlens_jax.sharding.mesh import make_mesh
 from tests.numerics import assert_close, error
@@ -294,3 +295,38 @@ def test_units_stored_as_half_rows_are_fetched_by_the_kernel(rows, monkeypatch):
     assert max(map(error, unpack(expected, layout), unpack(dense, layout))) > 0.1
     program = jax.make_jaxpr(lambda plan: last_states(halved, plan))(as_data(Plan(), CONFIG.num_layers))
     assert "fetched_ffn" in str(program)
+
+
+def test_layers_that_a_plan_leaves_whole_keep_their_rows(rows, monkeypatch):
+    """Beside half rows: prefills and a decoding step equal those of rows alone, under a plan that reduces such a layer, too."""
+    plain = random_decoder(replace(CONFIG, ffn_width=64), 0.2)
+    monkeypatch.setattr(leaves, "suited_form", lambda *_: "halves")
+    mixed = place(Holder(plain), make_mesh(jax.devices()[:1], 1), "kernel").decoder
+    mixed.keep_rows((0, 2, 3), GATHERED)
+    assert [kernel.shape for kernel in mixed.layers.ffn.kernels] == [(2, 64, 2, CONFIG.width // 2)] * 3
+    assert [kernel.shape for kernel in mixed.whole_ffn.kernels] == [(3, 64, CONFIG.width)] * 3
+    layout = make_layout(RAGGED, spare=(2, 3))
+    plan = Plan(ffn=(0, 1))
+    expected, record = prefill(plain, rows, layout, plan)
+    with pltpu.force_tpu_interpret_mode():
+        found, same_record = prefill(mixed, rows, layout, plan)
+    assert_rows_close(found, expected, layout, 1e-4)
+    position = (layout.num_text + layout.num_visual)[:, None]
+    ids = jnp.ones((len(RAGGED), 1), jnp.int32)
+    steps = [
+        jax.jit(decoder.decode)(ids, decoder.make_cache(each, layout, 1), position, position[:, None], jnp.int32(1))[0]
+        for decoder, each in ((plain, record), (mixed, same_record))
+    ]
+    assert_close(steps[1], np.asarray(steps[0]), 1e-4)
+    with pytest.raises(ValueError, match="stored alike"):
+        traced_prefill(mixed, rows, layout, Plan())
+
+    def parts(layer: int) -> bool:
+        """Whether a dense layer is computed in parts that are cut out of the stack of half rows."""
+        x = jnp.asarray(pack(rows, layout))
+        run = jax.make_jaxpr(
+            lambda x: mixed.prefill(x, make_context(mixed, layout), Plan(), REDUCTION, range(layer, layer + 1))[0]
+        )
+        return "layout_constraint" in str(run(x))
+
+    assert [parts(layer) for layer in (2, 4)] == [False, True]
