@@ -14,7 +14,7 @@ from rlens_jax.engine.timing import TEXT_AFTER, TEXT_BEFORE, deciding_seconds, t
 from rlens_jax.flops import DecoderSizes
 from rlens_jax.layout import Bucket, Tokens, pack_layout
 from rlens_jax.ops.ffn import FfnWeights, Units, dynamic_ffn
-from rlens_jax.ops.ffn_paths import FfnWay, Ways, Work, ways_on
+from rlens_jax.ops.ffn_paths import MASKED, FfnWay, Ways, Work, ways_on
 from rlens_jax.ops.ffn_tpu import HalvedStack, HalvedUnits, suited_form
 from rlens_jax.plans import Reduction
 
@@ -67,9 +67,9 @@ def _stored(sizes: DecoderSizes, dtype: str, ways: Ways) -> Iterator[tuple[FfnWa
     keys, shape = jax.random.split(jax.random.key(0), 3), (sizes.ffn_width, sizes.width)
     rows = [jax.random.normal(key, shape, dtype) * sizes.width**-0.5 for key in keys]
     yield "gathered", FfnWeights(*rows)
-    halved = HalvedUnits(HalvedStack(*(part.reshape(1, shape[0], 2, -1) for part in rows)), jnp.int32(0))
     if "kernel" in ways.possible:
+        halved = HalvedUnits(HalvedStack(*(part.reshape(1, shape[0], 2, -1) for part in rows)), jnp.int32(0))
         yield "kernel", halved
-        yield "masked", replace(halved, ways=Ways(("masked",)))
+        yield "masked", replace(halved, ways=MASKED)
     else:
-        yield "masked", FfnWeights(*rows, ways=Ways(("masked",)))
+        yield "masked", FfnWeights(*rows, ways=MASKED)

@@ -24,7 +24,7 @@ from rlens_jax.ops.attention import chunked_attention, packed_attention, referen
 from rlens_jax.ops.attention_gpu import cudnn_attention, refusal
 from rlens_jax.ops.attention_tpu import splash_attention
 from rlens_jax.ops.ffn import FfnWeights, Units, dense_ffn, dynamic_ffn, simulated_dynamic_ffn
-from rlens_jax.ops.ffn_paths import Ways
+from rlens_jax.ops.ffn_paths import MASKED
 from rlens_jax.ops.ffn_tpu import HalvedStack, HalvedUnits
 from rlens_jax.plans import TEXT, Reduction
 
@@ -36,7 +36,6 @@ RUNS = ((5, 131, 17), (3, 61, 2, 40, 9), (20,))
 RANGES = {"dense": None, "range 32": 32, "text only": TEXT}
 REDUCTION = Reduction(attention_range=32)
 CHUNK = 64
-MASKED = Ways(("masked",))
 SHOWN = 48
 """Values of each reference that are compared with the CPU's."""
 TOLERANCES: Mapping[str, float] = {"float32": 1e-4, "bfloat16": 2e-2}

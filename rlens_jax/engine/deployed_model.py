@@ -496,14 +496,15 @@ def load(
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
     folder = find_model(model)
-    check_fits(kind_in(folder).config.decoder.sizes, model_shards)
+    kind = kind_in(folder)
+    check_fits(kind.config.decoder.sizes, model_shards)
     mesh, generation = make_mesh(jax.local_devices(), model_shards), read_generation_config(folder)
-    preparer = kind_in(folder).preparer(folder, limits)
-    dtype, layers = chosen_dtype(dtype, jax.default_backend()), kind_in(folder).config.decoder.num_layers
+    preparer = kind.preparer(folder, limits)
+    dtype, layers = chosen_dtype(dtype, jax.default_backend()), kind.config.decoder.num_layers
     whole = [] if plan is None else [layer for layer in range(layers) if plan.plan.level("ffn", layer) in (FULL, SKIP)]
     if len(whole) == layers and ffn_path == "auto":
         ffn_path = "gathered"  # of rows
-    kind, module = load_model(folder, jnp.dtype(dtype), mesh=mesh, verify=verify, ffn_path=ffn_path)
+    _, module = load_model(folder, jnp.dtype(dtype), mesh=mesh, verify=verify, ffn_path=ffn_path)
     if 0 < len(whole) < layers and module.decoder.layers.ffn.form == "halves":
         module.decoder.keep_rows(whole, ways_on(mesh.devices.flat[0], "rows", dtype, "auto"))
     context = kind.config.decoder.context

@@ -80,7 +80,7 @@ def timed_pair(
 def measure_times(dense: Timed, timed: Timed, repeats: int) -> Times:
     """The times of both; they take turns, so that a slow moment of the machine hits both. The shape is the dense one's."""
     pair = dense, timed
-    prefilled = [jax.block_until_ready(each.prefill()) for each in pair]
+    prefilled = [each.prefill() for each in pair]
     calls: list[Callable[[], Any]] = [
         *(each.prefill for each in pair),
         *(each.first_token for each in pair),

@@ -97,7 +97,7 @@ class Ways:
         return self.possible[0] if rates is None else min(self.possible, key=lambda way: work.cost(way, rates))
 
 
-GATHERED, FETCHED = Ways(("gathered",)), Ways(("kernel",))
+GATHERED, MASKED, FETCHED = Ways(("gathered",)), Ways(("masked",)), Ways(("kernel",))
 
 
 def ways_on(device: Any, form: FfnForm, dtype: DTypeLike, path: FfnPath) -> Ways:
