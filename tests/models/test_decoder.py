@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rlens_jax.checkpoints import leaves
 from rlens_jax.checkpoints.leaves import place
+from rlens_jax.engine.model_programs import ROWS, ModelPrograms
 from rlens_jax.layout import visible
 from rlens_jax.models.decoder import Context, Decoder, TracedPlan, as_data
+from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.ops.ffn_paths import GATHERED
 from rlens_jax.plans import FULL, SKIP, STANDARD, Plan, Reduction
 from rlens_jax.sharding.mesh import make_mesh
+from rlens_jax.sharding.model_axis import MODEL, WORK
 from tests.numerics import assert_close, error
 from tests.sequences import make_layout, pack, random_rows, run_length, unpack
 from tests.toy_decoder import TOY as CONFIG
@@ -267,11 +271,9 @@ def test_decoding_equals_the_prefill_of_the_whole(decoder, plan):
     assert decode._cache_size() == 1
 
 
-class Holder(nnx.Module):
-    """A module with a stack at the path that loaders know."""
-
-    def __init__(self, decoder: Decoder):
-        self.decoder = decoder
+def blind(decoder: Decoder) -> VisionLanguageModel:
+    """A model that is shown no image, with the decoder's stack at the path that loaders know."""
+    return VisionLanguageModel(np.zeros, decoder)
 
 
 def test_units_stored_as_half_rows_are_fetched_by_the_kernel(rows, monkeypatch):
@@ -280,7 +282,7 @@ def test_units_stored_as_half_rows_are_fetched_by_the_kernel(rows, monkeypatch):
     for linear in (plain.layers.ffn.gate_proj, plain.layers.ffn.up_proj, plain.layers.ffn.down_proj):
         linear.kernel.set_value(linear.kernel[...] * 4)  # the FFN matters
     monkeypatch.setattr(leaves, "suited_form", lambda *_: "halves")
-    halved = place(Holder(plain), make_mesh(jax.devices()[:1], 1), "kernel").decoder
+    halved = place(blind(plain), make_mesh(jax.devices()[:1], 1), "kernel").decoder
     layout = make_layout(RAGGED, spare=(2, 3))
     x = jnp.asarray(pack(rows, layout), jnp.bfloat16)
 
@@ -298,26 +300,35 @@ def test_units_stored_as_half_rows_are_fetched_by_the_kernel(rows, monkeypatch):
 
 
 def test_layers_that_a_plan_leaves_whole_keep_their_rows(rows, monkeypatch):
-    """Beside half rows: prefills and a decoding step equal those of rows alone, under a plan that reduces such a layer, too."""
-    plain = random_decoder(replace(CONFIG, ffn_width=64), 0.2)
+    """Beside half rows: a prefill and a decoding step equal those of rows alone, under a plan that reduces such a layer, too.
+
+    On one device, and on four that hold half of the units each. The interpreter of the kernel would not end there, since
+    simulated devices wait for each other.
+    """
+    plain, layout = random_decoder(replace(CONFIG, ffn_width=64), 0.2), make_layout(RAGGED, spare=(2, 3))
+
+    def run(model, x, layout, ids):
+        x, record = model.decoder.prefill(x, make_context(model.decoder, layout), Plan(ffn=(0, 1)), REDUCTION)
+        position = (layout.num_text + layout.num_visual)[:, None]
+        cache = model.decoder.make_cache(record, layout, 1)
+        return x, model.decoder.decode(ids, cache, position, position[:, None], jnp.int32(1))[0]
+
+    arguments = jnp.asarray(pack(rows, layout)), layout, jnp.ones((len(RAGGED), 1), jnp.int32)
+    expected, logits = jax.jit(run)(blind(plain), *arguments)
     monkeypatch.setattr(leaves, "suited_form", lambda *_: "halves")
-    mixed = place(Holder(plain), make_mesh(jax.devices()[:1], 1), "kernel").decoder
-    mixed.keep_rows((0, 2, 3), GATHERED)
-    assert [kernel.shape for kernel in mixed.layers.ffn.kernels] == [(2, 64, 2, CONFIG.width // 2)] * 3
-    assert [kernel.shape for kernel in mixed.whole_ffn.kernels] == [(3, 64, CONFIG.width)] * 3
-    layout = make_layout(RAGGED, spare=(2, 3))
-    plan = Plan(ffn=(0, 1))
-    expected, record = prefill(plain, rows, layout, plan)
-    with pltpu.force_tpu_interpret_mode():
-        found, same_record = prefill(mixed, rows, layout, plan)
-    assert_rows_close(found, expected, layout, 1e-4)
-    position = (layout.num_text + layout.num_visual)[:, None]
-    ids = jnp.ones((len(RAGGED), 1), jnp.int32)
-    steps = [
-        jax.jit(decoder.decode)(ids, decoder.make_cache(each, layout, 1), position, position[:, None], jnp.int32(1))[0]
-        for decoder, each in ((plain, record), (mixed, same_record))
-    ]
-    assert_close(steps[1], np.asarray(steps[0]), 1e-4)
+    for devices, shards, path in ((4, 2, "masked"), (1, 1, "kernel")):
+        mesh = make_mesh(jax.devices()[:devices], shards)
+        mixed = place(blind(plain), mesh, path).decoder
+        mixed.keep_rows((0, 2, 3), GATHERED)
+        assert [kernel.shape for kernel in mixed.layers.ffn.kernels] == [(2, 64, 2, CONFIG.width // 2)] * 3
+        assert [kernel.shape for kernel in mixed.whole_ffn.kernels] == [(3, 64, CONFIG.width)] * 3
+        for kernel in (*mixed.layers.ffn.kernels, *mixed.whole_ffn.kernels):
+            assert kernel.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, MODEL)), kernel.ndim)
+        program = ModelPrograms(blind(mixed), mesh).program("run", run, (ROWS,) * 3, (ROWS, PartitionSpec(WORK, None, MODEL)))
+        with pltpu.force_tpu_interpret_mode():
+            found, same_logits = program(*arguments)
+        assert_rows_close(found, expected, layout, 1e-4)
+        assert_close(same_logits[..., : CONFIG.vocabulary], np.asarray(logits), 1e-4)
     with pytest.raises(ValueError, match="stored alike"):
         traced_prefill(mixed, rows, layout, Plan())
 
