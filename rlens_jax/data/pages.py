@@ -1,12 +1,14 @@
 """Pages of real handwritten digits, and questions about them whose answers are known.
 
-The digits are the 1797 test images of the UCI "Optical Recognition of Handwritten Digits" set that scikit-learn ships
-(8x8 pixels, 17 grey levels). A page is a grid of cells of 16x16 pixels with one digit per cell, in one of four inks. A
+The digits are the 1797 test images of the UCI "Optical Recognition of Handwritten Digits" set (E. Alpaydin, C. Kaynak, 1998;
+CC BY 4.0): 8x8 pixels, 17 grey levels. digits.csv.gz is the file of `sklearn.datasets.load_digits` (BSD-3-Clause), read
+without scikit-learn because importing that takes two seconds. A page is a grid of cells of 16x16 pixels with one digit per cell, in one of four inks. A
 question names places by row and column, so the answer depends on the image. Everything here is our decision.
 """
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -81,11 +83,9 @@ class Question:
 @functools.cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     """Amount of ink, float32 [1797, 10, 10] in 0..1 with an empty border of one pixel, and labels, int64 [1797]."""
-    from sklearn.datasets import load_digits  # imported late: it takes most of a second
-
-    images, labels = load_digits(return_X_y=True)
-    amount = images.reshape(-1, 8, 8).astype(np.float32) / 16
-    return np.pad(amount, ((0, 0), (1, 1), (1, 1))), labels.astype(np.int64)
+    table = np.loadtxt(Path(__file__).with_name("digits.csv.gz"), delimiter=",", dtype=np.float32)
+    amount = table[:, :-1].reshape(-1, 8, 8) / 16
+    return np.pad(amount, ((0, 0), (1, 1), (1, 1))), table[:, -1].astype(np.int64)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
+from rlens_jax.data import pages
 from rlens_jax.data.pages import (
     CELL,
     DATASETS,
@@ -31,6 +32,13 @@ def test_sources_are_disjoint_complete_and_stratified():
     for split in SPLITS:
         share = np.bincount(labels[sources[split]]) / len(sources[split])
         assert np.allclose(share, np.bincount(labels) / 1797, atol=0.003)
+
+
+def test_digits_are_those_of_scikit_learn():
+    images, labels = load_digits(return_X_y=True)
+    amounts, own = pages._digits()
+    assert np.array_equal(amounts[:, 1:-1, 1:-1].reshape(1797, 64) * 16, images)
+    assert np.array_equal(own, labels)
 
 
 def test_sources_cannot_be_changed_by_a_caller():
