@@ -209,7 +209,7 @@ def _attend_run(
     heads, length, _ = run.q.shape
     kernel = _band_kernel(heads, length, attention_range, run.block, interpret)
     if run.reach is not None and attention_range is not None:
-        kernel = _narrowed(kernel, run.reach, attention_range)
+        kernel = _narrowed(kernel.fwd_mask_info, run, run.reach, attention_range, interpret)
     segments = splash.SegmentIds(q=run.segment, kv=run.segment)
     attended, (total,) = kernel(run.q, run.k, run.v, segments)
     attended = attended.astype(jnp.float32)
@@ -253,7 +253,7 @@ def _band_kernel(heads: int, length: int, attention_range: Range, block: int, in
 
 
 def _narrowed(
-    kernel: splash.SplashAttentionKernel, reach: Int[Array, " run"], attention_range: int
+    band: MaskInfo, run: _Run, reach: Int[Array, " run"], attention_range: int, interpret: bool
 ) -> splash.SplashAttentionKernel:
     """The kernel of a band of which each query sees only `reach` slots back.
 
@@ -264,8 +264,8 @@ def _narrowed(
     if length << bits > 2**31:
         raise ValueError(f"{length} visual slots and an attention range of {attention_range} exceed 31 bits")
     query = (jnp.arange(length, dtype=jnp.int32) << bits) | reach
-    info = kernel.fwd_mask_info._replace(q_sequence=query)  # type: ignore[arg-type]  # may be data
-    return splash.SplashAttentionKernel(info, None, None, **(kernel.kwargs | {"mask_function": _within(bits)}))
+    info = band._replace(q_sequence=query)  # type: ignore[arg-type]  # may be data
+    return block_kernel(info, run.block, run.block, _within(bits), interpret=interpret)
 
 
 @functools.lru_cache
@@ -302,17 +302,38 @@ def _prefix_kernel(
         partial_mask_blocks=None,
         q_sequence=seen,  # type: ignore[arg-type]  # may be data
     )
+    return block_kernel(info, block, key_block, _in_prefix, interpret=interpret)
+
+
+def block_kernel(
+    info: MaskInfo,
+    query_block: int,
+    key_block: int,
+    mask: Callable[[Array, Array], Array] | None,
+    *,
+    interpret: bool,
+    save_residuals: bool = True,
+) -> splash.SplashAttentionKernel:
+    """The kernel of a block map that may be data, for several heads and without a gradient.
+
+    Args:
+        info: its map of blocks, and one number per query if there is a `mask`.
+        query_block, key_block: slots per block.
+        mask: from the numbers of queries and the slots of keys to whether they meet; None leaves this to the segments.
+        interpret: run the kernel in Pallas' interpreter, on any platform.
+        save_residuals: whether it also returns the log-sum-exp.
+    """
     return splash.SplashAttentionKernel(
         info,
         None,
         None,
-        block_sizes=splash.BlockSizes(block_q=block, block_kv=key_block),
+        block_sizes=splash.BlockSizes(block_q=query_block, block_kv=key_block),
         is_mqa=False,
-        save_residuals=True,
+        save_residuals=save_residuals,
         mask_value=splash.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
         residual_checkpoint_name=None,
-        mask_function=_in_prefix,
+        mask_function=mask,
         interpret=interpret,
     )
 

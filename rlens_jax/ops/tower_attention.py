@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from rlens_jax.ops.attention import equal_parts, masked_attention
 from rlens_jax.ops.attention_gpu import cudnn_first_keys, refusal
-from rlens_jax.ops.attention_tpu import block_size
+from rlens_jax.ops.attention_tpu import block_kernel, block_size
 from rlens_jax.sharding.model_axis import split_heads
 
 Heads = Float[Array, "I N J H"]
@@ -138,19 +138,8 @@ def splash_tower_attention(
         )
         # Padded queries join the group of the last patch, so that they see keys and their outputs are finite.
         queries, keys = (jnp.pad(group, (0, -patches % size), mode="edge") for size in (query_block, key_block))
-        kernel = splash.SplashAttentionKernel(
-            _visited(queries, keys, query_block, key_block, most),
-            None,
-            None,
-            block_sizes=splash.BlockSizes(block_q=query_block, block_kv=key_block),
-            is_mqa=False,
-            save_residuals=False,
-            mask_value=splash.DEFAULT_MASK_VALUE,
-            attn_logits_soft_cap=None,
-            residual_checkpoint_name=None,
-            mask_function=None,
-            interpret=interpret,
-        )
+        visited = _visited(queries, keys, query_block, key_block, most)
+        kernel = block_kernel(visited, query_block, key_block, None, interpret=interpret, save_residuals=False)
         segments = splash.SegmentIds(q=queries, kv=jnp.where(jnp.arange(keys.shape[0]) < patches, keys, _NOBODY))
         attended: Any = kernel(q, k, v, segments)
         return attended[:, :patches]
