@@ -25,8 +25,8 @@ from rlens_jax.store_locks import StoreLock
 
 UNFINISHED = ".unfinished"
 """The lock of a folder that is being written: as long as it is there, the folder is not complete."""
-PARTS, LOCK = ".parts", ".lock"
-"""Ends of the names of a log's folder of parts and of a lock."""
+PARTS, LOCK, TRIAL = ".parts", ".lock", ".trial"
+"""Ends of the names of a log's folder of parts, of a lock and of what `check_writable` writes."""
 
 
 def _root() -> Path:
@@ -158,6 +158,16 @@ def publish(path: Path, content: bytes) -> None:
     """Write the object that a path stands for, if any."""
     if (address := address_of(path)) is not None:
         stores.put(address, content)
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError, with the name of the object beside it that was tried, unless a path's object can be written and deleted.
+
+    To replace an object takes the permission to delete. An ordinary path is left alone.
+    """
+    if (address := address_of(path)) is not None:
+        stores.put(f"{address}{TRIAL}", b"")
+        stores.delete(f"{address}{TRIAL}")
 
 
 @contextmanager

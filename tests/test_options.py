@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlens_jax.commands import cost, report, validate
-from rlens_jax.commands.options import RunParser
+from rlens_jax.commands.options import RunParser, new_file
 from rlens_jax.config import RunConfig
 from rlens_jax.console import run_command
 from rlens_jax.errors import UserError
@@ -147,6 +147,7 @@ def test_bad_models(command: str, arguments: list[str], complaint: str, capsys: 
         ("rank", ["--dry-run=v5e:2x2", "--json", "{}.json"]),
         ("cost", ["embedded", "--json", "{}.json"]),
         ("bench", ["--json", "{}.json"]),
+        ("doctor", ["--json", "{}.json"]),
         ("validate", ["--rankings", "1,0", "0,1", "--json", "{}.json"]),
         ("validate", ["--rankings", "1,0", "0,1", "--markdown", "{}.md"]),
     ],
@@ -167,6 +168,9 @@ def test_what_cannot_be_written_is_refused_at_once(
 def test_a_file_for_results_needs_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"the folder {tmp_path / 'no'} does not exist" in refusal("cost", ["embedded", f"--json={tmp_path}/no/x"], capsys)
     assert "it is a folder" in refusal("cost", ["embedded", f"--json={tmp_path}"], capsys)
+    # Even the superuser makes no files there, though its permissions say so.
+    with pytest.raises(UserError, match=r"^cannot write /proc/x: No such file or directory$"):
+        new_file("/proc/x")
 
 
 def test_the_report_goes_to_a_folder_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

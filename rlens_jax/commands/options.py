@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal, get_args, get_origin
 
 from rlens_jax.config import (
@@ -35,7 +36,7 @@ from rlens_jax.errors import UserError, suggest
 from rlens_jax.files import check_local
 from rlens_jax.flops import PUBLISHED_DECODERS, DecoderSizes
 from rlens_jax.metrics.score import CURRENT, RULES
-from rlens_jax.mirrors import address_of, exists, fetched, fetched_folder, fetched_run, place
+from rlens_jax.mirrors import address_of, check_writable, fetched, fetched_folder, fetched_run, place
 from rlens_jax.plan_file import PlanFile, parse_first, parse_pruning, read_plan
 from rlens_jax.resources import preset_path
 from rlens_jax.yaml_file import read_yaml
@@ -258,19 +259,23 @@ def add_json_option(parser: ArgumentParser) -> None:
 
 
 def new_file(text: str) -> Path:
-    """The path of a file to write. UserError, before any work is done, if it cannot be written, or its store cannot be read."""
+    """The path of a file to write. UserError, before any work is done, if it cannot be written; a file is made and deleted."""
     path = place(text)
     if address_of(path) is not None:
         if address_of(path.parent) is None:
             raise UserError(f"cannot write {text}: it is a bucket")
-        exists(path)
+        check_writable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
     folder = new_folder(path.parent)
     if not folder.is_dir():
         raise UserError(f"cannot write {path}: the folder {folder} does not exist")
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder")
-    return path
+    try:
+        with TemporaryFile(dir=folder):  # os.access allows the superuser what a file system refuses
+            return path
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def new_folder(text: str | Path) -> Path:

@@ -1,8 +1,8 @@
 """A store in memory that speaks the part of the JSON API of Google Cloud Storage that gcsfs and TensorStore use.
 
 Processes reach it through the variables of `FakeStore.environment`. Objects have generations, and there is neither append nor
-rename. `deny` refuses every request, `fail_every` answers each n-th request with 503, `hold_after` makes a moment to kill a
-client.
+rename. `deny` refuses every request, `deny_writes` those that change something, `fail_every` answers each n-th request with 503,
+`hold_after` makes a moment to kill a client.
 """
 
 import json
@@ -27,7 +27,8 @@ class FakeStore:
         self.objects: dict[str, tuple[bytes, int]] = {}
         self.requests: list[str] = []
         self.written: list[str] = []
-        self.deny, self.fail_every = False, 0
+        self.deny = self.deny_writes = False
+        self.fail_every = 0
         self._held_prefix, self._held_after = "", 0
         self._answering = threading.Event()
         self._answering.set()
@@ -87,7 +88,8 @@ class FakeStore:
         self.objects.clear()
         self.requests.clear()
         self.written.clear()
-        self.deny, self.fail_every = False, 0
+        self.deny = self.deny_writes = False
+        self.fail_every = 0
 
     def close(self) -> None:
         """Stop answering."""
@@ -135,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         with store.lock:
             store.requests.append(f"{self.command} {self.path}")
             failing = store.fail_every and len(store.requests) % store.fail_every == 0
-        if store.deny:
+        if store.deny or (store.deny_writes and self.command in ("POST", "PUT", "DELETE")):
             return self._error(403, "the caller does not have storage.objects access")
         if failing:
             return self._error(503, "try again")

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from rlens_jax.__main__ import COMMANDS
+from rlens_jax.commands.options import new_file
 from rlens_jax.console import ArgumentParser, run_command
 from rlens_jax.data.benchmarks import mixture
 from rlens_jax.data.benchmarks.catalogue import BENCHMARKS
+from rlens_jax.mirrors import place
 from tests.stores.fake_store import FakeStore
 
 A = "gs://bucket/folder/x"
@@ -116,3 +118,23 @@ def test_an_address_is_used_or_refused(
     expected = rf"error: .* is {A}:{LOCAL}" if option in REFUSED else rf"error: {A}\S*: no permission on the store .*"
     assert re.fullmatch(expected, line)
     assert not {path.name for path in tmp_path.iterdir()} - {*before, "cache"}
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("report", "--output"), ("validate", "--markdown"), *((name, "--json") for name in PATHS if "--json" in PATHS[name])],
+)
+def test_a_store_that_can_only_be_read_is_refused_for_results(
+    command: str, option: str, store: FakeStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before any work: the devices are not looked at, and nothing is read but options."""
+    store.put("bucket/folder/x", b"{}")
+    store.deny_writes = True
+    with pytest.raises(SystemExit) as stopped:
+        run_command(main_of(command), argv=[text.format(tmp=".") for text in PATHS[command][option]])
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out, err.count("\n")) == (2, "", 1), err
+    assert re.fullmatch(rf"error: {A}(\.html)?\.trial: no permission on the store .*\n", err)
+    store.deny_writes = False
+    assert new_file(A) == place(A)
+    assert store.names("bucket/") == ["bucket/folder/x"]
