@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlens_jax import stores
-from rlens_jax.errors import UserError
+from rlens_jax.errors import UserError, printable
 
 BEAT = 15.0
 """Seconds between two writes of a lock's object."""
@@ -93,8 +93,8 @@ def check_free(address: str, used: str) -> list[str]:
         elif _lives(holder):
             raise _in_use(used, holder)
     if watched:
-        where = _host(watched[0][1])
-        print(f"{used}: locked by a process on {where}; waiting up to {DEAD_AFTER:.0f} s for its sign of life", file=sys.stderr)
+        line = f"{used}: locked by a process on {_host(watched[0][1])}; waiting up to {DEAD_AFTER:.0f} s for its sign of life"
+        print(printable(line), file=sys.stderr)  # not `say`: the console imports this module, for addresses
     deadline = time.monotonic() + DEAD_AFTER
     while watched and time.monotonic() < deadline:
         time.sleep(min(1.0, DEAD_AFTER / 10))

@@ -179,19 +179,22 @@ def test_a_living_holder_is_refused_and_a_dead_one_replaced(store: FakeStore) ->
 
 
 @pytest.mark.parametrize("lives", [False, True])
-def test_a_holder_on_another_machine(store: FakeStore, monkeypatch: pytest.MonkeyPatch, lives: bool) -> None:
-    """Without clocks: a lock that changes is alive, one that does not change for a while is not."""
+def test_a_holder_on_another_machine(
+    store: FakeStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lives: bool
+) -> None:
+    """Without clocks: a lock that changes is alive, one that does not change for a while is not. Its name is foreign text."""
     monkeypatch.setattr(store_locks, "DEAD_AFTER", 0.4)
-    name, holder = "bucket/run/steps.lock/f00", {"machine": "other", "host": "far", "process": 1}
+    name, holder = "bucket/run/steps.lock/f00", {"machine": "other", "host": "far\x1b[2J", "process": 1}
     store.put(name, json.dumps(holder).encode())
     beat = threading.Timer(0.1, lambda: store.put(name, json.dumps({**holder, "beat": 2}).encode()))
     if lives:
         beat.start()
-        with pytest.raises(UserError, match=r"another run is using .* \(process 1 on far\)"):
+        with pytest.raises(UserError, match=r"another run is using .* \(process 1 on far"):
             append(mirrors.place(RUN), 1)
     else:
         assert append(mirrors.place(RUN), 1) == []
     assert store.names("bucket/run/steps.lock/") == ([name] if lives else [])
+    assert capsys.readouterr().err == f"{RUN}: locked by a process on far\\x1b[2J; waiting up to 0 s for its sign of life\n"
 
 
 def test_a_run_that_was_taken_for_dead_writes_no_more(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
