@@ -72,7 +72,7 @@ def test_logits_and_answers_equal_those_of_hugging_face(questions: list[tuple[Im
 
 
 def test_it_reads_its_images_and_needs_its_layers() -> None:
-    results = measure("embedded", 50)
+    results = measure("embedded", 32)
     accuracy = results["accuracy"]
     assert accuracy["overall"] >= 0.85
     assert results["visual_share"] >= 0.75

@@ -30,6 +30,14 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "LOG_EVERY": 1,
     }.items():
         monkeypatch.setattr(training, name, value)
+    made, make = [], training.make_step
+
+    def make_once(*arguments: Any) -> Any:
+        """The step of the first training for all, which have equal graphs and optimizers: it compiles once."""
+        made.append(made[0] if made else make(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(training, "make_step", make_once)
     with jax.numpy_dtype_promotion("standard"):  # optax counts steps in int32
         yield
 
