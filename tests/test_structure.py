@@ -29,7 +29,7 @@ RANKING_RUN = (
     "search/journal.py",
 )
 """The modules that a reader of a ranking run opens, in order. All others are libraries of these."""
-MAX_FILES, MAX_LINES, MAX_FUNCTION_LINES, MAX_RANKING_LINES = 285, 42_147, 70, 1900
+MAX_FILES, MAX_LINES, MAX_FUNCTION_LINES, MAX_RANKING_LINES = 285, 42_187, 70, 1900
 """The first two are what the package has, with little to spare: raise them on purpose, with the feature that needs it."""
 
 

@@ -64,7 +64,7 @@ def _show(report: dict[str, Any]) -> None:
         times = ", ".join(f"{name} {1e3 * seconds:.3f} ms" for name, seconds in way["seconds"].items())
         show(f"{what}: {times}; taken: {way['taken']}")
     for table in layer["tables"]:
-        how = f"{table['dtype']}, {table['kernel']} attention"
+        how = f"{table['dtype']}, {table['kernel']} attention, kept FFN units {table['ffn_way']}"
         show(f"a layer of {layer['model']}, {table['visual_tokens']} visual tokens, {how}")
         if table["left_out"]:
             show(f"  not timed: {table['left_out']}")

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
+from rlens_jax.config import FfnPath
 from rlens_jax.console import say
 from rlens_jax.device_checks.ffn_ways import BATCHES, VISUAL_TOKENS, time_ways
 from rlens_jax.device_checks.layer_times import LayerTime, LayerTimes, time_settings
@@ -37,9 +38,11 @@ def examine(model: str, sizes: DecoderSizes, visual_tokens: Sequence[int], secon
         say(line)
     collectives, cache = check_collectives(), check_cache()
     dtype = "float32" if devices["platform"] == "cpu" else DTYPE
+    fetched = all(check.passed for check in checks if check.kernel == "fetched ffn")
+    path: FfnPath = "auto" if fetched else "gathered"
     # A CPU has no choice.
-    ways = time_ways(sizes, VISUAL_TOKENS, BATCHES, dtype, began + seconds / 2) if devices["platform"] != "cpu" else []
-    tables = time_settings(sizes, visual_tokens, dtype, kernel, began + seconds, say)
+    ways = time_ways(sizes, VISUAL_TOKENS, BATCHES, dtype, path, began + seconds / 2) if devices["platform"] != "cpu" else []
+    tables = time_settings(sizes, visual_tokens, dtype, kernel, path, began + seconds, say)
     return {
         "schema": SCHEMA,
         "started": started.isoformat(timespec="seconds"),

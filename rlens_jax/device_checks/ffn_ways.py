@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlens_jax.config import FfnPath
 from rlens_jax.engine.timing import TEXT_AFTER, TEXT_BEFORE, deciding_seconds, time_turns, warm_up
 from rlens_jax.flops import DecoderSizes
 from rlens_jax.layout import Bucket, Tokens, pack_layout
@@ -33,16 +34,15 @@ class WayTimes:
 
 
 def time_ways(
-    sizes: DecoderSizes, visual_tokens: Sequence[int], batches: Sequence[int], dtype: str, deadline: float
+    sizes: DecoderSizes, visual_tokens: Sequence[int], batches: Sequence[int], dtype: str, ffn_path: FfnPath, deadline: float
 ) -> list[WayTimes]:
     """Times for each number of visual tokens and samples, until the `deadline` of `time.monotonic`.
 
-    A way is timed in the form of the units that it reads: the kernel in halves, and the others in the form of the device.
+    A way is timed in the form of the units that it reads: the kernel in halves, and the others in the form of the device. The
+    kernel is left out if `ffn_path` is another one.
     """
     reduction, text = Reduction(), TEXT_BEFORE + TEXT_AFTER
-    form = suited_form(sizes.ffn_width, sizes.width, dtype, jax.devices()[0].device_kind)
-    ways = ways_on(jax.devices()[0], form, dtype, "auto")
-    stored = dict(_stored(sizes, dtype, ways))
+    stored = dict(_stored(sizes, dtype, _ways(sizes, dtype, ffn_path)))
     program: Any = jax.jit(lambda units, x, layout: dynamic_ffn(x, units, layout, reduction, jax.random.key(0))[0])
     found: list[WayTimes] = []
     for batch in batches:
@@ -56,10 +56,21 @@ def time_ways(
             calls = [partial(program, units, x, jax.tree.map(jnp.asarray, layout)) for units in stored.values()]
             warm_up(calls)
             seconds = map(deciding_seconds, time_turns(calls, REPEATS))
-            probes, kept = reduction.probe_capacity(tokens), reduction.kept_units(sizes.ffn_width)
-            work = Work(batch, text, probes, tokens, sizes.ffn_width, kept)
-            found.append(WayTimes(tokens, batch, dict(zip(stored, seconds, strict=True)), ways.suited(work)))
+            taken = taken_way(sizes, batch, tokens, dtype, ffn_path)
+            found.append(WayTimes(tokens, batch, dict(zip(stored, seconds, strict=True)), taken))
     return found
+
+
+def taken_way(sizes: DecoderSizes, batch: int, visual_tokens: int, dtype: str, ffn_path: FfnPath) -> FfnWay:
+    """The way that this device takes for `batch` samples of `visual_tokens`."""
+    probes, kept = Reduction().probe_capacity(visual_tokens), Reduction().kept_units(sizes.ffn_width)
+    work = Work(batch, TEXT_BEFORE + TEXT_AFTER, probes, visual_tokens, sizes.ffn_width, kept)
+    return _ways(sizes, dtype, ffn_path).suited(work)
+
+
+def _ways(sizes: DecoderSizes, dtype: str, ffn_path: FfnPath) -> Ways:
+    device = jax.devices()[0]
+    return ways_on(device, suited_form(sizes.ffn_width, sizes.width, dtype, device.device_kind, ffn_path), dtype, ffn_path)
 
 
 def _stored(sizes: DecoderSizes, dtype: str, ways: Ways) -> Iterator[tuple[FfnWay, Units]]:

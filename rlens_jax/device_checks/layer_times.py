@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
 
+from rlens_jax.config import FfnPath
+from rlens_jax.device_checks.ffn_ways import taken_way
 from rlens_jax.dry_run.costs import Cost
 from rlens_jax.dry_run.estimate import roofline_seconds
 from rlens_jax.dry_run.topology import CHIP_KINDS, Slice
@@ -17,6 +19,8 @@ from rlens_jax.errors import UserError, foreign
 from rlens_jax.flops import DecoderSizes, layer_cost
 from rlens_jax.models.decoder import Context
 from rlens_jax.ops.attention import Kernel
+from rlens_jax.ops.ffn_paths import FfnWay, ways_on
+from rlens_jax.ops.ffn_tpu import HalvedStack, suited_form
 from rlens_jax.plans import FULL, SKIP, STANDARD, Level, Reduction
 
 SETTINGS: dict[str, tuple[Level, Level]] = {
@@ -72,27 +76,40 @@ class LayerTimes:
 
     visual_tokens: int
     kernel: Kernel
+    ffn_way: FfnWay
+    """Of visual tokens through the units that a layer keeps."""
     dtype: str
     times: tuple[LayerTime, ...]
     left_out: str | None = None
 
 
 def time_settings(
-    sizes: DecoderSizes, visual_tokens: Sequence[int], dtype: str, kernel: Kernel, deadline: float, note: Callable[[str], None]
+    sizes: DecoderSizes,
+    visual_tokens: Sequence[int],
+    dtype: str,
+    kernel: Kernel,
+    ffn_path: FfnPath,
+    deadline: float,
+    note: Callable[[str], None],
 ) -> list[LayerTimes]:
     """Times for each number of visual tokens, in order; those that would end after the `deadline` are left out.
+
+    Units are stored as a deployed model has them on this device: rows where all of them or none are used, and in the form of
+    the kernel, if it has one, in a reduced FFN.
 
     Args:
         sizes: widths of the layer.
         visual_tokens: numbers of visual tokens, between 64 and 64 text tokens, ascending.
         dtype: of weights and states.
         kernel: of the attention.
+        ffn_path: of a reduced FFN.
         deadline: a time of `time.monotonic`.
         note: is told what is being done.
     """
     found: list[LayerTimes] = []
     for count in visual_tokens:
-        table, left = partial(LayerTimes, count, kernel, dtype), deadline - time.monotonic()
+        way = taken_way(sizes, 1, count, dtype, ffn_path)
+        table, left = partial(LayerTimes, count, kernel, way, dtype), deadline - time.monotonic()
         expected = _expected(sizes, found, count)
         if found and expected > left:
             found.append(table((), f"would take about {expected:.0f} s, and {max(0, left):.0f} s are left"))
@@ -100,7 +117,7 @@ def time_settings(
         note(f"timing a layer with {count} visual tokens")
         try:
             with foreign(f"{count} visual tokens"):
-                found.append(table(tuple(_times(sizes, count, dtype, kernel, deadline))))
+                found.append(table(tuple(_times(sizes, count, dtype, kernel, ffn_path, deadline))))
         except UserError as error:
             found.append(table((), str(error)))
     return found
@@ -116,15 +133,24 @@ def _expected(sizes: DecoderSizes, found: Sequence[LayerTimes], visual: int) -> 
     return 2 * growth * sum(min(turn.wall for turn in each.turns) for each in last.times)
 
 
-def _times(sizes: DecoderSizes, visual: int, dtype: str, kernel: Kernel, deadline: float) -> list[LayerTime]:
+def _times(sizes: DecoderSizes, visual: int, dtype: str, kernel: Kernel, ffn_path: FfnPath, deadline: float) -> list[LayerTime]:
     decoder, x, context, _ = decoder_inputs(sizes, 1, visual, dtype, kernel)
-    graph, state = nnx.split(decoder.layer(0))
+    device, layer, reduced = jax.devices()[0], decoder.layer(0), context
+    form = suited_form(sizes.ffn_width, sizes.width, dtype, device.device_kind, ffn_path)
+    layer.ffn.form, layer.ffn.ways = form, ways_on(device, form, dtype, ffn_path)
+    if form == "halves":
+        halves = (rows.reshape(1, rows.shape[0], 2, -1) for rows in layer.ffn.kernels)
+        reduced = replace(context, halved=HalvedStack(*halves))
+    graph, state = nnx.split(layer)
 
     def run(attention: Level, ffn: Level, state: Any, x: Any, context: Context) -> Any:
         return nnx.merge(graph, state)(x, context, Reduction(), attention, ffn, jax.numpy.int32(0))[0]
 
-    programs = [jax.jit(partial(run, *levels)).lower(state, x, context).compile() for levels in SETTINGS.values()]
-    calls = [partial(program, state, x, context) for program in programs]
+    inputs = [(state, x, reduced if ffn == STANDARD else context) for _, ffn in SETTINGS.values()]
+    programs = [
+        jax.jit(partial(run, *levels)).lower(*given).compile() for levels, given in zip(SETTINGS.values(), inputs, strict=True)
+    ]
+    calls = [partial(program, *given) for program, given in zip(programs, inputs, strict=True)]
     warm_up(calls)
     first = time_turns(calls, 1)
     once = sum(turn.wall for (turn,) in first)

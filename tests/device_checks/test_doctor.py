@@ -14,12 +14,17 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from rlens_jax.commands import doctor
+from rlens_jax.config import FfnPath
 from rlens_jax.console import run_command
 from rlens_jax.device_checks import examination, ffn_ways, layer_times, machine, numerics
 from rlens_jax.engine.timing import Turn
 from rlens_jax.errors import UserError
 from rlens_jax.files import check_schema, read_json_object
 from rlens_jax.flops import DecoderSizes
+from rlens_jax.models.decoder import FFN
+from rlens_jax.ops.ffn import Units
+from rlens_jax.ops.ffn_paths import Ways
+from rlens_jax.ops.ffn_tpu import HalvedStack, HalvedUnits
 from tests.numerics import assert_close
 
 SIZES = DecoderSizes(4, 256, 4, 2, 64, 1024, qkv_bias=True)
@@ -124,6 +129,39 @@ def test_a_failure_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "FAIL  packed attention, float32: broken" in printed.out and "failed: packed attention" in printed.err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["masked", "gathered"])
+def test_a_layer_is_timed_with_units_as_a_deployed_model_has_them(path: FfnPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a kernel reads half rows, here another way through them: a reduced FFN has halves, all others have rows."""
+    monkeypatch.setattr(layer_times, "suited_form", lambda *sizes: "rows" if sizes[-1] == "gathered" else "halves")
+    taken = []
+    units_of = FFN.units
+
+    def units(ffn: FFN, halved: HalvedStack | None, layer: Any) -> Units:
+        taken.append(units_of(ffn, halved, layer))
+        return taken[-1]
+
+    monkeypatch.setattr(FFN, "units", units)
+    sizes = DecoderSizes(1, 16, 2, 1, 8, 64, qkv_bias=False)
+    (table,) = layer_times.time_settings(sizes, (24,), "float32", "packed", path, time.monotonic() + 60, lambda text: None)
+    assert [each.setting for each in table.times] == list(layer_times.SETTINGS), table.left_out
+    halved = [name for name, each in zip(layer_times.SETTINGS, taken, strict=True) if isinstance(each, HalvedUnits)]
+    assert halved == (["ffn", "both"] if path == "masked" else [])
+    assert {each.ways for each in taken} == {Ways((path,))} and table.ffn_way == path
+
+
+@pytest.mark.usefixtures("small")
+def test_a_kernel_of_the_ffn_that_fails_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = []
+    monkeypatch.setattr(examination, "check_collectives", list)
+    monkeypatch.setattr(examination, "time_settings", lambda *given: paths.append(given[4]) or [])
+    for difference in (0.0, 0.5):
+        checks = [passed("fetched FFN", kernel="fetched ffn", difference=difference)]
+        monkeypatch.setattr(examination, "run_checks", lambda checks=checks: checks)
+        assert run([]) == 0
+    assert paths == ["auto", "gathered"]
+
+
 def test_devices_of_two_kinds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     devices = [SimpleNamespace(device_kind=kind, platform="gpu") for kind in ("A100", "H100")]
     monkeypatch.setattr(jax, "devices", lambda: devices)
@@ -135,7 +173,7 @@ def test_timings_that_would_end_too_late_are_left_out(monkeypatch: pytest.Monkey
     times = [layer_times.LayerTime("dense", (Turn(3.0, 1.0), Turn(2.0, 1.5)), 100, None)]
     monkeypatch.setattr(layer_times, "_times", lambda *_: times)
     monkeypatch.setattr(layer_times.time, "monotonic", lambda: 90.0)
-    small, large = layer_times.time_settings(SIZES, (100, 200), "float32", "packed", 92.0, lambda text: None)
+    small, large = layer_times.time_settings(SIZES, (100, 200), "float32", "packed", "auto", 92.0, lambda text: None)
     assert small.times == tuple(times) and small.left_out is None
     assert large.times == () and large.left_out is not None and large.left_out.endswith("and 2 s are left")
 
@@ -143,7 +181,7 @@ def test_timings_that_would_end_too_late_are_left_out(monkeypatch: pytest.Monkey
         raise MemoryError("out of memory")
 
     monkeypatch.setattr(layer_times, "_times", too_large)
-    (table,) = layer_times.time_settings(SIZES, (100,), "float32", "packed", 92.0, lambda text: None)
+    (table,) = layer_times.time_settings(SIZES, (100,), "float32", "packed", "auto", 92.0, lambda text: None)
     assert table.left_out == "100 visual tokens (out of memory)"
 
 
@@ -161,7 +199,7 @@ def test_the_cache_is_written_and_read(tmp_path: Path) -> None:
 
 def test_ways_through_kept_units_are_timed_until_the_deadline() -> None:
     found = ffn_ways.time_ways(
-        DecoderSizes(1, 16, 1, 1, 16, 64, qkv_bias=False), (3, 5), (1, 2), "float32", time.monotonic() + 60
+        DecoderSizes(1, 16, 1, 1, 16, 64, qkv_bias=False), (3, 5), (1, 2), "float32", "auto", time.monotonic() + 60
     )
     assert [(each.batch, each.visual_tokens, each.taken) for each in found] == [
         (1, 3, "gathered"),
@@ -170,7 +208,7 @@ def test_ways_through_kept_units_are_timed_until_the_deadline() -> None:
         (2, 5, "gathered"),
     ]
     assert all(each.seconds.keys() == {"gathered", "masked"} and min(each.seconds.values()) > 0 for each in found)
-    assert ffn_ways.time_ways(SIZES, (3,), (1,), "float32", time.monotonic() - 1) == []
+    assert ffn_ways.time_ways(SIZES, (3,), (1,), "float32", "auto", time.monotonic() - 1) == []
 
 
 def test_an_unknown_device_has_no_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
