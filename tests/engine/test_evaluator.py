@@ -167,7 +167,7 @@ def test_any_reference_answer_makes_a_sample_right(programs: Programs, tmp_path:
     samples = answered(toy_samples(), programs)
     short = [s for s in samples if len(s.answers[0].split()) < programs.new_tokens]
     assert short
-    wrong = [replace(s, answers=("12 12",)) for s in short]
+    wrong = [replace(s, answers=("12 12", "12", "12")) for s in short]
     both = [replace(s, answers=("12 12", s.answers[0], "3")) for s in short]
     for number, (members, expected) in enumerate([(wrong, 0.0), (both, 1.0)]):
         built = build_split(members, ToyPreparer(), programs, SHAPES, True)

@@ -24,6 +24,7 @@ from rlens_jax.engine.shapes import Shapes, row_buckets
 from rlens_jax.families import qwen2_vl
 from rlens_jax.families.qwen2_vl.model import Qwen2VLConfig, VisionConfig
 from rlens_jax.families.qwen2_vl.preparer import patch_places, rope_positions
+from rlens_jax.layout import Bucket
 from rlens_jax.models.chat import Chat
 from rlens_jax.models.forward import VisionLanguageModel
 from rlens_jax.models.prompt import FILLER, ImageTokens, PreparedImage, Prompt
@@ -68,7 +69,8 @@ def shapes_of(text_slots: Sequence[int], visual_slots: Sequence[int], batch_size
     return Shapes(row_buckets(text_slots, visual_slots), ((48,),), partial(qwen2_vl.FAMILY.image_arrays, CONFIG), batch_size)
 
 
-SHAPES = shapes_of((8, 16), (8, 24), 4)
+SHAPES = replace(shapes_of((16,), (24,), 4), rows=(Bucket(8, 8), Bucket(16, 24)))
+"""A small and a large bucket."""
 
 
 class ToyChat(Chat):
@@ -163,8 +165,9 @@ def toy_samples() -> list[Sample]:
 
 
 def answered(samples: list[Sample], programs: Programs, shapes: Shapes = SHAPES) -> list[Sample]:
-    """The samples with what the dense model generates as their answer, without the stop token."""
-    split = build_split(samples, ToyPreparer(), programs, shapes, False)
+    """The samples with what the dense model generates as their answer, without the stop token. In one bucket: one program."""
+    largest = max(shapes.rows, key=lambda bucket: bucket.slots)
+    split = build_split(samples, ToyPreparer(), programs, replace(shapes, rows=(largest,)), False)
     texts: dict[str, str] = {}
     for batch in split.batches:
         numbers, tokens, _ = map(np.asarray, programs.generate(programs.put(batch.visual), batch.inputs, Plan()))
