@@ -1,5 +1,6 @@
 """The batch size that is found fits, and the next one does not."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,6 +17,20 @@ from rlens_jax.layout import Bucket
 from rlens_jax.sharding.mesh import make_mesh
 
 KIND = read_model_kind("embedded")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once() -> Iterator[None]:
+    """All tests ask for the same programs, which are compiled for their memory alone."""
+    known: dict[int, int] = {}
+    real = sizes.max_rows
+
+    def max_rows(needed: Callable[[int], int], available: int, most: int) -> int:
+        return real(lambda rows: known[rows] if rows in known else known.setdefault(rows, needed(rows)), available, most)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sizes, "max_rows", max_rows)
+        yield
 
 
 def found(available: int) -> int:

@@ -41,6 +41,8 @@ LONG = [run_length(3, 271, 5), run_length(2, 101, 4, 61, 1, 131, 37), run_length
 BRANCHES = [(4, 1, 131, 7, 9), (6, 2), (3,), (2, 5)]
 """Text tokens of the branches of each sample."""
 ABUNDANT = 1000
+SPARE = (2, 3)
+"""Text and visual slots that the longest sample leaves empty. The same in many tests, which so share their programs."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ class TestAttentionContract:
     )
     def test_equals_reference_and_torch_on_a_ragged_batch(self, path: Path, case):
         attention_range, window, _ = case
-        rows, layout = qkv_rows(0, path.masks), make_layout(path.masks, spare=(2, 3))
+        rows, layout = qkv_rows(0, path.masks), make_layout(path.masks, spare=SPARE)
         ours = run(path.attention, rows, layout, *path.options(*case))
         reference = run(reference_attention, rows, layout, attention_range, window)
         expected = torch_attention(rows, path.masks, attention_range, window)
@@ -246,7 +248,7 @@ class TestAttentionContract:
             assert_close(ours, causal, 1e-5)
 
     def test_a_range_of_all_visual_tokens_is_dense_attention(self, path: Path):
-        rows, layout = qkv_rows(1, path.masks), make_layout(path.masks)
+        rows, layout = qkv_rows(1, path.masks), make_layout(path.masks, spare=SPARE)
         counts = [int(mask.sum()) for mask in path.masks]
 
         def outputs(attention_range):
@@ -305,7 +307,7 @@ class TestAttentionContract:
 
     @pytest.mark.parametrize("hollow", [False, True], ids=["dense", "hollow"])
     def test_padding_never_leaks(self, path: Path, hollow):
-        rows, layout = qkv_rows(4, path.masks), make_layout(path.masks, spare=(3, 5))
+        rows, layout = qkv_rows(4, path.masks), make_layout(path.masks, spare=SPARE)
         rng = np.random.default_rng(5)
         options = path.options(path.attention_range if hollow else None)
         clean = run(path.attention, rows, layout, *options)
@@ -338,7 +340,7 @@ class TestAttentionContract:
     def test_a_sample_does_not_depend_on_its_batch(self, path: Path, hollow):
         rows = qkv_rows(6, path.masks)
         options = path.options(path.attention_range if hollow else None)
-        together = run(path.attention, rows, make_layout(path.masks, spare=(1, 4)), *options)
+        together = run(path.attention, rows, make_layout(path.masks, spare=SPARE), *options)
         bucket = make_layout(path.masks).bucket  # one for all, so one program
         for i, mask in enumerate(path.masks):
             own = make_layout([mask]).bucket
@@ -350,7 +352,7 @@ class TestAttentionContract:
     def test_positions_may_have_gaps_as_pruning_leaves_them(self, path: Path, hollow):
         """Every third position is gone."""
         attention_range = path.attention_range if hollow else None
-        layout = make_layout(path.masks, spare=(2, 3))
+        layout = make_layout(path.masks, spare=SPARE)
         q, k, v = packed_qkv(qkv_rows(5, path.masks), layout)
 
         def thinned(position):
