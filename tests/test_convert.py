@@ -3,14 +3,12 @@
 import errno
 import hashlib
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import jax
@@ -319,11 +317,13 @@ def test_bad_options(case: str, tmp_path: Path, capsys, monkeypatch) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def started(arguments: Sequence[object]) -> subprocess.Popen[str]:
-    """Run the command in a new process."""
-    command = [sys.executable, "-m", "rlens_jax.convert", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def started(arguments: Sequence[object]) -> BaseProcess:
+    """Run the command in a new process, a copy of one that has imported its modules and done nothing else."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["rlens_jax.commands.convert", "rlens_jax.checkpoints.conversion"])
+    process = context.Process(target=run_command, args=(main,), kwargs={"argv": [str(argument) for argument in arguments]})
+    process.start()
+    return process
 
 
 def partial_folders(folder: Path) -> list[Path]:
@@ -336,11 +336,11 @@ def test_killed_at_random_moments_and_rerun(source: Path, tmp_path: Path) -> Non
         old = set(partial_folders(tmp_path))
         process = started([source, target])
         # From the first folder on: a kill during the imports would try nothing.
-        while process.poll() is None and not set(partial_folders(tmp_path)) - old:
+        while process.is_alive() and not set(partial_folders(tmp_path)) - old:
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
         if target.exists():  # it was done already
             break
         kills += 1
@@ -366,9 +366,9 @@ def test_a_conversion_at_work_is_left_alone(source: Path, tmp_path: Path, monkey
     def other_one_first(writer: orbax_store.Writer) -> None:
         monkeypatch.setattr(orbax_store.Writer, "finish", finish)
         other = started([source, tmp_path / "converted"])
-        _, message = other.communicate()
-        met.append(other.returncode)
-        assert other.returncode == 0, message
+        other.join()
+        met.append(other.exitcode)
+        assert other.exitcode == 0
         finish(writer)
 
     monkeypatch.setattr(orbax_store.Writer, "finish", other_one_first)
