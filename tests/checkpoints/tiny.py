@@ -38,11 +38,11 @@ def fields(**overrides) -> dict:
 def model(config_json: dict, seed: int = 0, dtype=jnp.float32) -> nnx.Module:
     """A model whose parameters are all random, biases and norms too."""
     kind = read_kind(config_json, "config.json")
-    made = kind.family.model(kind.config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    made = kind.abstract(jnp.dtype(dtype))
     generator = np.random.default_rng(seed)
 
-    def draw(leaf: jax.Array) -> jax.Array:
-        return jnp.asarray(generator.normal(size=leaf.shape), leaf.dtype)
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.asarray(generator.normal(size=leaf.shape).astype(leaf.dtype))
 
     nnx.update(made, jax.tree.map(draw, nnx.state(made, nnx.Param)))
     return made

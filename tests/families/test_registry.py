@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 from rlens_jax.checkpoints.checkpoint import load_model, read_model_kind
@@ -26,6 +25,7 @@ from rlens_jax.models.prompt import Preparer
 from rlens_jax.plans import Plan, Reduction
 from rlens_jax.resources import preset_path
 from rlens_jax.sharding.mesh import make_mesh
+from tests.checkpoints import tiny
 from tests.checkpoints.tiny import assert_same
 from tests.families import toy_family
 from tests.families.published import BY_MODEL_TYPE
@@ -57,9 +57,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A published folder of random weights, written by the mapping table from ours to the published names."""
-    config = registry.read_kind(FIELDS, "config.json").config
-    model = toy_family.FAMILY.model(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    save_hf(tmp_path / "published", model, FIELDS)
+    save_hf(tmp_path / "published", tiny.model(FIELDS), FIELDS)
     return tmp_path / "published"
 
 
