@@ -89,7 +89,7 @@ def test_generation(one: Programs, many: Programs) -> None:
     assert len(texts[0]) == len(split.samples)
 
 
-def pruned_log_probabilities(programs: Programs, split: Split, pruning: Pruning) -> np.ndarray:
+def pruned_log_probabilities(programs: Programs, split: Split, pruning: Pruning) -> dict[int, float]:
     """Per sample of the largest bucket: the sum of log-probabilities over its answer, from a separate program."""
 
     def run(model, visual, batch):
@@ -110,7 +110,7 @@ def pruned_log_probabilities(programs: Programs, split: Split, pruning: Pruning)
             rows = zip(numbers.tolist(), np.asarray(program(batch.visual, batch.inputs)).tolist(), strict=True)
             values |= {number: value for number, value in rows if number != FILLER}
     assert len(values) > 1
-    return np.array([values[number] for number in sorted(values)])
+    return values
 
 
 @pytest.mark.parametrize("pruning", [FastV(2, 0.4)], ids=lambda p: p.label())
@@ -119,9 +119,10 @@ def test_pruning(one: Programs, pruning: Pruning) -> None:
     expected = pruned_log_probabilities(one, toy_split(one), pruning)
     programs = toy_programs(devices=8, model_shards=4)
     sharded = pruned_log_probabilities(programs, toy_split(programs), pruning)
-    np.testing.assert_allclose(sharded, expected, atol=1e-4, rtol=0)
+    # More rows are computed together there, so more samples may be in the largest bucket.
+    assert {number: sharded[number] for number in expected} == pytest.approx(expected, abs=1e-4, rel=0)
     plain = pruned_log_probabilities(one, toy_split(one), FastV(2, 0))
-    assert np.abs(plain - expected).max() > 1e-2
+    assert max(abs(plain[number] - value) for number, value in expected.items()) > 1e-2
 
 
 def test_the_vocabulary_is_padded_and_cut(many: Programs) -> None:
