@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from rlens_jax.search.objective import RIGHT, Metrics, PlanScore, comparable
+from rlens_jax.search.objective import RIGHT, Metrics, PlanScore, comparable, relative_changes
 
 IN_PROGRESS = 2
 """Blocks in progress at a time: the device has the next one when it finishes one."""
@@ -182,13 +182,13 @@ class Difficulty:
 
 
 def sample_weights(datasets: Mapping[str, np.ndarray], dense: Metrics, *, relative: bool) -> np.ndarray:
-    """The change of a score by one wrong sample, without the penalty: float64[samples].
+    """The change of a score by one wrong sample, without the penalty: float64[samples]. Errors as of `relative_changes`.
 
     Args:
         datasets: the numbers of each dataset's samples.
-        dense: the dense model's metrics.
-        relative: whether changes are relative to them.
+        dense: the dense model's metrics, to which changes are relative if `relative`.
     """
+    relative_changes(dense, dense, relative=relative)
     weights = np.zeros(sum(map(len, datasets.values())))
     for name, members in datasets.items():
         weights[members] = 1 / (len(members) * (dense[name] if relative else 1.0))

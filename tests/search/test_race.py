@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rlens_jax.config import SearchConfig
+from rlens_jax.errors import UserError
 from rlens_jax.search.objective import PlanScore, comparable, score_outcomes
 from rlens_jax.search.race import Difficulty, Race, Turn, most_gain_first, sample_weights
 from rlens_jax.search.search import rank_layers
@@ -205,6 +206,13 @@ def test_a_sample_weighs_what_it_changes():
     wrong = {**outcomes, "large": np.array([1, 1, 0, 1])}
     changed = [score_outcomes(each, dense, alpha=1.0).score for each in (outcomes, wrong)]
     assert math.isclose(changed[0] - changed[1], weights[4])
+
+
+def test_no_change_is_relative_to_a_dense_score_of_zero():
+    datasets = {"right": np.array([0]), "wrong": np.array([1])}
+    with pytest.raises(UserError, match="dataset wrong: the dense model scores 0"):
+        sample_weights(datasets, {"right": 1.0, "wrong": 0.0}, relative=True)
+    assert sample_weights(datasets, {"right": 1.0, "wrong": 0.0}, relative=False).tolist() == [1, 1]
 
 
 def test_rows_go_by_gain_per_cost_then_by_number():
