@@ -25,6 +25,7 @@ from tests.families import llava_onevision as llava
 from tests.families import minicpm_v as minicpm
 from tests.families.llava import save_llava as save_tiny_llava
 from tests.families.test_llava_preparer import write_texts
+from tests.first_layers import save_first_layers
 from tests.torch_support import save_tiny
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.usefixtures("one_device")]
@@ -128,8 +129,8 @@ def test_a_folder_and_a_file_are_enough(
 
     monkeypatch.setattr(Programs, "__init__", spied)
     data = write_data(tmp_path, MANY)
-    folder, output = save_qwen(tmp_path / "model"), tmp_path / "out"
-    cheap = ["--search.position_layers=10", "--search.operators=ffn", "--search.change=absolute"]
+    folder, output = save_first_layers(tmp_path / "model", 4), tmp_path / "out"
+    cheap = ["--search.position_layers=2", "--search.operators=ffn", "--search.change=absolute"]
     cheap += ["--report.timing_repeats=1", "--report.bootstrap_samples=20", "--compute.max_buckets=2"]
     places = [f"--output={output}", f"--compute.compilation_cache={tmp_path / 'compiled'}"]
     assert run(rank.main, f"--model={folder}", f"--data={data}", *places, *cheap) == 0

@@ -4,7 +4,6 @@ import json
 import re
 import runpy
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 
 from rlens_jax.commands.options import RunParser
 from rlens_jax.data.pages import make_page
 from rlens_jax.plan_file import FORMAT
-from rlens_jax.resources import embedded_model
+from tests.first_layers import save_first_layers
 from tests.reporting.runs import write_run
 from tests.reporting.synthetic import synthetic_results
 from tests.torch_support import tiny_qwen2_vl
@@ -46,25 +44,13 @@ def starts(line: str, known: dict[str, str]) -> bool:
     return any(line.startswith(start) for start in known)
 
 
-def write_model(folder: Path) -> None:
-    """The embedded model with few layers; every token ends its answer."""
-    shutil.copytree(embedded_model(), folder)
-    config = json.loads((folder / "config.json").read_text())
-    assert "layer_types" not in config
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": NUM_LAYERS}))
-    ends = {"eos_token_id": list(range(config["vocab_size"]))}
-    (folder / "generation_config.json").write_text(json.dumps(ends))
-    layer = re.compile(r"model\.layers\.(\d+)\.")
-    tensors = load_file(folder / "model.safetensors")
-    kept = {name: array for name, array in tensors.items() if not (found := layer.match(name)) or int(found[1]) < NUM_LAYERS}
-    save_file(kept, folder / "model.safetensors")
-
-
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that README's commands name."""
     folder = tmp_path_factory.mktemp("scratch")
-    write_model(folder / "FOLDER")
+    model = save_first_layers(folder / "FOLDER", NUM_LAYERS)
+    words = json.loads((model / "config.json").read_text())["vocab_size"]
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(words))}))  # every token ends an answer
     Image.fromarray(make_page(np.random.default_rng(3), "test", augment=False).pixels).save(folder / "page.png")
     row = {"image": "page.png", "question": "digit at row 1 column 2 ?", "answer": "3", "dataset": "pages"}
     (folder / "questions.jsonl").write_text(json.dumps(row) + "\n")

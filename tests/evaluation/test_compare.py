@@ -15,7 +15,7 @@ from rlens_jax.evaluation import method_table
 from rlens_jax.evaluation.measured import Measured, Measurements
 from rlens_jax.plan_file import FORMAT
 from tests.evaluation.test_evaluate import png
-from tests.test_readme import write_model
+from tests.first_layers import save_first_layers
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
@@ -28,8 +28,7 @@ QUESTIONS = 6
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working folder: two layers of the embedded model, a plan, and questions to which any word is an answer, or none."""
     folder = tmp_path_factory.mktemp("here")
-    write_model(folder / "FOLDER")
-    (folder / "FOLDER" / "generation_config.json").unlink()  # in which every token ends an answer
+    save_first_layers(folder / "FOLDER", 2)
     (folder / "plan.json").write_text(json.dumps({"format": FORMAT, "ffn": [1], "active_fraction": 0.02}))
     rows = []
     for number in range(QUESTIONS):
