@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
 
 from rlens_jax.commands.options import RunParser
 from rlens_jax.data.pages import make_page
