@@ -23,7 +23,7 @@ SMALL = (
     "--data.test_samples=2",
     "--search.position_layers=9",
     "--search.operators=ffn",
-    "--report.random_rankings=1",
+    "--report.random_rankings=0",
     "--report.timing_repeats=1",
     "--report.bootstrap_samples=50",
 )
