@@ -18,6 +18,7 @@ from rlens_jax.ops.ffn import FfnWeights, Units, dynamic_ffn
 from rlens_jax.ops.ffn_paths import MASKED, FfnWay, Ways, Work, ways_on
 from rlens_jax.ops.ffn_tpu import HalvedStack, HalvedUnits, suited_form
 from rlens_jax.plans import Reduction
+from rlens_jax.sharding.mesh import FfnForm
 
 VISUAL_TOKENS, BATCHES = (64, 128, 256, 512), (1, 2, 8)
 REPEATS = 5
@@ -42,7 +43,7 @@ def time_ways(
     kernel is left out if `ffn_path` is another one.
     """
     reduction, text = Reduction(), TEXT_BEFORE + TEXT_AFTER
-    stored = dict(_stored(sizes, dtype, _ways(sizes, dtype, ffn_path)))
+    stored = dict(_stored(sizes, dtype, form_and_ways(sizes, dtype, ffn_path)[1]))
     program: Any = jax.jit(lambda units, x, layout: dynamic_ffn(x, units, layout, reduction, jax.random.key(0))[0])
     found: list[WayTimes] = []
     for batch in batches:
@@ -65,12 +66,14 @@ def taken_way(sizes: DecoderSizes, batch: int, visual_tokens: int, dtype: str, f
     """The way that this device takes for `batch` samples of `visual_tokens`."""
     probes, kept = Reduction().probe_capacity(visual_tokens), Reduction().kept_units(sizes.ffn_width)
     work = Work(batch, TEXT_BEFORE + TEXT_AFTER, probes, visual_tokens, sizes.ffn_width, kept)
-    return _ways(sizes, dtype, ffn_path).suited(work)
+    return form_and_ways(sizes, dtype, ffn_path)[1].suited(work)
 
 
-def _ways(sizes: DecoderSizes, dtype: str, ffn_path: FfnPath) -> Ways:
+def form_and_ways(sizes: DecoderSizes, dtype: str, ffn_path: FfnPath) -> tuple[FfnForm, Ways]:
+    """How this device stores the units of a reduced FFN, and the ways through them that it chooses from."""
     device = jax.devices()[0]
-    return ways_on(device, suited_form(sizes.ffn_width, sizes.width, dtype, device.device_kind, ffn_path), dtype, ffn_path)
+    form = suited_form(sizes.ffn_width, sizes.width, dtype, device.device_kind, ffn_path)
+    return form, ways_on(device, form, dtype, ffn_path)
 
 
 def _stored(sizes: DecoderSizes, dtype: str, ways: Ways) -> Iterator[tuple[FfnWay, Units]]:

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from rlens_jax.config import FfnPath
-from rlens_jax.device_checks.ffn_ways import taken_way
+from rlens_jax.device_checks.ffn_ways import form_and_ways, taken_way
 from rlens_jax.dry_run.costs import Cost
 from rlens_jax.dry_run.estimate import roofline_seconds
 from rlens_jax.dry_run.topology import CHIP_KINDS, Slice
@@ -19,8 +19,8 @@ from rlens_jax.errors import UserError, foreign
 from rlens_jax.flops import DecoderSizes, layer_cost
 from rlens_jax.models.decoder import Context
 from rlens_jax.ops.attention import Kernel
-from rlens_jax.ops.ffn_paths import FfnWay, ways_on
-from rlens_jax.ops.ffn_tpu import HalvedStack, suited_form
+from rlens_jax.ops.ffn_paths import FfnWay
+from rlens_jax.ops.ffn_tpu import HalvedStack
 from rlens_jax.plans import FULL, SKIP, STANDARD, Level, Reduction
 
 SETTINGS: dict[str, tuple[Level, Level]] = {
@@ -135,10 +135,9 @@ def _expected(sizes: DecoderSizes, found: Sequence[LayerTimes], visual: int) -> 
 
 def _times(sizes: DecoderSizes, visual: int, dtype: str, kernel: Kernel, ffn_path: FfnPath, deadline: float) -> list[LayerTime]:
     decoder, x, context, _ = decoder_inputs(sizes, 1, visual, dtype, kernel)
-    device, layer, reduced = jax.devices()[0], decoder.layer(0), context
-    form = suited_form(sizes.ffn_width, sizes.width, dtype, device.device_kind, ffn_path)
-    layer.ffn.form, layer.ffn.ways = form, ways_on(device, form, dtype, ffn_path)
-    if form == "halves":
+    layer, reduced = decoder.layer(0), context
+    layer.ffn.form, layer.ffn.ways = form_and_ways(sizes, dtype, ffn_path)
+    if layer.ffn.form == "halves":
         halves = (rows.reshape(1, rows.shape[0], 2, -1) for rows in layer.ffn.kernels)
         reduced = replace(context, halved=HalvedStack(*halves))
     graph, state = nnx.split(layer)

@@ -133,7 +133,7 @@ def test_a_failure_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 @pytest.mark.parametrize("path", ["masked", "gathered"])
 def test_a_layer_is_timed_with_units_as_a_deployed_model_has_them(path: FfnPath, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a kernel reads half rows, here another way through them: a reduced FFN has halves, all others have rows."""
-    monkeypatch.setattr(layer_times, "suited_form", lambda *sizes: "rows" if sizes[-1] == "gathered" else "halves")
+    monkeypatch.setattr(ffn_ways, "suited_form", lambda *sizes: "rows" if sizes[-1] == "gathered" else "halves")
     taken = []
     units_of = FFN.units
 
