@@ -33,7 +33,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     made, make = [], training.make_step
 
     def make_once(*arguments: Any) -> Any:
-        """The step of the first training for all, which have equal graphs and optimizers: it compiles once."""
+        """The step of the first training for all, which have equal graphs and optimizers, to compile less."""
         made.append(made[0] if made else make(*arguments))
         return made[-1]
 

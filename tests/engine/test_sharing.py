@@ -124,8 +124,8 @@ def test_rankings(programs: Programs, samples: list[Sample], operator: Operator,
         stopped, some = of(split)
         assert decided(stopped) == decided(full)
         assert some < everything
-    in_parts, _ = of(shared if operator == "ffn" else alone, state_bytes=1.0)
-    assert decided(in_parts) == decided(full)
+        in_parts, _ = of(split, state_bytes=1.0)
+        assert decided(in_parts) == decided(full)
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_a_killed_race_goes_on_where_it_was(programs: Programs, samples: list[Sa
     split = split_of(samples, programs, True)
     expected, outcomes = ranked(programs, split, tmp_path / "whole", "ffn")
     lines = (tmp_path / "whole" / "journal.jsonl").read_bytes().splitlines(keepends=True)
-    for kept in range(2, len(lines), 8):
+    for kept in range(2, len(lines), 5):
         folder = tmp_path / str(kept)
         folder.mkdir()
         (folder / "journal.jsonl").write_bytes(b"".join(lines[:kept]))
