@@ -1,10 +1,9 @@
 """Pages of real handwritten digits, and questions about them whose answers are known.
 
 The digits are the 1797 test images of the UCI "Optical Recognition of Handwritten Digits" set (E. Alpaydin, C. Kaynak, 1998;
-CC BY 4.0): 8x8 pixels, 17 grey levels. digits.csv.gz is the file of `sklearn.datasets.load_digits` (BSD-3-Clause), read
-without scikit-learn because importing that takes two seconds. A page is a grid of cells of 16x16 pixels with one digit per
-cell, in one of four inks. A question names places by row and column, so the answer depends on the image. Everything here is
-our decision.
+CC BY 4.0): 8x8 pixels, 17 grey levels. digits.csv.gz is the file of `sklearn.datasets.load_digits` (BSD-3-Clause); importing
+scikit-learn takes two seconds. A page is a grid of cells of 16x16 pixels with one digit per cell, in one of four inks. A
+question names places by row and column, so the answer depends on the image. Everything here is our decision.
 """
 
 import functools

@@ -146,9 +146,8 @@ def _times(sizes: DecoderSizes, visual: int, dtype: str, kernel: Kernel, ffn_pat
         return nnx.merge(graph, state)(x, context, Reduction(), attention, ffn, jax.numpy.int32(0))[0]
 
     inputs = [(state, x, reduced if ffn == STANDARD else context) for _, ffn in SETTINGS.values()]
-    programs = [
-        jax.jit(partial(run, *levels)).lower(*given).compile() for levels, given in zip(SETTINGS.values(), inputs, strict=True)
-    ]
+    settings = [jax.jit(partial(run, *levels)) for levels in SETTINGS.values()]
+    programs = [setting.lower(*given).compile() for setting, given in zip(settings, inputs, strict=True)]
     calls = [partial(program, *given) for program, given in zip(programs, inputs, strict=True)]
     warm_up(calls)
     first = time_turns(calls, 1)
